@@ -1,0 +1,58 @@
+"""What a chat template does to messages: token ids, stop tokens, literal special tokens.
+
+Every function takes a loaded tokenizer (transformers' `PreTrainedTokenizerBase`), so nothing heavy is imported here.
+"""
+
+from common.cli import UserError
+
+
+def render(tokenizer, messages, generation_prompt, template_kwargs=None):
+    """The templated text. `messages` is a list of `{"role", "content"}`.
+
+    Raises:
+        UserError: the tokenizer has no template, or the template refuses the messages (no system role, say).
+    """
+    if tokenizer.chat_template is None:
+        raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no chat template: give one with --chat_template FILE")
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=generation_prompt, **(template_kwargs or {})
+        )
+    except Exception as error:  # a template raises what it likes through jinja
+        roles = ", ".join(message["role"] for message in messages)
+        raise UserError(f"the chat template of {tokenizer.name_or_path} refuses the turns ({roles}): {error}") from None
+
+
+def encode(tokenizer, messages, generation_prompt, template_kwargs=None):
+    """Token ids of the templated messages. The template writes BOS itself, so none is added: exactly what it says."""
+    text = render(tokenizer, messages, generation_prompt, template_kwargs)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def use_template(tokenizer, path):
+    """Replace the tokenizer's chat template by the jinja text in the file `path` (None: leave it)."""
+    if path:
+        from common.cli import existing_file
+
+        tokenizer.chat_template = existing_file(path, "chat template").read_text(encoding="utf-8")
+
+
+def turn_suffix(tokenizer, template_kwargs=None):
+    """Token ids that the template writes behind an assistant's text (Llama-3: `<|eot_id|>`; ChatML: `<|im_end|>\\n`)."""
+    mark = "Zebra"
+    text = render(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}], False, template_kwargs)
+    return tokenizer(text[text.rindex(mark) + len(mark) :], add_special_tokens=False)["input_ids"]
+
+
+def stop_token_ids(tokenizer, generation_eos=None, extra=()):
+    """Sorted ids that end a response: the generation config's, the tokenizer's EOS, the template's end of turn, `extra`."""
+    generation_eos = generation_eos if isinstance(generation_eos, (list, tuple)) else [generation_eos]
+    suffix = turn_suffix(tokenizer)
+    special = set(tokenizer.all_special_ids)
+    end_of_turn = [token for token in suffix[:1] if token in special or token in tokenizer.added_tokens_decoder]
+    return sorted({int(t) for t in [*generation_eos, tokenizer.eos_token_id, *end_of_turn, *extra] if t is not None})
+
+
+def literal_specials(tokenizer):
+    """The strings that tokenise as special tokens; a user's message that holds one is counted, never searched for."""
+    return [token for token in tokenizer.all_special_tokens if token.strip()]

@@ -1,0 +1,254 @@
+"""Arguments from a YAML file and the command line, and errors that a person can act on.
+
+A script declares its arguments as a dataclass and calls `parse`. Values come from the dataclass defaults, then from
+an optional positional YAML file, then from `--key value`; the last one wins. An unknown key is an error that names
+the nearest known one. `run` turns a `UserError` into one line on stderr and exit status 2.
+
+Only the standard library is imported here (and PyYAML, where a YAML file is given), so that `--help` and a wrong
+argument are answered before anything heavy is loaded.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import re
+import signal
+import sys
+import types
+import typing
+from pathlib import Path
+
+
+class UserError(Exception):
+    """What is wrong and what to do, in one line; shown without a traceback."""
+
+
+def arg(default=dataclasses.MISSING, help="", choices=None):
+    """A dataclass field with its help text; without a default it is required. Lists and dicts may be defaults."""
+    metadata = {"help": help, "choices": choices}
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def nearest(word, known):
+    """`, did you mean …?` for the nearest known word, or the empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def existing_file(path, what="file"):
+    """`path` as a Path if it is a file; otherwise an error that offers the nearest existing one."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise UserError(f"{what} {path} is a folder, a file was expected")
+    folders = {path.parent}
+    if path.parent.parent.is_dir():  # ./config/x.yaml for ./configs/x.yaml
+        folders |= {f for f in path.parent.parent.iterdir() if f.is_dir()}
+    candidates = {str(f): f for folder in folders if folder.is_dir() for f in folder.iterdir() if f.is_file()}
+    same = [c for c, f in sorted(candidates.items()) if f.name == path.name or f.stem == path.stem]
+    near = same or difflib.get_close_matches(str(path), list(candidates), n=1, cutoff=0.6)
+    raise UserError(f"no such {what}: {path}" + (f"; there is {near[0]}" if near else ""))
+
+
+def read_yaml(path, what="YAML file"):
+    """The mapping in a YAML file; anything else is an error with the place in the file."""
+    import yaml
+
+    path = existing_file(path, what)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold `key: value` lines, it holds a {type(values).__name__}")
+    return values
+
+
+def _unwrap(hint):
+    """(type, item type, may be None) of a type hint such as `list[int]` or `str | None`."""
+    optional = False
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        members = [m for m in typing.get_args(hint) if m is not type(None)]
+        optional = len(members) < len(typing.get_args(hint))
+        hint = members[0]
+    if typing.get_origin(hint) is list:
+        return list, (typing.get_args(hint) or (str,))[0], optional
+    return typing.get_origin(hint) or hint, None, optional
+
+
+def convert(name, value, hint):
+    """`value`, from YAML or the command line, as the type of its field; a UserError names the key."""
+    kind, item, optional = _unwrap(hint)
+    if value is None or (isinstance(value, str) and value.lower() in ("none", "null") and optional):
+        if optional:
+            return None
+        raise UserError(f"{name} needs a value")
+    if kind is list:
+        return [convert(name, v, item) for v in (value if isinstance(value, list) else [value])]
+    try:
+        if kind is bool:
+            if isinstance(value, bool):
+                return value
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[str(value).lower()]
+        if kind is dict:
+            value = json.loads(value) if isinstance(value, str) else value
+            if not isinstance(value, dict):
+                raise ValueError
+            return value
+        if kind is int:
+            if isinstance(value, bool) or (isinstance(value, float) and value != int(value)):
+                raise ValueError
+            return int(value)
+        if kind is float:
+            if isinstance(value, bool):
+                raise ValueError
+            return float(value)  # PyYAML reads 5e-7 as a string
+        if isinstance(value, (list, dict)):
+            raise ValueError
+        return str(value)
+    except (ValueError, KeyError):
+        wanted = {"dict": "a mapping (JSON on the command line)", "bool": "true or false", "int": "a whole number"}
+        raise UserError(f"{name}: {value!r} is not {wanted.get(kind.__name__, f'a {kind.__name__}')}") from None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
+
+
+def parse(cls, description, argv=None, yaml_positional=True):
+    """An instance of the dataclass `cls` from defaults, YAML and command line.
+
+    Args:
+        cls: dataclass whose fields are made by `arg`.
+        description: the script's docstring, shown by `--help`.
+        argv: arguments, `sys.argv[1:]` if None.
+        yaml_positional: whether a YAML file may be given as the first positional argument.
+
+    Raises:
+        UserError: unknown key, wrong type, value outside its choices, missing required key, unreadable YAML.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    if yaml_positional:
+        parser.add_argument("config", nargs="?", help="YAML file with any of the keys below; the command line wins")
+    for name, field in fields.items():
+        kind, item, _ = _unwrap(hints[name])
+        default = field.default
+        if default is dataclasses.MISSING:
+            default = "" if field.default_factory is dataclasses.MISSING else field.default_factory()
+        shown = field.metadata["help"] + (f" [{default}]" if default not in ("", None, [], {}) else "")
+        options = {"help": shown.replace("%", "%%"), "default": argparse.SUPPRESS, "metavar": name.split("_")[-1].upper()}
+        if kind is bool:
+            options |= {"nargs": "?", "const": True, "metavar": "true|false"}
+        elif kind is list:
+            options |= {"nargs": "*"}
+        parser.add_argument(f"--{name}", **options)
+    argv, dotted = _split_dotted(argv, [name for name, field in fields.items() if _unwrap(hints[name])[0] is dict])
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        key = unknown[0].split("=")[0]
+        if not key.startswith("--"):
+            raise UserError(f"unexpected argument {key!r}; arguments are --key value, see --help")
+        raise UserError(f"unknown argument {key}{nearest(key, [f'--{name}' for name in fields])}")
+    values = vars(namespace)
+    config = values.pop("config", None)
+    merged = {}
+    if config is not None:
+        merged = {key: convert(f"{key} in {config}", value, hints[key]) for key, value in known(cls, read_yaml(config), config).items()}
+    merged |= {key: convert(f"--{key}", value, hints[key]) for key, value in values.items()}
+    for name, key, value in dotted:  # --generation.K 4
+        merged[name] = {**merged.get(name, {}), key: value}
+    return build(cls, merged)
+
+
+def _split_dotted(argv, mappings):
+    """Take `--mapping.key value` out of `argv`; returns what is left and the list of (mapping, key, value)."""
+    rest, dotted, i = [], [], 0
+    while i < len(argv):
+        match = re.fullmatch(r"--([A-Za-z_]+)\.([A-Za-z_]\w*)(?:=(.*))?", argv[i], re.DOTALL)
+        if match is None or match[1] not in mappings:
+            rest.append(argv[i])
+            i += 1
+            continue
+        if match[3] is None and i + 1 == len(argv):
+            raise UserError(f"{argv[i]} needs a value")
+        value = match[3] if match[3] is not None else argv[i + 1]
+        dotted.append((match[1], match[2], _scalar(value)))
+        i += 1 if match[3] is not None else 2
+    return rest, dotted
+
+
+def _scalar(text):
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def known(cls, values, where):
+    """`values` if all its keys are fields of `cls`; an unknown one is an error that names the nearest."""
+    fields = {f.name for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            raise UserError(f"unknown key {key!r} in {where}{nearest(str(key), fields)}")
+    return values
+
+
+def build(cls, values, where=""):
+    """An instance of `cls` from a mapping, with types converted, choices and required keys checked.
+
+    Raises:
+        UserError: as `parse`; `where` is added to each message.
+    """
+    hints, fields = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
+    place = f" in {where}" if where else ""
+    merged = {key: convert(f"{key}{place}", value, hints[key]) for key, value in known(cls, values, where or "the arguments").items()}
+    required = dataclasses.MISSING
+    for name, field in fields.items():
+        if field.default is required and field.default_factory is required and name not in merged:
+            raise UserError(f"missing --{name}{place}: {field.metadata['help']}")
+        choices = field.metadata["choices"]
+        if choices and name in merged and merged[name] not in choices:
+            raise UserError(f"{name}{place}: {merged[name]!r} is not one of {', '.join(map(str, choices))}")
+    return cls(**merged)
+
+
+def run(main):
+    """Call `main()` and exit: 0 when it returns, 2 with one line for a UserError, 130 for Ctrl-C.
+
+    Under a launcher only rank 0 prints the line (every rank meets the same error).
+    """
+    rank_zero = os.environ.get("RANK", "0") == "0"
+    try:
+        main()
+    except UserError as error:
+        if rank_zero:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        if error.errno is None or error.filename is None and error.errno not in (28, 122):  # disk full, quota
+            raise
+        if rank_zero:
+            where = f"{error.filename}: " if error.filename else ""
+            print(f"error: {where}{error.strerror}; what is on disk is kept, start the same command again after mending it",
+                  file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if rank_zero:
+            print("stopped; start the same command again to continue", file=sys.stderr, flush=True)
+        sys.exit(130)

@@ -1,0 +1,39 @@
+"""Which GPUs this process may use, found without torch, so that a wrong count is refused before anything touches one."""
+
+import functools
+import os
+import shutil
+import subprocess
+
+from common.cli import UserError
+
+
+@functools.cache
+def visible_gpus():
+    """Names of the GPUs this process may use: `CUDA_VISIBLE_DEVICES` where set, else all that nvidia-smi lists."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    present = [str(i) for i, line in enumerate(line for line in listed.splitlines() if line.startswith("GPU "))]
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not present or chosen is None:
+        return present
+    return [name.strip() for name in chosen.split(",") if name.strip() and name.strip() != "-1"]
+
+
+def check_processes():
+    """Refuse more launched processes than GPUs, before torch touches one. Without a GPU any number may run on the CPU.
+
+    Raises:
+        UserError: names the launcher's flag.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    gpus = visible_gpus()
+    if gpus and processes > len(gpus):
+        raise UserError(
+            f"{processes} processes were launched and {len(gpus)} GPUs are visible; "
+            f"give `accelerate launch` --num_processes {len(gpus)} (or num_processes in its config file)"
+        )

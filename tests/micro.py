@@ -1,0 +1,118 @@
+"""Micro models with random weights for tests: a byte-level tokenizer, any of several chat templates, real file formats.
+
+Random weights are enough to test plumbing and numerics; what learning looks like is tested on `tiny/`.
+"""
+
+import json
+from pathlib import Path
+
+# Templates written for these tests in the shape of the families' own: the control tokens, the order and the refusals.
+TEMPLATES = {
+    "llama3": (
+        "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
+        "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+    ),
+    "chatml": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and enable_thinking is false %}"
+        "<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    ),
+    "gemma": (
+        "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n"
+        "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    ),
+    "mistral": (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+        "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% else %}{{ raise_exception('Only user and assistant roles') }}{% endif %}{% endfor %}"
+    ),
+    "phi": (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    ),
+}
+SPECIALS = {  # bos, eos, pad, others
+    "llama3": ("<|begin_of_text|>", "<|end_of_text|>", "<|pad|>", ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]),
+    "chatml": (None, "<|im_end|>", "<|endoftext|>", ["<|im_start|>"]),
+    "gemma": ("<bos>", "<eos>", "<pad>", ["<start_of_turn>", "<end_of_turn>"]),
+    "mistral": ("<s>", "</s>", "<pad>", ["[INST]", "[/INST]"]),
+    "phi": (None, "<|endoftext|>", "<|pad|>", ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]),
+}
+
+
+def make_tokenizer(family="llama3", adds_bos=True):
+    """A byte-level BPE tokenizer without merges (256 bytes and the specials); it prepends BOS to plain text like Llama's."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    bos, eos, pad, others = SPECIALS[family]
+    vocab = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    raw = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.add_special_tokens([t for t in (bos, eos, pad, *others) if t])
+    if bos and adds_bos:
+        raw.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, raw.token_to_id(bos))]
+        )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token=bos, eos_token=eos, pad_token=pad, additional_special_tokens=others
+    )
+    tokenizer.chat_template = TEMPLATES[family]
+    return tokenizer
+
+
+def make_config(tokenizer, architecture="llama", **overrides):
+    """A two-layer config of the architecture: `llama`, `qwen2`, `qwen3`, `mistral`, `gemma2`, `phi3`."""
+    from transformers import AutoConfig
+
+    shape = {
+        "vocab_size": 288, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 512, "tie_word_embeddings": False,
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+    }
+    return AutoConfig.for_model(architecture, **(shape | overrides))
+
+
+def make_policy(path, family="llama3", architecture="llama", seed=0, **overrides):
+    """A causal language model folder as a user has one: weights, config, generation config, tokenizer, template."""
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    tokenizer = make_tokenizer(family)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(make_config(tokenizer, architecture, **overrides), dtype=torch.float32)
+    end = {"llama3": "<|eot_id|>", "gemma": "<end_of_turn>", "phi": "<|end|>"}.get(family)
+    eos = [tokenizer.eos_token_id] + ([tokenizer.convert_tokens_to_ids(end)] if end else [])
+    model.generation_config = GenerationConfig(eos_token_id=eos, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return Path(path)
+
+
+def make_reward_model(path, family="llama3", architecture="llama", seed=1, **overrides):
+    """A Bradley-Terry reward model folder: one label, a score head wide enough that rewards differ visibly."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    tokenizer = make_tokenizer(family)
+    torch.manual_seed(seed)
+    config = make_config(tokenizer, architecture, num_labels=1, **overrides)
+    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    torch.nn.init.normal_(model.score.weight, std=1.0)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return Path(path)
+
+
+def write_prompts(path, count, key="context_messages"):
+    """`count` short prompts, some with several turns and one in another script; returns them."""
+    rows = []
+    for i in range(count):
+        messages = [{"role": "user", "content": f"Question {i}: what is {i} plus {i + 1}?"}]
+        if i % 5 == 3:
+            messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}, *messages]
+        if i % 7 == 5:
+            messages[-1]["content"] = f"数字 {i} の次は\u2028何ですか"
+        rows.append({key: messages, "number": i})
+    Path(path).write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    return rows
