@@ -1,0 +1,191 @@
+"""Generate K responses per prompt with a vLLM engine in this process: one process per GPU or group of GPUs.
+
+In:  prompts (hub name, save_to_disk folder, .jsonl, .json, .parquet, .csv) and a policy.
+Out: `--output_dir` is a prefix: shard i writes `PREFIXi.jsonl`, with `id`, `prompt`, `responses`, `finish_reasons`,
+     `num_tokens` and the prompt's other fields. `merge_data.py` puts the shards together.
+
+    CUDA_VISIBLE_DEVICES=0 python generation/get_hf2.py --model_name_or_path RLHFlow/LLaMA3-SFT \
+        --dataset_name_or_path RLHFlow/test_generation_2k --output_dir ./data/gen_data --K 4 --temperature 1.0 \
+        --local_index 0 --my_world_size 8
+
+Several data sets can be answered in one engine start: a YAML file may hold `jobs:`, a list of mappings whose keys
+stand in place of the others (data set, output, K, temperature, …). Answers are saved as they finish; a stopped run
+continues with the same command.
+"""
+
+import dataclasses
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
+
+from common.cli import UserError, arg, convert, nearest, parse, run
+from common.devices import visible_gpus
+from common.manifest import Output
+from common.progress import Progress, duration
+from generation import sampling
+
+
+@dataclasses.dataclass(kw_only=True)
+class Arguments(sampling.SamplingArguments):
+    model_name_or_path: str = arg(help="policy: hub name or folder")
+    local_index: int = arg(0, "this process's shard, from 0; it also names the output")
+    my_world_size: int = arg(1, "number of shards")
+    tensor_parallel_size: int = arg(1, "GPUs that hold one copy of the model together")
+    dtype: str = arg("auto", "of the weights in the engine", choices=["auto", "bfloat16", "float16", "float32"])
+    gpu_memory_utilization: float = arg(0.9, "share of a GPU's memory that the engine may take")
+    kv_cache_gib: float | None = arg(None, "GiB of key-value cache; None: what is left on a GPU, 1 without one")
+    max_num_seqs: int = arg(256, "responses decoded at once")
+    jobs: list[dict] = arg([], "several data sets for one engine start (YAML only)")
+
+
+HOW = {"tensor_parallel_size", "gpu_memory_utilization", "kv_cache_gib", "max_num_seqs", "jobs"}  # not what
+ENGINE = {"model_name_or_path", "revision", "trust_remote_code", "dtype", "local_index", "my_world_size"}  # one for all jobs
+
+
+def split_jobs(args):
+    """One Arguments per job; a job's keys stand in place of the script's own."""
+    hints = {f.name: f.type for f in dataclasses.fields(Arguments)}
+    jobs = []
+    for job in args.jobs or [{}]:
+        for key in job:
+            if key not in hints or key in HOW | ENGINE:
+                raise UserError(f"unknown key {key!r} in a job{nearest(key, hints)}")
+        jobs.append(dataclasses.replace(args, **{k: convert(f"{k} in a job", v, hints[k]) for k, v in job.items()}))
+    return jobs
+
+
+def shaping(job):
+    """(settings, inputs) of a job that shape its answers, the shard apart; what a manifest holds."""
+    settings = {k: v for k, v in sampling.shaping_settings(job).items() if k not in HOW | {"local_index", "my_world_size"}}
+    inputs = {"dataset_name_or_path": job.dataset_name_or_path, "model_name_or_path": job.model_name_or_path}
+    return settings, inputs | {"chat_template": job.chat_template}
+
+
+def check(args, jobs):
+    """Refuse what cannot work before the engine is imported."""
+    for job in jobs:
+        sampling.check_sampling(job)
+    if len({job.output_dir for job in jobs}) < len(jobs):
+        raise UserError("two jobs have the same output_dir")
+    if not 0 <= args.local_index < args.my_world_size:
+        raise UserError(f"--local_index {args.local_index} must be from 0 to --my_world_size minus 1 ({args.my_world_size - 1})")
+    sampling.check_model(args.model_name_or_path)
+    gpus = visible_gpus()
+    if gpus and args.tensor_parallel_size > len(gpus):
+        raise UserError(f"--tensor_parallel_size {args.tensor_parallel_size}, but this process sees {len(gpus)} GPUs; see CUDA_VISIBLE_DEVICES")
+
+
+def start_engine(args, limit, needed):
+    """The vLLM engine, with room for `needed` tokens of prompt and response."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    on_cpu = not visible_gpus()
+    if on_cpu:
+        # In one process: an engine process of its own would import everything a second time.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    from vllm import LLM
+
+    length = min(needed, limit or needed)
+    options = {"gpu_memory_utilization": args.gpu_memory_utilization}
+    if on_cpu:
+        # A seeded request must not be split over two steps there (facts §2), hence whole prompts in one step.
+        options = {"enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": max(length, 4096)}
+    cache = args.kv_cache_gib or (1.0 if on_cpu else None)
+    try:
+        return LLM(
+            model=args.model_name_or_path, revision=args.revision, tokenizer_revision=args.revision,
+            trust_remote_code=args.trust_remote_code, tensor_parallel_size=args.tensor_parallel_size, dtype=args.dtype,
+            max_model_len=length, max_num_seqs=args.max_num_seqs, enable_prefix_caching=True, generation_config="vllm",
+            kv_cache_memory_bytes=int(cache * 2**30) if cache else None, **options,
+        )  # fmt: skip
+    except Exception as error:
+        raise UserError(f"vLLM cannot start with {args.model_name_or_path}: {' '.join(str(error).split())[:400]}") from error
+
+
+def answer(llm, requests, window, progress):
+    """Run the engine's own step loop and save each answer as it finishes.
+
+    Args:
+        llm: vLLM engine.
+        requests: iterable of (output, item, sampling fields).
+        window: requests in the engine at once; more wait here, so that memory stays bounded.
+        progress: Progress.
+
+    Returns:
+        number of tokens sampled.
+    """
+    from vllm import SamplingParams
+
+    requests, waiting, tokens = iter(requests), {}, 0
+    more = True
+    while more or waiting:
+        while more and len(waiting) < window:
+            request = next(requests, None)
+            more = request is not None
+            if more:
+                output, item, fields = request
+                [name] = llm.enqueue([{"prompt_token_ids": item.token_ids}], SamplingParams(**fields), use_tqdm=False)
+                waiting[name.split("-")[0]] = (output, item)
+        for result in llm.llm_engine.step() if waiting else []:
+            if not result.finished:
+                continue
+            output, item = waiting.pop(result.request_id.split("-")[0])
+            samples = sorted(result.outputs, key=lambda sample: sample.index)
+            reasons = [sample.finish_reason for sample in samples]
+            if not set(reasons) <= {"stop", "length"}:
+                raise UserError(f"the engine gave up on prompt {item.record['id']} ({reasons}); start the same command again")
+            counts = [len(sample.token_ids) for sample in samples]
+            output.append(sampling.answered(item, [sample.text for sample in samples], reasons, counts))
+            tokens += sum(counts)
+            progress.update(1, f"{tokens / max(time.monotonic() - progress.start, 1e-9):.0f} tokens/s")
+    return tokens
+
+
+def main():
+    args = parse(Arguments, __doc__)
+    jobs = split_jobs(args)
+    check(args, jobs)
+    outputs = []
+    for job in jobs:
+        settings, inputs = shaping(job)
+        settings |= {"local_index": job.local_index, "my_world_size": job.my_world_size}
+        path = f"{job.output_dir}{job.local_index}.jsonl"
+        outputs.append(Output(path, "generation/get_hf2.py", settings, inputs, job.overwrite))
+        if outputs[-1].complete:
+            print(f"{path} is complete, nothing to do")
+    todo = [(job, output) for job, output in zip(jobs, outputs) if not output.complete]
+    if not todo:
+        return
+    limit = sampling.context_length(args.model_name_or_path, args)
+    work = []
+    for job, output in todo:
+        tokenizer = sampling.load_tokenizer(job.model_name_or_path, job)
+        stops = sampling.stop_ids(job.model_name_or_path, tokenizer, job)
+        items, prompts = sampling.load_items(job, tokenizer, output, limit, job.local_index, job.my_world_size)
+        work.append((job, output, items, prompts, stops))
+    requests = [
+        (output, item, sampling.sampling_fields(job, item, stops, limit))
+        for job, output, items, _, stops in work
+        for item in items
+        if item.record["id"] not in output.done
+    ]
+    saved = sum(len(output.done) for _, output in todo)
+    if saved:
+        print(f"continuing: {saved} records are there, {len(requests)} to do")
+    tokens, seconds = 0, 0.0
+    if requests:
+        llm = start_engine(args, limit, max(job.max_input_length + job.max_new_tokens for job, _ in todo))
+        progress = Progress(len(requests), "generate", "prompts")
+        tokens = answer(llm, requests, max(64, 4 * args.max_num_seqs // min(job.K for job, _ in todo)), progress)
+        seconds = progress.close()
+    for _, output, items, prompts, _ in work:
+        output.finish([item.record["id"] for item in items], sampling.summarise(output, prompts, items, seconds))
+        print(f"read {prompts} prompts, wrote {len(items)} records to {output.path}, skipped {len(output.skipped)}")
+    if requests:
+        print(f"sampled {tokens} tokens in {duration(seconds)}, {tokens / seconds:.0f} tokens/s")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,169 @@
+"""What both ways of generating share: arguments, prompts as token ids with seeds, and the record of an answer.
+
+`get_hf2.py` (an engine in the process) and `gen_hf.py` (a client of API servers) sample by the same settings, so that
+they give the same answers where the engine is batch-invariant.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from common import chat
+from common.cli import UserError, arg
+from common.records import read_prompts, sample_seed, shard_range
+
+
+@dataclasses.dataclass(kw_only=True)
+class SamplingArguments:
+    """Arguments of both generation scripts; each field's `help` is what `--help` shows."""
+
+    dataset_name_or_path: str | None = arg(None, "prompts: hub name, save_to_disk folder, .jsonl, .json, .parquet, .csv")
+    dataset_key: str | None = arg(None, "column of the prompts (the first of context_messages, messages, prompt)")
+    dataset_split: str = arg("train", "split of a hub data set or save_to_disk folder")
+    output_dir: str | None = arg(None, "where the answers go; see the top of this help")
+    K: int = arg(8, "responses per prompt")
+    temperature: float = arg(1.0, "sampling temperature; 0 is greedy and takes K 1")
+    top_p: float = arg(1.0, "nucleus sampling: smallest set of tokens with this probability")
+    top_k: int = arg(-1, "sample from the k likeliest tokens; -1 for all")
+    max_input_length: int = arg(1024, "tokens of the templated prompt; longer prompts are skipped and listed")
+    max_new_tokens: int = arg(1024, "tokens of a response")
+    eos_ids: list[int] = arg([], "more token ids that end a response, beside the model's own")
+    seed: int = arg(42, "seed of the run; each prompt's own seed is a hash of this, the iteration and its id")
+    iteration: int = arg(0, "mixed into every prompt's seed, so that each iteration samples anew")
+    system_prompt: str | None = arg(None, "put before every prompt that has no system turn")
+    chat_template: str | None = arg(None, "file with a jinja chat template to use instead of the tokenizer's")
+    template_kwargs: dict = arg({}, 'arguments of the template, JSON: \'{"enable_thinking": false}\'')
+    revision: str | None = arg(None, "branch, tag or commit of the model on the hub")
+    trust_remote_code: bool = arg(False, "run Python code that comes with the model")
+    overwrite: bool = arg(False, "start anew where an output exists or is half done")
+
+
+# Settings that do not shape the answers: where they go, how they are computed. All others stand in the manifest.
+NOT_SHAPING = {"overwrite", "output_dir", "dataset_name_or_path", "model_name_or_path", "tokenizer", "chat_template", "trust_remote_code"}
+
+
+@dataclasses.dataclass
+class Item:
+    """One prompt to be answered: its record, token ids and sampling seed."""
+
+    record: dict
+    token_ids: list[int]
+    seed: int
+
+
+def check_sampling(args):
+    """Refuse sampling settings that cannot work, before anything is loaded."""
+    if args.dataset_name_or_path is None or args.output_dir is None:
+        raise UserError(f"missing --{'dataset_name_or_path' if args.dataset_name_or_path is None else 'output_dir'}")
+    if not 1 <= args.K < 1024:
+        raise UserError(f"--K {args.K}: a number of responses from 1 to 1023 was expected")
+    if args.temperature < 0 or not 0 < args.top_p <= 1:
+        raise UserError("--temperature must not be negative and --top_p must be above 0 and at most 1")
+    if args.temperature == 0 and args.K > 1:
+        raise UserError(f"--temperature 0 is greedy: all {args.K} responses would be equal; give --K 1 or a temperature")
+    if args.max_new_tokens < 1 or args.max_input_length < 1:
+        raise UserError("--max_new_tokens and --max_input_length must be at least 1")
+
+
+def check_model(name, what="--model_name_or_path"):
+    """Refuse a local model folder that is not there or is no model, before anything heavy is imported."""
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{what} {name} is a folder without config.json, so it is no model folder")
+    elif name.startswith((".", "/", "~")) or name.count("/") != 1 or path.exists():
+        raise UserError(f"{what} {name}: no such folder, and not a hub name of the form owner/model")
+    elif path.parent.is_dir():
+        near = ", ".join(sorted(f.name for f in path.parent.iterdir() if f.is_dir())[:5])
+        raise UserError(f"{what} {name}: no such folder in {path.parent}/" + (f"; there is {near}" if near else ""))
+
+
+def load_tokenizer(name, args):
+    """The tokenizer of a model, with the chat template that `args` asks for."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=args.revision, trust_remote_code=args.trust_remote_code)
+    except Exception as error:
+        raise UserError(f"cannot load the tokenizer of {name}: {' '.join(str(error).split())[:300]}") from None
+    chat.use_template(tokenizer, args.chat_template)
+    return tokenizer
+
+
+def stop_ids(name, tokenizer, args):
+    """Token ids that end a response: generation config, tokenizer, template and `--eos_ids`."""
+    from transformers import GenerationConfig
+
+    try:
+        eos = GenerationConfig.from_pretrained(name, revision=args.revision).eos_token_id
+    except OSError:  # many models have none
+        eos = None
+    return chat.stop_token_ids(tokenizer, eos, args.eos_ids)
+
+
+def context_length(name, args):
+    """Positions that the model was made for, or None where its config does not say."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name, revision=args.revision, trust_remote_code=args.trust_remote_code)
+    except Exception as error:
+        raise UserError(f"cannot load the config of {name}: {' '.join(str(error).split())[:300]}") from None
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def load_items(args, tokenizer, output, limit, index=0, world=1):
+    """The prompts of shard `index` of `world` as items; too long ones go to the output's skipped file.
+
+    Args:
+        args: SamplingArguments.
+        tokenizer: the policy's.
+        output: manifest.Output that records what is skipped.
+        limit: tokens that prompt and response may have together, or None.
+
+    Returns:
+        (items in file order, number of prompts of the whole file).
+    """
+    prompts = list(read_prompts(args.dataset_name_or_path, args.dataset_key, args.dataset_split, args.system_prompt))
+    longest = min(args.max_input_length, limit - 1) if limit else args.max_input_length
+    specials = chat.literal_specials(tokenizer)
+    items, literal = [], 0
+    for record in (prompts[i] for i in shard_range(len(prompts), index, world)):
+        token_ids = chat.encode(tokenizer, record["prompt"], True, args.template_kwargs)
+        literal += any(s in m["content"] for m in record["prompt"] for s in specials)
+        if len(token_ids) > longest:
+            output.skip(record["id"], f"prompt has {len(token_ids)} tokens, more than {longest}")
+        else:
+            items.append(Item(record, token_ids, sample_seed(args.seed, args.iteration, record["id"])))
+    if literal:
+        print(f"note: {literal} prompts hold the text of a special token; it is kept as the template tokenises it")
+    if output.skipped:
+        print(f"note: {len(output.skipped)} prompts are longer than {longest} tokens and are skipped")
+    return items, len(prompts)
+
+
+def sampling_fields(args, item, stops, limit):
+    """Sampling settings of one prompt, under the names that the engine and its API share.
+
+    Every field that a model's generation config could change is given, so that servers and the engine agree.
+    """
+    room = args.max_new_tokens if limit is None else min(args.max_new_tokens, limit - len(item.token_ids))
+    return {
+        "n": args.K, "temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k, "min_p": 0.0,
+        "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+        "max_tokens": room, "seed": item.seed, "stop_token_ids": stops, "skip_special_tokens": True,
+    }  # fmt: skip
+
+
+def answered(item, responses, finish_reasons, num_tokens):
+    """The generated record: the prompt's record with its K responses, why each ended, and their token counts."""
+    return item.record | {"responses": responses, "finish_reasons": finish_reasons, "num_tokens": num_tokens}
+
+
+def shaping_settings(args, **more):
+    """The settings that shape the answers, for the manifest."""
+    return {k: v for k, v in dataclasses.asdict(args).items() if k not in NOT_SHAPING} | more
+
+
+def summarise(output, prompts, items, seconds):
+    """Counts for the manifest and the closing lines: prompts, answered, skipped, responses, tokens a second."""
+    return {"prompts": prompts, "records": len(items), "skipped": len(output.skipped), "engine_seconds": round(seconds, 1)}
