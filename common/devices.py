@@ -21,7 +21,10 @@ def visible_gpus():
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if not present or chosen is None:
         return present
-    return [name.strip() for name in chosen.split(",") if name.strip() and name.strip() != "-1"]
+    names = [name.strip() for name in chosen.split(",") if name.strip()]
+    # As CUDA does: a number that no GPU has hides itself and what stands behind it.
+    end = next((i for i, name in enumerate(names) if name.lstrip("-").isdigit() and name not in present), len(names))
+    return names[:end]
 
 
 def check_processes():

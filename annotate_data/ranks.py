@@ -1,0 +1,50 @@
+"""The processes of one launch: how they talk, and which of them does what."""
+
+import datetime
+import os
+
+from common.cli import UserError
+
+
+class World:
+    """The processes of one launch. They talk through gloo, which waits as long as the slowest needs."""
+
+    def __init__(self):
+        self.rank, self.size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        if self.size > 1:
+            import torch.distributed
+
+            torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+
+    def gather(self, value=None):
+        """The values of all ranks, on every rank; also a barrier."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed
+
+        values = [None] * self.size
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def together(self, action):
+        """`action()` on every rank; one rank's UserError is raised on all, for rank 0 alone tells errors."""
+        value = error = None
+        try:
+            value = action()
+        except UserError as raised:
+            error = str(raised)
+        errors = [e for e in self.gather(error) if e]
+        if errors:
+            raise UserError(errors[0])
+        return value
+
+
+def share(sizes, rank, world):
+    """Keys that `rank` of `world` works on: about equal work and numbers, whatever the order of `sizes`.
+
+    Args:
+        sizes: dict key → size of the work (characters, say).
+    """
+    ordered = sorted(sizes, key=lambda key: (-sizes[key], key))
+    turns = [*range(world), *reversed(range(world))]  # dealt there and back, so that no rank always gets the longer
+    return [key for i, key in enumerate(ordered) if turns[i % len(turns)] == rank]
