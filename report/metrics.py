@@ -1,0 +1,302 @@
+r"""Measure an iterate on held-out prompts, and compare iterates.
+
+In:  rewarded held-out files: `responses`, `rewards`, `num_tokens`, `finish_reasons` (annotate_data/get_rewards.py).
+Out: a JSON file of metrics for the sampled and the greedy answers, or the table of a whole run in the terminal.
+
+    python report/metrics.py --sampled runs/tiny/iter1/heldout_sampled.jsonl \
+        --greedy runs/tiny/iter1/heldout_greedy.jsonl --output_dir runs/tiny/iter1/metrics.json
+    python report/metrics.py --run runs/tiny
+
+`--gold_function tiny/task.py:gold_score` adds a quality that a program computes and the reward model never sees.
+Prompts are the sample: a prompt's K answers are averaged first, and standard errors and intervals are over prompts.
+"""
+
+import importlib.util
+import inspect
+import json
+import math
+import os
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import cli, manifest, records
+from common.cli import UserError, arg
+
+KINDS = ("sampled", "greedy")
+
+
+@dataclass
+class Arguments:
+    sampled: str | None = arg(None, help="rewarded held-out file with K sampled answers a prompt")
+    greedy: str | None = arg(None, help="rewarded held-out file with one greedy answer a prompt")
+    output_dir: str | None = arg(None, help="JSON file to write (a file name); without it the metrics are printed")
+    gold_function: str | None = arg(None, help="FILE.py:NAME, a function (messages, response) -> number")
+    seconds: float | None = arg(None, help="wall-clock seconds of the iteration, for the table")
+    run: str | None = arg(None, help="a run's folder: print the table of iter0, iter1, … and stop")
+
+
+def load_gold(spec):
+    """The function that `path.py:name` names, taking (messages, response).
+
+    Raises:
+        UserError: not of that form, no such file, a file that does not import, no such function in it.
+    """
+    path, separator, name = spec.rpartition(":")
+    if not separator or not name.isidentifier():
+        raise UserError(f"--gold_function {spec}: give FILE.py:NAME, for example tiny/task.py:gold_score")
+    root = Path(__file__).resolve().parents[1]  # a name such as tiny/task.py is found from any folder
+    path = root / path if not Path(path).is_file() and (root / path).is_file() else Path(path)
+    path = cli.existing_file(path, "gold function file").resolve()
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(f"gold_{path.stem}", path))
+    sys.modules[module.__name__] = module  # dataclasses look their module up
+    try:
+        module.__spec__.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"{path} does not import: {type(error).__name__}: {' '.join(str(error).split())}") from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = [k for k, v in vars(module).items() if inspect.isfunction(v)]
+        raise UserError(f"{path} has no function {name}{cli.nearest(name, known)}")
+    return function
+
+
+def gold_scores(record, gold):
+    """Gold of each response of a record; a bad return value or a refusal names the record."""
+    scores = []
+    for response in record["responses"]:
+        try:
+            score = float(gold(record["prompt"], response))
+        except Exception as error:
+            raise UserError(f"the gold function fails on {record['id']}: {type(error).__name__}: {error}") from None
+        if not math.isfinite(score):
+            raise UserError(f"the gold function gives {score} for {record['id']}, a finite number was expected")
+        scores.append(score)
+    return scores
+
+
+def read_rewarded(path):
+    """Records of a rewarded file by id, in file order."""
+    found, identify = {}, records.Identifier()
+    for number, record in enumerate(records.read_jsonl(path, "rewarded file"), 1):
+        for field in ("prompt", "responses", "rewards"):
+            if field not in record:
+                todo = "; score it with annotate_data/get_rewards.py first" if field == "rewards" else ""
+                raise UserError(f"{path} record {number} has no `{field}`{todo}")
+        sizes = len(record["responses"]), len(record["rewards"])
+        if sizes[0] != sizes[1]:
+            raise UserError(f"{path} record {number} has {sizes[0]} responses and {sizes[1]} rewards")
+        made = identify(record["prompt"])
+        record = {"id": made} | record
+        if record["id"] in found:
+            raise UserError(f"{path} record {number} has the id {record['id']!r} of an earlier one; ids must be unique")
+        found[record["id"]] = record
+    return found
+
+
+def prompt_means(by_id, gold=None):
+    """`{id: mean}` over a prompt's responses: of its rewards (prompts with none but null left out), or of gold."""
+    means = {}
+    for key, record in by_id.items():
+        values = gold_scores(record, gold) if gold else [r for r in record["rewards"] if r is not None]
+        if values:
+            means[key] = statistics.fmean(values)
+    return means
+
+
+def mean_and_error(values):
+    """Mean, and its standard error over prompts (None for fewer than two)."""
+    values = list(values)
+    if not values:
+        return None, None
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return statistics.fmean(values), error
+
+
+def measure(by_id, gold=None):
+    """Metrics of one rewarded file; what the file does not tell is None.
+
+    Returns:
+        dict: `prompts`, `K`, `null_rewards`; `reward` and `reward_se`; `best_of_k` where K > 1 (mean over prompts of
+        the largest reward); `length` (tokens of a response); `truncated` (fraction of responses that hit the limit);
+        `gold` and `gold_se` where a gold function is given.
+    """
+    rewards = [[r for r in record["rewards"] if r is not None] for record in by_id.values()]
+    lengths = [n for record in by_id.values() for n in record.get("num_tokens") or [] if n is not None]
+    reasons = [reason for record in by_id.values() for reason in record.get("finish_reasons") or []]
+    K = max(len(record["responses"]) for record in by_id.values())
+    found = {
+        "prompts": len(by_id),
+        "K": K,
+        "null_rewards": sum(r is None for x in by_id.values() for r in x["rewards"]),
+    }
+    found["reward"], found["reward_se"] = mean_and_error(prompt_means(by_id).values())
+    if K > 1:
+        found["best_of_k"] = mean_and_error(max(r) for r in rewards if r)[0]
+    found["length"] = statistics.fmean(lengths) if lengths else None
+    found["truncated"] = sum(reason == "length" for reason in reasons) / len(reasons) if reasons else None
+    if gold:
+        found["gold"], found["gold_se"] = mean_and_error(prompt_means(by_id, gold).values())
+    return {key: round(value, 6) if isinstance(value, float) else value for key, value in found.items()}
+
+
+def paired_bootstrap(a, b, samples=10000, seed=0):
+    """Mean difference b − a over the prompts that both have, with its 95% percentile bootstrap interval.
+
+    Args:
+        a, b: dicts id → value of a prompt; pairing by id takes the prompts' own difficulty out of the comparison.
+        samples: number of resamples of the prompts, with replacement.
+
+    Returns:
+        (difference, low, high).
+
+    Raises:
+        UserError: no id in common.
+    """
+    import numpy as np
+
+    common = [key for key in a if key in b]
+    if not common:
+        raise UserError("the two files have no prompt in common, so they cannot be compared in pairs")
+    differences = np.array([b[key] - a[key] for key in common])
+    generator = np.random.default_rng(seed)
+    means = np.empty(samples)
+    for start in range(0, samples, 256):  # slices, so that memory stays at 256 × prompts
+        size = min(256, samples - start)
+        picks = generator.integers(0, len(common), (size, len(common)))
+        means[start : start + size] = differences[picks].mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(differences.mean()), float(low), float(high)
+
+
+def format_table(iterates):
+    """The terminal's table: a row for each of the list of metrics (as `main` writes them), columns aligned."""
+
+    def number(metrics, kind, key, digits=3, sign="+"):
+        value, error = (metrics.get(kind) or {}).get(key), (metrics.get(kind) or {}).get(f"{key}_se")
+        return (
+            "–" if value is None else f"{value:{sign}.{digits}f}" + ("" if error is None else f" ±{error:.{digits}f}")
+        )
+
+    rows = [("iterate", "reward", "best of K", "greedy reward", "gold", "greedy gold", "length", "cut off", "seconds")]
+    for i, m in enumerate(iterates):
+        best = number(m, "sampled", "best_of_k") + (f" (K={m['sampled']['K']})" if m.get("sampled") else "")
+        rows.append(
+            (
+                str(m.get("iterate", i)),
+                number(m, "sampled", "reward"),
+                best,
+                number(m, "greedy", "reward"),
+                number(m, "sampled", "gold", sign=""),
+                number(m, "greedy", "gold", sign=""),
+                number(m, "sampled", "length", 1, ""),
+                number(m, "sampled", "truncated", 3, ""),
+                "–" if m.get("seconds") is None else f"{m['seconds']:.0f}",
+            )
+        )
+    kept = [column for column in zip(*rows, strict=True) if any(cell != "–" for cell in column[1:])]
+    widths = [max(map(len, column)) for column in kept]
+    lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in zip(*kept, strict=True)]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def read_run(folder):
+    """`(folder of the iterate, its metrics)` of every `iterN/metrics.json` of a run, in order, with `iterate` = N.
+
+    Raises:
+        UserError: no such folder, or no metrics in it yet.
+    """
+    folder, iterates = Path(folder), []
+    for path in folder.glob("iter*/metrics.json"):
+        if path.parent.name[4:].isdigit():
+            try:
+                metrics = json.loads(path.read_text(encoding="utf-8"))
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path} is not valid JSON ({error}); delete it and measure again") from None
+            iterates.append((path.parent, {"iterate": int(path.parent.name[4:])} | metrics))
+    if not iterates:
+        raise UserError(f"no iterN/metrics.json in {folder}" + ("" if folder.is_dir() else ", there is no such folder"))
+    return sorted(iterates, key=lambda item: item[1]["iterate"])
+
+
+def compare(first, last, gold=None):
+    """Paired intervals between two iterates, from their held-out files.
+
+    Args:
+        first, last: items of `read_run`.
+        gold: gold function; None leaves gold out.
+
+    Returns:
+        list of (kind, quantity, (difference, low, high)); nothing for a file that is not there any more.
+    """
+    found = []
+    for kind in KINDS:
+        paths = [
+            folder / (metrics.get("files") or {}).get(kind, f"heldout_{kind}.jsonl")
+            for folder, metrics in (first, last)
+        ]
+        if all(path.is_file() for path in paths):
+            before, after = map(read_rewarded, paths)
+            for quantity, function in (("reward", None), ("gold", gold)):
+                if quantity == "reward" or gold:
+                    pair = prompt_means(before, function), prompt_means(after, function)
+                    found.append((kind, quantity, paired_bootstrap(*pair)))
+    return found
+
+
+def table(run_folder, gold_function=None):
+    """Text: the table of a run's iterates, and how the last differs from the first on the same prompts.
+
+    Gold is compared with `gold_function` (FILE.py:NAME), or with the one that the last metrics were made with.
+    """
+    iterates = read_run(run_folder)
+    lines = [format_table([metrics for _, metrics in iterates])]
+    if len(iterates) > 1:
+        first, last = iterates[0], iterates[-1]
+        spec = gold_function or last[1].get("gold_function")
+        lines += [
+            "",
+            f"iterate {last[1]['iterate']} − iterate {first[1]['iterate']}, same prompts, 95% bootstrap interval",
+        ]
+        lines += [
+            f"  {kind:7} {quantity:6} {difference:+.3f}  [{low:+.3f}, {high:+.3f}]"
+            for kind, quantity, (difference, low, high) in compare(first, last, load_gold(spec) if spec else None)
+        ]
+    return "\n".join(lines)
+
+
+def main():
+    args = cli.parse(Arguments, __doc__)
+    if args.run:
+        print(table(args.run, args.gold_function))
+        return
+    files = {kind: getattr(args, kind) for kind in KINDS if getattr(args, kind)}
+    if not files:
+        raise UserError("nothing to measure: give --sampled and --greedy files, or --run FOLDER for the table of a run")
+    for path in files.values():
+        cli.existing_file(path, "rewarded file")
+    gold = load_gold(args.gold_function) if args.gold_function else None
+    metrics = {kind: measure(read_rewarded(path), gold) for kind, path in files.items()}
+    if args.output_dir is None:
+        print(json.dumps(metrics, indent=1))
+        return
+    target = Path(args.output_dir)
+    if target.is_dir():
+        raise UserError(
+            f"--output_dir {target} is a folder, a file name was expected (for example {target}/metrics.json)"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # relative to the metrics, so that a run's folder may move
+    metrics["files"] = {kind: os.path.relpath(path, target.parent) for kind, path in files.items()}
+    metrics |= {"gold_function": args.gold_function, "seconds": args.seconds}
+    manifest.write_json(target, metrics)
+    counts = ", ".join(f"{metrics[kind]['prompts']} prompts × {metrics[kind]['K']} {kind}" for kind in files)
+    print(f"read {counts}; wrote {target}")
+    print(format_table([metrics]))
+
+
+if __name__ == "__main__":
+    cli.run(main)
