@@ -1,0 +1,153 @@
+"""Policy, reference and tokenizer: loaded alike, checked against each other, and saved as the source had them."""
+
+import copy
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from common import chat
+from common.cli import UserError
+
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def _one_line(error):
+    return " ".join(str(error).split())[:400]
+
+
+def load_tokenizer(args):
+    """The policy's tokenizer, with the chat template that `args` asks for."""
+    name = args.model_name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=args.revision, trust_remote_code=args.trust_remote_code
+        )
+    except Exception as error:
+        raise UserError(f"cannot load the tokenizer of {name}: {_one_line(error)}") from None
+    chat.use_template(tokenizer, args.chat_template)
+    return tokenizer
+
+
+def prepare_cpu():
+    """Without a GPU: all cores shared out among the processes, and no kernel compiled at the first start."""
+    if "LOCAL_WORLD_SIZE" in os.environ:  # the launcher gives each process one thread
+        threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"]))
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        from deepspeed import ops
+
+        # DeepSpeed's shared-memory all-reduce takes a compiler and minutes at the first start; gloo is there already.
+        ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def load_model(name, args, config, revision=None):
+    """A causal language model in fp32; under DeepSpeed with bf16 in bf16, of which DeepSpeed keeps fp32 master weights.
+
+    Raises:
+        UserError: it cannot be loaded, or the checkpoint lacks weights (transformers would make up random ones).
+    """
+    deepspeed = config.deepspeed_plugin is not None
+    flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            name, revision=revision, trust_remote_code=args.trust_remote_code, output_loading_info=True,
+            dtype=torch.bfloat16 if deepspeed and args.bf16 else torch.float32,
+            attn_implementation=args.attn_implementation or ("flash_attention_2" if flash else "sdpa"),
+            **(config.model_init_kwargs or {}),
+        )  # fmt: skip
+    except Exception as error:
+        raise UserError(f"cannot load {name}: {_one_line(error)}") from None
+    if loading["missing_keys"]:
+        some = ", ".join(sorted(loading["missing_keys"])[:3])
+        raise UserError(f"{name} lacks the weights {some}: it is no whole causal language model")
+    return model
+
+
+def load_policy_and_reference(args, config, tokenizer, rows):
+    """(policy, reference). Both are loaded in one way, so that they compute in the same dtype.
+
+    The reference is None where the policy's own start is the reference and its log-probabilities are precomputed.
+
+    Raises:
+        UserError: token ids without an embedding, rows longer than the model's positions, or a reference that spells
+            text in other tokens than the policy.
+    """
+    name, reference = args.model_name_or_path, args.ref_model_name_or_path or args.model_name_or_path
+    every = [row for split in rows.values() for row in split]
+    highest = max(max(ids) for row in every for ids in row.values() if ids)
+    longest = max(len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in every)
+    if reference != name:
+        try:
+            vocabulary = AutoTokenizer.from_pretrained(reference, trust_remote_code=args.trust_remote_code).get_vocab()
+        except (OSError, ValueError):  # a folder of weights alone
+            vocabulary = tokenizer.get_vocab()
+        if vocabulary != tokenizer.get_vocab():
+            raise UserError(f"{name} and {reference} have different vocabularies: one text, other tokens")
+    policy = load_model(name, args, config, args.revision)
+    ref_model = None
+    if reference != name or not config.precompute_ref_log_probs:
+        ref_model = load_model(reference, args, config, None if reference != name else args.revision)
+    for path, model in ((name, policy), (reference, ref_model or policy)):
+        shape = model.config.get_text_config()
+        if highest >= shape.vocab_size:
+            raise UserError(
+                f"the tokenizer gives token id {highest} and {path} has {shape.vocab_size} embeddings: no match"
+            )
+        positions = getattr(shape, "max_position_embeddings", None)
+        if positions and longest > positions:
+            raise UserError(f"{path} has {positions} positions, a pair has {longest} tokens: lower --max_length")
+    return policy, ref_model
+
+
+def check_master_weights(trainer):
+    """Refuse to train weights that are bf16 only: at a learning rate of 5e-7 a step rounds away."""
+    if trainer.is_deepspeed_enabled:
+        deepspeed = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+        bare = deepspeed.get("bf16", {}).get("bf16_master_weights_and_grads")
+    else:
+        bare = any(p.requires_grad and p.dtype != torch.float32 for p in trainer.model.parameters())
+    if bare:
+        raise UserError("no fp32 master weights, small steps round away: unset bf16_master_weights_and_grads")
+
+
+@dataclass
+class Source:
+    """What came with the policy and is to go with the trained model, as the Trainer and TRL change their own."""
+
+    tokenizer: object
+    config: object
+    generation_config: object
+
+    @classmethod
+    def of(cls, policy, tokenizer, args):
+        """Remember the three; set the policy's special tokens, which the Trainer else does with a warning."""
+        try:
+            generation_config = GenerationConfig.from_pretrained(args.model_name_or_path, revision=args.revision)
+        except OSError:  # the source has none: the one that transformers makes up goes with the model
+            generation_config = None
+        source = cls(copy.deepcopy(tokenizer), copy.deepcopy(policy.config), generation_config)
+        policy.generation_config = GenerationConfig(**{key: getattr(tokenizer, key) for key in TOKENS})
+        for key in TOKENS:
+            setattr(policy.config, key, getattr(tokenizer, key))
+        return source
+
+    def save(self, trainer):
+        """Write model (in the training's dtype), tokenizer, chat template, generation config; on all ranks."""
+        folder, model = Path(trainer.args.output_dir), trainer.accelerator.unwrap_model(trainer.model)
+        if trainer.args.bf16 and not trainer.is_deepspeed_enabled:
+            model.to(torch.bfloat16)
+        for key in (*TOKENS, "use_cache"):
+            setattr(model.config, key, getattr(self.config, key, None))
+        trainer.save_model(str(folder))
+        trainer.save_state()
+        if trainer.args.should_save:
+            self.tokenizer.save_pretrained(folder)  # the trainer's own may have been given a pad token
+            if self.generation_config is not None:  # unchecked: some published ones do not pass transformers' own check
+                self.generation_config.to_json_file(folder / "generation_config.json")
+            (folder / "training_args.bin").unlink(missing_ok=True)

@@ -1,0 +1,173 @@
+"""Which two responses of a prompt become a pair, and which prompts are held out: plain Python, no model.
+
+A rewarded record has K responses and K rewards. Responses without a finite reward, empty ones, repeated ones and, if
+asked, cut-off ones take no part; a prompt that gives no pair is skipped with its reason. Every choice depends on the
+record and the seed only: not on the order of the files, nor on the number of processes.
+"""
+
+import hashlib
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+
+from common.cli import UserError
+from common.records import Identifier, finite, read_jsonl, record_id, to_messages
+
+CHOOSE_TYPES = ("max_min", "max_max", "max_random", "random", "max_min_p")
+PER_RESPONSE = ("responses", "rewards", "finish_reasons", "num_tokens")  # K entries each
+
+
+@dataclass
+class Selection:
+    """Pairs of all files, in file order, and what was left out.
+
+    Attributes:
+        pairs: pair records; `split` says `train` or `eval`.
+        skipped: `{"id", "reason", "source"}` for each prompt without a pair.
+        skipped_by_reason: Counter of these.
+        counts: numbers of records read and of single responses left out, the latter by reason.
+    """
+
+    pairs: list = field(default_factory=list)
+    skipped: list = field(default_factory=list)
+    skipped_by_reason: Counter = field(default_factory=Counter)
+    counts: dict = field(default_factory=dict)
+
+    def skip(self, record, reason):
+        """Leave a record out; `reason: details` is counted by its first part."""
+        self.skipped.append({"id": record["id"], "reason": reason, "source": record["source"]})
+        self.skipped_by_reason[reason.split(":")[0]] += 1
+
+
+def read_rewarded(paths):
+    """Yield (record with `id` and `prompt` as messages, path) from files as `annotate_data/get_rewards.py` writes them.
+
+    Raises:
+        UserError: no `responses` or `rewards`, or lists of different lengths; names file and record.
+    """
+    for path in paths:
+        identify = Identifier()
+        for number, record in enumerate(read_jsonl(path, "rewarded file"), 1):
+            where = f"{path} record {number}"
+            if "responses" not in record or "prompt" not in record:
+                lacking = "prompt" if "responses" in record else "responses"
+                raise UserError(f"{where} has no `{lacking}`: generate answers first (generation/get_hf2.py)")
+            if "rewards" not in record:
+                raise UserError(f"{where} has no `rewards`: run annotate_data/get_rewards.py on it first")
+            for key in PER_RESPONSE:
+                if not isinstance(record.get(key, []), list):
+                    raise UserError(f"{where}: `{key}` must be a list with an entry for each response")
+                if key in record and len(record[key]) != len(record["responses"]):
+                    counts = f"{len(record['responses'])} responses and {len(record[key])} {key}"
+                    raise UserError(f"{where} has {counts}; generate and annotate it again")
+            messages = to_messages(record["prompt"], where)
+            yield record | {"id": str(record.get("id") or identify(messages)), "prompt": messages}, str(path)
+
+
+def usable_responses(record, drop_truncated=False):
+    """Indices of the responses that may enter a pair, and a Counter of why the others may not."""
+    usable, texts, left_out = [], set(), Counter()
+    reasons = record.get("finish_reasons") or [None] * len(record["responses"])
+    for i, (text, reward, finish) in enumerate(zip(record["responses"], record["rewards"], reasons)):
+        if not isinstance(text, str) or not text.strip():
+            left_out["empty response"] += 1
+        elif not finite(reward):
+            left_out["reward not finite"] += 1
+        elif drop_truncated and finish == "length":
+            left_out["cut off by the length limit"] += 1
+        elif text in texts:
+            left_out["repeated response"] += 1
+        else:
+            texts.add(text)
+            usable.append(i)
+    return usable, left_out
+
+
+def choose(scores, usable, choose_type, rng):
+    """(index of chosen, index of rejected) or None where no choice has a higher and a lower score.
+
+    Args:
+        scores: K floats; a list or dict from index to score.
+        usable: indices that take part, at least two.
+        choose_type: `max_min` best against worst, `max_max` best against second best, `max_random` best against a
+            random worse one, `random` two random ones of different score, `max_min_p` as `max_min` on penalised scores.
+        rng: random.Random, used by the random types only.
+    """
+    ranked = sorted(usable, key=lambda i: -scores[i])  # stable: among equals the earlier response comes first
+    if choose_type == "random":
+        first = rng.choice(usable)
+        others = [i for i in usable if scores[i] != scores[first]]
+        if not others:
+            return None
+        return tuple(sorted((first, rng.choice(others)), key=lambda i: -scores[i]))
+    best = ranked[0]
+    if choose_type == "max_max":
+        rejected = ranked[1]
+    elif choose_type == "max_random":
+        worse = [i for i in usable if scores[i] < scores[best]]
+        rejected = rng.choice(worse) if worse else best
+    else:
+        rejected = next(i for i in usable if scores[i] == scores[ranked[-1]])
+    return (best, rejected) if scores[best] > scores[rejected] else None
+
+
+def make_pair(
+    record, choose_type="max_min", length_penalty=0.0, min_margin=0.0, drop_truncated=False, seed=42, count_tokens=None
+):
+    """(pair or None, reason or None, Counter of responses left out) of one rewarded record.
+
+    The score is the reward; for `max_min_p` it is reward - length_penalty × length in tokens, by which both are chosen
+    and the margin is taken. Lengths are the record's `num_tokens`, else `count_tokens(text)`.
+    """
+    usable, left_out = usable_responses(record, drop_truncated)
+    if len(record["responses"]) < 2:
+        return None, "fewer than two responses", left_out
+    if len(usable) < 2:
+        why = ", ".join(f"{n} {reason}" for reason, n in sorted(left_out.items()))
+        return None, f"fewer than two usable responses: {why}", left_out
+    scores = {i: record["rewards"][i] for i in usable}
+    lengths = record.get("num_tokens") or [None] * len(record["responses"])
+    if choose_type == "max_min_p":
+        lengths = [n if n is not None else count_tokens(text) for n, text in zip(lengths, record["responses"])]
+        scores = {i: scores[i] - length_penalty * lengths[i] for i in usable}
+    found = choose(scores, usable, choose_type, random.Random(f"{seed}/{record['id']}"))
+    if found is None:
+        return None, "equal rewards", left_out
+    margin = scores[found[0]] - scores[found[1]]
+    if margin < min_margin:
+        return None, f"margin below min_margin: {margin:.6g}", left_out
+    finish = record.get("finish_reasons") or [None] * len(record["responses"])
+    pair = {"id": record["id"], "prompt": record["prompt"]}
+    for side, i in zip(("chosen", "rejected"), found):
+        pair |= {
+            side: [{"role": "assistant", "content": record["responses"][i]}], f"{side}_index": i,
+            f"{side}_reward": record["rewards"][i], f"{side}_finish_reason": finish[i],
+            f"{side}_num_tokens": lengths[i],
+        }  # fmt: skip
+    extra = {k: v for k, v in record.items() if k not in (*pair, *PER_RESPONSE)}
+    return pair | {"margin": margin} | extra, None, left_out
+
+
+def held_out(messages, fraction, seed):
+    """Whether a prompt belongs to the held-out set: by a hash of its messages, so that its twins share its side."""
+    digest = hashlib.sha256(f"{seed}/{record_id(messages)}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def select_pairs(paths, eval_fraction=0.0, seed=42, **choice):
+    """The pairs of one or several rewarded files. `choice`: what `make_pair` takes.
+
+    Record ids may repeat between files (iterations that answered the same prompt): each record gives its own pair.
+    """
+    selection, left_out, records = Selection(), Counter(), 0
+    for record, source in read_rewarded(paths):
+        records += 1
+        pair, reason, responses = make_pair(record, seed=seed, **choice)
+        left_out += responses
+        if pair is None:
+            selection.skip(record | {"source": source}, reason)
+        else:
+            split = "eval" if held_out(record["prompt"], eval_fraction, seed) else "train"
+            selection.pairs.append(pair | {"split": split, "source": source})
+    selection.counts = {"records": records, "responses_left_out": dict(left_out)}
+    return selection
