@@ -241,7 +241,7 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
-        if error.errno is None or error.filename is None and error.errno not in (28, 122):  # disk full, quota
+        if error.errno is None or error.filename is None and error.errno not in (27, 28, 122):  # file size limit, disk full, quota
             raise
         if rank_zero:
             where = f"{error.filename}: " if error.filename else ""

@@ -123,6 +123,8 @@ def difference(manifest, settings, inputs):
         if old.get(key) != now.get(key):
             return f"{key} was {old.get(key)!r} and is now {now.get(key)!r}"
     for key, name in inputs.items():
+        if name is None and key in manifest["inputs"]:
+            return f"{key} was {manifest['inputs'][key]['path']!r} and is now None"
         if name is not None and not same_content(manifest["inputs"].get(key, {}), name):
             return f"{key} ({name}) has changed since"
     return None

@@ -1,0 +1,281 @@
+"""What run_loop.sh needs thought for: the settings of a run, what each stage reads and writes, and what is left to do.
+
+    python common/loop.py prepare configs/loop_tiny.yaml [--key value …]     check, write RUN/loop.yaml, print variables
+    python common/loop.py todo RUN ITERATION STAGE                           print the steps left, write their YAML
+    python common/loop.py prune RUN ITERATION                                delete weights that `keep_iterates` lets go
+
+A run's folder holds `loop.yaml` (the settings, resolved), `iter0/` (held-out answers of the starting policy) and
+`iter1/`, `iter2/`, …: `generated.jsonl`, `rewarded.jsonl`, `pairs.jsonl`, `model/`, `heldout_*.jsonl`, `metrics.json`,
+`logs/`, and one YAML per stage, from which each command can be run by hand. The evaluation of an iterate also samples the
+next iteration's responses, since both need the same engine.
+"""
+
+import dataclasses
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
+
+from annotate_data import get_rewards
+from common.cli import UserError, arg, build, nearest, parse, read_yaml, run
+from common.devices import visible_gpus
+from common.manifest import difference, read_manifest
+from dpo_iteration import run_dpo
+from generation import get_hf2
+
+STAGES = ("generate", "annotate", "train", "evaluate")
+
+
+@dataclasses.dataclass(kw_only=True)
+class LoopSettings:
+    run_dir: str = arg(help="folder of the run")
+    iterations: int = arg(3, "iterations in all; a finished run can be given more")
+    model_name_or_path: str = arg(help="the policy to start from: hub name or folder")
+    reward_name_or_path: str = arg(help="reward model: hub name or folder")
+    prompts: list[str] = arg(help="prompt sets, one an iteration; with more iterations they are taken in turn")
+    heldout_prompts: str = arg(help="prompts for evaluation only")
+    seed: int = arg(42, "seed of the run; sampling, pair selection and training derive theirs from it")
+    reference: str = arg("initial", "reference policy of the loss: the starting policy or the previous iterate", ["initial", "previous"])
+    train_on: str = arg("new", "pairs of this iteration only, or of all so far", ["new", "all"])
+    generation: dict = arg({}, "arguments of generation/get_hf2.py; --generation.K 4")
+    heldout: dict = arg({}, "arguments of the held-out sampling that differ from `generation`")
+    annotation: dict = arg({}, "arguments of annotate_data/get_rewards.py")
+    training: str = arg("configs/training.yaml", "YAML of dpo_iteration/run_dpo.py")
+    training_args: dict = arg({}, "arguments that stand in place of that YAML's; --training_args.learning_rate 1e-6")
+    accelerate_config: str = arg("configs/zero2.yaml", "accelerate's YAML for training")
+    num_shards: int | None = arg(None, "generation processes; None: one per group of tensor_parallel_size GPUs, 1 without a GPU")
+    num_processes: int | None = arg(None, "annotation and training processes; None: one per GPU, 1 without a GPU")
+    without_gpu: bool = arg(False, "this run may use the CPU where there is no GPU (small models only)")
+    setup_command: str | None = arg(None, "run once in environment rlhflow before anything else; must be quick when there is nothing to do")
+    gold_function: str | None = arg(None, "path.py:name of gold(messages, response) → score, where the task has one")
+    keep_iterates: int | None = arg(None, "keep the weights of the last so many iterates; None: of all")
+    allow_overlap: bool = arg(False, "accept prompts that stand in both the training and the held-out sets")
+    model_size_b: float | None = arg(None, "billions of parameters, for --check's estimates where the hub is not reached")
+
+
+class Run:
+    """Paths, arguments and state of one run."""
+
+    def __init__(self, settings):
+        self.settings, self.folder = settings, Path(settings.run_dir)
+
+    def iterate(self, i):
+        """The policy after iteration i; 0 is the start."""
+        return self.settings.model_name_or_path if i == 0 else str(self.folder / f"iter{i}" / "model")
+
+    def path(self, i, name):
+        return str(self.folder / f"iter{i}" / name)
+
+    def responses_job(self, i):
+        """Sampling of iteration i's responses, by the previous iterate."""
+        prompts = self.settings.prompts[(i - 1) % len(self.settings.prompts)]
+        return {"dataset_name_or_path": prompts, "output_dir": self.path(i, "generated.jsonl"), "iteration": i}
+
+    def heldout_jobs(self, i):
+        """Sampled and greedy answers of iterate i to the held-out prompts, which no iteration's seed meets."""
+        common = {"dataset_name_or_path": self.settings.heldout_prompts, "iteration": -1} | self.settings.heldout
+        greedy = common | {"K": 1, "temperature": 0.0}
+        return [
+            common | {"output_dir": self.path(i, "heldout_sampled.generated.jsonl")},
+            greedy | {"output_dir": self.path(i, "heldout_greedy.generated.jsonl")},
+        ]
+
+    def generation(self, i, jobs):
+        """Arguments of get_hf2.py for iterate i; `output_dir` of a job is still the merged file."""
+        return self.settings.generation | {"model_name_or_path": self.iterate(i), "seed": self.settings.seed, "jobs": jobs}
+
+    def annotation(self, files):
+        """Arguments of get_rewards.py for a list of (generated, rewarded)."""
+        return self.settings.annotation | {
+            "reward_name_or_path": self.settings.reward_name_or_path,
+            "dataset_name_or_path": [generated for generated, _ in files],
+            "output_dir": [rewarded for _, rewarded in files],
+        }
+
+    def training(self, i):
+        """Arguments of run_dpo.py: the training YAML, then `training_args`, then what the loop decides."""
+        reference = self.iterate(0 if self.settings.reference == "initial" else i - 1)
+        first = 1 if self.settings.train_on == "all" else i
+        return read_yaml(self.settings.training) | self.settings.training_args | {
+            "model_name_or_path": self.iterate(i - 1), "ref_model_name_or_path": reference,
+            "train_dir": [self.path(k, "rewarded.jsonl") for k in range(first, i + 1)],
+            "output_dir": self.path(i, "model"), "pairs_path": self.path(i, "pairs.jsonl"), "seed": self.settings.seed,
+        }  # fmt: skip
+
+    def rewarded_files(self, i, stage):
+        """(generated, rewarded) files of a stage."""
+        names = ["generated"] if stage == "annotate" else ["heldout_sampled.generated", "heldout_greedy.generated"]
+        return [(self.path(i, f"{name}.jsonl"), self.path(i, name.replace("generated", "rewarded") + ".jsonl")) for name in names]
+
+    def unfinished_jobs(self, model, jobs):
+        """The jobs of iterate `model` whose merged answers are not there."""
+        args = build(get_hf2.Arguments, self.generation(model, jobs), "generation")
+        split = get_hf2.split_jobs(args)
+        return [job for job, asked in zip(jobs, split) if not self.is_done(asked.output_dir, *get_hf2.shaping(asked))]
+
+    def is_left(self, files):
+        """Whether the rewards of a (generated, rewarded) pair are not there."""
+        args = build(get_rewards.Arguments, self.annotation([files]), "annotation")
+        return not self.is_done(files[1], *get_rewards.shaping(args, files[0]))
+
+    def is_done(self, path, settings, inputs):
+        """Whether the output is complete and was made from what would be used now.
+
+        Raises:
+            UserError: it was made with other settings or inputs, which are named.
+        """
+        manifest = read_manifest(path)
+        if manifest is None or not manifest.get("complete") or not (Path(path).exists() or self.pruned(path)):
+            return False
+        # Weights that were pruned cannot be compared; the stage that wrote them has been.
+        inputs = {key: name for key, name in inputs.items() if not (isinstance(name, str) and self.pruned(name))}
+        changed = difference(manifest, settings, inputs)
+        if changed:
+            raise UserError(
+                f"{path} was made with other settings: {changed}. Start another run with --run_dir, "
+                f"or delete what is to be made anew (this output and what comes after it)"
+            )
+        return True
+
+    def pruned(self, path):
+        """Whether these weights were deleted by `keep_iterates`."""
+        return Path(f"{path}.pruned").exists()
+
+    def check_finished(self, i):
+        """Refuse changed settings that shaped outputs of iteration i that are there, before anything is overwritten."""
+        for stage in STAGES if i else ("evaluate",):
+            if stage in ("generate", "evaluate"):
+                self.unfinished_jobs(i - 1 if stage == "generate" else i, [self.responses_job(i)] if stage == "generate" else self.heldout_jobs(i))
+            if stage in ("annotate", "evaluate"):
+                for files in self.rewarded_files(i, stage):
+                    self.is_left(files)
+            if stage == "train":
+                self.is_trained(i)
+
+    def is_trained(self, i):
+        """Whether iteration i's model is there."""
+        args, extra = run_dpo.arguments(self.training(i), self.settings.training)
+        return self.is_done(args.output_dir, *run_dpo.shaping(args, extra, processes(self.settings)))
+
+    def steps(self, i, stage):
+        """What is left of a stage; writes the YAML of each step beside its outputs.
+
+        Returns:
+            (steps out of generate, annotate, train, metrics; list of (shard prefix, merged file) to merge).
+        """
+        folder = self.folder / f"iter{i}"
+        folder.mkdir(parents=True, exist_ok=True)
+        left, jobs, merges = [], [], []
+        ahead = i + 1 if stage == "evaluate" and i < self.settings.iterations else None
+        if stage in ("generate", "evaluate"):
+            model = i - 1 if stage == "generate" else i
+            jobs = self.unfinished_jobs(model, [self.responses_job(i)] if stage == "generate" else self.heldout_jobs(i))
+            if jobs and ahead:
+                jobs += self.unfinished_jobs(model, [self.responses_job(ahead)])
+        if jobs:
+            merges = [(shard_prefix(job["output_dir"]), job["output_dir"]) for job in jobs]
+            sharded = [job | {"output_dir": prefix} for job, (prefix, _) in zip(jobs, merges)]
+            write_yaml(folder / f"{stage}.yaml", self.generation(model, sharded))
+            left.append("generate")
+        if stage in ("annotate", "evaluate"):
+            new = {merged for _, merged in merges}
+            files = self.rewarded_files(i, stage)
+            if ahead and self.path(ahead, "generated.jsonl") in new:
+                files += self.rewarded_files(ahead, "annotate")
+            files = [f for f in files if f[0] in new or self.is_left(f)]
+            if files:
+                write_yaml(folder / ("annotate.yaml" if stage == "annotate" else "evaluate_rewards.yaml"), self.annotation(files))
+                left.append("annotate")
+        if stage == "train" and not self.is_trained(i):
+            write_yaml(folder / "train.yaml", self.training(i))
+            left.append("train")
+        if stage == "evaluate" and (left or not (folder / "metrics.json").exists()):
+            left.append("metrics")
+        return left, merges
+
+
+def shard_prefix(merged):
+    """`iter1/generated.jsonl` → `iter1/shards/generated.`, to which get_hf2.py adds `0.jsonl`."""
+    path = Path(merged)
+    return str(path.parent / "shards" / f"{path.stem}.")
+
+
+def write_yaml(path, values):
+    """Write a YAML file under a temporary name and rename."""
+    import yaml
+
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def processes(settings):
+    """Annotation and training processes."""
+    return settings.num_processes or max(1, len(visible_gpus()))
+
+
+def gpu_groups(settings):
+    """CUDA_VISIBLE_DEVICES of each generation process; one empty string per process on the CPU."""
+    gpus, size = visible_gpus(), settings.generation.get("tensor_parallel_size", 1)
+    if not gpus:
+        return [""] * (settings.num_shards or 1)
+    groups = [",".join(gpus[k : k + size]) for k in range(0, len(gpus) - size + 1, size)]
+    if not groups or (settings.num_shards or 0) > len(groups):
+        raise UserError(f"{settings.num_shards or 1} generation processes of {size} GPUs each were asked for, {len(gpus)} GPUs are visible")
+    return groups[: settings.num_shards]
+
+
+def load(run_dir):
+    """The run whose settings stand in RUN/loop.yaml."""
+    return Run(build(LoopSettings, read_yaml(Path(run_dir) / "loop.yaml", "run (its loop.yaml)"), f"{run_dir}/loop.yaml"))
+
+
+def prepare(argv):
+    """Check everything that can be known now, write loop.yaml, and print what run_loop.sh needs as shell variables."""
+    from common import preflight
+
+    settings = parse(LoopSettings, __doc__, argv)
+    current = Run(settings)
+    preflight.check(current)
+    current.folder.mkdir(parents=True, exist_ok=True)
+    write_yaml(current.folder / "loop.yaml", dataclasses.asdict(settings))
+    groups = " ".join(shlex.quote(group) for group in gpu_groups(settings))
+    print(f"iterations={settings.iterations}\nprocesses={processes(settings)}\ngpu_groups=({groups})")
+    print(f"accelerate_config={shlex.quote(settings.accelerate_config)}\ngold_function={shlex.quote(settings.gold_function or '')}")
+
+
+def prune(run_dir, i):
+    """Delete the weights of iterates before the last `keep_iterates`, never the one that training starts from."""
+    current = load(run_dir)
+    keep = current.settings.keep_iterates
+    for old in range(1, i - max(keep, 1) + 1) if keep is not None else []:
+        folder = Path(current.iterate(old))
+        if folder.is_dir() and current.settings.model_name_or_path != str(folder):
+            Path(f"{folder}.pruned").touch()
+            shutil.rmtree(folder)
+            print(f"pruned {folder} (keep_iterates {keep})")
+
+
+def main():
+    commands = {"prepare": 1, "setup": 1, "todo": 4, "prune": 3}
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in commands:
+        raise UserError(f"unknown command {name!r}{nearest(name, commands)}; see the top of common/loop.py")
+    if name == "prepare":
+        prepare(sys.argv[2:])
+    elif name == "setup":  # before the checks, which need what it builds
+        settings = parse(LoopSettings, __doc__, sys.argv[2:])
+        print(f"run_dir={shlex.quote(settings.run_dir)}\nsetup_command={shlex.quote(settings.setup_command or '')}")
+    elif name == "todo":
+        steps, merges = load(sys.argv[2]).steps(int(sys.argv[3]), sys.argv[4])
+        print(f"steps=({' '.join(steps)})")
+        print(f"merges=({' '.join(shlex.quote(word) for pair in merges for word in pair)})")
+    else:
+        prune(sys.argv[2], int(sys.argv[3]))
+
+
+if __name__ == "__main__":
+    run(main)

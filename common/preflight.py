@@ -1,0 +1,184 @@
+"""What can be known before an hour is spent: settings, paths, GPUs, memory, disk, templates, vocabularies, overlap.
+
+`check(run)` prints what it found and refuses what cannot work, all problems at once. Models and data on the hub are looked
+at where the hub answers; where not, it says what was left unchecked.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from common.cli import UserError, existing_file
+from common.devices import visible_gpus
+from common.loop import gpu_groups
+from common.progress import duration
+from common.records import read_prompts
+from dpo_iteration import run_dpo
+from generation.sampling import check_model
+
+# For the estimates, per GPU of the A100/H100 class. Assumed, not measured here; the README says how the sums are made.
+PEAK_FLOPS = 312e12  # dense bf16 of an A100; an H100 has three times as much
+TRAIN_SHARE, SCORE_SHARE = 0.35, 0.45  # of the peak that training and scoring reach
+SAMPLED_TOKENS = 2500 * 8e9  # tokens/s × parameters of one engine with some hundred sequences
+RESPONSE_TOKENS, PROMPT_TOKENS = 350, 200  # mean lengths of the recipe's data
+
+
+def local_config(name):
+    """config.json of a local model folder, else None."""
+    path = Path(name) / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def has_template(name):
+    """Whether a local model folder carries a chat template."""
+    folder = Path(name)
+    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
+        return True
+    config = folder / "tokenizer_config.json"
+    return config.is_file() and bool(json.loads(config.read_text(encoding="utf-8")).get("chat_template"))
+
+
+def parameters(name, fallback=None):
+    """Parameters of a model from the size of its weights, from `fallback` (billions), or None."""
+    folder = Path(name)
+    if folder.is_dir():
+        config = local_config(name) or {}
+        width = 4 if config.get("dtype", config.get("torch_dtype")) == "float32" else 2
+        size = sum(f.stat().st_size for pattern in ("*.safetensors", "pytorch_model*.bin") for f in folder.glob(pattern))
+        return size / width or None
+    return fallback * 1e9 if fallback else None
+
+
+def gpu_memory():
+    """GiB of the smallest visible GPU, or None."""
+    if not visible_gpus():
+        return None
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    sizes = [int(line) / 1024 for line in answer.stdout.split() if line.isdigit()]
+    return min(sizes, default=None)
+
+
+def training_memory(count, stage, processes):
+    """GiB a GPU needs for model states in mixed precision, activations apart (ZeRO, arXiv 1910.02054, §3).
+
+    16 bytes a parameter: 2 weights, 2 gradients, 12 fp32 master weights and Adam moments; ZeRO-2 shares out all but the
+    weights, ZeRO-3 these too. The reference model adds 2 bytes, shared out by ZeRO-3 only.
+    """
+    shared = {0: 0, 2: 14, 3: 18}[stage]
+    return count * ((18 - shared) + shared / processes) / 2**30
+
+
+def zero_stage(path):
+    """ZeRO stage of an accelerate YAML; 0 for plain data parallel."""
+    import yaml
+
+    config = yaml.safe_load(existing_file(path, "accelerate config").read_text(encoding="utf-8"))
+    return (config.get("deepspeed_config") or {}).get("zero_stage", 0)
+
+
+def estimate(count, prompts, samples, epochs, gpus):
+    """Seconds of generation, annotation and training of one iteration; see the constants on top."""
+    tokens = prompts * samples * RESPONSE_TOKENS
+    scored = prompts * samples * (PROMPT_TOKENS + RESPONSE_TOKENS)
+    trained = prompts * 2 * (PROMPT_TOKENS + RESPONSE_TOKENS) * epochs
+    return (
+        tokens * count / SAMPLED_TOKENS / gpus,
+        2 * count * scored / (PEAK_FLOPS * SCORE_SHARE) / gpus,
+        # forward and backward 6, recomputed activations 2, reference forward 2 FLOPs a parameter and token
+        10 * count * trained / (PEAK_FLOPS * TRAIN_SHARE) / gpus,
+    )
+
+
+def local_prompts(name, generation):
+    """Ids of a local prompt set's prompts; None for one on the hub."""
+    if not Path(name).exists() and not name.endswith((".jsonl", ".json", ".csv", ".parquet")):
+        return None
+    key, split = generation.get("dataset_key"), generation.get("dataset_split", "train")
+    return [json.dumps(record["prompt"]) for record in read_prompts(name, key, split)]
+
+
+def check(run):
+    """Print findings and refuse what cannot work.
+
+    Raises:
+        UserError: all problems, a line each.
+    """
+    settings, problems, notes = run.settings, [], []
+
+    def attempt(function, *args):
+        try:
+            return function(*args)
+        except UserError as error:
+            problems.append(str(error))
+            return None
+
+    if settings.iterations < 1 or not settings.prompts:
+        problems.append("iterations must be at least 1 and prompts name at least one set")
+    models = {"model_name_or_path": settings.model_name_or_path, "reward_name_or_path": settings.reward_name_or_path}
+    for key, name in models.items():
+        attempt(check_model, name, key)
+        if Path(name).is_dir() and not has_template(name) and not settings.generation.get("chat_template"):
+            problems.append(f"{key} {name} has no chat template: put a chat_template.jinja beside its tokenizer")
+    groups = attempt(gpu_groups, settings)
+    stage = attempt(zero_stage, settings.accelerate_config)
+    training = attempt(run.training, 1)
+    if training is not None:
+        attempt(run_dpo.arguments, training, settings.training)
+    if not problems:
+        for i in range(settings.iterations + 1):
+            attempt(run.check_finished, i)
+    sets = {name: attempt(local_prompts, name, settings.generation) for name in {*settings.prompts, settings.heldout_prompts}}
+    heldout = set(sets[settings.heldout_prompts] or [])
+    for name in dict.fromkeys(settings.prompts):
+        both = sum(prompt in heldout for prompt in sets[name] or [])
+        if both and not settings.allow_overlap:
+            problems.append(f"{both} prompts of {name} also stand in the held-out set {settings.heldout_prompts}; take them out or give --allow_overlap true")
+    unseen = [name for name, prompts in sets.items() if prompts is None] + [n for n in models.values() if not Path(n).is_dir()]
+    if unseen and not problems:
+        notes.append(f"on the hub, not looked at: {', '.join(sorted(unseen))}")
+    if settings.iterations > len(settings.prompts):
+        notes.append(f"{settings.iterations} iterations take turns over {len(settings.prompts)} prompt sets; the samples differ, the prompts repeat")
+    gpus = visible_gpus()
+    processes = settings.num_processes or max(1, len(gpus))
+    if gpus and processes > len(gpus):
+        problems.append(f"num_processes {processes}, but {len(gpus)} GPUs are visible")
+    count = parameters(settings.model_name_or_path, settings.model_size_b)
+    if count and stage is not None:
+        size = sum(len(p) for p in sets.values() if p) or None
+        describe(run, count, stage, processes, gpus, size, training or {}, notes, problems)
+    if problems:
+        for problem in problems[1:]:
+            print(f"error: {problem}", file=sys.stderr)
+        raise UserError(problems[0])
+    print(f"check: {len(groups)} generation processes, {processes} training processes, {'GPUs' if gpus else 'CPU'}", file=sys.stderr)
+    for note in notes:
+        print(f"check: {note}", file=sys.stderr)
+
+
+def describe(run, count, stage, processes, gpus, local_size, training, notes, problems):
+    """Memory, disk and hours against what there is, as notes; what certainly does not fit as problems."""
+    settings = run.settings
+    if not gpus and count > 1.5e9:
+        problems.append(f"{count / 1e9:.1f} billion parameters and no GPU: this run needs GPUs")
+    needed, there = training_memory(count, stage, processes), gpu_memory()
+    if gpus:
+        notes.append(f"training: ZeRO stage {stage} over {processes} processes takes {needed:.0f} GiB a GPU without activations; a GPU has {there or 0:.0f}")
+        if there and needed > there * 0.95:
+            problems.append(f"training needs {needed:.0f} GiB a GPU without activations and a GPU has {there:.0f}; take configs/zero3.yaml or more GPUs")
+    # An iterate in 2 bytes a parameter (4 on the CPU); while training, DeepSpeed's checkpoint of 14 bytes at most.
+    kept = settings.iterations if settings.keep_iterates is None else settings.keep_iterates
+    disk = (kept * (2 if gpus else 4) + (14 if training.get("save_steps") else 0)) * count / 2**30
+    free = shutil.disk_usage(next(p for p in [run.folder.absolute(), *run.folder.absolute().parents] if p.exists())).free / 2**30
+    notes.append(f"disk: about {disk:.1f} GiB for {kept} iterates, {free:.0f} GiB are free")
+    if disk > free:
+        problems.append(f"about {disk:.0f} GiB of disk are needed in {settings.run_dir} and {free:.0f} are free; see keep_iterates")
+    if gpus:
+        prompts = local_size / len(settings.prompts) if local_size else 20000
+        parts = estimate(count, prompts, settings.generation.get("K", 8), float(training.get("num_train_epochs", 2)), len(gpus))
+        notes.append(
+            f"time: about {duration(sum(parts) * settings.iterations)} in all; an iteration of {prompts:.0f} prompts: generation {duration(parts[0])}, "
+            f"annotation {duration(parts[1])}, training {duration(parts[2])} (estimate for A100s, see the README)"
+        )

@@ -1,0 +1,237 @@
+#!/usr/bin/env bash
+# Online iterative DPO: iterations × (generate → annotate → train → evaluate).
+#
+#   bash run_loop.sh                                  the Llama-3-8B recipe on the GPUs there are
+#   bash run_loop.sh configs/loop_tiny.yaml           the same on tiny models, without a GPU
+#   bash run_loop.sh CONFIG --iterations 5 --generation.K 4 …    a key of the YAML, given here
+#
+#   --dry_run                 print each command, so that it can be pasted and run by hand
+#   --check                   check settings, paths, GPUs, memory, disk, templates; then stop
+#   --stage I.S               start at stage S of iteration I: 1 generate, 2 annotate, 3 train, 4 evaluate
+#   --stop_stage I.S          stop behind that stage; a bare S means iteration 1, 0.4 evaluates the start
+#
+# A second start continues: what is finished is skipped, what was cut off is taken up where it stopped. Relative paths are
+# from this file's folder.
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+source ./envs.sh
+
+log_lines="${log_lines:-15}" # lines of a failed stage's log that are shown
+
+# ---- Arguments -------------------------------------------------------------------------------------------------------
+
+config=configs/loop_llama3_8b.yaml
+options=() # passed on to common/loop.py
+dry_run=no check=no stage=0.4 stop_stage=999999.4
+again="bash run_loop.sh$([ "$#" -eq 0 ] || printf ' %q' "$@")"
+
+fail() { # STATUS MESSAGE…
+  local status="$1"
+  shift
+  printf 'error: %s\n' "$*" >&2
+  exit "$status"
+}
+
+ordinal() { # I.S or S → a number that orders stages
+  local name="$1" i=1 s="$1"
+  case "$name" in *.*) i="${name%%.*}" s="${name#*.}" ;; esac
+  case "$s" in generate) s=1 ;; annotate) s=2 ;; train) s=3 ;; evaluate) s=4 ;; esac
+  [[ "$i" =~ ^[0-9]+$ && "$s" =~ ^[1-4]$ ]] ||
+    fail 2 "stage $name: ITERATION.STAGE was expected, with STAGE 1 generate, 2 annotate, 3 train or 4 evaluate, for example 2.3"
+  echo $((i * 4 + s))
+}
+
+while [ "$#" -gt 0 ]; do
+  case "$1" in
+    -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]##*/}"; exit 0 ;;
+    --dry_run) dry_run=yes ;;
+    --check) check=yes ;;
+    --stage | --stop_stage)
+      [ "$#" -ge 2 ] || fail 2 "$1 needs a value"
+      printf -v "${1#--}" '%s' "$2"
+      shift ;;
+    *.yaml | *.yml) [ "${#options[@]}" -eq 0 ] && config="$1" || options+=("$1") ;;
+    *) options+=("$1") ;;
+  esac
+  shift
+done
+first="$(ordinal "$stage")"
+last="$(ordinal "$stop_stage")"
+
+# ---- What can be refused before any environment is made --------------------------------------------------------------
+
+[ -f "$config" ] || fail 2 "no such config: $config; there are: $(echo configs/loop_*.yaml)"
+if [ "$(count_gpus)" -eq 0 ] && ! grep -Eq '^without_gpu: *true' "$config" && [[ " ${options[*]-} " != *" --without_gpu true "* ]]; then
+  fail 2 "$config needs GPUs and none is visible here; the same loop on tiny models: bash run_loop.sh configs/loop_tiny.yaml"
+fi
+
+# ---- Environments ----------------------------------------------------------------------------------------------------
+
+make_envs vllm rlhflow
+use_env rlhflow
+driver="$(command -v python)" # the Python of rlhflow, also while another environment is active
+settings="$("$driver" common/loop.py setup "$config" "${options[@]}")"
+run_dir='' setup_command='' iterations=0 processes=1 gpu_groups=() accelerate_config='' gold_function='' steps=() merges=()
+eval "$settings"
+if [ -n "$setup_command" ]; then
+  bash -c "$setup_command" || fail 1 "the setup command failed: $setup_command"
+fi
+
+# ---- One loop at a time holds a run's folder -------------------------------------------------------------------------
+
+mkdir -p "$run_dir/logs" || fail 2 "cannot write $run_dir"
+exec {lock}>"$run_dir/.lock"
+flock -n "$lock" || fail 2 "another loop is at work in $run_dir; wait for it, stop it, or give another --run_dir"
+RUN_MARK="$(cd "$run_dir" && pwd -P)" # what we start carries it in its environment, so that exactly that can be stopped
+
+stop_started() { # end what this run started, and what a killed driver of this run left behind
+  local pid pids signal
+  for signal in TERM KILL; do
+    for _ in 1 2 3 4 5 6 7 8 9 10; do
+      pids="$(grep -lsxz "RLHF_RUN=$RUN_MARK" /proc/[0-9]*/environ | cut -d/ -f3 || true)"
+      [ -n "$pids" ] || return 0
+      for pid in $pids; do kill -s "$signal" "$pid" 2>/dev/null || true; done
+      sleep 1
+    done
+  done
+}
+trap stop_started EXIT
+trap 'trap - INT; printf "\nstopped; to continue: %s\n" "$again" >&2; exit 130' INT
+trap 'trap - TERM; printf "\nterminated; to continue: %s\n" "$again" >&2; exit 143' TERM
+stop_started
+
+settings="$("$driver" common/loop.py prepare "$config" "${options[@]}")"
+eval "$settings"
+[ "$check" = no ] || exit 0
+
+# ---- Running a command -----------------------------------------------------------------------------------------------
+
+say() { printf '[%(%H:%M:%S)T] %s\n' -1 "$*"; }
+
+enter() { # ENVIRONMENT: switch, or print how
+  if [ "$dry_run" = yes ]; then
+    if with_conda; then echo "conda activate $1"; else printf 'source %q\n' "$(env_prefix "$1")/bin/activate"; fi
+  else
+    use_env "$1"
+  fi
+}
+
+run() { # LOG COMMAND…: into the log; printed only, in a dry run
+  local log="$1"
+  shift
+  if [ "$dry_run" = yes ]; then
+    printf '%q ' "$@"
+    echo
+    return
+  fi
+  printf '$ %s\n' "${*@Q}" >>"$log"
+  env RLHF_RUN="$RUN_MARK" "$@" >>"$log" 2>&1 {lock}>&-
+}
+
+failed() { # STEP STATUS LOG
+  printf '\n--- last lines of %s\n' "$3" >&2
+  grep -v '^ *$' "$3" | tail -n "$log_lines" >&2
+  local line
+  line="$(grep '^error: ' "$3" | tail -n 1 || true)"
+  printf -- '---\n%s\nlog: %s\nto continue: %s\n' "${line:-error: $1 ended with status $2}" "$3" "$again" >&2
+  exit 1
+}
+
+# ---- The four steps --------------------------------------------------------------------------------------------------
+
+generate() { # YAML: one process per GPU (or group of GPUs), then the shards of each output are merged
+  local k pid pids=() status=0 bad='' visible
+  enter vllm
+  for k in "${!gpu_groups[@]}"; do
+    visible=()
+    [ -z "${gpu_groups[k]}" ] || visible=(env "CUDA_VISIBLE_DEVICES=${gpu_groups[k]}")
+    run "$logs/$name.$k.log" "${visible[@]}" python generation/get_hf2.py "$1" \
+      --local_index "$k" --my_world_size "${#gpu_groups[@]}" &
+    pids+=("$!")
+    [ "$dry_run" = no ] || wait "$!"
+  done
+  for k in "${!pids[@]}"; do
+    pid="${pids[k]}"
+    [ "$dry_run" = yes ] || wait "$pid" || { status=$?; bad="$k"; }
+  done
+  [ -z "$bad" ] || failed "generation shard $bad" "$status" "$logs/$name.$bad.log"
+  for ((k = 0; k < ${#merges[@]}; k += 2)); do
+    run "$logs/$name.merge.log" python generation/merge_data.py --base_path "${merges[k]}" --output_dir "${merges[k + 1]}" \
+      --num_datasets "${#gpu_groups[@]}" || failed merge $? "$logs/$name.merge.log"
+  done
+}
+
+annotate() { # YAML
+  enter vllm
+  local launch=(python)
+  [ "$processes" -eq 1 ] || launch=(accelerate launch --multi_gpu --num_processes "$processes" --num_machines 1 --mixed_precision no --dynamo_backend no)
+  run "$logs/$name.rewards.log" "${launch[@]}" annotate_data/get_rewards.py "$1" || failed annotation $? "$logs/$name.rewards.log"
+}
+
+train() { # YAML
+  enter rlhflow
+  run "$logs/train.log" accelerate launch --config_file "$accelerate_config" --num_processes "$processes" \
+    dpo_iteration/run_dpo.py "$1" || failed training $? "$logs/train.log"
+}
+
+spent() { # ITERATION → seconds of its stages so far
+  awk -v i="$1," '$2 == i {sum += $6} END {print sum + 0}' "$run_dir/stages.jsonl" 2>/dev/null || echo 0
+}
+
+metrics() { # ITERATION
+  local gold=()
+  [ -z "$gold_function" ] || gold=(--gold_function "$gold_function")
+  enter rlhflow
+  run "$logs/metrics.log" python report/metrics.py --sampled "$folder/heldout_sampled.rewarded.jsonl" \
+    --greedy "$folder/heldout_greedy.rewarded.jsonl" --output_dir "$folder/metrics.json" \
+    --seconds "$(($(spent "$1") + SECONDS - began))" "${gold[@]}" ||
+    failed metrics $? "$logs/metrics.log"
+}
+
+do_stage() { # ITERATION NAME
+  local began folder="$run_dir/iter$1" logs="$run_dir/iter$1/logs" name="$2" text step
+  text="$("$driver" common/loop.py todo "$run_dir" "$1" "$2")"
+  eval "$text"
+  [ "${#steps[@]}" -gt 0 ] || return 0
+  if [ "$dry_run" = yes ]; then
+    if [ "$1" = "${planned:-}" ] && [[ "$2" = generate || "$2" = annotate ]]; then
+      echo "# iteration $1, $2: done by the evaluation of iterate $(($1 - 1))"
+      return 0
+    fi
+    [ "$2" != evaluate ] || planned=$(($1 + 1))
+    echo "# iteration $1, $2"
+  else
+    mkdir -p "$logs"
+    say "iteration $1, $2 …"
+  fi
+  began=$SECONDS
+  for step in "${steps[@]}"; do
+    case "$step" in
+      generate) generate "$folder/$name.yaml" ;;
+      annotate) annotate "$folder/$([ "$name" = evaluate ] && echo evaluate_rewards || echo annotate).yaml" ;;
+      train) train "$folder/train.yaml" ;;
+      metrics) metrics "$1" ;;
+    esac
+  done
+  [ "$dry_run" = no ] || return 0
+  printf '{"iteration": %d, "stage": "%s", "seconds": %d, "finished": "%(%Y-%m-%dT%H:%M:%S%z)T"}\n' \
+    "$1" "$2" "$((SECONDS - began))" -1 >>"$run_dir/stages.jsonl"
+  say "iteration $1, $2: $((SECONDS - began)) s"
+}
+
+# ---- The loop --------------------------------------------------------------------------------------------------------
+
+[ "$dry_run" = no ] || printf 'cd %q\n' "$PWD"
+number=0
+for ((i = 0; i <= iterations; i++)); do
+  for name in generate annotate train evaluate; do
+    number="$(ordinal "$i.$name")"
+    [ "$i" -gt 0 ] || [ "$name" = evaluate ] || continue # iteration 0 is the starting policy: evaluated only
+    if [ "$number" -ge "$first" ] && [ "$number" -le "$last" ]; then
+      do_stage "$i" "$name"
+    fi
+  done
+  [ "$dry_run" = yes ] || [ "$number" -gt "$last" ] || "$driver" common/loop.py prune "$run_dir" "$i"
+done
+[ "$dry_run" = yes ] || "$driver" report/metrics.py --run "$run_dir"
