@@ -1,0 +1,250 @@
+"""Put the shards of a generation together: PREFIX0.jsonl … PREFIX{N-1}.jsonl become one file.
+
+In:  the shards that `get_hf2.py` wrote, their manifests and lists of skipped prompts.
+Out: `--output_dir`, JSON Lines whatever its extension, in the order of the prompt file or shuffled; beside it the
+     merged list of skipped prompts and a manifest that stands for the whole.
+
+    python generation/merge_data.py --base_path ./data/gen_data --output_dir ./data/gen_data.jsonl --num_datasets 8
+
+Nothing is written unless every shard is complete, all were made with the same settings, and together they answer or
+list every prompt once. Shards without a manifest (other tools' files) are merged too, with a note.
+"""
+
+import dataclasses
+import fcntl
+import json
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
+
+from common.cli import UserError, arg, parse, run
+from common.manifest import beside, fingerprint, read_manifest, same_content, write_json
+
+SHARD = ("local_index", "my_world_size")
+
+
+@dataclasses.dataclass(kw_only=True)
+class Arguments:
+    base_path: str = arg(help="the shards' prefix: `./data/gen_data` for ./data/gen_data0.jsonl and so on")
+    output_dir: str = arg(help="the merged file")
+    num_datasets: int = arg(help="number of shards")
+    shuffle_seed: int | None = arg(None, "shuffle the records by this seed; None keeps the order of the prompt file")
+    overwrite: bool = arg(False, "replace the merged file where there is one")
+
+
+def find_shards(base_path, count):
+    """The paths of all shards; a UserError lists those that are missing or in work and says how to continue."""
+    if count < 1:
+        raise UserError(f"--num_datasets {count}: at least 1 was expected")
+    paths = [Path(f"{base_path}{i}.jsonl") for i in range(count)]
+    absent = [i for i, path in enumerate(paths) if not path.is_file()]
+    in_work = [i for i in absent if Path(f"{paths[i]}.partial").exists()]
+    never = [i for i in absent if i not in in_work]
+    told = []
+    if in_work:
+        told.append(f"not finished: {', '.join(str(paths[i]) for i in in_work)} (a .partial is there)")
+    if never:
+        told.append(f"missing: {', '.join(str(paths[i]) for i in never)}")
+    if told:
+        again = ", ".join(map(str, absent))
+        raise UserError(
+            f"{'; '.join(told)}. Run the command of shard {again} again (get_hf2.py --local_index …), it continues"
+        )
+    if Path(f"{base_path}{count}.jsonl").is_file():
+        print(f"note: {base_path}{count}.jsonl is there too and is not merged; --num_datasets is {count}")
+    return paths
+
+
+def common_manifest(paths):
+    """Check the shards' manifests against one another and add them up.
+
+    Returns:
+        (manifest parts for the merged file, list of each shard's number of records or None).
+
+    Raises:
+        UserError: settings, inputs or positions disagree, or prompts are missing from the sum.
+    """
+    manifests = [read_manifest(path) for path in paths]
+    known = [(i, path, m) for i, (path, m) in enumerate(zip(paths, manifests)) if m is not None]
+    if len(known) < len(paths):
+        bare = ", ".join(str(path) for path, m in zip(paths, manifests) if m is None)
+        print(f"note: no manifest beside {bare}: merged as found, without checking how it was made")
+    if not known:
+        return {"settings": {}, "inputs": {}, "counts": {}, "seconds": 0.0, "versions": {}}, [None] * len(paths)
+    _, first_path, first = known[0]
+    for i, path, m in known:
+        if not m.get("complete"):
+            raise UserError(f"{path} is not finished, its manifest says; run the command of shard {i} again")
+        place, world = (m["settings"].get(key) for key in SHARD)
+        if (place, world) != (i, len(paths)):
+            raise UserError(
+                f"{path} was made with --local_index {place} --my_world_size {world}, as shard {i} of {len(paths)} it "
+                f"cannot be merged: give --num_datasets {world}, or generate it again"
+            )
+        for key in [*first["settings"], *(k for k in m["settings"] if k not in first["settings"])]:
+            ours, theirs = first["settings"].get(key), m["settings"].get(key)
+            if key not in SHARD and ours != theirs:
+                raise UserError(
+                    f"{first_path} was made with {key} {ours!r} and {path} with {theirs!r}; generate one of them again"
+                )
+        for key in first["inputs"] | m["inputs"]:
+            a, b = first["inputs"].get(key, {}), m["inputs"].get(key, {})
+            if a.get("sha256", a.get("path")) != b.get("sha256", b.get("path")):
+                raise UserError(
+                    f"{first_path} and {path} were made from different files: {key} had changed; make one anew"
+                )
+        if m["counts"]["prompts"] != first["counts"]["prompts"]:
+            raise UserError(
+                f"{first_path} and {path} disagree on the number of prompts in the file; generate one of them again"
+            )
+    counts = {"prompts": first["counts"]["prompts"]}
+    counts |= {key: sum(m["counts"][key] for _, _, m in known) for key in ("records", "skipped")}
+    if len(known) == len(paths) and counts["records"] + counts["skipped"] != counts["prompts"]:
+        raise UserError(
+            f"the shards hold {counts['records']} records and skipped {counts['skipped']}, "
+            f"of {counts['prompts']} prompts; "
+            "one of them is damaged, generate it again"
+        )
+    if any(m.get("versions") != first.get("versions") for _, _, m in known):
+        print("note: the shards were made with different package versions; the manifest names those of the first")
+    return {
+        "settings": {k: v for k, v in first["settings"].items() if k not in SHARD},
+        "inputs": first["inputs"],
+        "counts": counts,
+        "seconds": max(m.get("seconds", 0.0) for _, _, m in known),  # shards run side by side
+        "versions": first.get("versions", {}),
+    }, [None if m is None else m["counts"]["records"] for m in manifests]
+
+
+def index_records(paths, expected):
+    """Where each record lies, as (shard, offset, length) in file order; a record's `id` may occur only once.
+
+    Raises:
+        UserError: a line that is no JSON object, a file that is torn or shorter than its manifest says, a repeated id.
+    """
+    places, seen = [], {}
+    for shard, path in enumerate(paths):
+        offset, before = 0, len(places)
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        record = json.loads(line)
+                    except ValueError:
+                        torn = "" if line.endswith(b"\n") else " (the file ends inside a record)"
+                        raise UserError(
+                            f"{path} line {number} is not valid JSON{torn}; generate this shard again"
+                        ) from None
+                    if not isinstance(record, dict):
+                        raise UserError(
+                            f"{path} line {number} is a {type(record).__name__}, a JSON object was expected"
+                        )
+                    name = record.get("id")
+                    if name is not None and name in seen:
+                        raise UserError(
+                            f"id {name} is in {paths[seen[name]]} and in {path} line {number}; is a shard there twice?"
+                        )
+                    seen[name] = shard
+                    places.append((shard, offset, len(line)))
+                offset += len(line)
+        if expected[shard] not in (None, len(places) - before):
+            raise UserError(
+                f"{path} holds {len(places) - before} records, its manifest says {expected[shard]}; make it anew"
+            )
+    return places
+
+
+def write_merged(target, paths, places):
+    """Copy the records at `places` into `target`, one a line."""
+    files = [open(path, "rb") for path in paths]
+    for shard, offset, length in places:
+        files[shard].seek(offset)
+        target.write(files[shard].read(length).rstrip(b"\r\n") + b"\n")
+    target.flush()
+    os.fsync(target.fileno())
+    for file in files:
+        file.close()
+
+
+def merge_skipped(output, paths):
+    """The shards' skipped files one after the other; no file where nothing was skipped."""
+    listed = [beside(path, ".skipped.jsonl") for path in paths if beside(path, ".skipped.jsonl").is_file()]
+    merged = beside(output, ".skipped.jsonl")
+    if not listed:
+        merged.unlink(missing_ok=True)
+        return
+    temporary = merged.with_name(merged.name + ".tmp")
+    temporary.write_bytes(b"".join(path.read_bytes() for path in listed))
+    os.replace(temporary, merged)
+
+
+def is_done(output, wanted, overwrite):
+    """Whether `output` is this very merge; any other file in its place is refused."""
+    if overwrite or not output.exists():
+        return False
+    how = (read_manifest(output) or {}).get("merged")
+    if how is None:
+        raise UserError(f"{output} exists and is no merged file that is known here; move it away or give --overwrite")
+    same = all(how[key] == wanted[key] for key in ("num_datasets", "shuffle_seed")) and all(
+        same_content(old, new["path"]) for old, new in zip(how["shards"], wanted["shards"])
+    )
+    if not same:
+        raise UserError(
+            f"{output} was merged from other shards or in another order; choose another name or give --overwrite"
+        )
+    return True
+
+
+def main():
+    args = parse(Arguments, __doc__)
+    output, started = Path(args.output_dir), time.monotonic()
+    paths = find_shards(args.base_path, args.num_datasets)
+    if output.is_dir():
+        raise UserError(
+            f"--output_dir {output} is a folder, a file name was expected (for example {output}/data.jsonl)"
+        )
+    if output.resolve() in {path.resolve() for path in paths}:
+        raise UserError(f"--output_dir {output} is one of the shards; choose another name")
+    parts, expected = common_manifest(paths)
+    how = {
+        "num_datasets": args.num_datasets,
+        "shuffle_seed": args.shuffle_seed,
+        "shards": [fingerprint(p) for p in paths],
+    }
+    if is_done(output, how, args.overwrite):
+        print(f"{output} is complete, nothing to do")
+        return
+    places = index_records(paths, expected)
+    if args.shuffle_seed is not None:
+        random.Random(args.shuffle_seed).shuffle(places)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(f"{output}.tmp")
+    with open(temporary, "ab") as target:
+        try:
+            fcntl.flock(target, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another process is writing {output}; wait for it or stop it first") from None
+        target.truncate(0)
+        write_merged(target, paths, places)
+        output.unlink(missing_ok=True)  # from here on the old file's manifest would not fit it
+        merge_skipped(output, paths)
+        counts = parts["counts"] | {"records": len(places)}
+        finished = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        mark = fingerprint(temporary) | {"path": str(output)}
+        manifest = {"script": "generation/merge_data.py", "complete": True} | parts
+        manifest |= {"counts": counts, "merged": how, "finished": finished, "output": mark}
+        write_json(beside(output, ".manifest.json"), manifest)
+        os.replace(temporary, output)
+    seconds = time.monotonic() - started
+    print(
+        f"merged {len(places)} records of {len(paths)} shards into {output}, "
+        f"skipped {counts.get('skipped', 0)}, {seconds:.1f}s"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,254 @@
+"""Outputs: whole or not there, resumed after a kill, never continued with other settings."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from common import manifest
+from common.cli import UserError
+from common.manifest import Output, beside, difference, fingerprint, read_manifest, same_content
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = {"K": 4, "seed": 1}
+# Writes records 0…99 slowly enough to be killed on the way, in an order that is not the input's.
+WRITER = textwrap.dedent("""
+    import sys, time
+    from common.cli import run
+    from common.manifest import Output
+    def main():
+        path, pause, size = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
+        output = Output(path, "writer", {"K": 4, "seed": 1}, {})
+        if output.complete:
+            print("complete")
+            return
+        print("resumed", len(output.done), flush=True)
+        for i in reversed(range(100)):
+            if str(i) not in output.done:
+                output.append({"id": str(i), "text": "é" * size})
+                time.sleep(pause)
+        output.finish([str(i) for i in range(100)], {"records": 100})
+    run(main)
+""")
+
+
+def writer(path, pause=0.0, size=10, **options):
+    command = [sys.executable, "-c", WRITER, str(path), str(pause), str(size)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def ids(path):
+    return [json.loads(line)["id"] for line in path.read_text().splitlines()]
+
+
+def wait_for(condition, seconds=30):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def half(tmp_path):
+    """An output that is half done: records c and a of a, b, c."""
+    path = tmp_path / "x.jsonl"
+    output = Output(path, "test", SETTINGS, {})
+    output.append({"id": "c"})
+    output.append({"id": "a"})
+    output._lock.close(), output._file.close()
+    return path
+
+
+def test_a_killed_run_is_resumed_and_ends_the_same(tmp_path):
+    path, partial = tmp_path / "x.jsonl", tmp_path / "x.jsonl.partial"
+    first = writer(path, 0.02)
+    wait_for(lambda: partial.exists() and partial.read_bytes().count(b"\n") >= 5)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    assert not path.exists() and read_manifest(path)["complete"] is False
+    with open(partial, "ab") as file:
+        file.write(b'{"id": "torn", "te')  # what a kill in the middle of a write leaves
+    second = writer(path)
+    out, err = second.communicate()
+    assert (second.returncode, err) == (0, "")
+    assert int(out.split()[1]) >= 5 and "torn" not in path.read_text()
+    assert ids(path) == [str(i) for i in range(100)] and not partial.exists()
+    whole = writer(tmp_path / "y.jsonl")
+    whole.communicate()
+    assert path.read_bytes() == (tmp_path / "y.jsonl").read_bytes()
+    assert writer(path).communicate()[0] == "complete\n" and not partial.exists()
+
+
+def test_order_skipped_counts_and_versions(half):
+    output = Output(half, "test", SETTINGS, {})
+    assert set(output.done) == {"a", "c"}
+    output.append({"id": "b", "text": "\u2028"})
+    output.skip("d", "too long")
+    output.finish(["a", "b", "c"], {"records": 3})
+    assert [json.loads(line)["id"] for line in half.read_bytes().split(b"\n")[:-1]] == ["a", "b", "c"]
+    assert json.loads(beside(half, ".skipped.jsonl").read_text()) == {"id": "d", "reason": "too long"}
+    made = read_manifest(half)
+    assert made["complete"] and made["counts"] == {"records": 3} and made["versions"]["python"]
+    assert made["output"]["sha256"] == fingerprint(half)["sha256"] and sorted(p.name for p in half.parent.iterdir()) == [
+        "x.jsonl", "x.manifest.json", "x.skipped.jsonl"]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"K": 8, "seed": 1}, "K was 4 and is now 8"), ({"K": 4}, "seed was 1 and is now None"),
+    ({"K": 4, "seed": 1, "top_p": 0.5}, "top_p was None and is now 0.5"),
+])  # fmt: skip
+def test_changed_settings_are_named(half, settings, words):
+    before = half.with_name("x.jsonl.partial").read_bytes()
+    with pytest.raises(UserError, match=words):
+        Output(half, "test", settings, {})
+    assert half.with_name("x.jsonl.partial").read_bytes() == before
+    output = Output(half, "test", settings, {}, overwrite=True)
+    assert not output.done and output.manifest["settings"] == settings
+
+
+def test_changed_inputs_are_named_by_content_not_time(tmp_path):
+    source, path = tmp_path / "in.jsonl", tmp_path / "x.jsonl"
+    source.write_text("one")
+    output = Output(path, "test", {}, {"data": source, "template": None})
+    output.append({"id": "a"})
+    output.finish(["a"], {})
+    del output
+    os.utime(source, ns=(1, 1))
+    assert Output(path, "test", {}, {"data": source, "template": None}).complete
+    source.write_text("two")
+    with pytest.raises(UserError, match=r"data \(.*in.jsonl\) has changed"):
+        Output(path, "test", {}, {"data": source})
+    assert path.exists() and not tmp_path.joinpath("x.jsonl.partial").exists()
+    marks = read_manifest(path)
+    source.write_text("one")
+    assert difference(marks, {}, {"data": source}) is None
+    assert "template" in difference(marks, {}, {"data": source, "template": source})
+    with_template = {"settings": {}, "inputs": {"template": fingerprint(source)}}
+    assert "template" in difference(with_template, {}, {"template": None})  # one that is no longer given
+
+
+def test_fingerprints(tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    (folder / "checkpoint-5").mkdir(parents=True)
+    (folder / "a").write_text("1")
+    mark = fingerprint(folder)
+    (folder / "checkpoint-5" / "b").write_text("2")
+    assert fingerprint(folder)["sha256"] == mark["sha256"]
+    (folder / "a").rename(folder / "c")
+    assert not same_content(mark | {"time": 0}, folder)
+    assert same_content(fingerprint("owner/name"), "owner/name") and not same_content(
+        fingerprint("owner/name"), "owner/other"
+    )
+    assert not same_content(fingerprint(folder), tmp_path / "gone")
+    large = tmp_path / "large"
+    large.write_bytes(b"a" * 2**27)
+    before = fingerprint(large)
+    large.write_bytes(b"a" * (2**27 - 1) + b"b")
+    assert fingerprint(large)["sha256"] != before["sha256"]
+
+
+def test_an_unknown_file_in_its_place_is_kept(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text("mine")
+    with pytest.raises(UserError, match="no manifest"):
+        Output(path, "test", {}, {})
+    assert path.read_text() == "mine" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(UserError, match="folder"):
+        Output(tmp_path, "test", {}, {})
+    beside(path, ".manifest.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        Output(path, "test", {}, {})
+
+
+def test_a_second_process_is_refused(tmp_path):
+    path = tmp_path / "x.jsonl"
+    first = writer(path, 0.05)
+    assert first.stdout.readline() == "resumed 0\n"
+    second = writer(path)
+    _, err = second.communicate()
+    assert second.returncode == 2 and err.startswith("error: another process is writing") and err.count("\n") == 1
+    out, err = first.communicate()
+    assert first.returncode == 0 and ids(path) == [str(i) for i in range(100)]
+
+
+def full_disk(tmp_path):
+    """A folder that holds about 64 KiB, and the options of a process that meets its end: a tiny disk, or a limit on files."""
+    if os.geteuid() == 0:
+        small = tmp_path / "small"
+        small.mkdir()
+        if (
+            subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], capture_output=True
+            ).returncode
+            == 0
+        ):
+            return small, {}
+    return tmp_path, {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))}
+
+
+@pytest.mark.parametrize("limited", [False, True])
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, limited):
+    limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))}
+    folder, options = (tmp_path, limit) if limited else full_disk(tmp_path)
+    path = folder / "x.jsonl"
+    try:
+        ended = writer(path, size=1000, **options)
+        _, err = ended.communicate()
+        assert ended.returncode == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+        assert "too large" in err or "No space" in err
+        assert not path.exists()
+        if folder != tmp_path:
+            subprocess.run(["mount", "-o", "remount,size=2m", str(folder)], check=True)
+        ended = writer(path, size=1000)
+        out, err = ended.communicate()
+        assert (ended.returncode, err) == (0, "") and int(out.split()[1]) > 10
+        assert ids(path) == [str(i) for i in range(100)]
+    finally:
+        if folder != tmp_path:
+            subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    with pytest.raises(UserError, match="cannot write"):
+        Output("/proc/version/x.jsonl" if os.geteuid() == 0 else "/x.jsonl", "test", {}, {})
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o555)
+    if os.access(closed, os.W_OK):  # root passes permissions by, but not a read-only mount
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(closed)], capture_output=True).returncode:
+            pytest.skip("neither permissions nor mounts can be set here")
+    try:
+        with pytest.raises(UserError, match="cannot write"):
+            Output(closed / "x.jsonl", "test", {}, {})
+    finally:
+        subprocess.run(["umount", str(closed)], capture_output=True)
+
+
+def test_the_manifest_is_written_before_the_data(tmp_path, monkeypatch):
+    """Killed between the two: no data file, and the next start goes on from the partial one."""
+    path = tmp_path / "x.jsonl"
+    output = Output(path, "test", SETTINGS, {})
+    output.append({"id": "a"})
+    replace = os.replace
+
+    def killed(source, target):
+        if Path(target) == path:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(manifest.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        output.finish(["a"], {"records": 1})
+    monkeypatch.undo()
+    assert not path.exists()
+    output._lock.close(), output._file.close()
+    output = Output(path, "test", SETTINGS, {})
+    assert not output.complete and set(output.done) == {"a"}
+    output.finish(["a"], {"records": 1})
+    assert ids(path) == ["a"]
