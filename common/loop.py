@@ -25,6 +25,7 @@ from common.devices import visible_gpus
 from common.manifest import difference, read_manifest
 from dpo_iteration import run_dpo
 from generation import get_hf2
+from generation.sampling import check_sampling
 
 STAGES = ("generate", "annotate", "train", "evaluate")
 
@@ -109,6 +110,12 @@ class Run:
         """(generated, rewarded) files of a stage."""
         names = ["generated"] if stage == "annotate" else ["heldout_sampled.generated", "heldout_greedy.generated"]
         return [(self.path(i, f"{name}.jsonl"), self.path(i, name.replace("generated", "rewarded") + ".jsonl")) for name in names]
+
+    def check_sampling(self):
+        """Refuse wrong sampling arguments, of the responses and of the held-out answers."""
+        args = build(get_hf2.Arguments, self.generation(0, [self.responses_job(1), *self.heldout_jobs(0)]), "generation")
+        for job in get_hf2.split_jobs(args):
+            check_sampling(job)
 
     def unfinished_jobs(self, model, jobs):
         """The jobs of iterate `model` whose merged answers are not there."""

@@ -10,7 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common.cli import UserError, existing_file
+from annotate_data import get_rewards
+from common.cli import UserError, build, existing_file
 from common.devices import visible_gpus
 from common.loop import gpu_groups
 from common.progress import duration
@@ -124,6 +125,8 @@ def check(run):
             problems.append(f"{key} {name} has no chat template: put a chat_template.jinja beside its tokenizer")
     groups = attempt(gpu_groups, settings)
     stage = attempt(zero_stage, settings.accelerate_config)
+    attempt(run.check_sampling)
+    attempt(lambda: build(get_rewards.Arguments, run.annotation([("generated", "rewarded")]), "annotation"))
     training = attempt(run.training, 1)
     if training is not None:
         attempt(run_dpo.arguments, training, settings.training)
@@ -150,9 +153,9 @@ def check(run):
         size = sum(len(p) for p in sets.values() if p) or None
         describe(run, count, stage, processes, gpus, size, training or {}, notes, problems)
     if problems:
-        for problem in problems[1:]:
+        for problem in problems[:-1]:
             print(f"error: {problem}", file=sys.stderr)
-        raise UserError(problems[0])
+        raise UserError(problems[-1])
     print(f"check: {len(groups)} generation processes, {processes} training processes, {'GPUs' if gpus else 'CPU'}", file=sys.stderr)
     for note in notes:
         print(f"check: {note}", file=sys.stderr)

@@ -28,7 +28,7 @@ def read_jsonl(path, what="input"):
     """
     path = existing_file(path, what)
     count = 0
-    with open(path, encoding="utf-8", newline="\n") as file:
+    with open(path, encoding="utf-8-sig", newline="\n") as file:  # a byte order mark is let pass
         try:
             if path.suffix == ".json" and file.read(1) == "[":
                 file.seek(0)

@@ -104,6 +104,9 @@ def is_complete(args, settings, inputs):
     if not complete and not checkpoints(folder):
         return False
     changed = difference(manifest, settings, inputs)
+    if not changed and not complete and manifest.get("num_processes", processes()) != processes():
+        # The optimizer states of a checkpoint are cut into as many parts.
+        changed = f"num_processes was {manifest['num_processes']} and is now {processes()}"
     if changed:
         what = f"{folder} is {'complete' if complete else 'half done'} with other settings: {changed}"
         raise UserError(f"{what}; choose another --output_dir or give --overwrite")
@@ -114,6 +117,11 @@ def checkpoints(folder):
     """Whole checkpoints, oldest first: the Trainer writes `trainer_state.json` after weights and optimizer."""
     found = [f.parent for f in Path(folder).glob("checkpoint-*/trainer_state.json")]
     return sorted(found, key=lambda f: int(f.name.split("-")[1]))
+
+
+def processes():
+    """Number of processes that the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main():
@@ -148,7 +156,7 @@ def tokenize(selection, tokenizer, args):
 
 def check_pairs(selection, args):
     """Refuse too few pairs; every rank calls it alike, so that none waits for another."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = processes()
     reasons = ", ".join(f"{n} {reason}" for reason, n in selection.skipped_by_reason.items())
     read = f"{selection.counts['records']} records" + (f"; skipped: {reasons}" if reasons else "")
     if not selection.pairs:
@@ -245,6 +253,7 @@ def prepare_output(args, selection, settings, inputs):
         remove_checkpoints(folder.glob("checkpoint-*"))
     marks = {key: fingerprint(name) for key, name in inputs.items()}
     manifest = {"script": "dpo_iteration/run_dpo.py", "complete": False, "settings": settings, "inputs": marks}
+    manifest["num_processes"] = processes()
     write_json(beside(folder, ".manifest.json"), manifest)
     write_jsonl(pairs_path(args), selection.pairs)
     write_jsonl(beside(pairs_path(args), ".skipped.jsonl"), selection.skipped)
@@ -351,12 +360,13 @@ def main():
     args, extra = _checked(parse(with_passthrough(Arguments), __doc__))
     check_paths(args)
     check_processes()
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    settings, inputs = shaping(args, extra, processes)
-    accumulate(args, processes)
+    settings, inputs = shaping(args, extra, processes())
+    accumulate(args, processes())
     if is_complete(args, settings, inputs):
         say(f"{args.output_dir} is complete, nothing to do")
         return
+    # Before torch is loaded: idle OpenMP threads sleep, where spinning costs a busy CPU several times the run itself.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     selection = select_pairs(
         args.train_dir, args.eval_fraction, args.seed, choose_type=args.choose_type, length_penalty=args.length_penalty,
         min_margin=args.min_margin, drop_truncated=args.drop_truncated, count_tokens=count_tokens_with(args),

@@ -15,7 +15,6 @@ from pathlib import Path
 import yaml
 
 from common.cli import UserError, arg, existing_file
-from common.devices import check_processes
 
 # Each class with the file that defines it; a later one's fields stand in place of an earlier one's.
 SOURCES = (

@@ -88,9 +88,10 @@ def test_what_is_no_record_is_refused(tmp_path):
     refusal(lambda: read_jsonl(tmp_path / "f.json"), "not valid JSON")
 
 
-def test_a_byte_order_mark_is_named(tmp_path):
-    (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\n')
-    refusal(lambda: read_jsonl(tmp_path / "x.jsonl"), "line 1", "BOM")
+def test_a_byte_order_mark_is_let_pass(tmp_path):
+    for name, text in (("x.jsonl", b'{"prompt": "a"}\n'), ("x.json", b'[{"prompt": "a"}]')):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text)
+        assert list(read_jsonl(tmp_path / name)) == [{"prompt": "a"}]
 
 
 def test_json_lists_and_lines_are_both_read(tmp_path):

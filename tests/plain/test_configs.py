@@ -1,0 +1,62 @@
+"""Every YAML in configs/ against the script that reads it, and every command of the README against the scripts there are."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from annotate_data import get_rewards
+from common.cli import build
+from common.loop import LoopSettings, Run
+from dpo_iteration import run_dpo
+from generation import gen_hf, get_hf2, merge_data
+from report import metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+LOOPS = sorted((ROOT / "configs").glob("loop_*.yaml"))
+
+
+@pytest.mark.parametrize("path", LOOPS, ids=lambda p: p.stem)
+def test_a_loop_config_is_accepted_by_every_stage(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    run = Run(build(LoopSettings, yaml.safe_load(path.read_text()), path.name))
+    for i in range(1, run.settings.iterations + 1):
+        get_hf2.split_jobs(build(get_hf2.Arguments, run.generation(i - 1, [*run.heldout_jobs(i - 1), run.responses_job(i)])))
+        build(get_rewards.Arguments, run.annotation(run.rewarded_files(i, "annotate")))
+        run_dpo.arguments(run.training(i))
+    assert (ROOT / run.settings.accelerate_config).is_file()
+    assert f"configs/{path.name}" in path.read_text() or "bash run_loop.sh\n" in path.read_text()
+
+
+def test_the_recipe_has_the_papers_numbers():
+    """Facts: lr 5e-7 cosine, 2 epochs, 128 pairs a step, 2,048 tokens, beta and smoothing 0.1, K 8, best against worst."""
+    training = yaml.safe_load((ROOT / "configs/training.yaml").read_text())
+    loop = yaml.safe_load((ROOT / "configs/loop_llama3_8b.yaml").read_text())
+    expected = {"learning_rate": 5e-7, "lr_scheduler_type": "cosine", "num_train_epochs": 2, "global_batch_size": 128,
+                "max_length": 2048, "beta": 0.1, "label_smoothing": 0.1, "choose_type": "max_min"}  # fmt: skip
+    assert {key: training[key] for key in expected} == expected
+    assert loop["generation"]["K"] == 8 and len(loop["prompts"]) == 3 and loop["reference"] == "initial"
+
+
+SCRIPTS = {"generation/get_hf2.py": get_hf2, "generation/gen_hf.py": gen_hf, "generation/merge_data.py": merge_data,
+           "annotate_data/get_rewards.py": get_rewards, "dpo_iteration/run_dpo.py": run_dpo, "report/metrics.py": metrics}  # fmt: skip
+
+
+def commands():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
+        yield from block.replace("\\\n", " ").splitlines()
+
+
+def test_every_command_of_the_readme_names_files_and_flags_that_exist():
+    seen = set()
+    for line in commands():
+        for name in re.findall(r"(?<![\w/])(?:\./)?([\w-]+(?:/[\w.-]+)*\.(?:py|sh|yaml))", line):
+            assert (ROOT / name).exists(), line
+            seen.add(name)
+        for name, module in SCRIPTS.items():
+            if f"{name}" in line:
+                for flag in re.findall(r" --(\w+)", line.split(name)[1]):
+                    assert flag in module.Arguments.__dataclass_fields__, f"{flag} in {line}"
+    assert seen >= {"run_loop.sh", "tests/run.sh", *SCRIPTS}
