@@ -41,7 +41,8 @@ def shell(request, tmp_path):
     requirements.write_text("# nothing\n")
     env = {k: v for k, v in os.environ.items() if not k.startswith(("CONDA", "VIRTUAL_ENV"))}
     env |= {"envs_dir": str(tmp_path / "envs"), "vllm_requirements": str(requirements), "PATH": f"{bin_dir}:{env['PATH']}",
-            "PIP_NO_INDEX": "1", "REAL_PYTHON": sys.executable, "PYTHON": sys.executable, "env_manager": request.param, "STAND_IN_CONDA": str(tmp_path / "conda")}
+            "PIP_NO_INDEX": "1", "REAL_PYTHON": sys.executable, "PYTHON": sys.executable, "env_manager": request.param,
+            "STAND_IN_CONDA": str(tmp_path / "conda")}
     if request.param == "conda":
         (bin_dir / "conda").write_text(CONDA)
         (bin_dir / "conda").chmod(0o755)
