@@ -72,7 +72,7 @@ make_envs vllm rlhflow
 use_env rlhflow
 driver="$(command -v python)" # the Python of rlhflow, also while another environment is active
 settings="$("$driver" common/loop.py setup "$config" "${options[@]}")"
-run_dir='' setup_command='' iterations=0 processes=1 gpu_groups=() accelerate_config='' gold_function='' steps=() merges=()
+run_dir='' setup_command='' iterations=0 processes=1 gpu_groups=() accelerate_config='' gold_function='' left='' keep_iterates='' steps=() merges=()
 eval "$settings"
 if [ -n "$setup_command" ]; then
   bash -c "$setup_command" || fail 1 "the setup command failed: $setup_command"
@@ -159,6 +159,7 @@ generate() { # YAML: one process per GPU (or group of GPUs), then the shards of 
   for ((k = 0; k < ${#merges[@]}; k += 2)); do
     run "$logs/$name.merge.log" python generation/merge_data.py --base_path "${merges[k]}" --output_dir "${merges[k + 1]}" \
       --num_datasets "${#gpu_groups[@]}" || failed merge $? "$logs/$name.merge.log"
+    [ "$dry_run" = yes ] || rm -f -- "${merges[k]:?}"* # every answer stands in the merged file
   done
 }
 
@@ -228,10 +229,10 @@ for ((i = 0; i <= iterations; i++)); do
   for name in generate annotate train evaluate; do
     number="$(ordinal "$i.$name")"
     [ "$i" -gt 0 ] || [ "$name" = evaluate ] || continue # iteration 0 is the starting policy: evaluated only
-    if [ "$number" -ge "$first" ] && [ "$number" -le "$last" ]; then
+    if [ "$number" -ge "$first" ] && [ "$number" -le "$last" ] && [[ " $left " == *" $i.$name "* ]]; then
       do_stage "$i" "$name"
     fi
   done
-  [ "$dry_run" = yes ] || [ "$number" -gt "$last" ] || "$driver" common/loop.py prune "$run_dir" "$i"
+  [ -z "$keep_iterates" ] || [ "$dry_run" = yes ] || [ "$number" -gt "$last" ] || "$driver" common/loop.py prune "$run_dir" "$i"
 done
 [ "$dry_run" = yes ] || "$driver" report/metrics.py --run "$run_dir"

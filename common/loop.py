@@ -151,16 +151,27 @@ class Run:
         """Whether these weights were deleted by `keep_iterates`."""
         return Path(f"{path}.pruned").exists()
 
-    def check_finished(self, i):
-        """Refuse changed settings that shaped outputs of iteration i that are there, before anything is overwritten."""
-        for stage in STAGES if i else ("evaluate",):
-            if stage in ("generate", "evaluate"):
-                self.unfinished_jobs(i - 1 if stage == "generate" else i, [self.responses_job(i)] if stage == "generate" else self.heldout_jobs(i))
-            if stage in ("annotate", "evaluate"):
-                for files in self.rewarded_files(i, stage):
-                    self.is_left(files)
-            if stage == "train":
-                self.is_trained(i)
+    def stages_left(self):
+        """Names such as 2.train of the stages that have something left; refuses changed settings that shaped what is there."""
+        left = []
+        for i in range(self.settings.iterations + 1):
+            answered = self.is_answered(i, "evaluate")
+            done = {
+                "generate": i == 0 or self.is_answered(i, "generate"),
+                "annotate": i == 0 or not self.files_left(i, "annotate"),
+                "train": i == 0 or self.is_trained(i),
+                "evaluate": answered and not self.files_left(i, "evaluate") and Path(self.path(i, "metrics.json")).exists(),
+            }
+            left += [f"{i}.{stage}" for stage in STAGES if not done[stage]]
+        return left
+
+    def is_answered(self, i, stage):
+        """Whether the prompts of a stage have their merged answers."""
+        return not (self.unfinished_jobs(i - 1, [self.responses_job(i)]) if stage == "generate" else self.unfinished_jobs(i, self.heldout_jobs(i)))
+
+    def files_left(self, i, stage):
+        """The (generated, rewarded) files of a stage whose rewards are not there."""
+        return [files for files in self.rewarded_files(i, stage) if self.is_left(files)]
 
     def is_trained(self, i):
         """Whether iteration i's model is there."""
@@ -183,7 +194,8 @@ class Run:
             if jobs and ahead:
                 jobs += self.unfinished_jobs(model, [self.responses_job(ahead)])
         if jobs:
-            merges = [(shard_prefix(job["output_dir"]), job["output_dir"]) for job in jobs]
+            world = len(gpu_groups(self.settings))
+            merges = [(shard_prefix(job["output_dir"], world), job["output_dir"]) for job in jobs]
             sharded = [job | {"output_dir": prefix} for job, (prefix, _) in zip(jobs, merges)]
             write_yaml(folder / f"{stage}.yaml", self.generation(model, sharded))
             left.append("generate")
@@ -204,10 +216,13 @@ class Run:
         return left, merges
 
 
-def shard_prefix(merged):
-    """`iter1/generated.jsonl` → `iter1/shards/generated.`, to which get_hf2.py adds `0.jsonl`."""
+def shard_prefix(merged, world):
+    """`iter1/generated.jsonl`, 8 → `iter1/shards/generated.of8.`, to which get_hf2.py adds `0.jsonl`.
+
+    The number of shards is in the name, so that a run that was stopped may go on with other GPUs.
+    """
     path = Path(merged)
-    return str(path.parent / "shards" / f"{path.stem}.")
+    return str(path.parent / "shards" / f"{path.stem}.of{world}.")
 
 
 def write_yaml(path, values):
@@ -246,11 +261,12 @@ def prepare(argv):
 
     settings = parse(LoopSettings, __doc__, argv)
     current = Run(settings)
-    preflight.check(current)
+    left = preflight.check(current)
     current.folder.mkdir(parents=True, exist_ok=True)
     write_yaml(current.folder / "loop.yaml", dataclasses.asdict(settings))
     groups = " ".join(shlex.quote(group) for group in gpu_groups(settings))
     print(f"iterations={settings.iterations}\nprocesses={processes(settings)}\ngpu_groups=({groups})")
+    print(f"left='{' '.join(left)}'\nkeep_iterates={'' if settings.keep_iterates is None else settings.keep_iterates}")
     print(f"accelerate_config={shlex.quote(settings.accelerate_config)}\ngold_function={shlex.quote(settings.gold_function or '')}")
 
 

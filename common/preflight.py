@@ -104,6 +104,9 @@ def local_prompts(name, generation):
 def check(run):
     """Print findings and refuse what cannot work.
 
+    Returns:
+        the stages that have something left, as `Run.stages_left` names them.
+
     Raises:
         UserError: all problems, a line each.
     """
@@ -130,9 +133,7 @@ def check(run):
     training = attempt(run.training, 1)
     if training is not None:
         attempt(run_dpo.arguments, training, settings.training)
-    if not problems:
-        for i in range(settings.iterations + 1):
-            attempt(run.check_finished, i)
+    left = None if problems else attempt(run.stages_left)
     sets = {name: attempt(local_prompts, name, settings.generation) for name in {*settings.prompts, settings.heldout_prompts}}
     heldout = set(sets[settings.heldout_prompts] or [])
     for name in dict.fromkeys(settings.prompts):
@@ -159,6 +160,7 @@ def check(run):
     print(f"check: {len(groups)} generation processes, {processes} training processes, {'GPUs' if gpus else 'CPU'}", file=sys.stderr)
     for note in notes:
         print(f"check: {note}", file=sys.stderr)
+    return left
 
 
 def describe(run, count, stage, processes, gpus, local_size, training, notes, problems):
