@@ -73,8 +73,8 @@ class Arguments:
     max_steps: int = arg(-1, "optimizer steps, in place of num_train_epochs; -1 is off")
     per_device_train_batch_size: int = arg(1, "pairs per process in one forward pass")
     per_device_eval_batch_size: int = arg(1, "pairs per process in one forward pass of the evaluation")
-    gradient_accumulation_steps: int = arg(16, "forward passes per optimizer step; not used with global_batch_size")
-    global_batch_size: int | None = arg(128, "pairs per optimizer step over all processes; None: what the two above give")
+    global_batch_size: int = arg(128, "pairs per optimizer step over all processes; the accumulation follows")
+    gradient_accumulation_steps: int | None = arg(None, "forward passes per step, in place of global_batch_size")
     optim: str = arg("adamw_torch", "optimizer as transformers names it")
     weight_decay: float = arg(0.0, "decoupled weight decay")
     max_grad_norm: float = arg(1.0, "gradients are scaled down to this norm")
@@ -104,9 +104,9 @@ def is_complete(args, settings, inputs):
     if not complete and not checkpoints(folder):
         return False
     changed = difference(manifest, settings, inputs)
-    if not changed and not complete and manifest.get("num_processes", processes()) != processes():
+    if not changed and not complete and manifest.get("num_processes", launched()) != launched():
         # The optimizer states of a checkpoint are cut into as many parts.
-        changed = f"num_processes was {manifest['num_processes']} and is now {processes()}"
+        changed = f"num_processes was {manifest['num_processes']} and is now {launched()}"
     if changed:
         what = f"{folder} is {'complete' if complete else 'half done'} with other settings: {changed}"
         raise UserError(f"{what}; choose another --output_dir or give --overwrite")
@@ -119,7 +119,7 @@ def checkpoints(folder):
     return sorted(found, key=lambda f: int(f.name.split("-")[1]))
 
 
-def processes():
+def launched():
     """Number of processes that the launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -156,7 +156,7 @@ def tokenize(selection, tokenizer, args):
 
 def check_pairs(selection, args):
     """Refuse too few pairs; every rank calls it alike, so that none waits for another."""
-    world = processes()
+    world = launched()
     reasons = ", ".join(f"{n} {reason}" for reason, n in selection.skipped_by_reason.items())
     read = f"{selection.counts['records']} records" + (f"; skipped: {reasons}" if reasons else "")
     if not selection.pairs:
@@ -253,7 +253,7 @@ def prepare_output(args, selection, settings, inputs):
         remove_checkpoints(folder.glob("checkpoint-*"))
     marks = {key: fingerprint(name) for key, name in inputs.items()}
     manifest = {"script": "dpo_iteration/run_dpo.py", "complete": False, "settings": settings, "inputs": marks}
-    manifest["num_processes"] = processes()
+    manifest["num_processes"] = launched()
     write_json(beside(folder, ".manifest.json"), manifest)
     write_jsonl(pairs_path(args), selection.pairs)
     write_jsonl(beside(pairs_path(args), ".skipped.jsonl"), selection.skipped)
@@ -339,12 +339,14 @@ def shaping(args, extra, processes):
 
 def pairs_per_step(args, processes):
     """Pairs that one optimizer step sees over all processes."""
-    return args.global_batch_size or args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+    if args.gradient_accumulation_steps is None:
+        return args.global_batch_size
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
 
 
 def accumulate(args, processes):
     """Set the accumulation that gives `global_batch_size` on these processes; refuse what does not divide."""
-    if args.global_batch_size is None:
+    if args.gradient_accumulation_steps is not None:
         return
     at_once = args.per_device_train_batch_size * processes
     if args.global_batch_size % at_once:
@@ -360,8 +362,8 @@ def main():
     args, extra = _checked(parse(with_passthrough(Arguments), __doc__))
     check_paths(args)
     check_processes()
-    settings, inputs = shaping(args, extra, processes())
-    accumulate(args, processes())
+    settings, inputs = shaping(args, extra, launched())
+    accumulate(args, launched())
     if is_complete(args, settings, inputs):
         say(f"{args.output_dir} is complete, nothing to do")
         return

@@ -148,9 +148,9 @@ def check_loss(args):
 
 def check_numbers(args):
     """Refuse numbers outside their range, and settings that the others leave without effect."""
-    sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+    sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "global_batch_size")
     for key in ("beta", "learning_rate", "logging_steps", *sizes):
-        if not getattr(args, key) > 0:
+        if getattr(args, key) is not None and not getattr(args, key) > 0:
             raise UserError(f"--{key} {getattr(args, key)} must be above 0")
     steps = ("eval_steps", "save_steps", "warmup_steps")
     for key in ("weight_decay", "max_grad_norm", "length_penalty", "min_margin", *steps):

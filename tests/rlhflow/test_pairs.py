@@ -1,0 +1,174 @@
+"""Pair selection: which two responses, what is left out and why, and the held-out prompts. No model is needed."""
+
+import json
+import random
+
+import pytest
+
+from common.cli import UserError
+from dpo_iteration.pairs import CHOOSE_TYPES, choose, held_out, make_pair, read_rewarded, select_pairs
+
+
+def record(rewards, responses=None, number=0, **more):
+    responses = responses or [f"answer {i}" for i in range(len(rewards))]
+    prompt = [{"role": "user", "content": f"question {number}"}]
+    return {"id": f"r{number}", "prompt": prompt, "responses": responses, "rewards": rewards} | more
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def indices(pair):
+    return pair["chosen_index"], pair["rejected_index"]
+
+
+def test_max_min_takes_best_and_worst_with_all_fields():
+    row = record(
+        [0.5, 2.0, -1.0, 1.0],
+        finish_reasons=["stop", "stop", "length", "stop"],
+        num_tokens=[3, 4, 5, 6],
+        source_id="x7",
+    )
+    pair, reason, left_out = make_pair(row)
+    assert reason is None and not left_out
+    assert indices(pair) == (1, 2) and pair["margin"] == 3.0
+    assert pair["chosen"] == [{"role": "assistant", "content": "answer 1"}]
+    assert pair["rejected"] == [{"role": "assistant", "content": "answer 2"}]
+    assert (pair["chosen_reward"], pair["rejected_reward"]) == (2.0, -1.0)
+    assert (pair["chosen_finish_reason"], pair["rejected_finish_reason"]) == ("stop", "length")
+    assert (pair["chosen_num_tokens"], pair["rejected_num_tokens"]) == (4, 5)
+    assert pair["source_id"] == "x7" and "responses" not in pair and "rewards" not in pair
+
+
+def test_max_max_takes_best_and_second_best():
+    assert indices(make_pair(record([0.5, 2.0, -1.0, 1.0]), "max_max")[0]) == (1, 3)
+    assert make_pair(record([2.0, 2.0, 1.0]), "max_max")[1] == "equal rewards"
+
+
+def test_max_random_keeps_the_best_and_draws_every_other():
+    drawn = {indices(make_pair(record([0.5, 2.0, -1.0, 1.0], number=i), "max_random")[0]) for i in range(60)}
+    assert drawn == {(1, 0), (1, 2), (1, 3)}
+
+
+def test_random_draws_all_pairs_ordered_by_reward():
+    rewards = [0.5, 2.0, -1.0, 1.0]
+    drawn = {indices(make_pair(record(rewards, number=i), "random")[0]) for i in range(200)}
+    assert drawn == {(a, b) for a in range(4) for b in range(4) if rewards[a] > rewards[b]}
+
+
+@pytest.mark.parametrize("choose_type", ["max_random", "random"])
+def test_random_choices_depend_on_seed_and_id_only(choose_type, tmp_path):
+    rows = [record([i * k % 7 for k in range(1, 8)], number=i) for i in range(1, 30)]
+    forward = select_pairs([write(tmp_path / "a.jsonl", rows)], choose_type=choose_type).pairs
+    backward = select_pairs([write(tmp_path / "b.jsonl", rows[::-1])], choose_type=choose_type).pairs
+    assert {p["id"]: indices(p) for p in forward} == {p["id"]: indices(p) for p in backward}
+    other = select_pairs([write(tmp_path / "a.jsonl", rows)], seed=1, choose_type=choose_type).pairs
+    assert [indices(p) for p in forward] != [indices(p) for p in other]
+
+
+def test_max_min_p_penalises_length_in_tokens_for_choice_and_margin():
+    row = record([1.0, 1.2, 0.9], ["a" * 500, "b", "c"], num_tokens=[2, 100, 10])
+    pair = make_pair(row, "max_min_p", length_penalty=0.01)[0]
+    assert indices(pair) == (0, 1)  # 0.98, 0.2, 0.8: neither raw reward nor characters order them so
+    assert pair["margin"] == pytest.approx(0.78)
+    del row["num_tokens"]
+    pair = make_pair(row, "max_min_p", length_penalty=0.01, count_tokens=len)[0]
+    assert indices(pair) == (1, 0) and pair["chosen_num_tokens"] == 1
+
+
+def test_responses_that_cannot_take_part_are_counted_by_reason():
+    nan = float("nan")
+    row = record([9.0, None, nan, float("inf"), 1.0, 5.0, 2.0, 0.0], ["", "b", "c", "d", "e", "e", "g", " \n"])
+    pair, _, left_out = make_pair(row)
+    assert indices(pair) == (6, 4)
+    assert left_out == {"empty response": 2, "reward not finite": 3, "repeated response": 1}
+
+
+def test_drop_truncated():
+    row = record([3.0, 2.0, 1.0], finish_reasons=["length", "stop", "stop"])
+    assert indices(make_pair(row)[0]) == (0, 2)
+    pair, _, left_out = make_pair(row, drop_truncated=True)
+    assert indices(pair) == (1, 2) and left_out == {"cut off by the length limit": 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (record([1.0]), "fewer than two responses"),
+        (record([1.0, 1.0, 1.0]), "equal rewards"),
+        (record([1.0, None]), "fewer than two usable responses: 1 reward not finite"),
+        (record([1.0, 2.0], ["same", "same"]), "fewer than two usable responses: 1 repeated response"),
+    ],
+)
+@pytest.mark.parametrize("choose_type", CHOOSE_TYPES)
+def test_a_prompt_without_a_pair_says_why(row, reason, choose_type):
+    assert make_pair(row | {"num_tokens": [5] * len(row["responses"])}, choose_type)[:2] == (None, reason)
+
+
+def test_min_margin():
+    assert make_pair(record([1.0, 0.6]), min_margin=0.5)[1].startswith("margin below min_margin")
+    assert make_pair(record([1.0, 0.5]), min_margin=0.5)[0] is not None
+
+
+def test_choice_among_equals_is_the_earlier():
+    rng = random.Random(0)
+    assert choose([1.0, 2.0, 2.0, 1.0], [0, 1, 2, 3], "max_min", rng) == (1, 0)
+
+
+def test_files_of_past_iterations_may_repeat_ids(tmp_path):
+    one, two = write(tmp_path / "1.jsonl", [record([1.0, 0.0])]), write(tmp_path / "2.jsonl", [record([0.0, 1.0])])
+    selection = select_pairs([one, two])
+    assert [(p["id"], p["source"], indices(p)) for p in selection.pairs] == [("r0", one, (0, 1)), ("r0", two, (1, 0))]
+
+
+def test_skipped_records_are_listed_and_counted(tmp_path):
+    rows = [
+        record([1.0, 0.0]),
+        record([1.0, 1.0], number=1),
+        record([1.0, None], number=2),
+        record([None, 0.0], number=3),
+    ]
+    selection = select_pairs([write(tmp_path / "a.jsonl", rows)])
+    assert [s["id"] for s in selection.skipped] == ["r1", "r2", "r3"]
+    assert selection.skipped_by_reason == {"equal rewards": 1, "fewer than two usable responses": 2}
+    assert selection.counts == {"records": 4, "responses_left_out": {"reward not finite": 2}}
+
+
+def test_held_out_prompts_are_a_share_and_twins_stay_together(tmp_path):
+    messages = [[{"role": "user", "content": f"question {i}"}] for i in range(2000)]
+    chosen = [held_out(m, 0.2, 42) for m in messages]
+    assert 0.17 < sum(chosen) / 2000 < 0.23
+    assert chosen == [held_out(m, 0.2, 42) for m in messages] != [held_out(m, 0.2, 7) for m in messages]
+    assert not any(held_out(m, 0.0, 42) for m in messages)
+    twins = [record([1.0, 0.0], number=i // 2) | {"id": f"twin{i}"} for i in range(200)]
+    split = [p["split"] for p in select_pairs([write(tmp_path / "a.jsonl", twins)], eval_fraction=0.5).pairs]
+    assert split[::2] == split[1::2] and {"train", "eval"} == set(split)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rewards": None}, "run annotate_data/get_rewards.py"),
+        ({"responses": None}, "generate answers first"),
+        ({"prompt": None}, "has no `prompt`"),
+        ({"rewards": [1.0]}, "2 responses and 1 rewards"),
+        ({"finish_reasons": ["stop"] * 3}, "2 responses and 3 finish_reasons"),
+        ({"rewards": 1.0}, "must be a list"),
+        ({"prompt": [{"role": "assistant", "content": "x"}]}, "last turn"),
+    ],
+)
+def test_malformed_records_are_refused_by_file_and_number(tmp_path, change, message):
+    row = {k: v for k, v in (record([1.0, 0.0]) | change).items() if v is not None}
+    path = write(tmp_path / "a.jsonl", [record([1.0, 0.0]), row])
+    with pytest.raises(UserError, match=message) as caught:
+        list(read_rewarded([path]))
+    assert f"{path} record 2" in str(caught.value)
+
+
+def test_a_string_prompt_and_a_missing_id_are_taken(tmp_path):
+    row = record([1.0, 0.0]) | {"prompt": "hello"}
+    del row["id"]
+    one, two = (r for r, _ in read_rewarded([write(tmp_path / "a.jsonl", [row, row])]))
+    assert one["prompt"] == [{"role": "user", "content": "hello"}] and one["id"] != two["id"]

@@ -1,0 +1,299 @@
+"""run_dpo.py as a person starts it, on micro models: one process, ZeRO-2 and ZeRO-3 with two, stopped and continued."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import micro
+import pytest
+import torch
+import training
+from safetensors.torch import load_file
+from training import ROOT, SMALL, read_json, read_jsonl, start
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with a policy and rewarded answers."""
+    folder = tmp_path_factory.mktemp("dpo")
+    micro.make_policy(folder / "policy")
+    training.write_rewarded(folder / "rewarded.jsonl")
+    return folder
+
+
+def argv(work, name, *more):
+    paths = [
+        "--model_name_or_path",
+        work / "policy",
+        "--train_dir",
+        work / "rewarded.jsonl",
+        "--output_dir",
+        work / name,
+    ]
+    return [str(a) for a in [ROOT / "configs" / "training.yaml", *paths, *SMALL, *more]]
+
+
+def steps(folder):
+    return [entry for entry in read_json(folder / "trainer_state.json")["log_history"] if "loss" in entry]
+
+
+def moved(weights, source):
+    """Largest change of any weight."""
+    return max((weights[name].float() - source[name].float()).abs().max().item() for name in source)
+
+
+def loads_and_answers(folder, dtype):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype="auto")
+    assert not loading["missing_keys"] and not loading["unexpected_keys"] and model.dtype == dtype
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], add_generation_prompt=True, return_tensors="pt"
+    )
+    ids = ids["input_ids"] if hasattr(ids, "keys") else ids
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
+    return model, tokenizer
+
+
+@pytest.fixture(scope="module")
+def single(work):
+    """One process, bf16, everything on: evaluation, checkpoints kept, tensorboard and wandb (offline)."""
+    more = "--max_steps 4 --eval_fraction 0.25 --save_steps 4 --keep_checkpoints --report_to tensorboard wandb".split()
+    quiet = {"WANDB_MODE": "offline", "WANDB_DIR": str(work), "WANDB_SILENT": "true"}
+    done = start(*argv(work, "single", *more), **quiet)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done, more
+
+
+def test_the_model_is_whole(work, single):
+    _, tokenizer = loads_and_answers(work / "single", torch.bfloat16)
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(work / "policy").chat_template
+    assert read_json(work / "single" / "generation_config.json") == read_json(
+        work / "policy" / "generation_config.json"
+    )
+    before, after = (read_json(work / name / "config.json") for name in ("policy", "single"))
+    assert {k: v for k, v in after.items() if before.get(k) != v} == {"dtype": "bfloat16"}
+    assert not (work / "single" / "training_args.bin").exists()
+
+
+def test_step_zero_loss_is_ln_2_and_each_step_is_logged(work, single):
+    done, _ = single
+    logged = steps(work / "single")
+    assert [entry["step"] for entry in logged] == [1, 2, 3, 4]
+    assert logged[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)  # policy and reference agree to the last bit
+    assert logged[0]["rewards/margins"] == 0
+    lines = [line for line in done.stdout.splitlines() if line.startswith("train: step ")]
+    assert len(lines) == 4 and "step 1/4, loss 0.6931" in lines[0] and "pairs/s" in lines[0] and "\r" not in done.stdout
+
+
+def test_fp32_weights_move_at_a_tiny_learning_rate_under_bf16(work, single):
+    source, trained = (load_file(work / name / "model.safetensors") for name in ("policy", "single/checkpoint-4"))
+    assert {weight.dtype for weight in trained.values()} == {torch.float32}
+    assert 1e-8 < moved(trained, source) < 1e-5  # four steps of at most 5e-7 each
+    rounded = {name: weight.bfloat16() for name, weight in source.items()}
+    assert moved(rounded, source) > moved(trained, source)  # bf16 could not hold such steps
+
+
+def test_what_is_written_and_said(work, single):
+    done, _ = single
+    pairs = read_jsonl(work / "single.pairs.jsonl")
+    manifest = read_json(work / "single.manifest.json")
+    assert manifest["complete"] and manifest["counts"]["pairs"] == len(pairs) == 24
+    split = [pair["split"] for pair in pairs]
+    assert manifest["counts"]["eval_pairs"] == split.count("eval") > 0
+    assert manifest["counts"]["train_pairs"] == split.count("train") > 0
+    assert manifest["settings"]["beta"] == 0.1 and manifest["settings"]["loss_type"] == ["sigmoid"]
+    assert {"train_loss", "eval_loss", "eval_rewards/accuracies", "rewards/margins"} <= set(manifest["metrics"])
+    rewards = {row["id"]: row["rewards"] for row in read_jsonl(work / "rewarded.jsonl")}
+    for pair in pairs:
+        values = rewards[pair["id"]]
+        assert (pair["chosen_reward"], pair["rejected_reward"]) == (max(values), min(values))
+        assert pair["number"] == int(pair["id"][1:]) and pair["source"].endswith("rewarded.jsonl")
+    cut = sum(pair[f"{side}_finish_reason"] == "length" for pair in pairs for side in ("chosen", "rejected"))
+    assert manifest["counts"]["responses_without_end_of_turn"] == cut > 0
+    for said in (
+        "read 24 records, wrote 24 pairs",
+        "skipped 0",
+        "1 BOS",
+        "⟦",
+        "held out: loss 0.69",
+        "no GPU found",
+        "trained ",
+    ):
+        assert said in done.stdout, said
+    assert not list(work.glob("single*.lock")) and not list(work.glob("single*.tmp"))
+
+
+def test_trackers_wrote_something(work, single):
+    assert list((work / "single").rglob("events.out.tfevents.*"))
+    assert list((work / "wandb").glob("offline-run-*"))
+
+
+def test_a_second_start_is_quick_and_another_setting_is_refused(work, single):
+    _, more = single
+    begun = time.monotonic()
+    done = start(*argv(work, "single", *more))
+    assert done.returncode == 0 and "is complete, nothing to do" in done.stdout and time.monotonic() - begun < 5
+    done = start(*argv(work, "single", *more, "--beta", "0.2"))
+    assert done.returncode == 2 and "beta was 0.1 and is now 0.2" in done.stderr and "--overwrite" in done.stderr
+    training.write_rewarded(work / "other.jsonl", seed=1)
+    done = start(*argv(work, "single", *more, "--train_dir", work / "other.jsonl"))
+    assert done.returncode == 2 and "other.jsonl) has changed" in done.stderr
+
+
+def launch(config, *more):
+    return ["--config_file", ROOT / "configs" / f"{config}.yaml", "--num_processes", 2, *more]
+
+
+def test_zero2_on_two_processes(work, single):
+    more = "--max_steps 3 --save_steps 3 --keep_checkpoints --eval_fraction 0.25".split()
+    done = start(*argv(work, "zero2", *more), launcher=launch("zero2"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    loads_and_answers(work / "zero2", torch.bfloat16)
+    logged = steps(work / "zero2")
+    assert logged[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and len(logged) == 3
+    pairs = [read_jsonl(work / f"{name}.pairs.jsonl") for name in ("single", "zero2")]
+    assert pairs[0] == pairs[1]  # whatever the number of processes
+    taken = 3 * 2 * 2  # steps × accumulation × processes: the launcher's configuration does not change the accumulation
+    train_pairs = read_json(work / "zero2.manifest.json")["counts"]["train_pairs"]
+    assert read_json(work / "zero2" / "trainer_state.json")["epoch"] == pytest.approx(taken / train_pairs, rel=0.1)
+    assert done.stdout.count("no GPU found") == 1 and "shm_comm" not in done.stdout  # said once, nothing compiled
+
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    master = get_fp32_state_dict_from_zero_checkpoint(str(work / "zero2" / "checkpoint-3"))
+    start_of_master = {k: v.bfloat16() for k, v in load_file(work / "policy" / "model.safetensors").items()}
+    assert {weight.dtype for weight in master.values()} == {torch.float32}
+    assert 1e-8 < moved(master, start_of_master) < 1e-5
+
+
+def test_zero3_on_two_processes_leaves_a_loadable_model(work):
+    done = start(*argv(work, "zero3", "--max_steps", "2", "--learning_rate", "1e-3"), launcher=launch("zero3"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    model, _ = loads_and_answers(work / "zero3", torch.bfloat16)
+    assert moved(model.state_dict(), load_file(work / "policy" / "model.safetensors")) > 1e-4
+    assert steps(work / "zero3")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_an_error_under_two_processes_is_said_once_and_ends_both(work):
+    training.write_rewarded(
+        work / "system.jsonl", 4, prompt=[{"role": "tool", "content": "x"}, {"role": "user", "content": "y"}]
+    )
+    micro.make_policy(work / "gemma", "gemma", "gemma2")
+    rows = [
+        row | {"prompt": [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]}
+        for row in read_jsonl(work / "system.jsonl")
+    ]
+    (work / "system.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = ["--model_name_or_path", work / "gemma", "--train_dir", work / "system.jsonl"]
+    done = start(*argv(work, "refused", *more), launcher=launch("ddp"))
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and "System role not supported" in said[0] and "record r000" in said[0]
+    assert not (work / "refused").exists() and not (work / "refused.manifest.json").exists()
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Start the script in this process: for what needs no process of its own."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    from dpo_iteration import run_dpo
+
+    def go(arguments):
+        monkeypatch.setattr(sys, "argv", ["run_dpo.py", *arguments])
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        torch.set_num_threads(1)  # these models are too small for more
+        run_dpo.main()
+
+    return go
+
+
+LEARNING = (
+    "--bf16 false --learning_rate 2e-3 --max_steps 12 --label_smoothing 0 --eval_fraction 0.25 --save_steps 4".split()
+)
+
+
+def test_a_killed_run_continues_and_ends_where_an_uninterrupted_one_does(work, here, capfd):
+    here(argv(work, "whole", *LEARNING))
+    capfd.readouterr()
+    command = [sys.executable, training.SCRIPT, *argv(work, "killed", *LEARNING)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env) as process:
+        for _ in range(6000):
+            if (work / "killed" / "checkpoint-4" / "trainer_state.json").exists() or process.poll() is not None:
+                break
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+    manifest = read_json(work / "killed.manifest.json")
+    assert manifest["complete"] is False, "it ended before it was killed"
+    refused = start(*argv(work, "killed", *LEARNING, "--seed", "1"))
+    assert refused.returncode == 2 and "half done with other settings: seed was 42 and is now 1" in refused.stderr
+    here(argv(work, "killed", *LEARNING))
+    said = capfd.readouterr().out
+    assert "continuing from" in said and "train: step 12/12" in said and "train: step 4/12" not in said
+    weights = [load_file(work / name / "model.safetensors") for name in ("whole", "killed")]
+    assert moved(*weights) < 1e-6
+    assert not list((work / "killed").glob("checkpoint-*")) and not (work / "killed.lock").exists()
+
+    # And what it is all for: the policy has learnt which answers are better, on prompts that it has not seen.
+    metrics = read_json(work / "whole.manifest.json")["metrics"]
+    assert metrics["eval_rewards/accuracies"] == 1.0 and metrics["eval_rewards/margins"] > 0.1
+    loads_and_answers(work / "whole", torch.float32)
+
+
+def test_precomputed_reference_gives_the_same_model(work, here):
+    few = "--bf16 false --max_steps 3 --learning_rate 1e-3".split()
+    here(argv(work, "direct", *few))
+    here(argv(work, "precomputed", *few, "--precompute_ref_log_probs", "true"))
+    assert moved(*(load_file(work / name / "model.safetensors") for name in ("direct", "precomputed"))) < 1e-6
+    assert not (work / "precomputed" / ".precompute").exists()
+
+
+def test_overwrite_starts_anew(work, here):
+    few = "--bf16 false --max_steps 1".split()
+    here(argv(work, "again", *few))
+    here(argv(work, "again", *few, "--beta", "0.3", "--overwrite"))
+    assert read_json(work / "again.manifest.json")["settings"]["beta"] == 0.3
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [({"seed": 5}, None), ({"vocab_size": 260}, "token id"), ({"family": "phi"}, "different vocabularies")],
+)
+def test_another_reference(work, here, tmp_path, reference, message):
+    from common.cli import UserError
+
+    micro.make_policy(tmp_path / "reference", **reference)
+    arguments = argv(
+        work,
+        tmp_path / "out",
+        "--bf16",
+        "false",
+        "--max_steps",
+        "1",
+        "--ref_model_name_or_path",
+        tmp_path / "reference",
+    )
+    if message:
+        with pytest.raises(UserError, match=message):
+            here(arguments)
+    else:
+        here(arguments)
+        assert abs(steps(tmp_path / "out")[0]["loss"] - math.log(2)) > 1e-6  # another model than the policy
+
+
+def test_refusals_that_need_the_model(work, here, tmp_path):
+    from common.cli import UserError
+
+    with pytest.raises(UserError, match="512 positions, a pair has"):
+        training.write_rewarded(tmp_path / "long.jsonl", 4, prompt=[{"role": "user", "content": "long " * 200}])
+        here(argv(work, tmp_path / "out", "--train_dir", tmp_path / "long.jsonl"))
+    with pytest.raises(UserError, match="the loss is nan at step"):
+        here(argv(work, tmp_path / "nan", "--bf16", "false", "--learning_rate", "1e30", "--max_steps", "8"))
+    assert read_json(tmp_path / "nan.manifest.json")["complete"] is False
