@@ -227,6 +227,7 @@ def main():
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1")
     devices.check_processes()
+    devices.prepare_threads()
     shaped = [shaping(args, cli.existing_file(source, "generated file")) for source in sources]
     if args.chat_template:
         cli.existing_file(args.chat_template, "chat template")

@@ -40,3 +40,12 @@ def check_processes():
             f"{processes} processes were launched and {len(gpus)} GPUs are visible; "
             f"give `accelerate launch` --num_processes {len(gpus)} (or num_processes in its config file)"
         )
+
+
+def prepare_threads():
+    """Call before torch is loaded. Without a GPU, idle OpenMP threads sleep.
+
+    By default they spin, which on a busy machine costs several times the run itself.
+    """
+    if not visible_gpus():
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

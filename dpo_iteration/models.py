@@ -32,10 +32,10 @@ def load_tokenizer(args):
     return tokenizer
 
 
-def prepare_cpu():
-    """Without a GPU: all cores shared out among the processes, and no kernel compiled at the first start."""
-    if "LOCAL_WORLD_SIZE" in os.environ:  # the launcher gives each process one thread
-        threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"]))
+def prepare_cpu(threads=None):
+    """Without a GPU: `threads` a process, or all cores shared out; and no kernel compiled at the first start."""
+    if threads or "LOCAL_WORLD_SIZE" in os.environ:  # the launcher gives each process one thread
+        threads = threads or max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"]))
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":

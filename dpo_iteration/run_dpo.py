@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any fol
 
 from common import records
 from common.cli import UserError, arg, build, parse, run
-from common.devices import check_processes
+from common.devices import check_processes, prepare_threads
 from common.manifest import beside, difference, fingerprint, read_manifest, versions, write_json
 from common.progress import Progress, duration
 from dpo_iteration.pairs import CHOOSE_TYPES, select_pairs
@@ -34,7 +34,7 @@ NOT_SHAPING = {
     "train_dir", "output_dir", "pairs_path", "model_name_or_path", "ref_model_name_or_path", "trust_remote_code",
     "overwrite", "report_to", "run_name", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
     "keep_checkpoints", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-    "global_batch_size",
+    "global_batch_size", "cpu_threads",
 }  # fmt: skip
 
 
@@ -82,6 +82,7 @@ class Arguments:
     gradient_checkpointing: bool = arg(True, "recompute activations: less memory, about a fifth slower")
     seed: int = arg(42, "seed of random choices, held-out prompts and the order of the pairs")
 
+    cpu_threads: int | None = arg(None, "threads of a process without a GPU; None: the cores shared out")
     logging_steps: float = arg(1.0, "optimizer steps between log lines")
     eval_steps: int = arg(0, "optimizer steps between evaluations; 0 evaluates at the end only")
     save_steps: int = arg(0, "optimizer steps between checkpoints; 0 writes none")
@@ -179,7 +180,7 @@ def train(args, extra, selection, settings, inputs, started):
 
     if not torch.cuda.is_available():
         say("note: no GPU found, training on the CPU")
-        models.prepare_cpu()
+        models.prepare_cpu(args.cpu_threads)
     from accelerate import PartialState
     from datasets import Dataset
     from transformers import PrinterCallback
@@ -367,8 +368,7 @@ def main():
     if is_complete(args, settings, inputs):
         say(f"{args.output_dir} is complete, nothing to do")
         return
-    # Before torch is loaded: idle OpenMP threads sleep, where spinning costs a busy CPU several times the run itself.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    prepare_threads()
     selection = select_pairs(
         args.train_dir, args.eval_fraction, args.seed, choose_type=args.choose_type, length_penalty=args.length_penalty,
         min_margin=args.min_margin, drop_truncated=args.drop_truncated, count_tokens=count_tokens_with(args),

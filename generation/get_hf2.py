@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
 from common.cli import UserError, arg, convert, nearest, parse, run
-from common.devices import visible_gpus
+from common.devices import prepare_threads, visible_gpus
 from common.manifest import Output
 from common.progress import Progress, duration
 from generation import sampling
@@ -80,9 +80,12 @@ def check(args, jobs):
 
 def start_engine(args, limit, needed):
     """The vLLM engine, with room for `needed` tokens of prompt and response."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     on_cpu = not visible_gpus()
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR" if on_cpu else "WARNING")  # on the CPU a page of what it lacks
     if on_cpu:
+        # vLLM's own binding goes by NUMA nodes, so that several shards would share the same cores.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // args.my_world_size)))
         # In one process: an engine process of its own would import everything a second time.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from vllm import LLM
@@ -158,6 +161,7 @@ def main():
     todo = [(job, output) for job, output in zip(jobs, outputs) if not output.complete]
     if not todo:
         return
+    prepare_threads()
     limit = sampling.context_length(args.model_name_or_path, args)
     work = []
     for job, output in todo:
