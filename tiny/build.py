@@ -1,0 +1,224 @@
+"""Build everything that the CPU default runs on, from nothing and without a network.
+
+In:  a seed.
+Out: a folder with `policy/` (the SFT model), `reward_model/` (Bradley-Terry), both with
+     their tokenizer, and `prompts/iter1.jsonl` … `prompts/heldout.jsonl`, one
+     {"context_messages": [{"role": "user", "content": …}]} a line.
+
+Run it:  python tiny/build.py --output_dir tiny/built --seed 0
+
+1. Write demonstrations of mixed quality and train the tokenizer on them.
+2. SFT: a Llama of half a million parameters imitates them (TRL's SFTTrainer).
+3. Reward model: Bradley-Terry on pairs ranked by the gold score (TRL's RewardTrainer),
+   of the policy's own samples, demonstrations, twins that differ in correctness only,
+   and answers spoiled as over-optimised policies spoil theirs.
+
+What is built for the same seed and code is left as it is. The stamp is written last,
+into a folder that is renamed when whole, so an interrupted build is built again.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import random
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import demonstrations
+import task
+
+ITERATIONS = 3
+PROMPTS_PER_ITERATION = 225
+HELDOUT_PROMPTS = 300
+VOCAB_SIZE = 1024
+HIDDEN, LAYERS = 128, 2
+DEMONSTRATIONS, SFT_BATCH, SFT_LR = 20_000, 32, 6e-3
+DEMO_GOOD, DEMO_CORRECT = 0.4, 0.75
+REWARD_PROMPTS, REWARD_PAIRS, REWARD_BATCH, REWARD_LR = 1_200, 12_800, 32, 1e-3
+MAX_NEW_TOKENS = 32
+STAMP = "build.json"
+
+
+def parse_arguments() -> argparse.Namespace:
+    class OneLineParser(argparse.ArgumentParser):
+        def error(self, message: str):
+            refuse(message)
+
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder to make, for example tiny/built")
+    parser.add_argument("--seed", type=int, default=0, help="decides prompts, weights and samples (0 or more)")
+    args = parser.parse_args()
+    if args.seed < 0:
+        refuse(f"--seed {args.seed} is negative; give 0 or more")
+    return args
+
+
+def refuse(reason: str):
+    print(f"error: {reason}", file=sys.stderr)
+    sys.exit(2)
+
+
+STARTED = time.monotonic()
+
+
+def say(text: str) -> None:
+    print(f"[tiny {time.monotonic() - STARTED:5.1f} s] {text}", flush=True)
+
+
+def code_version() -> str:
+    """Changes with any line of tiny/*.py, where every setting of the build stands."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def read_stamp(folder: Path) -> dict | None:
+    try:
+        return json.loads((folder / STAMP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Put `new` in the place of `target`; a killed process leaves one of them whole."""
+    old = target.with_name(target.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def evenly(rng: random.Random, prompts: list[str], n: int) -> list[str]:
+    """`n` prompts drawn with replacement, every family equally often."""
+    by_family = [[p for p in prompts if task.QUESTIONS[p].family == family] for family in task.WORDINGS]
+    return [rng.choice(by_family[i % len(by_family)]) for i in range(n)]
+
+
+def write_demonstrations(rng: random.Random, prompts: list[str]) -> list[tuple[str, str]]:
+    """(prompt, response) pairs for SFT."""
+    chosen = evenly(rng, prompts, DEMONSTRATIONS)
+    return [(p, demonstrations.write_answer(rng, task.QUESTIONS[p], DEMO_GOOD, DEMO_CORRECT)) for p in chosen]
+
+
+def scored(prompt: str, responses: list[str]) -> list[float]:
+    return [task.gold_score([{"role": "user", "content": prompt}], response) for response in responses]
+
+
+def response_pairs(rng: random.Random, prompt: str, sampled: list[str]) -> list[tuple[str, str]]:
+    """Three pairs that the reward model should tell apart, unranked.
+
+    Two samples of the policy; twins that differ in correctness only, or the small model
+    would learn style alone; and a demonstration against one spoiled, sampled or written.
+    """
+    question, style = task.QUESTIONS[prompt], rng.random()
+    good, other = rng.uniform(0.2, 1.0), rng.uniform(0.2, 1.0)
+    right, wrong = (
+        demonstrations.write_answer(random.Random(style), question, good, correct) for correct in (1.0, 0.0)
+    )
+    written = demonstrations.write_answer(rng, question, other, DEMO_CORRECT)
+    rival = rng.choice([right, wrong, written, rng.choice(sampled)])
+    if rng.random() < 0.7:
+        rival = demonstrations.spoil(rng, rival) if rival.strip() else rival
+    return [tuple(rng.sample(sampled, 2)), (right, wrong), (written, rival)]
+
+
+def ranked_pairs(rng: random.Random, asked: list[str], sampled: dict[str, list[str]], n: int) -> list[tuple]:
+    """`n` of (prompt, better, worse) by gold score, prompts in turns; ties teach nothing and are left out."""
+    pairs = []
+    while len(pairs) < n:
+        for prompt in asked:
+            for first, second in response_pairs(rng, prompt, sampled[prompt]):
+                one, two = scored(prompt, [first, second])
+                if one != two:
+                    pairs.append((prompt, first, second) if one > two else (prompt, second, first))
+    return rng.sample(pairs[: n + n // 8], n)
+
+
+def write_prompts(folder: Path, sets: dict[str, list[str]]) -> None:
+    folder.mkdir(parents=True)
+    for name, prompts in sets.items():
+        if name == "train":
+            continue
+        rows = [json.dumps({"context_messages": [{"role": "user", "content": prompt}]}) for prompt in prompts]
+        (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8", newline="\n")
+
+
+def build(folder: Path, seed: int) -> None:
+    say("loading libraries")
+    import models  # heavy: only when there is something to build
+
+    rng = random.Random(f"build {seed}")
+    sets = task.make_prompts(seed, ITERATIONS, PROMPTS_PER_ITERATION, HELDOUT_PROMPTS)
+    write_prompts(folder / "prompts", sets)
+
+    demos = write_demonstrations(rng, sets["train"])
+    tokenizer = models.train_tokenizer([text for pair in demos for text in pair], VOCAB_SIZE)
+    policy = models.new_policy(tokenizer, HIDDEN, LAYERS, seed)
+    say(f"tokenizer of {len(tokenizer)} tokens; SFT of {policy.num_parameters():,} parameters on {len(demos):,} answers")
+    models.train_sft(policy, tokenizer, demos, SFT_BATCH, SFT_LR, seed, say)
+
+    asked = evenly(rng, sets["train"], REWARD_PROMPTS)
+    say(f"sampling {4 * len(asked):,} answers to {len(set(asked)):,} prompts")
+    sampled = {prompt: [] for prompt in asked}
+    for prompt, answer in zip(asked * 4, models.sample(policy, tokenizer, asked * 4, 1.0, MAX_NEW_TOKENS, seed)):
+        sampled[prompt].append(answer)
+    pairs = ranked_pairs(rng, asked, sampled, REWARD_PAIRS)
+    say(f"reward model on {len(pairs):,} ranked pairs")
+    reward_model = models.new_reward_model(policy, seed)
+    models.train_reward_model(reward_model, tokenizer, pairs, REWARD_BATCH, REWARD_LR, seed, say)
+
+    heldout = sets["heldout"] * 2
+    answers = models.sample(policy, tokenizer, heldout, 1.0, MAX_NEW_TOKENS, seed + 1)
+    gold = [scored(prompt, [answer])[0] for prompt, answer in zip(heldout, answers, strict=True)]
+    reward = models.score(reward_model, tokenizer, list(zip(heldout, answers, strict=True)))
+    half = len(heldout) // 2
+    unequal = [i for i in range(half) if gold[i] != gold[i + half]]
+    right = sum((gold[i] > gold[i + half]) == (reward[i] > reward[i + half]) for i in unequal)
+    say(f"held-out samples: gold {sum(gold) / len(gold):.3f}, reward {sum(reward) / len(reward):.2f}; "
+        f"the reward model ranks {right / len(unequal):.0%} of {len(unequal)} pairs as gold does")
+
+    for name, model in (("policy", policy), ("reward_model", reward_model)):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+
+def main() -> None:
+    args = parse_arguments()
+    target = args.output_dir
+    wanted = {"seed": args.seed, "code": code_version()}
+    if read_stamp(target) == wanted:
+        print(f"{target} is built already (seed {args.seed})")
+        return
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        refuse(f"{target} is not a folder; name a folder or remove it")
+    if target.is_dir() and any(target.iterdir()) and read_stamp(target) is None:
+        refuse(f"{target} holds something that was not built here; name another --output_dir or remove it")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(target.with_name(f".{target.name}.lock"), "w")
+    except OSError as problem:
+        refuse(f"cannot write beside {target}: {problem.strerror}; name another --output_dir")
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # dies with the process
+        if read_stamp(target) == wanted:
+            print(f"{target} was built meanwhile (seed {args.seed})")
+            return
+        partial = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        build(partial, args.seed)
+        (partial / STAMP).write_text(json.dumps(wanted) + "\n", encoding="utf-8")
+        replace_folder(partial, target)
+        say(f"{target} is ready")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # A second thread costs models this small more than it gives, several times so on a busy machine.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    main()
