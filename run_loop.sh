@@ -147,7 +147,7 @@ generate() { # YAML: one process per GPU (or group of GPUs), then the shards of 
     visible=()
     [ -z "${gpu_groups[k]}" ] || visible=(env "CUDA_VISIBLE_DEVICES=${gpu_groups[k]}")
     run "$logs/$name.$k.log" "${visible[@]}" python generation/get_hf2.py "$1" \
-      --local_index "$k" --my_world_size "${#gpu_groups[@]}" &
+      --local_index "$k" --my_world_size "${#gpu_groups[@]}" {lock}>&- & # a subshell would hold the lock beyond our death
     pids+=("$!")
     [ "$dry_run" = no ] || wait "$!"
   done
