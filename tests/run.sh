@@ -43,7 +43,7 @@ tests_in() { # ENVIRONMENT FOLDER…: pytest there, its tools behind the environ
 arguments=("$@")
 
 tests_in rlhflow tests/plain
-tests_in vllm tests/vllm tests/plain/test_metrics.py  # scipy, its oracle, is there
+tests_in vllm tests/vllm
 tests_in rlhflow tests/rlhflow
 tests_in rlhflow tests/loop
 exit "$status"

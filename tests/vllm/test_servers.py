@@ -507,7 +507,8 @@ def test_a_port_in_use_is_named_with_its_model(stub):
         assert "it serves theirs" in stub("o/m", port=mock.port).stderr
 
 
-def test_groups_of_gpus(stub):
+def test_groups_of_gpus(stub, monkeypatch):
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)  # an engine in this process has set it
     tools = stub.folder / "tools"
     tools.mkdir()
     (tools / "nvidia-smi").write_text('#!/bin/sh\nfor i in 0 1 2 3; do echo "GPU $i: none (UUID: x)"; done\n')
