@@ -10,10 +10,12 @@
 #   --stage I.S               start at stage S of iteration I: 1 generate, 2 annotate, 3 train, 4 evaluate
 #   --stop_stage I.S          stop behind that stage; a bare S means iteration 1, 0.4 evaluates the start
 #
-# A second start continues: what is finished is skipped, what was cut off is taken up where it stopped. Relative paths are
-# from this file's folder.
+# A second start continues: what is finished is skipped, what was cut off is taken up where it stopped. Relative paths in a
+# YAML and in --key value are from this file's folder. --dry_run and --check too make the environments and run the setup command.
 
 set -euo pipefail
+caller="$PWD"
+again="bash $(printf '%q' "$0")$([ "$#" -eq 0 ] || printf ' %q' "$@")"
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source ./envs.sh
 
@@ -24,7 +26,6 @@ log_lines="${log_lines:-15}" # lines of a failed stage's log that are shown
 config=configs/loop_llama3_8b.yaml
 options=() # passed on to common/loop.py
 dry_run=no check=no stage=0.4 stop_stage=999999.4
-again="bash run_loop.sh$([ "$#" -eq 0 ] || printf ' %q' "$@")"
 
 fail() { # STATUS MESSAGE…
   local status="$1"
@@ -39,30 +40,39 @@ ordinal() { # I.S or S → a number that orders stages
   case "$s" in generate) s=1 ;; annotate) s=2 ;; train) s=3 ;; evaluate) s=4 ;; esac
   [[ "$i" =~ ^[0-9]+$ && "$s" =~ ^[1-4]$ ]] ||
     fail 2 "stage $name: ITERATION.STAGE was expected, with STAGE 1 generate, 2 annotate, 3 train or 4 evaluate, for example 2.3"
-  echo $((i * 4 + s))
+  echo $((10#$i * 4 + s))
 }
 
+chosen=no key='' # key: the --key whose value comes next
 while [ "$#" -gt 0 ]; do
   case "$1" in
     -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]##*/}"; exit 0 ;;
     --dry_run) dry_run=yes ;;
     --check) check=yes ;;
+    --stage=* | --stop_stage=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
     --stage | --stop_stage)
       [ "$#" -ge 2 ] || fail 2 "$1 needs a value"
       printf -v "${1#--}" '%s' "$2"
       shift ;;
-    *.yaml | *.yml) [ "${#options[@]}" -eq 0 ] && config="$1" || options+=("$1") ;;
-    *) options+=("$1") ;;
+    --*) options+=("$1") ;;
+    *)
+      if [ -n "$key" ]; then options+=("$1")
+      elif [ "$chosen" = no ]; then config="$1" chosen=yes
+      else fail 2 "unexpected argument $1; arguments are --key value"; fi ;;
   esac
+  case "$1" in --dry_run | --check | --*=*) key='' ;; --*) key="$1" ;; *) [[ "$key" = --prompts ]] || key='' ;; esac
   shift
 done
+[ "$caller" = "$PWD" ] || case "$config" in /*) ;; *) [ ! -f "$caller/$config" ] || config="$caller/$config" ;; esac
 first="$(ordinal "$stage")"
 last="$(ordinal "$stop_stage")"
+[ "$first" -le "$last" ] || fail 2 "--stage $stage comes behind --stop_stage $stop_stage"
 
 # ---- What can be refused before any environment is made --------------------------------------------------------------
 
 [ -f "$config" ] || fail 2 "no such config: $config; there are: $(echo configs/loop_*.yaml)"
-if [ "$(count_gpus)" -eq 0 ] && ! grep -Eq '^without_gpu: *true' "$config" && [[ " ${options[*]-} " != *" --without_gpu true "* ]]; then
+if [ "$(count_gpus)" -eq 0 ] && ! grep -Eiq '^without_gpu: *(true|yes|1)' "$config" &&
+  [[ " ${options[*]-} " != *" --without_gpu"* ]]; then
   fail 2 "$config needs GPUs and none is visible here; the same loop on tiny models: bash run_loop.sh configs/loop_tiny.yaml"
 fi
 
@@ -74,13 +84,10 @@ driver="$(command -v python)" # the Python of rlhflow, also while another enviro
 settings="$("$driver" common/loop.py setup "$config" "${options[@]}")"
 run_dir='' setup_command='' iterations=0 processes=1 gpu_groups=() accelerate_config='' gold_function='' left='' keep_iterates='' steps=() merges=()
 eval "$settings"
-if [ -n "$setup_command" ]; then
-  bash -c "$setup_command" || fail 1 "the setup command failed: $setup_command"
-fi
 
 # ---- One loop at a time holds a run's folder -------------------------------------------------------------------------
 
-mkdir -p "$run_dir/logs" || fail 2 "cannot write $run_dir"
+mkdir -p "$run_dir" 2>/dev/null || fail 2 "cannot write $run_dir; give another --run_dir"
 exec {lock}>"$run_dir/.lock"
 flock -n "$lock" || fail 2 "another loop is at work in $run_dir; wait for it, stop it, or give another --run_dir"
 RUN_MARK="$(cd "$run_dir" && pwd -P)" # what we start carries it in its environment, so that exactly that can be stopped
@@ -89,7 +96,7 @@ stop_started() { # end what this run started, and what a killed driver of this r
   local pid pids signal
   for signal in TERM KILL; do
     for _ in 1 2 3 4 5 6 7 8 9 10; do
-      pids="$(grep -lsxz "RLHF_RUN=$RUN_MARK" /proc/[0-9]*/environ | cut -d/ -f3 || true)"
+      pids="$(grep -lsxzF "RLHF_RUN=$RUN_MARK" /proc/[0-9]*/environ | cut -d/ -f3 || true)"
       [ -n "$pids" ] || return 0
       for pid in $pids; do kill -s "$signal" "$pid" 2>/dev/null || true; done
       sleep 1
@@ -101,8 +108,13 @@ trap 'trap - INT; printf "\nstopped; to continue: %s\n" "$again" >&2; exit 130' 
 trap 'trap - TERM; printf "\nterminated; to continue: %s\n" "$again" >&2; exit 143' TERM
 stop_started
 
+if [ -n "$setup_command" ]; then
+  env RLHF_RUN="$RUN_MARK" bash -c "$setup_command" >&2 {lock}>&- & # stdout is for commands and the table
+  wait "$!" || fail 2 "the setup command failed: $setup_command"
+fi
 settings="$("$driver" common/loop.py prepare "$config" "${options[@]}")"
 eval "$settings"
+[ "$stage" = 0.4 ] || [ "$first" -le $((iterations * 4 + 4)) ] || fail 2 "--stage $stage: there are $iterations iterations"
 [ "$check" = no ] || exit 0
 
 # ---- Running a command -----------------------------------------------------------------------------------------------
@@ -126,14 +138,16 @@ run() { # LOG COMMAND…: into the log; printed only, in a dry run
     return
   fi
   printf '$ %s\n' "${*@Q}" >>"$log"
-  env RLHF_RUN="$RUN_MARK" "$@" >>"$log" 2>&1 {lock}>&-
+  # In the background and waited for: a signal to this script is then answered at once, not when the stage has ended.
+  env RLHF_RUN="$RUN_MARK" "$@" >>"$log" 2>&1 {lock}>&- &
+  wait "$!"
 }
 
 failed() { # STEP STATUS LOG
-  printf '\n--- last lines of %s\n' "$3" >&2
-  grep -v '^ *$' "$3" | tail -n "$log_lines" >&2
   local line
-  line="$(grep '^error: ' "$3" | tail -n 1 || true)"
+  printf '\n--- last lines of %s\n' "$3" >&2
+  { grep -v '^ *$' "$3" | tail -n "$log_lines" >&2; } || true
+  line="$(awk '/^[$] /{line=""} /^error: /{line=$0} END{print line}' "$3" || true)" # of the last start alone
   printf -- '---\n%s\nlog: %s\nto continue: %s\n' "${line:-error: $1 ended with status $2}" "$3" "$again" >&2
   exit 1
 }
@@ -145,12 +159,14 @@ generate() { # YAML: one process per GPU (or group of GPUs), then the shards of 
   enter vllm
   for k in "${!gpu_groups[@]}"; do
     visible=()
+    [ "$dry_run" = no ] || [ "${#gpu_groups[@]}" -eq 1 ] || printf '(' # pasted, the shards run side by side too
     [ -z "${gpu_groups[k]}" ] || visible=(env "CUDA_VISIBLE_DEVICES=${gpu_groups[k]}")
     run "$logs/$name.$k.log" "${visible[@]}" python generation/get_hf2.py "$1" \
       --local_index "$k" --my_world_size "${#gpu_groups[@]}" {lock}>&- & # a subshell would hold the lock beyond our death
     pids+=("$!")
-    [ "$dry_run" = no ] || wait "$!"
+    [ "$dry_run" = no ] || { wait "$!"; [ "${#gpu_groups[@]}" -eq 1 ] || echo ') &'; }
   done
+  [ "$dry_run" = no ] || [ "${#gpu_groups[@]}" -eq 1 ] || echo wait
   for k in "${!pids[@]}"; do
     pid="${pids[k]}"
     [ "$dry_run" = yes ] || wait "$pid" || { status=$?; bad="$k"; }

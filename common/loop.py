@@ -11,6 +11,7 @@ next iteration's responses, since both need the same engine.
 """
 
 import dataclasses
+import json
 import os
 import shlex
 import shutil
@@ -160,7 +161,7 @@ class Run:
                 "generate": i == 0 or self.is_answered(i, "generate"),
                 "annotate": i == 0 or not self.files_left(i, "annotate"),
                 "train": i == 0 or self.is_trained(i),
-                "evaluate": answered and not self.files_left(i, "evaluate") and Path(self.path(i, "metrics.json")).exists(),
+                "evaluate": answered and not self.files_left(i, "evaluate") and self.is_measured(i),
             }
             left += [f"{i}.{stage}" for stage in STAGES if not done[stage]]
         return left
@@ -168,6 +169,14 @@ class Run:
     def is_answered(self, i, stage):
         """Whether the prompts of a stage have their merged answers."""
         return not (self.unfinished_jobs(i - 1, [self.responses_job(i)]) if stage == "generate" else self.unfinished_jobs(i, self.heldout_jobs(i)))
+
+    def is_measured(self, i):
+        """Whether iterate i's metrics are there, with the gold function of now."""
+        try:
+            metrics = json.loads(Path(self.path(i, "metrics.json")).read_text(encoding="utf-8"))
+            return metrics["gold_function"] == self.settings.gold_function
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
     def files_left(self, i, stage):
         """The (generated, rewarded) files of a stage whose rewards are not there."""
@@ -211,7 +220,7 @@ class Run:
         if stage == "train" and not self.is_trained(i):
             write_yaml(folder / "train.yaml", self.training(i))
             left.append("train")
-        if stage == "evaluate" and (left or not (folder / "metrics.json").exists()):
+        if stage == "evaluate" and (left or not self.is_measured(i)):
             left.append("metrics")
         return left, merges
 
@@ -241,7 +250,7 @@ def processes(settings):
 
 def gpu_groups(settings):
     """CUDA_VISIBLE_DEVICES of each generation process; one empty string per process on the CPU."""
-    gpus, size = visible_gpus(), settings.generation.get("tensor_parallel_size", 1)
+    gpus, size = visible_gpus(), build(get_hf2.Arguments, settings.generation | {"model_name_or_path": "-"}, "generation").tensor_parallel_size
     if not gpus:
         return [""] * (settings.num_shards or 1)
     groups = [",".join(gpus[k : k + size]) for k in range(0, len(gpus) - size + 1, size)]
@@ -271,10 +280,15 @@ def prepare(argv):
 
 
 def prune(run_dir, i):
-    """Delete the weights of iterates before the last `keep_iterates`, never the one that training starts from."""
+    """Delete the weights of iterates before the last `keep_iterates`, never the one that training starts from.
+
+    Nothing is deleted before iteration i has nothing left to do: until then its stages read the weights before.
+    """
     current = load(run_dir)
     keep = current.settings.keep_iterates
-    for old in range(1, i - max(keep, 1) + 1) if keep is not None else []:
+    if keep is None or any(int(name.split(".")[0]) <= i for name in current.stages_left()):
+        return
+    for old in range(1, i - keep + 1):
         folder = Path(current.iterate(old))
         if folder.is_dir() and current.settings.model_name_or_path != str(folder):
             Path(f"{folder}.pruned").touch()
@@ -285,12 +299,19 @@ def prune(run_dir, i):
 def main():
     commands = {"prepare": 1, "setup": 1, "todo": 4, "prune": 3}
     name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in ("-h", "--help"):
+        print(__doc__)
+        return
     if name not in commands:
         raise UserError(f"unknown command {name!r}{nearest(name, commands)}; see the top of common/loop.py")
     if name == "prepare":
         prepare(sys.argv[2:])
     elif name == "setup":  # before the checks, which need what it builds
         settings = parse(LoopSettings, __doc__, sys.argv[2:])
+        if not settings.run_dir.strip():
+            raise UserError("run_dir is empty; name a folder, for example --run_dir runs/mine")
+        if not settings.without_gpu and not visible_gpus():
+            raise UserError("this run needs GPUs and none is visible here; the same on tiny models: bash run_loop.sh configs/loop_tiny.yaml")
         print(f"run_dir={shlex.quote(settings.run_dir)}\nsetup_command={shlex.quote(settings.setup_command or '')}")
     elif name == "todo":
         steps, merges = load(sys.argv[2]).steps(int(sys.argv[3]), sys.argv[4])

@@ -102,11 +102,14 @@ def write_json(path, value):
 def read_manifest(path):
     """The manifest beside the output `path`, or None."""
     try:
-        return json.loads(beside(path, ".manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads(beside(path, ".manifest.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except json.JSONDecodeError:
-        raise UserError(f"{beside(path, '.manifest.json')} is damaged; delete it together with {path}") from None
+    except ValueError:
+        manifest = None
+    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), dict) for key in ("settings", "inputs")):
+        raise UserError(f"{beside(path, '.manifest.json')} is damaged; delete it together with {path}")
+    return manifest
 
 
 def difference(manifest, settings, inputs):
@@ -153,13 +156,15 @@ class Output:
         self.settings, self.script = settings, script
         self.started, self.skipped, self.done = time.time(), [], {}
         self._file = None
+        if any(name is not None and Path(name).resolve() == self.path.resolve() for name in inputs.values()):
+            raise UserError(f"{path} is to be read and written at once; give another --output_dir")
         if self.path.is_dir():
             raise UserError(f"--output_dir {path} is a folder, a file name was expected (for example {path}/data.jsonl)")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.partial, "ab")
         except OSError as error:
-            raise UserError(f"cannot write {self.partial}: {error.strerror}") from None
+            raise UserError(f"cannot write {self.partial}: {error.strerror}; give another --output_dir") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

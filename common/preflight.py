@@ -11,25 +11,38 @@ import sys
 from pathlib import Path
 
 from annotate_data import get_rewards
-from common.cli import UserError, build, existing_file
+from common.cli import UserError, build, read_yaml
 from common.devices import visible_gpus
-from common.loop import gpu_groups
+from common.loop import gpu_groups, processes
 from common.progress import duration
 from common.records import read_prompts
 from dpo_iteration import run_dpo
 from generation.sampling import check_model
+from report.metrics import load_gold
 
 # For the estimates, per GPU of the A100/H100 class. Assumed, not measured here; the README says how the sums are made.
 PEAK_FLOPS = 312e12  # dense bf16 of an A100; an H100 has three times as much
 TRAIN_SHARE, SCORE_SHARE = 0.35, 0.45  # of the peak that training and scoring reach
 SAMPLED_TOKENS = 2500 * 8e9  # tokens/s × parameters of one engine with some hundred sequences
 RESPONSE_TOKENS, PROMPT_TOKENS = 350, 200  # mean lengths of the recipe's data
+SHARED_BYTES = {0: 0, 1: 12, 2: 14, 3: 18}  # bytes a parameter that a ZeRO stage shares out among the processes
 
 
 def local_config(name):
     """config.json of a local model folder, else None."""
     path = Path(name) / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
+
+
+def read_json(path):
+    """The mapping in a JSON file of a model folder."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged: a JSON object was expected; fetch or save the model again")
+    return values
 
 
 def has_template(name):
@@ -38,7 +51,7 @@ def has_template(name):
     if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
         return True
     config = folder / "tokenizer_config.json"
-    return config.is_file() and bool(json.loads(config.read_text(encoding="utf-8")).get("chat_template"))
+    return config.is_file() and bool(read_json(config).get("chat_template"))
 
 
 def parameters(name, fallback=None):
@@ -65,19 +78,20 @@ def gpu_memory():
 def training_memory(count, stage, processes):
     """GiB a GPU needs for model states in mixed precision, activations apart (ZeRO, arXiv 1910.02054, §3).
 
-    16 bytes a parameter: 2 weights, 2 gradients, 12 fp32 master weights and Adam moments; ZeRO-2 shares out all but the
-    weights, ZeRO-3 these too. The reference model adds 2 bytes, shared out by ZeRO-3 only.
+    16 bytes a parameter: 2 weights, 2 gradients, 12 fp32 master weights and Adam moments; ZeRO-1 shares out the last,
+    ZeRO-2 the gradients too, ZeRO-3 all. The reference model adds 2 bytes, shared out by ZeRO-3 only.
     """
-    shared = {0: 0, 2: 14, 3: 18}[stage]
+    shared = SHARED_BYTES[stage]
     return count * ((18 - shared) + shared / processes) / 2**30
 
 
 def zero_stage(path):
     """ZeRO stage of an accelerate YAML; 0 for plain data parallel."""
-    import yaml
-
-    config = yaml.safe_load(existing_file(path, "accelerate config").read_text(encoding="utf-8"))
-    return (config.get("deepspeed_config") or {}).get("zero_stage", 0)
+    config = read_yaml(path, "accelerate config").get("deepspeed_config") or {}
+    stage = config.get("zero_stage", 0) if isinstance(config, dict) else None
+    if stage not in SHARED_BYTES:
+        raise UserError(f"{path}: deepspeed_config with zero_stage 0, 1, 2 or 3 was expected")
+    return stage
 
 
 def estimate(count, prompts, samples, epochs, gpus):
@@ -120,21 +134,34 @@ def check(run):
             return None
 
     if settings.iterations < 1 or not settings.prompts:
-        problems.append("iterations must be at least 1 and prompts name at least one set")
+        raise UserError("iterations must be at least 1 and prompts name at least one set")
+    for key in ("num_shards", "num_processes", "keep_iterates"):
+        if getattr(settings, key) is not None and getattr(settings, key) < 1:
+            raise UserError(f"{key} {getattr(settings, key)} must be at least 1")
+    if settings.gold_function:
+        attempt(load_gold, settings.gold_function)
     models = {"model_name_or_path": settings.model_name_or_path, "reward_name_or_path": settings.reward_name_or_path}
     for key, name in models.items():
         attempt(check_model, name, key)
-        if Path(name).is_dir() and not has_template(name) and not settings.generation.get("chat_template"):
+        own = settings.generation if key == "model_name_or_path" else settings.annotation
+        if Path(name).is_dir() and not attempt(has_template, name) and not own.get("chat_template"):
             problems.append(f"{key} {name} has no chat template: put a chat_template.jinja beside its tokenizer")
+    scorer = attempt(local_config, settings.reward_name_or_path) or {}
+    kind = (scorer.get("architectures") or ["ForSequenceClassification"])[0]
+    if not kind.endswith("ForSequenceClassification"):
+        problems.append(f"reward_name_or_path {settings.reward_name_or_path} is a {kind}, a …ForSequenceClassification with one label is needed")
     groups = attempt(gpu_groups, settings)
     stage = attempt(zero_stage, settings.accelerate_config)
     attempt(run.check_sampling)
     attempt(lambda: build(get_rewards.Arguments, run.annotation([("generated", "rewarded")]), "annotation"))
     training = attempt(run.training, 1)
     if training is not None:
-        attempt(run_dpo.arguments, training, settings.training)
+        asked = attempt(run_dpo.arguments, training, settings.training)
+        if asked:
+            attempt(run_dpo.accumulate, asked[0], processes(settings))
     left = None if problems else attempt(run.stages_left)
-    sets = {name: attempt(local_prompts, name, settings.generation) for name in {*settings.prompts, settings.heldout_prompts}}
+    sets = {name: attempt(local_prompts, name, settings.generation) for name in settings.prompts}
+    sets[settings.heldout_prompts] = attempt(local_prompts, settings.heldout_prompts, settings.generation | settings.heldout)
     heldout = set(sets[settings.heldout_prompts] or [])
     for name in dict.fromkeys(settings.prompts):
         both = sum(prompt in heldout for prompt in sets[name] or [])
@@ -146,31 +173,31 @@ def check(run):
     if settings.iterations > len(settings.prompts):
         notes.append(f"{settings.iterations} iterations take turns over {len(settings.prompts)} prompt sets; the samples differ, the prompts repeat")
     gpus = visible_gpus()
-    processes = settings.num_processes or max(1, len(gpus))
-    if gpus and processes > len(gpus):
-        problems.append(f"num_processes {processes}, but {len(gpus)} GPUs are visible")
+    world = processes(settings)
+    if gpus and world > len(gpus):
+        problems.append(f"num_processes {world}, but {len(gpus)} GPUs are visible")
     count = parameters(settings.model_name_or_path, settings.model_size_b)
     if count and stage is not None:
         size = sum(len(p) for p in sets.values() if p) or None
-        describe(run, count, stage, processes, gpus, size, training or {}, notes, problems)
+        describe(run, count, stage, world, gpus, size, training or {}, notes, problems)
     if problems:
         for problem in problems[:-1]:
             print(f"error: {problem}", file=sys.stderr)
         raise UserError(problems[-1])
-    print(f"check: {len(groups)} generation processes, {processes} training processes, {'GPUs' if gpus else 'CPU'}", file=sys.stderr)
+    print(f"check: {len(groups)} generation processes, {world} training processes, {'GPUs' if gpus else 'CPU'}", file=sys.stderr)
     for note in notes:
         print(f"check: {note}", file=sys.stderr)
     return left
 
 
-def describe(run, count, stage, processes, gpus, local_size, training, notes, problems):
+def describe(run, count, stage, world, gpus, local_size, training, notes, problems):
     """Memory, disk and hours against what there is, as notes; what certainly does not fit as problems."""
     settings = run.settings
     if not gpus and count > 1.5e9:
         problems.append(f"{count / 1e9:.1f} billion parameters and no GPU: this run needs GPUs")
-    needed, there = training_memory(count, stage, processes), gpu_memory()
+    needed, there = training_memory(count, stage, world), gpu_memory()
     if gpus:
-        notes.append(f"training: ZeRO stage {stage} over {processes} processes takes {needed:.0f} GiB a GPU without activations; a GPU has {there or 0:.0f}")
+        notes.append(f"training: ZeRO stage {stage} over {world} processes takes {needed:.0f} GiB a GPU without activations; a GPU has {there or 0:.0f}")
         if there and needed > there * 0.95:
             problems.append(f"training needs {needed:.0f} GiB a GPU without activations and a GPU has {there:.0f}; take configs/zero3.yaml or more GPUs")
     # An iterate in 2 bytes a parameter (4 on the CPU); while training, DeepSpeed's checkpoint of 14 bytes at most.

@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 
 from common.cli import UserError, arg, existing_file
+from common.manifest import beside
 
 # Each class with the file that defines it; a later one's fields stand in place of an earlier one's.
 SOURCES = (
@@ -117,6 +118,9 @@ def check_paths(args):
         raise UserError("--train_dir names no file")
     for name in args.train_dir:
         existing_file(name, "rewarded file (--train_dir)")
+    pairs = Path(args.pairs_path) if args.pairs_path else beside(args.output_dir, ".pairs.jsonl")
+    if pairs.resolve() in [Path(name).resolve() for name in args.train_dir]:
+        raise UserError(f"--pairs_path {pairs} is to be read and written at once; give another")
     if args.chat_template:
         existing_file(args.chat_template, "chat template")
     for key in ("model_name_or_path", "ref_model_name_or_path"):

@@ -68,8 +68,10 @@ def check(args, jobs):
     """Refuse what cannot work before the engine is imported."""
     for job in jobs:
         sampling.check_sampling(job)
-    if len({job.output_dir for job in jobs}) < len(jobs):
+    if len({os.path.abspath(job.output_dir) for job in jobs}) < len(jobs):
         raise UserError("two jobs have the same output_dir")
+    if min(args.tensor_parallel_size, args.max_num_seqs, args.my_world_size) < 1:
+        raise UserError("--tensor_parallel_size, --max_num_seqs and --my_world_size must be at least 1")
     if not 0 <= args.local_index < args.my_world_size:
         raise UserError(f"--local_index {args.local_index} must be from 0 to --my_world_size minus 1 ({args.my_world_size - 1})")
     sampling.check_model(args.model_name_or_path)

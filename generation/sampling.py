@@ -8,7 +8,7 @@ import dataclasses
 from pathlib import Path
 
 from common import chat
-from common.cli import UserError, arg
+from common.cli import UserError, arg, existing_file
 from common.records import read_prompts, sample_seed, shard_range
 
 
@@ -56,10 +56,12 @@ def check_sampling(args):
         raise UserError(f"missing --{'dataset_name_or_path' if args.dataset_name_or_path is None else 'output_dir'}")
     if not 1 <= args.K < 1024:
         raise UserError(f"--K {args.K}: a number of responses from 1 to 1023 was expected")
-    if args.temperature < 0 or not 0 < args.top_p <= 1:
+    if not 0 <= args.temperature < float("inf") or not 0 < args.top_p <= 1:
         raise UserError("--temperature must not be negative and --top_p must be above 0 and at most 1")
     if args.temperature == 0 and args.K > 1:
         raise UserError(f"--temperature 0 is greedy: all {args.K} responses would be equal; give --K 1 or a temperature")
+    if args.chat_template:
+        existing_file(args.chat_template, "chat template")
     if args.max_new_tokens < 1 or args.max_input_length < 1:
         raise UserError("--max_new_tokens and --max_input_length must be at least 1")
 

@@ -86,11 +86,22 @@ def read_rewarded(path):
             if field not in record:
                 todo = "; score it with annotate_data/get_rewards.py first" if field == "rewards" else ""
                 raise UserError(f"{path} record {number} has no `{field}`{todo}")
+        where = f"{path} record {number}"
+        for field in ("responses", "rewards", "num_tokens", "finish_reasons"):
+            kinds = {"responses": str, "rewards": (int, float, type(None)), "num_tokens": (int, type(None)), "finish_reasons": (str, type(None))}
+            value = record.get(field, [])
+            if not isinstance(value, list) or not all(isinstance(item, kinds[field]) for item in value):
+                raise UserError(f"{where}: `{field}` is {str(value)[:40]!r}, a list with one entry a response was expected")
+        if not record["responses"]:
+            raise UserError(f"{where} has no responses")
+        record["prompt"] = records.to_messages(record["prompt"], where)
         sizes = len(record["responses"]), len(record["rewards"])
         if sizes[0] != sizes[1]:
             raise UserError(f"{path} record {number} has {sizes[0]} responses and {sizes[1]} rewards")
         made = identify(record["prompt"])
         record = {"id": made} | record
+        if not isinstance(record["id"], (str, int)):
+            raise UserError(f"{where}: `id` is {str(record['id'])[:40]!r}, a text was expected")
         if record["id"] in found:
             raise UserError(f"{path} record {number} has the id {record['id']!r} of an earlier one; ids must be unique")
         found[record["id"]] = record
@@ -216,6 +227,8 @@ def read_run(folder):
                 metrics = json.loads(path.read_text(encoding="utf-8"))
             except json.JSONDecodeError as error:
                 raise UserError(f"{path} is not valid JSON ({error}); delete it and measure again") from None
+            if not isinstance(metrics, dict) or not all(isinstance(metrics.get(kind, {}), dict) for kind in KINDS):
+                raise UserError(f"{path} does not hold metrics; delete it and measure again")
             iterates.append((path.parent, {"iterate": int(path.parent.name[4:])} | metrics))
     if not iterates:
         raise UserError(f"no iterN/metrics.json in {folder}" + ("" if folder.is_dir() else ", there is no such folder"))
@@ -288,6 +301,8 @@ def main():
         raise UserError(
             f"--output_dir {target} is a folder, a file name was expected (for example {target}/metrics.json)"
         )
+    if target.resolve() in [Path(path).resolve() for path in files.values()]:
+        raise UserError(f"{target} is to be read and written at once; give another --output_dir")
     target.parent.mkdir(parents=True, exist_ok=True)
     # relative to the metrics, so that a run's folder may move
     metrics["files"] = {kind: os.path.relpath(path, target.parent) for kind, path in files.items()}

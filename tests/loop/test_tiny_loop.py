@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -90,7 +91,7 @@ def test_a_second_start_skips_what_is_finished(finished):
 @pytest.mark.parametrize("change, named", [
     (("--generation.temperature", "0.7"), "temperature was 1.0 and is now 0.7"),
     (("--training_args.beta", "0.3"), "beta was"),
-    (("--reward_name_or_path", "tiny/built/policy"), "reward_name_or_path"),
+    (("--reward_name_or_path", "tiny/built/policy"), "is a LlamaForCausalLM"),
     (("--seed", "7"), "seed was 0 and is now 7"),
 ])  # fmt: skip
 def test_a_changed_setting_is_refused_by_name(finished, change, named):
@@ -99,6 +100,20 @@ def test_a_changed_setting_is_refused_by_name(finished, change, named):
     refused = loop("--run_dir", folder, *change)
     assert refused.returncode == 2 and named in refused.stderr, refused.stderr
     assert (folder / "loop.yaml").read_text() == settings
+
+
+def test_weights_are_pruned_behind_the_last_finished_iteration_only(finished, tmp_path):
+    """keep_iterates deletes what is no longer read, never what an unfinished iteration starts from."""
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0], folder)
+    settings = [*("--run_dir", folder), *("--keep_iterates", 1)]
+    shutil.rmtree(folder / "iter3")
+    early = loop(*settings, "--stage", "3.1", "--stop_stage", "3.1", "--dry_run")
+    assert early.returncode == 0 and (folder / "iter2" / "model").exists(), early.stderr
+    loop(*settings, "--stage", "2.4", "--stop_stage", "2.4")
+    assert not (folder / "iter1" / "model").exists() and (folder / "iter2" / "model").exists()
+    again = loop(*settings, "--dry_run")
+    assert "# iteration 3, train" in again.stdout and "# iteration 2" not in again.stdout, again.stdout + again.stderr
 
 
 def test_more_iterations_can_be_given(finished):
@@ -163,21 +178,25 @@ def marked(folder):
     return found
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_loop_leaves_nothing_running_and_continues(finished, tmp_path, how):
     """Ctrl-C ends what was started; after kill -9 of the driver the next start does. Then the run goes on."""
     folder = tmp_path / "run"
     command = ["bash", "run_loop.sh", CONFIG, "--run_dir", str(folder), "--stop_stage", "0.4"]
-    driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    said = tmp_path / "stderr"
+    with open(said, "w") as errors:  # a pipe would be waited for until what was left behind has closed it
+        driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=errors)
     deadline = time.time() + 120
-    while not marked(folder) and time.time() < deadline:
+    log = folder / "iter0" / "logs" / "evaluate.0.log"
+    while not (log.exists() and marked(folder)) and time.time() < deadline:
         time.sleep(0.2)
-    started = marked(folder)
-    assert started
+    assert marked(folder)
     os.kill(driver.pid, how)
-    _, errors = driver.communicate(timeout=120)
-    if how == signal.SIGINT:
-        assert driver.returncode == 130 and "to continue: bash run_loop.sh" in errors and not marked(folder)
+    driver.wait(timeout=60)
+    if how == signal.SIGKILL:
+        assert marked(folder)
+    else:
+        assert driver.returncode == 128 + how and "to continue: bash run_loop.sh" in said.read_text() and not marked(folder)
     planned = loop("--run_dir", folder, "--check")
     assert planned.returncode == 0, planned.stderr
     assert not marked(folder)
@@ -187,9 +206,9 @@ def test_problems_are_found_before_anything_runs(tmp_path):
     prompts = tmp_path / "overlap.jsonl"
     prompts.write_text((ROOT / "tiny/built/prompts/heldout.jsonl").read_text(encoding="utf-8").split("\n")[0] + "\n", encoding="utf-8")
     found = loop("--run_dir", tmp_path / "run", "--check", "--prompts", prompts, "--reward_name_or_path", "tiny/built/reward_modle",
-                 "--generation.temprature", "1", "--accelerate_config", "configs/zero22.yaml")  # fmt: skip
+                 "--generation.temprature", "1", "--accelerate_config", "configs/zero22.yaml", "--gold_function", "nope.py:x")  # fmt: skip
     assert found.returncode == 2
-    for problem in ("1 prompts of", "reward_modle", "temprature", "zero22.yaml"):
+    for problem in ("1 prompts of", "reward_modle", "temprature", "zero22.yaml", "nope.py"):
         assert problem in found.stderr, found.stderr
     assert not (tmp_path / "run" / "loop.yaml").exists() and "Traceback" not in found.stderr
 
