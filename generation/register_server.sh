@@ -217,10 +217,12 @@ case "$model" in
     ;;
   stop)
     state_dir="${2:-$state_dir}"
+    [[ $# -lt 2 || -d $state_dir ]] || fail "no folder $state_dir: give the state folder that the servers were started with"
     stop_recorded
     exit 0
     ;;
 esac
+[[ $# -le 1 ]] || fail "unexpected argument $2: settings stand in front, as in servers=2 bash $0 $1"
 
 [[ ${kv_cache_gib:-1} =~ ^[0-9]*[.]?[0-9]+$ ]] || fail "kv_cache_gib=$kv_cache_gib is not a number"
 for name in port tensor_parallel_size servers max_model_len deadline stop_seconds; do
@@ -267,7 +269,7 @@ cache_bytes=""
 if [[ -n $kv_cache_gib ]]; then cache_bytes="$(awk -v gib="$kv_cache_gib" 'BEGIN { printf "%d", gib * 2^30 }')"; fi
 
 for ((i = 0; i < servers; i++)); do check_port $((port + i)); done
-mkdir -p "$state_dir" "$log_dir"
+mkdir -p "$state_dir" "$log_dir" 2>/dev/null || fail "cannot write $state_dir or $log_dir; give another state_dir=… and log_dir=…"
 probe="$("$python" -c 'import json, sys; print(json.dumps({"model": sys.argv[1], "prompt": [0], "max_tokens": 1}))' "$model")"
 trap stop_started EXIT
 trap 'exit 130' INT
