@@ -55,6 +55,19 @@ def existing_file(path, what="file"):
     raise UserError(f"no such {what}: {path}" + (f"; there is {near[0]}" if near else ""))
 
 
+def check_model(name, what="--model_name_or_path"):
+    """Refuse a local model folder that is not there or is no model, before anything heavy is imported."""
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{what} {name} is a folder without config.json, so it is no model folder")
+    elif name.startswith((".", "/", "~")) or name.count("/") != 1 or path.exists():
+        raise UserError(f"{what} {name}: no such folder, and not a hub name of the form owner/model")
+    elif path.parent.is_dir():
+        near = ", ".join(sorted(f.name for f in path.parent.iterdir() if f.is_dir())[:5])
+        raise UserError(f"{what} {name}: no such folder in {path.parent}/" + (f"; there is {near}" if near else ""))
+
+
 def read_yaml(path, what="YAML file"):
     """The mapping in a YAML file; anything else is an error with the place in the file."""
     import yaml

@@ -11,13 +11,12 @@ import sys
 from pathlib import Path
 
 from annotate_data import get_rewards
-from common.cli import UserError, build, read_yaml
+from common.cli import UserError, build, check_model, read_yaml
 from common.devices import visible_gpus
 from common.loop import gpu_groups, processes
 from common.progress import duration
 from common.records import read_prompts
 from dpo_iteration import run_dpo
-from generation.sampling import check_model
 from report.metrics import load_gold
 
 # For the estimates, per GPU of the A100/H100 class. Assumed, not measured here; the README says how the sums are made.

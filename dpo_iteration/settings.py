@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from common.cli import UserError, arg, existing_file
+from common.cli import UserError, arg, check_model, existing_file
 from common.manifest import beside
 
 # Each class with the file that defines it; a later one's fields stand in place of an earlier one's.
@@ -127,12 +127,8 @@ def check_paths(args):
         name = getattr(args, key)
         if name is None:
             continue
-        path = Path(name)
-        if path.is_dir() and not (path / "config.json").is_file():
-            raise UserError(f"--{key} {name} is a folder without config.json, so it is no model folder")
-        if not path.is_dir() and (path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1):
-            raise UserError(f"--{key} {name}: no such folder, and not a hub name of the form owner/model")
-        if path.resolve() == Path(args.output_dir).resolve():
+        check_model(name, f"--{key}")
+        if Path(name).resolve() == Path(args.output_dir).resolve():
             raise UserError(f"--output_dir {args.output_dir} is --{key} itself; choose another")
 
 

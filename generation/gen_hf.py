@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
 from common import chat
-from common.cli import UserError, arg, parse, run
+from common.cli import UserError, arg, check_model, parse, run
 from common.manifest import Output
 from common.progress import Progress, duration
 from generation import sampling
@@ -304,7 +304,7 @@ async def generate(args):
 def main():
     args = parse(Arguments, __doc__)
     sampling.check_sampling(args)
-    sampling.check_model(args.tokenizer, "--tokenizer")
+    check_model(args.tokenizer, "--tokenizer")
     if not args.ports or len(set(zip(args.hosts * (len(args.ports) if len(args.hosts) == 1 else 1), args.ports))) < len(
         args.ports
     ):

@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
-from common.cli import UserError, arg, convert, nearest, parse, run
+from common.cli import UserError, arg, check_model, convert, nearest, parse, run
 from common.devices import prepare_threads, visible_gpus
 from common.manifest import Output
 from common.progress import Progress, duration
@@ -74,7 +74,7 @@ def check(args, jobs):
         raise UserError("--tensor_parallel_size, --max_num_seqs and --my_world_size must be at least 1")
     if not 0 <= args.local_index < args.my_world_size:
         raise UserError(f"--local_index {args.local_index} must be from 0 to --my_world_size minus 1 ({args.my_world_size - 1})")
-    sampling.check_model(args.model_name_or_path)
+    check_model(args.model_name_or_path)
     gpus = visible_gpus()
     if gpus and args.tensor_parallel_size > len(gpus):
         raise UserError(f"--tensor_parallel_size {args.tensor_parallel_size}, but this process sees {len(gpus)} GPUs; see CUDA_VISIBLE_DEVICES")

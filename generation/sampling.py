@@ -5,7 +5,6 @@ they give the same answers where the engine is batch-invariant.
 """
 
 import dataclasses
-from pathlib import Path
 
 from common import chat
 from common.cli import UserError, arg, existing_file
@@ -64,19 +63,6 @@ def check_sampling(args):
         existing_file(args.chat_template, "chat template")
     if args.max_new_tokens < 1 or args.max_input_length < 1:
         raise UserError("--max_new_tokens and --max_input_length must be at least 1")
-
-
-def check_model(name, what="--model_name_or_path"):
-    """Refuse a local model folder that is not there or is no model, before anything heavy is imported."""
-    path = Path(name)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"{what} {name} is a folder without config.json, so it is no model folder")
-    elif name.startswith((".", "/", "~")) or name.count("/") != 1 or path.exists():
-        raise UserError(f"{what} {name}: no such folder, and not a hub name of the form owner/model")
-    elif path.parent.is_dir():
-        near = ", ".join(sorted(f.name for f in path.parent.iterdir() if f.is_dir())[:5])
-        raise UserError(f"{what} {name}: no such folder in {path.parent}/" + (f"; there is {near}" if near else ""))
 
 
 def load_tokenizer(name, args):
