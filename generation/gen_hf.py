@@ -296,7 +296,7 @@ async def generate(args):
             await work.all((item, sampling.sampling_fields(args, item, stops, limit)) for item in todo)
         seconds = progress.close()
     output.finish([item.record["id"] for item in items], sampling.summarise(output, prompts, items, seconds))
-    print(f"read {prompts} prompts, wrote {len(items)} records to {args.output_dir}, skipped {len(output.skipped)}")
+    print(f"read {prompts} prompts, wrote {len(items)} records to {args.output_dir}, skipped {output.skipped}")
     if todo:
         print(f"sampled {work.tokens} tokens in {duration(seconds)}, {work.tokens / seconds:.0f} tokens/s")
 

@@ -188,7 +188,7 @@ def main():
         seconds = progress.close()
     for _, output, items, prompts, _ in work:
         output.finish([item.record["id"] for item in items], sampling.summarise(output, prompts, items, seconds))
-        print(f"read {prompts} prompts, wrote {len(items)} records to {output.path}, skipped {len(output.skipped)}")
+        print(f"read {prompts} prompts, wrote {len(items)} records to {output.path}, skipped {output.skipped}")
     if requests:
         print(f"sampled {tokens} tokens in {duration(seconds)}, {tokens / seconds:.0f} tokens/s")
 

@@ -125,7 +125,7 @@ def load_items(args, tokenizer, output, limit, index=0, world=1):
     if literal:
         print(f"note: {literal} prompts hold the text of a special token; it is kept as the template tokenises it")
     if output.skipped:
-        print(f"note: {len(output.skipped)} prompts are longer than {longest} tokens and are skipped")
+        print(f"note: {output.skipped} prompts are longer than {longest} tokens and are skipped")
     return items, len(prompts)
 
 
@@ -154,4 +154,4 @@ def shaping_settings(args, **more):
 
 def summarise(output, prompts, items, seconds):
     """Counts for the manifest and the closing lines: prompts, answered, skipped, responses, tokens a second."""
-    return {"prompts": prompts, "records": len(items), "skipped": len(output.skipped), "engine_seconds": round(seconds, 1)}
+    return {"prompts": prompts, "records": len(items), "skipped": output.skipped, "engine_seconds": round(seconds, 1)}
