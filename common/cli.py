@@ -20,6 +20,9 @@ import types
 import typing
 from pathlib import Path
 
+# What a script may miss when it is started in another environment than its own.
+PACKAGES = ("accelerate", "aiohttp", "datasets", "deepspeed", "numpy", "torch", "transformers", "trl", "vllm", "yaml")
+
 
 class UserError(Exception):
     """What is wrong and what to do, in one line; shown without a traceback."""
@@ -249,6 +252,12 @@ def run(main):
     except UserError as error:
         if rank_zero:
             print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in PACKAGES:
+            raise
+        print(f"error: {sys.executable} has no package {error.name}: switch to the script's environment first "
+              "(source envs.sh; use_env vllm to generate and annotate, rlhflow to train)", file=sys.stderr, flush=True)
         sys.exit(2)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

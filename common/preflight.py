@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+from array import array
 from pathlib import Path
 
 from annotate_data import get_rewards
@@ -15,7 +16,7 @@ from common.cli import UserError, build, check_model, read_yaml
 from common.devices import visible_gpus
 from common.loop import gpu_groups, processes
 from common.progress import duration
-from common.records import read_prompts
+from common.records import read_prompts, record_id
 from dpo_iteration import run_dpo
 from report.metrics import load_gold
 
@@ -107,11 +108,11 @@ def estimate(count, prompts, samples, epochs, gpus):
 
 
 def local_prompts(name, generation):
-    """Ids of a local prompt set's prompts; None for one on the hub."""
+    """Hashes of a local prompt set's prompts, 8 bytes each; None for a set on the hub."""
     if not Path(name).exists() and not name.endswith((".jsonl", ".json", ".csv", ".parquet")):
         return None
     key, split = generation.get("dataset_key"), generation.get("dataset_split", "train")
-    return [json.dumps(record["prompt"]) for record in read_prompts(name, key, split)]
+    return array("Q", (int(record_id(record["prompt"]), 16) for record in read_prompts(name, key, split)))
 
 
 def check(run):

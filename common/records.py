@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 
 from common.cli import UserError, existing_file, nearest
+from common.index import Index
 
 PROMPT_KEYS = ("context_messages", "messages", "prompt")
 
@@ -152,12 +153,11 @@ class Identifier:
     """Gives each prompt of one file its id, counting twins: equal prompts are answered anew, not merged."""
 
     def __init__(self):
-        self._seen = {}
+        self._seen = Index()
 
     def __call__(self, messages):
         base = record_id(messages)
-        twin = self._seen.get(base, 0)
-        self._seen[base] = twin + 1
+        twin = self._seen.count(base)
         return record_id(messages, twin) if twin else base
 
 

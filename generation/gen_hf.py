@@ -14,6 +14,7 @@ a server that dies is probed and used again when it is back.
 
 import asyncio
 import dataclasses
+import itertools
 import random
 import sys
 import time
@@ -42,6 +43,7 @@ class Arguments(sampling.SamplingArguments):
 HOW = {"ports", "hosts", "concurrency", "timeout", "retries", "give_up_after"}  # not what
 RETRIED = (408, 429)  # and all from 500 on
 LONGEST_PAUSE = 10.0  # seconds
+AHEAD = 2  # prompts in work or waiting, per slot of a server
 
 
 class Failure(Exception):
@@ -155,7 +157,10 @@ class Run:
     def __init__(self, args, session, servers, serves, output, progress):
         self.args, self.session, self.servers, self.serves = args, session, servers, serves
         self.output, self.progress = output, progress
-        self.queue, self.failures, self.tokens = asyncio.Queue(), {}, 0
+        # Prompts are read and tokenised as `room` is free, a little ahead of the servers; what has failed goes first.
+        self.queue, self.turn = asyncio.PriorityQueue(), itertools.count()
+        self.room = asyncio.Semaphore(AHEAD * args.concurrency * len(servers))
+        self.failures, self.tokens = {}, 0
 
     def failed(self, server, failure):
         """Note a failure; end the run when every server has done nothing but fail for too long."""
@@ -214,11 +219,11 @@ class Run:
         """One slot of a server: take a prompt when free, ask, save; what fails goes back into the queue."""
         while True:
             await self.ready(server)
-            item, fields = await self.queue.get()
+            _, _, (item, fields) = await self.queue.get()
             name = item.record["id"]
             try:
                 if not server.up:  # lost while this slot waited for a prompt
-                    self.queue.put_nowait((item, fields))
+                    self.put_back(item, fields)
                     continue
                 record = await self.answer(server, item, fields)
             except Failure as failure:
@@ -231,9 +236,11 @@ class Run:
                     ) from None
                 if not failure.lost:  # a lost server's work is free for the others at once
                     await asyncio.sleep(pause(self.failures[name]))
-                self.queue.put_nowait((item, fields))
+                self.put_back(item, fields)
             else:
                 server.failures = 0
+                self.failures.pop(name, None)
+                self.room.release()
                 self.output.append(record)
                 self.tokens += sum(record["num_tokens"])
                 rate = self.tokens / max(time.monotonic() - self.progress.start, 1e-9)
@@ -241,11 +248,20 @@ class Run:
             finally:
                 self.queue.task_done()
 
+    def put_back(self, item, fields):
+        self.queue.put_nowait((0, next(self.turn), (item, fields)))
+
+    async def feed(self, requests):
+        """Hand requests to the workers as there is room; return when all are answered."""
+        for request in requests:
+            await self.room.acquire()
+            self.queue.put_nowait((1, next(self.turn), request))
+            await asyncio.sleep(0)  # reading and tokenising takes turns with the answers
+        await self.queue.join()
+
     async def all(self, requests):
         """Answer all requests; the first error of a worker ends the run."""
-        for request in requests:
-            self.queue.put_nowait(request)
-        finished = asyncio.create_task(self.queue.join())
+        finished = asyncio.create_task(self.feed(requests))
         workers = [asyncio.create_task(self.work(s)) for s in self.servers for _ in range(self.args.concurrency)]
         try:
             done, _ = await asyncio.wait([finished, *workers], return_when=asyncio.FIRST_COMPLETED)
@@ -258,8 +274,6 @@ class Run:
 
 
 async def generate(args):
-    import aiohttp
-
     hosts = args.hosts * len(args.ports) if len(args.hosts) == 1 else args.hosts
     servers = [Server(f"http://{host}:{port}") for host, port in zip(hosts, args.ports)]
     inputs = {
@@ -268,6 +282,10 @@ async def generate(args):
         "chat_template": args.chat_template,
     }
     settings = {k: v for k, v in sampling.shaping_settings(args).items() if k not in HOW}
+    there = Path(args.output_dir).exists() and not args.overwrite
+    count = 0 if there else sampling.count_prompts(args)  # refuses bad records before anything is loaded or written
+    import aiohttp
+
     # No kept connections: one that the server has closed meanwhile looks like a lost server.
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(connector=connector) as session:
@@ -275,7 +293,7 @@ async def generate(args):
             model, root, limit = serves = await agree(session, servers)
             inputs["model"] = root or model
         except UserError:
-            if args.overwrite or not Path(args.output_dir).exists():
+            if not there:
                 raise  # a finished output needs no server any more
         output = Output(args.output_dir, "generation/gen_hf.py", settings, inputs, args.overwrite)
         if output.complete:
@@ -285,19 +303,19 @@ async def generate(args):
             print(f"note: the servers serve {model}, the tokenizer is {args.tokenizer}'s")
         tokenizer = sampling.load_tokenizer(args.tokenizer, args)
         stops = sampling.stop_ids(args.tokenizer, tokenizer, args)
-        items, prompts = sampling.load_items(args, tokenizer, output, limit)
-        todo = [item for item in items if item.record["id"] not in output.done]
+        prompts = sampling.Prompts(args, tokenizer, output, limit, count)
+        left = prompts.size - len(output.done)
         if output.done:
-            print(f"continuing: {len(output.done)} records are there, {len(todo)} to do")
-        progress = Progress(len(todo), "generate", "prompts")
+            print(f"continuing: {len(output.done)} records are there, {left} to do")
+        requests = ((item, sampling.sampling_fields(args, item, stops, limit)) for item in prompts)
+        first, progress = next(requests, None), Progress(left, "generate", "prompts")
         work = Run(args, session, servers, serves, output, progress)
-        if todo:
-            await check_tokenizer(session, servers[0], model, args, tokenizer, todo[0])
-            await work.all((item, sampling.sampling_fields(args, item, stops, limit)) for item in todo)
+        if first is not None:
+            await check_tokenizer(session, servers[0], model, args, tokenizer, first[0])
+            await work.all(itertools.chain([first], requests))
         seconds = progress.close()
-    output.finish([item.record["id"] for item in items], sampling.summarise(output, prompts, items, seconds))
-    print(f"read {prompts} prompts, wrote {len(items)} records to {args.output_dir}, skipped {output.skipped}")
-    if todo:
+    prompts.finish(seconds)
+    if work.tokens:
         print(f"sampled {work.tokens} tokens in {duration(seconds)}, {work.tokens / seconds:.0f} tokens/s")
 
 

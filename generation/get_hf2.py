@@ -14,6 +14,7 @@ continues with the same command.
 """
 
 import dataclasses
+import itertools
 import os
 import sys
 import time
@@ -42,6 +43,7 @@ class Arguments(sampling.SamplingArguments):
 
 
 HOW = {"tensor_parallel_size", "gpu_memory_utilization", "kv_cache_gib", "max_num_seqs", "jobs"}  # not what
+IN_ENGINE = 4  # sequences that the engine holds, decoding or waiting, per slot; enough that no slot ever waits for us
 ENGINE = {"model_name_or_path", "revision", "trust_remote_code", "dtype", "local_index", "my_world_size"}  # one for all jobs
 
 
@@ -115,7 +117,7 @@ def answer(llm, requests, window, progress):
     Args:
         llm: vLLM engine.
         requests: iterable of (output, item, sampling fields).
-        window: requests in the engine at once; more wait here, so that memory stays bounded.
+        window: sequences in the engine at once, decoding or waiting; more are not even read yet.
         progress: Progress.
 
     Returns:
@@ -123,20 +125,22 @@ def answer(llm, requests, window, progress):
     """
     from vllm import SamplingParams
 
-    requests, waiting, tokens = iter(requests), {}, 0
+    requests, waiting, held, tokens = iter(requests), {}, 0, 0
     more = True
     while more or waiting:
-        while more and len(waiting) < window:
+        while more and held < window:
             request = next(requests, None)
             more = request is not None
             if more:
                 output, item, fields = request
                 [name] = llm.enqueue([{"prompt_token_ids": item.token_ids}], SamplingParams(**fields), use_tqdm=False)
                 waiting[name.split("-")[0]] = (output, item)
+                held += fields["n"]
         for result in llm.llm_engine.step() if waiting else []:
             if not result.finished:
                 continue
             output, item = waiting.pop(result.request_id.split("-")[0])
+            held -= len(result.outputs)
             samples = sorted(result.outputs, key=lambda sample: sample.index)
             reasons = [sample.finish_reason for sample in samples]
             if not set(reasons) <= {"stop", "length"}:
@@ -152,44 +156,45 @@ def main():
     args = parse(Arguments, __doc__)
     jobs = split_jobs(args)
     check(args, jobs)
-    outputs = []
+    todo = []
     for job in jobs:
         settings, inputs = shaping(job)
         settings |= {"local_index": job.local_index, "my_world_size": job.my_world_size}
         path = f"{job.output_dir}{job.local_index}.jsonl"
-        outputs.append(Output(path, "generation/get_hf2.py", settings, inputs, job.overwrite))
-        if outputs[-1].complete:
+        there = Path(path).exists() and not job.overwrite
+        count = 0 if there else sampling.count_prompts(job)  # refuses bad records before anything is written
+        output = Output(path, "generation/get_hf2.py", settings, inputs, job.overwrite)
+        if output.complete:
             print(f"{path} is complete, nothing to do")
-    todo = [(job, output) for job, output in zip(jobs, outputs) if not output.complete]
+        else:
+            todo.append((job, output, count))
     if not todo:
         return
     prepare_threads()
     limit = sampling.context_length(args.model_name_or_path, args)
-    work = []
-    for job, output in todo:
-        tokenizer = sampling.load_tokenizer(job.model_name_or_path, job)
+    work, saved = [], sum(len(output.done) for _, output, _ in todo)
+    tokenizers = {job.chat_template: sampling.load_tokenizer(job.model_name_or_path, job) for job, _, _ in todo}
+    for job, output, count in todo:
+        tokenizer = tokenizers[job.chat_template]
         stops = sampling.stop_ids(job.model_name_or_path, tokenizer, job)
-        items, prompts = sampling.load_items(job, tokenizer, output, limit, job.local_index, job.my_world_size)
-        work.append((job, output, items, prompts, stops))
-    requests = [
-        (output, item, sampling.sampling_fields(job, item, stops, limit))
-        for job, output, items, _, stops in work
-        for item in items
-        if item.record["id"] not in output.done
-    ]
-    saved = sum(len(output.done) for _, output in todo)
+        work.append((job, sampling.Prompts(job, tokenizer, output, limit, count, job.local_index, job.my_world_size), stops))
+    left = sum(prompts.size for _, prompts, _ in work) - saved
     if saved:
-        print(f"continuing: {saved} records are there, {len(requests)} to do")
-    tokens, seconds = 0, 0.0
-    if requests:
-        llm = start_engine(args, limit, max(job.max_input_length + job.max_new_tokens for job, _ in todo))
-        progress = Progress(len(requests), "generate", "prompts")
-        tokens = answer(llm, requests, max(64, 4 * args.max_num_seqs // min(job.K for job, _ in todo)), progress)
+        print(f"continuing: {saved} records are there, {left} to do")
+    requests = (
+        (prompts.output, item, sampling.sampling_fields(job, item, stops, limit))
+        for job, prompts, stops in work
+        for item in sampling.by_prefix(prompts, args.max_num_seqs)
+    )
+    first, tokens, seconds = next(requests, None), 0, 0.0
+    if first is not None:
+        llm = start_engine(args, limit, max(job.max_input_length + job.max_new_tokens for job, _, _ in work))
+        progress = Progress(left, "generate", "prompts")
+        tokens = answer(llm, itertools.chain([first], requests), IN_ENGINE * args.max_num_seqs, progress)
         seconds = progress.close()
-    for _, output, items, prompts, _ in work:
-        output.finish([item.record["id"] for item in items], sampling.summarise(output, prompts, items, seconds))
-        print(f"read {prompts} prompts, wrote {len(items)} records to {output.path}, skipped {output.skipped}")
-    if requests:
+    for _, prompts, _ in work:
+        prompts.finish(seconds)
+    if tokens:
         print(f"sampled {tokens} tokens in {duration(seconds)}, {tokens / seconds:.0f} tokens/s")
 
 

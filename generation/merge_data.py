@@ -10,18 +10,23 @@ Nothing is written unless every shard is complete, all were made with the same s
 list every prompt once. Shards without a manifest (other tools' files) are merged too, with a note.
 """
 
+import bisect
+import contextlib
 import dataclasses
 import fcntl
+import itertools
 import json
 import os
 import random
 import sys
 import time
+from array import array
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
 from common.cli import UserError, arg, parse, run
+from common.index import Index
 from common.manifest import beside, fingerprint, read_manifest, same_content, write_json
 
 SHARD = ("local_index", "my_world_size")
@@ -120,15 +125,18 @@ def common_manifest(paths):
     }, [None if m is None else m["counts"]["records"] for m in manifests]
 
 
-def index_records(paths, expected):
-    """Where each record lies, as (shard, offset, length) in file order; a record's `id` may occur only once.
+def check_records(paths, expected):
+    """Read every record once; an `id` may occur only once.
+
+    Returns:
+        offset of each record in file order, the shards' files thought of as one behind the other, as 64-bit numbers.
 
     Raises:
         UserError: a line that is no JSON object, a file that is torn or shorter than its manifest says, a repeated id.
     """
-    places, seen = [], {}
+    places, seen, offset = array("Q"), Index(), 0
     for shard, path in enumerate(paths):
-        offset, before = 0, len(places)
+        before = len(places)
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
@@ -144,12 +152,14 @@ def index_records(paths, expected):
                             f"{path} line {number} is a {type(record).__name__}, a JSON object was expected"
                         )
                     name = record.get("id")
-                    if name is not None and name in seen:
-                        raise UserError(
-                            f"id {name} is in {paths[seen[name]]} and in {path} line {number}; is a shard there twice?"
-                        )
-                    seen[name] = shard
-                    places.append((shard, offset, len(line)))
+                    if name is not None:
+                        there = seen.get(json.dumps(name))
+                        if there is not None:
+                            raise UserError(
+                                f"id {name} is in {paths[there[0]]} and in {path} line {number}; is a shard there twice?"
+                            )
+                        seen[json.dumps(name)] = (shard, number)
+                    places.append(offset)
                 offset += len(line)
         if expected[shard] not in (None, len(places) - before):
             raise UserError(
@@ -159,15 +169,16 @@ def index_records(paths, expected):
 
 
 def write_merged(target, paths, places):
-    """Copy the records at `places` into `target`, one a line."""
-    files = [open(path, "rb") for path in paths]
-    for shard, offset, length in places:
-        files[shard].seek(offset)
-        target.write(files[shard].read(length).rstrip(b"\r\n") + b"\n")
+    """Copy the records at `places` (offsets as `check_records` gives them, in any order) into `target`, one a line."""
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open(path, "rb")) for path in paths]
+        starts = [0, *itertools.accumulate(path.stat().st_size for path in paths)]
+        for offset in places:
+            shard = bisect.bisect_right(starts, offset) - 1
+            files[shard].seek(offset - starts[shard])
+            target.write(files[shard].readline().rstrip(b"\r\n") + b"\n")
     target.flush()
     os.fsync(target.fileno())
-    for file in files:
-        file.close()
 
 
 def merge_skipped(output, paths):
@@ -218,7 +229,7 @@ def main():
     if is_done(output, how, args.overwrite):
         print(f"{output} is complete, nothing to do")
         return
-    places = index_records(paths, expected)
+    places = check_records(paths, expected)
     if args.shuffle_seed is not None:
         random.Random(args.shuffle_seed).shuffle(places)
     output.parent.mkdir(parents=True, exist_ok=True)

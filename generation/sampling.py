@@ -5,6 +5,8 @@ they give the same answers where the engine is batch-invariant.
 """
 
 import dataclasses
+import itertools
+from array import array
 
 from common import chat
 from common.cli import UserError, arg, existing_file
@@ -99,34 +101,80 @@ def context_length(name, args):
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def load_items(args, tokenizer, output, limit, index=0, world=1):
-    """The prompts of shard `index` of `world` as items; too long ones go to the output's skipped file.
+class Prompts:
+    """The prompts of one shard, read, tokenised and handed out while earlier ones are being answered.
 
     Args:
         args: SamplingArguments.
         tokenizer: the policy's.
-        output: manifest.Output that records what is skipped.
+        output: manifest.Output, which knows what is done and records what is skipped.
         limit: tokens that prompt and response may have together, or None.
+        count: prompts of the whole file.
+        index, world: which shard of how many.
 
-    Returns:
-        (items in file order, number of prompts of the whole file).
+    Attributes:
+        size: prompts of this shard.
+        order: their ids in file order as 64-bit numbers, too long ones apart; whole when the iteration is.
     """
-    prompts = list(read_prompts(args.dataset_name_or_path, args.dataset_key, args.dataset_split, args.system_prompt))
-    longest = min(args.max_input_length, limit - 1) if limit else args.max_input_length
-    specials = chat.literal_specials(tokenizer)
-    items, literal = [], 0
-    for record in (prompts[i] for i in shard_range(len(prompts), index, world)):
-        token_ids = chat.encode(tokenizer, record["prompt"], True, args.template_kwargs)
-        literal += any(s in m["content"] for m in record["prompt"] for s in specials)
-        if len(token_ids) > longest:
-            output.skip(record["id"], f"prompt has {len(token_ids)} tokens, more than {longest}")
-        else:
-            items.append(Item(record, token_ids, sample_seed(args.seed, args.iteration, record["id"])))
-    if literal:
-        print(f"note: {literal} prompts hold the text of a special token; it is kept as the template tokenises it")
-    if output.skipped:
-        print(f"note: {output.skipped} prompts are longer than {longest} tokens and are skipped")
-    return items, len(prompts)
+
+    def __init__(self, args, tokenizer, output, limit, count, index=0, world=1):
+        self.args, self.tokenizer, self.output, self.count = args, tokenizer, output, count
+        self.longest = min(args.max_input_length, limit - 1) if limit else args.max_input_length
+        self.shard = shard_range(count, index, world)
+        self.size, self.order, self.literal = len(self.shard), array("Q"), 0
+        self.specials = chat.literal_specials(tokenizer)
+
+    def __iter__(self):
+        """Yield the items that are to be answered, in file order."""
+        for number, record in enumerate(read_prompts_of(self.args)):
+            if number >= self.shard.stop:
+                break
+            if number < self.shard.start:
+                continue
+            if record["id"] in self.output.done:
+                self.order.append(int(record["id"], 16))
+                continue
+            token_ids = chat.encode(self.tokenizer, record["prompt"], True, self.args.template_kwargs)
+            self.literal += any(s in m["content"] for m in record["prompt"] for s in self.specials)
+            if len(token_ids) > self.longest:
+                self.output.skip(record["id"], f"prompt has {len(token_ids)} tokens, more than {self.longest}")
+                continue
+            self.order.append(int(record["id"], 16))
+            yield Item(record, token_ids, sample_seed(self.args.seed, self.args.iteration, record["id"]))
+
+    def finish(self, seconds):
+        """Complete the output and say what was read, written and skipped."""
+        output, records = self.output, len(self.order)
+        counts = {"prompts": self.count, "records": records, "skipped": output.skipped, "engine_seconds": round(seconds, 1)}
+        output.finish((f"{number:016x}" for number in self.order), counts)
+        if self.literal:
+            print(f"note: {self.literal} prompts hold the text of a special token; it is kept as the template tokenises it")
+        if output.skipped:
+            print(f"note: {output.skipped} prompts are longer than {self.longest} tokens and are skipped")
+        print(f"read {self.count} prompts, wrote {records} records to {output.path}, skipped {output.skipped}")
+
+
+def read_prompts_of(args):
+    """The prompt records that `args` name."""
+    return read_prompts(args.dataset_name_or_path, args.dataset_key, args.dataset_split, args.system_prompt)
+
+
+def count_prompts(args):
+    """Number of prompts; reads them all, so that a bad record is refused before anything heavy is loaded."""
+    return sum(1 for _ in read_prompts_of(args))
+
+
+def by_prefix(items, first, later=4096):
+    """Sort items by their token ids, a stretch at a time, so that prompts with a common beginning meet in the prefix cache.
+
+    Args:
+        items: iterable of Items.
+        first, later: length of the first stretch, read before anything is answered, and of the others.
+    """
+    items, size = iter(items), first
+    while stretch := list(itertools.islice(items, size)):
+        yield from sorted(stretch, key=lambda item: item.token_ids)
+        size = later
 
 
 def sampling_fields(args, item, stops, limit):
@@ -150,8 +198,3 @@ def answered(item, responses, finish_reasons, num_tokens):
 def shaping_settings(args, **more):
     """The settings that shape the answers, for the manifest."""
     return {k: v for k, v in dataclasses.asdict(args).items() if k not in NOT_SHAPING} | more
-
-
-def summarise(output, prompts, items, seconds):
-    """Counts for the manifest and the closing lines: prompts, answered, skipped, responses, tokens a second."""
-    return {"prompts": prompts, "records": len(items), "skipped": output.skipped, "engine_seconds": round(seconds, 1)}

@@ -303,7 +303,8 @@ def test_other_templates(tmp_path, family):
     tokenizer = micro.make_tokenizer(family)
     args = sampling.SamplingArguments(dataset_name_or_path=str(write(tmp_path / "p.jsonl", "hello")), output_dir="")
     output = Output(tmp_path / "o.jsonl", "test", {}, {})
-    [item], count = sampling.load_items(args, tokenizer, output, 512)
+    count = sampling.count_prompts(args)
+    [item] = sampling.Prompts(args, tokenizer, output, 512, count)
     text = tokenizer.decode(item.token_ids)
     bos = tokenizer.bos_token
     assert count == 1 and (bos is None or (text.startswith(bos) and text.count(bos) == 1))
@@ -312,7 +313,7 @@ def test_other_templates(tmp_path, family):
     assert tokenizer.convert_tokens_to_ids(ends[family]) in chat.stop_token_ids(tokenizer)
     if family == "chatml":
         args.template_kwargs = {"enable_thinking": False}
-        [item], _ = sampling.load_items(args, tokenizer, output, 512)
+        [item] = sampling.Prompts(args, tokenizer, output, 512, count)
         assert tokenizer.decode(item.token_ids) == text + "<think>\n\n</think>\n\n"
 
 
