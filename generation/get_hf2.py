@@ -38,12 +38,13 @@ class Arguments(sampling.SamplingArguments):
     dtype: str = arg("auto", "of the weights in the engine", choices=["auto", "bfloat16", "float16", "float32"])
     gpu_memory_utilization: float = arg(0.9, "share of a GPU's memory that the engine may take")
     kv_cache_gib: float | None = arg(None, "GiB of key-value cache; None: what is left on a GPU, 1 without one")
-    max_num_seqs: int = arg(256, "responses decoded at once")
+    max_num_seqs: int | None = arg(None, "responses decoded at once (slots); None: the engine's own choice for the GPU")
     jobs: list[dict] = arg([], "several data sets for one engine start (YAML only)")
 
 
 HOW = {"tensor_parallel_size", "gpu_memory_utilization", "kv_cache_gib", "max_num_seqs", "jobs"}  # not what
 IN_ENGINE = 4  # sequences that the engine holds, decoding or waiting, per slot; enough that no slot ever waits for us
+FIRST = 256  # prompts that are tokenised before the engine starts; the others while it decodes
 ENGINE = {"model_name_or_path", "revision", "trust_remote_code", "dtype", "local_index", "my_world_size"}  # one for all jobs
 
 
@@ -72,7 +73,7 @@ def check(args, jobs):
         sampling.check_sampling(job)
     if len({os.path.abspath(job.output_dir) for job in jobs}) < len(jobs):
         raise UserError("two jobs have the same output_dir")
-    if min(args.tensor_parallel_size, args.max_num_seqs, args.my_world_size) < 1:
+    if min(args.tensor_parallel_size, args.my_world_size, 1 if args.max_num_seqs is None else args.max_num_seqs) < 1:
         raise UserError("--tensor_parallel_size, --max_num_seqs and --my_world_size must be at least 1")
     if not 0 <= args.local_index < args.my_world_size:
         raise UserError(f"--local_index {args.local_index} must be from 0 to --my_world_size minus 1 ({args.my_world_size - 1})")
@@ -99,12 +100,14 @@ def start_engine(args, limit, needed):
     if on_cpu:
         # A seeded request must not be split over two steps there (facts §2), hence whole prompts in one step.
         options = {"enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": max(length, 4096)}
+    if args.max_num_seqs is not None:
+        options["max_num_seqs"] = args.max_num_seqs
     cache = args.kv_cache_gib or (1.0 if on_cpu else None)
     try:
         return LLM(
             model=args.model_name_or_path, revision=args.revision, tokenizer_revision=args.revision,
             trust_remote_code=args.trust_remote_code, tensor_parallel_size=args.tensor_parallel_size, dtype=args.dtype,
-            max_model_len=length, max_num_seqs=args.max_num_seqs, enable_prefix_caching=True, generation_config="vllm",
+            max_model_len=length, enable_prefix_caching=True, generation_config="vllm",
             kv_cache_memory_bytes=int(cache * 2**30) if cache else None, **options,
         )  # fmt: skip
     except Exception as error:
@@ -184,13 +187,14 @@ def main():
     requests = (
         (prompts.output, item, sampling.sampling_fields(job, item, stops, limit))
         for job, prompts, stops in work
-        for item in sampling.by_prefix(prompts, args.max_num_seqs)
+        for item in sampling.by_prefix(prompts, FIRST)
     )
     first, tokens, seconds = next(requests, None), 0, 0.0
     if first is not None:
         llm = start_engine(args, limit, max(job.max_input_length + job.max_new_tokens for job, _, _ in work))
         progress = Progress(left, "generate", "prompts")
-        tokens = answer(llm, itertools.chain([first], requests), IN_ENGINE * args.max_num_seqs, progress)
+        slots = llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
+        tokens = answer(llm, itertools.chain([first], requests), IN_ENGINE * slots, progress)
         seconds = progress.close()
     for _, prompts, _ in work:
         prompts.finish(seconds)
