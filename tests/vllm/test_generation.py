@@ -258,29 +258,33 @@ def test_greedy_and_sampled_jobs_share_one_start(tmp_path, monkeypatch, starts):
             get_hf2_main(monkeypatch, config)
 
 
-def test_a_killed_run_continues_to_the_same_file(tmp_path, monkeypatch, starts):
+def test_a_stopped_and_a_killed_run_continue_to_the_same_file(tmp_path, monkeypatch, starts):
     micro.write_prompts(tmp_path / "p.jsonl", 40)
     command = arguments(tmp_path / "p.jsonl", tmp_path / "killed", K=2, max_new_tokens=64)
-    script = [
-        sys.executable,
-        str(ROOT / "generation" / "get_hf2.py"),
-        *command,
-        "--kv_cache_gib",
-        "0.25",
-        "--max_num_seqs",
-        "2",
-    ]
-    process = subprocess.Popen(script, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+    script = [sys.executable, str(ROOT / "generation" / "get_hf2.py"), *command, "--kv_cache_gib", "0.25", "--max_num_seqs", "2"]
     partial = tmp_path / "killed0.jsonl.partial"
-    until = time.monotonic() + 300
-    while not partial.exists() or partial.read_bytes().count(b"\n") < 3:
-        assert process.poll() is None, process.stderr.read().decode()[-2000:]
-        assert time.monotonic() < until
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    done = partial.read_bytes().count(b"\n")
-    assert 3 <= done < 40 and not (tmp_path / "killed0.jsonl").exists()
+
+    def stop(number, more):
+        """Start it, send a signal when it has saved `more` records, and return what it said."""
+        before = partial.read_bytes().count(b"\n") if partial.exists() else 0
+        # Python takes SIGINT as Ctrl-C only where its parent did not ignore it.
+        process = subprocess.Popen(
+            script, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )  # fmt: skip
+        until = time.monotonic() + 300
+        while not partial.exists() or partial.read_bytes().count(b"\n") < before + more:
+            assert process.poll() is None, process.stderr.read().decode()[-2000:]
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        os.killpg(process.pid, number)
+        said = process.communicate()[1].decode()
+        assert before + more <= partial.read_bytes().count(b"\n") < 40 and not (tmp_path / "killed0.jsonl").exists()
+        return process.returncode, said
+
+    status, said = stop(signal.SIGINT, 3)
+    assert status == 130 and said.strip().endswith("stopped; start the same command again to continue") and "Traceback" not in said
+    assert stop(signal.SIGKILL, 3)[0] == -signal.SIGKILL
     with pytest.raises(UserError, match="K was 2 and is now 3"):
         get_hf2_main(monkeypatch, *command, "--K", "3")
     get_hf2_main(monkeypatch, *command)
