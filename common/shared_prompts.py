@@ -1,0 +1,297 @@
+"""One forward pass over responses to the same prompt that computes the prompt once, exactly.
+
+    prepare(model, example)               switch a transformers model to it; refuses what it cannot compute
+    packed = pack(groups)                 groups of token-id sequences → one row without padding
+    hidden = hidden_states(model, packed)       [T, hidden]; hidden[packed.last] are the last tokens' states
+    plan(groups, budget)                  which sequences go into which pass
+
+The sequences of a group share what their token ids have in common from the left. The row is, group by group, the
+shared prefix and then each sequence's own part; positions restart behind the prefix for each of them:
+
+    ids        p0 p1 p2 | a3 a4 | b3 b4 b5 |  q0 …
+    positions   0  1  2 |  3  4 |  3  4  5 |   0 …
+
+Layers other than attention work on single tokens, so only attention needs to know. A function of ours stands in for
+it (transformers' AttentionInterface) and finds the layout in the keyword argument `shared_prompts`, which models hand
+on to their layers. No mask is built: under a name that transformers' masks do not know, it makes none.
+
+Autograd and gradient checkpointing work through it. In training, where the prompt's last state must stand in each
+sequence's own part (say because labels are one a column), let `pack` share fewer tokens with `keep=2`.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+NAME = "shared_prompts"
+LAYERS = {"full_attention", "sliding_attention"}
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of relative distances in `prepare`
+HALF_TOLERANCE = 0.05  # bfloat16 and float16, whose rounding depends on the layout
+
+
+class Unsupported(Exception):
+    """Why a model cannot share prompts, in one line; score it with padded batches instead."""
+
+
+class Group(NamedTuple):
+    """Where a group stands in the row: from column `start`, `prefix` shared tokens, then own parts of `own` tokens."""
+
+    start: int
+    prefix: int
+    own: tuple[int, ...]
+
+
+@dataclass
+class Packed:
+    """A row of groups.
+
+    ids, positions: [1, T] int64.
+    groups: where each group stands; sequences are numbered through all groups, in the order given.
+    last: [sequences] column of each sequence's last token.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    groups: list[Group]
+    last: torch.Tensor
+    masks: dict = field(default_factory=dict)  # by shape, kept for the pass: layers need the same ones
+
+    def columns(self):
+        """For each sequence, the [length] columns of its tokens: `hidden[columns[s]]` is as if it had been alone."""
+        made = []
+        for start, prefix, own in self.groups:
+            at = start + prefix
+            for length in own:
+                made.append(torch.cat([torch.arange(start, start + prefix), torch.arange(at, at + length)]))
+                at += length
+        return [columns.to(self.ids.device) for columns in made]
+
+
+def shared(sequences, keep=1):
+    """How many tokens a group's sequences have in common from the left, at least `keep` left over for each.
+
+    Raises:
+        ValueError: a sequence without tokens.
+    """
+    shortest = min(map(len, sequences))
+    if not shortest:
+        raise ValueError("a sequence has no tokens")
+    if len(sequences) == 1:
+        return 0
+    low, high = min(sequences), max(sequences)  # all others lie between them, so what these two share all share
+    limit = max(0, shortest - keep)
+    return next((i for i in range(limit) if low[i] != high[i]), limit)
+
+
+def packed_tokens(sequences, keep=1):
+    """Columns that a group takes in a row."""
+    return sum(map(len, sequences)) - (len(sequences) - 1) * shared(sequences, keep)
+
+
+def plan(groups, budget):
+    """Batches of at most `budget` columns, largest first, as lists of (group, [its sequences]) by number.
+
+    A group too large for a batch is cut into parts that each bring the prefix; a sequence longer than the budget is a
+    batch of its own.
+    """
+    parts = []
+    for g, sequences in enumerate(groups):
+        prefix, part, size = shared(sequences), [], 0
+        for s, sequence in enumerate(sequences):
+            if part and size + len(sequence) - prefix > budget:
+                parts.append((size, g, part))
+                part, size = [], 0
+            size += len(sequence) - (prefix if part else 0)
+            part.append(s)
+        parts.append((size, g, part))
+    batch, total = [], 0
+    for size, g, part in sorted(parts, key=lambda part: -part[0]):
+        if batch and total + size > budget:
+            yield batch
+            batch, total = [], 0
+        batch.append((g, part))
+        total += size
+    if batch:
+        yield batch
+
+
+def pack(groups, device="cpu", keep=1):
+    """Lay out groups of token-id sequences (lists or arrays of int) in one row.
+
+    Args:
+        groups: each a list of sequences; what they share is found in the ids, so they may be truncated.
+        keep: tokens that each sequence has for itself at least.
+    """
+    ids, positions, layout, last = [], [], [], []
+    for sequences in groups:
+        prefix, start = shared(sequences, keep), len(ids)
+        ids.extend(sequences[0][:prefix])
+        positions.extend(range(prefix))
+        for sequence in sequences:
+            ids.extend(sequence[prefix:])
+            positions.extend(range(prefix, len(sequence)))
+            last.append(len(ids) - 1)
+        layout.append(Group(start, prefix, tuple(len(sequence) - prefix for sequence in sequences)))
+    ids, positions, last = (torch.tensor(values, device=device) for values in (ids, positions, last))
+    return Packed(ids[None], positions[None], layout, last)
+
+
+def hidden_states(backbone, packed):
+    """Last hidden states of every column, [T, hidden]; `backbone` is a prepared model without its head."""
+    output = backbone(input_ids=packed.ids, position_ids=packed.positions, use_cache=False, shared_prompts=packed)
+    return output.last_hidden_state[0]
+
+
+def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
+              shared_prompts=None, is_causal=None, s_aux=None, **_):  # fmt: skip
+    """What transformers' layers call: query, key, value [1, heads, T, width] → ([1, T, heads, width], None)."""
+    if shared_prompts is None:
+        raise RuntimeError("a model prepared for shared prompts was called without `shared_prompts`, or its layers do not receive it")
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if attention_mask is not None or dropout or not causal or s_aux is not None:
+        raise Unsupported("its attention has a mask, dropout or sinks, or looks ahead")
+    types = getattr(module.config, "layer_types", None)
+    if types and types[module.layer_idx] == "sliding_attention" and sliding_window is None:
+        raise Unsupported("its layers do not say how wide their windows are")
+    if shared_prompts.ids.shape[1] != query.shape[2]:
+        raise Unsupported("its attention sees another number of tokens than there are")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    parts = []
+    for start, prefix, own in shared_prompts.groups:
+        at = start + prefix
+        spans = [(start, prefix, 0)] if prefix else []
+        for length in own:
+            spans.append((at, length, prefix))
+            at += length
+        for at, length, before in spans:
+            keys, values = key[:, :, at : at + length], value[:, :, at : at + length]
+            if before:
+                keys = torch.cat([key[:, :, start : start + before], keys], 2)
+                values = torch.cat([value[:, :, start : start + before], values], 2)
+            parts.append(_attend(query[:, :, at : at + length], keys, values, scaling, sliding_window, softcap, shared_prompts.masks))
+    return torch.cat([part.transpose(1, 2) for part in parts], 1), None
+
+
+def _attend(query, key, value, scaling, window, softcap, masks):
+    """Causal attention of the last columns: query i of n sees the keys up to N - n + i, the latest `window` of them."""
+    length, total = query.shape[2], key.shape[2]
+    window = window if window and window < total else None
+    repeats = query.shape[1] // key.shape[1]
+    if softcap:  # no kernel of torch's has it
+        scores = softcap * torch.tanh(query @ key.repeat_interleave(repeats, 1).mT * (scaling / softcap))
+        weights = (scores + _mask(length, total, window, query, masks)).softmax(-1, dtype=torch.float32)
+        return weights.to(value.dtype) @ value.repeat_interleave(repeats, 1)
+    if length == total and not window:
+        mask = None
+    elif query.is_cuda and not window:
+        mask = causal_lower_right(length, total)
+    else:
+        mask = _mask(length, total, window, query, masks)
+    if query.is_cuda and repeats > 1 and (window or query.dtype == torch.float32):
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)  # only flash kernels group heads
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+
+
+@torch.inference_mode(False)  # else a mask made in scoring could not be used where gradients are wanted
+def _mask(length, total, window, like, masks):
+    """Added to scores [length, total]: 0 where a query may look, −inf elsewhere."""
+    shape = (length, total, window)
+    if shape not in masks:
+        may = torch.ones(length, total, dtype=torch.bool, device=like.device).tril(total - length)
+        if window:
+            may = may.triu(total - length - window + 1)
+        masks[shape] = torch.zeros(length, total, dtype=like.dtype, device=like.device).masked_fill(~may, float("-inf"))
+    return masks[shape]
+
+
+AttentionInterface.register(NAME, attention)
+
+
+def reason_against(model):
+    """Why `model` cannot share prompts, as a phrase; empty when nothing speaks against it."""
+    config = model.config
+    if config.get_text_config() is not config or getattr(config, "is_encoder_decoder", False):
+        return "it is not a model of text alone with one stack of layers"
+    if getattr(model, "_is_stateful", False) or getattr(model.base_model, "_is_stateful", False):
+        return "its layers are recurrent"
+    if not (model._supports_attention_backend and model.base_model._can_set_attn_implementation()):
+        return "its attention cannot be replaced"
+    causal = [getattr(module, "is_causal", True) for module in model.modules()]
+    if not all(causal) or getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", False):
+        return "it looks ahead, as encoders do"
+    odd = set(getattr(config, "layer_types", None) or ()) - LAYERS
+    if odd:
+        return f"it has layers of the kind {', '.join(sorted(odd))}"
+    odd = {kind for kind in _rope_types(config) if "dynamic" in kind or kind == "longrope"}
+    if odd:
+        return f"its position encoding ({', '.join(sorted(odd))}) depends on the longest sequence of a pass"
+    return ""
+
+
+def _rope_types(config):
+    """Kinds of rotary encoding in a config, which holds one for all layers or one for each kind of layer."""
+    found = set()
+    for holder in (getattr(config, "rope_parameters", None), getattr(config, "rope_scaling", None)):
+        for settings in (holder, *holder.values()) if isinstance(holder, dict) else ():
+            if isinstance(settings, dict):
+                found |= {str(settings[key]) for key in ("rope_type", "type") if key in settings}
+    return found
+
+
+def supports(model):
+    return not reason_against(model)
+
+
+def prepare(model, example=None):
+    """Switch `model` (in evaluation or training) to shared prompts; `hidden_states` is how to call it from then on.
+
+    Args:
+        model: transformers model, with or without a head.
+        example: a group of token-id sequences; the model must give the same hidden states for it as it gives, with the
+            attention that it has now, for one sequence at a time. Windows show only in sequences longer than they are.
+
+    Returns:
+        the attention it had: `model.set_attn_implementation(that)` switches back.
+
+    Raises:
+        Unsupported: the model is as it was.
+    """
+    reason = reason_against(model)
+    if reason:
+        raise Unsupported(reason)
+    before = model.config._attn_implementation
+    expected = _one_at_a_time(model.base_model, example) if example else None
+    model.set_attn_implementation(NAME)
+    if example:
+        try:
+            apart = _apart(model.base_model, example, expected)
+        except Exception as error:
+            model.set_attn_implementation(before)
+            raise error if isinstance(error, Unsupported) else Unsupported(f"a trial failed: {type(error).__name__}: {error}") from error
+        limit = TOLERANCE.get(model.dtype, HALF_TOLERANCE)
+        if not apart <= limit:
+            model.set_attn_implementation(before)
+            raise Unsupported(f"its states differ by {apart:.2g} from those of one sequence at a time (at most {limit:g} is rounding)")
+    return before
+
+
+@torch.no_grad()
+def _one_at_a_time(backbone, sequences):
+    device = backbone.get_input_embeddings().weight.device
+    rows = (torch.tensor([list(sequence)], device=device) for sequence in sequences)
+    return [backbone(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False).last_hidden_state[0] for row in rows]
+
+
+@torch.no_grad()
+def _apart(backbone, sequences, expected):
+    """Largest relative distance of a sequence's states, ‖ours − its own‖ / ‖its own‖ over its tokens."""
+    packed = pack([sequences], backbone.get_input_embeddings().weight.device)
+    hidden = hidden_states(backbone, packed).float()
+    pairs = zip(packed.columns(), expected, strict=True)
+    return max(float((hidden[columns] - alone.float()).norm() / alone.float().norm()) for columns, alone in pairs)
