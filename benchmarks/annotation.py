@@ -1,0 +1,327 @@
+r"""Measure sequences per second of ways to score responses with a reward model: same records, one run.
+
+In:  nothing: a Llama of 27 million random weights and synthetic records are made on the spot. Or a reward model (one
+     label) and a generated JSON Lines file (`prompt`, `responses`).
+Out: a table, and with --output_dir a JSON file of the numbers, the versions and the cores.
+
+    python benchmarks/annotation.py --records 24 --K 8 --dtype float32 --output_dir runs/annotation.json
+
+pipeline  the original way: transformers' text-classification pipeline, one sequence at a time
+padded    batches of sequences of like length, padded, by a token budget
+vllm      vLLM's classify with prefix caching, whose cache is emptied before each time
+shared    ours: each prompt computed once (common/shared_prompts.py)
+
+The clock runs from templated text to rewards; loading and a warm-up are left out. The ways take turns, in an order that
+rotates, and the median counts. `differs` is from one sequence at a time in float32. All use all cores, or the GPU.
+"""
+
+import gc
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import chat, cli, devices, records
+from common.cli import UserError, arg
+
+WAYS = ("pipeline", "padded", "vllm", "shared")
+WARM_UP = 2  # records
+
+
+@dataclass
+class Arguments:
+    reward_name_or_path: str | None = arg(None, help="reward model, folder or hub name; None: random weights")
+    dataset_name_or_path: str | None = arg(None, help="generated JSON Lines file; None: synthetic records")
+    records: int = arg(24, help="records to score, at most")
+    K: int = arg(8, help="responses of a synthetic record")
+    ways: list[str] = arg(list(WAYS), help="which to measure", choices=None)
+    repeats: int = arg(3, help="times each way is measured")
+    dtype: str = arg("auto", "auto is bfloat16 on a GPU, float32 without", ("auto", "float32", "bfloat16"))
+    batch_tokens: int | None = arg(None, help="tokens of a padded batch; None: 16384 on a GPU, 4096 without")
+    shared_tokens: int | None = arg(None, help="tokens of a row of shared prompts; None: 16384 on a GPU, 2048 without")
+    gpu_memory_utilization: float = arg(0.4, help="vLLM's share of a GPU; the other ways need the rest")
+    seed: int = arg(0, help="of random weights and synthetic records")
+    output_dir: str | None = arg(None, help="JSON file to write (a file name)")
+
+
+def make_model(folder, seed):
+    """A Llama-shaped classifier of 27 million random weights with a tokenizer of bytes."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+    special = ["<|bos|>", "<|end|>", "<|pad|>"]
+    raw = Tokenizer(models.BPE(vocab={s: i for i, s in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    raw.add_special_tokens(special)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **dict(zip(("bos_token", "eos_token", "pad_token"), special)))
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.role[0] + ': ' + m.content }}<|end|>{% endfor %}"
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=512, intermediate_size=1792, num_hidden_layers=8, num_attention_heads=8,
+        num_key_value_heads=2, max_position_embeddings=2048, num_labels=1, initializer_range=0.04,
+        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
+    )  # fmt: skip
+    model = LlamaForSequenceClassification(config)
+    torch.nn.init.normal_(model.score.weight, std=0.1)  # rewards of a few units
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def make_records(count, K, seed):
+    """Prompts of 100 to 400 and responses of 20 to 300 characters, which are tokens of the tokenizer above."""
+    rng = random.Random(seed)
+
+    def text(shortest, longest):
+        return "".join(rng.choices("etaoin shrdlu", k=rng.randint(shortest, longest)))
+
+    prompts = ([{"role": "user", "content": text(100, 400)}] for _ in range(count))
+    return [{"prompt": prompt, "responses": [text(20, 300) for _ in range(K)]} for prompt in prompts]
+
+
+def read_records(path, count):
+    """The first `count` records as messages and responses."""
+    found = []
+    for number, record in enumerate(records.read_jsonl(path, "generated file"), 1):
+        if len(found) < count:
+            found.append({"prompt": records.to_messages(record["prompt"], f"{path} record {number}"), "responses": record["responses"]})
+    return found
+
+
+def templated(tokenizer, record):
+    """The text of each of a record's sequences."""
+    turns = ([*record["prompt"], {"role": "assistant", "content": response}] for response in record["responses"])
+    return [chat.render(tokenizer, turn, False, {}).removeprefix(tokenizer.bos_token or "") for turn in turns]
+
+
+class Way:
+    """A way to score: `score(texts)` takes lists of texts by record and gives their rewards in the same shape."""
+
+    def __init__(self, args, folder, model, tokenizer):
+        self.args, self.model, self.tokenizer = args, model, tokenizer
+
+    def ready(self):
+        """Before each time, off the clock."""
+
+    def ids(self, texts):
+        return [self.tokenizer(group, verbose=False)["input_ids"] for group in texts]
+
+    def rewards(self, states):
+        """Raw logits of last hidden states, the head in float32."""
+        return (states.float() @ self.model.score.weight.float().T)[:, 0].tolist()
+
+
+def regroup(flat, texts):
+    flat = iter(flat)
+    return [[next(flat) for _ in group] for group in texts]
+
+
+class Pipeline(Way):
+    def __init__(self, *given):
+        super().__init__(*given)
+        from transformers import pipeline
+
+        self.pipe = pipeline("text-classification", model=self.model, tokenizer=self.tokenizer, device=self.model.device)
+
+    def ready(self):
+        self.model.set_attn_implementation(self.args.attention)
+
+    def score(self, texts):
+        found = self.pipe([text for group in texts for text in group], function_to_apply="none", batch_size=1)
+        return regroup((entry["score"] for entry in found), texts)
+
+
+class Padded(Way):
+    ready = Pipeline.ready
+
+    def score(self, texts):
+        import torch
+
+        rows = [ids for group in self.ids(texts) for ids in group]
+        order, flat = sorted(range(len(rows)), key=lambda i: -len(rows[i])), [0.0] * len(rows)
+        while order:
+            batch = order[: max(1, self.args.batch_tokens // len(rows[order[0]]))]
+            del order[: len(batch)]
+            lengths = torch.tensor([len(rows[i]) for i in batch])
+            mask = torch.arange(int(lengths[0]))[None] < lengths[:, None]
+            ids = torch.zeros(mask.shape, dtype=torch.long)
+            ids[mask] = torch.tensor([token for i in batch for token in rows[i]])
+            ids, mask = ids.to(self.model.device), mask.long().to(self.model.device)
+            hidden = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            for i, reward in zip(batch, self.rewards(hidden[torch.arange(len(batch)), lengths - 1])):
+                flat[i] = reward
+        return regroup(flat, texts)
+
+
+class Shared(Way):
+    """Ours. To be replaced by the scorer of annotate_data/reward_models.py, here and nowhere else."""
+
+    def ready(self):
+        from common import shared_prompts
+
+        self.model.set_attn_implementation(self.args.attention)
+        shared_prompts.prepare(self.model)
+
+    def score(self, texts):
+        from common import shared_prompts
+
+        groups = self.ids(texts)
+        found = [[0.0] * len(group) for group in groups]
+        for batch in shared_prompts.plan(groups, self.args.shared_tokens):
+            packed = shared_prompts.pack([[groups[g][s] for s in part] for g, part in batch], self.model.device)
+            hidden = shared_prompts.hidden_states(self.model.base_model, packed)
+            places = [(g, s) for g, part in batch for s in part]
+            for (g, s), reward in zip(places, self.rewards(hidden[packed.last]), strict=True):
+                found[g][s] = reward
+        return found
+
+
+class Vllm(Way):
+    def __init__(self, args, folder, model, tokenizer):
+        super().__init__(args, folder, model, tokenizer)
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        options = {"gpu_memory_utilization": args.gpu_memory_utilization}
+        if not args.gpu:
+            os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+            options = {"enforce_eager": True, "kv_cache_memory_bytes": 2**30, "gpu_memory_utilization": 0.5, "block_size": 32}  # the smallest there
+        from vllm import LLM, PoolingParams
+
+        self.params = PoolingParams(use_activation=False)
+        self.engine = LLM(
+            model=str(folder), runner="pooling", dtype=args.dtype, max_model_len=args.longest, enable_prefix_caching=True,
+            max_num_batched_tokens=max(args.batch_tokens, args.longest), seed=0, **options,
+        )  # fmt: skip
+
+    def ready(self):
+        self.engine.reset_prefix_cache()
+
+    def score(self, texts):
+        prompts = [{"prompt_token_ids": ids} for group in self.ids(texts) for ids in group]
+        outputs = self.engine.classify(prompts, pooling_params=self.params, use_tqdm=False)
+        return regroup((output.outputs.probs[0] for output in outputs), texts)
+
+
+def one_at_a_time(model, tokenizer, texts):
+    """What all ways are held against: `model` in float32, one sequence, the state of its very last token."""
+    import torch
+
+    def reward(text):
+        ids = torch.tensor([tokenizer(text, verbose=False)["input_ids"]], device=model.device)
+        return model.score(model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, -1]).item()
+
+    return [[reward(text) for text in group] for group in texts]
+
+
+def measure(ways, texts, repeats, cores):
+    """{way: ([seconds], [CPU seconds], rewards)}; a way that has a rest while others run is not favoured by its place."""
+    import torch
+
+    taken = {name: ([], [], []) for name in ways}
+    for repeat in range(repeats):
+        names = list(ways)[repeat % len(ways) :] + list(ways)[: repeat % len(ways)]
+        for name in names:
+            torch.set_num_threads(cores)
+            ways[name].ready()
+            ways[name].score(texts[:WARM_UP])
+            ways[name].ready()
+            gc.collect()
+            started, worked = time.perf_counter(), time.process_time()
+            rewards = ways[name].score(texts)
+            taken[name][0].append(time.perf_counter() - started)
+            taken[name][1].append(time.process_time() - worked)
+            taken[name][2][:] = rewards
+            print(f"  {repeat + 1} of {repeats}: {name} {taken[name][0][-1]:.1f} s", flush=True)
+    return taken
+
+
+def results(taken, reference):
+    """Numbers of each way, and how ours compares with the best of the others."""
+    count = sum(map(len, reference))
+    rate = {name: count / statistics.median(seconds) for name, (seconds, _, _) in taken.items()}
+    others = [rate[name] for name in rate if name not in ("pipeline", "shared")]
+    found = {}
+    for name, (seconds, worked, rewards) in taken.items():
+        pairs = [pair for group in zip(rewards, reference, strict=True) for pair in zip(*group, strict=True)]
+        found[name] = {
+            "sequences_per_second": round(rate[name], 2),
+            "times_pipeline": round(rate[name] / rate["pipeline"], 2) if "pipeline" in rate else None,
+            "largest_difference": max(abs(a - b) for a, b in pairs),
+            "seconds": [round(x, 3) for x in seconds],
+            "cpu_seconds": [round(x, 3) for x in worked],
+        }
+    best = max(others, default=None)
+    return found, round(rate["shared"] / best, 2) if best and "shared" in rate else None
+
+
+def main():
+    args = cli.parse(Arguments, __doc__)
+    if not args.ways or set(args.ways) - set(WAYS):
+        raise UserError(f"--ways takes some of {' '.join(WAYS)}")
+    if min(args.records, args.K, args.repeats) < 1:
+        raise UserError("--records, --K and --repeats must be at least 1")
+    if args.reward_name_or_path:
+        cli.check_model(args.reward_name_or_path, "--reward_name_or_path")
+    devices.prepare_threads()
+    cores = len(os.sched_getaffinity(0))
+    os.environ["OMP_NUM_THREADS"] = str(cores)
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    args.gpu = torch.cuda.is_available()
+    args.dtype = {"auto": "bfloat16" if args.gpu else "float32"}.get(args.dtype, args.dtype)
+    args.batch_tokens = args.batch_tokens or (16384 if args.gpu else 4096)
+    args.shared_tokens = args.shared_tokens or (16384 if args.gpu else 2048)
+    rows = read_records(args.dataset_name_or_path, args.records) if args.dataset_name_or_path else make_records(args.records, args.K, args.seed)
+    with tempfile.TemporaryDirectory() as made, torch.inference_mode():
+        if not args.reward_name_or_path:
+            make_model(made, args.seed)
+        folder = args.reward_name_or_path or made
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        texts = [templated(tokenizer, record) for record in rows]
+        lengths = [len(tokenizer(text, verbose=False)["input_ids"]) for group in texts for text in group]
+        args.longest = max(lengths)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        model.eval().to("cuda" if args.gpu else "cpu")
+        torch.set_num_threads(cores)
+        reference = one_at_a_time(model, tokenizer, texts)
+        model.to(getattr(torch, args.dtype))
+        softcap = getattr(model.config, "attn_logit_softcapping", None)
+        flash = args.gpu and args.dtype != "float32" and transformers.utils.is_flash_attn_2_available()
+        args.attention = "flash_attention_2" if flash else "eager" if softcap else "sdpa"
+        kinds = dict(zip(WAYS, (Pipeline, Padded, Vllm, Shared)))
+        ways = {name: kinds[name](args, folder, model, tokenizer) for name in WAYS if name in args.ways}
+        parameters = sum(weight.numel() for weight in model.parameters())
+        where = f"{torch.cuda.get_device_name()}" if args.gpu else f"{cores} cores"
+        print(f"{len(lengths)} sequences of {min(lengths)} to {args.longest} tokens, {parameters / 1e6:.1f}M weights, {args.dtype}, {where}")
+        taken = measure(ways, texts, args.repeats, cores)
+    found, ratio = results(taken, reference)
+    print(f"\n{'':10}{'sequences/s':>12}{'× pipeline':>12}{'differs':>12}{'CPU s':>9}")
+    for name, numbers in found.items():
+        times = "" if numbers["times_pipeline"] is None else f"{numbers['times_pipeline']:.2f}"
+        print(f"{name:10}{numbers['sequences_per_second']:12.1f}{times:>12}{numbers['largest_difference']:12.1e}"
+              f"{statistics.median(numbers['cpu_seconds']):9.1f}")  # fmt: skip
+    if ratio:
+        print(f"shared prompts are {ratio:.2f} times as fast as the best of {' and '.join(n for n in found if n not in ('pipeline', 'shared'))}")
+    if args.output_dir:
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+        if "vllm" in sys.modules:
+            versions["vllm"] = sys.modules["vllm"].__version__
+        facts = {"ways": found, "shared_over_best_other": ratio, "versions": versions, "cores": cores, "device": where, "dtype": args.dtype}
+        facts |= {"parameters": parameters, "sequences": len(lengths), "records": len(rows), "load_average": os.getloadavg()}
+        facts |= {name: getattr(args, name) for name in ("batch_tokens", "shared_tokens", "repeats", "seed", "attention")}
+        Path(args.output_dir).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.output_dir).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    cli.run(main)
