@@ -177,9 +177,9 @@ class Shared(Way):
         found = [[0.0] * len(group) for group in groups]
         for batch in shared_prompts.plan(groups, self.args.shared_tokens):
             packed = shared_prompts.pack([[groups[g][s] for s in part] for g, part in batch], self.model.device)
-            hidden = shared_prompts.hidden_states(self.model.base_model, packed)
+            states = shared_prompts.last_states(self.model.base_model, packed)
             places = [(g, s) for g, part in batch for s in part]
-            for (g, s), reward in zip(places, self.rewards(hidden[packed.last]), strict=True):
+            for (g, s), reward in zip(places, self.rewards(states), strict=True):
                 found[g][s] = reward
         return found
 

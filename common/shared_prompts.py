@@ -2,7 +2,8 @@
 
     prepare(model, example)               switch a transformers model to it; refuses what it cannot compute
     packed = pack(groups)                 groups of token-id sequences → one row without padding
-    hidden = hidden_states(model, packed)       [T, hidden]; hidden[packed.last] are the last tokens' states
+    hidden = hidden_states(model, packed) [T, hidden], every token's state
+    states = last_states(model, packed)   [sequences, hidden], the last tokens' only: less work in the last layer
     plan(groups, budget)                  which sequences go into which pass
 
 The sequences of a group share what their token ids have in common from the left. The row is, group by group, the
@@ -19,6 +20,7 @@ Autograd and gradient checkpointing work through it. In training, where the prom
 sequence's own part (say because labels are one a column), let `pack` share fewer tokens with `keep=2`.
 """
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -58,6 +60,7 @@ class Packed:
     positions: torch.Tensor
     groups: list[Group]
     last: torch.Tensor
+    only_last: torch.nn.Module | None = None  # attention that is wanted at `last` only
     masks: dict = field(default_factory=dict)  # by shape, kept for the pass: layers need the same ones
 
     def columns(self):
@@ -146,6 +149,32 @@ def hidden_states(backbone, packed):
     return output.last_hidden_state[0]
 
 
+def last_states(backbone, packed):
+    """Last hidden states of each sequence's last token, [sequences, hidden].
+
+    What the last layer computes for other tokens after its keys and values would be thrown away, so its attention and
+    its projections work on these columns only and leave zeros in the others.
+    """
+    layers = getattr(backbone, "layers", None)
+    if not isinstance(layers, torch.nn.ModuleList):
+        return hidden_states(backbone, packed)[packed.last]
+    with contextlib.ExitStack() as hooks:
+        packed.only_last = layers[-1].self_attn
+        hooks.callback(setattr, packed, "only_last", None)
+        for module in (getattr(layers[-1].self_attn, "o_proj", None), getattr(layers[-1], "mlp", None)):
+            if module is not None:
+                hooks.callback(module.register_forward_pre_hook(lambda _, given: (given[0][:, packed.last], *given[1:])).remove)
+                hooks.callback(module.register_forward_hook(lambda _, __, made: _spread(made, packed)).remove)
+        return hidden_states(backbone, packed)[packed.last]
+
+
+def _spread(made, packed):
+    """An output at the last columns, [1, sequences, …], with zeros at the others: [1, T, …]."""
+    if isinstance(made, tuple):  # mixtures of experts give their router's logits, too
+        return (_spread(made[0], packed), *made[1:])
+    return made.new_zeros(1, packed.ids.shape[1], *made.shape[2:]).index_copy(1, packed.last, made)
+
+
 def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
               shared_prompts=None, is_causal=None, s_aux=None, **_):  # fmt: skip
     """What transformers' layers call: query, key, value [1, heads, T, width] → ([1, T, heads, width], None)."""
@@ -160,20 +189,24 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
     if shared_prompts.ids.shape[1] != query.shape[2]:
         raise Unsupported("its attention sees another number of tokens than there are")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    narrow = module is shared_prompts.only_last
     parts = []
     for start, prefix, own in shared_prompts.groups:
         at = start + prefix
-        spans = [(start, prefix, 0)] if prefix else []
+        spans = [(start, prefix, 0)] if prefix and not narrow else []
         for length in own:
             spans.append((at, length, prefix))
             at += length
         for at, length, before in spans:
-            keys, values = key[:, :, at : at + length], value[:, :, at : at + length]
+            end, asked = at + length, 1 if narrow else length
+            keys, values = key[:, :, at:end], value[:, :, at:end]
             if before:
                 keys = torch.cat([key[:, :, start : start + before], keys], 2)
                 values = torch.cat([value[:, :, start : start + before], values], 2)
-            parts.append(_attend(query[:, :, at : at + length], keys, values, scaling, sliding_window, softcap, shared_prompts.masks))
-    return torch.cat([part.transpose(1, 2) for part in parts], 1), None
+            queries = query[:, :, end - asked : end]
+            parts.append(_attend(queries, keys, values, scaling, sliding_window, softcap, shared_prompts.masks).transpose(1, 2))
+    made = torch.cat(parts, 1)
+    return _spread(made, shared_prompts) if narrow else made, None
 
 
 def _attend(query, key, value, scaling, window, softcap, masks):
@@ -185,7 +218,7 @@ def _attend(query, key, value, scaling, window, softcap, masks):
         scores = softcap * torch.tanh(query @ key.repeat_interleave(repeats, 1).mT * (scaling / softcap))
         weights = (scores + _mask(length, total, window, query, masks)).softmax(-1, dtype=torch.float32)
         return weights.to(value.dtype) @ value.repeat_interleave(repeats, 1)
-    if length == total and not window:
+    if length in (1, total) and not window:
         mask = None
     elif query.is_cuda and not window:
         mask = causal_lower_right(length, total)
@@ -194,7 +227,7 @@ def _attend(query, key, value, scaling, window, softcap, masks):
     if query.is_cuda and repeats > 1 and (window or query.dtype == torch.float32):
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)  # only flash kernels group heads
     return scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+        query, key, value, attn_mask=mask, is_causal=mask is None and length > 1, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
     )
 
 
@@ -293,5 +326,6 @@ def _apart(backbone, sequences, expected):
     """Largest relative distance of a sequence's states, ‖ours − its own‖ / ‖its own‖ over its tokens."""
     packed = pack([sequences], backbone.get_input_embeddings().weight.device)
     hidden = hidden_states(backbone, packed).float()
-    pairs = zip(packed.columns(), expected, strict=True)
-    return max(float((hidden[columns] - alone.float()).norm() / alone.float().norm()) for columns, alone in pairs)
+    pairs = [(hidden[columns], alone.float()) for columns, alone in zip(packed.columns(), expected, strict=True)]
+    pairs += [(last, alone[-1].float()) for last, alone in zip(last_states(backbone, packed).float(), expected, strict=True)]
+    return max(float((ours - alone).norm() / alone.norm()) for ours, alone in pairs)

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModel, AutoModelForSequenceClassification, FalconConfig
 
 from common import shared_prompts
-from common.shared_prompts import Unsupported, hidden_states, pack, packed_tokens, plan, prepare
+from common.shared_prompts import Unsupported, hidden_states, last_states, pack, packed_tokens, plan, prepare
 
 WINDOW = 7  # smaller than the prompts below
 ARCHITECTURES = {  # what its config says beside the micro one
@@ -85,15 +85,17 @@ def check(model, groups, tolerance=2e-5, **options):
         expected = [alone(model, sequence) for group in groups for sequence in group]
         before = prepare(model)
         packed = pack(groups, **options)
-        hidden = hidden_states(model, packed)
+        hidden, states = hidden_states(model, packed), last_states(model, packed)
+        assert torch.equal(hidden, hidden_states(model, packed))  # the shortcut leaves nothing behind
         model.set_attn_implementation(before)
     assert hidden.shape[0] == packed.ids.shape[1]
     columns = packed.columns()
     assert len(columns) == len(expected) == len(packed.last)
-    for where, last, want in zip(columns, packed.last, expected, strict=True):
+    for where, last, state, want in zip(columns, packed.last, states, expected, strict=True):
         scale = want.abs().max()
         assert (hidden[where] - want).abs().max() < tolerance * scale
         assert (hidden[last] - want[-1]).abs().max() < tolerance * scale
+        assert (state - want[-1]).abs().max() < tolerance * scale
     return packed
 
 
@@ -114,6 +116,17 @@ def test_windows_are_what_the_states_depend_on(name, fresh):
             if getattr(layer.self_attn, "sliding_window", None):
                 layer.self_attn.sliding_window = 1000
         assert (alone(model, sequence) - want).abs().max() > 0.01 * want.abs().max()
+
+
+@each
+def test_last_states_are_computed_for_last_tokens_only(architecture, fresh):
+    model, seen = fresh(architecture), []
+    prepare(model)
+    for layer in model.layers:
+        next(layer.mlp.children()).register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[:-1].numel()))
+    with torch.no_grad():
+        last_states(model, pack(GROUPS))
+    assert seen == [sum(map(packed_tokens, GROUPS)), sum(map(len, GROUPS))]
 
 
 def test_layout_of_the_row():
