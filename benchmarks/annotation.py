@@ -110,6 +110,7 @@ class Way:
 
     def ready(self):
         """Before each time, off the clock."""
+        devices.keep_memory(False)
 
     def ids(self, texts):
         return [self.tokenizer(group, verbose=False)["input_ids"] for group in texts]
@@ -132,6 +133,7 @@ class Pipeline(Way):
         self.pipe = pipeline("text-classification", model=self.model, tokenizer=self.tokenizer, device=self.model.device)
 
     def ready(self):
+        super().ready()
         self.model.set_attn_implementation(self.args.attention)
 
     def score(self, texts):
@@ -140,7 +142,9 @@ class Pipeline(Way):
 
 
 class Padded(Way):
-    ready = Pipeline.ready
+    def ready(self):
+        super().ready()
+        self.model.set_attn_implementation(self.args.attention)
 
     def score(self, texts):
         import torch
@@ -169,6 +173,7 @@ class Shared(Way):
 
         self.model.set_attn_implementation(self.args.attention)
         shared_prompts.prepare(self.model)
+        devices.keep_memory()
 
     def score(self, texts):
         from common import shared_prompts
@@ -201,6 +206,7 @@ class Vllm(Way):
         )  # fmt: skip
 
     def ready(self):
+        super().ready()
         self.engine.reset_prefix_cache()
 
     def score(self, texts):
