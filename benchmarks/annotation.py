@@ -207,7 +207,8 @@ class Vllm(Way):
 
     def ready(self):
         super().ready()
-        self.engine.reset_prefix_cache()
+        if not self.engine.reset_prefix_cache():
+            raise UserError("vLLM did not empty its prefix cache, so its time would be that of prompts it has seen")
 
     def score(self, texts):
         prompts = [{"prompt_token_ids": ids} for group in self.ids(texts) for ids in group]
@@ -311,7 +312,8 @@ def main():
         print(f"{len(lengths)} sequences of {min(lengths)} to {args.longest} tokens, {parameters / 1e6:.1f}M weights, {args.dtype}, {where}")
         taken = measure(ways, texts, args.repeats, cores)
     found, ratio = results(taken, reference)
-    print(f"\n{'':10}{'sequences/s':>12}{'× pipeline':>12}{'differs':>12}{'CPU s':>9}")
+    spread = statistics.pstdev([reward for group in reference for reward in group])
+    print(f"\nrewards have a standard deviation of {spread:.2f}\n{'':10}{'sequences/s':>12}{'× pipeline':>12}{'differs':>12}{'CPU s':>9}")
     for name, numbers in found.items():
         times = "" if numbers["times_pipeline"] is None else f"{numbers['times_pipeline']:.2f}"
         print(f"{name:10}{numbers['sequences_per_second']:12.1f}{times:>12}{numbers['largest_difference']:12.1e}"
@@ -323,6 +325,7 @@ def main():
         if "vllm" in sys.modules:
             versions["vllm"] = sys.modules["vllm"].__version__
         facts = {"ways": found, "shared_over_best_other": ratio, "versions": versions, "cores": cores, "device": where, "dtype": args.dtype}
+        facts["reward_deviation"] = round(spread, 4)
         facts |= {"parameters": parameters, "sequences": len(lengths), "records": len(rows), "load_average": os.getloadavg()}
         facts |= {name: getattr(args, name) for name in ("batch_tokens", "shared_tokens", "repeats", "seed", "attention")}
         Path(args.output_dir).parent.mkdir(parents=True, exist_ok=True)
