@@ -11,8 +11,6 @@ Out: a JSON file of metrics for the sampled and the greedy answers, or the table
 Prompts are the sample: a prompt's K answers are averaged first, and standard errors and intervals are over prompts.
 """
 
-import importlib.util
-import inspect
 import json
 import math
 import os
@@ -25,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import cli, manifest, records
 from common.cli import UserError, arg
+from common.functions import load_function
 
 KINDS = ("sampled", "greedy")
 
@@ -40,28 +39,8 @@ class Arguments:
 
 
 def load_gold(spec):
-    """The function that `path.py:name` names, taking (messages, response).
-
-    Raises:
-        UserError: not of that form, no such file, a file that does not import, no such function in it.
-    """
-    path, separator, name = spec.rpartition(":")
-    if not separator or not name.isidentifier():
-        raise UserError(f"--gold_function {spec}: give FILE.py:NAME, for example tiny/task.py:gold_score")
-    root = Path(__file__).resolve().parents[1]  # a name such as tiny/task.py is found from any folder
-    path = root / path if not Path(path).is_file() and (root / path).is_file() else Path(path)
-    path = cli.existing_file(path, "gold function file").resolve()
-    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(f"gold_{path.stem}", path))
-    sys.modules[module.__name__] = module  # dataclasses look their module up
-    try:
-        module.__spec__.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"{path} does not import: {type(error).__name__}: {' '.join(str(error).split())}") from None
-    function = getattr(module, name, None)
-    if not callable(function):
-        known = [k for k, v in vars(module).items() if inspect.isfunction(v)]
-        raise UserError(f"{path} has no function {name}{cli.nearest(name, known)}")
-    return function
+    """The function that `path.py:name` names, taking (messages, response); a UserError as `load_function`."""
+    return load_function(spec, "--gold_function", "tiny/task.py:gold_score")
 
 
 def gold_scores(record, gold):
