@@ -15,6 +15,7 @@ from common.records import Identifier, finite, read_jsonl, record_id, to_message
 
 CHOOSE_TYPES = ("max_min", "max_max", "max_random", "random", "max_min_p")
 PER_RESPONSE = ("responses", "rewards", "finish_reasons", "num_tokens")  # K entries each
+OF_ALL = ("reward_parts", "pair_probabilities")  # speak of all K responses, so they stay behind
 
 
 @dataclass
@@ -144,7 +145,7 @@ def make_pair(
             f"{side}_reward": record["rewards"][i], f"{side}_finish_reason": finish[i],
             f"{side}_num_tokens": lengths[i],
         }  # fmt: skip
-    extra = {k: v for k, v in record.items() if k not in (*pair, *PER_RESPONSE)}
+    extra = {k: v for k, v in record.items() if k not in (*pair, *PER_RESPONSE, *OF_ALL)}
     return pair | {"margin": margin} | extra, None, left_out
 
 

@@ -30,6 +30,8 @@ def test_max_min_takes_best_and_worst_with_all_fields():
         finish_reasons=["stop", "stop", "length", "stop"],
         num_tokens=[3, 4, 5, 6],
         source_id="x7",
+        reward_parts={"a": [1.0] * 4},
+        pair_probabilities=[[None] * 4] * 4,
     )
     pair, reason, left_out = make_pair(row)
     assert reason is None and not left_out
@@ -39,7 +41,7 @@ def test_max_min_takes_best_and_worst_with_all_fields():
     assert (pair["chosen_reward"], pair["rejected_reward"]) == (2.0, -1.0)
     assert (pair["chosen_finish_reason"], pair["rejected_finish_reason"]) == ("stop", "length")
     assert (pair["chosen_num_tokens"], pair["rejected_num_tokens"]) == (4, 5)
-    assert pair["source_id"] == "x7" and "responses" not in pair and "rewards" not in pair
+    assert pair["source_id"] == "x7" and not {"responses", "rewards", "reward_parts", "pair_probabilities"} & set(pair)
 
 
 def test_max_max_takes_best_and_second_best():
