@@ -1,13 +1,15 @@
-r"""Score generated responses with a reward model.
+r"""Score generated responses: reward models of several kinds, functions of your own, or a weighted sum of them.
 
 In:  generated JSON Lines: `prompt` (messages), `responses` (K texts), any other fields.
-Out: the same records with `rewards`: K floats aligned with `responses`, the model's raw logit (null if not finite).
+Out: the same records with `rewards`: K floats aligned with `responses` (null if not finite); with several scorers also
+     `reward_parts`, {name: K floats}; with --save_pair_probabilities also `pair_probabilities`, K lists of K.
 
     accelerate launch ./annotate_data/get_rewards.py --dataset_name_or_path ./data/gen_data.jsonl \
         --output_dir ./data/data_with_rewards.jsonl --K 4
 
-One process per GPU under `accelerate launch`; plain `python` uses one. Every reward is saved as soon as its batch is
-scored, and a run that was stopped is continued by the same command, also with another number of processes.
+One process per GPU under `accelerate launch`; plain `python` uses one. The input is read as a stream, once to check it,
+once for each scorer, once to write the output, so that memory does not grow with it. A record is saved as soon as its K
+responses are scored, and a run that was stopped is continued by the same command, also with another number of processes.
 Simplified: every response is scored with its own copy of the prompt.
 """
 
@@ -21,189 +23,185 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from annotate_data.arguments import Arguments, check, names, shaping, types
+from annotate_data.backbone import BadRecord, read_config
+from annotate_data.functions import RewardFunction
+from annotate_data.generated import read_generated, survey
+from annotate_data.preference import PairPreference
 from annotate_data.ranks import World, share
-from annotate_data.reward_models import BradleyTerry, in_batches
-from annotate_data.summary import summarise
+from annotate_data.reward_models import ArmoRM, BradleyTerry, kind_of
+from annotate_data.summary import Summary
 from common import cli, devices, manifest, progress, records
-from common.cli import UserError, arg
+from common.cli import UserError
 
-
-@dataclass
-class Arguments:
-    dataset_name_or_path: list[str] = arg(help="generated JSON Lines file, or several")
-    output_dir: list[str] = arg(help="rewarded file to write (a file name), one for each input")
-    K: int | None = arg(None, help="responses a prompt; read from the data, a number given here must fit it")
-    reward_name_or_path: str = arg("sfairXC/FsfairX-LLaMA3-RM-v0.1", help="folder or hub name; one label")
-    max_length: int = arg(4096, help="tokens of prompt and response, at most the model's limit; the left is cut")
-    batch_tokens: int = arg(16384, help="padded tokens of a batch on each GPU; halved by itself when memory runs out")
-    dtype: str = arg("auto", "auto is bfloat16 on a GPU, float32 without", ("auto", "float32", "bfloat16", "float16"))
-    attn_implementation: str = arg("auto", help="auto is flash_attention_2 where installed (GPU), else sdpa")
-    revision: str | None = arg(None, help="branch, tag or commit of a hub model")
-    chat_template: str | None = arg(None, help="jinja file in place of the reward model's own chat template")
-    template_kwargs: dict = arg({}, help='variables for the template, {"name": value}')
-    trust_remote_code: bool = arg(False, help="run Python code that comes with the model")
-    overwrite: bool = arg(False, help="start anew, whatever is there")
-
-
-# Settings that change a reward; the others change speed and rounding only.
-SHAPING = ("max_length", "dtype", "revision", "template_kwargs")
-MODEL = (*SHAPING, "chat_template", "trust_remote_code", "attn_implementation")
-
-
-def shaping(args, source):
-    """(settings, inputs) that shape the rewards of one input file; what its manifest holds."""
-    inputs = {"dataset_name_or_path": str(source), "reward_name_or_path": args.reward_name_or_path}
-    return {name: getattr(args, name) for name in SHAPING}, inputs | {"chat_template": args.chat_template}
+MODEL = ("max_length", "dtype", "revision", "template_kwargs", "chat_template", "trust_remote_code",
+         "attn_implementation", "batch_tokens")  # fmt: skip
 
 
 @dataclass
 class Job:
-    """One input file on its way to one output file. Response k of record i has the number i · K + k."""
+    """One input file on its way to one output file. What scorer s says of record i is saved under the id s · N + i."""
 
     source: str
     target: Path
-    records: list
-    K: int
+    N: int  # records
+    K: int  # responses each
+    roles: dict  # roles of a prompt's turns → the first record that has them
     output: manifest.Output | None = None  # rank 0 only
 
-    def responses(self):
-        return [(r["prompt"], response) for r in self.records for response in r["responses"]]
+
+def make_scorers(args):
+    """The scorers in the order of `--reward_weights`: models, without weights as yet, then the function."""
+    scorers = []
+    for name, asked in zip(names(args), types(args), strict=True):
+        options = {key: getattr(args, key) for key in MODEL}
+        kind = kind_of(read_config(name, args.revision, args.trust_remote_code).to_dict(), asked, name)
+        if kind == "pair_preference":
+            scorers.append(PairPreference(name, args.ranking, args.save_pair_probabilities, **options))
+        else:
+            scorers.append((ArmoRM if kind == "armorm" else BradleyTerry)(name, **options))
+    asked = [name for name in ("ranking", "save_pair_probabilities") if getattr(args, name) not in ("round_robin", False)]
+    if asked and not any(isinstance(scorer, PairPreference) for scorer in scorers):
+        raise UserError(f"--{asked[0]} is for pair-preference models, and none is given")
+    return scorers + ([RewardFunction(args.reward_function)] if args.reward_function else [])
 
 
-def read_generated(path, wanted_k=None):
-    """Records of a generated file, each with an `id` and its prompt as messages, and their K.
-
-    Raises:
-        UserError: a field is missing or of another kind, K differs within the file or from `wanted_k`.
-    """
-    found, ids, identify = [], {}, records.Identifier()
-    for number, record in enumerate(records.read_jsonl(path, "generated file"), 1):
-        where = f"{path} record {number}"
-        for field in ("prompt", "responses"):
-            if field not in record:
-                raise UserError(f"{where} has no `{field}`{cli.nearest(field, record)}; it has {', '.join(record)}")
-        prompt, responses = records.to_messages(record["prompt"], where), record["responses"]
-        if not isinstance(responses, list) or not responses or not all(isinstance(r, str) for r in responses):
-            raise UserError(f"{where}: `responses` must be a list of texts, it is {str(responses)[:60]}")
-        for field in ("finish_reasons", "num_tokens"):
-            if isinstance(record.get(field), list) and len(record[field]) != len(responses):
-                raise UserError(f"{where} has {len(responses)} responses and {len(record[field])} {field}")
-        made = identify(prompt)
-        if not isinstance(record.get("id"), str):
-            record = {"id": made} | record | {"id": made} | ({"source_id": record["id"]} if "id" in record else {})
-        record = {key: value for key, value in record.items() if key != "rewards"}  # of an earlier annotation: replaced
-        try:
-            records.dumps(record)
-        except ValueError:
-            raise UserError(f"{where} holds NaN or infinity, which is no JSON: mend or remove that field") from None
-        if record["id"] in ids:
-            raise UserError(
-                f"{where} has the id {record['id']!r} of record {ids[record['id']]}; make ids unique or leave them out"
-            )
-        ids[record["id"]] = number
-        found.append(record | {"prompt": prompt})
-    K = wanted_k or len(found[0]["responses"])
-    odd = [r for r in found if len(r["responses"]) != K]
-    if odd:
-        whence = f"--K is {K}" if wanted_k else f"the first record of {path} has {K} responses"
-        todo = "leave --K out to take the data's" if wanted_k else "put them in files of their own"
-        raise UserError(
-            f"{whence}, but {len(odd)} of {len(found)} records in {path} have another number "
-            f"({odd[0]['id']} has {len(odd[0]['responses'])}); {todo}"
-        )
-    return found, K
+def check_turns(scorers, jobs):
+    """Refuse turns that a scorer's chat template does not take, naming the first record that has them."""
+    for scorer in scorers:
+        for job in jobs:
+            for roles, number in job.roles.items():
+                try:
+                    scorer.check([{"role": role, "content": "a"} for role in roles])
+                except UserError as error:
+                    raise UserError(f"{job.source} record {number}: {error}") from None
 
 
 def take_over(job):
     """Move what other ranks have saved into rank 0's file, however many they were; a torn last line is dropped."""
-    for file in sorted(job.target.parent.iterdir()):
-        if not file.name.startswith(f"{job.target.name}.partial.rank"):
+    for path in sorted(job.target.parent.iterdir()):
+        if not path.name.startswith(f"{job.target.name}.partial.rank"):
             continue
-        for line in file.read_bytes().splitlines(keepends=True) if job.output.done else ():
-            with contextlib.suppress(json.JSONDecodeError):
-                if line.endswith(b"\n"):
-                    job.output.append(json.loads(line))
-        file.unlink()
+        with open(path, "rb") as file:
+            for line in file if job.output.done else ():
+                with contextlib.suppress(json.JSONDecodeError):
+                    if line.endswith(b"\n"):
+                        job.output.append(json.loads(line))
+        path.unlink()
 
 
-def open_output(job, args, settings, inputs):
-    """Lock and check the output (rank 0) and say which responses it has already."""
+def open_output(job, args, scorers, settings, inputs):
+    """Lock and check the output (rank 0); returns one byte for each scorer and record, 1 where that is done."""
     job.output = manifest.Output(job.target, "annotate_data/get_rewards.py", settings, inputs, args.overwrite)
     if job.output.complete:
-        return set(range(len(job.records) * job.K))
+        return bytearray(b"\1") * (scorers * job.N)
     take_over(job)  # with nothing in rank 0's file, others' are of an earlier life and are dropped
-    return {number for number in job.output.done if isinstance(number, int)}
+    done = bytearray(scorers * job.N)
+    for key in job.output.done:
+        if isinstance(key, int):
+            done[key] = 1
+    return done
 
 
-def unscored(jobs, done):
-    """What is left, as (job, number of the response) → characters of prompt and response."""
-    return {
-        (j, number): len(response) + sum(len(m["content"]) for m in prompt)
-        for j, job in enumerate(jobs)
-        for number, (prompt, response) in enumerate(job.responses())
-        if number not in done[j]
-    }
+def chunks(job, done, size):
+    """Yield lists of (number, record) of `size` records that are not done, in the input's order."""
+    chunk = []
+    if all(done):
+        return
+    for number, record in enumerate(read_generated(job.source)):
+        if not done[number]:
+            chunk.append((number, record))
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
 
 
-def encode(scorer, jobs, mine):
-    responses = [job.responses() for job in jobs]
-    rows = []
-    for j, number in mine:
-        try:
-            rows.append(scorer.encode(*responses[j][number]))
-        except UserError as error:
-            raise UserError(f"{jobs[j].source} record {number // jobs[j].K + 1}: {error}") from None
-    return rows
+def work(record):
+    """Characters that a scorer reads of a record."""
+    prompt = sum(len(message["content"]) for message in record["prompt"])
+    return sum(prompt + len(response) for response in record["responses"])
 
 
-def score(scorer, jobs, mine, rows, world, batch_tokens):
-    """Score this rank's rows and save each batch: rank 0 into `X.partial`, rank r into `X.partial.rank<r>`."""
-    what = f"rewards (this process, 1 of {world.size})" if world.size > 1 else "rewards"
-    bar = progress.Progress(len(rows), what, "sequences", enabled=world.rank == 0)
-    with contextlib.ExitStack() as files:
-        names = [f"{job.target}.partial.rank{world.rank}" for job in jobs if world.rank]
-        others = [files.enter_context(open(name, "ab")) for name in names]
-        for batch, rewards in in_batches(scorer, rows, batch_tokens):
-            for i, reward in zip(batch, rewards, strict=True):
-                j, number = mine[i]
-                reward = round(reward, 6) if records.finite(reward) else None
-                entry = {"id": number, "reward": reward, "cut": rows[i].cut}
-                if world.rank == 0:
-                    jobs[j].output.append(entry)
-                else:
-                    others[j].write((records.dumps(entry) + "\n").encode())
-            for file in others:
+def score(scorer, number, jobs, done, world, args, bar):
+    """Score what is left and save each record: rank 0 into `X.partial`, rank r into `X.partial.rank<r>`.
+
+    Ranks share out each chunk and wait for each other behind it, so that a record that one of them cannot score is told.
+    """
+    turn = 0
+    for job, finished in zip(jobs, done, strict=True):
+        with contextlib.ExitStack() as stack:
+            others = f"{job.target}.partial.rank{world.rank}"
+            file = stack.enter_context(open(others, "ab")) if world.rank else None
+            for chunk in chunks(job, finished[number * job.N : (number + 1) * job.N], args.chunk_records):
+                sizes = {place: work(record) for place, (_, record) in enumerate(chunk)}
+                mine = [chunk[place] for place in share(sizes, (world.rank + turn) % world.size, world.size)]
+                world.together(lambda job=job, mine=mine, file=file: score_chunk(scorer, number, job, mine, file, world, bar))
+                bar.update(len(chunk) - len(mine))  # the others'
+                turn += 1
+
+
+def score_chunk(scorer, number, job, mine, file, world, bar):
+    """Score this rank's records of a chunk, longest first."""
+    try:
+        for index, entry in scorer.score([record for _, record in mine]):
+            entry = {"id": number * job.N + mine[index][0]} | entry
+            entry["rewards"] = [round(x, 6) if records.finite(x) else None for x in entry["rewards"]]
+            if "pairs" in entry:
+                entry["pairs"] = [[None if p is None else round(p, 6) for p in row] for row in entry["pairs"]]
+            if file is None:
+                job.output.append(entry)
+            else:
+                file.write((records.dumps(entry) + "\n").encode())
                 file.flush()
-            bar.update(len(batch))
-    bar.close()
+            bar.update(1)
+    except BadRecord as error:
+        raise UserError(f"{job.source} record {mine[error.index][0] + 1}: {error}") from None
 
 
-def finish(job, facts):
+def combine(parts, weights):
+    """The weighted sum of lists of K rewards; None where a part is None."""
+    return [
+        None if None in values else round(sum(w * x for w, x in zip(weights, values, strict=True)), 6)
+        for values in zip(*parts, strict=True)
+    ]
+
+
+def rewarded(job, scorers, weights, counts):
+    """Yield the output's lines in the input's order; fills `counts` on the way."""
+    order = (s * job.N + i for i in range(job.N) for s in range(len(scorers)))
+    saved, summary, nulls, cut = map(json.loads, job.output.saved(order)), Summary(), 0, 0
+    for record in read_generated(job.source):
+        entries = [next(saved) for _ in scorers]
+        parts = [entry["rewards"] for entry in entries]
+        record["rewards"] = combine(parts, weights) if weights else parts[0]
+        if len(scorers) > 1:
+            record["reward_parts"] = {scorer.name: part for scorer, part in zip(scorers, parts, strict=True)}
+        pairs = {scorer.name: entry["pairs"] for scorer, entry in zip(scorers, entries, strict=True) if "pairs" in entry}
+        if pairs:
+            record["pair_probabilities"] = pairs if len(pairs) > 1 else next(iter(pairs.values()))
+        nulls += record["rewards"].count(None)
+        cut += sum(entry["cut"] for entry in entries)
+        summary.add(record["rewards"], record.get("num_tokens"))
+        yield (records.dumps(record) + "\n").encode("utf-8")
+    counts |= {"null_rewards": nulls, "truncated": cut} | summary.figures()
+
+
+def finish(job, scorers, weights, facts):
     """Put rewards and records together, in the input's order; returns the counts."""
     take_over(job)
-    with open(job.output.partial, "rb") as file:
-        saved = {entry["id"]: entry for entry in map(json.loads, file)}
-    total = len(job.records) * job.K
-    missing = sum(number not in saved for number in range(total))
+    total = len(scorers) * job.N
+    missing = total - sum(isinstance(key, int) for key in job.output.done)
     if missing:
-        raise UserError(f"{missing} of {total} rewards are not beside {job.target}; machines must share its folder")
-    entries = [saved[number] for number in range(total)]
-    rewarded = [
-        record | {"rewards": [entry["reward"] for entry in entries[i * job.K : (i + 1) * job.K]]}
-        for i, record in enumerate(job.records)
-    ]
-    counts = {"read": len(rewarded), "written": len(rewarded), "skipped": 0, "K": job.K, "responses": total}
-    counts["null_rewards"] = sum(entry["reward"] is None for entry in entries)
-    counts["truncated"] = sum(entry["cut"] > 0 for entry in entries)
-    counts |= facts | summarise(rewarded)
-    for record in rewarded:
-        job.output.append(record)
-    job.output.finish([record["id"] for record in rewarded], counts)
+        raise UserError(f"{missing} of {total} records are not beside {job.target}; machines must share its folder")
+    counts = {"read": job.N, "written": job.N, "skipped": 0, "K": job.K, "responses": job.N * job.K} | facts
+    job.output.finish_with(rewarded(job, scorers, weights, counts), counts)
     return counts
 
 
 def tell(job, counts):
-    shown = {key: "n/a" if counts[key] is None else f"{counts[key]:.3f}" for key in summarise([])}
+    shown = {key: "n/a" if counts[key] is None else f"{counts[key]:.3f}" for key in Summary().figures()}
     print(
         f"read {counts['read']} records of {job.K} responses from {job.source}, "
         f"wrote {counts['written']} to {job.target}, skipped 0; "
@@ -216,6 +214,31 @@ def tell(job, counts):
     )
 
 
+def run_scorer(scorer, number, jobs, done, world, args):
+    """All that scorer `number` has left. Returns (records scored, responses, seconds, facts for the manifest)."""
+    left = [job.N - sum(flags[number * job.N : (number + 1) * job.N]) for job, flags in zip(jobs, done, strict=True)]
+    if not any(left):
+        return 0, 0, 0.0, {}
+    world.together(scorer.load)
+    facts = {}
+    if hasattr(scorer, "device"):
+        facts = {"device": scorer.device.type, "dtype": scorer.dtype, "attention": scorer.attention}
+    if world.rank == 0:
+        how = "{device}, {dtype}, {attention}, at most {length} tokens".format(**facts, length=scorer.max_length) if facts else "cpu"
+        print(f"scoring {sum(left)} records with {scorer.name} on {world.size} × {how}", flush=True)
+        for job in jobs:
+            if not job.output.complete and not job.output.done:
+                job.output.append({"id": "started"})  # binds other ranks' files to this start's settings
+    world.gather()
+    bar = progress.Progress(sum(left), "rewards", "records", enabled=world.rank == 0)
+    started = time.monotonic()
+    score(scorer, number, jobs, done, world, args, bar)
+    world.together(scorer.unload)
+    responses = sum(n * job.K for n, job in zip(left, jobs, strict=True))
+    bar.close()
+    return sum(left), responses, time.monotonic() - started, facts
+
+
 def main():
     args = cli.parse(Arguments, __doc__)
     sources, targets = args.dataset_name_or_path, [Path(path) for path in args.output_dir]
@@ -223,14 +246,10 @@ def main():
         raise UserError(f"{len(sources)} files in --dataset_name_or_path, {len(targets)} in --output_dir: one for each")
     if len({path.resolve() for path in [*targets, *map(Path, sources)]}) != 2 * len(targets):
         raise UserError("--dataset_name_or_path and --output_dir must name different files")
-    for name in ("K", "max_length", "batch_tokens"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1")
+    check(args)
     devices.check_processes()
     devices.prepare_threads()
     shaped = [shaping(args, cli.existing_file(source, "generated file")) for source in sources]
-    if args.chat_template:
-        cli.existing_file(args.chat_template, "chat template")
 
     def is_complete(target, shape):
         found = manifest.read_manifest(target)
@@ -240,40 +259,27 @@ def main():
         if os.environ.get("RANK", "0") == "0":
             print(f"{', '.join(map(str, targets))}: complete already, nothing to do (--overwrite starts anew)")
         return
-    jobs = [Job(s, t, *read_generated(s, args.K)) for s, t in zip(sources, targets, strict=True)]
+    jobs = [Job(source, target, *survey(source, args.K)) for source, target in zip(sources, targets, strict=True)]
 
     world = World()
-    scorer = world.together(lambda: BradleyTerry(args.reward_name_or_path, **{k: getattr(args, k) for k in MODEL}))
+    scorers = world.together(lambda: make_scorers(args))
+    world.together(lambda: check_turns(scorers, jobs))
     mine_to_open = zip(jobs, shaped, strict=True) if world.rank == 0 else ()
-    done = world.gather(world.together(lambda: [open_output(j, args, *shape) for j, shape in mine_to_open]))[0]
-    left, facts, seconds = unscored(jobs, done), {}, 0.0
-    if left:
-        mine = share(left, world.rank, world.size)
-        rows = world.together(lambda: encode(scorer, jobs, mine))
-        world.together(scorer.load)
-        if world.rank == 0:
-            print(
-                f"scoring {len(left)} responses with {args.reward_name_or_path} on {world.size} × "
-                f"{scorer.device.type}, {scorer.dtype}, {scorer.attention}, at most {scorer.max_length} tokens",
-                flush=True,
-            )
-            for job in jobs:
-                if not job.output.complete and not job.output.done:
-                    job.output.append({"id": "started"})  # binds other ranks' files to this start's settings
-        world.gather()
-        started = time.monotonic()
-        world.together(lambda: score(scorer, jobs, mine, rows, world, args.batch_tokens))
-        seconds = time.monotonic() - started
-        facts = {"device": scorer.device.type, "dtype": scorer.dtype, "attention": scorer.attention}
+    opened = world.together(lambda: [open_output(job, args, len(scorers), *shape) for job, shape in mine_to_open])
+    done = world.gather(opened)[0]
+    ran = [run_scorer(scorer, number, jobs, done, world, args) for number, scorer in enumerate(scorers)]
     if world.rank:
         return
-    rate = len(left) / max(seconds, 1e-9)
+    scored, responses, seconds = (sum(column) for column in list(zip(*ran, strict=True))[:3])
+    facts = {key: value for *_, found in ran for key, value in found.items()}
+    rate = responses / max(seconds, 1e-9)
     for job in jobs:
         if job.output.complete:
             print(f"{job.target}: complete already")
         else:
-            tell(job, finish(job, facts | {"processes": world.size, "sequences_per_second": round(rate, 1)}))
-    print(f"scored {len(left)} sequences in {progress.duration(seconds)}, {rate:.1f} sequences/s")
+            more = {"processes": world.size, "sequences_per_second": round(rate, 1)}
+            tell(job, finish(job, scorers, args.reward_weights, facts | more))
+    print(f"scored {scored} records ({responses} responses) in {progress.duration(seconds)}, {rate:.1f} responses/s")
 
 
 if __name__ == "__main__":

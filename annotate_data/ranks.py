@@ -2,6 +2,9 @@
 
 import datetime
 import os
+import signal
+import sys
+import threading
 
 from common.cli import UserError
 
@@ -12,9 +15,26 @@ class World:
     def __init__(self):
         self.rank, self.size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         if self.size > 1:
+            self._end_on_signals()
             import torch.distributed
 
             torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+
+    def _end_on_signals(self):
+        """Let a thread answer Ctrl-C and the launcher's SIGTERM: the main one may stand in a collective, which is deaf.
+
+        What was saved is on disk, so the process ends at once. Call before other threads are started.
+        """
+        ends = {signal.SIGINT, signal.SIGTERM}
+        signal.pthread_sigmask(signal.SIG_BLOCK, ends)
+
+        def wait():
+            number = signal.sigwait(ends)
+            if self.rank == 0:
+                print("stopped; start the same command again to continue", file=sys.stderr, flush=True)
+            os._exit(128 + number)
+
+        threading.Thread(target=wait, daemon=True).start()
 
     def gather(self, value=None):
         """The values of all ranks, on every rank; also a barrier."""
@@ -40,7 +60,7 @@ class World:
 
 
 def share(sizes, rank, world):
-    """Keys that `rank` of `world` works on: about equal work and numbers, whatever the order of `sizes`.
+    """The keys that `rank` of `world` works on: about equal work and numbers, whatever the order of `sizes`.
 
     Args:
         sizes: dict key → size of the work (characters, say).

@@ -1,208 +1,190 @@
-"""Reward models: what a response is worth. A scorer is four methods, whatever kind of model stands behind it:
+"""Reward models that judge one response: which kind a model is, Bradley-Terry classifiers, ArmoRM.
 
-    encode(messages, response)  text → one `Row`; checks the turns, needs no weights
-    load()                      the weights, on this process's device
-    score_rows(rows)            one forward pass → a float for each row; MemoryError when the batch is too large
-    score(pairs)                all of that for a list of (messages, response)
-
-`BradleyTerry` is any `*ForSequenceClassification` of transformers with one label (FsfairX, Skywork-Reward, …). The
-reward is its raw logit, for the text that these models were trained on: the reward model's own chat template over
-prompt and response, one literal BOS string stripped from the front, then the tokenizer's own special tokens.
+Both kinds see the reward model's own chat template over prompt and response, one literal BOS string stripped from the
+front, then the tokenizer's own special tokens, cut on the left. The last token is found by length: transformers looks
+for the last token that is not padding, and misses the true one where padding and end of turn are the same token.
 """
 
-import os
-from array import array
+import json
 from pathlib import Path
-from typing import NamedTuple
 
-from common import chat
+from annotate_data.backbone import Backbone
 from common.cli import UserError
 
-
-class Row(NamedTuple):
-    """One sequence for the model: its token ids, and how many were cut off at the left to make it fit."""
-
-    ids: array
-    cut: int
+KINDS = ("bradley_terry", "armorm", "pair_preference")
+PAIR_PREFERENCE_NAMES = ("pair-preference-model",)  # published under such names; their config is any policy's
 
 
-def in_batches(scorer, rows, batch_tokens):
-    """Yield (indices into `rows`, their rewards) batch by batch, longest first, of `batch_tokens` padded tokens.
+def kind_of(config, asked, name):
+    """The kind of a reward model, one of `KINDS`.
 
-    Longest first, so that rows of a batch are alike and a batch that is too large for the memory shows at once: then
-    batches are halved for good. A row longer than the budget is a batch of its own.
-    """
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
-    at = 0
-    while at < len(order):
-        longest = max(1, len(rows[order[at]].ids))
-        batch = order[at : at + max(1, batch_tokens // longest)]
-        try:
-            rewards = scorer.score_rows([rows[i] for i in batch])
-        except MemoryError:
-            if len(batch) == 1:
-                raise UserError(f"out of memory on one sequence of {longest} tokens: lower --max_length") from None
-            batch_tokens = len(batch) // 2 * longest
-            print(f"out of memory with {len(batch)} × {longest} tokens, now {batch_tokens} a batch", flush=True)
-            continue
-        yield batch, rewards
-        at += len(batch)
-
-
-def one_line(error, limit=300):
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:limit]}"
-
-
-class BradleyTerry:
-    """A sequence classifier with one label; reads config and tokenizer now, the weights in `load`.
+    `auto` goes by the architecture in the config. A pair-preference model cannot be told from an ordinary policy, and a
+    policy given by mistake would yield plausible numbers: such a model must be asked for, or carry the published name.
 
     Args:
-        name: local folder or hub name.
-        max_length: tokens of a sequence, BOS included; capped by what the model and its tokenizer can take.
-        dtype: `auto` (bfloat16 on a GPU, float32 on the CPU), `float32`, `bfloat16` or `float16`.
-        chat_template: jinja file in place of the tokenizer's own template.
-        attn_implementation: as transformers names it; `auto` takes flash_attention_2 where it is installed.
+        config: mapping of its config.json.
+        asked: `auto` or the kind that the user says it is.
+        name: folder or hub name.
 
     Raises:
-        UserError: not there, not a sequence classifier, several labels, no chat template.
+        UserError: no kind known here, or another one than was asked for; several labels.
+    """
+    architecture = (config.get("architectures") or ["ForSequenceClassification"])[0]
+    if architecture == "LlamaForRewardModelWithGating":
+        found = "armorm"
+    elif architecture.endswith("ForSequenceClassification"):
+        found = "bradley_terry"
+    elif architecture.endswith("ForCausalLM"):
+        found = "pair_preference"
+    else:
+        raise UserError(
+            f"{name} is not a reward model of a kind known here: its config says {architecture}; known are "
+            "...ForSequenceClassification with one label, LlamaForRewardModelWithGating (ArmoRM), and pair-preference models"
+        )
+    if asked not in ("auto", found):
+        raise UserError(f"{name} is a {architecture}, which is {found}, not --reward_type {asked}")
+    if asked == "auto" and found == "pair_preference" and not Path(name).name.startswith(PAIR_PREFERENCE_NAMES):
+        raise UserError(
+            f"{name} is a {architecture}, as a policy is, and no classifier with one label; "
+            "if it is a pair-preference model, say --reward_type pair_preference"
+        )
+    labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels")
+    if found == "bradley_terry" and labels not in (None, 1):
+        raise UserError(f"{name} has num_labels = {labels}; a Bradley-Terry reward model has 1")
+    return found
+
+
+class BradleyTerry(Backbone):
+    """A sequence classifier with one label (FsfairX, Skywork-Reward, …); the reward is its raw logit.
+
+    Raises:
+        UserError: as `Backbone`; several labels.
     """
 
-    def __init__(
-        self,
-        name,
-        max_length=4096,
-        dtype="auto",
-        revision=None,
-        chat_template=None,
-        template_kwargs=None,
-        trust_remote_code=False,
-        attn_implementation="auto",
-    ):
-        import transformers
-
-        transformers.logging.set_verbosity_error()  # its load report is judged in `load`
-        transformers.utils.logging.disable_progress_bar()
-        if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-            raise UserError(f"no such reward model folder: {name}")
-        self.name, self.dtype, self.attention, self.template_kwargs = name, dtype, attn_implementation, template_kwargs
-        self.source = {"revision": revision, "trust_remote_code": trust_remote_code}
-        try:
-            self.config = transformers.AutoConfig.from_pretrained(name, **self.source)
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, **self.source)
-        except Exception as error:  # hub, file and remote code fail in many ways
-            raise UserError(f"cannot load the reward model {name}: {one_line(error)}") from None
-        kind = (self.config.architectures or ["no architecture"])[0]
-        if not kind.endswith("ForSequenceClassification"):
-            raise UserError(
-                f"{name} is not a reward model of a kind known here: its config says {kind}, "
-                "a ...ForSequenceClassification with one label is needed"
-            )
-        if self.config.num_labels != 1:
-            raise UserError(f"{name} has num_labels = {self.config.num_labels}; a Bradley-Terry reward model has 1")
-        chat.use_template(self.tokenizer, chat_template)
-        positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        self.max_length = min(max_length, positions or max_length, self.tokenizer.model_max_length or max_length)
-        self.largest_id = 0
-
-    def encode(self, messages, response):
-        """The `Row` of a response to `messages`, truncated on the left to `max_length`; a BOS in front stays."""
-        try:
-            turns = [*messages, {"role": "assistant", "content": response}]
-            text = chat.render(self.tokenizer, turns, False, self.template_kwargs)
-        except UserError as error:
-            todo = "; give a template that takes them with --chat_template FILE, or leave out the turn it refuses"
-            raise UserError(" ".join(str(error).split()) + (todo if self.tokenizer.chat_template else "")) from None
-        bos = self.tokenizer.bos_token
-        ids = self.tokenizer(text.removeprefix(bos) if bos else text, verbose=False)["input_ids"]
-        cut = max(0, len(ids) - self.max_length)
-        if cut:
-            keep = 1 if ids[0] == self.tokenizer.bos_token_id else 0
-            ids = ids[:keep] + ids[keep + cut :]
-        self.largest_id = max(self.largest_id, *ids, 0)
-        return Row(array("i", ids), cut)
+    def __init__(self, name, **options):
+        super().__init__(name, **options)
+        kind_of(self.config.to_dict() | {"num_labels": self.config.num_labels}, "bradley_terry", name)
 
     def load(self):
-        """Put the weights on this rank's GPU, or on the CPU where there is none.
+        import transformers
 
-        Raises:
-            UserError: does not load or fit, or weights are missing: a score head that was never trained gives noise.
-        """
+        self.load_weights(transformers.AutoModelForSequenceClassification)
+
+    def score(self, records):
+        import torch
+
+        groups, cuts = self.encode_all(records)
+        last = [[[len(ids) - 1] for ids in group] for group in groups]
+        head = getattr(self.model, "score", None)
+        if not isinstance(head, torch.nn.Linear):  # an encoder pools its first token: no trap there
+            for g, logits in self._in_passes(groups, last, self._logits):
+                yield g, {"rewards": logits, "cut": cuts[g]}
+            return
+        # the head in fp32: bf16 logits have 8 bits, and responses would tie that do not
+        weight, bias = head.weight.float(), None if head.bias is None else head.bias.float()
+        for g, states in self.hidden_states(groups, last):
+            rewards = torch.nn.functional.linear(states[:, 0], weight, bias)[:, 0]
+            yield g, {"rewards": rewards.tolist(), "cut": cuts[g]}
+
+    def _logits(self, rows, ids, mask):
+        return self.model(input_ids=ids, attention_mask=mask).logits[:, 0].float().tolist()
+
+
+class ArmoRM(Backbone):
+    """RLHFlow/ArmoRM-Llama3-8B-v0.1: a mixture of objectives, gated by the prompt (arXiv 2406.12845).
+
+    With h_end the last hidden state of the sequence's last token and h_prompt that of the `<|eot_id|>` before the last
+    assistant header, and the published parameter names,
+
+        rewards = regression_layer(h_end)                                                              [objectives]
+        gating = logit_scale · softmax(MLP(h_prompt) / gating_temperature)                             [objectives]
+        score = Σ gating · (rewards @ reward_transform_matrix)
+
+    The MLP, `gating.layers`, has `gating_n_hidden` hidden layers with ReLU. The published code reads the header's place
+    off the token ids; a response so long that truncation took the header away has no score (null).
+    """
+
+    HEADER = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+
+    def __init__(self, name, **options):
+        super().__init__(name, **options)
+        kind_of(self.config.to_dict(), "armorm", name)
+        self.header = self.tokenizer(self.HEADER, add_special_tokens=False)["input_ids"]
+        special = [i for i in self.header if i in self.tokenizer.added_tokens_decoder]
+        if len(special) != 3:
+            raise UserError(f"{name}: its tokenizer lacks Llama-3's header tokens, which ArmoRM's gating looks for")
+
+    def load(self):
         import torch
         import transformers
 
-        gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true"
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
-        if gpu:
-            torch.cuda.set_device(self.device)
-        elif "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
-            cores = len(os.sched_getaffinity(0))  # accelerate's one thread a process is meant for GPUs
-            torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-        if self.dtype == "auto":
-            self.dtype = "bfloat16" if gpu else "float32"
-        if self.attention == "auto":
-            # transformers' sdpa drops the soft-cap of Gemma-2's attention without a word
-            softcap = getattr(self.config.get_text_config(), "attn_logit_softcapping", None)
-            flash = gpu and self.dtype != "float32" and transformers.utils.is_flash_attn_2_available()
-            self.attention = "flash_attention_2" if flash else "eager" if softcap else "sdpa"
+        self.load_weights(transformers.LlamaModel)
+        config, layers = self.config, getattr(self.config, "gating_n_hidden", 3) + 1
+        objectives, width = getattr(config, "num_objectives", 19), getattr(config, "gating_hidden_dim", 1024)
+        shapes = {
+            "regression_layer.weight": [objectives, config.hidden_size],
+            "reward_transform_matrix": [objectives, objectives],
+            "gating.logit_scale": [1],
+        }
+        for i in range(layers):
+            rows, columns = objectives if i == layers - 1 else width, width if i else config.hidden_size
+            shapes |= {f"gating.layers.{i}.weight": [rows, columns], f"gating.layers.{i}.bias": [rows]}
+        self.head = {key: value.to(self.device, torch.float32) for key, value in self._read(shapes).items()}
+        for key, shape in shapes.items():
+            if list(self.head[key].shape) != shape:
+                raise UserError(f"{self.name}: {key} is {list(self.head[key].shape)}, its config makes it {shape}")
+
+    def _read(self, names):
+        """Tensors of the checkpoint's safetensors files, sharded or not, by name."""
+        import huggingface_hub
+        import safetensors
+
+        folder, found = Path(self.name), {}
         try:
-            self.model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
-                self.name,
-                dtype=getattr(torch, self.dtype),
-                attn_implementation=self.attention,
-                output_loading_info=True,
-                device_map={"": self.device} if gpu else None,
-                **self.source,
-            )
-        except torch.OutOfMemoryError:
-            raise UserError(
-                f"{self.name} in {self.dtype} does not fit {self.device}: free it, or use a smaller model"
-            ) from None
+            if not folder.is_dir():  # the files are in the cache, the backbone has just been read from them
+                wanted = {"revision": self.source["revision"], "allow_patterns": ["*.safetensors", "*.safetensors.index.json"]}
+                folder = Path(huggingface_hub.snapshot_download(self.name, **wanted))
+            index = folder / "model.safetensors.index.json"
+            if index.is_file():
+                places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                files = sorted({folder / places[name] for name in names if name in places})
+            else:
+                files = sorted(folder.glob("*.safetensors"))
+            for path in files:
+                with safetensors.safe_open(path, framework="pt") as file:
+                    found |= {name: file.get_tensor(name) for name in file.keys() if name in names}
         except Exception as error:
-            raise UserError(f"cannot load the reward model {self.name}: {one_line(error)}") from None
-        if report["missing_keys"]:
-            missing = sorted(report["missing_keys"], key=lambda key: ("score" not in key, key))
-            others = f" (and {len(missing) - 1} other weights)" if missing[1:] else ""
-            raise UserError(
-                f"{self.name} has no trained {missing[0]}{others}: its rewards would be random; "
-                "give a checkpoint that was trained as a reward model"
-            )
-        if self.largest_id >= self.model.get_input_embeddings().num_embeddings:
-            raise UserError(f"{self.name}: the tokenizer gives token {self.largest_id}, beyond the model's embeddings")
-        self.model.eval()
+            raise UserError(f"cannot load the reward model {self.name}: {type(error).__name__}: {error}") from None
+        self.refuse_missing([name for name in names if name not in found])
+        return found
 
-    def score_rows(self, rows):
-        """Raw logits of a list of `Row`s, in one padded forward pass.
+    def unload(self):
+        self.head = None
+        super().unload()
 
-        The last token is found by length: transformers looks for the last token that is not padding, and misses the
-        true one where padding and end of turn are the same token.
-        """
+    def gate(self, ids):
+        """Position of the token before the last assistant header, or None."""
+        ids, header = list(ids), self.header
+        return next((j for j in range(len(ids) - len(header), -1, -1) if ids[j : j + len(header)] == header), None)
+
+    def score(self, records):
+        groups, cuts = self.encode_all(records)
+        gates = [[self.gate(ids) for ids in group] for group in groups]
+        places = [[[at or 0, len(ids) - 1] for at, ids in zip(*pair, strict=True)] for pair in zip(gates, groups, strict=True)]
+        for g, states in self.hidden_states(groups, places):
+            scores = self.mix(states[:, 0], states[:, 1]).tolist()
+            rewards = [None if at is None else x for at, x in zip(gates[g], scores, strict=True)]
+            yield g, {"rewards": rewards, "cut": cuts[g]}
+
+    def mix(self, prompt, end):
+        """Scores [n] of hidden states [n, hidden] at the prompt's end and at the sequence's, in fp32."""
         import torch
 
-        lengths = torch.tensor([len(row.ids) for row in rows])
-        ids = torch.full((len(rows), int(lengths.max())), self.config.get_text_config().pad_token_id or 0)
-        for i, row in enumerate(rows):
-            ids[i, : lengths[i]] = torch.frombuffer(row.ids, dtype=torch.int32)
-        mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
-        ids, mask, head = ids.to(self.device), mask.to(self.device), getattr(self.model, "score", None)
-        try:
-            with torch.inference_mode():
-                if not isinstance(head, torch.nn.Linear):  # an encoder pools its first token: no trap there
-                    return self.model(input_ids=ids, attention_mask=mask).logits[:, 0].float().tolist()
-                hidden = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-                last = hidden[torch.arange(len(rows), device=self.device), lengths.to(self.device) - 1]
-                bias = None if head.bias is None else head.bias.float()
-                # the head in fp32: bf16 logits have 8 bits, and responses would tie that do not
-                return torch.nn.functional.linear(last.float(), head.weight.float(), bias)[:, 0].tolist()
-        except RuntimeError as error:  # the GPU's is OutOfMemoryError, the CPU allocator has only this text
-            if not isinstance(error, torch.OutOfMemoryError) and "alloc" not in str(error).lower():
-                raise
-        torch.cuda.empty_cache()  # here the failed pass and its tensors are gone
-        raise MemoryError
-
-    def score(self, pairs, batch_tokens=16384):
-        """Rewards of a list of (messages, response), in its order."""
-        rows = [self.encode(messages, response) for messages, response in pairs]
-        rewards = {}
-        for batch, values in in_batches(self, rows, batch_tokens):
-            rewards.update(zip(batch, values, strict=True))
-        return [rewards[i] for i in range(len(rows))]
+        head, x = self.head, prompt
+        last = getattr(self.config, "gating_n_hidden", 3)
+        for i in range(last + 1):
+            x = torch.nn.functional.linear(x, head[f"gating.layers.{i}.weight"], head[f"gating.layers.{i}.bias"])
+            x = x if i == last else torch.relu(x)
+        gating = torch.softmax(x / getattr(self.config, "gating_temperature", 10), dim=1) * head["gating.logit_scale"]
+        rewards = end @ head["regression_layer.weight"].T
+        return (gating * (rewards @ head["reward_transform_matrix"])).sum(1)

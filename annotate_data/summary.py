@@ -1,44 +1,90 @@
-"""What the rewards of a file look like, in a few numbers."""
+"""What the rewards of a file look like, in a few numbers, from one pass that holds no rewards."""
 
-import contextlib
+import math
 import statistics
 
 
-def correlation(pairs):
-    """Pearson's r of (x, y) pairs; None where one of them does not vary."""
-    with contextlib.suppress(statistics.StatisticsError):
-        return statistics.correlation(*zip(*pairs, strict=True)) if len(pairs) > 1 else None
-    return None
+class Mean:
+    """Mean of a stream of numbers; None of none."""
+
+    def __init__(self):
+        self.count, self.value = 0, None
+
+    def add(self, x):
+        self.count += 1
+        self.value = x if self.count == 1 else self.value + (x - self.value) / self.count
 
 
-def mean(numbers):
-    return statistics.fmean(numbers) if numbers else None
+class Correlation:
+    """Pearson's r of a stream of (x, y) from running moments (Welford 1962); None where one of them does not vary."""
+
+    def __init__(self):
+        self.count = 0
+        self.mean_x = self.mean_y = self.xx = self.yy = self.xy = 0.0
+
+    def add(self, x, y):
+        self.count += 1
+        dx, dy = x - self.mean_x, y - self.mean_y
+        self.mean_x += dx / self.count
+        self.mean_y += dy / self.count
+        self.xx += dx * (x - self.mean_x)
+        self.yy += dy * (y - self.mean_y)
+        self.xy += dx * (y - self.mean_y)
+
+    @property
+    def value(self):
+        return self.xy / math.sqrt(self.xx) / math.sqrt(self.yy) if self.xx > 0 and self.yy > 0 else None
 
 
-def summarise(rewarded):
-    """What the rewards of a file look like; null rewards are left out of every figure, nothing to say is None.
+def centred(numbers):
+    """Numbers less their mean; exact zeros where they are all equal."""
+    mean = statistics.fmean(numbers)
+    return [0.0] * len(numbers) if min(numbers) == max(numbers) else [x - mean for x in numbers]
 
-    Returns:
-        dict: `reward_mean`; `best_of_k`, `worst_of_k` and `spread` (standard deviation of a prompt's K), averaged over
-        prompts; `length_correlation` with the response's tokens, and `_within` prompts (both centred by prompt);
-        `all_equal_fraction` of the prompts with two rewards or more.
-    """
-    groups = []  # for each prompt (reward, tokens) of its finite rewards
-    for r in rewarded:
-        lengths = r.get("num_tokens") or [None] * len(r["rewards"])
-        groups.append([(x, n) for x, n in zip(r["rewards"], lengths, strict=True) if x is not None])
-    groups = [group for group in groups if group]
-    values = [[x for x, _ in group] for group in groups]
-    several = [v for v in values if len(v) > 1]
-    timed = [[(x, n) for x, n in group if n is not None] for group in groups]
-    centred = [(x - mean([x for x, _ in g]), n - mean([n for _, n in g])) for g in timed for x, n in g]
-    summary = {
-        "reward_mean": mean([x for v in values for x in v]),
-        "best_of_k": mean([max(v) for v in values]),
-        "worst_of_k": mean([min(v) for v in values]),
-        "spread": mean([statistics.pstdev(v) for v in values]),
-        "length_correlation": correlation([pair for g in timed for pair in g]),
-        "length_correlation_within": correlation(centred),
-        "all_equal_fraction": mean([float(min(v) == max(v)) for v in several]),
-    }
-    return {key: None if value is None else round(value, 6) for key, value in summary.items()}
+
+class Summary:
+    """Add records one by one, then ask for `figures`; null rewards are left out of every figure."""
+
+    def __init__(self):
+        self.rewards, self.best, self.worst, self.spread, self.equal = Mean(), Mean(), Mean(), Mean(), Mean()
+        self.overall, self.within = Correlation(), Correlation()
+
+    def add(self, rewards, lengths=None):
+        """Add a prompt's K rewards (numbers or None) and the lengths of its responses in tokens (or None)."""
+        pairs = [(x, n) for x, n in zip(rewards, lengths or [None] * len(rewards), strict=True) if x is not None]
+        values = [x for x, _ in pairs]
+        if not values:
+            return
+        for x in values:
+            self.rewards.add(x)
+        self.best.add(max(values))
+        self.worst.add(min(values))
+        self.spread.add(statistics.pstdev(values) if min(values) < max(values) else 0.0)
+        if len(values) > 1:
+            self.equal.add(float(min(values) == max(values)))
+        timed = [(x, n) for x, n in pairs if n is not None]
+        if timed:
+            xs, ns = zip(*timed, strict=True)
+            for x, n in timed:
+                self.overall.add(x, n)
+            for x, n in zip(centred(xs), centred(ns), strict=True):
+                self.within.add(x, n)
+
+    def figures(self):
+        """What the rewards look like; nothing to say is None.
+
+        Returns:
+            dict: `reward_mean`; `best_of_k`, `worst_of_k` and `spread` (standard deviation of a prompt's K), averaged
+            over prompts; `length_correlation` with the response's tokens, and `_within` prompts (both centred by prompt);
+            `all_equal_fraction` of the prompts with two rewards or more.
+        """
+        found = {
+            "reward_mean": self.rewards,
+            "best_of_k": self.best,
+            "worst_of_k": self.worst,
+            "spread": self.spread,
+            "length_correlation": self.overall,
+            "length_correlation_within": self.within,
+            "all_equal_fraction": self.equal,
+        }
+        return {key: None if of.value is None else round(of.value, 6) for key, of in found.items()}

@@ -71,6 +71,17 @@ def check_model(name, what="--model_name_or_path"):
         raise UserError(f"{what} {name}: no such folder in {path.parent}/" + (f"; there is {near}" if near else ""))
 
 
+def read_json(path):
+    """The mapping in a JSON file of a model folder; anything else is an error."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged: a JSON object was expected; fetch or save the model again")
+    return values
+
+
 def read_yaml(path, what="YAML file"):
     """The mapping in a YAML file; anything else is an error with the place in the file."""
     import yaml

@@ -36,7 +36,7 @@ class LoopSettings:
     run_dir: str = arg(help="folder of the run")
     iterations: int = arg(3, "iterations in all; a finished run can be given more")
     model_name_or_path: str = arg(help="the policy to start from: hub name or folder")
-    reward_name_or_path: str = arg(help="reward model: hub name or folder")
+    reward_name_or_path: list[str] | None = arg(None, "reward models: hub names or folders; none where annotation.reward_function scores alone")
     prompts: list[str] = arg(help="prompt sets, one an iteration; with more iterations they are taken in turn")
     heldout_prompts: str = arg(help="prompts for evaluation only")
     seed: int = arg(42, "seed of the run; sampling, pair selection and training derive theirs from it")
@@ -91,8 +91,8 @@ class Run:
 
     def annotation(self, files):
         """Arguments of get_rewards.py for a list of (generated, rewarded)."""
-        return self.settings.annotation | {
-            "reward_name_or_path": self.settings.reward_name_or_path,
+        models = self.settings.reward_name_or_path
+        return self.settings.annotation | ({"reward_name_or_path": models} if models else {}) | {
             "dataset_name_or_path": [generated for generated, _ in files],
             "output_dir": [rewarded for _, rewarded in files],
         }

@@ -12,7 +12,7 @@ from array import array
 from pathlib import Path
 
 from annotate_data import get_rewards
-from common.cli import UserError, build, check_model, read_yaml
+from common.cli import UserError, build, check_model, read_json, read_yaml
 from common.devices import visible_gpus
 from common.loop import gpu_groups, processes
 from common.progress import duration
@@ -32,17 +32,6 @@ def local_config(name):
     """config.json of a local model folder, else None."""
     path = Path(name) / "config.json"
     return read_json(path) if path.is_file() else None
-
-
-def read_json(path):
-    """The mapping in a JSON file of a model folder."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        values = None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged: a JSON object was expected; fetch or save the model again")
-    return values
 
 
 def has_template(name):
@@ -140,20 +129,21 @@ def check(run):
             raise UserError(f"{key} {getattr(settings, key)} must be at least 1")
     if settings.gold_function:
         attempt(load_gold, settings.gold_function)
-    models = {"model_name_or_path": settings.model_name_or_path, "reward_name_or_path": settings.reward_name_or_path}
-    for key, name in models.items():
-        attempt(check_model, name, key)
-        own = settings.generation if key == "model_name_or_path" else settings.annotation
+    rewards = settings.reward_name_or_path or []
+    if not rewards and not settings.annotation.get("reward_function"):
+        problems.append("reward_name_or_path names no reward model, and annotation has no reward_function")
+    models = [("model_name_or_path", settings.model_name_or_path, settings.generation)]
+    models += [("reward_name_or_path", name, settings.annotation) for name in rewards]
+    attempt(check_model, settings.model_name_or_path, "model_name_or_path")
+    for key, name, own in models:
         if Path(name).is_dir() and not attempt(has_template, name) and not own.get("chat_template"):
             problems.append(f"{key} {name} has no chat template: put a chat_template.jinja beside its tokenizer")
-    scorer = attempt(local_config, settings.reward_name_or_path) or {}
-    kind = (scorer.get("architectures") or ["ForSequenceClassification"])[0]
-    if not kind.endswith("ForSequenceClassification"):
-        problems.append(f"reward_name_or_path {settings.reward_name_or_path} is a {kind}, a …ForSequenceClassification with one label is needed")
     groups = attempt(gpu_groups, settings)
     stage = attempt(zero_stage, settings.accelerate_config)
     attempt(run.check_sampling)
-    attempt(lambda: build(get_rewards.Arguments, run.annotation([("generated", "rewarded")]), "annotation"))
+    asked = attempt(lambda: build(get_rewards.Arguments, run.annotation([("generated", "rewarded")]), "annotation"))
+    if asked:
+        attempt(get_rewards.check, asked)
     training = attempt(run.training, 1)
     if training is not None:
         asked = attempt(run_dpo.arguments, training, settings.training)
@@ -167,7 +157,7 @@ def check(run):
         both = sum(prompt in heldout for prompt in sets[name] or [])
         if both and not settings.allow_overlap:
             problems.append(f"{both} prompts of {name} also stand in the held-out set {settings.heldout_prompts}; take them out or give --allow_overlap true")
-    unseen = [name for name, prompts in sets.items() if prompts is None] + [n for n in models.values() if not Path(n).is_dir()]
+    unseen = [name for name, prompts in sets.items() if prompts is None] + [name for _, name, _ in models if not Path(name).is_dir()]
     if unseen and not problems:
         notes.append(f"on the hub, not looked at: {', '.join(sorted(unseen))}")
     if settings.iterations > len(settings.prompts):

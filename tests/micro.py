@@ -104,6 +104,61 @@ def make_reward_model(path, family="llama3", architecture="llama", seed=1, **ove
     return Path(path)
 
 
+def make_armorm(path, seed=2, shards=1, objectives=5, auto_map=True):
+    """A model folder of ArmoRM's published architecture and parameter names, with fewer and smaller layers."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaModel
+
+    tokenizer = make_tokenizer("llama3")
+    torch.manual_seed(seed)
+    config = make_config(tokenizer, "llama", max_position_embeddings=768)
+    tensors = {f"model.{key}": value for key, value in LlamaModel(config).state_dict().items()}
+    hidden, width = config.hidden_size, 24
+    tensors["regression_layer.weight"] = torch.randn(objectives, hidden)
+    tensors["reward_transform_matrix"] = torch.eye(objectives) + 0.3 * torch.randn(objectives, objectives)
+    tensors["gating.logit_scale"] = torch.tensor([1.7])
+    for i, (rows, columns) in enumerate([(width, hidden), (width, width), (objectives, width)]):
+        tensors[f"gating.layers.{i}.weight"], tensors[f"gating.layers.{i}.bias"] = torch.randn(rows, columns), torch.randn(rows)
+    tensors = {key: value.contiguous() for key, value in tensors.items()}
+    Path(path).mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(path)
+    values = config.to_dict() | {
+        "architectures": ["LlamaForRewardModelWithGating"], "gating_hidden_dim": width, "gating_n_hidden": 2, "gating_temperature": 3,
+        "num_objectives": objectives, "id2label": {str(i): f"LABEL_{i}" for i in range(objectives)}, "dtype": "float32",
+        "label2id": {f"LABEL_{i}": i for i in range(objectives)},
+    }  # fmt: skip
+    if auto_map:  # the published config names remote code, which is not here
+        values["auto_map"] = {"AutoModelForSequenceClassification": "modeling_custom.LlamaForRewardModelWithGating"}
+    (Path(path) / "config.json").write_text(json.dumps(values))
+    if shards == 1:
+        save_file(tensors, Path(path) / "model.safetensors", {"format": "pt"})
+        return Path(path)
+    places = {}
+    for n in range(shards):
+        name = f"model-{n + 1:05}-of-{shards:05}.safetensors"
+        part = {key: value for i, (key, value) in enumerate(sorted(tensors.items())) if i % shards == n}
+        save_file(part, Path(path) / name, {"format": "pt"})
+        places |= dict.fromkeys(part, name)
+    (Path(path) / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    return Path(path)
+
+
+def make_pair_preference(path, family="llama3", architecture="llama", seed=3, **overrides):
+    """A pair-preference model folder: a causal language model whose logits of "A" and "B" differ visibly."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = make_tokenizer(family)
+    torch.manual_seed(seed)
+    config = make_config(tokenizer, architecture, **({"max_position_embeddings": 1024, "initializer_range": 0.15} | overrides))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.3)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return Path(path)
+
+
 def write_prompts(path, count, key="context_messages"):
     """`count` short prompts, some with several turns and one in another script; returns them."""
     rows = []

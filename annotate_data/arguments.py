@@ -1,0 +1,106 @@
+"""The arguments of get_rewards.py: what they are, what shapes a reward, what is refused before anything is read."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from annotate_data.functions import EXAMPLE
+from annotate_data.ranking import RANKINGS
+from annotate_data.reward_models import KINDS, kind_of
+from common import cli, functions
+from common.cli import UserError, arg
+
+DEFAULT_MODEL = "sfairXC/FsfairX-LLaMA3-RM-v0.1"
+
+
+@dataclass
+class Arguments:
+    dataset_name_or_path: list[str] = arg(help="generated JSON Lines file, or several")
+    output_dir: list[str] = arg(help="rewarded file to write (a file name), one for each input")
+    K: int | None = arg(None, help="responses a prompt; read from the data, a number given here must fit it")
+    reward_name_or_path: list[str] | None = arg(
+        None, help=f"reward model, or several: folder or hub name; without a function {DEFAULT_MODEL}"
+    )
+    reward_type: list[str] = arg(["auto"], help=f"auto or {', '.join(KINDS)}; one for all models or one for each")
+    reward_function: str | None = arg(None, help="FILE.py:NAME, f(messages, response[, record]) → number")
+    reward_weights: list[float] | None = arg(None, help="one for each model, then the function's; the sum is the reward")
+    ranking: str = arg("round_robin", "how a pair-preference model compares K responses", tuple(RANKINGS))
+    save_pair_probabilities: bool = arg(False, help="keep a pair-preference model's K×K probabilities")
+    max_length: int = arg(4096, help="tokens of a sequence, at most the model's limit; the left is cut")
+    batch_tokens: int = arg(16384, help="padded tokens of a batch on each GPU; halved by itself when memory runs out")
+    chunk_records: int = arg(1024, help="records that are read, sorted by length and shared out together")
+    dtype: str = arg("auto", "auto is bfloat16 on a GPU, float32 without", ("auto", "float32", "bfloat16", "float16"))
+    attn_implementation: str = arg("auto", help="auto is flash_attention_2 where installed (GPU), else sdpa")
+    revision: str | None = arg(None, help="branch, tag or commit of a hub model")
+    chat_template: str | None = arg(None, help="jinja file in place of the reward model's own chat template")
+    template_kwargs: dict = arg({}, help='variables for the template, {"name": value}')
+    trust_remote_code: bool = arg(False, help="run Python code that comes with the model")
+    overwrite: bool = arg(False, help="start anew, whatever is there")
+
+
+# Settings that change a reward; the others change speed and rounding only.
+SHAPING = ("max_length", "dtype", "revision", "template_kwargs")
+NEWER = ("reward_type", "reward_function", "reward_weights", "ranking", "save_pair_probabilities")  # noted unless default
+MODEL = (*SHAPING, "chat_template", "trust_remote_code", "attn_implementation", "batch_tokens")
+
+
+def names(args):
+    """Names of the reward models; none where a function alone scores."""
+    return args.reward_name_or_path or ([] if args.reward_function else [DEFAULT_MODEL])
+
+
+def types(args):
+    """`--reward_type` of each model."""
+    models = names(args)
+    return args.reward_type * len(models) if len(args.reward_type) == 1 else args.reward_type
+
+
+def shaping(args, source):
+    """(settings, inputs) that shape the rewards of one input file; what its manifest holds."""
+    default = Arguments("", "")
+    settings = {name: getattr(args, name) for name in SHAPING}
+    settings |= {name: getattr(args, name) for name in NEWER if getattr(args, name) != getattr(default, name)}
+    inputs = {"dataset_name_or_path": str(source), "chat_template": args.chat_template}
+    for n, name in enumerate(names(args), 1):
+        inputs["reward_name_or_path" + (f" {n}" if n > 1 else "")] = name
+    if args.reward_function:
+        inputs["reward_function"] = str(functions.function_file(args.reward_function, "--reward_function", EXAMPLE)[0])
+    return settings, inputs
+
+
+def check(args):
+    """Refuse what is known to be wrong without reading data or loading a model; used by common/preflight.py too.
+
+    Raises:
+        UserError: names the argument.
+    """
+    for name in ("K", "max_length", "batch_tokens", "chunk_records"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1")
+    models, kinds = names(args), types(args)
+    parts = [*models, *([args.reward_function] if args.reward_function else [])]
+    if len(set(parts)) < len(parts):
+        raise UserError(f"a reward model is named twice: {', '.join(parts)}; a weight of its own does the same")
+    for kind in args.reward_type:
+        if kind not in ("auto", *KINDS):
+            raise UserError(f"--reward_type {kind} is not one of auto, {', '.join(KINDS)}{cli.nearest(kind, KINDS)}")
+    if len(kinds) != len(models) and args.reward_type != ["auto"]:
+        raise UserError(f"{len(args.reward_type)} in --reward_type for {len(models)} reward models: one for all or one each")
+    weights = args.reward_weights
+    if len(parts) > 1 and not weights:
+        raise UserError(f"{len(parts)} scorers need --reward_weights, a number for each of {', '.join(parts)}")
+    if weights is not None and len(weights) != len(parts):
+        raise UserError(f"{len(weights)} numbers in --reward_weights for {len(parts)} scorers ({', '.join(parts)})")
+    if weights is not None and not all(math.isfinite(w) and w for w in weights):
+        raise UserError(f"--reward_weights {' '.join(map(str, weights))}: finite numbers other than 0 were expected")
+    if args.revision and len(models) > 1:
+        raise UserError("--revision is for one reward model; give folders instead")
+    if args.reward_function:
+        functions.function_file(args.reward_function, "--reward_function", EXAMPLE)
+    for name, kind in zip(models, kinds, strict=True):
+        cli.check_model(name, "--reward_name_or_path")
+        config = Path(name) / "config.json"
+        if config.is_file():
+            kind_of(cli.read_json(config), kind, name)
+    if args.chat_template:
+        cli.existing_file(args.chat_template, "chat template")

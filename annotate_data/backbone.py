@@ -1,0 +1,254 @@
+"""What every reward model shares: its files, its tokenizer and template, its device, and one forward pass.
+
+A scorer, of whatever kind, is
+
+    name             how it is called in `reward_parts`
+    check(messages)  refuses turns that it cannot take; needs no weights
+    load(), unload() the weights, on this process's device
+    score(records)   yields (index into `records`, {"rewards": K floats, "cut": truncated sequences, …}), as each is done
+
+A record has `prompt` (messages) and `responses` (K texts). What is wrong with one record is a `BadRecord`.
+"""
+
+import gc
+import os
+from array import array
+from typing import NamedTuple
+
+from annotate_data.batches import WINDOW, Batches, Row, windows
+from common import chat
+from common.cli import UserError
+
+
+class BadRecord(UserError):
+    """A record that cannot be scored; `index` is its place in the list that `score` was given."""
+
+    def __init__(self, index, message):
+        super().__init__(message)
+        self.index = index
+
+
+class Sequence(NamedTuple):
+    """Token ids, and the positions whose hidden states are asked for."""
+
+    ids: array
+    positions: list
+
+
+def one_line(error, limit=300):
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:limit]}"
+
+
+def read_config(name, revision=None, trust_remote_code=False):
+    """The config of a reward model, quietly."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()  # its load report is judged in `load_weights`
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        return transformers.AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # hub, file and remote code fail in many ways
+        raise UserError(f"cannot load the reward model {name}: {one_line(error)}") from None
+
+
+class Backbone:
+    """A transformer and its tokenizer; reads config and tokenizer now, the weights in `load`.
+
+    Args:
+        name: local folder or hub name.
+        max_length: tokens of a sequence, BOS included; capped by what the model and its tokenizer can take.
+        dtype: `auto` (bfloat16 on a GPU, float32 on the CPU), `float32`, `bfloat16` or `float16`.
+        revision: branch, tag or commit of a hub model.
+        chat_template: jinja file in place of the tokenizer's own template.
+        template_kwargs: variables for the template.
+        trust_remote_code: run Python code that comes with the model.
+        attn_implementation: as transformers names it; `auto` takes flash_attention_2 where it is installed.
+        batch_tokens: padded tokens of a forward pass.
+
+    Raises:
+        UserError: not there, or its config or tokenizer does not load.
+    """
+
+    def __init__(
+        self,
+        name,
+        max_length=4096,
+        dtype="auto",
+        revision=None,
+        chat_template=None,
+        template_kwargs=None,
+        trust_remote_code=False,
+        attn_implementation="auto",
+        batch_tokens=16384,
+    ):
+        import transformers
+
+        self.name, self.dtype, self.attention, self.template_kwargs = name, dtype, attn_implementation, template_kwargs
+        self.source = {"revision": revision, "trust_remote_code": trust_remote_code}
+        self.batches, self.model = Batches(batch_tokens), None
+        self.config = read_config(name, **self.source)
+        try:
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, **self.source)
+        except Exception as error:
+            raise UserError(f"cannot load the tokenizer of {name}: {one_line(error)}") from None
+        chat.use_template(self.tokenizer, chat_template)
+        positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        self.max_length = min(max_length, positions or max_length, self.tokenizer.model_max_length or max_length)
+
+    def check(self, messages):
+        """Refuse a prompt whose turns the chat template does not take."""
+        self.render([*messages, {"role": "assistant", "content": "a"}])
+
+    def render(self, turns):
+        """The templated text of whole turns, without the one literal BOS that may stand in front."""
+        try:
+            text = chat.render(self.tokenizer, turns, False, self.template_kwargs)
+        except UserError as error:
+            todo = "; give a template that takes them with --chat_template FILE, or leave out the turn it refuses"
+            raise UserError(" ".join(str(error).split()) + (todo if self.tokenizer.chat_template else "")) from None
+        return text.removeprefix(self.tokenizer.bos_token or "")
+
+    def encode(self, messages, response):
+        """The `Row` of a response to `messages`, truncated on the left to `max_length`; a BOS in front stays."""
+        text = self.render([*messages, {"role": "assistant", "content": response}])
+        ids = self.tokenizer(text, verbose=False)["input_ids"]
+        cut = max(0, len(ids) - self.max_length)
+        if cut:
+            keep = 1 if ids[0] == self.tokenizer.bos_token_id else 0
+            ids = ids[:keep] + ids[keep + cut :]
+        return Row(array("i", ids), cut)
+
+    def encode_all(self, records):
+        """(groups of token ids, truncated sequences of each group) of records."""
+        groups, cuts = [], []
+        for index, record in enumerate(records):
+            try:
+                rows = [self.encode(record["prompt"], response) for response in record["responses"]]
+            except UserError as error:
+                raise BadRecord(index, str(error)) from None
+            groups.append([row.ids for row in rows])
+            cuts.append(sum(row.cut > 0 for row in rows))
+        return groups, cuts
+
+    def load_weights(self, auto_class):
+        """Put the weights on this rank's GPU, or on the CPU where there is none.
+
+        Args:
+            auto_class: class of transformers whose `from_pretrained` builds the model.
+
+        Raises:
+            UserError: does not load or fit, or weights are missing: what was never trained gives noise.
+        """
+        import torch
+        import transformers
+
+        gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true"
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
+        if gpu:
+            torch.cuda.set_device(self.device)
+        elif "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
+            cores = len(os.sched_getaffinity(0))  # accelerate's one thread a process is meant for GPUs
+            torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        if self.dtype == "auto":
+            self.dtype = "bfloat16" if gpu else "float32"
+        if self.attention == "auto":
+            # transformers' sdpa drops the soft-cap of Gemma-2's attention without a word
+            softcap = getattr(self.config.get_text_config(), "attn_logit_softcapping", None)
+            flash = gpu and self.dtype != "float32" and transformers.utils.is_flash_attn_2_available()
+            self.attention = "flash_attention_2" if flash else "eager" if softcap else "sdpa"
+        try:
+            self.model, report = auto_class.from_pretrained(
+                self.name,
+                dtype=getattr(torch, self.dtype),
+                attn_implementation=self.attention,
+                output_loading_info=True,
+                device_map={"": self.device} if gpu else None,
+                **self.source,
+            )
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"{self.name} in {self.dtype} does not fit {self.device}: free it, or use a smaller model"
+            ) from None
+        except Exception as error:
+            raise UserError(f"cannot load the reward model {self.name}: {one_line(error)}") from None
+        self.refuse_missing(report["missing_keys"])
+        self.model.eval()
+
+    def refuse_missing(self, missing):
+        """Refuse a checkpoint that lacks the weights `missing` (names)."""
+        if missing:
+            missing = sorted(missing, key=lambda key: ("score" not in key, key))
+            others = f" (and {len(missing) - 1} other weights)" if missing[1:] else ""
+            raise UserError(
+                f"{self.name} has no trained {missing[0]}{others}: its rewards would be random; "
+                "give a checkpoint that was trained as a reward model"
+            )
+
+    def unload(self):
+        """Free the weights, so that the next model fits."""
+        import torch
+
+        self.model = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def hidden_states(self, groups, positions):
+        """Last hidden states of groups of sequences; a group's share a prompt.
+
+        Args:
+            groups: list of groups, a group a list of token-id arrays.
+            positions: for each sequence of each group the positions asked for; equally many everywhere.
+
+        Yields:
+            (index of a group, fp32 tensor [sequences, positions, hidden size] on the device), in any order.
+        """
+        import torch
+
+        for g, states in self._in_passes(groups, positions, self._hidden):
+            yield g, torch.stack(states)
+
+    def _in_passes(self, groups, positions, forward):
+        """Yield (index of a group, results of its sequences), `forward` being given padded batches of `Sequence`s."""
+        for window in windows(groups, WINDOW * self.batches.tokens):
+            places = [(g, k) for g in window for k in range(len(groups[g]))]
+            rows = [Sequence(groups[g][k], positions[g][k]) for g, k in places]
+            found = {}
+            for batch, results in self.batches.run(lambda rows: self._guarded(forward, rows), rows):
+                found.update(zip((places[i] for i in batch), results, strict=True))
+            for g in window:
+                yield g, [found[g, k] for k in range(len(groups[g]))]
+
+    def _guarded(self, forward, rows):
+        """`forward` of padded rows, without gradients; running out of memory is a MemoryError."""
+        import torch
+
+        largest = max((max(row.ids, default=0) for row in rows), default=0)
+        if largest >= self.model.get_input_embeddings().num_embeddings:
+            raise UserError(f"{self.name}: the tokenizer gives token {largest}, beyond the model's embeddings")
+        try:
+            with torch.inference_mode():
+                return forward(rows, *self._padded(rows))
+        except RuntimeError as error:  # the GPU's is OutOfMemoryError, the CPU allocator has only this text
+            if not isinstance(error, torch.OutOfMemoryError) and "alloc" not in str(error).lower():
+                raise
+        torch.cuda.empty_cache()  # here the failed pass and its tensors are gone
+        raise MemoryError
+
+    def _padded(self, rows):
+        """Token ids and attention mask [rows, longest] of rows, padded on the right, on the device."""
+        import torch
+
+        lengths = torch.tensor([len(row.ids) for row in rows])
+        ids = torch.full((len(rows), int(lengths.max())), self.config.get_text_config().pad_token_id or 0)
+        for i, row in enumerate(rows):
+            ids[i, : lengths[i]] = torch.frombuffer(row.ids, dtype=torch.int32)
+        mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
+        return ids.to(self.device), mask.to(self.device)
+
+    def _hidden(self, rows, ids, mask):
+        import torch
+
+        hidden = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        at = torch.tensor([row.positions for row in rows], device=hidden.device)
+        return list(hidden[torch.arange(len(rows), device=hidden.device)[:, None], at].float())

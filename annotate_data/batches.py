@@ -1,0 +1,73 @@
+"""Batches of token sequences: sized by padded tokens, alike in length, smaller for good once memory ran out."""
+
+from array import array
+from typing import NamedTuple
+
+from common.cli import UserError
+
+WINDOW = 16  # batches whose sequences are sorted by length together; groups are finished window by window
+
+
+class Row(NamedTuple):
+    """One sequence for the model: its token ids, and how many were cut off to make it fit."""
+
+    ids: array
+    cut: int
+
+
+class Batches:
+    """How many padded tokens a forward pass gets; halved whenever memory runs out.
+
+    Attributes:
+        tokens: the size at present.
+    """
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def run(self, forward, rows):
+        """Yield (indices into `rows`, their results) batch by batch, longest first.
+
+        Longest first, so that rows of a batch are alike and a batch that is too large for the memory shows at once. A
+        row longer than the budget is a batch of its own.
+
+        Args:
+            forward: list of rows → list of results; MemoryError when the batch is too large.
+            rows: anything with `ids`.
+
+        Raises:
+            UserError: a single sequence does not fit.
+        """
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
+        at = 0
+        while at < len(order):
+            longest = max(1, len(rows[order[at]].ids))
+            batch = order[at : at + max(1, self.tokens // longest)]
+            try:
+                results = forward([rows[i] for i in batch])
+            except MemoryError:
+                if len(batch) == 1:
+                    raise UserError(f"out of memory on one sequence of {longest} tokens: lower --max_length") from None
+                self.tokens = len(batch) // 2 * longest
+                print(f"out of memory with {len(batch)} × {longest} tokens, now {self.tokens} a batch", flush=True)
+                continue
+            yield batch, results
+            at += len(batch)
+
+
+def windows(groups, tokens):
+    """Yield lists of indices of `groups`, those with the longest sequence first, of about `tokens` tokens each.
+
+    Args:
+        groups: list of lists of token-id sequences.
+    """
+    window, size = [], 0
+    for g in sorted(range(len(groups)), key=lambda g: -max(map(len, groups[g]), default=0)):
+        count = sum(map(len, groups[g]))
+        if window and size + count > tokens:
+            yield window
+            window, size = [], 0
+        window.append(g)
+        size += count
+    if window:
+        yield window

@@ -1,0 +1,53 @@
+"""A reward function of the user's own: `f(messages, response)` or `f(messages, response, record)` → number."""
+
+import inspect
+
+from annotate_data.backbone import BadRecord, one_line
+from common.functions import load_function
+
+EXAMPLE = "tiny/task.py:gold_score"
+
+
+def takes_record(function):
+    """Whether a function has a third positional parameter for the record: one without a default, or named `record`."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # some builtins tell nothing
+        return False
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(places) > 2 and (places[2].default is inspect.Parameter.empty or places[2].name == "record")
+
+
+class RewardFunction:
+    """The function `path.py:name` as a scorer; see `annotate_data/backbone.py`.
+
+    `messages` is the prompt, a list of `{"role", "content"}`; `record` the record's other fields (`id`, `num_tokens` and
+    whatever the data carries). A result that is not finite becomes null.
+
+    Raises:
+        UserError: no such file or function, or it does not import.
+    """
+
+    def __init__(self, spec):
+        self.name, self.function = spec, load_function(spec, "--reward_function", EXAMPLE)
+        self.with_record = takes_record(self.function)
+
+    def check(self, messages):
+        """Takes all turns; what the function refuses it refuses itself."""
+
+    def load(self):
+        """Nothing: the function is there already."""
+
+    def unload(self):
+        """Nothing."""
+
+    def score(self, records):
+        """Yield (index, {"rewards", "cut"}) of records; an exception of the function is a `BadRecord`."""
+        for index, record in enumerate(records):
+            others = {key: value for key, value in record.items() if key not in ("prompt", "responses")}
+            more = [others] if self.with_record else []
+            try:
+                rewards = [float(self.function(record["prompt"], response, *more)) for response in record["responses"]]
+            except (Exception, SystemExit) as error:
+                raise BadRecord(index, f"the reward function {self.name} fails: {one_line(error)}") from None
+            yield index, {"rewards": rewards, "cut": 0}

@@ -1,0 +1,132 @@
+r"""Pair-preference models: which of two responses is better (RLHFlow/pair-preference-model-LLaMA3-8B, arXiv 2405.07863).
+
+Such a model is a causal language model that was trained to answer "A" or "B". What it reads is one user turn in its own
+chat template, without any BOS and without a generation prompt beyond what the template writes by itself:
+
+    [CONTEXT] {context} [RESPONSE A] {a} [RESPONSE B] {b} \n
+
+where the context is a newline, then `\n<turn> user\n {content}` or `\n<turn> assistant\n {content}` for each turn, then a
+newline. (The published template looks as if each turn had two newlines; jinja's trimming leaves one, in training too.)
+With l_A and l_B the logits behind the last token, P(A is better) = softmax(l_A, l_B). Both orders are averaged, so that
+the place of a response does not count.
+"""
+
+import functools
+import math
+from array import array
+
+from annotate_data.backbone import Backbone, BadRecord
+from annotate_data.ranking import rank
+from annotate_data.reward_models import kind_of
+from common.cli import UserError
+
+TOGETHER = 2048  # sequences that are in memory at once
+
+
+def context_of(messages):
+    """The conversation as the model reads it. A system turn is written as a user's: the model was trained on no other."""
+    turns = [f"\n<turn> {'assistant' if m['role'] == 'assistant' else 'user'}\n {m['content']}" for m in messages]
+    return "\n" + "".join(turns) + "\n"
+
+
+class PairPreference(Backbone):
+    """Ranks the K responses of a record by a pair-preference model; rewards are in [0, 1].
+
+    A pair that is too long loses the beginning of its context; one whose responses alone are too long is not compared.
+
+    Args:
+        ranking: `round_robin` or `tournament`, see `annotate_data/ranking.py`.
+        save_pairs: also give `pairs`, the K×K win probabilities.
+
+    Raises:
+        UserError: as `Backbone`; no causal language model, or "A" and "B" are not one token each.
+    """
+
+    def __init__(self, name, ranking="round_robin", save_pairs=False, **options):
+        super().__init__(name, **options)
+        kind_of(self.config.to_dict(), "pair_preference", name)
+        self.ranking, self.save_pairs = ranking, save_pairs
+        letters = [self.tokenizer(letter, add_special_tokens=False)["input_ids"] for letter in "AB"]
+        if any(len(ids) != 1 for ids in letters) or letters[0] == letters[1]:
+            raise UserError(f'{name}: its tokenizer has no single tokens for "A" and "B", so it is no pair-preference model')
+        self.letters = [ids[0] for ids in letters]
+
+    def check(self, messages):
+        """Refuse a chat template that does not take a user turn; the prompt's own turns are mere text to this model."""
+        self.ids("", "a", "b")
+
+    def load(self):
+        import transformers
+
+        self.load_weights(transformers.AutoModelForCausalLM)
+        head = self.model.get_output_embeddings()
+        self.head = head.weight[self.letters].detach().float()  # [2, hidden]
+        self.bias = None if getattr(head, "bias", None) is None else head.bias[self.letters].detach().float()
+
+    def unload(self):
+        self.head = self.bias = None
+        super().unload()
+
+    def ids(self, context, a, b):
+        """Token ids of the question whether `a` or `b` is the better answer."""
+        text = self.render([{"role": "user", "content": f"[CONTEXT] {context} [RESPONSE A] {a} [RESPONSE B] {b} \n"}])
+        return array("i", self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def encode_pair(self, messages, a, b):
+        """Token ids in both orders under one context, and whether that was cut; (None, None, True) where none fits."""
+        context, cut = context_of(messages), False
+        while True:
+            orders = self.ids(context, a, b), self.ids(context, b, a)
+            over = max(map(len, orders)) - self.max_length
+            if over <= 0:
+                return *orders, cut
+            if not context:
+                return None, None, True
+            tokens = max(1, len(self.tokenizer(context, add_special_tokens=False, verbose=False)["input_ids"]))
+            context, cut = context[math.ceil(over * len(context) / tokens) :], True
+
+    def score(self, records):
+        largest = max((len(record["responses"]) for record in records), default=1)
+        step = max(1, TOGETHER // max(1, largest * (largest - 1)))
+        for at in range(0, len(records), step):
+            some, cuts = records[at : at + step], [0] * step
+            compare = functools.partial(self._compare, some, cuts, at)
+            ranked = rank([len(record["responses"]) for record in some], self.ranking, compare)
+            for n, (rewards, matrix) in enumerate(ranked):
+                yield at + n, {"rewards": rewards, "cut": cuts[n]} | ({"pairs": matrix} if self.save_pairs else {})
+
+    def _compare(self, records, cuts, start, asked):
+        """Probabilities for (record, i, j); counts cut sequences in `cuts`. Equal texts are a tie without being read."""
+        groups, places, answers = {}, {}, [None] * len(asked)
+        for at, (n, i, j) in enumerate(asked):
+            a, b = records[n]["responses"][i], records[n]["responses"][j]
+            if a == b:
+                answers[at] = 0.5
+                continue
+            try:
+                forth, back, cut = self.encode_pair(records[n]["prompt"], a, b)
+            except UserError as error:
+                raise BadRecord(start + n, str(error)) from None
+            cuts[n] += 2 * cut
+            if forth:
+                groups.setdefault(n, []).extend((forth, back))
+                places.setdefault(n, []).append(at)
+        order = list(groups)
+        last = [[[len(ids) - 1] for ids in groups[n]] for n in order]
+        for g, states in self.hidden_states([groups[n] for n in order], last):
+            for k, at in enumerate(places[order[g]]):
+                forth, back = self._a_wins(states[2 * k : 2 * k + 2, 0])
+                p = (forth + 1 - back) / 2
+                answers[at] = p if math.isfinite(p) else None
+        return answers
+
+    def _a_wins(self, states):
+        """P(A is better) of hidden states [n, hidden], in fp32 from the head on."""
+        import torch
+
+        logits = torch.nn.functional.linear(states, self.head, self.bias)
+        config = self.config.get_text_config()
+        logits = logits * (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
+        if softcap := getattr(config, "final_logit_softcapping", None):
+            logits = softcap * torch.tanh(logits / softcap)
+        return torch.softmax(logits, dim=1)[:, 0].tolist()
