@@ -36,6 +36,7 @@ from common.cli import UserError
 
 MODEL = ("max_length", "dtype", "revision", "template_kwargs", "chat_template", "trust_remote_code",
          "attn_implementation", "batch_tokens")  # fmt: skip
+STARTED = "records"  # first entry of a `.partial`: binds other ranks' files to this start, and tells what the numbers mean
 
 
 @dataclass
@@ -95,6 +96,8 @@ def open_output(job, args, scorers, settings, inputs):
     job.output = manifest.Output(job.target, "annotate_data/get_rewards.py", settings, inputs, args.overwrite)
     if job.output.complete:
         return bytearray(b"\1") * (scorers * job.N)
+    if job.output.done and STARTED not in job.output.done:
+        raise UserError(f"{job.output.partial} is of an earlier version of this script; give --overwrite to start anew")
     take_over(job)  # with nothing in rank 0's file, others' are of an earlier life and are dropped
     done = bytearray(scorers * job.N)
     for key in job.output.done:
@@ -224,11 +227,13 @@ def run_scorer(scorer, number, jobs, done, world, args):
     if hasattr(scorer, "device"):
         facts = {"device": scorer.device.type, "dtype": scorer.dtype, "attention": scorer.attention}
     if world.rank == 0:
-        how = "{device}, {dtype}, {attention}, at most {length} tokens".format(**facts, length=scorer.max_length) if facts else "cpu"
+        how = "cpu"
+        if facts:
+            how = f"{facts['device']}, {facts['dtype']}, {facts['attention']}, at most {scorer.max_length} tokens"
         print(f"scoring {sum(left)} records with {scorer.name} on {world.size} × {how}", flush=True)
         for job in jobs:
             if not job.output.complete and not job.output.done:
-                job.output.append({"id": "started"})  # binds other ranks' files to this start's settings
+                job.output.append({"id": STARTED})
     world.gather()
     bar = progress.Progress(sum(left), "rewards", "records", enabled=world.rank == 0)
     started = time.monotonic()

@@ -30,7 +30,7 @@ class World:
 
         def wait():
             number = signal.sigwait(ends)
-            if self.rank == 0:
+            if self.rank == 0 and number == signal.SIGINT:  # the launcher's SIGTERM follows an error that is told
                 print("stopped; start the same command again to continue", file=sys.stderr, flush=True)
             os._exit(128 + number)
 

@@ -42,6 +42,32 @@ def models(tmp_path_factory):
     }
 
 
+def test_an_encoder_with_one_label_against_its_own_forward(tmp_path):
+    """BERT's kind has no linear `score` on the last token: its own head is asked."""
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    tokenizer = micro.make_tokenizer("llama3")
+    config = BertConfig(vocab_size=288, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, num_labels=1,
+                        pad_token_id=tokenizer.pad_token_id, initializer_range=0.3)  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    scorer = reward_models.BradleyTerry(str(tmp_path), batch_tokens=300)
+    scorer.load()
+    prompt, responses = [{"role": "user", "content": "q?"}], ["yes", "", "no " * 20]
+    [(_, got)] = list(scorer.score([{"prompt": prompt, "responses": responses}]))
+    model, tokenizer = BertForSequenceClassification.from_pretrained(tmp_path).eval(), AutoTokenizer.from_pretrained(tmp_path)
+    expected = []
+    for response in responses:
+        text = "".join(f"<|start_header_id|>{role}<|end_header_id|>\n\n{content.strip()}<|eot_id|>"
+                       for role, content in (("user", "q?"), ("assistant", response)))  # fmt: skip
+        ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+        with torch.no_grad():
+            expected.append(model(torch.tensor([ids])).logits[0, 0].item())
+    assert got["rewards"] == pytest.approx(expected, abs=1e-4) and max(expected) - min(expected) > 0.01
+
+
 # ---- ArmoRM ----------------------------------------------------------------------------------------------------------
 
 
@@ -325,9 +351,22 @@ def test_a_function_alone_needs_no_model(tmp_path, monkeypatch, function):
         by_function(monkeypatch, tmp_path, function("length"))
 
 
+def test_a_partial_file_of_single_responses_is_refused(tmp_path, monkeypatch, function):
+    """Earlier versions saved response by response: their numbers mean something else."""
+    generated(tmp_path / "gen.jsonl", 3)
+    by_function(monkeypatch, tmp_path, function("length"))
+    (tmp_path / "out.jsonl").unlink()
+    entries = [{"id": "started"}, {"id": 11, "reward": 1.0, "cut": 0}]
+    write(tmp_path / "out.jsonl.partial", entries)
+    with pytest.raises(cli.UserError, match="of an earlier version of this script; give --overwrite"):
+        by_function(monkeypatch, tmp_path, function("length"))
+    gc.collect()
+    assert len(by_function(monkeypatch, tmp_path, function("length"), "--overwrite")) == 3
+
+
 def test_what_is_wrong_with_a_function_is_one_line(tmp_path, monkeypatch, function):
     generated(tmp_path / "gen.jsonl", 7)
-    with pytest.raises(cli.UserError, match=r"gen.jsonl record 1: the reward function .*f.py:nowhere|did you mean|no function nowhere"):
+    with pytest.raises(cli.UserError, match="f.py has no function nowhere"):
         by_function(monkeypatch, tmp_path, function("nowhere"))
     rows = read(tmp_path / "gen.jsonl")
     with pytest.raises(cli.UserError, match="gen.jsonl record 4: the reward function .*:broken fails: KeyError"):
@@ -395,7 +434,7 @@ def fragile(messages, response):
     message = refused(monkeypatch, *files, name, *arguments, "--chunk_records", 2)
     assert "record 4: the reward function" in message and "OSError: no server" in message
     saved = [json.loads(line)["id"] for line in Path(f"{files[1]}.partial").read_text().splitlines()]
-    assert sorted(saved[1:]) in ([*range(14)], [*range(15)]) and saved[0] == "started"  # 12 + i: the function on record i
+    assert sorted(saved[1:]) in ([*range(14)], [*range(15)]) and saved[0] == "records"  # 12 + i: the function on record i
     (tmp_path / "mended").touch()
     gc.collect()  # the refusal's traceback still holds the lock on the output
     code, out, err = outcome(launch("--dataset_name_or_path", files[0], "--output_dir", files[1], "--reward_name_or_path", name,

@@ -1,0 +1,95 @@
+"""Settings of annotate_data/get_rewards.py, as the loop and its check before the run see them; no model, no torch."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from annotate_data import get_rewards
+from common import preflight
+from common.cli import UserError, build, check_model
+from common.loop import LoopSettings, Run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch):
+    """Makes the settings of a tiny run whose models are folders with a config and a template only."""
+    monkeypatch.chdir(ROOT)
+    kinds = {"policy": "LlamaForCausalLM", "bt": "LlamaForSequenceClassification", "armo": "LlamaForRewardModelWithGating",
+             "pair-preference-model-1B": "LlamaForCausalLM", "odd": "InternLM2ForRewardModel"}  # fmt: skip
+    for name, architecture in kinds.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+        (tmp_path / name / "chat_template.jinja").write_text("x")
+    for name in ("train", "heldout"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": name}) + "\n")
+    (tmp_path / "f.py").write_text("def f(messages, response):\n    return 0\n")
+
+    def make(*models, **annotation):
+        base = yaml.safe_load((ROOT / "configs" / "loop_tiny.yaml").read_text())
+        changed = {
+            "run_dir": str(tmp_path / "run"), "model_name_or_path": str(tmp_path / "policy"), "gold_function": None,
+            "prompts": [str(tmp_path / "train.jsonl")], "heldout_prompts": str(tmp_path / "heldout.jsonl"),
+            "reward_name_or_path": [str(tmp_path / name) for name in models] or None, "annotation": annotation,
+        }  # fmt: skip
+        return Run(build(LoopSettings, base | changed))
+
+    return make
+
+
+def told(run, capsys):
+    """What the check refuses, all of it; empty where it accepts."""
+    try:
+        preflight.check(run)
+    except UserError as error:
+        return capsys.readouterr().err + str(error)
+    return ""
+
+
+def test_every_kind_passes_the_check_before_the_run(settings, tmp_path, capsys):
+    function = f"{tmp_path / 'f.py'}:f"
+    for run in (
+        settings("bt"), settings("armo"), settings("pair-preference-model-1B", ranking="tournament"),
+        settings("policy", reward_type="pair_preference"), settings(reward_function=function),
+        settings("bt", "armo", reward_weights=[0.7, 0.3]), settings("bt", reward_function=function, reward_weights=[1, 2]),
+    ):  # fmt: skip
+        assert told(run, capsys) == ""
+        args = build(get_rewards.Arguments, run.annotation([("a", "b")]))
+        assert get_rewards.shaping(args, "a") == get_rewards.shaping(args, "a")
+
+
+@pytest.mark.parametrize("models, annotation, named", [
+    (("policy",), {}, "is a LlamaForCausalLM, as a policy is"),
+    (("odd",), {}, "InternLM2ForRewardModel; known are"),
+    (("bt",), {"reward_type": "armorm"}, "which is bradley_terry, not --reward_type armorm"),
+    (("bt", "armo"), {}, "need --reward_weights"),
+    (("bt",), {"max_length": 0}, "--max_length must be at least 1"),
+    (("bt",), {"chunk_records": 0}, "--chunk_records must be at least 1"),
+    (("bt",), {"rewards_weights": [1]}, "did you mean 'reward_weights'"),
+    (("bt",), {"reward_function": "nowhere.py:f", "reward_weights": [1, 1]}, "no such reward function file"),
+    (("nowhere",), {}, "nowhere: no such folder"),
+    ((), {}, "names no reward model"),
+])  # fmt: skip
+def test_what_cannot_work_is_refused_before_the_run(models, annotation, named, settings, capsys):
+    assert named in told(settings(*models, **annotation), capsys)
+
+
+def test_names_that_only_look_like_the_hubs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_model("models/rm", "--reward_name_or_path")  # no such folder: the hub's
+    (tmp_path / "models" / "rm2").mkdir(parents=True)
+    with pytest.raises(UserError, match="models/rm: no such folder in models/; there is rm2"):
+        check_model("models/rm", "--reward_name_or_path")
+
+
+def test_what_shapes_a_reward_and_what_an_earlier_version_wrote():
+    """One Bradley-Terry model has the settings that its manifests always had; everything new is noted unless default."""
+    plain = build(get_rewards.Arguments, {"dataset_name_or_path": "a", "output_dir": "b"})
+    settings, inputs = get_rewards.shaping(plain, "a")
+    assert set(settings) == {"max_length", "dtype", "revision", "template_kwargs"}
+    assert inputs == {"dataset_name_or_path": "a", "reward_name_or_path": "sfairXC/FsfairX-LLaMA3-RM-v0.1", "chat_template": None}
+    more = build(get_rewards.Arguments, {"dataset_name_or_path": "a", "output_dir": "b", "ranking": "tournament", "batch_tokens": 5})
+    assert get_rewards.shaping(more, "a")[0] == settings | {"ranking": "tournament"}
