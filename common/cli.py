@@ -113,6 +113,8 @@ def _unwrap(hint):
 def convert(name, value, hint):
     """`value`, from YAML or the command line, as the type of its field; a UserError names the key."""
     kind, item, optional = _unwrap(hint)
+    if kind is list and optional and isinstance(value, list) and len(value) == 1:
+        value = value[0]  # so that --key none is None
     if value is None or (isinstance(value, str) and value.lower() in ("none", "null") and optional):
         if optional:
             return None

@@ -8,7 +8,7 @@ import yaml
 
 from annotate_data import get_rewards
 from common import preflight
-from common.cli import UserError, build, check_model
+from common.cli import UserError, build, check_model, parse
 from common.loop import LoopSettings, Run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,6 +83,14 @@ def test_names_that_only_look_like_the_hubs(tmp_path, monkeypatch):
     (tmp_path / "models" / "rm2").mkdir(parents=True)
     with pytest.raises(UserError, match="models/rm: no such folder in models/; there is rm2"):
         check_model("models/rm", "--reward_name_or_path")
+
+
+def test_none_on_the_command_line_leaves_a_function_alone(tmp_path):
+    (tmp_path / "run.yaml").write_text("reward_name_or_path: my/model\n")
+    arguments = [str(tmp_path / "run.yaml"), "--dataset_name_or_path", "a", "--output_dir", "b", "--reward_function", "f.py:f"]
+    assert parse(get_rewards.Arguments, "", arguments).reward_name_or_path == ["my/model"]
+    args = parse(get_rewards.Arguments, "", [*arguments, "--reward_name_or_path", "none"])
+    assert args.reward_name_or_path is None and get_rewards.names(args) == []
 
 
 def test_what_shapes_a_reward_and_what_an_earlier_version_wrote():
