@@ -68,6 +68,13 @@ def shaping(args, source):
     return settings, inputs
 
 
+def check_ranking(args, kinds):
+    """Refuse settings of pair-preference models where none is among the `kinds`."""
+    given = [f"--{name}" for name in ("ranking", "save_pair_probabilities") if getattr(args, name) not in ("round_robin", False)]
+    if given and "pair_preference" not in kinds:
+        raise UserError(f"{given[0]} is for pair-preference models, and none is given")
+
+
 def check(args):
     """Refuse what is known to be wrong without reading data or loading a model; used by common/preflight.py too.
 
@@ -97,10 +104,12 @@ def check(args):
         raise UserError("--revision is for one reward model; give folders instead")
     if args.reward_function:
         functions.function_file(args.reward_function, "--reward_function", EXAMPLE)
+    found = []
     for name, kind in zip(models, kinds, strict=True):
         cli.check_model(name, "--reward_name_or_path")
         config = Path(name) / "config.json"
-        if config.is_file():
-            kind_of(cli.read_json(config), kind, name)
+        found += [kind_of(cli.read_json(config), kind, name)] if config.is_file() else []
+    if len(found) == len(models):  # none on the hub
+        check_ranking(args, found)
     if args.chat_template:
         cli.existing_file(args.chat_template, "chat template")

@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from annotate_data.arguments import Arguments, check, names, shaping, types
+from annotate_data.arguments import Arguments, check, check_ranking, names, shaping, types
 from annotate_data.backbone import BadRecord, read_config
 from annotate_data.functions import RewardFunction
 from annotate_data.generated import read_generated, survey
@@ -53,17 +53,14 @@ class Job:
 
 def make_scorers(args):
     """The scorers in the order of `--reward_weights`: models, without weights as yet, then the function."""
-    scorers = []
+    scorers, kinds, options = [], [], {key: getattr(args, key) for key in MODEL}
     for name, asked in zip(names(args), types(args), strict=True):
-        options = {key: getattr(args, key) for key in MODEL}
-        kind = kind_of(read_config(name, args.revision, args.trust_remote_code).to_dict(), asked, name)
-        if kind == "pair_preference":
+        kinds.append(kind_of(read_config(name, args.revision, args.trust_remote_code).to_dict(), asked, name))
+        if kinds[-1] == "pair_preference":
             scorers.append(PairPreference(name, args.ranking, args.save_pair_probabilities, **options))
         else:
-            scorers.append((ArmoRM if kind == "armorm" else BradleyTerry)(name, **options))
-    asked = [name for name in ("ranking", "save_pair_probabilities") if getattr(args, name) not in ("round_robin", False)]
-    if asked and not any(isinstance(scorer, PairPreference) for scorer in scorers):
-        raise UserError(f"--{asked[0]} is for pair-preference models, and none is given")
+            scorers.append((ArmoRM if kinds[-1] == "armorm" else BradleyTerry)(name, **options))
+    check_ranking(args, kinds)
     return scorers + ([RewardFunction(args.reward_function)] if args.reward_function else [])
 
 

@@ -219,7 +219,7 @@ def test_tournament_against_one_pair_at_a_time(models, tmp_path, monkeypatch):
                    "--ranking", "tournament", "--save_pair_probabilities")  # fmt: skip
     for record, row in zip(out, rows, strict=True):
         asked = [(i, j) for i in range(5) for j in range(i) if record["pair_probabilities"][i][j] is not None]
-        assert len(asked) <= 6  # 3 * (5 // 2), at most: a pair may meet twice
+        assert len(asked) == 6  # 3 * (5 // 2)
         for i, j in asked:
             expected = prefers(folder, row["prompt"], row["responses"][i], row["responses"][j])
             assert record["pair_probabilities"][i][j] == pytest.approx(expected, abs=1e-5)
