@@ -27,7 +27,10 @@ class Arguments:
     ranking: str = arg("round_robin", "how a pair-preference model compares K responses", tuple(RANKINGS))
     save_pair_probabilities: bool = arg(False, help="keep a pair-preference model's K×K probabilities")
     max_length: int = arg(4096, help="tokens of a sequence, at most the model's limit; the left is cut")
-    batch_tokens: int = arg(16384, help="padded tokens of a batch on each GPU; halved by itself when memory runs out")
+    batch_tokens: int | None = arg(
+        None, help="tokens of a forward pass; None: 16384 on a GPU, 2048 without; halved by itself when memory runs out"
+    )
+    share_prompts: bool = arg(True, help="compute a prompt once for its K responses, where the architecture allows it")
     chunk_records: int = arg(1024, help="records that are read, sorted by length and shared out together")
     dtype: str = arg("auto", "auto is bfloat16 on a GPU, float32 without", ("auto", "float32", "bfloat16", "float16"))
     attn_implementation: str = arg("auto", help="auto is flash_attention_2 where installed (GPU), else sdpa")
@@ -41,7 +44,7 @@ class Arguments:
 # Settings that change a reward; the others change speed and rounding only.
 SHAPING = ("max_length", "dtype", "revision", "template_kwargs")
 NEWER = ("reward_type", "reward_function", "reward_weights", "ranking", "save_pair_probabilities")  # noted unless default
-MODEL = (*SHAPING, "chat_template", "trust_remote_code", "attn_implementation", "batch_tokens")
+MODEL = (*SHAPING, "chat_template", "trust_remote_code", "attn_implementation", "batch_tokens", "share_prompts")
 
 
 def names(args):

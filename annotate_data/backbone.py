@@ -18,6 +18,10 @@ from typing import NamedTuple
 from annotate_data.batches import WINDOW, Batches, Row, windows
 from common import chat
 from common.cli import UserError
+from common.devices import keep_memory
+
+GPU_TOKENS, CPU_TOKENS = 16384, 2048  # of a forward pass; a CPU's caches like small ones
+TRIED = 3  # sequences of the first group on which shared prompts are held against the model's own attention
 
 
 class BadRecord(UserError):
@@ -63,7 +67,8 @@ class Backbone:
         template_kwargs: variables for the template.
         trust_remote_code: run Python code that comes with the model.
         attn_implementation: as transformers names it; `auto` takes flash_attention_2 where it is installed.
-        batch_tokens: padded tokens of a forward pass.
+        batch_tokens: tokens of a forward pass; None: 16,384 on a GPU, 2,048 without.
+        share_prompts: compute what the sequences of a group have in common once, where the architecture allows it.
 
     Raises:
         UserError: not there, or its config or tokenizer does not load.
@@ -79,13 +84,15 @@ class Backbone:
         template_kwargs=None,
         trust_remote_code=False,
         attn_implementation="auto",
-        batch_tokens=16384,
+        batch_tokens=None,
+        share_prompts=True,
     ):
         import transformers
 
         self.name, self.dtype, self.attention, self.template_kwargs = name, dtype, attn_implementation, template_kwargs
         self.source = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.batches, self.model = Batches(batch_tokens), None
+        self.share_prompts, self.before = share_prompts, None
         self.config = read_config(name, **self.source)
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, **self.source)
@@ -173,6 +180,9 @@ class Backbone:
             raise UserError(f"cannot load the reward model {self.name}: {one_line(error)}") from None
         self.refuse_missing(report["missing_keys"])
         self.model.eval()
+        self.batches.tokens = self.batches.tokens or (GPU_TOKENS if gpu else CPU_TOKENS)
+        if not gpu:
+            keep_memory()
 
     def refuse_missing(self, missing):
         """Refuse a checkpoint that lacks the weights `missing` (names)."""
@@ -188,7 +198,7 @@ class Backbone:
         """Free the weights, so that the next model fits."""
         import torch
 
-        self.model = None
+        self.model = self.before = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -205,8 +215,63 @@ class Backbone:
         """
         import torch
 
+        if self.share_prompts and self._prepared(groups):
+            yield from self._shared(groups, positions)
+            return
         for g, states in self._in_passes(groups, positions, self._hidden):
             yield g, torch.stack(states)
+
+    def _prepared(self, groups):
+        """Whether the model computes shared prompts; at the first call it is tried on a group, against its own attention."""
+        from common import shared_prompts
+
+        if self.before is None:
+            fits = [group for group in groups if sum(map(len, group)) <= self.batches.tokens]
+            example = max(fits or groups, key=lambda group: max(map(len, group)))[:TRIED]
+            try:
+                self.before = self._in_memory(lambda: shared_prompts.prepare(self.model, example))
+            except MemoryError:
+                self.share_prompts = False
+                print(f"note: no memory to try shared prompts on {max(map(len, example))} tokens; prompts are computed for each response")
+            except shared_prompts.Unsupported as reason:
+                self.share_prompts = False
+                print(f"note: {self.name} computes prompts for each response anew: {reason}", flush=True)
+        return self.share_prompts
+
+    def _shared(self, groups, positions):
+        """`hidden_states` with what a group has in common computed once."""
+        import torch
+
+        from common import shared_prompts
+
+        self._check_ids(ids for group in groups for ids in group)
+        last_only = all(at == [len(ids) - 1] for group, asked in zip(groups, positions, strict=True) for ids, at in zip(group, asked, strict=True))
+
+        def forward(sequences, asked):
+            packed = shared_prompts.pack(sequences, self.device)
+            if last_only:
+                return shared_prompts.last_states(self.model.base_model, packed)[:, None].float()
+            hidden = shared_prompts.hidden_states(self.model.base_model, packed)
+            return torch.stack([hidden[columns[at]] for columns, at in zip(packed.columns(), asked, strict=True)]).float()
+
+        left = set(range(len(groups)))
+        while left:
+            numbers, found = sorted(left), {}
+            for batch in shared_prompts.plan([groups[g] for g in numbers], self.batches.tokens):
+                places = [(numbers[n], k) for n, part in batch for k in part]
+                sequences = [[groups[numbers[n]][k] for k in part] for n, part in batch]
+                asked = [positions[g][k] for g, k in places]
+                try:
+                    states = self._in_memory(lambda sequences=sequences, asked=asked: forward(sequences, asked))
+                except MemoryError:
+                    size = sum(map(shared_prompts.packed_tokens, sequences))
+                    self.batches.shrink(len(places), max(len(groups[g][k]) for g, k in places), size)
+                    break  # what is left is planned anew
+                found.update(zip(places, states, strict=True))
+                for g in dict.fromkeys(g for g, _ in places):
+                    if all((g, k) in found for k in range(len(groups[g]))):
+                        left.remove(g)
+                        yield g, torch.stack([found.pop((g, k)) for k in range(len(groups[g]))])
 
     def _in_passes(self, groups, positions, forward):
         """Yield (index of a group, results of its sequences), `forward` being given padded batches of `Sequence`s."""
@@ -219,16 +284,24 @@ class Backbone:
             for g in window:
                 yield g, [found[g, k] for k in range(len(groups[g]))]
 
-    def _guarded(self, forward, rows):
-        """`forward` of padded rows, without gradients; running out of memory is a MemoryError."""
-        import torch
-
-        largest = max((max(row.ids, default=0) for row in rows), default=0)
+    def _check_ids(self, sequences):
+        """Refuse a tokenizer that gives more tokens than the model has embeddings."""
+        largest = max((max(ids, default=0) for ids in sequences), default=0)
         if largest >= self.model.get_input_embeddings().num_embeddings:
             raise UserError(f"{self.name}: the tokenizer gives token {largest}, beyond the model's embeddings")
+
+    def _guarded(self, forward, rows):
+        """`forward` of padded rows; MemoryError where they are too many."""
+        self._check_ids(row.ids for row in rows)
+        return self._in_memory(lambda: forward(rows, *self._padded(rows)))
+
+    def _in_memory(self, action):
+        """`action()` without gradients; running out of memory is a MemoryError."""
+        import torch
+
         try:
             with torch.inference_mode():
-                return forward(rows, *self._padded(rows))
+                return action()
         except RuntimeError as error:  # the GPU's is OutOfMemoryError, the CPU allocator has only this text
             if not isinstance(error, torch.OutOfMemoryError) and "alloc" not in str(error).lower():
                 raise

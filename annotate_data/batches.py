@@ -25,6 +25,17 @@ class Batches:
     def __init__(self, tokens):
         self.tokens = tokens
 
+    def shrink(self, sequences, longest, tokens):
+        """Half as many tokens from now on, after `tokens` in that many sequences did not fit.
+
+        Raises:
+            UserError: it was a single sequence.
+        """
+        if sequences == 1:
+            raise UserError(f"out of memory on one sequence of {longest} tokens: lower --max_length") from None
+        self.tokens = max(1, tokens // 2)
+        print(f"out of memory with {sequences} sequences, the longest of {longest} tokens; now {self.tokens} tokens a batch", flush=True)
+
     def run(self, forward, rows):
         """Yield (indices into `rows`, their results) batch by batch, longest first.
 
@@ -46,10 +57,7 @@ class Batches:
             try:
                 results = forward([rows[i] for i in batch])
             except MemoryError:
-                if len(batch) == 1:
-                    raise UserError(f"out of memory on one sequence of {longest} tokens: lower --max_length") from None
-                self.tokens = len(batch) // 2 * longest
-                print(f"out of memory with {len(batch)} × {longest} tokens, now {self.tokens} a batch", flush=True)
+                self.shrink(len(batch), longest, len(batch) * longest)
                 continue
             yield batch, results
             at += len(batch)

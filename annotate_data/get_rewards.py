@@ -10,7 +10,7 @@ Out: the same records with `rewards`: K floats aligned with `responses` (null if
 One process per GPU under `accelerate launch`; plain `python` uses one. The input is read as a stream, once to check it,
 once for each scorer, once to write the output, so that memory does not grow with it. A record is saved as soon as its K
 responses are scored, and a run that was stopped is continued by the same command, also with another number of processes.
-Simplified: every response is scored with its own copy of the prompt.
+A prompt is computed once for its K responses (common/shared_prompts.py).
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from annotate_data.arguments import Arguments, check, check_ranking, names, shaping, types
+from annotate_data.arguments import MODEL, Arguments, check, check_ranking, names, shaping, types
 from annotate_data.backbone import BadRecord, read_config
 from annotate_data.functions import RewardFunction
 from annotate_data.generated import read_generated, survey
@@ -34,8 +34,6 @@ from annotate_data.summary import Summary
 from common import cli, devices, manifest, progress, records
 from common.cli import UserError
 
-MODEL = ("max_length", "dtype", "revision", "template_kwargs", "chat_template", "trust_remote_code",
-         "attn_implementation", "batch_tokens")  # fmt: skip
 STARTED = "records"  # first entry of a `.partial`: binds other ranks' files to this start, and tells what the numbers mean
 
 
@@ -235,6 +233,8 @@ def run_scorer(scorer, number, jobs, done, world, args):
     bar = progress.Progress(sum(left), "rewards", "records", enabled=world.rank == 0)
     started = time.monotonic()
     score(scorer, number, jobs, done, world, args, bar)
+    if facts:
+        facts["shared_prompts"] = scorer.before is not None
     world.together(scorer.unload)
     responses = sum(n * job.K for n, job in zip(left, jobs, strict=True))
     bar.close()

@@ -29,6 +29,21 @@ def context_of(messages):
     return "\n" + "".join(turns) + "\n"
 
 
+def together(questions):
+    """Groups of a record's questions that are computed together: those that share the context, or the first response too.
+
+    Args:
+        questions: list of (…, first response, token ids).
+    """
+    from common.shared_prompts import packed_tokens
+
+    by_first = {}
+    for question in questions:
+        by_first.setdefault(question[-2], []).append(question)
+    sizes = [sum(packed_tokens([ids for *_, ids in group]) for group in groups) for groups in ([questions], by_first.values())]
+    return [questions] if sizes[0] <= sizes[1] else list(by_first.values())
+
+
 class PairPreference(Backbone):
     """Ranks the K responses of a record by a pair-preference model; rewards are in [0, 1].
 
@@ -97,7 +112,7 @@ class PairPreference(Backbone):
 
     def _compare(self, records, cuts, start, asked):
         """Probabilities for (record, i, j); counts cut sequences in `cuts`. Equal texts are a tie without being read."""
-        groups, places, answers = {}, {}, [None] * len(asked)
+        questions, answers = {}, [None] * len(asked)  # record → [(which of `asked`, first response, token ids)]
         for at, (n, i, j) in enumerate(asked):
             a, b = records[n]["responses"][i], records[n]["responses"][j]
             if a == b:
@@ -109,14 +124,15 @@ class PairPreference(Backbone):
                 raise BadRecord(start + n, str(error)) from None
             cuts[n] += 2 * cut
             if forth:
-                groups.setdefault(n, []).extend((forth, back))
-                places.setdefault(n, []).append(at)
-        order = list(groups)
-        last = [[[len(ids) - 1] for ids in groups[n]] for n in order]
-        for g, states in self.hidden_states([groups[n] for n in order], last):
-            for k, at in enumerate(places[order[g]]):
-                forth, back = self._a_wins(states[2 * k : 2 * k + 2, 0])
-                p = (forth + 1 - back) / 2
+                questions.setdefault(n, []).extend([(at, i, forth), (at, j, back)])
+        groups = [group for found in questions.values() for group in together(found)]
+        first_wins = {}  # (which of `asked`, first response) → P(the first is better)
+        last = [[[len(ids) - 1] for *_, ids in group] for group in groups]
+        for g, states in self.hidden_states([[ids for *_, ids in group] for group in groups], last):
+            first_wins.update(zip(((at, first) for at, first, _ in groups[g]), self._a_wins(states[:, 0]), strict=True))
+        for at, (_, i, j) in enumerate(asked):
+            if (at, i) in first_wins:
+                p = (first_wins[at, i] + 1 - first_wins[at, j]) / 2
                 answers[at] = p if math.isfinite(p) else None
         return answers
 

@@ -4,7 +4,6 @@
 at where the hub answers; where not, it says what was left unchecked.
 """
 
-import json
 import shutil
 import subprocess
 import sys

@@ -28,6 +28,8 @@ from common import cli
 SCRIPT = str(ROOT / "annotate_data" / "get_rewards.py")
 CPU = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: micro models gain nothing from threads
+from common import shared_prompts  # which loads torch
+
 FAMILIES = {"llama": "llama3", "qwen2": "chatml", "mistral": "mistral", "gemma2": "gemma", "phi3": "phi"}
 
 
@@ -188,14 +190,15 @@ def test_one_bos_and_the_models_own_limit(model, tmp_path):
     assert tokenizer.bos_token_id not in scorer.encode([{"role": "user", "content": "hi"}], "yes").ids
 
 
-def test_score_keeps_the_order(model):
-    scorer = reward_models.BradleyTerry(str(model()))
+@pytest.mark.parametrize("share", [True, False])
+def test_score_keeps_the_order(model, share):
+    scorer = reward_models.BradleyTerry(str(model()), share_prompts=share)
     scorer.load()
     prompt = [{"role": "user", "content": "q"}]
     records = [{"prompt": prompt, "responses": ["a" * n for n in sizes]} for sizes in ((5, 90, 1), (40,), (0, 300, 7, 12))]
-    scorer.batches.tokens = 100  # a group is split over batches, and the windows' order is another than the records'
+    scorer.batches.tokens = 100  # a group is split over batches, and they are done in another order than the records'
     got = dict(scorer.score(records))
-    assert sorted(got) == [0, 1, 2] and list(dict(scorer.score(records))) == [2, 0, 1]
+    assert sorted(got) == [0, 1, 2] and list(dict(scorer.score(records))) != [0, 1, 2]
     for i, record in enumerate(records):
         expected = [reference(model(), prompt, x) for x in record["responses"]]
         assert got[i]["rewards"] == pytest.approx(expected, abs=1e-4) and got[i]["cut"] == 0
@@ -219,23 +222,51 @@ def test_batches_shrink_when_memory_runs_out():
         list(batches.Batches(10000).run(small, [*rows, batches.Row([0] * 101, 0)]))
 
 
-def test_out_of_memory_in_the_model_splits_groups(model, monkeypatch, capsys):
-    scorer = reward_models.BradleyTerry(str(model()))
+@pytest.mark.parametrize("share", [True, False])
+def test_out_of_memory_in_the_model_splits_groups(model, monkeypatch, capsys, share):
+    scorer = reward_models.BradleyTerry(str(model()), share_prompts=share)
     scorer.load()
     records = [{"prompt": [{"role": "user", "content": "q"}], "responses": ["a" * n for n in (5, 90, 1, 40)]}] * 3
     expected = dict(scorer.score(records))
-    true = scorer._hidden
+    place, name = (shared_prompts, "last_states") if share else (scorer, "_hidden")
+    true = getattr(place, name)
 
-    def tight(rows, ids, mask):
+    def tight(*given):
+        ids = given[1].ids if share else given[1]  # (backbone, packed row) or (rows, padded ids, mask)
         if ids.numel() > 300:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return true(rows, ids, mask)
+        return true(*given)
 
-    monkeypatch.setattr(scorer, "_hidden", tight)
+    monkeypatch.setattr(place, name, tight)
     got = dict(scorer.score(records))
-    assert "out of memory" in capsys.readouterr().out and sorted(got) == [0, 1, 2]
+    assert "out of memory" in capsys.readouterr().out and sorted(got) == [0, 1, 2] and scorer.batches.tokens <= 300
     for i in range(3):
         assert got[i]["rewards"] == pytest.approx(expected[i]["rewards"], abs=1e-5)
+
+
+def test_a_prompt_is_computed_once(model, monkeypatch):
+    scorer = reward_models.BradleyTerry(str(model()))
+    scorer.load()
+    records = [{"prompt": [{"role": "user", "content": word * 40}], "responses": ["yes", "no", "perhaps not"]} for word in ("ab", "cd")]
+    groups, _ = scorer.encode_all(records)
+    columns, pack = [], shared_prompts.pack
+    monkeypatch.setattr(shared_prompts, "pack", lambda *a, **k: columns.append(pack(*a, **k)) or columns[-1])
+    dict(scorer.score(records))
+    passed = sum(packed.ids.numel() for packed in columns[1:])  # the first is the trial
+    assert 0 < passed == sum(map(shared_prompts.packed_tokens, groups)) < sum(len(ids) for group in groups for ids in group) / 2
+
+
+def test_a_model_that_cannot_share_is_scored_all_the_same(model, monkeypatch, capsys):
+    """Here a window that the shared attention would ignore; the trial at the start finds out."""
+    true = shared_prompts.attention
+    monkeypatch.setattr(shared_prompts.AttentionInterface, "_global_mapping", dict(shared_prompts.AttentionInterface._global_mapping))
+    shared_prompts.AttentionInterface.register(shared_prompts.NAME, lambda *a, **k: (lambda out, w: (out * 1.01, w))(*true(*a, **k)))
+    scorer = reward_models.BradleyTerry(str(model()))
+    scorer.load()
+    records = [{"prompt": [{"role": "user", "content": "q"}], "responses": ["some", "more words"]}]
+    got = dict(scorer.score(records))
+    assert "differ by" in capsys.readouterr().out and not scorer.share_prompts
+    assert got[0]["rewards"] == pytest.approx([reference(model(), records[0]["prompt"], x) for x in records[0]["responses"]], abs=1e-4)
 
 
 def test_windows_hold_every_group_once_and_the_longest_first():
@@ -247,12 +278,15 @@ def test_windows_hold_every_group_once_and_the_longest_first():
 
 def test_null_rewards_are_written_and_counted(model, tmp_path, monkeypatch, capsys):
     generated(tmp_path / "gen.jsonl", 3)
-    true = reward_models.BradleyTerry._hidden
+    true = reward_models.BradleyTerry.hidden_states
 
-    def sometimes(self, rows, ids, mask):
-        return [x * (float("nan") if len(row.ids) % 2 else 1) for row, x in zip(rows, true(self, rows, ids, mask), strict=True)]
+    def sometimes(self, groups, positions):
+        for g, states in true(self, groups, positions):
+            for k, ids in enumerate(groups[g]):
+                states[k] *= float("nan") if len(ids) % 2 else 1
+            yield g, states
 
-    monkeypatch.setattr(reward_models.BradleyTerry, "_hidden", sometimes)
+    monkeypatch.setattr(reward_models.BradleyTerry, "hidden_states", sometimes)
     out = annotate(monkeypatch, tmp_path / "gen.jsonl", tmp_path / "out.jsonl", model())
     nulls = sum(x is None for r in out for x in r["rewards"])
     assert 0 < nulls < 12
