@@ -82,7 +82,8 @@ make_envs vllm rlhflow
 use_env rlhflow
 driver="$(command -v python)" # the Python of rlhflow, also while another environment is active
 settings="$("$driver" common/loop.py setup "$config" "${options[@]}")"
-run_dir='' setup_command='' iterations=0 processes=1 gpu_groups=() accelerate_config='' gold_function='' left='' keep_iterates='' steps=() merges=()
+run_dir='' setup_command='' iterations=0 processes=1 gpu_groups=() accelerate_config='' gold_function='' left='' keep_iterates='' steps=() answers=()
+serving='' server_settings=() ports=()
 eval "$settings"
 
 # ---- One loop at a time holds a run's folder -------------------------------------------------------------------------
@@ -94,6 +95,8 @@ RUN_MARK="$(cd "$run_dir" && pwd -P)" # what we start carries it in its environm
 
 stop_started() { # end what this run started, and what a killed driver of this run left behind
   local pid pids signal
+  [ -z "$(find "$run_dir/servers" -name '*.server' 2>/dev/null)" ] ||
+    stop_seconds=10 bash generation/register_server.sh stop "$run_dir/servers" >&2 {lock}>&- || true
   for signal in TERM KILL; do
     for _ in 1 2 3 4 5 6 7 8 9 10; do
       pids="$(grep -lsxzF "RLHF_RUN=$RUN_MARK" /proc/[0-9]*/environ | cut -d/ -f3 || true)"
@@ -139,7 +142,8 @@ run() { # LOG COMMAND…: into the log; printed only, in a dry run
   fi
   printf '$ %s\n' "${*@Q}" >>"$log"
   # In the background and waited for: a signal to this script is then answered at once, not when the stage has ended.
-  env RLHF_RUN="$RUN_MARK" "$@" >>"$log" 2>&1 {lock}>&- &
+  # vLLM renames its processes; without SPT_NOENV the new name is written over the environment that the mark stands in.
+  env RLHF_RUN="$RUN_MARK" SPT_NOENV=1 "$@" >>"$log" 2>&1 {lock}>&- &
   wait "$!"
 }
 
@@ -152,7 +156,7 @@ failed() { # STEP STATUS LOG
   exit 1
 }
 
-# ---- The four steps --------------------------------------------------------------------------------------------------
+# ---- The steps -------------------------------------------------------------------------------------------------------
 
 generate() { # YAML: one process per GPU (or group of GPUs), then the shards of each output are merged
   local k pid pids=() status=0 bad='' visible
@@ -172,11 +176,28 @@ generate() { # YAML: one process per GPU (or group of GPUs), then the shards of 
     [ "$dry_run" = yes ] || wait "$pid" || { status=$?; bad="$k"; }
   done
   [ -z "$bad" ] || failed "generation shard $bad" "$status" "$logs/$name.$bad.log"
-  for ((k = 0; k < ${#merges[@]}; k += 2)); do
-    run "$logs/$name.merge.log" python generation/merge_data.py --base_path "${merges[k]}" --output_dir "${merges[k + 1]}" \
+  for ((k = 0; k < ${#answers[@]}; k += 2)); do
+    run "$logs/$name.merge.log" python generation/merge_data.py --base_path "${answers[k]}" --output_dir "${answers[k + 1]}" \
       --num_datasets "${#gpu_groups[@]}" || failed merge $? "$logs/$name.merge.log"
-    [ "$dry_run" = yes ] || rm -f -- "${merges[k]:?}"* # every answer stands in the merged file
+    # Every answer stands in the merged file; servers may have begun on it before the backend was changed.
+    [ "$dry_run" = yes ] || rm -f -- "${answers[k]:?}"* "${answers[k + 1]}.partial"
   done
+}
+
+serve() { # API servers of one iterate answer each job in turn; they end here, or with this script
+  local k status
+  enter vllm
+  run "$logs/$name.servers.log" env "${server_settings[@]}" "state_dir=$run_dir/servers" "log_dir=$logs" \
+    bash generation/register_server.sh "$serving" || failed "start of servers" $? "$logs/$name.servers.log"
+  for ((k = 0; k < ${#answers[@]}; k += 2)); do
+    run "$logs/$name.client.log" python generation/gen_hf.py "${answers[k]}" --ports "${ports[@]}" || {
+      status=$?
+      printf "the servers' own logs: %s\n" "$logs"/server_*.log >&2
+      failed "generation by servers" "$status" "$logs/$name.client.log"
+    }
+  done
+  run "$logs/$name.servers.log" bash generation/register_server.sh stop "$run_dir/servers" ||
+    failed "end of servers" $? "$logs/$name.servers.log"
 }
 
 annotate() { # YAML
@@ -226,6 +247,7 @@ do_stage() { # ITERATION NAME
   for step in "${steps[@]}"; do
     case "$step" in
       generate) generate "$folder/$name.yaml" ;;
+      serve) serve ;;
       annotate) annotate "$folder/$([ "$name" = evaluate ] && echo evaluate_rewards || echo annotate).yaml" ;;
       train) train "$folder/train.yaml" ;;
       metrics) metrics "$1" ;;

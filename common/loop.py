@@ -25,10 +25,11 @@ from common.cli import UserError, arg, build, nearest, parse, read_yaml, run
 from common.devices import visible_gpus
 from common.manifest import difference, read_manifest
 from dpo_iteration import run_dpo
-from generation import get_hf2
-from generation.sampling import check_sampling
+from generation import gen_hf, get_hf2
+from generation.sampling import check_sampling, context_length
 
 STAGES = ("generate", "annotate", "train", "evaluate")
+CLIENT = ("concurrency", "timeout", "retries", "give_up_after")  # what `servers` may set of generation/gen_hf.py
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -43,6 +44,9 @@ class LoopSettings:
     reference: str = arg("initial", "reference policy of the loss: the starting policy or the previous iterate", ["initial", "previous"])
     train_on: str = arg("new", "pairs of this iteration only, or of all so far", ["new", "all"])
     generation: dict = arg({}, "arguments of generation/get_hf2.py; --generation.K 4")
+    generation_backend: str = arg("engine", "an engine in each process (get_hf2.py), or API servers and a client (gen_hf.py)", ["engine", "servers"])
+    server_port: int = arg(8000, "port of the first API server; the others follow")
+    servers: dict = arg({}, f"arguments of generation/gen_hf.py that tell how it asks: {', '.join(CLIENT)}")
     heldout: dict = arg({}, "arguments of the held-out sampling that differ from `generation`")
     annotation: dict = arg({}, "arguments of annotate_data/get_rewards.py")
     training: str = arg("configs/training.yaml", "YAML of dpo_iteration/run_dpo.py")
@@ -112,17 +116,66 @@ class Run:
         names = ["generated"] if stage == "annotate" else ["heldout_sampled.generated", "heldout_greedy.generated"]
         return [(self.path(i, f"{name}.jsonl"), self.path(i, name.replace("generated", "rewarded") + ".jsonl")) for name in names]
 
+    def client(self, i, job):
+        """Arguments of gen_hf.py for a job of iterate i; what shapes the engine goes to the servers."""
+        known = gen_hf.Arguments.__dataclass_fields__
+        shared = {key: value for key, value in self.settings.generation.items() if key in known}
+        return shared | self.settings.servers | {"tokenizer": self.iterate(i), "seed": self.settings.seed} | job
+
+    def server_variables(self, jobs):
+        """Settings of register_server.sh, so that servers answer these jobs as the engine of get_hf2.py would."""
+        args = build(get_hf2.Arguments, self.generation(0, jobs), "generation")
+        limit = context_length(args.model_name_or_path, args)  # of the start: later iterates have the same
+        needed = max(job.max_input_length + job.max_new_tokens for job in get_hf2.split_jobs(args))
+        names = ("dtype", "kv_cache_gib", "gpu_memory_utilization", "max_num_seqs", "tensor_parallel_size", "revision")
+        found = {"port": self.settings.server_port, "servers": len(gpu_groups(self.settings)), "max_model_len": min(needed, limit or needed)}
+        found |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        return found | ({"trust_remote_code": "yes"} if args.trust_remote_code else {})
+
     def check_sampling(self):
         """Refuse wrong sampling arguments, of the responses and of the held-out answers."""
-        args = build(get_hf2.Arguments, self.generation(0, [self.responses_job(1), *self.heldout_jobs(0)]), "generation")
+        jobs = [self.responses_job(1), *self.heldout_jobs(0)]
+        args = build(get_hf2.Arguments, self.generation(0, jobs), "generation")
         for job in get_hf2.split_jobs(args):
             check_sampling(job)
+        self.check_servers(jobs)
+
+    def check_servers(self, jobs):
+        """Refuse settings of servers and client that cannot work."""
+        for key in self.settings.servers:
+            if key not in CLIENT:
+                raise UserError(f"unknown key {key!r} in servers{nearest(key, CLIENT)}; there are {', '.join(CLIENT)}")
+        args = [build(gen_hf.Arguments, self.client(0, job), "servers") for job in jobs][0]
+        if args.concurrency < 1 or args.timeout <= 0 or args.retries < 0 or args.give_up_after <= 0:
+            raise UserError("servers: concurrency, timeout and give_up_after must be above 0 and retries not negative")
+        first, count = self.settings.server_port, len(gpu_groups(self.settings))
+        if not 1 <= first <= 65536 - count:
+            raise UserError(f"server_port {first}: {count} ports from there on must lie from 1 to 65535")
 
     def unfinished_jobs(self, model, jobs):
-        """The jobs of iterate `model` whose merged answers are not there."""
+        """The jobs of iterate `model` whose answers are not there, whichever backend made them."""
         args = build(get_hf2.Arguments, self.generation(model, jobs), "generation")
         split = get_hf2.split_jobs(args)
-        return [job for job, asked in zip(jobs, split) if not self.is_done(asked.output_dir, *get_hf2.shaping(asked))]
+        return [job for job, asked in zip(jobs, split) if not self.is_answer(asked)]
+
+    def is_answer(self, asked):
+        """Whether a job's answers are there. Those of servers are compared by what their client's manifest holds."""
+        path, (settings, inputs) = asked.output_dir, get_hf2.shaping(asked)
+        manifest = read_manifest(path)
+        if manifest is None or manifest.get("script") != "generation/gen_hf.py":
+            return self.is_done(path, settings, inputs)
+        # The client does not know the dtype of its servers; the settings of the start that they were made in do.
+        dtype, begun = self.dtype_before(), Path(path).exists() or Path(f"{path}.partial").exists()
+        if begun and dtype not in (None, asked.dtype):
+            raise UserError(f"{path} was made with other settings: dtype was {dtype!r} and is now {asked.dtype!r}. Start another run with --run_dir")
+        settings = {key: value for key, value in settings.items() if key in manifest["settings"] or key != "dtype"}
+        model = inputs.pop("model_name_or_path")
+        return self.is_done(path, settings, inputs | {"tokenizer": model, "model": model})
+
+    def dtype_before(self):
+        """The engine's dtype in RUN/loop.yaml, which the last start that passed all checks has left; None without one."""
+        path = self.folder / "loop.yaml"
+        return (read_yaml(path).get("generation") or {}).get("dtype", "auto") if path.is_file() else None
 
     def is_left(self, files):
         """Whether the rewards of a (generated, rewarded) pair are not there."""
@@ -191,25 +244,32 @@ class Run:
         """What is left of a stage; writes the YAML of each step beside its outputs.
 
         Returns:
-            (steps out of generate, annotate, train, metrics; list of (shard prefix, merged file) to merge).
+            (steps out of generate, serve, annotate, train, metrics; list of (shard prefix, merged file) to merge, or
+            of (client's YAML, answers) to ask servers for).
         """
         folder = self.folder / f"iter{i}"
         folder.mkdir(parents=True, exist_ok=True)
-        left, jobs, merges = [], [], []
+        left, jobs, answers = [], [], []
         ahead = i + 1 if stage == "evaluate" and i < self.settings.iterations else None
         if stage in ("generate", "evaluate"):
             model = i - 1 if stage == "generate" else i
             jobs = self.unfinished_jobs(model, [self.responses_job(i)] if stage == "generate" else self.heldout_jobs(i))
             if jobs and ahead:
                 jobs += self.unfinished_jobs(model, [self.responses_job(ahead)])
-        if jobs:
+        if jobs and self.settings.generation_backend == "servers":
+            answers = [(str(Path(job["output_dir"]).with_suffix(".yaml")), job["output_dir"]) for job in jobs]
+            for job, (path, _) in zip(jobs, answers):
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+                write_yaml(path, self.client(model, job))
+            left.append("serve")
+        elif jobs:
             world = len(gpu_groups(self.settings))
-            merges = [(shard_prefix(job["output_dir"], world), job["output_dir"]) for job in jobs]
-            sharded = [job | {"output_dir": prefix} for job, (prefix, _) in zip(jobs, merges)]
+            answers = [(shard_prefix(job["output_dir"], world), job["output_dir"]) for job in jobs]
+            sharded = [job | {"output_dir": prefix} for job, (prefix, _) in zip(jobs, answers)]
             write_yaml(folder / f"{stage}.yaml", self.generation(model, sharded))
             left.append("generate")
         if stage in ("annotate", "evaluate"):
-            new = {merged for _, merged in merges}
+            new = {made for _, made in answers}
             files = self.rewarded_files(i, stage)
             if ahead and self.path(ahead, "generated.jsonl") in new:
                 files += self.rewarded_files(ahead, "annotate")
@@ -222,7 +282,7 @@ class Run:
             left.append("train")
         if stage == "evaluate" and (left or not self.is_measured(i)):
             left.append("metrics")
-        return left, merges
+        return left, answers
 
 
 def shard_prefix(merged, world):
@@ -279,6 +339,20 @@ def prepare(argv):
     print(f"accelerate_config={shlex.quote(settings.accelerate_config)}\ngold_function={shlex.quote(settings.gold_function or '')}")
 
 
+def todo(run_dir, i, stage):
+    """Print what is left of a stage as shell variables."""
+    current = load(run_dir)
+    steps, answers = current.steps(i, stage)
+    print(f"steps=({' '.join(steps)})")
+    print(f"answers=({' '.join(shlex.quote(word) for pair in answers for word in pair)})")
+    if "serve" in steps:
+        jobs = [current.responses_job(max(i, 1)), *current.heldout_jobs(i)]
+        variables = current.server_variables(jobs)
+        print(f"serving={shlex.quote(current.iterate(i - (stage == 'generate')))}")
+        print(f"server_settings=({' '.join(shlex.quote(f'{name}={value}') for name, value in variables.items())})")
+        print(f"ports=({' '.join(str(variables['port'] + k) for k in range(variables['servers']))})")
+
+
 def prune(run_dir, i):
     """Delete the weights of iterates before the last `keep_iterates`, never the one that training starts from.
 
@@ -314,9 +388,7 @@ def main():
             raise UserError("this run needs GPUs and none is visible here; the same on tiny models: bash run_loop.sh configs/loop_tiny.yaml")
         print(f"run_dir={shlex.quote(settings.run_dir)}\nsetup_command={shlex.quote(settings.setup_command or '')}")
     elif name == "todo":
-        steps, merges = load(sys.argv[2]).steps(int(sys.argv[3]), sys.argv[4])
-        print(f"steps=({' '.join(steps)})")
-        print(f"merges=({' '.join(shlex.quote(word) for pair in merges for word in pair)})")
+        todo(sys.argv[2], int(sys.argv[3]), sys.argv[4])
     else:
         prune(sys.argv[2], int(sys.argv[3]))
 

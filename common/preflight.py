@@ -173,7 +173,8 @@ def check(run):
         for problem in problems[:-1]:
             print(f"error: {problem}", file=sys.stderr)
         raise UserError(problems[-1])
-    print(f"check: {len(groups)} generation processes, {world} training processes, {'GPUs' if gpus else 'CPU'}", file=sys.stderr)
+    generators = "API servers" if settings.generation_backend == "servers" else "generation processes"
+    print(f"check: {len(groups)} {generators}, {world} training processes, {'GPUs' if gpus else 'CPU'}", file=sys.stderr)
     for note in notes:
         print(f"check: {note}", file=sys.stderr)
     return left

@@ -17,6 +17,9 @@ max_model_len="${max_model_len:-}"                      # tokens of prompt and r
 dtype="${dtype:-auto}"                                  # auto, bfloat16, float16, float32
 gpu_memory_utilization="${gpu_memory_utilization:-0.9}" # share of a GPU's memory
 kv_cache_gib="${kv_cache_gib:-}"                        # GiB of key-value cache; empty: what is left, 1 without a GPU
+max_num_seqs="${max_num_seqs:-}"                        # responses decoded at once; empty: vLLM's own number
+revision="${revision:-}"                                # branch, tag or commit of a model on the hub
+trust_remote_code="${trust_remote_code:-no}"            # yes: run Python code that comes with the model
 deadline="${deadline:-1800}"                            # seconds until all servers must answer
 stop_seconds="${stop_seconds:-30}"                      # seconds to end in peace before a server is killed
 state_dir="${state_dir:-./data/servers}"                # which processes were started
@@ -136,7 +139,7 @@ check_port() {
       "use it as it is, or end it with: bash $0 stop $state_dir"
   fi
   fail "port $1 is in use${there:+, it serves $there} and was not started from $state_dir:" \
-    "give another with port=… in front"
+    "give another with port=… in front (--server_port of run_loop.sh)"
 }
 
 # start_server PORT GPUS: one server in a session of its own, so that it outlives this script and can be ended whole.
@@ -150,6 +153,9 @@ start_server() {
     --generation-config vllm
   )
   if [[ -n $max_model_len ]]; then options+=(--max-model-len "$max_model_len"); fi
+  if [[ -n $max_num_seqs ]]; then options+=(--max-num-seqs "$max_num_seqs"); fi
+  if [[ -n $revision ]]; then options+=(--revision "$revision" --tokenizer-revision "$revision"); fi
+  if [[ $trust_remote_code == yes ]]; then options+=(--trust-remote-code); fi
   if [[ -n $cache_bytes ]]; then options+=(--kv-cache-memory-bytes "$cache_bytes"); fi
   if [[ -n $2 ]]; then
     environment+=(CUDA_VISIBLE_DEVICES="$2")
@@ -225,7 +231,7 @@ esac
 [[ $# -le 1 ]] || fail "unexpected argument $2: settings stand in front, as in servers=2 bash $0 $1"
 
 [[ ${kv_cache_gib:-1} =~ ^[0-9]*[.]?[0-9]+$ ]] || fail "kv_cache_gib=$kv_cache_gib is not a number"
-for name in port tensor_parallel_size servers max_model_len deadline stop_seconds; do
+for name in port tensor_parallel_size servers max_model_len max_num_seqs deadline stop_seconds; do
   [[ ${!name} =~ ^[0-9]*$ ]] || fail "$name=${!name} is not a whole number"
 done
 command -v "$python" >/dev/null || fail "no $python here: activate the environment vllm, or give python=… in front"
