@@ -23,6 +23,7 @@ def test_a_loop_config_is_accepted_by_every_stage(path, monkeypatch):
     run = Run(build(LoopSettings, yaml.safe_load(path.read_text()), path.name))
     for i in range(1, run.settings.iterations + 1):
         get_hf2.split_jobs(build(get_hf2.Arguments, run.generation(i - 1, [*run.heldout_jobs(i - 1), run.responses_job(i)])))
+        build(gen_hf.Arguments, run.client(i - 1, run.responses_job(i)))
         build(get_rewards.Arguments, run.annotation(run.rewarded_files(i, "annotate")))
         run_dpo.arguments(run.training(i))
     assert (ROOT / run.settings.accelerate_config).is_file()

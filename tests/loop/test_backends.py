@@ -1,0 +1,115 @@
+"""The loop with API servers in place of the engine: the same answers, and no server outlives the step that needs it."""
+
+import os
+import signal
+from pathlib import Path
+
+import faults
+import pytest
+import yaml
+
+STOPS = "--stop_stage", "0.4"
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """(folder, settings) of a run with servers, which the tests below take further one after the other."""
+    folder = tmp_path_factory.mktemp("served")
+    servers = ["--generation_backend", "servers", "--server_port", faults.free_ports(), "--servers.give_up_after", 5]
+    return folder / "run", [*faults.small_settings(folder), *servers]
+
+
+def begin(served, log, *more):
+    return faults.begin(faults.loop_command(served[0], *served[1], *more), open(log, "ab"))
+
+
+def servers(folder):
+    """Living processes of a run's servers; vLLM's own title hides the command line of some."""
+    leaders = {int(path.read_text().split()[0]) for path in (folder / "servers").glob("*.server")}
+    found = set(faults.started_by(folder, "api_server")) | set(faults.started_by(folder, "VLLM::"))
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if fields[0] != "Z" and int(fields[2]) in leaders:
+            found.add(int(path.parent.name))
+    return found
+
+
+def test_no_server_outlives_its_loop(served, tmp_path):
+    folder, settings = served
+    # kill -9 of the driver while servers start: they live on, and the next start ends them.
+    driver = begin(served, tmp_path / "1", *STOPS)
+    faults.wait_for(lambda: servers(folder))
+    assert faults.kill(driver, whole=False)
+    left = servers(folder)
+    assert left
+    # The next start: its server dies under the client, whose failure is told and ends what is left.
+    driver = begin(served, tmp_path / "2", *STOPS)
+    [client] = faults.wait_for(lambda: faults.started_by(folder, "generation/gen_hf.py"))
+    assert not left & servers(folder) and client
+    children = servers(folder)
+    assert len(children) >= 2  # server and engine, whose title does not hide the mark that they are found by
+    assert children == set(faults.started_by(folder)) - {client}
+    [record] = (folder / "servers").glob("*.server")
+    os.kill(int(record.read_text().split()[0]), signal.SIGKILL)
+    assert driver.wait(timeout=120) == 1
+    said = (tmp_path / "2").read_text()
+    assert "error: " in said and "does not answer" in said and "iter0/logs/evaluate.client.log" in said and "iter0/logs/server_" in said, said
+    assert not faults.started_by(folder) and not servers(folder)
+    # Ctrl-C while servers start.
+    driver = begin(served, tmp_path / "3", *STOPS)
+    faults.wait_for(lambda: servers(folder))
+    left = servers(folder)
+    os.kill(driver.pid, signal.SIGINT)
+    assert driver.wait(timeout=60) == 130 and not servers(folder) and not faults.started_by(folder)
+    assert not left & set(faults.processes(lambda line, environment: True))
+
+
+def test_servers_give_what_the_engine_gives(served, undisturbed):
+    folder, settings = served
+    end = faults.loop(folder, *settings)
+    assert end.returncode == 0, end.stdout[-2000:] + end.stderr[-3000:]
+    faults.same_run(folder, undisturbed[0])
+    for name in ("heldout_sampled", "heldout_greedy"):
+        faults.same_answers(folder / f"iter1/{name}.rewarded.jsonl", undisturbed[0] / f"iter1/{name}.rewarded.jsonl", 4 if "sampled" in name else 1)
+    assert not servers(folder) and not list((folder / "servers").glob("*.server")) and not faults.started_by(folder)
+    assert not (folder / "iter1/shards").exists()
+
+
+def test_a_finished_run_may_change_its_backend(served, undisturbed):
+    for (folder, settings), backend in ((served, "engine"), (undisturbed, "servers")):
+        for more in ((), ("--generation_backend", backend)):
+            again = faults.loop(folder, *settings, *more, "--dry_run")
+            assert again.returncode == 0 and "python" not in again.stdout, again.stdout + again.stderr
+            changed = faults.loop(folder, *settings, *more, "--generation.dtype", "bfloat16", "--dry_run")
+            assert changed.returncode == 2 and "dtype was 'float32' and is now 'bfloat16'" in changed.stderr, changed.stderr
+        changed = faults.loop(folder, *settings, "--generation_backend", backend, "--generation.top_p", 0.5, "--check")
+        assert changed.returncode == 2 and "top_p was 1.0 and is now 0.5" in changed.stderr, changed.stderr
+
+
+def test_a_dry_run_prints_servers_clients_and_the_end(tmp_path):
+    settings = [*faults.small_settings(tmp_path), "--generation_backend", "servers", "--generation.max_num_seqs", 7, "--servers.concurrency", 3]
+    end = faults.loop(tmp_path / "run", *settings, "--num_shards", 2, "--server_port", 8100, "--dry_run")
+    assert end.returncode == 0, end.stderr
+    lines = [line for line in end.stdout.splitlines() if "generation/" in line]
+    assert [line.split("generation/")[1].split()[0] for line in lines[:5]] == ["register_server.sh", *["gen_hf.py"] * 3, "register_server.sh"]
+    for part in ("port=8100", "servers=2", "max_model_len=96", "dtype=float32", "kv_cache_gib=0.25", "max_num_seqs=7", "register_server.sh tiny/built/policy"):
+        assert part in lines[0]
+    assert lines[1].split()[-3:] == ["--ports", "8100", "8101"] and lines[4].split()[-2:] == ["stop", f"{tmp_path}/run/servers"]
+    assert f"register_server.sh {tmp_path}/run/iter1/model" in lines[5]
+    asked = yaml.safe_load((tmp_path / "run/iter0/heldout_greedy.generated.yaml").read_text())
+    assert asked["concurrency"] == 3 and asked["K"] == 1 and asked["temperature"] == 0 and "dtype" not in asked and "kv_cache_gib" not in asked
+
+
+@pytest.mark.parametrize("wrong, named", [
+    (("--generation_backend", "server"), "'server' is not one of engine, servers"),
+    (("--servers.concurency", 3), "did you mean 'concurrency'"),
+    (("--servers.ports", 8000), "unknown key 'ports' in servers"),
+    (("--servers.give_up_after", 0), "give_up_after must be above 0"),
+    (("--server_port", 65535, "--num_shards", 2, "--generation_backend", "servers"), "server_port 65535"),
+])  # fmt: skip
+def test_impossible_settings_are_refused(tmp_path, wrong, named):
+    end = faults.loop(tmp_path / "run", *wrong, "--check")
+    assert end.returncode == 2 and named in end.stderr and "Traceback" not in end.stderr, end.stderr
