@@ -162,7 +162,9 @@ start_server() {
     options+=(--tensor-parallel-size "$tensor_parallel_size" --gpu-memory-utilization "$gpu_memory_utilization")
   else
     # As get_hf2.py does: a seeded request must not be split over two steps on a CPU, so whole prompts in one step.
+    # Idle threads sleep: spinning ones cost a busy machine several times the work itself.
     environment+=(VLLM_CPU_OMP_THREADS_BIND="$cpu_bind" OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}")
+    environment+=(OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}")
     options+=(--enforce-eager --no-enable-chunked-prefill)
     if [[ -n $max_model_len ]]; then
       options+=(--max-num-batched-tokens "$((max_model_len > 4096 ? max_model_len : 4096))")
