@@ -68,6 +68,7 @@ class Mock:
             pause,
         )
         self.bodies, self.in_flight, self.most = [], 0, 0
+        self.root = str(policy())  # made now: the first request should not have to wait for it
 
     def __enter__(self):
         self.loop, self.up = asyncio.new_event_loop(), threading.Event()
@@ -101,7 +102,7 @@ class Mock:
         await runner.cleanup()
 
     async def models(self, request):
-        return web.json_response({"data": [{"id": self.model, "root": str(policy()), "max_model_len": self.length}]})
+        return web.json_response({"data": [{"id": self.model, "root": self.root, "max_model_len": self.length}]})
 
     async def tokenize(self, request):
         if self.tokens is None:
@@ -427,7 +428,7 @@ def group_members(leader):
 
 
 def test_start_answer_stop(stub):
-    end = stub("o/m", servers=3, max_model_len=8192)
+    end = stub("o/m", servers=3, max_model_len=8192, max_num_seqs=7, revision="v2", trust_remote_code="yes")
     assert end.returncode == 0, end.stderr
     processes = recorded(stub.folder)
     assert sorted(processes) == [stub.port, stub.port + 1, stub.port + 2] and all(map(listening, processes))
@@ -435,7 +436,8 @@ def test_start_answer_stop(stub):
     made = json.loads((stub.folder / f"stub_{stub.port}.json").read_text())
     line = " ".join(made["argv"])
     for part in ("--model o/m", "--served-model-name o/m", "--host 127.0.0.1", "--generation-config vllm", "--dtype auto", "--enforce-eager",
-                 "--no-enable-chunked-prefill", "--max-model-len 8192", "--max-num-batched-tokens 8192", "--kv-cache-memory-bytes 1073741824"):  # fmt: skip
+                 "--no-enable-chunked-prefill", "--max-model-len 8192", "--max-num-batched-tokens 8192", "--kv-cache-memory-bytes 1073741824",
+                 "--max-num-seqs 7", "--revision v2 --tokenizer-revision v2", "--trust-remote-code"):  # fmt: skip
         assert part in line
     assert made["env"]["VLLM_CPU_OMP_THREADS_BIND"] == "nobind" and int(made["env"]["OMP_NUM_THREADS"]) >= 1
     again = stub("o/m")
