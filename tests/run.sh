@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make what the tests need and run them: bash tests/run.sh [--all] [pytest arguments]
 #
-#   --all     the long ones too (five seeds of the tiny loop); see pytest's `long` marker
+#   --all     the long ones too (five seeds of the tiny loop, hundreds of kills); see pytest's `long` marker
 #
 # Three parts: code without a model, environment vllm, environment rlhflow; then the whole loop on the tiny models. pytest,
 # ruff and shellcheck live in .envs/tools, so that the environments stay as their requirements say.
