@@ -223,6 +223,9 @@ class Backbone:
 
     def _prepared(self, groups):
         """Whether the model computes shared prompts; at the first call it is tried on a group, against its own attention."""
+        import torch
+
+        from annotate_data.packed_linear import pack_linears
         from common import shared_prompts
 
         if self.before is None:
@@ -230,6 +233,8 @@ class Backbone:
             example = max(fits or groups, key=lambda group: max(map(len, group)))[:TRIED]
             try:
                 self.before = self._in_memory(lambda: shared_prompts.prepare(self.model, example))
+                if self.device.type == "cpu":
+                    pack_linears(getattr(self.model.base_model, "layers", torch.nn.ModuleList()))
             except MemoryError:
                 self.share_prompts = False
                 print(f"note: no memory to try shared prompts on {max(map(len, example))} tokens; prompts are computed for each response")

@@ -1,5 +1,6 @@
 """The processes of one launch: how they talk, and which of them does what."""
 
+import atexit
 import datetime
 import os
 import signal
@@ -19,6 +20,8 @@ class World:
             import torch.distributed
 
             torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+            # Left to the end of the process, gloo's threads now and then end it by abort instead of its status.
+            atexit.register(torch.distributed.destroy_process_group)
 
     def _end_on_signals(self):
         """Let a thread answer Ctrl-C and the launcher's SIGTERM: the main one may stand in a collective, which is deaf.

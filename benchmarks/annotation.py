@@ -9,9 +9,9 @@ Out: a table, and with --output_dir a JSON file of the numbers, the versions and
 pipeline  the original way: transformers' text-classification pipeline, one sequence at a time
 padded    batches of sequences of like length, padded, by a token budget
 vllm      vLLM's classify with prefix caching, whose cache is emptied before each time
-shared    ours: each prompt computed once (common/shared_prompts.py)
+shared    ours: the scorer of get_rewards.py, which computes each prompt once (common/shared_prompts.py)
 
-The clock runs from templated text to rewards; loading and a warm-up are left out. The ways take turns, in an order that
+The clock runs from records to rewards; loading and a warm-up are left out. The ways take turns, in an order that
 rotates, and the median counts. `differs` is from one sequence at a time in float32. All use all cores, or the GPU.
 """
 
@@ -29,6 +29,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from annotate_data.reward_models import BradleyTerry
 from common import chat, cli, devices, records
 from common.cli import UserError, arg
 
@@ -103,7 +104,7 @@ def templated(tokenizer, record):
 
 
 class Way:
-    """A way to score: `score(texts)` takes lists of texts by record and gives their rewards in the same shape."""
+    """A way to score: `score(rows)` takes records and gives the rewards of each, in their order."""
 
     def __init__(self, args, folder, model, tokenizer):
         self.args, self.model, self.tokenizer = args, model, tokenizer
@@ -111,6 +112,9 @@ class Way:
     def ready(self):
         """Before each time, off the clock."""
         devices.keep_memory(False)
+
+    def texts(self, rows):
+        return [templated(self.tokenizer, row) for row in rows]
 
     def ids(self, texts):
         return [self.tokenizer(group, verbose=False)["input_ids"] for group in texts]
@@ -136,7 +140,8 @@ class Pipeline(Way):
         super().ready()
         self.model.set_attn_implementation(self.args.attention)
 
-    def score(self, texts):
+    def score(self, rows):
+        texts = self.texts(rows)
         found = self.pipe([text for group in texts for text in group], function_to_apply="none", batch_size=1)
         return regroup((entry["score"] for entry in found), texts)
 
@@ -146,9 +151,10 @@ class Padded(Way):
         super().ready()
         self.model.set_attn_implementation(self.args.attention)
 
-    def score(self, texts):
+    def score(self, rows):
         import torch
 
+        texts = self.texts(rows)
         rows = [ids for group in self.ids(texts) for ids in group]
         order, flat = sorted(range(len(rows)), key=lambda i: -len(rows[i])), [0.0] * len(rows)
         while order:
@@ -166,27 +172,20 @@ class Padded(Way):
 
 
 class Shared(Way):
-    """Ours. To be replaced by the scorer of annotate_data/reward_models.py, here and nowhere else."""
+    """Ours: the scorer of annotate_data/reward_models.py, with its own copy of the weights."""
+
+    def __init__(self, args, folder, model, tokenizer):
+        super().__init__(args, folder, model, tokenizer)
+        self.scorer = BradleyTerry(str(folder), dtype=args.dtype, batch_tokens=args.shared_tokens, max_length=args.longest)
+        self.scorer.load()
+        self.model = self.scorer.model
 
     def ready(self):
-        from common import shared_prompts
-
-        self.model.set_attn_implementation(self.args.attention)
-        shared_prompts.prepare(self.model)
         devices.keep_memory()
 
-    def score(self, texts):
-        from common import shared_prompts
-
-        groups = self.ids(texts)
-        found = [[0.0] * len(group) for group in groups]
-        for batch in shared_prompts.plan(groups, self.args.shared_tokens):
-            packed = shared_prompts.pack([[groups[g][s] for s in part] for g, part in batch], self.model.device)
-            states = shared_prompts.last_states(self.model.base_model, packed)
-            places = [(g, s) for g, part in batch for s in part]
-            for (g, s), reward in zip(places, self.rewards(states), strict=True):
-                found[g][s] = reward
-        return found
+    def score(self, rows):
+        found = dict(self.scorer.score(rows))
+        return [found[i]["rewards"] for i in range(len(rows))]
 
 
 class Vllm(Way):
@@ -210,7 +209,8 @@ class Vllm(Way):
         if not self.engine.reset_prefix_cache():
             raise UserError("vLLM did not empty its prefix cache, so its time would be that of prompts it has seen")
 
-    def score(self, texts):
+    def score(self, rows):
+        texts = self.texts(rows)
         prompts = [{"prompt_token_ids": ids} for group in self.ids(texts) for ids in group]
         outputs = self.engine.classify(prompts, pooling_params=self.params, use_tqdm=False)
         return regroup((output.outputs.probs[0] for output in outputs), texts)
@@ -227,7 +227,7 @@ def one_at_a_time(model, tokenizer, texts):
     return [[reward(text) for text in group] for group in texts]
 
 
-def measure(ways, texts, repeats, cores):
+def measure(ways, rows, repeats, cores):
     """{way: ([seconds], [CPU seconds], rewards)}; a way that has a rest while others run is not favoured by its place."""
     import torch
 
@@ -237,11 +237,11 @@ def measure(ways, texts, repeats, cores):
         for name in names:
             torch.set_num_threads(cores)
             ways[name].ready()
-            ways[name].score(texts[:WARM_UP])
+            ways[name].score(rows[:WARM_UP])
             ways[name].ready()
             gc.collect()
             started, worked = time.perf_counter(), time.process_time()
-            rewards = ways[name].score(texts)
+            rewards = ways[name].score(rows)
             taken[name][0].append(time.perf_counter() - started)
             taken[name][1].append(time.process_time() - worked)
             taken[name][2][:] = rewards
@@ -310,7 +310,7 @@ def main():
         parameters = sum(weight.numel() for weight in model.parameters())
         where = f"{torch.cuda.get_device_name()}" if args.gpu else f"{cores} cores"
         print(f"{len(lengths)} sequences of {min(lengths)} to {args.longest} tokens, {parameters / 1e6:.1f}M weights, {args.dtype}, {where}")
-        taken = measure(ways, texts, args.repeats, cores)
+        taken = measure(ways, rows, args.repeats, cores)
     found, ratio = results(taken, reference)
     spread = statistics.pstdev([reward for group in reference for reward in group])
     print(f"\nrewards have a standard deviation of {spread:.2f}\n{'':10}{'sequences/s':>12}{'× pipeline':>12}{'differs':>12}{'CPU s':>9}")

@@ -256,6 +256,27 @@ def test_a_prompt_is_computed_once(model, monkeypatch):
     assert 0 < passed == sum(map(shared_prompts.packed_tokens, groups)) < sum(len(ids) for group in groups for ids in group) / 2
 
 
+def test_linear_layers_are_packed_for_the_cpu(model):
+    """The operator is torch's own and not public: a torch that has lost it is noticed here, where users only lose speed."""
+    import torch
+
+    from annotate_data.packed_linear import PackedLinear, pack_linears
+
+    for bias in (True, False):
+        for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+            plain = torch.nn.Sequential(torch.nn.Linear(37, 53, bias=bias)).to(dtype)
+            inputs = torch.randn(2, 5, 37, dtype=dtype)
+            expected = plain(inputs)
+            assert pack_linears(plain) == 1 and isinstance(plain[0], PackedLinear)
+            with torch.inference_mode():
+                assert torch.allclose(plain(inputs), expected, atol=tolerance)
+    scorer = reward_models.BradleyTerry(str(model()))
+    scorer.load()
+    dict(scorer.score([{"prompt": [{"role": "user", "content": "q"}], "responses": ["some", "more words"]}]))
+    kinds = {type(module).__name__ for module in scorer.model.base_model.layers.modules()}
+    assert "PackedLinear" in kinds and "Linear" not in kinds
+
+
 def test_a_model_that_cannot_share_is_scored_all_the_same(model, monkeypatch, capsys):
     """Here a window that the shared attention would ignore; the trial at the start finds out."""
     true = shared_prompts.attention
