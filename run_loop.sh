@@ -60,7 +60,7 @@ while [ "$#" -gt 0 ]; do
       elif [ "$chosen" = no ]; then config="$1" chosen=yes
       else fail 2 "unexpected argument $1; arguments are --key value"; fi ;;
   esac
-  case "$1" in --dry_run | --check | --*=*) key='' ;; --*) key="$1" ;; *) [[ "$key" = --prompts ]] || key='' ;; esac
+  case "$1" in --dry_run | --check | --*=*) key='' ;; --*) key="$1" ;; *) [[ "$key" = --prompts || "$key" = --reward_name_or_path ]] || key='' ;; esac
   shift
 done
 [ "$caller" = "$PWD" ] || case "$config" in /*) ;; *) [ ! -f "$caller/$config" ] || config="$caller/$config" ;; esac

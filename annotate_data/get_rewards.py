@@ -151,8 +151,9 @@ def score_chunk(scorer, number, job, mine, file, world, bar):
             if file is None:
                 job.output.append(entry)
             else:
-                file.write((records.dumps(entry) + "\n").encode())
-                file.flush()
+                with manifest.writing(file.name):
+                    file.write((records.dumps(entry) + "\n").encode())
+                    file.flush()
             bar.update(1)
     except BadRecord as error:
         raise UserError(f"{job.source} record {mine[error.index][0] + 1}: {error}") from None

@@ -201,7 +201,7 @@ class Vllm(Way):
         self.params = PoolingParams(use_activation=False)
         self.engine = LLM(
             model=str(folder), runner="pooling", dtype=args.dtype, max_model_len=args.longest, enable_prefix_caching=True,
-            max_num_batched_tokens=max(args.batch_tokens, args.longest), seed=0, **options,
+            max_num_batched_tokens=max(16384 if args.gpu else 4096, args.longest), seed=0, **options,
         )  # fmt: skip
 
     def ready(self):

@@ -11,6 +11,7 @@ argument are answered before anything heavy is loaded.
 import argparse
 import dataclasses
 import difflib
+import errno
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from pathlib import Path
 
 # What a script may miss when it is started in another environment than its own.
 PACKAGES = ("accelerate", "aiohttp", "datasets", "deepspeed", "numpy", "torch", "transformers", "trl", "vllm", "yaml")
+NO_ROOM = (errno.EFBIG, errno.ENOSPC, errno.EDQUOT)
 
 
 class UserError(Exception):
@@ -254,6 +256,19 @@ def build(cls, values, where=""):
     return cls(**merged)
 
 
+def no_room(error):
+    """What could not be read or written, in words; None for an error that is none of the file system's.
+
+    Libraries wrap what the system says (safetensors, torch.save), so their texts are looked at too.
+    """
+    if isinstance(error, OSError) and error.errno is not None and (error.filename or error.errno in NO_ROOM):
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    text = " ".join(str(error).split())
+    if re.search(r"os error (27|28|122)\b|No space left on device|File too large|PytorchStreamWriter failed writing file", text):
+        return f"the disk is full or a size limit is reached ({type(error).__name__}: {text[:200]})"
+    return None
+
+
 def run(main):
     """Call `main()` and exit: 0 when it returns, 2 with one line for a UserError, 130 for Ctrl-C.
 
@@ -275,13 +290,12 @@ def run(main):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
-    except OSError as error:
-        if error.errno is None or error.filename is None and error.errno not in (27, 28, 122):  # file size limit, disk full, quota
+    except Exception as error:
+        where = no_room(error)
+        if where is None:
             raise
-        if rank_zero:
-            where = f"{error.filename}: " if error.filename else ""
-            print(f"error: {where}{error.strerror}; what is on disk is kept, start the same command again after mending it",
-                  file=sys.stderr, flush=True)
+        # By any rank: only the one that writes there meets it.
+        print(f"error: {where}; what is on disk is kept, start the same command again after mending it", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         if rank_zero:

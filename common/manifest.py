@@ -34,6 +34,17 @@ def beside(path, suffix):
     return path.with_name(stem + suffix)
 
 
+@contextlib.contextmanager
+def writing(path):
+    """Give an error of writing (disk full, quota, size limit) the name of the file, which the system leaves out."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def versions():
     """Python and the versions of the packages that shape results, where installed."""
     found = {"python": platform.python_version()}
@@ -96,7 +107,8 @@ def write_json(path, value):
     """Write JSON under a temporary name and rename."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    with writing(path):
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -229,8 +241,9 @@ class Output:
     def append(self, record):
         """Save one finished record (it has an `id`) at once."""
         line = (records.dumps(record) + "\n").encode("utf-8")
-        self._file.write(line)
-        self._file.flush()
+        with writing(self.partial):
+            self._file.write(line)
+            self._file.flush()
         self.done[record["id"]] = (self._offset, len(line))
         self._offset += len(line)
 
@@ -238,7 +251,8 @@ class Output:
         """Leave a record out, with a line in the skipped file."""
         if self._skipped_file is None:
             self._skipped_file = open(f"{beside(self.path, '.skipped.jsonl')}.tmp", "w", encoding="utf-8", newline="\n")
-        self._skipped_file.write(records.dumps({"id": prompt_id, "reason": reason}) + "\n")
+        with writing(self._skipped_file.name):
+            self._skipped_file.write(records.dumps({"id": prompt_id, "reason": reason}) + "\n")
         self.skipped += 1
 
     def saved(self, order):
@@ -261,13 +275,14 @@ class Output:
             counts: dict for the manifest; looked at when all lines are written, so that they may be counted meanwhile.
         """
         whole = Path(f"{self.path}.tmp")
-        with open(whole, "wb") as target:
+        with writing(whole), open(whole, "wb") as target:
             target.writelines(lines)
             target.flush()
             os.fsync(target.fileno())
         skipped = beside(self.path, ".skipped.jsonl")
         if self._skipped_file is not None:
-            self._skipped_file.close()
+            with writing(skipped):
+                self._skipped_file.close()
             os.replace(f"{skipped}.tmp", skipped)
         else:
             skipped.unlink(missing_ok=True)  # of an earlier start with other prompts

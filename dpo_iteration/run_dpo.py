@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any fol
 from common import records
 from common.cli import UserError, arg, build, parse, run
 from common.devices import check_processes, prepare_threads
-from common.manifest import beside, difference, fingerprint, read_manifest, versions, write_json
+from common.manifest import beside, difference, fingerprint, read_manifest, versions, write_json, writing
 from common.progress import Progress, duration
 from dpo_iteration.pairs import CHOOSE_TYPES, select_pairs
 from dpo_iteration.settings import check, check_paths, given, training_config, with_passthrough
@@ -265,7 +265,8 @@ def write_jsonl(path, entries):
     """Write records whole or not at all; without entries no file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(records.dumps(entry) + "\n" for entry in entries), encoding="utf-8", newline="\n")
+    with writing(path):
+        temporary.write_text("".join(records.dumps(entry) + "\n" for entry in entries), encoding="utf-8", newline="\n")
     os.replace(temporary, path)
     if not entries:
         path.unlink()

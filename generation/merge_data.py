@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any fol
 
 from common.cli import UserError, arg, parse, run
 from common.index import Index
-from common.manifest import beside, fingerprint, read_manifest, same_content, write_json
+from common.manifest import beside, fingerprint, read_manifest, same_content, write_json, writing
 
 SHARD = ("local_index", "my_world_size")
 
@@ -240,7 +240,8 @@ def main():
         except OSError:
             raise UserError(f"another process is writing {output}; wait for it or stop it first") from None
         target.truncate(0)
-        write_merged(target, paths, places)
+        with writing(temporary):
+            write_merged(target, paths, places)
         output.unlink(missing_ok=True)  # from here on the old file's manifest would not fit it
         merge_skipped(output, paths)
         counts = parts["counts"] | {"records": len(places)}

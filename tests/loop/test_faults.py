@@ -230,13 +230,23 @@ def test_a_full_disk_is_one_line_and_the_next_start_goes_on(stages, undisturbed,
     command = stages(tmp_path / "out")[stage]
     limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (kib * 1024, resource.RLIM_INFINITY))}
     end = ended(command, **limit)
-    assert is_one_line(end) and "too large" in end.stderr.lower(), end.stderr
+    assert is_one_line(end) and "too large" in end.stderr.lower() and f"{tmp_path}/out/{output}" in end.stderr, end.stderr
     assert not (tmp_path / "out" / output).exists()
     end = ended(command)
     assert end.returncode == 0, end.stderr
     assert stage == "merge" or "continuing" in end.stdout or stage == "annotation"
     made = faults.records(tmp_path / "out" / output)
     assert [r["id"] for r in made] == [r["id"] for r in faults.records(undisturbed[0] / "iter1/generated.jsonl")]
+
+
+def test_training_on_a_full_disk_is_one_line_and_the_next_start_goes_on(stages, tmp_path):
+    command = stages(tmp_path / "out")["training"]
+    end = ended(command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000 * 1024, resource.RLIM_INFINITY)))
+    assert is_one_line(end) and "a size limit is reached" in end.stderr and "too large" in end.stderr.lower(), end.stderr
+    manifest = tmp_path / "out/model.manifest.json"
+    assert not json.loads(manifest.read_text())["complete"]
+    end = ended(command)
+    assert end.returncode == 0 and json.loads(manifest.read_text())["complete"], end.stderr
 
 
 @pytest.fixture
