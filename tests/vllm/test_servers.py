@@ -19,6 +19,7 @@ from pathlib import Path
 import micro
 import pytest
 from aiohttp import web
+from faults import free_ports
 from test_generation import arguments, get_hf2_main, policy, records, starts  # noqa: F401
 
 from common.cli import UserError
@@ -26,20 +27,6 @@ from generation import gen_hf
 
 ROOT = Path(__file__).resolve().parents[2]
 REGISTER = ROOT / "generation" / "register_server.sh"
-
-
-def free_ports(count):
-    """The first of `count` free ports in a row."""
-    for first in range(18000 + os.getpid() % 1000 * 10, 60000, count):
-        try:
-            for port in range(first, first + count):
-                with socket.socket() as probe:
-                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                    probe.bind(("127.0.0.1", port))
-            return first
-        except OSError:
-            continue
-    raise AssertionError("no free ports")
 
 
 def listening(port):
