@@ -267,10 +267,8 @@ def test_a_stopped_and_a_killed_run_continue_to_the_same_file(tmp_path, monkeypa
     def stop(number, more):
         """Start it, send a signal when it has saved `more` records, and return what it said."""
         before = partial.read_bytes().count(b"\n") if partial.exists() else 0
-        # Python takes SIGINT as Ctrl-C only where its parent did not ignore it.
         process = subprocess.Popen(
             script, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )  # fmt: skip
         until = time.monotonic() + 300
         while not partial.exists() or partial.read_bytes().count(b"\n") < before + more:

@@ -325,7 +325,6 @@ def test_ctrl_c_keeps_what_was_done(folder, monkeypatch):
             command,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         wait_for(lambda: len(a.bodies) > 5)
         process.send_signal(signal.SIGINT)
@@ -383,7 +382,6 @@ def stub(tmp_path):
         )
         process = subprocess.Popen(
             ["bash", REGISTER, *argv], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         return finished(process) if wait else process
 
