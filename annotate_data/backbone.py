@@ -119,6 +119,8 @@ class Backbone:
         """The `Row` of a response to `messages`, truncated on the left to `max_length`; a BOS in front stays."""
         text = self.render([*messages, {"role": "assistant", "content": response}])
         ids = self.tokenizer(text, verbose=False)["input_ids"]
+        if not ids:
+            raise UserError("the chat template and the tokenizer make no token of it")
         cut = max(0, len(ids) - self.max_length)
         if cut:
             keep = 1 if ids[0] == self.tokenizer.bos_token_id else 0

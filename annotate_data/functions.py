@@ -1,5 +1,6 @@
 """A reward function of the user's own: `f(messages, response)` or `f(messages, response, record)` → number."""
 
+import copy
 import inspect
 
 from annotate_data.backbone import BadRecord, one_line
@@ -47,7 +48,8 @@ class RewardFunction:
             others = {key: value for key, value in record.items() if key not in ("prompt", "responses")}
             more = [others] if self.with_record else []
             try:
-                rewards = [float(self.function(record["prompt"], response, *more)) for response in record["responses"]]
+                # A copy for each call: what a function does to its arguments must not reach the next.
+                rewards = [float(self.function(*copy.deepcopy([record["prompt"], response, *more]))) for response in record["responses"]]
             except (Exception, SystemExit) as error:
                 raise BadRecord(index, f"the reward function {self.name} fails: {one_line(error)}") from None
             yield index, {"rewards": rewards, "cut": 0}

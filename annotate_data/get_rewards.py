@@ -28,12 +28,13 @@ from annotate_data.backbone import BadRecord, read_config
 from annotate_data.functions import RewardFunction
 from annotate_data.generated import read_generated, survey
 from annotate_data.preference import PairPreference
-from annotate_data.ranks import World, share
+from annotate_data.ranks import World, leave, share
 from annotate_data.reward_models import ArmoRM, BradleyTerry, kind_of
 from annotate_data.summary import Summary
 from common import cli, devices, manifest, progress, records
 from common.cli import UserError
 
+LARGEST = 1e100  # of a reward
 STARTED = "records"  # first entry of a `.partial`: binds other ranks' files to this start, and tells what the numbers mean
 
 
@@ -80,7 +81,7 @@ def take_over(job):
             continue
         with open(path, "rb") as file:
             for line in file if job.output.done else ():
-                with contextlib.suppress(json.JSONDecodeError):
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # torn, or anything after a power cut
                     if line.endswith(b"\n"):
                         job.output.append(json.loads(line))
         path.unlink()
@@ -145,7 +146,7 @@ def score_chunk(scorer, number, job, mine, file, world, bar):
     try:
         for index, entry in scorer.score([record for _, record in mine]):
             entry = {"id": number * job.N + mine[index][0]} | entry
-            entry["rewards"] = [round(x, 6) if records.finite(x) else None for x in entry["rewards"]]
+            entry["rewards"] = [rounded(x) for x in entry["rewards"]]
             if "pairs" in entry:
                 entry["pairs"] = [[None if p is None else round(p, 6) for p in row] for row in entry["pairs"]]
             if file is None:
@@ -159,10 +160,15 @@ def score_chunk(scorer, number, job, mine, file, world, bar):
         raise UserError(f"{job.source} record {mine[error.index][0] + 1}: {error}") from None
 
 
+def rounded(reward):
+    """A reward to 6 decimals; None where it is not finite, or beyond what sums of squares can take."""
+    return round(reward, 6) if records.finite(reward) and abs(reward) < LARGEST else None
+
+
 def combine(parts, weights):
     """The weighted sum of lists of K rewards; None where a part is None."""
     return [
-        None if None in values else round(sum(w * x for w, x in zip(weights, values, strict=True)), 6)
+        None if None in values else rounded(sum(w * x for w, x in zip(weights, values, strict=True)))
         for values in zip(*parts, strict=True)
     ]
 
@@ -182,7 +188,9 @@ def rewarded(job, scorers, weights, counts):
             record["pair_probabilities"] = pairs if len(pairs) > 1 else next(iter(pairs.values()))
         nulls += record["rewards"].count(None)
         cut += sum(entry["cut"] for entry in entries)
-        summary.add(record["rewards"], record.get("num_tokens"))
+        lengths = record.get("num_tokens")
+        known = isinstance(lengths, list) and all(isinstance(n, (int, float)) for n in lengths)
+        summary.add(record["rewards"], lengths if known else None)
         yield (records.dumps(record) + "\n").encode("utf-8")
     counts |= {"null_rewards": nulls, "truncated": cut} | summary.figures()
 
@@ -286,4 +294,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    leave(lambda: cli.run(main))

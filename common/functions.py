@@ -33,6 +33,7 @@ def load_function(spec, option, example):
     kind = option.strip("-").split("_")[0]
     module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(f"{kind}_{path.stem}", path))
     sys.modules[module.__name__] = module  # dataclasses look their module up
+    sys.path.append(str(path.parent))  # for modules beside it
     try:
         module.__spec__.loader.exec_module(module)
     except (Exception, SystemExit) as error:

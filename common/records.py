@@ -53,7 +53,9 @@ def read_jsonl(path, what="input"):
 def _parsed(line, path, number):
     try:
         return json.loads(line)
-    except json.JSONDecodeError as error:
+    except (RecursionError, ValueError) as error:
+        if not isinstance(error, json.JSONDecodeError):  # nested a thousand deep, or a number of thousands of digits
+            raise UserError(f"{path} line {number} cannot be read: {error}") from None
         if not line.endswith("\n"):
             raise UserError(f"{path} line {number} is torn (the file ends inside a record); write the file again") from None
         raise UserError(f"{path} line {number} is not valid JSON: {error.msg} at column {error.colno}") from None
@@ -143,6 +145,17 @@ def to_messages(value, where):
     return messages
 
 
+def as_json(value):
+    """A value of a table as JSON holds it: NaN and infinity are null, what JSON does not know is text."""
+    if isinstance(value, dict):
+        return {str(key): as_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, (str, int, float)) else str(value)
+
+
 def record_id(messages, twin=0):
     """16 hex digits: a hash of the prompt's messages and of how many equal prompts came before it in the file."""
     text = json.dumps([messages, twin], ensure_ascii=False, sort_keys=True)
@@ -181,10 +194,20 @@ def read_prompts(name, key=None, split="train", system_prompt=None):
             raise UserError(
                 f"{name} record {number} has no {wanted}{hint}; its fields are {', '.join(record)}: name the prompt's with --dataset_key"
             )
-        messages = to_messages(record[column], f"{name} record {number}")
+        value = record[column]
+        if isinstance(value, str) and column != "prompt" and value.lstrip().startswith("["):  # a list in a .csv
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{name} record {number}: {column} is no JSON list of messages: {error.msg} at column {error.colno}") from None
+        messages = to_messages(value, f"{name} record {number}")
         if system_prompt and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system_prompt}, *messages]
         extra = {k: v for k, v in record.items() if k not in (column, "id", "prompt")}
+        try:
+            dumps(extra)
+        except (TypeError, ValueError):  # a table's dates, bytes and NaN
+            extra = {k: as_json(v) for k, v in extra.items()}
         if "id" in record:
             extra["source_id"] = record["id"]
         yield {"id": identify(messages), "prompt": messages, **extra}

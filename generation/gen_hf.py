@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any fol
 
 from common import chat
 from common.cli import UserError, arg, check_model, parse, run
-from common.manifest import Output
+from common.manifest import Output, beside, write_json
 from common.progress import Progress, duration
 from generation import sampling
 
@@ -47,11 +47,14 @@ AHEAD = 2  # prompts in work or waiting, per slot of a server
 
 
 class Failure(Exception):
-    """A request that may succeed when it is asked again; `lost` where the server itself did not answer."""
+    """A request that may succeed when it is asked again.
 
-    def __init__(self, reason, lost=False):
+    `lost` where the server itself did not answer, `busy` where it asks for patience, which is not held against the prompt.
+    """
+
+    def __init__(self, reason, lost=False, busy=False):
         super().__init__(reason)
-        self.lost = lost
+        self.lost, self.busy = lost, busy
 
 
 class Server:
@@ -88,7 +91,7 @@ async def ask(session, url, body=None, timeout=10.0):
     try:
         async with session.request(method, url, json=body, timeout=limit) as response:
             if response.status in RETRIED or response.status >= 500:
-                raise Failure(f"HTTP {response.status}")
+                raise Failure(f"HTTP {response.status}", busy=response.status == 429)
             if response.status >= 400:
                 text = await response.text()
                 raise UserError(f"{url} refuses the request (HTTP {response.status}): {' '.join(text.split())[:400]}")
@@ -144,7 +147,10 @@ async def check_tokenizer(session, server, model, args, tokenizer, item):
             f"/tokenize does not answer: {error}"
         )
         return
-    if answer.get("tokens") != item.token_ids:
+    if not isinstance(answer, dict) or not isinstance(answer.get("tokens"), list):
+        print(f"note: --tokenizer {args.tokenizer} is not checked against the served model's, /tokenize answers {str(answer)[:60]}")
+        return
+    if answer["tokens"] != item.token_ids:
         raise UserError(
             f"--tokenizer {args.tokenizer} is not that of the served model {model}: "
             "they encode the first prompt differently"
@@ -207,8 +213,11 @@ class Run:
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])
             texts, reasons = [c["text"] for c in choices], [c["finish_reason"] for c in choices]
             counts = [len(c["token_ids"]) for c in choices]
-        except (KeyError, TypeError) as error:
-            raise Failure(f"the answer has no {error}") from None
+            if [c["index"] for c in choices] != list(range(len(choices))) or not all(isinstance(r, str) for r in reasons):
+                raise ValueError
+            "".join(texts).encode("utf-8")  # texts they are, and no half surrogates
+        except (KeyError, TypeError, ValueError):
+            raise Failure(f"the answer is not of the API's form: {str(answer)[:100]}") from None
         if len(choices) != fields["n"]:
             raise Failure(f"{len(choices)} responses instead of {fields['n']}")
         if not set(reasons) <= {"stop", "length"}:
@@ -227,7 +236,7 @@ class Run:
                     continue
                 record = await self.answer(server, item, fields)
             except Failure as failure:
-                self.failures[name] = self.failures.get(name, 0) + 1
+                self.failures[name] = self.failures.get(name, 0) + (not failure.busy)
                 self.failed(server, failure)
                 if self.failures[name] > self.args.retries:
                     raise UserError(
@@ -235,7 +244,7 @@ class Run:
                         f"{len(self.output.done)} records are kept; mend the servers and start the same command again"
                     ) from None
                 if not failure.lost:  # a lost server's work is free for the others at once
-                    await asyncio.sleep(pause(self.failures[name]))
+                    await asyncio.sleep(pause(server.failures if failure.busy else self.failures[name]))
                 self.put_back(item, fields)
             else:
                 server.failures = 0
@@ -299,6 +308,14 @@ async def generate(args):
         if output.complete:
             print(f"{args.output_dir} is complete, nothing to do")
             return
+        before = output.manifest.setdefault("max_model_len", limit)
+        if output.done and before != limit:  # it decides what is too long, and how long an answer may be
+            raise UserError(
+                f"{args.output_dir} is half done with servers of max_model_len {before}, now it is {limit}; "
+                "start them as before, choose another --output_dir or give --overwrite"
+            )
+        output.manifest["max_model_len"] = limit
+        write_json(beside(args.output_dir, ".manifest.json"), output.manifest)
         if args.tokenizer not in (model, root):
             print(f"note: the servers serve {model}, the tokenizer is {args.tokenizer}'s")
         tokenizer = sampling.load_tokenizer(args.tokenizer, args)

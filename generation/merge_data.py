@@ -11,6 +11,7 @@ list every prompt once. Shards without a manifest (other tools' files) are merge
 """
 
 import bisect
+import codecs
 import contextlib
 import dataclasses
 import fcntl
@@ -142,7 +143,7 @@ def check_records(paths, expected):
                 if line.strip():
                     try:
                         record = json.loads(line)
-                    except ValueError:
+                    except (ValueError, RecursionError):
                         torn = "" if line.endswith(b"\n") else " (the file ends inside a record)"
                         raise UserError(
                             f"{path} line {number} is not valid JSON{torn}; generate this shard again"
@@ -176,7 +177,7 @@ def write_merged(target, paths, places):
         for offset in places:
             shard = bisect.bisect_right(starts, offset) - 1
             files[shard].seek(offset - starts[shard])
-            target.write(files[shard].readline().rstrip(b"\r\n") + b"\n")
+            target.write(files[shard].readline().removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n") + b"\n")
     target.flush()
     os.fsync(target.fileno())
 
@@ -234,14 +235,13 @@ def main():
         random.Random(args.shuffle_seed).shuffle(places)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(f"{output}.tmp")
-    with open(temporary, "ab") as target:
+    with writing(temporary), open(temporary, "ab") as target:
         try:
             fcntl.flock(target, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"another process is writing {output}; wait for it or stop it first") from None
         target.truncate(0)
-        with writing(temporary):
-            write_merged(target, paths, places)
+        write_merged(target, paths, places)
         output.unlink(missing_ok=True)  # from here on the old file's manifest would not fit it
         merge_skipped(output, paths)
         counts = parts["counts"] | {"records": len(places)}

@@ -73,8 +73,8 @@ def test_a_loop_killed_at_every_stage_ends_as_an_undisturbed_one(undisturbed, tm
     with open(partial, "ab") as file:
         file.write(b'{"id": "torn", "respon')  # what a kill in the middle of a write leaves
     kills += driver_alone("generation/get_hf2.py", moments.uniform(0, 12), whole=False)
-    kills += driver_alone("annotate_data/get_rewards.py", moments.uniform(0, 8), whole=True)
-    kills += under_the_driver("annotate_data/get_rewards.py", after(moments.uniform(0, 5)), "error: annotation ended with status 137")
+    kills += driver_alone("annotate_data/get_rewards.py", moments.uniform(0, 2), whole=True)
+    kills += under_the_driver("annotate_data/get_rewards.py", after(moments.uniform(0, 2)), "error: annotation ended with status 137")
     log = folder / "iter1/logs/train.log"
     kills += under_the_driver("dpo_iteration/run_dpo.py", lambda: log.exists() and "training on" in log.read_text(), "error: training ended with status")
     end = faults.loop(folder, *settings)

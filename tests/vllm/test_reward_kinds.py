@@ -312,6 +312,14 @@ def broken(messages, response):
         raise KeyError("who")
     return 0
 
+def careless(messages, response, record):
+    messages.append({"role": "user", "content": "z"})
+    record["number"] += 1
+    return len(messages) + 100 * record["number"]
+
+def huge(messages, response):
+    return 1e308
+
 def slow(messages, response):
     import time
     time.sleep(0.05)
@@ -333,6 +341,17 @@ def by_function(monkeypatch, tmp_path, spec, *more, target="out.jsonl"):
     monkeypatch.setattr(sys, "argv", ["get_rewards.py", *arguments, "--reward_function", spec, *map(str, more)])
     get_rewards.main()
     return read(tmp_path / target)
+
+
+def test_a_function_cannot_reach_the_next_call_nor_the_summary(tmp_path, monkeypatch, function):
+    rows = generated(tmp_path / "gen.jsonl", 3)
+    rows[1]["num_tokens"] = 3  # another tool's field of that name
+    rows[2]["num_tokens"] = ["a", "b", "c", "d"]
+    write(tmp_path / "gen.jsonl", rows)
+    out = by_function(monkeypatch, tmp_path, function("careless"))
+    assert [r["rewards"] for r in out] == [[len(r["prompt"]) + 1 + 100 * (r["number"] + 1)] * 4 for r in rows]
+    assert [r["num_tokens"] for r in out[1:]] == [3, ["a", "b", "c", "d"]]
+    assert by_function(monkeypatch, tmp_path, function("huge"), target="b.jsonl")[0]["rewards"] == [None] * 4
 
 
 def test_a_function_alone_needs_no_model(tmp_path, monkeypatch, function):

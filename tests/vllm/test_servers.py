@@ -122,10 +122,14 @@ class Mock:
                 return web.json_response({"error": {"message": f"the server says {what}"}}, status=what)
             count = 1 if probe else body["n"] - (what == "fewer")
             reason = "abort" if what == "abort" else "stop"
+            if what == "null":
+                return web.json_response(None)
             choices = [
                 {"index": i, "text": f"{body.get('seed')}/{i}", "finish_reason": reason, "token_ids": [1, 2]}
                 for i in range(count)
             ]
+            if isinstance(what, dict):  # the first choice otherwise
+                choices[0] |= what
             return web.json_response({"choices": choices[::-1]})
         finally:
             self.in_flight -= 1
@@ -187,12 +191,34 @@ def test_work_is_shared_bounded_ordered_and_explicit(folder, monkeypatch, capsys
         client(monkeypatch, folder, [a, b], "--max_new_tokens", "500", "--top_p", "0.5")
 
 
-@pytest.mark.parametrize("what", [408, 429, 500, 503, "hang", "cut", "half", "garbage", "fewer", "abort"])
+@pytest.mark.parametrize("what", [
+    408, 429, 500, 503, "hang", "cut", "half", "garbage", "fewer", "abort", "null", {"text": None}, {"text": "\ud800"}, {"finish_reason": ["stop"]},
+    {"index": 1}, {"token_ids": None},
+], ids=str)  # fmt: skip
 def test_what_fails_is_asked_again(folder, monkeypatch, what):
     with Mock(lambda count, body: what if count in (1, 2, 9) else None) as a, Mock() as b:
         client(monkeypatch, folder, [a, b], "--concurrency", "3", "--timeout", "1")
         check_whole(folder, 30)
         assert len(a.bodies) + len(b.bodies) >= 32
+
+
+def test_a_busy_server_is_not_held_against_a_prompt(folder, monkeypatch):
+    with Mock(lambda count, body: 429 if count < 12 else None) as a:
+        client(monkeypatch, folder, [a], "--concurrency", "1", "--retries", "2")
+        check_whole(folder, 30)
+
+
+def test_servers_of_another_length_do_not_go_on_with_half_done_work(folder, monkeypatch):
+    with Mock(lambda count, body: 400 if count == 9 else None) as a, pytest.raises(UserError, match="HTTP 400"):
+        client(monkeypatch, folder, [a], "--concurrency", "1")
+    with Mock(length=400) as b:
+        with pytest.raises(UserError, match="max_model_len 512, now it is 400"):
+            client(monkeypatch, folder, [b])
+    with Mock() as c:
+        client(monkeypatch, folder, [c])
+        check_whole(folder, 30)
+    with Mock(length=400) as b:
+        client(monkeypatch, folder, [b])  # finished work asks nothing of servers
 
 
 def test_another_4xx_is_final_and_quotes_the_server(folder, monkeypatch):
