@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Make what the tests need and run them: bash tests/run.sh [--all] [pytest arguments]
+# Make what the tests need and run them: bash tests/run.sh [--all] [FILE…] [pytest arguments]
 #
 #   --all     the long ones too (five seeds of the tiny loop, hundreds of kills); see pytest's `long` marker
+#   FILE…     only these, for example tests/plain or tests/loop/test_faults.py, each in its environment
 #
 # Three parts: code without a model, environment vllm, environment rlhflow; then the whole loop on the tiny models. pytest,
 # ruff and shellcheck live in .envs/tools, so that the environments stay as their requirements say.
@@ -31,16 +32,28 @@ echo "== style"
 "$tools/bin/ruff" check .
 git ls-files -z '*.sh' | xargs -0 "$tools/bin/shellcheck" -x
 
+arguments=() chosen=()
+for argument in "$@"; do
+  case "$argument" in
+    tests/*)
+      [ -e "${argument%%::*}" ] || { echo "error: no such file: ${argument%%::*}" >&2; exit 2; }
+      chosen+=("$argument") ;;
+    *) arguments+=("$argument") ;;
+  esac
+done
+
 status=0
-tests_in() { # ENVIRONMENT FOLDER…: pytest there, its tools behind the environment's own packages
-  local name="$1"
-  shift
-  echo "== environment $name: $*"
+tests_in() { # ENVIRONMENT FOLDER: pytest there on all or the chosen files, its tools behind the environment's own packages
+  local name="$1" folder="$2" file files=()
+  for file in "${chosen[@]:-$folder}"; do
+    case "$file" in "$folder" | "$folder"/*) files+=("$file") ;; esac
+  done
+  [ "${#files[@]}" -gt 0 ] || return 0
+  echo "== environment $name: ${files[*]}"
   use_env "$name"
   TOOLS="$tools" python -c 'import os, sys; sys.path.append(os.environ["TOOLS"]); import pytest; sys.exit(pytest.main(sys.argv[1:]))' \
-    -q -rs --durations 8 "${long[@]}" "${arguments[@]}" "$@" || status=$?
+    -q -rs --durations 8 "${long[@]}" "${arguments[@]}" "${files[@]}" || status=$?
 }
-arguments=("$@")
 
 tests_in rlhflow tests/plain
 tests_in vllm tests/vllm
