@@ -16,8 +16,11 @@ Layers other than attention work on single tokens, so only attention needs to kn
 it (transformers' AttentionInterface) and finds the layout in the keyword argument `shared_prompts`, which models hand
 on to their layers. No mask is built: under a name that transformers' masks do not know, it makes none.
 
-Autograd and gradient checkpointing work through it. In training, where the prompt's last state must stand in each
-sequence's own part (say because labels are one a column), let `pack` share fewer tokens with `keep=2`.
+Autograd and gradient checkpointing work through it. Training asks each column for its next token: `labelled=True` shares
+one token less, so that the state from which the sequences part stands in each of them.
+
+On a GPU, in half precision, all spans of a row are one call of torch's variable-length attention, with the keys of each
+span gathered; elsewhere each span is a call of its own.
 """
 
 import contextlib
@@ -26,6 +29,7 @@ from typing import NamedTuple
 
 import torch
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
@@ -54,14 +58,34 @@ class Packed:
     ids, positions: [1, T] int64.
     groups: where each group stands; sequences are numbered through all groups, in the order given.
     last: [sequences] column of each sequence's last token.
+    wanted: [n] columns whose last states are wanted; None for all. See `only_wanted`.
     """
 
     ids: torch.Tensor
     positions: torch.Tensor
     groups: list[Group]
     last: torch.Tensor
+    wanted: torch.Tensor | None = None
     only_last: torch.nn.Module | None = None  # attention that is wanted at `last` only
-    masks: dict = field(default_factory=dict)  # by shape, kept for the pass: layers need the same ones
+    masks: dict = field(default_factory=dict)  # and layouts of spans, kept for the pass: layers need the same ones
+
+    def to(self, device):
+        """The same row with its tensors on another device."""
+        moved = [None if t is None else t.to(device, non_blocking=True) for t in (self.ids, self.positions, self.last, self.wanted)]
+        return Packed(moved[0], moved[1], self.groups, moved[2], moved[3])
+
+    def spans(self, narrow=False):
+        """Queries that attend together: lists of (first column, columns, first column of the prefix, its columns).
+
+        Their keys are the prefix and the columns themselves. `narrow` asks only the last column of each sequence.
+        """
+        for start, prefix, own in self.groups:
+            if prefix and not narrow:
+                yield start, prefix, start, 0
+            at = start + prefix
+            for length in own:
+                yield at, length, start, prefix
+                at += length
 
     def columns(self):
         """For each sequence, the [length] columns of its tokens: `hidden[columns[s]]` is as if it had been alone."""
@@ -74,8 +98,10 @@ class Packed:
         return [columns.to(self.ids.device) for columns in made]
 
 
-def shared(sequences, keep=1):
-    """How many tokens a group's sequences have in common from the left, at least `keep` left over for each.
+def shared(sequences, labelled=False):
+    """How many tokens a group's sequences have in common from the left, with at least one left over for each.
+
+    `labelled`: so many that each shared token has the same next token in all sequences.
 
     Raises:
         ValueError: a sequence without tokens.
@@ -86,13 +112,14 @@ def shared(sequences, keep=1):
     if len(sequences) == 1:
         return 0
     low, high = min(sequences), max(sequences)  # all others lie between them, so what these two share all share
-    limit = max(0, shortest - keep)
-    return next((i for i in range(limit) if low[i] != high[i]), limit)
+    limit = shortest if labelled else shortest - 1
+    common = next((i for i in range(limit) if low[i] != high[i]), limit)
+    return max(0, common - 1) if labelled else common
 
 
-def packed_tokens(sequences, keep=1):
+def packed_tokens(sequences, labelled=False):
     """Columns that a group takes in a row."""
-    return sum(map(len, sequences)) - (len(sequences) - 1) * shared(sequences, keep)
+    return sum(map(len, sequences)) - (len(sequences) - 1) * shared(sequences, labelled)
 
 
 def plan(groups, budget):
@@ -122,16 +149,16 @@ def plan(groups, budget):
         yield batch
 
 
-def pack(groups, device="cpu", keep=1):
+def pack(groups, device="cpu", labelled=False):
     """Lay out groups of token-id sequences (lists or arrays of int) in one row.
 
     Args:
         groups: each a list of sequences; what they share is found in the ids, so they may be truncated.
-        keep: tokens that each sequence has for itself at least.
+        labelled: see `shared`.
     """
     ids, positions, layout, last = [], [], [], []
     for sequences in groups:
-        prefix, start = shared(sequences, keep), len(ids)
+        prefix, start = shared(sequences, labelled), len(ids)
         ids.extend(sequences[0][:prefix])
         positions.extend(range(prefix))
         for sequence in sequences:
@@ -168,6 +195,21 @@ def last_states(backbone, packed):
         return hidden_states(backbone, packed)[packed.last]
 
 
+def only_wanted(backbone):
+    """Let a prepared backbone return the last states of `Packed.wanted` alone, [1, n, hidden], where that is set.
+
+    A language model's head then works on these columns only. Returns the hook's handle.
+    """
+
+    def select(_, given, named, output):
+        packed = named.get("shared_prompts")
+        if packed is not None and packed.wanted is not None:
+            output.last_hidden_state = output.last_hidden_state[:, packed.wanted]
+        return output
+
+    return backbone.register_forward_hook(select, with_kwargs=True)
+
+
 def _spread(made, packed):
     """An output at the last columns, [1, sequences, …], with zeros at the others: [1, T, …]."""
     if isinstance(made, tuple):  # mixtures of experts give their router's logits, too
@@ -190,23 +232,55 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
         raise Unsupported("its attention sees another number of tokens than there are")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     narrow = module is shared_prompts.only_last
+    if uses_varlen(query, softcap):
+        made = _attend_all(query, key, value, scaling, sliding_window, shared_prompts, narrow)
+        return _spread(made, shared_prompts) if narrow else made, None
     parts = []
-    for start, prefix, own in shared_prompts.groups:
-        at = start + prefix
-        spans = [(start, prefix, 0)] if prefix and not narrow else []
-        for length in own:
-            spans.append((at, length, prefix))
-            at += length
-        for at, length, before in spans:
-            end, asked = at + length, 1 if narrow else length
-            keys, values = key[:, :, at:end], value[:, :, at:end]
-            if before:
-                keys = torch.cat([key[:, :, start : start + before], keys], 2)
-                values = torch.cat([value[:, :, start : start + before], values], 2)
-            queries = query[:, :, end - asked : end]
-            parts.append(_attend(queries, keys, values, scaling, sliding_window, softcap, shared_prompts.masks).transpose(1, 2))
+    for at, length, start, before in shared_prompts.spans(narrow):
+        end, asked = at + length, 1 if narrow else length
+        keys, values = key[:, :, at:end], value[:, :, at:end]
+        if before:
+            keys = torch.cat([key[:, :, start : start + before], keys], 2)
+            values = torch.cat([value[:, :, start : start + before], values], 2)
+        queries = query[:, :, end - asked : end]
+        parts.append(_attend(queries, keys, values, scaling, sliding_window, softcap, shared_prompts.masks).transpose(1, 2))
     made = torch.cat(parts, 1)
     return _spread(made, shared_prompts) if narrow else made, None
+
+
+def uses_varlen(query, softcap):
+    """Whether torch's variable-length attention computes this: flash kernels, so CUDA and half precision, no soft-cap."""
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return query.is_cuda and half and not softcap and query.shape[-1] <= 256 and torch.cuda.get_device_capability()[0] >= 8
+
+
+def _attend_all(query, key, value, scaling, window, packed, narrow):
+    """All spans in one call: query, key, value [1, heads, T, width] → [1, queries, heads, width].
+
+    The kernel takes a causal mask to end with the last query at the last key, which is what a span behind its prefix needs.
+    """
+    name = "narrow" if narrow else "spans"
+    if name not in packed.masks:
+        packed.masks[name] = _layout(packed, narrow, query.device)
+    columns, starts_q, starts_k, most_q, most_k = packed.masks[name]
+    query = query[0].transpose(0, 1)
+    if narrow:
+        query = query[packed.last]
+    key, value = key[0].transpose(0, 1)[columns], value[0].transpose(0, 1)[columns]
+    left = -1 if window is None else window - 1
+    grouped = query.shape[1] != key.shape[1]
+    return varlen_attn(query.contiguous(), key, value, starts_q, starts_k, most_q, most_k, scale=scaling, window_size=(left, 0), enable_gqa=grouped)[None]
+
+
+def _layout(packed, narrow, device):
+    """(columns of all spans' keys [K], where queries [S + 1] and keys [S + 1] of a span start, the longest of each)."""
+    columns, queries, keys = [], [0], [0]
+    for at, length, start, before in packed.spans(narrow):
+        columns += [torch.arange(start, start + before), torch.arange(at, at + length)]
+        queries.append(1 if narrow else length)
+        keys.append(before + length)
+    starts = [torch.tensor(lengths, device=device).cumsum(0).to(torch.int32) for lengths in (queries, keys)]
+    return torch.cat(columns).to(device), *starts, max(queries), max(keys)
 
 
 def _attend(query, key, value, scaling, window, softcap, masks):

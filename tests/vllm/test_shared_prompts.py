@@ -137,7 +137,7 @@ def test_layout_of_the_row():
     assert packed.groups == [(0, 3, (2, 1)), (6, 0, (2,))]
     assert packed.last.tolist() == [4, 5, 7]
     assert [columns.tolist() for columns in packed.columns()] == [[0, 1, 2, 3, 4], [0, 1, 2, 5], [6, 7]]
-    assert pack([[a, b]], keep=2).ids.tolist() == [[5, 6, 7, 1, 2, 7, 3]]
+    assert pack([[a, b]], labelled=True).ids.tolist() == [[5, 6, 7, 1, 2, 7, 3]]
 
 
 @pytest.mark.parametrize(
@@ -170,9 +170,63 @@ def test_left_truncation_shares_what_is_left(fresh):
     check(fresh(), [cut, with_bos, whole])
 
 
-def test_keep_leaves_the_last_prompt_token_to_each(fresh):
-    packed = check(fresh("qwen2"), GROUPS, keep=2)
-    assert [group.prefix for group in packed.groups] == [22, 0, 3, 0, 40]  # a response of the first group is one token
+def test_labelled_rows_give_each_column_one_next_token(fresh):
+    packed = check(fresh("qwen2"), GROUPS, labelled=True)
+    assert [group.prefix for group in packed.groups] == [22, 0, 2, 0, 39]
+    everything = [sequence for group in GROUPS for sequence in group]
+    after = {}
+    for columns, sequence in zip(packed.columns(), everything, strict=True):
+        for column, token in zip(columns.tolist(), sequence[1:]):
+            assert after.setdefault(column, token) == token
+    nested = [[1, 2, 3], [1, 2, 3, 4, 5]]  # one is the other's beginning: nothing comes after its last token
+    assert pack([nested], labelled=True).ids.tolist() == [[1, 2, 3, 3, 4, 5]]
+    assert shared_prompts.shared([[1, 2], [3]], labelled=True) == 0
+
+
+def varlen(query, key, value, starts_q, starts_k, most_q, most_k, *, scale, window_size, enable_gqa):
+    """What torch.nn.attention.varlen's documentation says its CUDA kernel computes, span by span in plain operations."""
+    made, (left, right) = [], window_size
+    assert right == 0 and enable_gqa == (query.shape[1] != key.shape[1]) and query.is_contiguous()
+    assert starts_q.dtype == starts_k.dtype == torch.int32
+    for a, b, c, d in zip(starts_q, starts_q[1:], starts_k, starts_k[1:], strict=False):
+        assert b - a <= most_q and d - c <= most_k
+        q, k, v = query[a:b].transpose(0, 1), *(x[c:d].transpose(0, 1).repeat_interleave(query.shape[1] // key.shape[1], 0) for x in (key, value))
+        ahead = torch.arange(d - c) - torch.arange(b - a)[:, None] - (d - c - (b - a))  # the last query stands at the last key
+        may = (ahead <= 0) & (ahead >= -left if left >= 0 else True)
+        made.append(((q @ k.mT) * scale).masked_fill(~may, float("-inf")).softmax(-1) @ v)
+    return torch.cat(made, 1).transpose(0, 1)
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "gemma2"])  # its soft-cap has no such kernel
+def test_one_call_for_all_spans_is_laid_out_right(architecture, fresh, monkeypatch):
+    """The kernel runs on GPUs only, so an emulation of what it documents stands in; the layout and the gradients are ours."""
+    monkeypatch.setattr(shared_prompts, "uses_varlen", lambda query, softcap: True)
+    monkeypatch.setattr(shared_prompts, "varlen_attn", varlen)
+    check(fresh(architecture), GROUPS)
+    check(fresh(architecture), GROUPS, labelled=True)
+    monkeypatch.undo()
+    model = fresh(architecture)
+    prepare(model)
+    found = []
+    for emulated in (False, True):
+        if emulated:
+            monkeypatch.setattr(shared_prompts, "uses_varlen", lambda query, softcap: True)
+            monkeypatch.setattr(shared_prompts, "varlen_attn", varlen)
+        model.zero_grad()
+        hidden_states(model, pack(GROUPS, labelled=True)).square().mean().backward()
+        found.append(torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None]))
+    assert (found[0] - found[1]).norm() < 1e-5 * found[0].norm()
+
+
+def test_only_wanted_columns_come_back(fresh):
+    model = fresh()
+    prepare(model)
+    handle, packed = shared_prompts.only_wanted(model), pack(GROUPS, labelled=True)
+    with torch.no_grad():
+        whole = hidden_states(model, packed)
+        packed.wanted = torch.tensor([3, 0, 7])
+        assert torch.equal(hidden_states(model, packed.to("cpu")), whole[[3, 0, 7]])
+    handle.remove()
 
 
 @each
