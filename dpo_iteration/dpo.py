@@ -1,151 +1,201 @@
-"""The DPO trainer: TRL's, with our own tokenisation, conservative DPO, and plain log lines.
+"""The DPO trainer: TRL's, fed with packed rows that share their prompts, on the losses of losses.py.
 
-TRL 1.16 is pinned exactly because `_prepare_dataset` and the attributes `loss_types` and `label_smoothing` are private.
+TRL 1.16 is pinned exactly because `_prepare_dataset`, `_precompute_ref_logps`, `_compute_loss`, `_set_signature_columns_if_needed`,
+`_metrics` and the name `hash_module` in its module are private. What losses.py does not have (losses that depend on which pairs
+share a pass, f-divergences, WPO, LD-DPO, the auxiliary loss of mixtures of experts) is TRL's own computation, padded.
 """
 
 import math
 import sys
 import time
-from collections import Counter
-from pathlib import Path
+from contextlib import contextmanager
 
-import datasets
-from accelerate import PartialState
+import torch
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from trl import DPOTrainer
+from trl.trainer import dpo_trainer
 
-from common import chat
 from common.cli import UserError
 from common.progress import Progress, duration
+from common.shared_prompts import NAME, Unsupported, only_wanted, prepare
+from dpo_iteration.losses import Pairs, Settings, pair_losses
+from dpo_iteration.packing import NUMBERS, PaddedCollator, Rows, collate_packed, score
 
-SIDES = ("chosen", "rejected")
+TOLERANCE, HALF_TOLERANCE = 1e-4, 0.03  # of a log-probability a token, packed against padded; halves round by layout
+OF_PAIRS = (
+    "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
+    "tokens/chosen", "tokens/rejected",
+)  # fmt: skip
+OF_TOKENS = ("logits/chosen", "logits/rejected", "mean_token_accuracy", "entropy")
 
 
 class IterativeDPOTrainer(DPOTrainer):
-    """DPOTrainer on rows that are tokenised already (`prompt_ids`, `chosen_ids`, `rejected_ids`: lists of token ids).
+    """DPOTrainer on rows that are tokenised already and have the reference's log-probabilities.
 
-    `loss_type: sigmoid` with `label_smoothing` ε is conservative DPO (Mitchell 2023, "A note on DPO with noisy
-    preferences"): -(1 - ε)·logσ(βΔ) - ε·logσ(-βΔ). TRL's sigmoid ignores ε. Its robust loss,
-    [-(1 - ε′)·logσ(βΔ) + ε′·logσ(-βΔ)] / (1 - 2ε′), is the same function for ε′ = -ε / (1 - 2ε), ε < ½.
+    Args:
+        rows: {"train", "eval"}: lists of dicts with `prompt_ids`, `chosen_ids`, `rejected_ids` (token ids),
+            `ref_chosen_logps`, `ref_rejected_logps`, and perhaps `margin` and `weight`.
+        steps: Steps of the training rows, or None for TRL's own loss and batches.
+        eval_steps: the same of the held-out rows.
+        sharing: whether rows are packed.
+        margin_scale: see losses.py.
+
+    `loss_type: sigmoid` with `label_smoothing` is conservative DPO, which TRL's sigmoid is not.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        # After TRL's own checks, which call a negative ε′ a mistake; `self.args` keeps the user's names.
-        if "sigmoid" in self.loss_types and self.label_smoothing:
+    def __init__(self, *args, rows, steps, eval_steps, sharing, margin_scale=0.0, **kwargs):
+        self.rows, self.batching, self.sharing = rows, {"train": steps, "eval": eval_steps}, sharing
+        self.attention, self.checked = None, False
+        self.sums = {"train": None, "eval": None}
+        with without_hash():
+            super().__init__(*args, **kwargs)
+        self.settings = Settings(self.beta, self.label_smoothing, margin_scale, self.args.discopop_tau)
+        if steps is None and "sigmoid" in self.loss_types and self.label_smoothing:
+            # After TRL's own checks, which call a negative value a mistake; `self.args` keeps the user's names.
             self.loss_types = ["robust" if name == "sigmoid" else name for name in self.loss_types]
             self.label_smoothing = robust_equivalent(self.label_smoothing)
+        if sharing:
+            base = self.accelerator.unwrap_model(self.model)
+            base = base.get_base_model() if hasattr(base, "get_base_model") else base
+            self.attention = prepare(base)
+            only_wanted(base.base_model)
+            self.policy = base
+
+    # What TRL would do once more
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        """Rows as they are: TRL would tokenise again. Cached reference values need one file for all ranks."""
-        if not args.precompute_ref_log_probs:
-            return dataset
-        folder, state = Path(args.output_dir) / ".precompute" / dataset_name, PartialState()
-        if state.is_main_process:
-            dataset.save_to_disk(str(folder))
-        state.wait_for_everyone()
-        return datasets.load_from_disk(str(folder))
+        """Rows as they are: TRL would tokenise again."""
+        return dataset
+
+    def _precompute_ref_logps(self, dataset, name, batch_size):
+        """The rows have them."""
+        return dataset
 
     def create_model_card(self, *args, **kwargs):
         """None: a manifest stands beside the model."""
 
+    # Batches
+
+    def loader(self, split):
+        collate = collate_packed if self.sharing else PaddedCollator(self.processing_class.pad_token_id)
+        args, steps = self.args, self.batching[split]
+        return DataLoader(Rows(self.rows[split]), batch_sampler=steps, collate_fn=collate, num_workers=args.dataloader_num_workers)
+
+    def get_train_dataloader(self):
+        return self.loader("train") if self.batching["train"] else super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        ours = self.batching["eval"] and (eval_dataset is None or eval_dataset is self.eval_dataset)
+        return self.loader("eval") if ours else super().get_eval_dataloader(eval_dataset)
+
+    def _prepare_inputs(self, inputs):
+        """On the device, and numbers as they are: under DeepSpeed with bf16 the Trainer rounds every float of a batch to bf16,
+        which moves a log-probability of -300 by up to 1."""
+        exact = {key: inputs[key].to(self.args.device) for key in NUMBERS if key in inputs}
+        return super()._prepare_inputs(inputs) | exact
+
+    # The loss
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        if "scale" not in inputs:
+            return super()._compute_loss(model, inputs, return_outputs)
+        if self.sharing and not self.checked:
+            self.check_packing(model, inputs)
+        scored = score(model, inputs)
+        pairs = Pairs(scored.chosen, scored.rejected, inputs["ref_chosen_logps"], inputs["ref_rejected_logps"],
+                      scored.chosen_tokens, scored.rejected_tokens, inputs["margin"])  # fmt: skip
+        losses = pair_losses(pairs, self.loss_types, self.loss_weights, self.settings)
+        self.count(scored, pairs, losses.detach(), inputs)
+        loss = (losses * inputs["scale"]).sum()
+        return (loss, scored.outputs) if return_outputs else loss
+
+    def check_packing(self, model, inputs):
+        """Compute the first row's pairs padded too, one by one, and stop where the two differ by more than rounding."""
+        self.checked = True
+        pads, device = PaddedCollator(self.processing_class.pad_token_id), inputs["scale"].device
+        with torch.no_grad():
+            try:
+                packed = score(model, inputs)
+            except Unsupported as error:
+                raise UserError(f"prompts cannot be shared with this model ({error}): give --share_prompts false") from None
+            row, worst = inputs["row"].to("cpu"), 0.0
+            sequences = [row.ids[0, columns].tolist() for columns in row.columns()]
+            # Under ZeRO-3 every pass needs all processes, which may have other numbers of pairs.
+            count = int(self.accelerator.gather(torch.tensor([len(inputs["scale"])], device=device)).max())
+            self.policy.set_attn_implementation(self.attention)
+            for p in [min(p, len(inputs["scale"]) - 1) for p in range(count)]:
+                chosen, rejected = sequences[2 * p : 2 * p + 2]
+                tokens = [int(packed.chosen_tokens[p]), int(packed.rejected_tokens[p])]
+                prompt = len(chosen) - tokens[0]
+                pair = {"prompt_ids": chosen[:prompt], "chosen_ids": chosen[prompt:], "rejected_ids": rejected[prompt:]}
+                batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in pads([pair]).items()}
+                padded = score(model, batch)
+                for ours, theirs, n in zip((packed.chosen[p], packed.rejected[p]), (padded.chosen[0], padded.rejected[0]), tokens):
+                    worst = max(worst, float(abs(ours - theirs)) / n)
+            self.policy.set_attn_implementation(NAME)
+        half = self.args.bf16 or self.policy.dtype != torch.float32
+        limit = HALF_TOLERANCE if half else TOLERANCE
+        worst = float(self.accelerator.gather(torch.tensor([worst], device=device)).max())
+        if not worst <= limit:
+            raise UserError(f"packed rows give log-probabilities that differ from the padded ones by {worst:.2g} a token "
+                            f"(at most {limit:g} is rounding): give --share_prompts false")  # fmt: skip
+        if self.accelerator.is_main_process:
+            print(f"the first row was computed padded, too: at most {worst:.1e} a token apart", flush=True)
+
+    # What is logged
+
+    @torch.no_grad()
+    def count(self, scored, pairs, losses, inputs):
+        """Add up what TRL logs under the same names; means are taken over all pairs or tokens since the last log."""
+        mode, real = "train" if self.model.training else "eval", (inputs["scale"] > 0).float()
+        chosen, rejected = (self.beta * ratio for ratio in pairs.ratios)
+        of_pairs = (losses, chosen, rejected, (chosen > rejected).float(), chosen - rejected, pairs.chosen, pairs.rejected,
+                    pairs.chosen_tokens, pairs.rejected_tokens)  # fmt: skip
+        outputs, mine, theirs = scored.outputs, scored.of_chosen, scored.of_rejected
+        of_tokens = ((outputs.mean_logits * mine).sum(), (outputs.mean_logits * theirs).sum(), (outputs.is_top1 & mine).sum(),
+                     (outputs.entropy * mine).sum() + (outputs.entropy * theirs).sum())  # fmt: skip
+        # In a row without a pair nothing counts. No value is read here: that would wait for the GPU at every pass.
+        values = [(value * real).sum() for value in of_pairs] + [value * real.max() for value in (*of_tokens, inputs["tokens"])] + [real.sum()]
+        values = torch.stack([value.double() for value in values])
+        self.sums[mode] = values if self.sums[mode] is None else self.sums[mode] + values
+
+    def log(self, logs, start_time=None):
+        mode = "train" if self.model.training else "eval"
+        if self.sums[mode] is not None:
+            *values, tokens, pairs = self.accelerator.reduce(self.sums[mode], "sum").tolist()
+            self.sums[mode] = None
+            logs.update(self.means(dict(zip(OF_PAIRS + OF_TOKENS, values, strict=True)), round(tokens), pairs, mode))
+        super().log(logs, start_time)
+
+    def means(self, total, tokens, pairs, mode):
+        """What is logged of sums over all processes."""
+        chosen, rejected = total["tokens/chosen"], total["tokens/rejected"]
+        over = dict(zip(OF_TOKENS, (chosen, rejected, chosen, chosen + rejected), strict=True))
+        found = {name: value / max(over.get(name, pairs), 1.0) for name, value in total.items()}
+        if mode == "train":
+            self._total_train_tokens += tokens
+            del found["loss"]  # the Trainer's own is the same mean
+        found["num_tokens"] = self._total_train_tokens
+        return found if mode == "train" else {f"eval_{name}": value for name, value in found.items()}
+
+
+@contextmanager
+def without_hash():
+    """Spare TRL the hash of all weights that names its own cache of reference values, which is not used here."""
+    before, dpo_trainer.hash_module = dpo_trainer.hash_module, lambda module: ""
+    try:
+        yield
+    finally:
+        dpo_trainer.hash_module = before
+
 
 def robust_equivalent(label_smoothing):
-    """ε′ with which TRL's robust loss is conservative DPO with ε = `label_smoothing`."""
-    return -label_smoothing / (1 - 2 * label_smoothing)
+    """ε′ with which TRL's robust loss is conservative DPO with ε = `label_smoothing`.
 
-
-def _common_prefix(ids, others):
-    return next((i for i, pair in enumerate(zip(ids, others)) if pair[0] != pair[1]), min(len(ids), len(others)))
-
-
-class PairTokenizer:
-    """Turns pair records into rows of token ids by the chat template, and counts what it had to cut.
-
-    With nothing to cut, a row is TRL's own of the conversational record: one BOS where the template writes one, and
-    behind each response what the template writes there. Beyond that:
-
-    - a response that ended at the generation's length limit (`finish_reason` "length") gets no end of turn: the policy
-      never wrote one, and must not learn to stop in the middle of a sentence;
-    - a prompt longer than `max_prompt_length` loses its oldest tokens but keeps its BOS, on which attention leans;
-    - a response that does not fit into `max_length` is cut on the right and so loses its end of turn too.
-
-    Args:
-        tokenizer: the policy's, with its chat template.
-        max_length, max_prompt_length: tokens.
-        template_kwargs: dict given to the template.
-
-    Attributes:
-        counts: Counter of prompts and responses cut, and of responses without an end of turn.
+    [-(1 - ε′)·logσ(βΔ) + ε′·logσ(-βΔ)] / (1 - 2ε′) with ε′ = -ε / (1 - 2ε), ε < ½.
     """
-
-    def __init__(self, tokenizer, max_length, max_prompt_length, template_kwargs=None):
-        self.tokenizer, self.template_kwargs = tokenizer, template_kwargs or {}
-        self.max_length, self.max_prompt_length = max_length, max_prompt_length
-        self.end_of_turn = chat.turn_suffix(tokenizer, self.template_kwargs)
-        self.counts = Counter()
-
-    def encode(self, messages, generation_prompt):
-        return chat.encode(self.tokenizer, messages, generation_prompt, self.template_kwargs)
-
-    def __call__(self, pair):
-        """(row or None, reason or None): a pair whose sides are empty or equal as tokens teaches nothing."""
-        try:
-            prompt = self.encode(pair["prompt"], True)
-            full = {side: self.encode(pair["prompt"] + pair[side], False) for side in SIDES}
-        except UserError as error:
-            raise UserError(f"{pair.get('source', 'pair')} record {pair['id']}: {error}") from None
-        # As in TRL: where the template renders the prompt alone differently, the response begins where they part.
-        start = min(_common_prefix(prompt, full[side]) for side in SIDES)
-        kept = Counter({"prompts_rendered_otherwise": 1} if start < len(prompt) else {})
-        prompt = prompt[:start]
-        if len(prompt) > self.max_prompt_length:
-            bos = prompt[:1] if prompt[0] == self.tokenizer.bos_token_id else []
-            prompt = bos + prompt[len(prompt) - self.max_prompt_length + len(bos) :]
-            kept["prompts_cut"] += 1
-        row = {"prompt_ids": prompt}
-        for side in SIDES:
-            ids = full[side][start:]
-            if pair.get(f"{side}_finish_reason") == "length":
-                ids = self._without_end_of_turn(ids)
-                kept["responses_without_end_of_turn"] += 1
-            if len(ids) > self.max_length - len(prompt):
-                ids = ids[: self.max_length - len(prompt)]
-                kept["responses_cut"] += 1
-            row[f"{side}_ids"] = ids
-        if not row["chosen_ids"] or not row["rejected_ids"]:
-            return None, "a response without tokens"
-        if row["chosen_ids"] == row["rejected_ids"]:
-            return None, "equal token ids (after truncation)"
-        self.counts += kept
-        return row, None
-
-    def _without_end_of_turn(self, ids):
-        end = len(ids) - len(self.end_of_turn)
-        if ids[end:] != self.end_of_turn:
-            raise UserError(
-                "the chat template does not end a cut-off response the way it ends others, so its end of turn "
-                "cannot be left out; leave such responses out with --drop_truncated"
-            )
-        return ids[:end]
-
-
-def show_pair(tokenizer, row):
-    """A row decoded, the tokens that the loss counts between ⟦ and ⟧, with the numbers of tokens and of BOS."""
-    prompt = tokenizer.decode(row["prompt_ids"])
-    bos = tokenizer.bos_token_id
-    count = sum(token == bos for token in row["prompt_ids"]) if bos is not None else 0
-    lines = [f"prompt, {len(row['prompt_ids'])} tokens, {count} BOS: {prompt}"]
-    for side in SIDES:
-        lines.append(f"{side}, {len(row[f'{side}_ids'])} tokens: ⟦{tokenizer.decode(row[f'{side}_ids'])}⟧")
-    return "\n".join(lines)
-
-
-def check_bos(tokenizer, row):
-    """Refuse a template or tokenizer that begins a prompt with two BOS."""
-    bos = tokenizer.bos_token_id
-    if bos is not None and row["prompt_ids"][:2] == [bos, bos]:
-        raise UserError(f"the prompt begins with two {tokenizer.bos_token}: the chat template writes one too many")
+    return -label_smoothing / (1 - 2 * label_smoothing)
 
 
 class PlainLog(TrainerCallback):

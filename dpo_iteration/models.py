@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from common import chat
+from common import chat, shared_prompts
 from common.cli import UserError
 
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -46,6 +46,16 @@ def prepare_cpu(threads=None):
         ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def attention(name, args, revision=None):
+    """The attention of the padded computation. sdpa would leave a soft-cap of the scores (Gemma 2) out in silence."""
+    if args.attn_implementation:
+        return args.attn_implementation
+    if torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None:
+        return "flash_attention_2"
+    capped = getattr(load_config(name, args, revision).get_text_config(), "attn_logit_softcapping", None)
+    return "eager" if capped else "sdpa"
+
+
 def load_model(name, args, config, revision=None):
     """A causal language model in fp32; under DeepSpeed with bf16 in bf16, of which DeepSpeed keeps fp32 master weights.
 
@@ -53,12 +63,11 @@ def load_model(name, args, config, revision=None):
         UserError: it cannot be loaded, or the checkpoint lacks weights (transformers would make up random ones).
     """
     deepspeed = config.deepspeed_plugin is not None
-    flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             name, revision=revision, trust_remote_code=args.trust_remote_code, output_loading_info=True,
             dtype=torch.bfloat16 if deepspeed and args.bf16 else torch.float32,
-            attn_implementation=args.attn_implementation or ("flash_attention_2" if flash else "sdpa"),
+            attn_implementation=attention(name, args, revision),
             **(config.model_init_kwargs or {}),
         )  # fmt: skip
     except Exception as error:
@@ -69,18 +78,50 @@ def load_model(name, args, config, revision=None):
     return model
 
 
-def load_policy_and_reference(args, config, tokenizer, rows):
-    """(policy, reference). Both are loaded in one way, so that they compute in the same dtype.
+def load_config(name, args, revision=None):
+    """The configuration of a model, without its weights."""
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+    except Exception as error:
+        raise UserError(f"cannot load {name}: {_one_line(error)}") from None
 
-    The reference is None where the policy's own start is the reference and its log-probabilities are precomputed.
+
+def reason_against_sharing(args):
+    """Why the policy's architecture cannot compute a shared prompt once, as a phrase; empty where it can."""
+    config = load_config(args.model_name_or_path, args, args.revision)
+    shape = config.get_text_config()
+    if getattr(shape, "attention_dropout", 0.0):
+        return f"it has an attention dropout of {shape.attention_dropout}"
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
+    except Exception as error:
+        return f"its architecture cannot be looked at: {_one_line(error)}"
+    return shared_prompts.reason_against(model)
+
+
+def has_auxiliary_loss(args):
+    """Whether TRL adds a mixture of experts' load-balancing loss, which depends on all tokens of a pass."""
+    shape = load_config(args.model_name_or_path, args, args.revision).get_text_config()
+    return hasattr(shape, "output_router_logits") and getattr(shape, "router_aux_loss_coef", 0.0) != 0
+
+
+def reference_name(args):
+    """(hub name or folder of the reference, its revision)."""
+    other = args.ref_model_name_or_path not in (None, args.model_name_or_path)
+    return (args.ref_model_name_or_path, None) if other else (args.model_name_or_path, args.revision)
+
+
+def check_models(args, tokenizer, rows):
+    """Look at policy and reference before the weights of either are loaded.
 
     Raises:
         UserError: token ids without an embedding, rows longer than the model's positions, or a reference that spells
             text in other tokens than the policy.
     """
-    name, reference = args.model_name_or_path, args.ref_model_name_or_path or args.model_name_or_path
+    name, (reference, commit) = args.model_name_or_path, reference_name(args)
     every = [row for split in rows.values() for row in split]
-    highest = max(max(ids) for row in every for ids in row.values() if ids)
+    highest = max(max(row[key]) for row in every for key in ("prompt_ids", "chosen_ids", "rejected_ids") if row[key])
     longest = max(len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in every)
     if reference != name:
         try:
@@ -89,12 +130,8 @@ def load_policy_and_reference(args, config, tokenizer, rows):
             vocabulary = tokenizer.get_vocab()
         if vocabulary != tokenizer.get_vocab():
             raise UserError(f"{name} and {reference} have different vocabularies: one text, other tokens")
-    policy = load_model(name, args, config, args.revision)
-    ref_model = None
-    if reference != name or not config.precompute_ref_log_probs:
-        ref_model = load_model(reference, args, config, None if reference != name else args.revision)
-    for path, model in ((name, policy), (reference, ref_model or policy)):
-        shape = model.config.get_text_config()
+    for path, revision in {(name, args.revision), (reference, commit)}:
+        shape = load_config(path, args, revision).get_text_config()
         if highest >= shape.vocab_size:
             raise UserError(
                 f"the tokenizer gives token id {highest} and {path} has {shape.vocab_size} embeddings: no match"
@@ -102,7 +139,6 @@ def load_policy_and_reference(args, config, tokenizer, rows):
         positions = getattr(shape, "max_position_embeddings", None)
         if positions and longest > positions:
             raise UserError(f"{path} has {positions} positions, a pair has {longest} tokens: lower --max_length")
-    return policy, ref_model
 
 
 def check_master_weights(trainer):

@@ -15,6 +15,7 @@ from common.records import Identifier, finite, read_jsonl, record_id, to_message
 
 CHOOSE_TYPES = ("max_min", "max_max", "max_random", "random", "max_min_p")
 PER_RESPONSE = ("responses", "rewards", "finish_reasons", "num_tokens")  # K entries each
+SIDE_FIELDS = ("", "_index", "_reward", "_finish_reason", "_num_tokens")  # of a pair, for each of its sides
 OF_ALL = ("reward_parts", "pair_probabilities")  # speak of all K responses, so they stay behind
 
 
@@ -112,31 +113,41 @@ def choose(scores, usable, choose_type, rng):
     return (best, rejected) if scores[best] > scores[rejected] else None
 
 
-def make_pair(
-    record, choose_type="max_min", length_penalty=0.0, min_margin=0.0, drop_truncated=False, seed=42, count_tokens=None
+def make_pairs(
+    record, choose_type="max_min", length_penalty=0.0, min_margin=0.0, drop_truncated=False, seed=42, count_tokens=None, pairs_per_prompt=1
 ):
-    """(pair or None, reason or None, Counter of responses left out) of one rewarded record.
+    """(pairs, reason why there are none or None, Counter of responses left out) of one rewarded record.
 
     The score is the reward; for `max_min_p` it is reward - length_penalty × length in tokens, by which both are chosen
-    and the margin is taken. Lengths are the record's `num_tokens`, else `count_tokens(text)`.
+    and the margin is taken. Lengths are the record's `num_tokens`, else `count_tokens(text)`. A second pair is chosen
+    as the first was, among the responses that are left.
     """
     usable, left_out = usable_responses(record, drop_truncated)
     if len(record["responses"]) < 2:
-        return None, "fewer than two responses", left_out
+        return [], "fewer than two responses", left_out
     if len(usable) < 2:
         why = ", ".join(f"{n} {reason}" for reason, n in sorted(left_out.items()))
-        return None, f"fewer than two usable responses: {why}", left_out
+        return [], f"fewer than two usable responses: {why}", left_out
     scores = {i: record["rewards"][i] for i in usable}
     lengths = record.get("num_tokens") or [None] * len(record["responses"])
     if choose_type == "max_min_p":
         lengths = [n if n is not None else count_tokens(text) for n, text in zip(lengths, record["responses"])]
         scores = {i: scores[i] - length_penalty * lengths[i] for i in usable}
-    found = choose(scores, usable, choose_type, random.Random(f"{seed}/{record['id']}"))
-    if found is None:
-        return None, "equal rewards", left_out
-    margin = scores[found[0]] - scores[found[1]]
-    if margin < min_margin:
-        return None, f"margin below min_margin: {margin:.6g}", left_out
+    pairs, rng = [], random.Random(f"{seed}/{record['id']}")
+    while len(pairs) < pairs_per_prompt and len(usable) > 1:
+        found = choose(scores, usable, choose_type, rng)
+        if found is None:
+            return pairs, None if pairs else "equal rewards", left_out
+        margin = scores[found[0]] - scores[found[1]]
+        if margin < min_margin:
+            return pairs, None if pairs else f"margin below min_margin: {margin:.6g}", left_out
+        pairs.append(_pair(record, found, lengths) | {"margin": margin} | _rest(record))
+        usable = [i for i in usable if i not in found]
+    return pairs, None, left_out
+
+
+def _pair(record, found, lengths):
+    """The pair of two responses, with where each came from."""
     finish = record.get("finish_reasons") or [None] * len(record["responses"])
     pair = {"id": record["id"], "prompt": record["prompt"]}
     for side, i in zip(("chosen", "rejected"), found):
@@ -145,8 +156,13 @@ def make_pair(
             f"{side}_reward": record["rewards"][i], f"{side}_finish_reason": finish[i],
             f"{side}_num_tokens": lengths[i],
         }  # fmt: skip
-    extra = {k: v for k, v in record.items() if k not in (*pair, *PER_RESPONSE, *OF_ALL)}
-    return pair | {"margin": margin} | extra, None, left_out
+    return pair
+
+
+def _rest(record):
+    """Fields of a record that are carried through."""
+    ours = {"id", "prompt", "margin", *(f"{side}{what}" for side in ("chosen", "rejected") for what in SIDE_FIELDS)}
+    return {k: v for k, v in record.items() if k not in ours and k not in (*PER_RESPONSE, *OF_ALL)}
 
 
 def held_out(messages, fraction, seed):
@@ -156,19 +172,18 @@ def held_out(messages, fraction, seed):
 
 
 def select_pairs(paths, eval_fraction=0.0, seed=42, **choice):
-    """The pairs of one or several rewarded files. `choice`: what `make_pair` takes.
+    """The pairs of one or several rewarded files. `choice`: what `make_pairs` takes.
 
-    Record ids may repeat between files (iterations that answered the same prompt): each record gives its own pair.
+    Record ids may repeat between files (iterations that answered the same prompt): each record gives its own pairs.
     """
     selection, left_out, records = Selection(), Counter(), 0
     for record, source in read_rewarded(paths):
         records += 1
-        pair, reason, responses = make_pair(record, seed=seed, **choice)
+        pairs, reason, responses = make_pairs(record, seed=seed, **choice)
         left_out += responses
-        if pair is None:
+        if not pairs:
             selection.skip(record | {"source": source}, reason)
-        else:
-            split = "eval" if held_out(record["prompt"], eval_fraction, seed) else "train"
-            selection.pairs.append(pair | {"split": split, "source": source})
+        split = "eval" if held_out(record["prompt"], eval_fraction, seed) else "train"
+        selection.pairs.extend(pair | {"split": split, "source": source} for pair in pairs)
     selection.counts = {"records": records, "responses_left_out": dict(left_out)}
     return selection

@@ -27,14 +27,14 @@ from common.devices import check_processes, prepare_threads
 from common.manifest import beside, difference, fingerprint, read_manifest, versions, write_json, writing
 from common.progress import Progress, duration
 from dpo_iteration.pairs import CHOOSE_TYPES, select_pairs
-from dpo_iteration.settings import check, check_paths, given, training_config, with_passthrough
+from dpo_iteration.settings import check, check_paths, given, reason_for_trl, training_config, with_passthrough
 
 # Settings that do not shape the model: where it goes, what is shown, and what the inputs' fingerprints cover.
 NOT_SHAPING = {
     "train_dir", "output_dir", "pairs_path", "model_name_or_path", "ref_model_name_or_path", "trust_remote_code",
     "overwrite", "report_to", "run_name", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
     "keep_checkpoints", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-    "global_batch_size", "cpu_threads",
+    "global_batch_size", "cpu_threads", "share_prompts", "max_row_tokens", "reference_cache",
 }  # fmt: skip
 
 
@@ -56,6 +56,7 @@ class Arguments:
     choose_type: str = arg("max_min", "which two responses: best and worst, best and second, best and random, two "
                            "random, best and worst by reward less length_penalty", choices=CHOOSE_TYPES)  # fmt: skip
     length_penalty: float = arg(0.0, "reward per token taken off by choose_type max_min_p")
+    pairs_per_prompt: int = arg(1, "at most so many pairs of a prompt, each response in one of them at most")
     min_margin: float = arg(0.0, "reward; pairs closer than this are left out")
     drop_truncated: bool = arg(False, "leave out responses that ended at the generation's length limit")
     eval_fraction: float = arg(0.0, "share of the prompts held out for evaluation, from 0 to below 1")
@@ -65,6 +66,8 @@ class Arguments:
     loss_type: list[str] = arg(["sigmoid"], "DPO loss as TRL names it, or several (with loss_weights)")
     beta: float = arg(0.1, "strength of the tie to the reference")
     label_smoothing: float = arg(0.1, "share of preferences taken as wrong, below 0.5; with sigmoid: conservative DPO")
+    margin_scale: float = arg(0.0, "share of a pair's margin that beta × Δ has to exceed (offset DPO)")
+    margin_weight: float = arg(0.0, "pairs count by margin to this power, in the mean 1; 0: all alike")
 
     learning_rate: float = arg(5e-7, "peak learning rate")
     lr_scheduler_type: str = arg("cosine", "course of the learning rate")
@@ -75,6 +78,11 @@ class Arguments:
     per_device_eval_batch_size: int = arg(1, "pairs per process in one forward pass of the evaluation")
     global_batch_size: int = arg(128, "pairs per optimizer step over all processes; the accumulation follows")
     gradient_accumulation_steps: int | None = arg(None, "forward passes per step, in place of global_batch_size")
+    share_prompts: bool | None = arg(None, "packed rows in which chosen and rejected share their prompt; None: where it can be")
+    max_row_tokens: int | None = arg(None, "tokens of a packed row; None: as many as padded pairs may take, "
+                                     "2 × per_device_train_batch_size × max_length")  # fmt: skip
+    reference_cache: str | None = arg(None, "folder where the reference's log-probabilities are kept; None: "
+                                      "reference_logps beside output_dir")  # fmt: skip
     optim: str = arg("adamw_torch", "optimizer as transformers names it")
     weight_decay: float = arg(0.0, "decoupled weight decay")
     max_grad_norm: float = arg(1.0, "gradients are scaled down to this norm")
@@ -136,7 +144,7 @@ def say(text):
 
 def tokenize(selection, tokenizer, args):
     """Rows of token ids of the train and eval pairs; pairs that teach nothing move to `selection.skipped`."""
-    from dpo_iteration.dpo import PairTokenizer
+    from dpo_iteration.rows import PairTokenizer
 
     to_row = PairTokenizer(tokenizer, args.max_length, args.max_prompt_length, args.template_kwargs)
     rows, kept = {"train": [], "eval": []}, []
@@ -146,7 +154,7 @@ def tokenize(selection, tokenizer, args):
         if row is None:
             selection.skip(pair, reason)
         else:
-            rows[pair["split"]].append(row)
+            rows[pair["split"]].append(row | {"margin": float(pair["margin"])})
             kept.append(pair)
         progress.update()
     progress.close()
@@ -172,7 +180,7 @@ def check_pairs(selection, args):
 
 
 def train(args, extra, selection, settings, inputs, started):
-    """Tokenise, load, train, evaluate, save: what needs torch."""
+    """Tokenise, compute the reference, load, train, evaluate, save: what needs torch."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL sends a ping from every start
     import torch
 
@@ -186,7 +194,8 @@ def train(args, extra, selection, settings, inputs, started):
     from transformers import PrinterCallback
     from transformers.utils import logging as transformers_logging
 
-    from dpo_iteration.dpo import IterativeDPOTrainer, PlainLog, check_bos, show_pair
+    from dpo_iteration.dpo import IterativeDPOTrainer, PlainLog
+    from dpo_iteration.rows import check_bos, show_pair
 
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
@@ -194,27 +203,34 @@ def train(args, extra, selection, settings, inputs, started):
     rows = tokenize(selection, tokenizer, args)
     check_pairs(selection, args)
     check_bos(tokenizer, rows["train"][0])
+    models.check_models(args, tokenizer, rows)
 
+    per_step = settings["pairs_per_step"]
+    sharing, steps = batches(args, extra, rows, per_step)
+    if steps["train"]:
+        args.gradient_accumulation_steps = steps["train"].accumulation
+    else:
+        accumulate(args, launched())
     config = training_config(args, extra, Arguments, bool(rows["eval"]))
     PartialState().wait_for_everyone()  # every rank has looked at what is there; now rank 0 may write
     lock = prepare_output(args, selection, settings, inputs) if is_main() else None
     PartialState().wait_for_everyone()
 
-    policy, ref_model = models.load_policy_and_reference(args, config, tokenizer, rows)
+    compute_reference(args, extra, config, rows, sharing, tokenizer)
+    computed = time.time()
+    policy = models.load_model(args.model_name_or_path, args, config, args.revision)
     source = models.Source.of(policy, tokenizer, args)
-    per_step = settings["pairs_per_step"]
     data = {split: Dataset.from_list(ids) if ids else None for split, ids in rows.items()}
     try:
         trainer = IterativeDPOTrainer(
-            model=policy, ref_model=ref_model, args=config, processing_class=tokenizer, train_dataset=data["train"],
-            eval_dataset=data["eval"], callbacks=[PlainLog(per_step)],
+            model=policy, args=config, processing_class=tokenizer, train_dataset=data["train"], eval_dataset=data["eval"],
+            callbacks=[PlainLog(per_step)], rows=rows, steps=steps["train"], eval_steps=steps["eval"], sharing=sharing,
+            margin_scale=args.margin_scale,
         )  # fmt: skip
     except (ValueError, NotImplementedError) as error:
         raise UserError(f"TRL refuses the settings: {' '.join(str(error).split())[:400]}") from None
     trainer.remove_callback(PrinterCallback)
     models.check_master_weights(trainer)
-    if config.precompute_ref_log_probs:
-        trainer.ref_model = None  # its log-probabilities are kept, its memory is not needed
     say(show_pair(tokenizer, rows["train"][0]))
     say(f"training on {len(rows['train'])} pairs, {len(rows['eval'])} held out, {per_step} pairs per optimizer step")
 
@@ -230,11 +246,89 @@ def train(args, extra, selection, settings, inputs, started):
     source.save(trainer)
     if is_main():
         remove_checkpoints([] if args.keep_checkpoints else Path(args.output_dir).glob("checkpoint-*"))
-        shutil.rmtree(Path(args.output_dir, ".precompute"), ignore_errors=True)
-        finish(args, selection, metrics, {"start": ready - started, "all": time.time() - started})
+        seconds = {"start": ready - started, "reference": computed - started, "all": time.time() - started}
+        finish(args, selection, metrics, seconds)
         lock.close()
         os.unlink(lock.name)
     PartialState().destroy_process_group()
+
+
+def batches(args, extra, rows, per_step):
+    """(whether prompts are shared, {split: Steps, or None where TRL makes the batches}); says which computation it is."""
+    from dpo_iteration import models
+    from dpo_iteration.packing import Steps, both, columns_of
+
+    padded = reason_for_trl(args, extra) or ("its mixture of experts has an auxiliary loss" if models.has_auxiliary_loss(args) else "")
+    if padded:
+        if args.share_prompts or args.margin_scale or args.margin_weight:
+            raise UserError(f"--share_prompts, --margin_scale and --margin_weight cannot be used: {padded}")
+        say(f"note: padded batches and TRL's own loss: {padded}")
+        return False, {"train": None, "eval": None}
+    against = "" if args.share_prompts is False else models.reason_against_sharing(args)
+    if against and args.share_prompts:
+        raise UserError(f"--share_prompts true: this model cannot share prompts, {against}")
+    sharing = args.share_prompts is not False and not against
+    if against:
+        say(f"note: padded batches: the model cannot share prompts, {against}")
+    budget = row_tokens(args) if sharing else None
+    steps, costs = {"train": None, "eval": None}, {}
+    for split in [split for split in rows if rows[split]]:
+        costs[split] = [columns_of(row) if sharing else 0 for row in rows[split]]
+    place = {"processes": launched(), "process": int(os.environ.get("RANK", "0"))}
+    epochs = -(-args.max_steps * per_step // len(rows["train"])) if args.max_steps > 0 else -int(-args.num_train_epochs // 1)
+    steps["train"] = Steps(
+        costs["train"], per_step, budget, args.per_device_train_batch_size, weights=weights(rows["train"], args.margin_weight),
+        seed=extra.get("data_seed", args.seed), epochs=epochs, **place,
+    )  # fmt: skip
+    if rows["eval"]:
+        steps["eval"] = Steps(costs["eval"], len(rows["eval"]), budget, args.per_device_eval_batch_size, **place)
+    if sharing:
+        alone, longest = sum(len(ids) for row in rows["train"] for ids in both(row)), max(costs["train"])
+        say(
+            f"rows of up to {max(budget, longest)} tokens, {steps['train'].accumulation} a process and step; shared prompts and no padding: "
+            f"{sum(costs['train'])} tokens an epoch instead of {alone} and padding"
+        )
+    return sharing, steps
+
+
+def row_tokens(args):
+    return args.max_row_tokens or 2 * args.per_device_train_batch_size * args.max_length
+
+
+def weights(rows, power):
+    """margin ** power of each pair, in the mean 1; None for power 0."""
+    if not power:
+        return None
+    found = [row["margin"] ** power for row in rows]
+    return [weight * len(found) / sum(found) for weight in found]
+
+
+def compute_reference(args, extra, config, rows, sharing, tokenizer):
+    """Put the reference's log-probabilities into the rows, from disk where they are known; says how many were."""
+    import torch
+
+    from dpo_iteration import models, reference
+
+    name, revision = models.reference_name(args)
+    deepspeed = config.deepspeed_plugin
+    about = {
+        "dtype": "bfloat16" if args.bf16 else "float32", "autocast": args.bf16 and not deepspeed, "ld_alpha": extra.get("ld_alpha"),
+        "zero_stage": deepspeed.zero_stage if deepspeed else None,
+        "attention": "shared_prompts" if sharing else models.attention(name, args, revision),
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+    }  # fmt: skip
+    every = rows["train"] + rows["eval"]
+    started = time.time()
+    found, key = reference.add_reference(
+        every, lambda: reference.ready(models.load_model(name, args, config, revision), config, sharing), name, revision,
+        reference_cache(args), about, sharing, row_tokens(args), args.per_device_train_batch_size, tokenizer.pad_token_id or 0,
+        torch.bfloat16 if about["autocast"] else None, extra.get("ld_alpha"),
+    )  # fmt: skip
+    say(f"reference: {found} of {len(every)} pairs known from {reference_cache(args)}/{key}, {duration(time.time() - started)}")
+
+
+def reference_cache(args):
+    return Path(args.reference_cache) if args.reference_cache else Path(args.output_dir).parent / "reference_logps"
 
 
 def pairs_path(args):
@@ -365,7 +459,6 @@ def main():
     check_paths(args)
     check_processes()
     settings, inputs = shaping(args, extra, launched())
-    accumulate(args, launched())
     if is_complete(args, settings, inputs):
         say(f"{args.output_dir} is complete, nothing to do")
         return
@@ -373,6 +466,7 @@ def main():
     selection = select_pairs(
         args.train_dir, args.eval_fraction, args.seed, choose_type=args.choose_type, length_penalty=args.length_penalty,
         min_margin=args.min_margin, drop_truncated=args.drop_truncated, count_tokens=count_tokens_with(args),
+        pairs_per_prompt=args.pairs_per_prompt,
     )  # fmt: skip
     check_pairs(selection, args)
     train(args, extra, selection, settings, inputs, started)

@@ -25,15 +25,17 @@ SOURCES = (
 )
 SIMPLE = {"int": int, "float": float, "bool": bool}
 SMOOTHED = {"sigmoid", "robust", "exo_pair", "aot", "aot_unpaired"}  # losses that have a label smoothing
-LOSSES = SMOOTHED | {
-    "hinge", "ipo", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"
-}  # fmt: skip
+OF_DIFFERENCE = {"sigmoid", "hinge", "robust", "exo_pair", "discopop"}  # of the difference of log-ratios alone
+PAIRWISE = OF_DIFFERENCE | {"ipo", "sigmoid_norm", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down"}  # in losses.py
+LOSSES = PAIRWISE | {"aot", "aot_unpaired", "sft"}  # the others depend on which pairs share a pass: TRL's own computation
 REFUSED = {  # settings of DPOConfig that this script decides itself, or that cannot work
     "deepspeed": "give a configuration to `accelerate launch --config_file configs/zero2.yaml` instead",
     "fp16": "choose bf16 true or false",
     "bf16_full_eval": "it would turn the fp32 weights into bf16",
     "fp16_full_eval": "it would turn the fp32 weights into fp16",
-    "padding_free": "TRL 1.16 ignores it",
+    "padding_free": "TRL 1.16 ignores it; packed rows have no padding, see --share_prompts",
+    "sync_ref_model": "the reference's log-probabilities are computed once, before training",
+    "precompute_ref_batch_size": "the reference is computed in batches of --max_row_tokens",
     "resume_from_checkpoint": "a killed run continues by itself; --overwrite starts anew",
 }
 
@@ -90,11 +92,31 @@ def given(args, arguments):
     return values
 
 
+def reason_for_trl(args, extra):
+    """Why the loss is TRL's own computation, padded, and not that of losses.py; empty where it is not."""
+    others = [name for name in args.loss_type if name not in PAIRWISE]
+    if others:
+        return f"the loss {others[0]} depends on which pairs share a pass"
+    for key, plain in (("ld_alpha", None), ("use_weighting", False), ("f_divergence_type", "reverse_kl"), ("router_aux_loss_coef", 0)):
+        if extra.get(key, plain) not in (plain, None):
+            return f"{key} is TRL's own"
+    return ""
+
+
 def check(args, extra):
     """Refuse what cannot work before torch is imported. `extra`: settings that are passed on to TRL."""
     for key, why in REFUSED.items():
         if extra.get(key):
             raise UserError(f"--{key} is not taken here: {why}")
+    if extra.get("precompute_ref_log_probs") is False:
+        raise UserError("--precompute_ref_log_probs false: the reference is always computed before training, and kept (--reference_cache)")
+    padded = reason_for_trl(args, extra)
+    if padded and args.share_prompts:
+        raise UserError(f"--share_prompts true cannot be: {padded}; leave it out")
+    if args.margin_scale and not set(args.loss_type) <= OF_DIFFERENCE:
+        raise UserError(f"--margin_scale is defined for {', '.join(sorted(OF_DIFFERENCE))}, not for {' '.join(args.loss_type)}")
+    if padded and (args.margin_scale or args.margin_weight):
+        raise UserError(f"--margin_scale and --margin_weight cannot be used where {padded}")
     if extra.get("truncation_mode", "keep_start") != "keep_start":
         raise UserError("--truncation_mode: prompts are cut on the left, responses on the right")
     if {"dtype", "torch_dtype"} & set(extra.get("model_init_kwargs") or {}):
@@ -148,12 +170,13 @@ def check_loss(args):
 
 def check_numbers(args):
     """Refuse numbers outside their range, and settings that the others leave without effect."""
-    sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "global_batch_size")
+    sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "global_batch_size",
+             "max_row_tokens", "pairs_per_prompt")  # fmt: skip
     for key in ("beta", "learning_rate", "logging_steps", *sizes):
         if getattr(args, key) is not None and not getattr(args, key) > 0:
             raise UserError(f"--{key} {getattr(args, key)} must be above 0")
     steps = ("eval_steps", "save_steps", "warmup_steps")
-    for key in ("weight_decay", "max_grad_norm", "length_penalty", "min_margin", *steps):
+    for key in ("weight_decay", "max_grad_norm", "length_penalty", "min_margin", "margin_scale", "margin_weight", *steps):
         if not getattr(args, key) >= 0:
             raise UserError(f"--{key} {getattr(args, key)} must not be negative")
     if args.max_steps == 0 or (args.max_steps < 0 and not args.num_train_epochs > 0):
@@ -179,7 +202,7 @@ def training_config(args, extra, arguments, has_eval):
         "eval_strategy": "steps" if has_eval and args.eval_steps else "no", "eval_steps": args.eval_steps or None,
         "save_strategy": "steps" if args.save_steps else "no", "save_steps": args.save_steps or 500,
         "use_cpu": not torch.cuda.is_available(), "dataloader_pin_memory": torch.cuda.is_available(),
-        "disable_tqdm": True, "logging_nan_inf_filter": False,
+        "disable_tqdm": True, "logging_nan_inf_filter": False, "precompute_ref_log_probs": True,
     }  # fmt: skip
     try:
         return DPOConfig(**values | extra)

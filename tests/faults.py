@@ -147,7 +147,7 @@ class Killer:
 
     def __init__(self, command, folder, start, step, check, partial=lambda output: Path(f"{output}.partial")):
         self.command, self.folder, self.start, self.step, self.check, self.partial = command, folder, start, step, check, partial
-        self.random, self.counts, self.lives, self.starts = random.Random(SEED), Counter(), 0, 0
+        self.random, self.counts, self.lives, self.starts, self.left_behind = random.Random(SEED), Counter(), 0, 0, None
 
     def size(self, output):
         try:
@@ -156,8 +156,17 @@ class Killer:
             return 0
 
     def finishing(self, output):
-        """Whether the output is just being put in place: written under a temporary name, or all but renamed."""
-        return any(os.path.exists(f"{output.parent}/{name}") for name in (f"{output.name}.tmp", f"{output.stem}.manifest.json.tmp"))
+        """Whether the output is just being put in place: this start has begun to write it under its temporary name."""
+        return self.temporary(output) not in (None, self.left_behind)
+
+    @staticmethod
+    def temporary(output):
+        """Which file stands under the output's temporary name: a killed start leaves its own there."""
+        try:
+            found = os.stat(f"{output}.tmp")
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_size
 
     def until(self, process, moment):
         """Wait for the moment, watched closely; False if the process ends before."""
@@ -169,7 +178,7 @@ class Killer:
 
     def once(self, output, phase):
         """One start, killed in a phase; True if it came to its end instead."""
-        before, began = self.size(output), time.monotonic()
+        before, began, self.left_behind = self.size(output), time.monotonic(), self.temporary(output)
         with open(self.folder / "log", "ab") as log:
             process = begin(self.command(output), log)
         self.starts += 1

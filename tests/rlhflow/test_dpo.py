@@ -1,8 +1,7 @@
-"""The trainer: tokenisation equal to TRL's, end of turn and truncation, and the loss against its formula."""
+"""The trainer against TRL's: the same steps, the same losses, the same log; what it refuses; what it leans on."""
 
 import importlib.metadata
 import inspect
-import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,209 +9,224 @@ from types import SimpleNamespace
 import micro
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
+from test_packing import make_rows
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
+from trl.trainer import dpo_trainer
 
+from common import shared_prompts
 from common.cli import UserError
-from dpo_iteration.dpo import IterativeDPOTrainer, PairTokenizer, check_bos, robust_equivalent, show_pair
+from dpo_iteration.dpo import IterativeDPOTrainer, robust_equivalent
+from dpo_iteration.packing import Steps, collate_packed, columns_of
 
 ROOT = Path(__file__).resolve().parents[2]
-CONVERSATIONS = [
-    [{"role": "user", "content": "Hi there"}],
-    [
-        {"role": "user", "content": "数字は\u2028?"},
-        {"role": "assistant", "content": "Yes."},
-        {"role": "user", "content": " again "},
-    ],
-]
+PAIRS, PER_STEP = 22, 8
 
 
-def make_pair(prompt=CONVERSATIONS[0], chosen="Good answer.", rejected="Bad one", **more):
-    sides = {
-        "chosen": [{"role": "assistant", "content": chosen}],
-        "rejected": [{"role": "assistant", "content": rejected}],
-    }
-    return {"id": "p", "prompt": prompt} | sides | more
+@pytest.fixture(autouse=True)
+def fresh_state(monkeypatch):
+    """Nothing of other tests' mixed precision, which accelerate keeps for the process; one thread."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    torch.set_num_threads(1)
 
 
-def rows_of_trl(tokenizer, pairs):
-    """What TRL's own `_prepare_dataset` makes of the conversational records."""
-    config = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_start")
-    data = Dataset.from_list([{k: p[k] for k in ("prompt", "chosen", "rejected")} for p in pairs])
-    rows = DPOTrainer._prepare_dataset(SimpleNamespace(_tokenizer=tokenizer), data, tokenizer, config, "train")
-    return [{k: row[k] for k in ("prompt_ids", "chosen_ids", "rejected_ids")} for row in rows]
+def rows_with_reference(count=PAIRS, seed=0):
+    """Rows whose reference is another model than the policy, so that losses and margins are not those of step 0."""
+    rows = make_rows(count, seed)
+    for i, row in enumerate(rows):
+        row |= {"ref_chosen_logps": -5.0 * len(row["chosen_ids"]) - i % 3, "ref_rejected_logps": -5.2 * len(row["rejected_ids"])}
+    return rows
 
 
-@pytest.mark.parametrize("family", micro.TEMPLATES)
-def test_rows_equal_trls(family):
-    tokenizer = micro.make_tokenizer(family)
-    pairs = [make_pair(prompt) for prompt in CONVERSATIONS]
-    if family in ("llama3", "chatml", "phi"):
-        pairs.append(make_pair([{"role": "system", "content": "Be brief."}, *CONVERSATIONS[0]]))
-    to_row = PairTokenizer(tokenizer, 500, 400)
-    ours = [to_row(pair)[0] for pair in pairs]
-    assert ours == rows_of_trl(tokenizer, pairs)
-    assert not to_row.counts
-    for row in ours:
-        if tokenizer.bos_token_id is not None:
-            assert (row["prompt_ids"] + row["chosen_ids"]).count(tokenizer.bos_token_id) == 1
-        assert tokenizer.decode(row["chosen_ids"]).strip().startswith("Good answer.")
-        assert row["chosen_ids"][-len(to_row.end_of_turn) :] == to_row.end_of_turn
+def settings(folder, **more):
+    defaults = {
+        "max_steps": 10, "learning_rate": 1e-3, "per_device_train_batch_size": PER_STEP, "per_device_eval_batch_size": 8, "bf16": False,
+        "use_cpu": True, "report_to": "none", "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "max_length": None,
+        "precompute_ref_log_probs": True, "gradient_checkpointing": False, "seed": 5,
+    }  # fmt: skip
+    return DPOConfig(output_dir=str(folder), **defaults | more)
 
 
-def test_a_template_that_renders_the_prompt_otherwise_is_cut_where_trl_cuts_it():
-    tokenizer = micro.make_tokenizer("chatml")
-    to_row = PairTokenizer(tokenizer, 500, 400, {"enable_thinking": False})
-    row, _ = to_row(make_pair())
-    assert row == rows_of_trl(tokenizer, [make_pair()])[0]  # the empty thought is in the generation prompt only
-    assert to_row.counts == {"prompts_rendered_otherwise": 1}
+def policy(folder, architecture="llama"):
+    path = micro.make_policy(folder / architecture, architecture=architecture, initializer_range=0.1)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
 
 
-@pytest.mark.parametrize("family", micro.TEMPLATES)
-def test_a_cut_off_response_has_no_end_of_turn(family):
-    tokenizer = micro.make_tokenizer(family)
-    to_row = PairTokenizer(tokenizer, 500, 400)
-    whole, _ = to_row(make_pair())
-    cut, _ = to_row(make_pair(chosen_finish_reason="length", rejected_finish_reason="stop"))
-    assert cut["chosen_ids"] == whole["chosen_ids"][: -len(to_row.end_of_turn)]
-    assert not set(cut["chosen_ids"]) & set(tokenizer.all_special_ids)
-    assert cut["rejected_ids"] == whole["rejected_ids"]
-    assert to_row.counts == {"responses_without_end_of_turn": 1}
+class Plain(DPOTrainer):
+    """TRL's own trainer on rows that are tokenised and have their reference."""
+
+    def _prepare_dataset(self, dataset, *_):
+        return dataset
+
+    def _precompute_ref_logps(self, dataset, *_):
+        return dataset
 
 
-def test_a_long_response_is_cut_on_the_right():
-    tokenizer = micro.make_tokenizer()
-    whole, _ = PairTokenizer(tokenizer, 500, 400)(make_pair())
-    prompt = len(whole["prompt_ids"])
-    to_row = PairTokenizer(tokenizer, prompt + len(whole["chosen_ids"]) - 1, prompt)
-    row, _ = to_row(make_pair())
-    assert row["chosen_ids"] == whole["chosen_ids"][:-1] and row["rejected_ids"] == whole["rejected_ids"]
-    assert tokenizer.convert_tokens_to_ids("<|eot_id|>") not in row["chosen_ids"]
-    assert to_row.counts == {"responses_cut": 1}
+def trl(folder, rows, held_out, architecture="llama", **more):
+    return Plain(model=policy(folder, architecture), args=settings(folder, **more), processing_class=micro.make_tokenizer(),
+                 train_dataset=Dataset.from_list(rows), eval_dataset=Dataset.from_list(held_out))  # fmt: skip
 
 
-def test_a_long_prompt_is_cut_on_the_left_and_keeps_its_bos():
-    tokenizer = micro.make_tokenizer()
-    whole, _ = PairTokenizer(tokenizer, 500, 400)(make_pair())
-    to_row = PairTokenizer(tokenizer, 500, 10)
-    row, _ = to_row(make_pair())
-    assert row["prompt_ids"] == [tokenizer.bos_token_id] + whole["prompt_ids"][-9:]
-    assert row["chosen_ids"] == whole["chosen_ids"] and to_row.counts == {"prompts_cut": 1}
-    row, _ = PairTokenizer(micro.make_tokenizer("chatml"), 500, 10)(make_pair())
-    assert len(row["prompt_ids"]) == 10
-
-
-def test_pairs_that_teach_nothing_are_returned_with_a_reason():
-    tokenizer = micro.make_tokenizer()
-    row, reason = PairTokenizer(tokenizer, 500, 400)(make_pair(chosen="same ", rejected=" same"))  # the template trims
-    assert row is None and "equal token ids" in reason
-    length = len(PairTokenizer(tokenizer, 500, 400)(make_pair())[0]["prompt_ids"])
-    row, reason = PairTokenizer(tokenizer, length + 4, length)(
-        make_pair(chosen="same start, A", rejected="same start, B")
-    )
-    assert row is None and "after truncation" in reason
-
-
-def test_a_template_without_a_system_role_is_refused_by_record():
-    to_row = PairTokenizer(micro.make_tokenizer("gemma"), 500, 400)
-    pair = make_pair([{"role": "system", "content": "Be brief."}, *CONVERSATIONS[0]], source="data/r.jsonl")
-    with pytest.raises(UserError, match=r"data/r.jsonl record p: .*system, user.*System role not supported"):
-        to_row(pair)
-
-
-def test_two_bos_are_refused():
-    tokenizer = micro.make_tokenizer()
-    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
-    with pytest.raises(UserError, match="two <|begin_of_text|>"):
-        check_bos(tokenizer, PairTokenizer(tokenizer, 500, 400)(make_pair())[0])
-
-
-def test_the_shown_pair_marks_what_the_loss_counts():
-    tokenizer = micro.make_tokenizer()
-    shown = show_pair(tokenizer, PairTokenizer(tokenizer, 500, 400)(make_pair())[0])
-    assert "1 BOS" in shown and "⟦Good answer.<|eot_id|>⟧" in shown and "⟦Bad one<|eot_id|>⟧" in shown
-
-
-# The loss. A stand-in model hands out float64 log-probabilities, so that only the formula is under test.
-
-
-def make_trainer(tmp_path, **settings):
-    tokenizer = micro.make_tokenizer()
-    shape = micro.make_config(tokenizer)
-    policy, reference = (AutoModelForCausalLM.from_config(shape, dtype=torch.float32) for _ in range(2))
-    row, _ = PairTokenizer(tokenizer, 500, 400)(make_pair())
-    config = DPOConfig(
-        output_dir=str(tmp_path), bf16=False, use_cpu=True, report_to="none", gradient_checkpointing=False, **settings
-    )
-    data = Dataset.from_list([row] * 3)
+def ours(folder, rows, held_out, sharing=True, architecture="llama", own=True, margin_scale=0.0, weights=None, budget=200, **more):
+    args, steps = settings(folder, **more), [None, None]
+    if own:
+        costs = [[columns_of(row) for row in part] for part in (rows, held_out)]
+        steps = [
+            Steps(costs[0], PER_STEP, budget if sharing else None, 4, seed=args.seed, weights=weights, epochs=4),
+            Steps(costs[1], len(held_out), budget if sharing else None, 4),
+        ]
+        args.gradient_accumulation_steps = steps[0].accumulation
+    data = [Dataset.from_list(part) for part in (rows, held_out)]
     return IterativeDPOTrainer(
-        model=policy, ref_model=reference, args=config, processing_class=tokenizer, train_dataset=data
-    )
+        model=policy(folder, architecture), args=args, processing_class=micro.make_tokenizer(), train_dataset=data[0], eval_dataset=data[1],
+        rows={"train": rows, "eval": held_out}, steps=steps[0], eval_steps=steps[1], sharing=sharing and own, margin_scale=margin_scale,
+    )  # fmt: skip
 
 
-def loss_of(trainer, policy_logps, reference_logps, batch):
-    def stand_in(log_probs):
-        zeros = torch.zeros_like(log_probs)
-        outputs = SimpleNamespace(log_probs=log_probs, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
-        return lambda **inputs: outputs
-
-    trainer.ref_model = stand_in(reference_logps)
-    return trainer._compute_loss(stand_in(policy_logps), batch, False)
+def run(trainer):
+    """(logs of the steps, metrics of the evaluation, weights)."""
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "rewards/margins" in entry]
+    return steps, trainer.evaluate(), {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.3, 0.49])
-def test_sigmoid_with_label_smoothing_is_conservative_dpo(tmp_path, smoothing):
-    trainer = make_trainer(tmp_path, loss_type="sigmoid", label_smoothing=smoothing, beta=0.1)
-    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
-    shape = (6, batch["input_ids"].shape[1] - 1)
-    torch.manual_seed(0)
-    policy = torch.randn(shape, dtype=torch.float64).requires_grad_()
-    reference = torch.randn(shape, dtype=torch.float64)
-    got = loss_of(trainer, policy, reference, batch)
-    chosen, rejected = (policy.sum(1) - reference.sum(1)).chunk(2)
-    scaled = 0.1 * (chosen - rejected)
-    want = -(1 - smoothing) * torch.log(torch.sigmoid(scaled)) - smoothing * torch.log(torch.sigmoid(-scaled))
-    assert got.dtype == torch.float64 and abs(got.item() - want.mean().item()) < 1e-12
-    [have], [expected] = torch.autograd.grad(got, policy), torch.autograd.grad(want.mean(), policy)
-    assert (have - expected).abs().max() < 1e-12
-    assert trainer.args.loss_type == ["sigmoid"] and trainer.args.label_smoothing == smoothing  # the user's names
-    same = loss_of(trainer, reference, reference, batch)
-    assert abs(same.item() - math.log(2)) < 1e-12
+def assert_same_course(one, other, tolerance=1e-4):
+    """Losses, gradients and what is logged of two runs agree step by step; so do evaluation and weights."""
+    (steps, evaluation, weights), (steps2, evaluation2, weights2) = one, other
+    assert [entry["step"] for entry in steps] == [entry["step"] for entry in steps2] == list(range(1, len(steps) + 1))
+    times = ("runtime", "per_second", "epoch", "num_tokens", "total_flos", "tokens/")
+    for mine, theirs in [*zip(steps, steps2, strict=True), (evaluation, evaluation2)]:
+        for name in {name for name in theirs if not any(part in name for part in times)}:
+            assert mine[name] == pytest.approx(theirs[name], rel=tolerance, abs=tolerance), (name, theirs.get("step"))
+    for name, weight in weights.items():
+        # The keys' bias has no gradient but rounding (a softmax does not see it), of which Adam makes steps.
+        assert (weight - weights2[name]).norm() <= tolerance * weights2[name].norm() + 1e-5 * ("k_proj.bias" in name), name
 
 
-def test_other_losses_are_left_as_they_are(tmp_path):
-    trainer = make_trainer(tmp_path, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.2], label_smoothing=0.1)
-    assert trainer.loss_types == ["robust", "sft"]
-    trainer = make_trainer(tmp_path, loss_type="robust", label_smoothing=0.1)
-    assert trainer.loss_types == ["robust"] and trainer.label_smoothing == 0.1
-    assert robust_equivalent(0.1) == pytest.approx(-0.125)
+# Rows that fill the steps without a rest, which TRL computes in one pass each: its means of means are means then.
+WHOLE = rows_with_reference(24), rows_with_reference(8, seed=1)
 
 
-def test_the_trainer_takes_rows_as_they_are(tmp_path):
-    trainer = make_trainer(tmp_path)
-    row, _ = PairTokenizer(micro.make_tokenizer(), 500, 400)(make_pair())
-    assert dict(trainer.train_dataset[0]) == row
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3_text"])
+def test_ten_steps_follow_trls(tmp_path, architecture):
+    theirs = run(trl(tmp_path, *WHOLE, architecture))
+    for sharing in (True, False):
+        assert_same_course(run(ours(tmp_path, *WHOLE, sharing, architecture)), theirs)
+
+
+def test_checkpointing_and_the_size_of_rows_change_nothing(tmp_path):
+    want = run(ours(tmp_path, *WHOLE))
+    for budget, checkpointing in ((90, False), (5000, True)):
+        assert_same_course(run(ours(tmp_path, *WHOLE, budget=budget, gradient_checkpointing=checkpointing)), want, 1e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["hinge", "ipo", "robust", "exo_pair", "bco_pair", "sppo_hard", "nca_pair", "apo_zero", "apo_down", "discopop"])
+def test_every_loss_follows_trls(tmp_path, loss_type):
+    more = {"loss_type": loss_type, "label_smoothing": 0.1 if loss_type in ("robust", "exo_pair") else 0.0, "max_steps": 2, "learning_rate": 1e-4}
+    assert_same_course(run(ours(tmp_path, *WHOLE, **more)), run(trl(tmp_path, *WHOLE, **more)))
+
+
+TRLS = [{"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]}, {"loss_type": "aot"}, {"use_weighting": True}, {"ld_alpha": 0.5}]
+
+
+@pytest.mark.parametrize("more", TRLS)
+def test_what_is_trls_own_is_trls(tmp_path, more):
+    assert_same_course(run(ours(tmp_path, *WHOLE, own=False, max_steps=3, **more)), run(trl(tmp_path, *WHOLE, max_steps=3, **more)), 1e-6)
+
+
+def test_in_trls_own_loss_sigmoid_is_conservative_dpo_too(tmp_path):
+    trainer = ours(tmp_path, *WHOLE, own=False, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.2], label_smoothing=0.1)
+    assert trainer.loss_types == ["robust", "sft"] and trainer.label_smoothing == robust_equivalent(0.1) == pytest.approx(-0.125)
+    assert trainer.args.loss_type == ["sigmoid", "sft"] and trainer.args.label_smoothing == 0.1  # the user's names
+    conservative = run(ours(tmp_path, *WHOLE, own=False, max_steps=3, label_smoothing=0.1))
+    assert_same_course(run(ours(tmp_path, *WHOLE, max_steps=3, label_smoothing=0.1)), conservative)
+
+
+def test_the_mean_over_a_step_is_over_its_pairs(tmp_path):
+    """The last step of an epoch has 6 of 22 pairs: its loss is their mean, wherever they lie."""
+    rows = rows_with_reference(22)
+    steps, evaluation, _ = run(ours(tmp_path, rows, rows[:5], learning_rate=0.0, max_steps=3, budget=120))
+    trainer = ours(tmp_path, rows, rows[:5], learning_rate=0.0)
+    of_pair = [float(run_pair(trainer, row)) for row in rows]
+    order = torch.randperm(22, generator=torch.Generator().manual_seed(5)).tolist()
+    for n, entry in enumerate(steps):
+        want = [of_pair[i] for i in order[8 * n : 8 * n + 8]]
+        assert entry["loss"] == pytest.approx(sum(want) / len(want), abs=1e-4)
+    assert evaluation["eval_loss"] == pytest.approx(sum(of_pair[:5]) / 5, abs=1e-5)
+
+
+def run_pair(trainer, row):
+    with torch.no_grad():
+        return trainer._compute_loss(trainer.model, collate_packed([row | {"scale": 1.0}]), False)
+
+
+def test_weights_and_margins_reach_the_loss(tmp_path):
+    rows, held_out = WHOLE
+    plain, _, before = run(ours(tmp_path, rows, held_out, max_steps=1))
+    weighted, _, other = run(ours(tmp_path, rows, held_out, max_steps=1, weights=[0.5 + i % 2 for i in range(24)]))
+    offset, _, third = run(ours(tmp_path, rows, held_out, max_steps=1, margin_scale=0.1))
+    assert len({round(found[0]["loss"], 5) for found in (plain, weighted, offset)}) == 3
+    assert plain[0]["rewards/margins"] == pytest.approx(weighted[0]["rewards/margins"]) == pytest.approx(offset[0]["rewards/margins"])
+    assert any((before[name] != other[name]).any() for name in before) and any((before[name] != third[name]).any() for name in before)
+
+
+# The first row is looked at
+
+
+def test_a_row_that_is_computed_wrongly_stops_the_run(tmp_path, monkeypatch):
+    true = shared_prompts._mask
+    monkeypatch.setattr(shared_prompts, "_mask", lambda length, total, *more: true(length, total, *more).roll(1, 0))
+    with pytest.raises(UserError, match=r"packed rows give .* differ from the padded ones by .*--share_prompts false"):
+        ours(tmp_path, *WHOLE).train()
+
+
+def test_the_first_row_is_computed_padded_too(tmp_path, capsys):
+    trainer = ours(tmp_path, *WHOLE, max_steps=1)
+    trainer.train()
+    [said] = [line for line in capsys.readouterr().out.splitlines() if "computed padded, too" in line]
+    assert float(re.search(r"at most (\S+) a token", said)[1]) < 1e-5 and trainer.checked
+    assert trainer.model.config._attn_implementation == shared_prompts.NAME
 
 
 # Notices that what dpo.py leans on has moved.
 
 
+def test_numbers_of_a_batch_stay_as_they_are(tmp_path, monkeypatch):
+    """Under DeepSpeed the Trainer casts floats to the model's dtype: -300 in bf16 is off by up to 1."""
+    trainer = ours(tmp_path, *WHOLE)
+    trainer.is_deepspeed_enabled = True
+    plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.bfloat16))
+    monkeypatch.setattr(AcceleratorState, "deepspeed_plugin", property(lambda self: plugin))
+    batch = {"scale": torch.tensor([1.0001]), "ref_chosen_logps": torch.tensor([-300.123]), "other": torch.tensor([-300.123])}
+    prepared = trainer._prepare_inputs(batch)
+    assert prepared["other"].dtype == torch.bfloat16  # what TRL's own precomputed values become
+    assert torch.equal(prepared["ref_chosen_logps"], batch["ref_chosen_logps"]) and torch.equal(prepared["scale"], batch["scale"])
+
+
+def test_trl_hashes_no_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(dpo_trainer, "hash_module", lambda module: pytest.fail("hashed"))
+    before = dpo_trainer.hash_module
+    ours(tmp_path, *WHOLE)
+    assert dpo_trainer.hash_module is before
+
+
 def test_trl_is_the_pinned_version():
-    requirements = ROOT / "requirements-train.txt"
-    if not requirements.exists():
-        pytest.skip("no requirements-train.txt yet")
-    [pin] = re.findall(r"^trl==(\S+)", requirements.read_text(), re.M)
+    [pin] = re.findall(r"^trl==(\S+)", (ROOT / "requirements-train.txt").read_text(), re.M)
     assert importlib.metadata.version("trl") == pin == "1.16.0"
 
 
 def test_private_parts_of_trl_are_where_they_were():
     parameters = list(inspect.signature(DPOTrainer._prepare_dataset).parameters)
     assert parameters == ["self", "dataset", "processing_class", "args", "dataset_name"]
+    assert list(inspect.signature(DPOTrainer._precompute_ref_logps).parameters) == ["self", "dataset", "name", "batch_size"]
+    assert list(inspect.signature(DPOTrainer._compute_loss).parameters) == ["self", "model", "inputs", "return_outputs"]
     source = inspect.getsource(DPOTrainer)
     for used in (
-        "self.loss_types = args.loss_type",
-        "self.label_smoothing = args.label_smoothing",
-        'loss_type == "robust"',
-    ):
+        "self.loss_types = args.loss_type", "self.label_smoothing = args.label_smoothing", 'loss_type == "robust"', "hash_module(",
+        "self.loss_weights = args.loss_weights or", "self.beta = args.beta", "self._metrics[mode]", "self._total_train_tokens",
+    ):  # fmt: skip
         assert used in source, f"TRL has changed: {used!r} is gone, see dpo_iteration/dpo.py"

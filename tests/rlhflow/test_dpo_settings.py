@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import training
@@ -210,11 +211,40 @@ def test_fewer_pairs_than_processes(files, monkeypatch):
         run_dpo.main()
 
 
-def test_a_batch_that_does_not_divide_by_the_processes_is_refused(files, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["run_dpo.py", *files, "--global_batch_size", "12"])
-    monkeypatch.setenv("WORLD_SIZE", "8")
+def test_where_trl_makes_the_batches_they_have_to_divide():
+    """Rows of our own need not: the pairs of a step are laid out over the processes there are."""
+    args = SimpleNamespace(gradient_accumulation_steps=None, per_device_train_batch_size=1, global_batch_size=12)
     with pytest.raises(UserError, match="12 does not divide by 8 processes"):
+        run_dpo.accumulate(args, 8)
+    run_dpo.accumulate(args, 6)
+    assert args.gradient_accumulation_steps == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--loss_type", "aot", "--share_prompts", "true"], "depends on which pairs share a pass"),
+        (["--loss_type", "sft", "sigmoid", "--label_smoothing", "0", "--margin_weight", "1"], "cannot be used where"),
+        (["--ld_alpha", "0.5", "--margin_scale", "1"], "ld_alpha is TRL's own"),
+        (["--loss_type", "ipo", "--label_smoothing", "0", "--margin_scale", "1"], "--margin_scale is defined for"),
+        (["--precompute_ref_log_probs", "false"], "always computed before training"),
+        (["--sync_ref_model", "true"], "computed once, before training"),
+        (["--max_row_tokens", "0"], "must be above 0"),
+        (["--pairs_per_prompt", "0"], "must be above 0"),
+        (["--margin_scale", "-1"], "must not be negative"),
+    ],
+)
+def test_settings_of_rows_and_margins_that_cannot_be(files, monkeypatch, argv, message):
+    monkeypatch.setattr(sys, "argv", ["run_dpo.py", *files, *argv])
+    with pytest.raises(UserError, match=message):
         run_dpo.main()
+
+
+def test_weights_by_margin():
+    rows = [{"margin": 1.0}, {"margin": 4.0}]
+    assert run_dpo.weights(rows, 0.0) is None
+    assert run_dpo.weights(rows, 1.0) == [0.4, 1.6] and run_dpo.weights(rows, 0.5) == pytest.approx([2 / 3, 4 / 3])
+
 
 
 def test_a_folder_of_unknown_origin_is_refused(files, monkeypatch, tmp_path):

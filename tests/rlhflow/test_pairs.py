@@ -6,7 +6,13 @@ import random
 import pytest
 
 from common.cli import UserError
-from dpo_iteration.pairs import CHOOSE_TYPES, choose, held_out, make_pair, read_rewarded, select_pairs
+from dpo_iteration.pairs import CHOOSE_TYPES, choose, held_out, make_pairs, read_rewarded, select_pairs
+
+
+def make_pair(row, *more, **choice):
+    """(the first pair or None, the reason, responses left out)."""
+    pairs, reason, left_out = make_pairs(row, *more, **choice)
+    return pairs[0] if pairs else None, reason, left_out
 
 
 def record(rewards, responses=None, number=0, **more):
@@ -174,3 +180,25 @@ def test_a_string_prompt_and_a_missing_id_are_taken(tmp_path):
     del row["id"]
     one, two = (r for r, _ in read_rewarded([write(tmp_path / "a.jsonl", [row, row])]))
     assert one["prompt"] == [{"role": "user", "content": "hello"}] and one["id"] != two["id"]
+
+
+def test_several_pairs_of_a_prompt_share_no_response():
+    row = record([3.0, 1.0, 2.0, 5.0, 4.0, 4.5, 0.0], extra="kept")
+    pairs, reason, _ = make_pairs(row, pairs_per_prompt=9)
+    assert [indices(pair) for pair in pairs] == [(3, 6), (5, 1), (4, 2)] and reason is None  # best and worst, then the next
+    assert [pair["margin"] for pair in pairs] == [5.0, 3.5, 2.0] and all(pair["extra"] == "kept" for pair in pairs)
+    assert [indices(pair) for pair in make_pairs(row, pairs_per_prompt=2)[0]] == [(3, 6), (5, 1)]
+    assert [indices(pair) for pair in make_pairs(row, min_margin=3.0, pairs_per_prompt=9)[0]] == [(3, 6), (5, 1)]
+    assert [indices(pair) for pair in make_pairs(record([2.0, 1.0, 1.0, 1.0]), pairs_per_prompt=2)[0]] == [(0, 1)]
+    for choose_type in CHOOSE_TYPES:
+        used = [i for pair in make_pairs(row, choose_type, pairs_per_prompt=3, count_tokens=len)[0] for i in indices(pair)]
+        assert len(used) == len(set(used)) == 6
+
+
+def test_pairs_of_a_prompt_are_on_one_side_of_the_split(tmp_path):
+    rows = [record([i * k % 7 for k in range(1, 8)], number=i) for i in range(1, 40)]
+    chosen = select_pairs([write(tmp_path / "a.jsonl", rows)], eval_fraction=0.4, pairs_per_prompt=3).pairs
+    sides = {}
+    for pair in chosen:
+        sides.setdefault(pair["id"], set()).add(pair["split"])
+    assert len(chosen) > 80 and all(len(side) == 1 for side in sides.values()) and {"train"} in sides.values() and {"eval"} in sides.values()

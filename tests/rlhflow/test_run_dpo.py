@@ -158,9 +158,9 @@ def test_zero2_on_two_processes(work, single):
     assert logged[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and len(logged) == 3
     pairs = [read_jsonl(work / f"{name}.pairs.jsonl") for name in ("single", "zero2")]
     assert pairs[0] == pairs[1]  # whatever the number of processes
-    taken = 3 * 2 * 2  # steps × accumulation × processes: the launcher's configuration does not change the accumulation
-    train_pairs = read_json(work / "zero2.manifest.json")["counts"]["train_pairs"]
-    assert read_json(work / "zero2" / "trainer_state.json")["epoch"] == pytest.approx(taken / train_pairs, rel=0.1)
+    # Accumulation × processes pairs a step, however they are packed: the launcher's configuration does not change that.
+    in_epoch = math.ceil(read_json(work / "zero2.manifest.json")["counts"]["train_pairs"] / (2 * 2))
+    assert read_json(work / "zero2" / "trainer_state.json")["epoch"] == pytest.approx(3 / in_epoch)
     assert done.stdout.count("no GPU found") == 1 and "shm_comm" not in done.stdout  # said once, nothing compiled
 
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
@@ -245,14 +245,6 @@ def test_a_killed_run_continues_and_ends_where_an_uninterrupted_one_does(work, h
     metrics = read_json(work / "whole.manifest.json")["metrics"]
     assert metrics["eval_rewards/accuracies"] == 1.0 and metrics["eval_rewards/margins"] > 0.1
     loads_and_answers(work / "whole", torch.float32)
-
-
-def test_precomputed_reference_gives_the_same_model(work, here):
-    few = "--bf16 false --max_steps 3 --learning_rate 1e-3".split()
-    here(argv(work, "direct", *few))
-    here(argv(work, "precomputed", *few, "--precompute_ref_log_probs", "true"))
-    assert moved(*(load_file(work / name / "model.safetensors") for name in ("direct", "precomputed"))) < 1e-6
-    assert not (work / "precomputed" / ".precompute").exists()
 
 
 def test_overwrite_starts_anew(work, here):

@@ -1,0 +1,230 @@
+"""Which pairs go into which forward pass, and what a pass is given.
+
+An optimizer step has `pairs_per_step` pairs: those that the unpacked computation would have, in the shuffled order that TRL's
+trainer has for the same seed. Packed, they are laid longest first into the least filled of processes × accumulation rows,
+so that every process has as many rows and about as many tokens. In a row (common/shared_prompts.py) chosen and rejected share
+their prompt and nothing is padded. Padded, the computation that every model and attention can do, pairs stay in order.
+
+The loss of a step is the mean over its pairs, wherever they lie: each pair's loss is multiplied by its `scale`, and rows are
+added up. A row without a pair holds the shortest one with scale 0, so that all processes have the same number of passes.
+"""
+
+import heapq
+from dataclasses import dataclass, field
+
+import torch
+from accelerate.data_loader import SeedableRandomSampler
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from common.shared_prompts import pack, packed_tokens, shared
+
+IGNORED = -100
+NUMBERS = ("scale", "margin", "ref_chosen_logps", "ref_rejected_logps")  # of a pair, beside its tokens
+
+
+def both(row):
+    """The two sequences of a pair as token ids."""
+    return [row["prompt_ids"] + row["chosen_ids"], row["prompt_ids"] + row["rejected_ids"]]
+
+
+def columns_of(row):
+    """Columns that a pair takes in a packed row."""
+    return packed_tokens(both(row), labelled=True)
+
+
+def fill(indices, costs, bins):
+    """Lay `indices` into `bins` lists, the largest first and always into the least filled, and order these by what they hold.
+
+    Lists that lie side by side in the result are filled alike: a round of processes waits for its slowest.
+    """
+    heap, made = [(0, b) for b in range(bins)], [[] for _ in range(bins)]
+    for i in sorted(indices, key=lambda i: (-costs[i], i)):
+        total, b = heapq.heappop(heap)
+        made[b].append(i)
+        heapq.heappush(heap, (total + costs[i], b))
+    return sorted(made, key=lambda one: -sum(costs[i] for i in one))
+
+
+@dataclass
+class Steps:
+    """The batches of one process, as a torch batch sampler: lists of (index of a pair, scale of its loss).
+
+    Args:
+        costs: tokens of each pair in a row.
+        pairs_per_step: over all processes; the last step of an epoch has what is left.
+        budget: tokens of a row at most, where a pair is not longer; None lays `at_once` pairs into a pass, in order.
+        weights: of each pair's loss; None for 1.
+        seed: of the order; None keeps the order of the pairs.
+
+    Attributes:
+        accumulation: passes of each process in a step; the same in all steps of `epochs` epochs.
+    """
+
+    costs: list
+    pairs_per_step: int
+    budget: int | None = None
+    at_once: int = 1
+    processes: int = 1
+    process: int = 0
+    weights: list | None = None
+    seed: int | None = None
+    epochs: int = 1
+    epoch: int = 0
+    accumulation: int = field(init=False)
+
+    def __post_init__(self):
+        self.accumulation = self._least_accumulation()
+
+    @property
+    def batch_sampler(self):
+        """Where the Trainer looks for `set_epoch`."""
+        return self
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def steps(self, epoch):
+        """Yield the pairs of each optimizer step, as lists of indices."""
+        order = range(len(self.costs))
+        if self.seed is not None:  # the order in which accelerate hands data to TRL's trainer
+            sampler = SeedableRandomSampler(order, generator=torch.Generator(), data_seed=self.seed)
+            sampler.set_epoch(epoch)
+            order = list(sampler)
+        for first in range(0, len(order), self.pairs_per_step):
+            yield list(order[first : first + self.pairs_per_step])
+
+    def _least_accumulation(self):
+        if self.budget is None:
+            return -(-self.pairs_per_step // (self.processes * self.at_once))
+        most = 1
+        for epoch in range(self.epochs):
+            for step in self.steps(epoch):
+                most = max(most, -(-sum(self.costs[i] for i in step) // (self.budget * self.processes)))
+                while not self._fits(fill(step, self.costs, most * self.processes)):
+                    most += 1
+        return most
+
+    def _fits(self, rows):
+        return all(len(row) <= 1 or sum(self.costs[i] for i in row) <= self.budget for row in rows)
+
+    def __len__(self):
+        return -(-len(self.costs) // self.pairs_per_step) * self.accumulation
+
+    def __iter__(self):
+        least = min(range(len(self.costs)), key=self.costs.__getitem__)
+        count = self.processes * self.accumulation
+        for step in self.steps(self.epoch):
+            if self.budget is None:
+                rows = [step[k * self.at_once : (k + 1) * self.at_once] for k in range(count)]
+            else:
+                rows = fill(step, self.costs, count)
+            # The Trainer divides each pass by the accumulation and the mean over processes divides by their number.
+            scale = count / len(step)
+            for row in rows[self.process :: self.processes]:
+                yield [(i, scale * (self.weights[i] if self.weights else 1.0)) for i in row] or [(least, 0.0)]
+
+
+class Rows(torch.utils.data.Dataset):
+    """Pairs by what `Steps` yields: the row with its `scale`."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, key):
+        index, scale = key
+        return self.rows[index] | {"scale": scale}
+
+
+def numbers(rows):
+    """{name: float32 tensor [pairs]} of the `NUMBERS` that the rows have."""
+    return {name: torch.tensor([row[name] for row in rows], dtype=torch.float32) for name in NUMBERS if name in rows[0]}
+
+
+def collate_packed(rows):
+    """One packed row of pairs.
+
+    Returns:
+        `input_ids` [1, T]; `row`, a Packed whose `wanted` columns [n] have a next token in a response; `next_ids` [1, n], that
+        token; `owner` [n], whose log-probability it is: 3p of pair p's chosen response, 3p + 1 of its rejected one, 3p + 2 of
+        both; `numbers`. `tokens`: what the two sequences of each pair have in all.
+    """
+    groups = [both(row) for row in rows]
+    packed = pack(groups, labelled=True)
+    wanted, next_ids, owner, at = [], [], [], 0
+    for p, (row, group) in enumerate(zip(rows, groups)):
+        prompt, prefix = len(row["prompt_ids"]), shared(group, labelled=True)
+        spans = [(group[0], 0, prefix, 2), (group[0], prefix, len(group[0]) - 1, 0), (group[1], prefix, len(group[1]) - 1, 1)]
+        for ids, first, end, whose in spans:
+            labelled = range(max(first, prompt - 1), end)
+            wanted.extend(at + j - first for j in labelled)
+            next_ids.extend(ids[j + 1] for j in labelled)
+            owner.extend([3 * p + whose] * len(labelled))
+            at += end - first + (whose != 2)  # the last token of a sequence has no next one
+    packed.wanted = torch.tensor(wanted)
+    return {
+        "input_ids": packed.ids, "row": packed, "next_ids": torch.tensor([next_ids]), "owner": torch.tensor(owner),
+        "tokens": sum(len(ids) for group in groups for ids in group), **numbers(rows),
+    }  # fmt: skip
+
+
+class PaddedCollator:
+    """TRL's padded batch with `numbers` and `tokens`."""
+
+    def __init__(self, pad_token_id):
+        self.collate = DataCollatorForPreference(pad_token_id=pad_token_id)
+
+    def __call__(self, rows):
+        return self.collate(rows) | numbers(rows) | {"tokens": sum(len(ids) for row in rows for ids in both(row))}
+
+
+@dataclass
+class Scored:
+    """Log-probabilities of a pass.
+
+    chosen, rejected: [pairs], summed over a response's tokens; chosen_tokens, rejected_tokens: [pairs].
+    outputs: the model's, with values a token in the places that `of_chosen` and `of_rejected` (bool) tell apart.
+    """
+
+    chosen: torch.Tensor
+    rejected: torch.Tensor
+    chosen_tokens: torch.Tensor
+    rejected_tokens: torch.Tensor
+    outputs: object
+    of_chosen: torch.Tensor
+    of_rejected: torch.Tensor
+
+
+def score(model, batch, ld_alpha=None):
+    """Log-probabilities of a batch of `collate_packed` or `PaddedCollator`, under a model with TRL's fused head.
+
+    `ld_alpha` (padded only): tokens beyond the shorter response's length count by this (LD-DPO, arXiv 2409.06411).
+    """
+    if "row" not in batch:
+        return _score_padded(model, batch, ld_alpha)
+    row = batch["row"].to(batch["input_ids"].device)
+    outputs = model(input_ids=row.ids, position_ids=row.positions, use_cache=False, shift_labels=batch["next_ids"],
+                    fused_lm_head=True, shared_prompts=row)  # fmt: skip
+    owner, pairs = batch["owner"], len(batch["scale"])
+    logps, whose = outputs.log_probs[0], owner % 3
+
+    def sums(values):
+        found = values.new_zeros(3 * pairs).index_add(0, owner, values).view(pairs, 3)
+        return found[:, 0] + found[:, 2], found[:, 1] + found[:, 2]
+
+    return Scored(*sums(logps), *sums(torch.ones_like(logps)), outputs, (whose != 1)[None], (whose != 0)[None])
+
+
+def _score_padded(model, batch, ld_alpha):
+    mask = batch["completion_mask"].bool()
+    labels = batch["input_ids"].masked_fill(~mask, IGNORED)
+    outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, labels=labels, fused_lm_head=True)
+    mask, logps = mask[:, 1:], outputs.log_probs
+    tokens = mask.sum(1)
+    if ld_alpha is not None:
+        shorter = torch.minimum(*tokens.chunk(2)).repeat(2)
+        logps = torch.where(mask.cumsum(1) > shorter[:, None], ld_alpha * logps, logps)
+    rows = torch.arange(len(mask), device=mask.device)[:, None] < len(mask) // 2
+    return Scored(*logps.sum(1).chunk(2), *tokens.to(logps.dtype).chunk(2), outputs, mask & rows, mask & ~rows)

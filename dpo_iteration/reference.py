@@ -1,0 +1,196 @@
+"""Log-probabilities of the pairs under the reference: computed once, before the policy is loaded, and kept on disk.
+
+`add_reference` puts `ref_chosen_logps` and `ref_rejected_logps` into rows of token ids. What it computes lies in the folder
+`cache`/KEY, where KEY is a hash of all that shapes a log-probability besides the tokens: every byte of the reference's
+weights, dtype, attention, way of computing, device and library versions. In it, `*.safetensors` files hold
+
+    pairs  [n, 32] uint8: SHA-256 of a pair's token ids (so of truncation, tokenizer and template too)
+    logps  [n, 2] float32: of chosen and rejected
+
+and are written as the pass goes, so that a killed one continues, and other runs with the same pairs read them.
+"""
+
+import gc
+import hashlib
+import json
+import os
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast, broadcast_object_list, reduce
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from trl.trainer.utils import add_fused_lm_head
+
+from common.cli import UserError
+from common.manifest import versions, writing
+from common.progress import Progress
+from dpo_iteration.packing import PaddedCollator, Rows, Steps, collate_packed, score
+
+SAVE_EVERY = 2000  # pairs, about: what a killed pass does again at most
+LIBRARIES = ("torch", "transformers", "trl")
+WEIGHTS = ("*.safetensors", "*.bin", "*.json", "*.py")  # of a model folder: what its forward pass depends on
+
+
+def pair_key(row):
+    """[32] uint8: a pair's token ids, hashed."""
+    text = json.dumps([row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]])
+    return hashlib.sha256(text.encode()).digest()
+
+
+def model_folder(name, revision):
+    """A model's folder on disk: a local one, or the hub's snapshot, which has been loaded from."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(WEIGHTS)))
+    except Exception as error:
+        raise UserError(f"cannot read the reference {name}: {' '.join(str(error).split())[:300]}") from None
+
+
+def weights_key(folder):
+    """SHA-256 of every byte of a model's weights, configuration and code, tokenizer files left out."""
+    digest = hashlib.sha256()
+    files = {f for pattern in WEIGHTS for f in folder.glob(pattern)}
+    for file in sorted(f for f in files if not f.name.startswith(("tokenizer", "special_tokens", "trainer_state", "generation_config"))):
+        with open(file, "rb") as stream:
+            digest.update(f"{file.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+class Cache:
+    """What is known of some pairs; rank 0 alone reads and writes it."""
+
+    def __init__(self, folder, about):
+        self.folder = Path(folder) / hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
+        self.about = about
+
+    def read(self):
+        """{pair key: (chosen, rejected)}. A file that is damaged is left out: its pairs are computed again."""
+        found = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            try:
+                with safe_open(path, "pt") as file:
+                    pairs, logps = file.get_tensor("pairs"), file.get_tensor("logps")
+            except (SafetensorError, OSError) as error:
+                print(f"note: {path} is damaged and not used: {' '.join(str(error).split())[:200]}", flush=True)
+                continue
+            found |= dict(zip(map(bytes, pairs.numpy()), map(tuple, logps.tolist()), strict=True))
+        return found
+
+    def write(self, known):
+        """Save {pair key: (chosen, rejected)} under a name of its own."""
+        keys = sorted(known)
+        pairs = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, 32)
+        path = self.folder / f"{hashlib.sha256(b''.join(keys)).hexdigest()[:24]}.safetensors"
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several runs may share the folder
+        with writing(path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            tensors = {"pairs": pairs, "logps": torch.tensor([known[key] for key in keys], dtype=torch.float32)}
+            save_file(tensors, temporary, {"about": json.dumps(self.about)})
+            os.replace(temporary, path)
+
+
+def add_reference(rows, load, name, revision, cache, about, sharing, budget, at_once, pad_token_id, autocast, ld_alpha=None):
+    """Put the reference's log-probabilities into `rows` (dicts of token ids), on all ranks.
+
+    Args:
+        load: function that loads the reference; called only where something is missing.
+        cache: folder.
+        about: dict of what shapes the result besides the weights.
+        sharing: whether rows are packed with shared prompts; else `at_once` pairs are padded.
+        autocast: dtype to compute in, or None.
+        ld_alpha: as TRL's DPOConfig has it; padded only.
+
+    Returns:
+        (number of pairs found on disk, the cache's key).
+    """
+    state = PartialState()
+    main, about = state.is_main_process, dict(about)
+    found, key = [None], [None]
+    if main:
+        about |= {"weights": weights_key(model_folder(name, revision))} | {k: v for k, v in versions().items() if k in LIBRARIES}
+        store = Cache(cache, about)
+        known = store.read()
+        key = [store.folder.name]
+        wanted = [pair_key(row) for row in rows]
+        found = [[known.get(k, (float("nan"),) * 2) for k in wanted]]
+    # Disks need not be shared between machines, so rank 0's word counts.
+    broadcast_object_list(key, 0)
+    logps = torch.tensor(found[0], dtype=torch.float32) if main else torch.empty(len(rows), 2)
+    logps = broadcast(logps.to(state.device), 0)
+    missing = logps[:, 0].isnan().nonzero()[:, 0].tolist()
+    if missing:
+        passes = _passes([rows[i] for i in missing], load, sharing, budget, at_once, pad_token_id, autocast, ld_alpha)
+        progress = Progress(len(missing), "reference", "pairs", enabled=main)
+        for done, values in passes:  # values [missing, 2] on all ranks, those of `done` filled in
+            at = [missing[i] for i in done]
+            logps[at] = values[done]
+            if not bool(logps[at].isfinite().all()):
+                raise UserError(f"the reference {name} gives log-probabilities that are no numbers: is it damaged, or trained in another dtype?")
+            if main:
+                store.write({wanted[i]: tuple(logps[i].tolist()) for i in at})
+            progress.update(len(done))
+        progress.close()
+    for row, (chosen, rejected) in zip(rows, logps.tolist(), strict=True):
+        row["ref_chosen_logps"], row["ref_rejected_logps"] = chosen, rejected
+    return len(rows) - len(missing), key[0]
+
+
+def _passes(rows, load, sharing, budget, at_once, pad_token_id, autocast, ld_alpha):
+    """Yield (indices done since, [rows, 2] log-probabilities) now and then, on all ranks alike."""
+    state = PartialState()
+    costs = [len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows]
+    # As many pairs together as are saved together; `Steps` shares each such step out among the processes.
+    steps = Steps(costs, SAVE_EVERY, budget if sharing else None, at_once, state.num_processes, state.process_index)
+    collate = collate_packed if sharing else PaddedCollator(pad_token_id)
+    model, data, batches = load(), Rows(rows), iter(steps)
+    device = "cuda" if state.device.type == "cuda" else state.device.type
+    for step in steps.steps(0):
+        values = torch.zeros(len(rows), 2, device=state.device)
+        for _ in range(steps.accumulation):
+            keys = next(batches)
+            batch = {k: v.to(state.device) if isinstance(v, torch.Tensor) else v for k, v in collate([data[key] for key in keys]).items()}
+            with torch.no_grad(), torch.autocast(device, autocast) if autocast else nullcontext():
+                scored = score(model, batch, ld_alpha)
+            for (i, scale), chosen, rejected in zip(keys, scored.chosen, scored.rejected, strict=True):
+                if scale:  # a row without a pair holds another's
+                    values[i, 0], values[i, 1] = chosen, rejected
+        yield step, reduce(values, "sum")
+    del model
+    gc.collect()
+    if state.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def ready(model, config, sharing):
+    """A loaded reference on its device, with TRL's fused head, in evaluation; sharded where the policy will be.
+
+    Args:
+        config: TRL's DPOConfig.
+    """
+    from common.shared_prompts import only_wanted, prepare
+
+    model.eval().requires_grad_(False)
+    add_fused_lm_head(model)
+    if sharing:
+        prepare(model)
+        only_wanted(model.base_model)
+    plugin = config.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        import deepspeed
+
+        settings = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": model.dtype == torch.bfloat16}}
+        engine, *_ = deepspeed.initialize(model=model, config=settings)
+        engine.eval()  # returns nothing
+        return engine
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        from torch.distributed.fsdp import fully_shard
+
+        for module in [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]:
+            fully_shard(module)
+        return fully_shard(model)
+    return model.to(PartialState().device)

@@ -1,0 +1,114 @@
+"""losses.py against formulas in float64 and against TRL's own `_compute_loss`, gradients too."""
+
+import math
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+from trl import DPOTrainer
+
+from dpo_iteration import settings
+from dpo_iteration.losses import LOSSES, Pairs, Settings, pair_losses
+
+CHOSEN_TOKENS, REJECTED_TOKENS = torch.tensor([4, 9, 1, 6]), torch.tensor([7, 2, 3, 6])
+LENGTH = 12
+
+
+def per_token(seed):
+    """[8, 12] log-probabilities a token, those of four chosen and four rejected responses; zero beyond their ends."""
+    tokens = torch.cat([CHOSEN_TOKENS, REJECTED_TOKENS])
+    mask = torch.arange(LENGTH) < tokens[:, None]
+    torch.manual_seed(seed)
+    return -torch.rand(8, LENGTH, dtype=torch.float64) * 3 * mask, mask
+
+
+def pairs_of(policy, reference, margin=0.0):
+    sums = [*policy.sum(1).chunk(2), *reference.sum(1).chunk(2)]
+    return Pairs(*sums, CHOSEN_TOKENS, REJECTED_TOKENS, torch.full((4,), margin, dtype=torch.float64))
+
+
+def trls(policy, reference, mask, loss_types, weights, beta, smoothing):
+    """TRL's loss of the same log-probabilities; its model and accelerator are stand-ins, so that its formulas alone count."""
+
+    def model(log_probs):
+        zeros = torch.zeros_like(log_probs)
+        return lambda **inputs: SimpleNamespace(log_probs=log_probs, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
+
+    same = lambda value: value  # noqa: E731
+    trainer = SimpleNamespace(
+        model=SimpleNamespace(training=True), accelerator=SimpleNamespace(device="cpu", gather_for_metrics=same, gather=same, unwrap_model=same),
+        aux_loss_enabled=False, ld_alpha=None, precompute_ref_logps=True, f_divergence_type="reverse_kl", loss_types=loss_types,
+        loss_weights=weights, beta=beta, label_smoothing=smoothing, use_weighting=False, args=SimpleNamespace(discopop_tau=0.05),
+        _metrics={"train": defaultdict(list)}, _total_train_tokens=0, _tp_size=1,
+    )  # fmt: skip
+    # One column more: the first token has no log-probability.
+    completion = torch.cat([torch.zeros(8, 1, dtype=torch.bool), mask], 1).long()
+    chosen, rejected = reference.sum(1).chunk(2)
+    inputs = {"input_ids": completion, "attention_mask": completion, "completion_mask": completion, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+    return DPOTrainer._compute_loss(trainer, model(policy), inputs, False)
+
+
+def test_there_is_a_loss_for_each_name():
+    assert set(LOSSES) == settings.PAIRWISE
+
+
+CASES = [([name], [1.0]) for name in sorted(settings.PAIRWISE)] + [(["sigmoid", "hinge", "nca_pair"], [0.5, 2.0, 0.1]), (["robust", "exo_pair"], [1.0, 0.3])]
+
+
+@pytest.mark.parametrize("loss_types, weights", CASES)
+@pytest.mark.parametrize("beta", [0.05, 0.5])
+def test_losses_and_gradients_are_trls(loss_types, weights, beta):
+    smoothing = 0.2 if set(loss_types) & {"robust", "exo_pair"} else 0.0
+    (policy, mask), (reference, _) = per_token(1), per_token(2)
+    policy.requires_grad_()
+    ours = pair_losses(pairs_of(policy, reference), loss_types, weights, Settings(beta, smoothing)).mean()
+    theirs = trls(policy, reference, mask, loss_types, weights, beta, smoothing)
+    # TRL's EXO holds its label smoothing in float32.
+    tight = 1e-7 if "exo_pair" in loss_types else 1e-12
+    assert abs(ours - theirs) < tight * max(1.0, abs(theirs))
+    [have], [want] = torch.autograd.grad(ours, policy), torch.autograd.grad(theirs, policy)
+    assert (have - want).abs().max() < tight and want.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.3, 0.49])
+def test_sigmoid_with_label_smoothing_is_conservative_dpo(smoothing):
+    (policy, mask), (reference, _) = per_token(3), per_token(4)
+    policy.requires_grad_()
+    got = pair_losses(pairs_of(policy, reference), ["sigmoid"], [1.0], Settings(0.1, smoothing))
+    chosen, rejected = (policy.sum(1) - reference.sum(1)).chunk(2)
+    scaled = 0.1 * (chosen - rejected)
+    want = -(1 - smoothing) * torch.log(torch.sigmoid(scaled)) - smoothing * torch.log(torch.sigmoid(-scaled))
+    assert (got - want).abs().max() < 1e-12
+    [have], [expected] = torch.autograd.grad(got.sum(), policy), torch.autograd.grad(want.sum(), policy)
+    assert (have - expected).abs().max() < 1e-12
+    # A second oracle: TRL's robust loss with ε′ = -ε / (1 - 2ε) is the same function.
+    robust = trls(policy, reference, mask, ["robust"], [1.0], 0.1, -smoothing / (1 - 2 * smoothing))
+    assert abs(robust - got.mean()) < 1e-12
+
+
+KNOWN = {  # at Δ = 0 with both log-ratios 0
+    "sigmoid": math.log(2), "robust": math.log(2), "sigmoid_norm": math.log(2), "hinge": 1.0, "bco_pair": 2 * math.log(2),
+    "nca_pair": 2 * math.log(2), "apo_zero": 1.0, "apo_down": 1.0, "sppo_hard": 2 * 5.0**2, "ipo": 5.0**2,
+    "discopop": 0.5 * math.log(2) + 0.5, "exo_pair": math.log(0.5) - 0.5 * (math.log(0.9) + math.log(0.1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(settings.PAIRWISE))
+def test_known_answers_where_policy_is_reference(name):
+    logps, _ = per_token(5)
+    smoothing = 0.1 if name in ("robust", "exo_pair") else 0.0
+    got = pair_losses(pairs_of(logps, logps), [name], [1.0], Settings(0.1, smoothing))
+    assert torch.allclose(got, torch.full_like(got, KNOWN[name]), atol=1e-7)
+
+
+@pytest.mark.parametrize("name", sorted(settings.OF_DIFFERENCE))
+def test_the_offset_is_a_shift_of_the_difference(name):
+    """β(Δ - c/β) = βΔ - c: a margin moves the loss as moving the reference's chosen log-probability does."""
+    (policy, _), (reference, _) = per_token(6), per_token(7)
+    smoothing = 0.1 if name in ("robust", "exo_pair") else 0.0
+    offset = pair_losses(pairs_of(policy, reference, margin=2.0), [name], [1.0], Settings(0.5, smoothing, margin_scale=0.3))
+    moved = pairs_of(policy, reference)
+    moved.ref_chosen = moved.ref_chosen + 0.3 * 2.0 / 0.5
+    assert torch.allclose(offset, pair_losses(moved, [name], [1.0], Settings(0.5, smoothing)), atol=1e-12)
+    assert not torch.allclose(offset, pair_losses(pairs_of(policy, reference), [name], [1.0], Settings(0.5, smoothing)))

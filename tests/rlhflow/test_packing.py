@@ -1,0 +1,200 @@
+"""Which pairs share a step and a row, and that a packed row gives what each sequence gives alone: log-probabilities, gradients."""
+
+import random
+from collections import Counter
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import micro
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from trl import DPOTrainer
+from trl.trainer.utils import add_fused_lm_head
+
+from common.shared_prompts import only_wanted, prepare
+from dpo_iteration.losses import Pairs, Settings, pair_losses
+from dpo_iteration.packing import PaddedCollator, Rows, Steps, collate_packed, columns_of, fill, score
+
+
+def make_rows(count, seed=0, longest=40):
+    rng = random.Random(seed)
+    draw = lambda n: [rng.randrange(3, 250) for _ in range(n)]  # noqa: E731
+    rows = []
+    for i in range(count):
+        chosen = draw(rng.randint(1, longest))
+        # Some responses begin alike, or one is the other's beginning.
+        rejected = chosen[: rng.randint(0, len(chosen))] + draw(rng.randint(1, 9)) if i % 3 == 1 else draw(rng.randint(1, longest))
+        rows.append({"prompt_ids": [1, *draw(rng.randint(0, longest))], "chosen_ids": chosen, "rejected_ids": rejected, "margin": 1.0 + i})
+    return rows
+
+
+# Steps
+
+
+def collected(steps, epoch=0):
+    """[step][pass of each process]: what every process is given."""
+    made = []
+    for process in range(steps.processes):
+        one = Steps(steps.costs, steps.pairs_per_step, steps.budget, steps.at_once, steps.processes, process, steps.weights, steps.seed, steps.epochs, epoch)
+        made.append(list(one))
+        assert len(made[-1]) == len(one) == len(steps)
+    a = steps.accumulation
+    return [[made[p][k] for k in range(s, s + a) for p in range(steps.processes)] for s in range(0, len(steps), a)]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+@pytest.mark.parametrize("budget", [None, 60, 200, 5000])
+def test_each_step_has_the_pairs_of_the_unpacked_computation(processes, budget):
+    costs = [random.Random(i).randint(5, 90) for i in range(103)]
+    steps = Steps(costs, 24, budget, 2, processes, seed=7, epochs=2)
+    for epoch in (0, 1):
+        order = torch.randperm(103, generator=torch.Generator().manual_seed(7 + epoch)).tolist()  # TRL's, see test_dpo.py
+        made = collected(steps, epoch)
+        assert len(made) == 5
+        for n, rows in enumerate(made):
+            real = [(i, scale) for row in rows for i, scale in row if scale]
+            assert sorted(i for i, _ in real) == sorted(order[24 * n : 24 * n + 24])
+            # Σ scale × loss over all passes, divided by them as Trainer and mean over processes do, is the mean over the pairs.
+            assert {round(scale / len(rows) * len(real), 9) for _, scale in real} == {1.0}
+            if budget:
+                assert all(sum(costs[i] for i, _ in row) <= budget or len(row) == 1 for row in rows)
+            assert all(row and (len(row) == 1 or all(scale for _, scale in row)) for row in rows)
+
+
+def test_rows_are_filled_alike_and_as_few_as_can_be():
+    costs = [random.Random(i).randint(50, 400) for i in range(256)]
+    steps = Steps(costs, 128, 4096, processes=2, seed=1)
+    totals = [[sum(costs[i] for i, _ in row) for row in rows] for rows in collected(steps)]
+    least = max(-(-sum(rows) // (4096 * 2)) for rows in totals)
+    assert steps.accumulation == least
+    assert all(max(rows) < 1.05 * min(rows) for rows in totals)
+
+
+def test_one_very_long_pair_is_a_row_of_its_own():
+    made = collected(Steps([30] * 15 + [2000], 16, 100, processes=2))
+    [rows] = made
+    assert [row for row in rows if any(i == 15 for i, _ in row)] == [[(15, len(rows) / 16)]]
+    assert Counter(i for row in rows for i, scale in row if scale) == Counter(range(16))
+
+
+def test_fewer_pairs_than_processes_leave_rows_without_a_pair():
+    [rows] = collected(Steps([9, 5, 7], 8, 100, processes=8))
+    assert sum(bool(row[0][1]) for row in rows) == 3 and [row for row in rows if not row[0][1]] == [[(1, 0.0)]] * 5
+
+
+def test_weights_scale_the_loss():
+    [rows] = collected(Steps([9, 5], 2, 100, weights=[0.5, 1.5]))
+    assert dict(pair for row in rows for pair in row) == {0: 0.25, 1: 0.75}
+
+
+def test_fill_puts_the_largest_first_into_the_least_filled():
+    assert fill([0, 1, 2, 3], [5, 4, 3, 3], 2) == [[0, 3], [1, 2]]
+
+
+# Rows
+
+
+ARCHITECTURES = {
+    "llama": {}, "mistral": {"sliding_window": 13}, "qwen2": {}, "qwen3": {}, "phi3": {},
+    "gemma2": {"sliding_window": 13, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
+    "gemma3_text": {"sliding_window": 13, "layer_types": ["sliding_attention", "full_attention"]},
+}  # fmt: skip
+
+
+def make_model(architecture="llama", dtype=torch.float32, **more):
+    torch.manual_seed(3)
+    config = micro.make_config(micro.make_tokenizer(), architecture, **(ARCHITECTURES[architecture] | more))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    for name, weight in model.named_parameters():  # attention far from even, or a wrong mask would hardly show
+        if weight.ndim == 2:
+            torch.nn.init.normal_(weight, std=0.2 if "proj" in name else 0.6)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+    return model.to(dtype)
+
+
+def alone(model, row):
+    """[log-probability of chosen, of rejected], one sequence at a time, by the model's own head and log_softmax in float64."""
+    found = []
+    for side in ("chosen_ids", "rejected_ids"):
+        ids = torch.tensor([row["prompt_ids"] + row[side]])
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0].double()
+        logps = logits.log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[:, 0]
+        found.append(logps[len(row["prompt_ids"]) - 1 :].sum())
+    return found
+
+
+def shared(model):
+    prepare(model)
+    only_wanted(model.base_model)
+    return model
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_log_probabilities_and_gradients_are_those_of_one_sequence_at_a_time(architecture):
+    rows = make_rows(7)
+    model = make_model(architecture)
+    settings, weights = Settings(0.1, 0.1), torch.rand(7)
+
+    def loss(chosen, rejected):
+        zeros, tokens = torch.zeros(7), (torch.tensor([len(row[f"{side}_ids"]) for row in rows]) for side in ("chosen", "rejected"))
+        return (pair_losses(Pairs(chosen, rejected, zeros, zeros, *tokens, zeros), ["sigmoid"], [1.0], settings) * weights).sum()
+
+    want = [alone(model, row) for row in rows]
+    loss(torch.stack([w[0] for w in want]).float(), torch.stack([w[1] for w in want]).float()).backward()
+    expected = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    model.zero_grad()
+    batch = collate_packed([row | {"scale": 1.0} for row in rows])
+    assert batch["input_ids"].shape[1] == sum(map(columns_of, rows)) < batch["tokens"]
+    scored = score(shared(model), batch)
+    assert torch.allclose(scored.chosen.double(), torch.stack([w[0] for w in want]), atol=2e-4)
+    assert torch.allclose(scored.rejected.double(), torch.stack([w[1] for w in want]), atol=2e-4)
+    assert scored.chosen_tokens.tolist() == [len(row["chosen_ids"]) for row in rows]
+    assert scored.rejected_tokens.tolist() == [len(row["rejected_ids"]) for row in rows]
+    loss(scored.chosen, scored.rejected).backward()
+    for name, weight in model.named_parameters():
+        assert (weight.grad - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-7, name
+
+
+def test_padded_batches_give_the_same_and_so_do_their_metrics():
+    rows = [row | {"scale": 1.0} for row in make_rows(5)]
+    model = make_model()
+    padded = score(model, PaddedCollator(0)(rows))
+    packed = score(shared(model), collate_packed(rows))
+    for name in ("chosen", "rejected", "chosen_tokens", "rejected_tokens"):
+        assert torch.allclose(getattr(packed, name), getattr(padded, name), atol=1e-4), name
+    for of in ("of_chosen", "of_rejected"):
+        for value in ("mean_logits", "entropy", "is_top1"):
+            ours, theirs = ((getattr(s.outputs, value) * getattr(s, of)).sum() for s in (packed, padded))
+            assert torch.allclose(ours.float(), theirs.float(), rtol=1e-4), (of, value)
+
+
+def test_ld_alpha_is_trls():
+    rows, model = make_rows(4), make_model()
+    batch = PaddedCollator(0)(rows)
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(device="cpu", autocast=nullcontext), ref_model=model, model=model, ld_alpha=0.3,
+                              args=SimpleNamespace(gradient_checkpointing_kwargs=None))  # fmt: skip
+    tensors = {k: v for k, v in batch.items() if k not in ("tokens", "margin")}
+    want = DPOTrainer.compute_ref_log_probs(trainer, model, tensors)
+    scored = score(model, batch, ld_alpha=0.3)
+    assert torch.allclose(scored.chosen, want[0], atol=1e-5) and torch.allclose(scored.rejected, want[1], atol=1e-5)
+    assert not torch.allclose(scored.chosen, score(model, batch).chosen)
+
+
+def test_a_row_without_a_pair_has_no_gradient_but_passes_through():
+    row = Rows(make_rows(3))[1, 0.0]
+    model = shared(make_model())
+    batch = collate_packed([row])
+    scored = score(model, batch)
+    (scored.chosen * batch["scale"]).sum().backward()
+    assert all(weight.grad is not None and not weight.grad.any() for weight in model.parameters())
+
+
+def test_a_prompt_of_one_token_and_no_prompt_at_all():
+    rows = [{"prompt_ids": [5], "chosen_ids": [6], "rejected_ids": [7, 8], "scale": 1.0}]
+    rows.append({"prompt_ids": [], "chosen_ids": [6, 9], "rejected_ids": [7, 8], "scale": 1.0})
+    model = make_model()
+    padded = score(model, PaddedCollator(0)(rows))
+    packed = score(shared(model), collate_packed(rows))
+    assert torch.allclose(packed.chosen, padded.chosen, atol=1e-5) and torch.allclose(packed.rejected, padded.rejected, atol=1e-5)
+    assert packed.chosen_tokens.tolist() == [1, 1]  # without a prompt the first token has no probability

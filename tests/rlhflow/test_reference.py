@@ -1,0 +1,121 @@
+"""Reference log-probabilities: right, kept on disk under a key of all that shapes them, and continued after a kill."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import micro
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_packing import alone, make_rows
+from transformers import AutoModelForCausalLM
+
+from common.cli import UserError
+from dpo_iteration import reference
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return micro.make_policy(tmp_path / "reference")
+
+
+def add(folder, cache, rows, sharing=True, loads=None, **about):
+    """`add_reference` of one process; `loads` counts how often the model was loaded."""
+
+    def load():
+        if loads is not None:
+            loads.append(1)
+        model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+        return reference.ready(model, SimpleNamespace(deepspeed_plugin=None), sharing)
+
+    return reference.add_reference(rows, load, str(folder), None, cache, {"dtype": "float32"} | about, sharing, 300, 2, 0, None)
+
+
+def values(rows):
+    return [(row["ref_chosen_logps"], row["ref_rejected_logps"]) for row in rows]
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+def test_they_are_those_of_one_sequence_at_a_time(folder, tmp_path, sharing):
+    rows = make_rows(9)
+    found, _ = add(folder, tmp_path / "cache", rows, sharing)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert found == 0
+    for row in rows:
+        with torch.no_grad():
+            want = alone(model, row)
+        assert row["ref_chosen_logps"] == pytest.approx(float(want[0]), abs=1e-4)
+        assert row["ref_rejected_logps"] == pytest.approx(float(want[1]), abs=1e-4)
+
+
+def test_what_is_known_is_not_computed_again(folder, tmp_path):
+    loads, first = [], make_rows(6)
+    add(folder, tmp_path / "cache", first, loads=loads)
+    again = make_rows(6)
+    assert add(folder, tmp_path / "cache", again, loads=loads)[0] == 6 and loads == [1] and values(again) == values(first)
+    more = make_rows(6)[3:] + make_rows(4, seed=9)  # an iteration that trains on old and new pairs, in another order
+    assert add(folder, tmp_path / "cache", more, loads=loads)[0] == 3 and loads == [1, 1] and values(more)[:3] == values(first)[3:]
+
+
+def test_one_changed_byte_of_pair_or_weights_misses_the_cache(folder, tmp_path):
+    rows, cache = make_rows(4), tmp_path / "cache"
+    _, key = add(folder, cache, rows)
+    changed = make_rows(4)
+    changed[2]["rejected_ids"][0] ^= 1
+    assert add(folder, cache, changed)[0] == 3
+    assert add(folder, cache, make_rows(4), dtype="bfloat16")[0] == 0
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    for at in (len(whole) // 2, len(whole) - 1):  # in the middle of a large file, too
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        found, other = add(folder, cache, make_rows(4))
+        assert found == 0 and other != key
+    path.write_bytes(whole)
+    assert add(folder, cache, make_rows(4)) == (4, key)
+    (folder / "tokenizer_config.json").write_text("{}")  # the tokens are what they are
+    assert add(folder, cache, make_rows(4)) == (4, key)
+
+
+def test_a_killed_pass_continues(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "SAVE_EVERY", 4)
+    true, seen = reference.score, []
+
+    def dies(*given):
+        seen.append(1)
+        if len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2:
+            raise KeyboardInterrupt
+        return true(*given)
+
+    monkeypatch.setattr(reference, "score", dies)
+    with pytest.raises(KeyboardInterrupt):
+        add(folder, tmp_path / "cache", make_rows(12))
+    monkeypatch.setattr(reference, "score", true)
+    continued, whole = make_rows(12), make_rows(12)
+    assert add(folder, tmp_path / "cache", continued)[0] == 8
+    add(folder, tmp_path / "other", whole)
+    assert torch.allclose(torch.tensor(values(continued)), torch.tensor(values(whole)), atol=1e-4)
+
+
+def test_files_are_safetensors_and_a_damaged_one_is_computed_again(folder, tmp_path, capsys):
+    rows = make_rows(3)
+    _, key = add(folder, tmp_path / "cache", rows)
+    [path] = (tmp_path / "cache" / key).glob("*.safetensors")
+    held = load_file(path)
+    assert held["pairs"].shape == (3, 32) and held["pairs"].dtype == torch.uint8 and held["logps"].dtype == torch.float32
+    by_key = dict(zip(map(bytes, held["pairs"].numpy()), held["logps"].tolist(), strict=True))
+    assert all(by_key[reference.pair_key(row)] == list(pair) for row, pair in zip(rows, values(rows), strict=True))
+    path.write_bytes(path.read_bytes()[:-5])
+    again = make_rows(3)
+    assert add(folder, tmp_path / "cache", again)[0] == 0 and values(again) == values(rows)
+    assert "is damaged and not used" in capsys.readouterr().out
+
+
+def test_a_reference_without_numbers_is_refused(folder, tmp_path):
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    weights["model.norm.weight"][0] = math.nan
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(UserError, match="no numbers"):
+        add(folder, tmp_path / "cache", make_rows(2))
+    assert not list(Path(tmp_path / "cache").rglob("*.safetensors"))
