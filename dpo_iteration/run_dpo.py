@@ -196,6 +196,7 @@ def train(args, extra, selection, settings, inputs, started):
     check_bos(tokenizer, rows["train"][0])
 
     config = training_config(args, extra, Arguments, bool(rows["eval"]))
+    models.prepare_sharding(config)
     PartialState().wait_for_everyone()  # every rank has looked at what is there; now rank 0 may write
     lock = prepare_output(args, selection, settings, inputs) if is_main() else None
     PartialState().wait_for_everyone()
