@@ -6,6 +6,11 @@ DeepSpeed's, which has to be compiled for minutes.
 
 import json
 import math
+import os
+import socket
+import stat
+import subprocess
+import sys
 
 import micro
 import pytest
@@ -97,3 +102,42 @@ def test_fsdp2_continues_from_a_checkpoint(work, alone):
     done, _ = train(work, "stopped", *EXACT, "--save_steps", "2", config="fsdp2")
     assert "continuing from" in done.stdout and "step 3/3" in done.stdout and "step 2/3" not in done.stdout
     assert furthest(weights(work / "stopped", torch.float32), alone[0]) < 1e-5
+
+
+STAND_INS = {  # for a cluster whose two machines are this one: they start what they are given as Slurm does
+    "srun": """while [[ "$1" = --* ]]; do shift; done
+for rank in 0 1; do SLURM_NODEID=$rank "$@" & pids+=($!); done
+status=0; for pid in "${pids[@]}"; do wait "$pid" || status=$?; done; exit "$status"
+""",
+    "scontrol": '[ "$*" = "show hostnames here[1-2]" ] && printf "127.0.0.1\\nelsewhere\\n"',
+    "accelerate": f'shift; exec {sys.executable} -m accelerate.commands.launch "$@"',
+}
+
+
+@pytest.mark.parametrize("config", ["zero2", "fsdp2"])
+def test_two_machines_train_what_one_process_trains(work, alone, tmp_path, config):
+    """configs/train_multinode.slurm itself, with two launchers on this machine; Slurm is stood in for."""
+    environment = tmp_path / "envs" / "rlhflow" / "bin"
+    environment.mkdir(parents=True)
+    (environment / "activate").write_text(f"PATH={environment}:$PATH\n")
+    for name, text in STAND_INS.items():
+        (environment / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (environment / name).chmod(stat.S_IRWXU)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    slurm = {
+        "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "here[1-2]", "SLURM_SUBMIT_DIR": str(ROOT),
+        "accelerate_config": f"configs/{config}.yaml", "gpus_per_node": "1", "main_port": str(port),
+        "envs_dir": str(tmp_path / "envs"), "env_manager": "venv", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    hidden = ("CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    env = {key: value for key, value in os.environ.items() if key not in hidden} | slurm
+    out = work / f"machines_{config}"
+    paths = ["--model_name_or_path", work / "policy", "--train_dir", work / "rewarded.jsonl", "--output_dir", out]
+    script = [ROOT / "configs" / "train_multinode.slurm", ROOT / "configs" / "training.yaml", *paths, *SMALL, *EXACT]
+    done = subprocess.run(["bash", *map(str, script)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert read_json(work / f"machines_{config}.manifest.json")["num_processes"] == 2
+    assert proof(config, out / "checkpoint-3").exists()
+    assert furthest(weights(out, torch.float32), alone[0]) < 1e-5
