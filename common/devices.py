@@ -29,6 +29,16 @@ def visible_gpus():
     return names[:end]
 
 
+def gpu_memory():
+    """GiB of the smallest visible GPU, or None."""
+    if not visible_gpus():
+        return None
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    sizes = [int(line) / 1024 for line in answer.stdout.split() if line.isdigit()]
+    return min(sizes, default=None)
+
+
 def check_processes():
     """Refuse more launched processes than GPUs, before torch touches one. Without a GPU any number may run on the CPU.
 

@@ -5,18 +5,17 @@ at where the hub answers; where not, it says what was left unchecked.
 """
 
 import shutil
-import subprocess
 import sys
 from array import array
 from pathlib import Path
 
 from annotate_data import get_rewards
-from common.cli import UserError, build, check_model, read_json, read_yaml
-from common.devices import visible_gpus
+from common.cli import UserError, build, check_model, read_json
+from common.devices import gpu_memory, visible_gpus
 from common.loop import gpu_groups, processes
 from common.progress import duration
 from common.records import read_prompts, record_id
-from dpo_iteration import run_dpo
+from dpo_iteration import memory, run_dpo
 from report.metrics import load_gold
 
 # For the estimates, per GPU of the A100/H100 class. Assumed, not measured here; the README says how the sums are made.
@@ -24,7 +23,6 @@ PEAK_FLOPS = 312e12  # dense bf16 of an A100; an H100 has three times as much
 TRAIN_SHARE, SCORE_SHARE = 0.35, 0.45  # of the peak that training and scoring reach
 SAMPLED_TOKENS = 2500 * 8e9  # tokens/s × parameters of one engine with some hundred sequences
 RESPONSE_TOKENS, PROMPT_TOKENS = 350, 200  # mean lengths of the recipe's data
-SHARED_BYTES = {0: 0, 1: 12, 2: 14, 3: 18}  # bytes a parameter that a ZeRO stage shares out among the processes
 
 
 def local_config(name):
@@ -51,35 +49,6 @@ def parameters(name, fallback=None):
         size = sum(f.stat().st_size for pattern in ("*.safetensors", "pytorch_model*.bin") for f in folder.glob(pattern))
         return size / width or None
     return fallback * 1e9 if fallback else None
-
-
-def gpu_memory():
-    """GiB of the smallest visible GPU, or None."""
-    if not visible_gpus():
-        return None
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    sizes = [int(line) / 1024 for line in answer.stdout.split() if line.isdigit()]
-    return min(sizes, default=None)
-
-
-def training_memory(count, stage, processes):
-    """GiB a GPU needs for model states in mixed precision, activations apart (ZeRO, arXiv 1910.02054, §3).
-
-    16 bytes a parameter: 2 weights, 2 gradients, 12 fp32 master weights and Adam moments; ZeRO-1 shares out the last,
-    ZeRO-2 the gradients too, ZeRO-3 all. The reference model adds 2 bytes, shared out by ZeRO-3 only.
-    """
-    shared = SHARED_BYTES[stage]
-    return count * ((18 - shared) + shared / processes) / 2**30
-
-
-def zero_stage(path):
-    """ZeRO stage of an accelerate YAML; 0 for plain data parallel."""
-    config = read_yaml(path, "accelerate config").get("deepspeed_config") or {}
-    stage = config.get("zero_stage", 0) if isinstance(config, dict) else None
-    if stage not in SHARED_BYTES:
-        raise UserError(f"{path}: deepspeed_config with zero_stage 0, 1, 2 or 3 was expected")
-    return stage
 
 
 def estimate(count, prompts, samples, epochs, gpus):
@@ -138,7 +107,7 @@ def check(run):
         if Path(name).is_dir() and not attempt(has_template, name) and not own.get("chat_template"):
             problems.append(f"{key} {name} has no chat template: put a chat_template.jinja beside its tokenizer")
     groups = attempt(gpu_groups, settings)
-    stage = attempt(zero_stage, settings.accelerate_config)
+    method = attempt(memory.method_of, settings.accelerate_config)
     attempt(run.check_sampling)
     asked = attempt(lambda: build(get_rewards.Arguments, run.annotation([("generated", "rewarded")]), "annotation"))
     if asked:
@@ -166,9 +135,9 @@ def check(run):
     if gpus and world > len(gpus):
         problems.append(f"num_processes {world}, but {len(gpus)} GPUs are visible")
     count = parameters(settings.model_name_or_path, settings.model_size_b)
-    if count and stage is not None:
+    if count and method is not None:
         size = sum(len(p) for p in sets.values() if p) or None
-        describe(run, count, stage, world, gpus, size, training or {}, notes, problems)
+        describe(run, count, method, world, gpus, size, training or {}, notes, problems)
     if problems:
         for problem in problems[:-1]:
             print(f"error: {problem}", file=sys.stderr)
@@ -180,14 +149,14 @@ def check(run):
     return left
 
 
-def describe(run, count, stage, world, gpus, local_size, training, notes, problems):
+def describe(run, count, method, world, gpus, local_size, training, notes, problems):
     """Memory, disk and hours against what there is, as notes; what certainly does not fit as problems."""
     settings = run.settings
     if not gpus and count > 1.5e9:
         problems.append(f"{count / 1e9:.1f} billion parameters and no GPU: this run needs GPUs")
-    needed, there = training_memory(count, stage, world), gpu_memory()
+    needed, there = memory.states(method, count, world)[0] / memory.GIB, gpu_memory()
     if gpus:
-        notes.append(f"training: ZeRO stage {stage} over {world} processes takes {needed:.0f} GiB a GPU without activations; a GPU has {there or 0:.0f}")
+        notes.append(f"training: {method} over {world} processes takes {needed:.0f} GiB a GPU without activations; a GPU has {there or 0:.0f}")
         if there and needed > there * 0.95:
             problems.append(f"training needs {needed:.0f} GiB a GPU without activations and a GPU has {there:.0f}; take configs/zero3.yaml or more GPUs")
     # An iterate in 2 bytes a parameter (4 on the CPU); while training, DeepSpeed's checkpoint of 14 bytes at most.

@@ -46,10 +46,11 @@ class IterativeDPOTrainer(DPOTrainer):
 
     def __init__(self, *args, rows, steps, eval_steps, sharing, margin_scale=0.0, **kwargs):
         self.rows, self.batching, self.sharing = rows, {"train": steps, "eval": eval_steps}, sharing
-        self.attention, self.checked = None, False
+        self.attention, self.checked, self.built = None, False, False
         self.sums = {"train": None, "eval": None}
         with without_hash():
             super().__init__(*args, **kwargs)
+        self.built = True
         self.settings = Settings(self.beta, self.label_smoothing, margin_scale, self.args.discopop_tau)
         if steps is None and "sigmoid" in self.loss_types and self.label_smoothing:
             # After TRL's own checks, which call a negative value a mistake; `self.args` keeps the user's names.
@@ -63,6 +64,15 @@ class IterativeDPOTrainer(DPOTrainer):
             self.policy = base
 
     # What TRL would do once more
+
+    @property
+    def is_fsdp_enabled(self):
+        """Not while TRL's constructor asks, behind the Trainer's: under FSDP it would load a reference model all the same."""
+        return self.fsdp and (self.built or not hasattr(self, "aux_loss_enabled"))
+
+    @is_fsdp_enabled.setter
+    def is_fsdp_enabled(self, value):
+        self.fsdp = value
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         """Rows as they are: TRL would tokenise again."""

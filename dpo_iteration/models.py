@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import DistributedType
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from common import chat, shared_prompts
@@ -54,6 +56,25 @@ def attention(name, args, revision=None):
         return "flash_attention_2"
     capped = getattr(load_config(name, args, revision).get_text_config(), "attn_logit_softcapping", None)
     return "eager" if capped else "sdpa"
+
+
+def prepare_sharding(config):
+    """FSDP's dtypes; and without a GPU what lets FSDP and offloading run there. `config`: the DPOConfig, before the trainer.
+
+    accelerate 1.15 would have FSDP round all that the model returns to bf16, so that log-probabilities that differ by less
+    than 1% look equal, and add up gradients in bf16. Weights are fp32 and computed with in bf16 here; the rest stays.
+    """
+    state, on_cpu = config.distributed_state, not torch.cuda.is_available()
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        if config.bf16:
+            dtypes = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            config.fsdp_plugin_args = {"mixed_precision_policy": dtypes}
+        if state.distributed_type == DistributedType.MULTI_CPU:
+            # accelerate knows FSDP on accelerators only and would train plain data parallel, without a word.
+            state.distributed_type = DistributedType.MULTI_GPU
+    if on_cpu and config.deepspeed_plugin is not None:
+        # For offloaded optimizer states: DeepSpeed's own Adam takes a compiler and minutes at the first start.
+        config.deepspeed_plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
 
 
 def load_model(name, args, config, revision=None):

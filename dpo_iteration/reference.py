@@ -188,9 +188,10 @@ def ready(model, config, sharing):
         engine.eval()  # returns nothing
         return engine
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+        dtypes = (config.fsdp_plugin_args or {}).get("mixed_precision_policy") or MixedPrecisionPolicy()
         for module in [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]:
-            fully_shard(module)
-        return fully_shard(model)
+            fully_shard(module, mp_policy=dtypes)
+        return fully_shard(model, mp_policy=dtypes)
     return model.to(PartialState().device)

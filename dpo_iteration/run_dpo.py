@@ -7,7 +7,7 @@ Out: model, tokenizer, chat template and generation config in the folder `output
     accelerate launch --config_file ./configs/zero2.yaml dpo_iteration/run_dpo.py ./configs/training.yaml
 
 Any other setting of TRL's DPOConfig may stand in the YAML or on the command line too. With `--save_steps N` a killed
-run continues from its last checkpoint when the same command is started again.
+run continues from its last checkpoint when the same command is started again. `--check true` tells the memory it needs.
 """
 
 import dataclasses
@@ -23,9 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any fol
 
 from common import records
 from common.cli import UserError, arg, build, parse, run
-from common.devices import check_processes, prepare_threads
+from common.devices import check_processes, gpu_memory, prepare_threads, visible_gpus
 from common.manifest import beside, difference, fingerprint, read_manifest, versions, write_json, writing
 from common.progress import Progress, duration
+from dpo_iteration import memory
 from dpo_iteration.pairs import CHOOSE_TYPES, select_pairs
 from dpo_iteration.settings import check, check_paths, given, reason_for_trl, training_config, with_passthrough
 
@@ -34,7 +35,8 @@ NOT_SHAPING = {
     "train_dir", "output_dir", "pairs_path", "model_name_or_path", "ref_model_name_or_path", "trust_remote_code",
     "overwrite", "report_to", "run_name", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
     "keep_checkpoints", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-    "global_batch_size", "cpu_threads", "share_prompts", "max_row_tokens", "reference_cache",
+    "global_batch_size", "cpu_threads", "share_prompts", "max_row_tokens", "reference_cache", "check", "num_gpus", "gpu_memory_gib",
+    "model_size_b",
 }  # fmt: skip
 
 
@@ -98,6 +100,11 @@ class Arguments:
     keep_checkpoints: bool = arg(False, "keep checkpoints and optimizer states once the model is saved")
     report_to: list[str] = arg(["none"], "none, wandb, tensorboard, trackio: one or several")
     run_name: str | None = arg(None, "name of the run for report_to")
+
+    check: bool = arg(False, "print how much memory each configs/*.yaml needs and which to take, and stop")
+    num_gpus: int | None = arg(None, "with check: GPUs over all machines; None: those that are visible")
+    gpu_memory_gib: float | None = arg(None, "with check: GiB of a GPU; None: that of the visible ones")
+    model_size_b: float | None = arg(None, "with check: billions of parameters, where the model's config is out of reach")
 
 
 def is_complete(args, settings, inputs):
@@ -212,6 +219,7 @@ def train(args, extra, selection, settings, inputs, started):
     else:
         accumulate(args, launched())
     config = training_config(args, extra, Arguments, bool(rows["eval"]))
+    models.prepare_sharding(config)
     PartialState().wait_for_everyone()  # every rank has looked at what is there; now rank 0 may write
     lock = prepare_output(args, selection, settings, inputs) if is_main() else None
     PartialState().wait_for_everyone()
@@ -313,7 +321,7 @@ def compute_reference(args, extra, config, rows, sharing, tokenizer):
     deepspeed = config.deepspeed_plugin
     about = {
         "dtype": "bfloat16" if args.bf16 else "float32", "autocast": args.bf16 and not deepspeed, "ld_alpha": extra.get("ld_alpha"),
-        "zero_stage": deepspeed.zero_stage if deepspeed else None,
+        "zero_stage": deepspeed.zero_stage if deepspeed else None, "fsdp": os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true",
         "attention": "shared_prompts" if sharing else models.attention(name, args, revision),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }  # fmt: skip
@@ -456,6 +464,10 @@ def accumulate(args, processes):
 def main():
     started = time.time()
     args, extra = _checked(parse(with_passthrough(Arguments), __doc__))
+    if args.check:
+        for line in memory.report(args, args.num_gpus or len(visible_gpus()), args.gpu_memory_gib or gpu_memory()):
+            say(f"check: {line}")
+        return
     check_paths(args)
     check_processes()
     settings, inputs = shaping(args, extra, launched())

@@ -30,7 +30,7 @@ fi
 
 echo "== style"
 "$tools/bin/ruff" check .
-git ls-files -z '*.sh' | xargs -0 "$tools/bin/shellcheck" -x
+git ls-files -z '*.sh' '*.slurm' | xargs -0 "$tools/bin/shellcheck" -x
 
 arguments=() chosen=()
 for argument in "$@"; do

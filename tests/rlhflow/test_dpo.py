@@ -228,5 +228,7 @@ def test_private_parts_of_trl_are_where_they_were():
     for used in (
         "self.loss_types = args.loss_type", "self.label_smoothing = args.label_smoothing", 'loss_type == "robust"', "hash_module(",
         "self.loss_weights = args.loss_weights or", "self.beta = args.beta", "self._metrics[mode]", "self._total_train_tokens",
+        "self.aux_loss_enabled = ", "(args.precompute_ref_log_probs and not self.is_fsdp_enabled)",
     ):  # fmt: skip
         assert used in source, f"TRL has changed: {used!r} is gone, see dpo_iteration/dpo.py"
+    assert source.index("super().__init__(") < source.index("self.aux_loss_enabled = ") < source.index("not self.is_fsdp_enabled):")

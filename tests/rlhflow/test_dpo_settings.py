@@ -60,15 +60,17 @@ def test_yaml_and_defaults_agree():
             assert convert(key, value, hints[key]) == defaults[key], key
 
 
-@pytest.mark.parametrize("name", ["zero2", "zero3", "ddp"])
+@pytest.mark.parametrize("name", ["ddp", "zero2", "zero3", "zero3_offload", "fsdp2"])
 def test_launcher_configs_are_known_to_accelerate(name):
     from accelerate.commands.config.config_args import load_config_from_file
 
     config = load_config_from_file(str(ROOT / "configs" / f"{name}.yaml"))
     assert config.num_processes == 8
     assert getattr(config, "mixed_precision", None) in (None, "no")  # bf16 stands in the training YAML, once
-    if name == "zero3":
+    if name.startswith("zero3"):
         assert config.deepspeed_config["zero3_save_16bit_model"] is True
+    if name == "fsdp2":
+        assert config.fsdp_config["fsdp_state_dict_type"] == "FULL_STATE_DICT"
 
 
 def test_fields_read_from_source_are_those_of_the_class():

@@ -1,0 +1,271 @@
+"""How much memory DPO training takes on each GPU, worked out before anything is loaded: what `--check true` prints.
+
+Pure arithmetic in bytes, apart from `shape_of`, which counts a model's parameters from its config. Left out are the batch's
+token ids (kilobytes) and what a kernel needs for a moment; RESERVED stands for them and for what CUDA and NCCL take.
+"""
+
+from dataclasses import dataclass
+
+from common.cli import UserError, read_yaml
+
+GIB = 2**30
+RESERVED = 2 * GIB  # a GPU: CUDA's context, NCCL's buffers, gaps between blocks. Assumed, not measured
+METHODS = ("ddp", "zero2", "zero3", "fsdp2", "zero3_offload")  # configs/METHOD.yaml, the fastest first
+SHARES = {  # what is shared out among the processes: weights, gradients, optimizer states
+    "ddp": (False, False, False), "zero1": (False, False, True), "zero2": (False, True, True),
+    "zero3": (True, True, True), "zero3_offload": (True, True, True), "fsdp2": (True, True, True),
+}  # fmt: skip
+BUCKET, LIVE = 5e8, 1e9  # DeepSpeed's defaults: reduce_bucket_size, stage3_max_live_parameters
+TOKEN_TILE, VOCABULARY_TILE = 4096, 32768  # of TRL 1.16's fused LM head
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder's sizes. `query` and `key_value` are widths over all heads; `linear` is Σ (inputs + outputs) of its layers."""
+
+    parameters: int
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    query: int
+    key_value: int
+    vocabulary: int
+    linear: int
+
+    @property
+    def layer(self):
+        """Parameters of one layer."""
+        return self.hidden * (2 * self.query + 2 * self.key_value + 3 * self.intermediate)
+
+    @property
+    def head(self):
+        return self.vocabulary * self.hidden
+
+    def lora(self, rank):
+        """Trainable parameters of LoRA on every linear layer but the LM head: r·(inputs + outputs) each (arXiv 2106.09685, §4.1)."""
+        return rank * self.linear
+
+
+def shape_of(name, revision=None, trust_remote_code=False):
+    """Shape of a model, its parameters counted on the meta device: no weights are read or allocated.
+
+    Raises:
+        UserError: the config cannot be read.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        reason = " ".join(str(error).split()).split(". ")[0][:200]
+        raise UserError(f"cannot read the config of {name}, so its size is unknown: give --model_size_b ({reason})") from None
+    text, output = config.get_text_config(), model.get_output_embeddings()
+    heads = text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not output]
+    return Shape(
+        parameters=model.num_parameters(), layers=text.num_hidden_layers, hidden=text.hidden_size, heads=heads,
+        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size, query=heads * width,
+        key_value=(getattr(text, "num_key_value_heads", None) or heads) * width, vocabulary=text.vocab_size,
+        linear=sum(m.in_features + m.out_features for m in linear),
+    )  # fmt: skip
+
+
+def shape_like(billions):
+    """Shape of a model of that many billion parameters, if it were Llama-3-8B grown or shrunk in depth and width alike."""
+    scale = (billions / 8.03) ** (1 / 3)
+    layers, hidden = max(1, round(32 * scale)), max(64, round(4096 * scale))
+    return Shape(
+        parameters=round(billions * 1e9), layers=layers, hidden=hidden, intermediate=round(3.5 * hidden),
+        heads=max(1, hidden // 128), query=hidden, key_value=hidden // 4, vocabulary=128256,
+        linear=round(layers * hidden * (2 * 2 + 2 * 1.25 + 3 * 4.5)),
+    )  # fmt: skip
+
+
+def method_of(path):
+    """The method of an accelerate YAML: a key of SHARES.
+
+    Raises:
+        UserError: a DeepSpeed stage that is none, or DeepSpeed's settings in a file of their own.
+    """
+    config = read_yaml(path, "accelerate config")
+    if config.get("distributed_type") == "FSDP":
+        return "fsdp2"
+    deepspeed = config.get("deepspeed_config") or {}
+    stage = deepspeed.get("zero_stage", 0) if isinstance(deepspeed, dict) else None
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"{path}: deepspeed_config with zero_stage 0, 1, 2 or 3 was expected")
+    offload = stage == 3 and deepspeed.get("offload_param_device") == deepspeed.get("offload_optimizer_device") == "cpu"
+    return "zero3_offload" if offload else f"zero{stage}" if stage else "ddp"
+
+
+def _kept_weight(method, bf16):
+    """Bytes of a weight as it is kept: DeepSpeed has bf16 beside its fp32 master weights, the others fp32 alone."""
+    return 2 if bf16 and method.startswith("zero") else 4
+
+
+def states(method, parameters, processes, trainable=None, bf16=True):
+    """(bytes a GPU, bytes of all processes on the CPU) of weights, gradients and optimizer states.
+
+    ZeRO, arXiv 1910.02054, §3.1 and §5: 16 bytes a trainable parameter, which are 2 of weight, 2 of gradient, and 12 of fp32
+    weight and Adam moments (or 4, 4 and 8 where the weights are fp32). Stage 1 shares out the last, stage 2 the gradients too,
+    stage 3 and FSDP2 all; offloading moves all to the CPU. A frozen parameter is a weight alone. No reference model: its
+    log-probabilities are cached before.
+    """
+    trainable = parameters if trainable is None else trainable
+    weight = _kept_weight(method, bf16)
+    master = 4 if weight == 2 else 0
+    parts = (weight * parameters, weight * trainable, (8 + master) * trainable)
+    if method == "zero3_offload":
+        return 0, sum(parts)
+    return sum(part / processes if shared else part for part, shared in zip(parts, SHARES[method])), 0
+
+
+def buffers(method, shape, processes, trainable=None, bf16=True):
+    """(bytes a GPU, bytes on the CPU) that come on top of the states while training.
+
+    ddp: a second copy of the gradients in its buckets (`gradient_as_bucket_view` is off), and autocast's bf16 weights.
+    DeepSpeed: gradients in fp32 for the step, 4 bytes in stages 1 and 2 and 2 more in stage 3, as its own estimators have it
+    (`estimate_zero2_model_states_mem_needs`, `estimate_zero3_…`); a bucket of gradients; in stage 3 the weights that are gathered.
+    FSDP2: two gathered layers, the head, and the largest unit's gradients in both dtypes.
+    """
+    trainable = shape.parameters if trainable is None else trainable
+    compute = 2 if bf16 else 4
+    largest = max(shape.layer, shape.head)
+    if method == "ddp":
+        return (4 * trainable if processes > 1 else 0) + (2 * shape.parameters if bf16 else 0), 0
+    if method == "fsdp2":
+        gradients = (compute + 4) * (largest if trainable == shape.parameters else 0)
+        return compute * (2 * shape.layer + shape.head) + gradients, 0
+    bucket = compute * min(trainable, BUCKET)
+    if method in ("zero1", "zero2"):
+        return 4 * trainable / processes + bucket, 0
+    gathered = max(2 * compute * largest, compute * min(shape.parameters, LIVE))
+    if method == "zero3_offload":
+        return gathered + bucket, 2 * trainable
+    return 2 * trainable / processes + gathered + bucket, 0
+
+
+def layer_activations(shape, method="zero2", bf16=True):
+    """Bytes a token that one layer keeps for the backward pass.
+
+    Korthikanti et al., arXiv 2205.05198, §4.1 (34·h bytes and 5·a·s a token), for today's layers: flash attention keeps none of
+    the s² scores but 4 bytes a head; there is no dropout; the gated MLP keeps gate, up, activation and product; a norm in fp32
+    keeps its input, the normalised one and its output.
+    """
+    width = 2 if bf16 else 4
+    norm = 12 if not bf16 else 8 if _kept_weight(method, bf16) == 2 or method == "fsdp2" else 13
+    inner = width * (2 * shape.query + 2 * shape.key_value + 4 * shape.intermediate)
+    return 2 * norm * shape.hidden + inner + 4 * shape.heads + 8
+
+
+def head_memory(shape, tokens, trainable=None, bf16=True):
+    """Bytes of the fused LM head: one tile of logits, hidden states and their gradient, the gradient of its weight in fp32."""
+    width = 2 if bf16 else 4
+    tile = width * min(tokens, TOKEN_TILE) * min(shape.vocabulary, VOCABULARY_TILE)
+    gradient = (4 + width) * shape.head if trainable in (None, shape.parameters) else 0
+    return tile + tokens * shape.hidden * (4 + 2 * width) + gradient
+
+
+def activations(shape, pairs, max_length, method="zero2", checkpointing=True, trainable=None, bf16=True):
+    """Bytes at the peak of one forward and backward pass over `pairs` pairs: chosen and rejected of `max_length` tokens each.
+
+    With checkpointing (arXiv 2205.05198, §5) each layer keeps its input, and one layer at a time is computed anew, when the
+    head's memory is free again. In a layer's backward pass three gradients of the MLP's width are there at once.
+    """
+    tokens = 2 * pairs * max_length
+    layer, head = tokens * layer_activations(shape, method, bf16), head_memory(shape, tokens, trainable, bf16)
+    gradients = 3 * (2 if bf16 else 4) * shape.intermediate * tokens
+    if not checkpointing:
+        return shape.layers * layer + max(gradients, head)
+    stream = 2 if bf16 and (method.startswith("zero") or method == "fsdp2") else 4  # autocast leaves the sums in fp32
+    return shape.layers * tokens * shape.hidden * stream + max(layer + gradients, head)
+
+
+def reference_pass(method, shape, processes, bf16=True):
+    """Bytes a GPU of the one model whose log-probabilities are cached before training."""
+    kept = 0 if method == "zero3_offload" else _kept_weight(method, bf16) * shape.parameters
+    return kept / processes if SHARES[method][0] else kept
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes a GPU of one method: `states`, `buffers`, `activations`; `cpu`: bytes of the machines' own memory."""
+
+    method: str
+    states: float
+    buffers: float
+    activations: float
+    cpu: float
+
+    @property
+    def total(self):
+        return self.states + self.buffers + self.activations + RESERVED
+
+
+def need(method, shape, processes, pairs, max_length, checkpointing=True, trainable=None, bf16=True):
+    """The Need of a method with `pairs` pairs per GPU at once."""
+    kept, moved = states(method, shape.parameters, processes, trainable, bf16)
+    more, more_moved = buffers(method, shape, processes, trainable, bf16)
+    passing = activations(shape, pairs, max_length, method, checkpointing, trainable, bf16)
+    return Need(method, kept, more, passing, moved + more_moved)
+
+
+def recommend(shape, processes, memory, global_batch_size, max_length, **how):
+    """(method, pairs per GPU) of the first of METHODS that fits into `memory` bytes, with as many pairs as fit; else None.
+
+    The pairs are a power of two, 8 at most (more fill no GPU better), so that `global_batch_size` divides by pairs × processes.
+    """
+    sizes = [size for size in (8, 4, 2, 1) if global_batch_size % (size * processes) == 0] or [1]
+    for method in METHODS:
+        for size in sizes:
+            if need(method, shape, processes, size, max_length, **how).total <= memory:
+                return method, size
+    return None
+
+
+def report(args, gpus, memory_gib):
+    """The lines that `--check true` prints: what each method needs on `gpus` GPUs of `memory_gib` GiB, and which to take.
+
+    Raises:
+        UserError: the GPUs are not known, or the model's size is not.
+    """
+    if not gpus or not memory_gib:
+        raise UserError("no GPU is visible: give --num_gpus N --gpu_memory_gib M to ask about others")
+    lines, name = [], args.model_name_or_path
+    try:
+        shape = shape_of(name, args.revision, args.trust_remote_code)
+    except UserError:
+        if not args.model_size_b:
+            raise
+        shape = shape_like(args.model_size_b)
+        lines.append(f"the config of {name} cannot be read: an estimate for {args.model_size_b} billion parameters in Llama's shape")
+    rank = getattr(args, "lora_r", None)
+    few, how = shape.lora(rank or 16), {"checkpointing": args.gradient_checkpointing, "bf16": args.bf16}
+    pairs, length = args.per_device_train_batch_size, args.max_length
+    lines += [
+        f"{name}: {shape.parameters / 1e9:.2f} billion parameters; {gpus} GPUs of {memory_gib:.0f} GiB",
+        f"GiB a GPU, pairs at once: {pairs}, of 2 × {length} tokens; {'bf16' if args.bf16 else 'fp32'}, gradient checkpointing "
+        f"{'on' if args.gradient_checkpointing else 'off'}; {RESERVED / GIB:.0f} GiB are added for CUDA",
+        f"{'':20}{'states':>9}{'buffers':>9}{'activations':>13}{'in all':>9}",
+    ]
+    for trainable in (None, few):
+        for method in METHODS:
+            found = need(method, shape, gpus, pairs, length, trainable=trainable, **how)
+            numbers = f"{found.states / GIB:9.1f}{found.buffers / GIB:9.1f}{found.activations / GIB:13.1f}{found.total / GIB:9.1f}"
+            fits = "fits" if found.total <= memory_gib * GIB else "does not fit"
+            moved = f", {found.cpu / GIB:.0f} GiB of the machines' memory" if found.cpu else ""
+            lines.append(f"{method + (', LoRA' if trainable else ''):20}{numbers}  {fits}{moved}")
+    lines.append(f"LoRA of rank {rank or 16} on all linear layers trains {few / 1e6:.0f} million parameters")
+    before = ", ".join(f"{method} {reference_pass(method, shape, gpus, args.bf16) / GIB:.1f}" for method in METHODS)
+    lines.append(f"the reference's pass before training holds one model: {before} GiB a GPU")
+    found = recommend(shape, gpus, memory_gib * GIB, args.global_batch_size, length, trainable=few if rank else None, **how)
+    if found is None:
+        lines.append("nothing fits: take more or larger GPUs, a smaller max_length, gradient_checkpointing or LoRA")
+    else:
+        lines.append(f"take configs/{found[0]}.yaml with per_device_train_batch_size {found[1]}, --num_processes {gpus}")
+    return lines

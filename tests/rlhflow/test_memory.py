@@ -1,0 +1,176 @@
+"""The memory that `--check true` foretells, against published numbers, DeepSpeed's estimators and what torch really keeps."""
+
+import json
+
+import pytest
+import torch
+from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+from training import ROOT, start
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from common.cli import UserError
+from dpo_iteration import memory
+from dpo_iteration.memory import GIB, METHODS, activations, need, recommend, states
+
+LLAMA = {
+    "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False,
+}  # fmt: skip
+COUNT = 8_030_261_248
+
+
+def saved(path, **sizes):
+    AutoConfig.for_model("llama", **sizes).save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return memory.shape_of(saved(tmp_path_factory.mktemp("llama"), **LLAMA))
+
+
+def test_parameters_are_counted_from_the_config(llama):
+    assert (llama.parameters, llama.layers, llama.query, llama.key_value) == (COUNT, 32, 4096, 1024)
+    assert llama.lora(16) == 41_943_040  # what peft trains with all linear layers of Llama-3-8B
+    like = memory.shape_like(8.03)
+    assert (like.layers, like.hidden, like.intermediate, like.linear) == (32, 4096, 14336, llama.linear)
+
+
+@pytest.mark.parametrize(
+    ("method", "bytes_a_parameter"),
+    [("ddp", 16), ("zero1", 4 + 12 / 8), ("zero2", 2 + 14 / 8), ("zero3", 16 / 8), ("fsdp2", 16 / 8), ("zero3_offload", 0)],
+)
+def test_states_are_those_of_the_zero_paper(method, bytes_a_parameter):
+    gpu, cpu = states(method, COUNT, 8)
+    assert gpu == pytest.approx(COUNT * bytes_a_parameter)
+    assert cpu == (16 * COUNT if method == "zero3_offload" else 0)
+    assert states(method, COUNT, 1)[0] + states(method, COUNT, 1)[1] == 16 * COUNT  # alone, nothing is shared out
+
+
+def test_the_papers_own_example():
+    """Figure 1 of arXiv 1910.02054: 7.5 billion parameters on 64 GPUs take 120, 31.4, 16.6 and 1.9 GB."""
+    found = [states(method, 7.5e9, 64)[0] / 1e9 for method in ("ddp", "zero1", "zero2", "zero3")]
+    assert found == pytest.approx([120, 31.4, 16.6, 1.9], abs=0.05)
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 8, 64])
+def test_deepspeeds_estimators_agree(llama, gpus):
+    """DeepSpeed adds to the paper's states the fp32 gradients of the step, 4 bytes (2 more than bf16 ones in stage 3), and in
+    stage 3 one gathered layer with its gradients, 4 bytes. We name these buffers, beside a bucket of gradients."""
+    largest, bucket = max(llama.layer, llama.head), 2 * 5e8
+    ours = states("zero2", COUNT, gpus)[0] + memory.buffers("zero2", llama, gpus)[0]
+    assert ours - bucket == pytest.approx(estimate_zero2_model_states_mem_needs(COUNT, gpus, 1, False)[1], abs=2)
+    _, theirs, _ = estimate_zero3_model_states_mem_needs(COUNT, largest, gpus, 1, False)
+    ours = states("zero3", COUNT, gpus)[0] + memory.buffers("zero3", llama, gpus)[0]
+    assert ours - bucket == pytest.approx(theirs, abs=2)
+    cpu, theirs, _ = estimate_zero3_model_states_mem_needs(COUNT, largest, gpus, additional_buffer_factor=1)
+    found = need("zero3_offload", llama, gpus, 1, 2048)
+    assert found.cpu == cpu and found.states + found.buffers - bucket == theirs
+
+
+def test_lora_trains_little(llama):
+    few = llama.lora(16)
+    assert states("zero2", COUNT, 8, few)[0] == 2 * COUNT + 14 * few / 8
+    assert states("ddp", COUNT, 8, few)[0] == 4 * COUNT + 12 * few
+    for method in METHODS:
+        full, small = (need(method, llama, 8, 1, 2048, trainable=trainable) for trainable in (None, few))
+        assert small.total < full.total
+
+
+def kept_by_torch(sizes, method, bf16, checkpointing):
+    """Bytes a token that one more layer keeps for the backward pass, each storage once, weights left out."""
+    mixed = bf16 and method == "ddp"
+
+    def count(layers):
+        config = AutoConfig.for_model("llama", vocab_size=64, num_hidden_layers=layers, **sizes)
+        dtype = torch.bfloat16 if bf16 and not mixed else torch.float32
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        shapes = {p.shape for p in model.parameters()} | {p.t().shape for p in model.parameters() if p.dim() == 2}
+        found = {}
+
+        def pack(tensor):
+            if tensor.shape not in shapes and tensor.numel() > 128:  # autocast's copies of the weights too are left out
+                found[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            out = model(input_ids=torch.randint(0, 64, (2, 128)), use_cache=False).last_hidden_state
+        assert out.requires_grad
+        return sum(size for size, _ in found.values()) / 256
+
+    return count(3) - count(2)
+
+
+@pytest.mark.parametrize("wide", [{}, {"intermediate_size": 320}, {"num_key_value_heads": 4}, {"hidden_size": 128}])
+@pytest.mark.parametrize(("method", "bf16"), [("zero2", True), ("fsdp2", True), ("ddp", True), ("ddp", False)])
+def test_activations_are_what_torch_keeps(tmp_path, wide, method, bf16):
+    sizes = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2} | wide
+    shape = memory.shape_of(saved(tmp_path, vocab_size=64, num_hidden_layers=2, **sizes))
+    kept = memory.layer_activations(shape, method, bf16)
+    assert kept == pytest.approx(kept_by_torch(sizes, method, bf16, False), rel=0.01)
+    checkpoint = kept_by_torch(sizes, method, bf16, True)
+    stream = 2 if bf16 and method != "ddp" else 4
+    assert checkpoint == pytest.approx(stream * shape.hidden, rel=0.01)
+
+
+def test_activations_grow_as_they_should(llama):
+    one, two = (activations(llama, pairs, 2048, "zero2", False) for pairs in (1, 2))
+    fixed = 2 * one - two  # the gradient of the head's weight and the tile of logits
+    assert fixed == pytest.approx(6 * llama.head + 2 * 4096 * 32768)
+    assert activations(llama, 1, 2048, "zero2", True) < one / 5
+    # By far less than the logits in fp32 of both sequences twice, which a head that is not fused would keep.
+    assert activations(llama, 8, 2048) < activations(llama, 8, 2048, checkpointing=False) / 8
+
+
+def test_what_is_recommended(llama):
+    def best(gpus, gib, **how):
+        return recommend(llama, gpus, gib * GIB, 128, 2048, **how)
+
+    assert best(8, 80)[0] == "zero2" and best(8, 32)[0] == "zero3" and best(1, 80)[0] == "zero3_offload"
+    assert best(1, 80, trainable=llama.lora(16))[0] == "ddp"
+    assert best(8, 6) is None
+    assert recommend(llama, 8, 1e15, 8, 2048) == ("ddp", 1)  # 8 pairs a step on 8 GPUs
+    assert best(8, 80)[1] >= best(8, 50)[1]
+    method, pairs = best(8, 80)
+    assert need(method, llama, 8, pairs, 2048).total <= 80 * GIB
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_config_is_known_by_its_method(name):
+    assert memory.method_of(ROOT / "configs" / f"{name}.yaml") == name
+
+
+def test_a_wrong_config_is_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("deepspeed_config: {zero_stage: 4}\n")
+    with pytest.raises(UserError, match="0, 1, 2 or 3"):
+        memory.method_of(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("deepspeed_config: {zero_stage: 1}\n")
+    assert memory.method_of(tmp_path / "a.yaml") == "zero1"
+
+
+def test_the_command(tmp_path):
+    """Without data, weights or GPUs."""
+    config = ROOT / "configs" / "training.yaml"
+    model = saved(tmp_path / "model", **LLAMA)
+    eight = ["--check", "true", "--num_gpus", "8", "--gpu_memory_gib", "80"]
+    done = start(config, *eight, "--model_name_or_path", model, "--train_dir", "nowhere.jsonl", "--output_dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "8.03 billion parameters; 8 GPUs of 80 GiB" in done.stdout and "take configs/zero2.yaml" in done.stdout
+    table = {line.split()[1]: line for line in done.stdout.splitlines() if "fit" in line and "LoRA" not in line}
+    assert set(METHODS) <= set(table) and "does not fit" in table["ddp"] and " 28.0 " in table["zero2"]
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text(json.dumps({"model_type": "nothing_known"}))
+    bare = ["--model_name_or_path", tmp_path / "bare"]
+    done = start(config, *eight, *bare)
+    assert done.returncode == 2 and "give --model_size_b" in done.stderr and "Traceback" not in done.stderr
+    done = start(config, *eight, *bare, "--model_size_b", "8.03")
+    assert done.returncode == 0 and "cannot be read: an estimate" in done.stdout and "take configs/zero2.yaml" in done.stdout
+    done = start(config, "--check", "true", *bare)
+    assert done.returncode == 2 and "--num_gpus" in done.stderr
+
+

@@ -1,0 +1,147 @@
+"""Each accelerate configuration with two processes on the CPU: it trains what one process trains, and leaves a whole model.
+
+FSDP2 and offloading run here for real (see `models.prepare_sharding`); offloaded states are stepped by torch's Adam instead of
+DeepSpeed's, which has to be compiled for minutes.
+"""
+
+import json
+import math
+import os
+import socket
+import stat
+import subprocess
+import sys
+
+import micro
+import pytest
+import torch
+import training
+from safetensors.torch import load_file
+from training import ROOT, SMALL, read_json, start
+from transformers import AutoModelForCausalLM
+
+EXACT = "--bf16 false --learning_rate 1e-3 --max_steps 3 --gradient_checkpointing true --save_steps 3 --keep_checkpoints".split()
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharding")
+    micro.make_policy(folder / "policy")
+    training.write_rewarded(folder / "rewarded.jsonl")
+    return folder
+
+
+def train(work, name, *more, config=None, processes=2):
+    paths = ["--model_name_or_path", work / "policy", "--train_dir", work / "rewarded.jsonl", "--output_dir", work / name]
+    launcher = ["--config_file", ROOT / "configs" / f"{config}.yaml", "--num_processes", processes] if config else []
+    done = start(ROOT / "configs" / "training.yaml", *paths, *SMALL, *more, launcher=launcher)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done, [entry for entry in read_json(work / name / "trainer_state.json")["log_history"] if "loss" in entry]
+
+
+def weights(folder, dtype):
+    """The saved weights, once transformers has loaded them without a complaint."""
+    _, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(loading.values()), loading
+    found = load_file(folder / "model.safetensors")
+    assert {weight.dtype for weight in found.values()} == {dtype}
+    return found
+
+
+def furthest(found, expected):
+    assert set(found) == set(expected)
+    return max((found[name].float() - expected[name].float()).abs().max().item() for name in expected)
+
+
+@pytest.fixture(scope="module")
+def alone(work):
+    """One process with twice the accumulation: the same pairs a step."""
+    _, logged = train(work, "alone", *EXACT, "--gradient_accumulation_steps", "4")
+    return weights(work / "alone", torch.float32), logged
+
+
+def proof(config, checkpoint):
+    """A file that only this way of training leaves in a checkpoint."""
+    return {
+        "ddp": checkpoint / "optimizer.pt", "fsdp2": checkpoint / "pytorch_model_fsdp.bin",
+        "zero2": checkpoint / "global_step3" / "mp_rank_00_model_states.pt",
+    }.get(config, checkpoint / "global_step3" / "zero_pp_rank_1_mp_rank_00_model_states.pt")  # fmt: skip
+
+
+LONG = pytest.mark.long  # test_run_dpo.py has ZeRO-2 and ZeRO-3 in the ordinary run, in bf16
+
+
+@pytest.mark.parametrize("config", ["ddp", pytest.param("zero2", marks=LONG), pytest.param("zero3", marks=LONG), "zero3_offload", "fsdp2"])
+def test_two_processes_train_what_one_trains(work, alone, config):
+    expected, expected_log = alone
+    done, logged = train(work, config, *EXACT, config=config)
+    assert proof(config, work / config / "checkpoint-3").exists()
+    assert logged[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert [entry["loss"] for entry in logged] == pytest.approx([entry["loss"] for entry in expected_log], abs=1e-5)
+    found = weights(work / config, torch.float32)
+    assert furthest(found, expected) < 1e-5
+    assert furthest(found, load_file(work / "policy" / "model.safetensors")) > 1e-3  # they have moved far more than that
+
+
+def test_fsdp2_in_bf16_has_fp32_weights_and_unrounded_log_probabilities(work):
+    """Log-probabilities rounded to bf16 would give another loss than ln 2 and margins of exactly 0."""
+    more = "--learning_rate 5e-7 --max_steps 3 --save_steps 3 --keep_checkpoints --eval_fraction 0.25".split()
+    _, logged = train(work, "bf16", *more, config="fsdp2")
+    assert logged[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert logged[-1]["rewards/margins"] != 0
+    weights(work / "bf16", torch.bfloat16)
+    source = load_file(work / "policy" / "model.safetensors")
+    master = torch.load(work / "bf16" / "checkpoint-3" / "pytorch_model_fsdp.bin")
+    assert {weight.dtype for weight in master.values()} == {torch.float32}
+    assert 1e-8 < furthest(master, source) < 1e-5  # three steps of at most 5e-7 each, which bf16 weights could not hold
+
+
+@LONG
+def test_fsdp2_continues_from_a_checkpoint(work, alone):
+    train(work, "stopped", *EXACT, "--save_steps", "2", config="fsdp2")
+    (work / "stopped" / "config.json").unlink()  # as if it had been killed behind step 2
+    (work / "stopped" / "checkpoint-3" / "trainer_state.json").unlink()
+    manifest = read_json(work / "stopped.manifest.json") | {"complete": False}
+    (work / "stopped.manifest.json").write_text(json.dumps(manifest))
+    done, _ = train(work, "stopped", *EXACT, "--save_steps", "2", config="fsdp2")
+    assert "continuing from" in done.stdout and "step 3/3" in done.stdout and "step 2/3" not in done.stdout
+    assert furthest(weights(work / "stopped", torch.float32), alone[0]) < 1e-5
+
+
+STAND_INS = {  # for a cluster whose two machines are this one: they start what they are given as Slurm does
+    "srun": """while [[ "$1" = --* ]]; do shift; done
+for rank in 0 1; do SLURM_NODEID=$rank "$@" & pids+=($!); done
+status=0; for pid in "${pids[@]}"; do wait "$pid" || status=$?; done; exit "$status"
+""",
+    "scontrol": '[ "$*" = "show hostnames here[1-2]" ] && printf "127.0.0.1\\nelsewhere\\n"',
+    "accelerate": f'shift; exec {sys.executable} -m accelerate.commands.launch "$@"',
+}
+
+
+@pytest.mark.parametrize("config", ["zero2", pytest.param("fsdp2", marks=LONG)])
+def test_two_machines_train_what_one_process_trains(work, alone, tmp_path, config):
+    """configs/train_multinode.slurm itself, with two launchers on this machine; Slurm is stood in for."""
+    environment = tmp_path / "envs" / "rlhflow" / "bin"
+    environment.mkdir(parents=True)
+    (environment / "activate").write_text(f"PATH={environment}:$PATH\n")
+    for name, text in STAND_INS.items():
+        (environment / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (environment / name).chmod(stat.S_IRWXU)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    slurm = {
+        "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "here[1-2]", "SLURM_SUBMIT_DIR": str(ROOT),
+        "accelerate_config": f"configs/{config}.yaml", "gpus_per_node": "1", "main_port": str(port),
+        "envs_dir": str(tmp_path / "envs"), "env_manager": "venv", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    hidden = ("CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    env = {key: value for key, value in os.environ.items() if key not in hidden} | slurm
+    out = work / f"machines_{config}"
+    paths = ["--model_name_or_path", work / "policy", "--train_dir", work / "rewarded.jsonl", "--output_dir", out]
+    script = [ROOT / "configs" / "train_multinode.slurm", ROOT / "configs" / "training.yaml", *paths, *SMALL, *EXACT]
+    done = subprocess.run(["bash", *map(str, script)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert read_json(work / f"machines_{config}.manifest.json")["num_processes"] == 2
+    assert proof(config, out / "checkpoint-3").exists()
+    assert furthest(weights(out, torch.float32), alone[0]) < 1e-5
