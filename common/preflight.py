@@ -63,12 +63,17 @@ def gpu_memory():
     return min(sizes, default=None)
 
 
-def training_memory(count, stage, processes):
+def training_memory(count, stage, processes, training):
     """GiB a GPU needs for model states in mixed precision, activations apart (ZeRO, arXiv 1910.02054, §3).
 
     16 bytes a parameter: 2 weights, 2 gradients, 12 fp32 master weights and Adam moments; ZeRO-1 shares out the last,
-    ZeRO-2 the gradients too, ZeRO-3 all. The reference model adds 2 bytes, shared out by ZeRO-3 only.
+    ZeRO-2 the gradients too, ZeRO-3 all. The reference model adds 2 bytes, shared out by ZeRO-3 only. With LoRA policy and
+    reference are frozen, 2 bytes each (4 bits are about 0.6 with their scales), and the 16 are those of the adapters,
+    of which rank 16 has about one parameter in a hundred.
     """
+    if training.get("use_peft"):
+        frozen = 2 * (0.6 if training.get("load_in_4bit") else 2)
+        return count * (frozen / (processes if stage == 3 else 1) + training.get("lora_r", 16) / 100) / 2**30
     shared = SHARED_BYTES[stage]
     return count * ((18 - shared) + shared / processes) / 2**30
 
@@ -148,6 +153,8 @@ def check(run):
         asked = attempt(run_dpo.arguments, training, settings.training)
         if asked:
             attempt(run_dpo.accumulate, asked[0], processes(settings))
+            if stage == 3 and asked[0].load_in_4bit:
+                problems.append(f"load_in_4bit does not work with ZeRO-3 ({settings.accelerate_config}): take configs/zero2.yaml or ddp.yaml")
     left = None if problems else attempt(run.stages_left)
     sets = {name: attempt(local_prompts, name, settings.generation) for name in settings.prompts}
     sets[settings.heldout_prompts] = attempt(local_prompts, settings.heldout_prompts, settings.generation | settings.heldout)
@@ -185,11 +192,12 @@ def describe(run, count, stage, world, gpus, local_size, training, notes, proble
     settings = run.settings
     if not gpus and count > 1.5e9:
         problems.append(f"{count / 1e9:.1f} billion parameters and no GPU: this run needs GPUs")
-    needed, there = training_memory(count, stage, world), gpu_memory()
+    needed, there = training_memory(count, stage, world, training), gpu_memory()
     if gpus:
         notes.append(f"training: ZeRO stage {stage} over {world} processes takes {needed:.0f} GiB a GPU without activations; a GPU has {there or 0:.0f}")
         if there and needed > there * 0.95:
-            problems.append(f"training needs {needed:.0f} GiB a GPU without activations and a GPU has {there:.0f}; take configs/zero3.yaml or more GPUs")
+            instead = "configs/zero3.yaml, configs/training_lora.yaml or more GPUs"
+            problems.append(f"training needs {needed:.0f} GiB a GPU without activations and a GPU has {there:.0f}; take {instead}")
     # An iterate in 2 bytes a parameter (4 on the CPU); while training, DeepSpeed's checkpoint of 14 bytes at most.
     kept = settings.iterations if settings.keep_iterates is None else settings.keep_iterates
     disk = (kept * (2 if gpus else 4) + (14 if training.get("save_steps") else 0)) * count / 2**30

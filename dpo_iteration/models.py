@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from common import chat
 from common.cli import UserError
+from dpo_iteration import adapters
 
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -47,7 +48,8 @@ def prepare_cpu(threads=None):
 
 
 def load_model(name, args, config, revision=None):
-    """A causal language model in fp32; under DeepSpeed with bf16 in bf16, of which DeepSpeed keeps fp32 master weights.
+    """A causal language model in fp32; with bf16 in bf16 where nothing is lost: under DeepSpeed, which keeps fp32 master
+    weights, and with LoRA, which freezes these.
 
     Raises:
         UserError: it cannot be loaded, or the checkpoint lacks weights (transformers would make up random ones).
@@ -57,22 +59,25 @@ def load_model(name, args, config, revision=None):
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             name, revision=revision, trust_remote_code=args.trust_remote_code, output_loading_info=True,
-            dtype=torch.bfloat16 if deepspeed and args.bf16 else torch.float32,
+            dtype=torch.bfloat16 if args.bf16 and (deepspeed or args.use_peft) else torch.float32,
             attn_implementation=args.attn_implementation or ("flash_attention_2" if flash else "sdpa"),
-            **(config.model_init_kwargs or {}),
+            **(config.model_init_kwargs or {}), **adapters.loading(args),
         )  # fmt: skip
     except Exception as error:
         raise UserError(f"cannot load {name}: {_one_line(error)}") from None
     if loading["missing_keys"]:
         some = ", ".join(sorted(loading["missing_keys"])[:3])
         raise UserError(f"{name} lacks the weights {some}: it is no whole causal language model")
+    if getattr(model, "hf_quantizer", None) is not None and not args.load_in_4bit:
+        raise UserError(f"{name} is quantised: give the model it was made from, with --use_peft true --load_in_4bit true")
     return model
 
 
 def load_policy_and_reference(args, config, tokenizer, rows):
     """(policy, reference). Both are loaded in one way, so that they compute in the same dtype.
 
-    The reference is None where the policy's own start is the reference and its log-probabilities are precomputed.
+    The reference is None where the policy's own start is the reference and its log-probabilities are precomputed, or come
+    from the policy without its adapters (LoRA).
 
     Raises:
         UserError: token ids without an embedding, rows longer than the model's positions, or a reference that spells
@@ -91,7 +96,7 @@ def load_policy_and_reference(args, config, tokenizer, rows):
             raise UserError(f"{name} and {reference} have different vocabularies: one text, other tokens")
     policy = load_model(name, args, config, args.revision)
     ref_model = None
-    if reference != name or not config.precompute_ref_log_probs:
+    if reference != name or not (config.precompute_ref_log_probs or args.use_peft):
         ref_model = load_model(reference, args, config, None if reference != name else args.revision)
     for path, model in ((name, policy), (reference, ref_model or policy)):
         shape = model.config.get_text_config()
@@ -137,14 +142,17 @@ class Source:
             setattr(policy.config, key, getattr(tokenizer, key))
         return source
 
-    def save(self, trainer):
+    def save(self, trainer, args):
         """Write model (in the training's dtype), tokenizer, chat template, generation config; on all ranks."""
         folder, model = Path(trainer.args.output_dir), trainer.accelerator.unwrap_model(trainer.model)
-        if trainer.args.bf16 and not trainer.is_deepspeed_enabled:
-            model.to(torch.bfloat16)
-        for key in (*TOKENS, "use_cache"):
-            setattr(model.config, key, getattr(self.config, key, None))
-        trainer.save_model(str(folder))
+        if args.use_peft:
+            adapters.save(trainer, args)
+        else:
+            if trainer.args.bf16 and not trainer.is_deepspeed_enabled:
+                model.to(torch.bfloat16)
+            for key in (*TOKENS, "use_cache"):
+                setattr(model.config, key, getattr(self.config, key, None))
+            trainer.save_model(str(folder), _internal_call=True)  # else it pushes to the hub what is not whole yet
         trainer.save_state()
         if trainer.args.should_save:
             self.tokenizer.save_pretrained(folder)  # the trainer's own may have been given a pad token

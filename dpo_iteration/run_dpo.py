@@ -26,6 +26,7 @@ from common.cli import UserError, arg, build, parse, run
 from common.devices import check_processes, prepare_threads
 from common.manifest import beside, difference, fingerprint, read_manifest, versions, write_json, writing
 from common.progress import Progress, duration
+from dpo_iteration import adapters
 from dpo_iteration.pairs import CHOOSE_TYPES, select_pairs
 from dpo_iteration.settings import check, check_paths, given, training_config, with_passthrough
 
@@ -65,6 +66,13 @@ class Arguments:
     loss_type: list[str] = arg(["sigmoid"], "DPO loss as TRL names it, or several (with loss_weights)")
     beta: float = arg(0.1, "strength of the tie to the reference")
     label_smoothing: float = arg(0.1, "share of preferences taken as wrong, below 0.5; with sigmoid: conservative DPO")
+
+    use_peft: bool = arg(False, "LoRA: train adapters, the policy frozen; they are merged into it at the end")
+    lora_r: int = arg(16, "rank of the adapters")
+    lora_alpha: int = arg(32, "the adapters count alpha / r times")
+    lora_dropout: float = arg(0.0, "share of an adapter's inputs left out; needs --disable_dropout false")
+    lora_target_modules: list[str] = arg(["all-linear"], "ends of the names of modules with an adapter; all-linear: all but lm_head")
+    load_in_4bit: bool = arg(False, "QLoRA: hold the frozen policy in 4 bits (nf4, double quantisation)")
 
     learning_rate: float = arg(5e-7, "peak learning rate")
     lr_scheduler_type: str = arg("cosine", "course of the learning rate")
@@ -207,11 +215,12 @@ def train(args, extra, selection, settings, inputs, started):
     try:
         trainer = IterativeDPOTrainer(
             model=policy, ref_model=ref_model, args=config, processing_class=tokenizer, train_dataset=data["train"],
-            eval_dataset=data["eval"], callbacks=[PlainLog(per_step)],
+            eval_dataset=data["eval"], callbacks=[PlainLog(per_step)], peft_config=adapters.lora_config(args),
         )  # fmt: skip
     except (ValueError, NotImplementedError) as error:
         raise UserError(f"TRL refuses the settings: {' '.join(str(error).split())[:400]}") from None
     trainer.remove_callback(PrinterCallback)
+    adapters.keep_fp32(trainer)
     models.check_master_weights(trainer)
     if config.precompute_ref_log_probs:
         trainer.ref_model = None  # its log-probabilities are kept, its memory is not needed
@@ -227,7 +236,7 @@ def train(args, extra, selection, settings, inputs, started):
     metrics |= {key: logged[key] for key in ("loss", "rewards/accuracies", "rewards/margins") if key in logged}
     if data["eval"]:
         metrics |= trainer.evaluate()
-    source.save(trainer)
+    source.save(trainer, args)
     if is_main():
         remove_checkpoints([] if args.keep_checkpoints else Path(args.output_dir).glob("checkpoint-*"))
         shutil.rmtree(Path(args.output_dir, ".precompute"), ignore_errors=True)
@@ -331,7 +340,8 @@ def _checked(args):
 def shaping(args, extra, processes):
     """(settings, inputs) that shape the model; what its manifest holds. `processes` matters by the batch alone."""
     own = {f.name: getattr(args, f.name) for f in dataclasses.fields(Arguments)}
-    settings = {k: v for k, v in own.items() if k not in NOT_SHAPING} | extra
+    unused = NOT_SHAPING if args.use_peft else NOT_SHAPING | {"use_peft", *adapters.SETTINGS}
+    settings = {k: v for k, v in own.items() if k not in unused} | extra
     settings["pairs_per_step"] = pairs_per_step(args, processes)
     inputs = {f"train_dir {i}": name for i, name in enumerate(args.train_dir, 1)}
     inputs["model_name_or_path"] = args.model_name_or_path
