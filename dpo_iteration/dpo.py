@@ -47,7 +47,7 @@ class IterativeDPOTrainer(DPOTrainer):
         return datasets.load_from_disk(str(folder))
 
     def create_model_card(self, *args, **kwargs):
-        """None: a manifest stands beside the model."""
+        """None: ours is written at the end (card.py)."""
 
 
 def robust_equivalent(label_smoothing):

@@ -1,8 +1,9 @@
 """Train a policy by DPO on pairs chosen from rewarded answers.
 
 In:  rewarded records at `train_dir` (one file or several, as annotate_data/get_rewards.py writes them) and a policy.
-Out: model, tokenizer, chat template and generation config in the folder `output_dir`; beside it the pairs that were
-     chosen (`.pairs.jsonl`), the prompts left out (`.pairs.skipped.jsonl`), and last a manifest (`.manifest.json`).
+Out: model, tokenizer, chat template, generation config and model card in the folder `output_dir`; beside it the pairs
+     that were chosen (`.pairs.jsonl`), the prompts left out (`.pairs.skipped.jsonl`), and last a manifest
+     (`.manifest.json`).
 
     accelerate launch --config_file ./configs/zero2.yaml dpo_iteration/run_dpo.py ./configs/training.yaml
 
@@ -26,8 +27,9 @@ from common.cli import UserError, arg, build, parse, run
 from common.devices import check_processes, prepare_threads
 from common.manifest import beside, difference, fingerprint, read_manifest, versions, write_json, writing
 from common.progress import Progress, duration
-from dpo_iteration import adapters
+from dpo_iteration import adapters, card, hub
 from dpo_iteration.pairs import CHOOSE_TYPES, select_pairs
+from dpo_iteration.saved import check_saved
 from dpo_iteration.settings import check, check_paths, given, training_config, with_passthrough
 
 # Settings that do not shape the model: where it goes, what is shown, and what the inputs' fingerprints cover.
@@ -203,9 +205,12 @@ def train(args, extra, selection, settings, inputs, started):
     check_pairs(selection, args)
     check_bos(tokenizer, rows["train"][0])
 
+    hub.take_token(extra)
     config = training_config(args, extra, Arguments, bool(rows["eval"]))
     PartialState().wait_for_everyone()  # every rank has looked at what is there; now rank 0 may write
     lock = prepare_output(args, selection, settings, inputs) if is_main() else None
+    if is_main():
+        hub.reach(config)
     PartialState().wait_for_everyone()
 
     policy, ref_model = models.load_policy_and_reference(args, config, tokenizer, rows)
@@ -238,11 +243,14 @@ def train(args, extra, selection, settings, inputs, started):
         metrics |= trainer.evaluate()
     source.save(trainer, args)
     if is_main():
+        check_saved(args.output_dir, args.trust_remote_code)
         remove_checkpoints([] if args.keep_checkpoints else Path(args.output_dir).glob("checkpoint-*"))
         shutil.rmtree(Path(args.output_dir, ".precompute"), ignore_errors=True)
         finish(args, selection, metrics, {"start": ready - started, "all": time.time() - started})
         lock.close()
         os.unlink(lock.name)
+        if config.push_to_hub:
+            hub.push(trainer, args.output_dir)
     PartialState().destroy_process_group()
 
 
@@ -291,7 +299,9 @@ def finish(args, selection, metrics, seconds):
     """Complete the manifest, the last thing written, and say what was done."""
     counts = selection.counts | {"pairs": len(selection.pairs), "skipped": dict(selection.skipped_by_reason)}
     metrics = {key: value for key, value in metrics.items() if records.finite(value)}
-    manifest = read_manifest(args.output_dir) | {
+    manifest = read_manifest(args.output_dir)
+    card.make_card(args, manifest["settings"], counts, metrics, launched()).save(Path(args.output_dir, "README.md"))
+    manifest |= {
         "complete": True, "counts": counts, "metrics": metrics, "seconds": {k: round(v, 1) for k, v in seconds.items()},
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "versions": versions(),
         "output": fingerprint(args.output_dir),
@@ -341,7 +351,8 @@ def shaping(args, extra, processes):
     """(settings, inputs) that shape the model; what its manifest holds. `processes` matters by the batch alone."""
     own = {f.name: getattr(args, f.name) for f in dataclasses.fields(Arguments)}
     unused = NOT_SHAPING if args.use_peft else NOT_SHAPING | {"use_peft", *adapters.SETTINGS}
-    settings = {k: v for k, v in own.items() if k not in unused} | extra
+    settings = {k: v for k, v in own.items() if k not in unused}
+    settings |= {k: v for k, v in extra.items() if k != "push_to_hub" and not k.startswith("hub_")}
     settings["pairs_per_step"] = pairs_per_step(args, processes)
     inputs = {f"train_dir {i}": name for i, name in enumerate(args.train_dir, 1)}
     inputs["model_name_or_path"] = args.model_name_or_path
