@@ -269,6 +269,7 @@ def prepare_output(args, selection, settings, inputs):
         raise UserError(f"another process is training into {folder}; wait for it or stop it first") from None
     if args.overwrite:
         remove_checkpoints(folder.glob("checkpoint-*"))
+        shutil.rmtree(folder / adapters.FOLDER, ignore_errors=True)  # without LoRA nothing would replace it
     marks = {key: fingerprint(name) for key, name in inputs.items()}
     manifest = {"script": "dpo_iteration/run_dpo.py", "complete": False, "settings": settings, "inputs": marks}
     manifest["num_processes"] = launched()

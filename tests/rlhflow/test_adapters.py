@@ -113,6 +113,14 @@ def test_peft_reads_the_adapter(work):
     assert (wrapped(ids).logits - merged(ids).logits).abs().max() < 1e-5
 
 
+def test_an_overwritten_run_keeps_no_adapter(work, here):
+    here(argv(work, "twice", "--bf16", "false", "--max_steps", "1"))
+    assert (work / "twice" / "adapter").is_dir()
+    off = ["--use_peft", "false", "--lora_r", "16", "--lora_alpha", "32"]
+    here(argv(work, "twice", "--bf16", "false", "--max_steps", "1", *off, "--overwrite"))
+    assert not (work / "twice" / "adapter").exists()
+
+
 def test_bf16_holds_the_policy_in_bf16_and_the_adapters_in_fp32(work, here):
     """The base is frozen, so bf16 loses nothing while training; the sum is made in the source's fp32 and rounded once."""
     here(argv(work, "bf16", "--gradient_checkpointing", "true"))
