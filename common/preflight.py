@@ -16,6 +16,7 @@ from common.loop import gpu_groups, processes
 from common.progress import duration
 from common.records import read_prompts, record_id
 from dpo_iteration import memory, run_dpo
+from dpo_iteration.settings import reason_for_trl
 from report.metrics import load_gold
 
 # For the estimates, per GPU of the A100/H100 class. Assumed, not measured here; the README says how the sums are made.
@@ -116,7 +117,10 @@ def check(run):
     if training is not None:
         asked = attempt(run_dpo.arguments, training, settings.training)
         if asked:
-            attempt(run_dpo.accumulate, asked[0], processes(settings))
+            if reason_for_trl(*asked):
+                attempt(run_dpo.accumulate, asked[0], processes(settings))
+            if method in ("zero3", "zero3_offload", "fsdp2") and asked[0].load_in_4bit:
+                problems.append(f"load_in_4bit does not work where weights are shared out ({settings.accelerate_config}): take configs/zero2.yaml or ddp.yaml")
     left = None if problems else attempt(run.stages_left)
     sets = {name: attempt(local_prompts, name, settings.generation) for name in settings.prompts}
     sets[settings.heldout_prompts] = attempt(local_prompts, settings.heldout_prompts, settings.generation | settings.heldout)
@@ -154,11 +158,14 @@ def describe(run, count, method, world, gpus, local_size, training, notes, probl
     settings = run.settings
     if not gpus and count > 1.5e9:
         problems.append(f"{count / 1e9:.1f} billion parameters and no GPU: this run needs GPUs")
-    needed, there = memory.states(method, count, world)[0] / memory.GIB, gpu_memory()
+    few = count * training.get("lora_r", 16) / 3000 if training.get("use_peft") else None  # Llama-3-8B: 0.52% at rank 16
+    needed = memory.states(method, count, world, few, frozen=0.6 if training.get("load_in_4bit") else None)[0] / memory.GIB
+    there = gpu_memory()
     if gpus:
         notes.append(f"training: {method} over {world} processes takes {needed:.0f} GiB a GPU without activations; a GPU has {there or 0:.0f}")
         if there and needed > there * 0.95:
-            problems.append(f"training needs {needed:.0f} GiB a GPU without activations and a GPU has {there:.0f}; take configs/zero3.yaml or more GPUs")
+            instead = "configs/zero3.yaml, configs/training_lora.yaml or more GPUs"
+            problems.append(f"training needs {needed:.0f} GiB a GPU without activations and a GPU has {there:.0f}; take {instead}")
     # An iterate in 2 bytes a parameter (4 on the CPU); while training, DeepSpeed's checkpoint of 14 bytes at most.
     kept = settings.iterations if settings.keep_iterates is None else settings.keep_iterates
     disk = (kept * (2 if gpus else 4) + (14 if training.get("save_steps") else 0)) * count / 2**30

@@ -83,7 +83,7 @@ class IterativeDPOTrainer(DPOTrainer):
         return dataset
 
     def create_model_card(self, *args, **kwargs):
-        """None: a manifest stands beside the model."""
+        """None: ours is written at the end (card.py)."""
 
     # Batches
 

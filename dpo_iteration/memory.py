@@ -108,18 +108,22 @@ def _kept_weight(method, bf16):
     return 2 if bf16 and method.startswith("zero") else 4
 
 
-def states(method, parameters, processes, trainable=None, bf16=True):
+def states(method, parameters, processes, trainable=None, bf16=True, frozen=None):
     """(bytes a GPU, bytes of all processes on the CPU) of weights, gradients and optimizer states.
 
     ZeRO, arXiv 1910.02054, §3.1 and §5: 16 bytes a trainable parameter, which are 2 of weight, 2 of gradient, and 12 of fp32
     weight and Adam moments (or 4, 4 and 8 where the weights are fp32). Stage 1 shares out the last, stage 2 the gradients too,
-    stage 3 and FSDP2 all; offloading moves all to the CPU. A frozen parameter is a weight alone. No reference model: its
-    log-probabilities are cached before.
+    stage 3 and FSDP2 all; offloading moves all to the CPU. No reference model: its log-probabilities are cached before.
+    With `trainable` adapters beside frozen `parameters` these are weights alone, of `frozen` bytes: 2 with bf16, 4 without,
+    about 0.6 in 4 bits with their scales.
     """
-    trainable = parameters if trainable is None else trainable
     weight = _kept_weight(method, bf16)
     master = 4 if weight == 2 else 0
-    parts = (weight * parameters, weight * trainable, (8 + master) * trainable)
+    if trainable is None:
+        weights, trainable = weight * parameters, parameters
+    else:
+        weights = (frozen or (2 if bf16 else 4)) * parameters + weight * trainable
+    parts = (weights, weight * trainable, (8 + master) * trainable)
     if method == "zero3_offload":
         return 0, sum(parts)
     return sum(part / processes if shared else part for part, shared in zip(parts, SHARES[method])), 0
@@ -244,7 +248,7 @@ def report(args, gpus, memory_gib):
             raise
         shape = shape_like(args.model_size_b)
         lines.append(f"the config of {name} cannot be read: an estimate for {args.model_size_b} billion parameters in Llama's shape")
-    rank = getattr(args, "lora_r", None)
+    rank = args.lora_r if args.use_peft else None
     few, how = shape.lora(rank or 16), {"checkpointing": args.gradient_checkpointing, "bf16": args.bf16}
     pairs, length = args.per_device_train_batch_size, args.max_length
     lines += [

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from common import chat, shared_prompts
 from common.cli import UserError
+from dpo_iteration import adapters
 
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -77,25 +78,31 @@ def prepare_sharding(config):
         config.deepspeed_plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
 
 
+def weights_dtype(args, config):
+    """fp32; with bf16 bf16 where nothing is lost: under DeepSpeed, which keeps fp32 master weights, and with LoRA, which
+    freezes these."""
+    return torch.bfloat16 if args.bf16 and (config.deepspeed_plugin is not None or args.use_peft) else torch.float32
+
+
 def load_model(name, args, config, revision=None):
-    """A causal language model in fp32; under DeepSpeed with bf16 in bf16, of which DeepSpeed keeps fp32 master weights.
+    """A causal language model in `weights_dtype`, or in 4 bits.
 
     Raises:
         UserError: it cannot be loaded, or the checkpoint lacks weights (transformers would make up random ones).
     """
-    deepspeed = config.deepspeed_plugin is not None
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             name, revision=revision, trust_remote_code=args.trust_remote_code, output_loading_info=True,
-            dtype=torch.bfloat16 if deepspeed and args.bf16 else torch.float32,
-            attn_implementation=attention(name, args, revision),
-            **(config.model_init_kwargs or {}),
+            dtype=weights_dtype(args, config),
+            attn_implementation=attention(name, args, revision), **(config.model_init_kwargs or {}), **adapters.loading(args),
         )  # fmt: skip
     except Exception as error:
         raise UserError(f"cannot load {name}: {_one_line(error)}") from None
     if loading["missing_keys"]:
         some = ", ".join(sorted(loading["missing_keys"])[:3])
         raise UserError(f"{name} lacks the weights {some}: it is no whole causal language model")
+    if getattr(model, "hf_quantizer", None) is not None and not args.load_in_4bit:
+        raise UserError(f"{name} is quantised: give the model it was made from, with --use_peft true --load_in_4bit true")
     return model
 
 
@@ -194,14 +201,17 @@ class Source:
             setattr(policy.config, key, getattr(tokenizer, key))
         return source
 
-    def save(self, trainer):
+    def save(self, trainer, args):
         """Write model (in the training's dtype), tokenizer, chat template, generation config; on all ranks."""
         folder, model = Path(trainer.args.output_dir), trainer.accelerator.unwrap_model(trainer.model)
-        if trainer.args.bf16 and not trainer.is_deepspeed_enabled:
-            model.to(torch.bfloat16)
-        for key in (*TOKENS, "use_cache"):
-            setattr(model.config, key, getattr(self.config, key, None))
-        trainer.save_model(str(folder))
+        if args.use_peft:
+            adapters.save(trainer, args)
+        else:
+            if trainer.args.bf16 and not trainer.is_deepspeed_enabled:
+                model.to(torch.bfloat16)
+            for key in (*TOKENS, "use_cache"):
+                setattr(model.config, key, getattr(self.config, key, None))
+            trainer.save_model(str(folder), _internal_call=True)  # else it pushes to the hub what is not whole yet
         trainer.save_state()
         if trainer.args.should_save:
             self.tokenizer.save_pretrained(folder)  # the trainer's own may have been given a pad token

@@ -10,13 +10,18 @@ added up. A row without a pair holds the shortest one with scale 0, so that all 
 """
 
 import heapq
+import os
 from dataclasses import dataclass, field
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from common.cli import UserError
 from common.shared_prompts import pack, packed_tokens, shared
+from dpo_iteration import models
+from dpo_iteration.output import launched, say
+from dpo_iteration.settings import reason_for_trl
 
 IGNORED = -100
 NUMBERS = ("scale", "margin", "ref_chosen_logps", "ref_rejected_logps")  # of a pair, beside its tokens
@@ -122,6 +127,53 @@ class Steps:
             scale = count / len(step)
             for row in rows[self.process :: self.processes]:
                 yield [(i, scale * (self.weights[i] if self.weights else 1.0)) for i in row] or [(least, 0.0)]
+
+
+def batches(args, extra, rows, per_step):
+    """(whether prompts are shared, {split: Steps, or None where TRL makes the batches}); says which computation it is."""
+    padded = reason_for_trl(args, extra) or ("its mixture of experts has an auxiliary loss" if models.has_auxiliary_loss(args) else "")
+    if padded:
+        if args.share_prompts or args.margin_scale or args.margin_weight:
+            raise UserError(f"--share_prompts, --margin_scale and --margin_weight cannot be used: {padded}")
+        say(f"note: padded batches and TRL's own loss: {padded}")
+        return False, {"train": None, "eval": None}
+    against = "" if args.share_prompts is False else models.reason_against_sharing(args)
+    if against and args.share_prompts:
+        raise UserError(f"--share_prompts true: this model cannot share prompts, {against}")
+    sharing = args.share_prompts is not False and not against
+    if against:
+        say(f"note: padded batches: the model cannot share prompts, {against}")
+    budget = row_tokens(args) if sharing else None
+    steps, costs = {"train": None, "eval": None}, {}
+    for split in [split for split in rows if rows[split]]:
+        costs[split] = [columns_of(row) if sharing else 0 for row in rows[split]]
+    place = {"processes": launched(), "process": int(os.environ.get("RANK", "0"))}
+    epochs = -(-args.max_steps * per_step // len(rows["train"])) if args.max_steps > 0 else -int(-args.num_train_epochs // 1)
+    steps["train"] = Steps(
+        costs["train"], per_step, budget, args.per_device_train_batch_size, weights=weights(rows["train"], args.margin_weight),
+        seed=extra.get("data_seed", args.seed), epochs=epochs, **place,
+    )  # fmt: skip
+    if rows["eval"]:
+        steps["eval"] = Steps(costs["eval"], len(rows["eval"]), budget, args.per_device_eval_batch_size, **place)
+    if sharing:
+        alone, longest = sum(len(ids) for row in rows["train"] for ids in both(row)), max(costs["train"])
+        say(
+            f"rows of up to {max(budget, longest)} tokens, {steps['train'].accumulation} a process and step; shared prompts and no padding: "
+            f"{sum(costs['train'])} tokens an epoch instead of {alone} and padding"
+        )
+    return sharing, steps
+
+
+def row_tokens(args):
+    return args.max_row_tokens or 2 * args.per_device_train_batch_size * args.max_length
+
+
+def weights(rows, power):
+    """margin ** power of each pair, in the mean 1; None for power 0."""
+    if not power:
+        return None
+    found = [row["margin"] ** power for row in rows]
+    return [weight * len(found) / sum(found) for weight in found]
 
 
 class Rows(torch.utils.data.Dataset):

@@ -14,6 +14,7 @@ import gc
 import hashlib
 import json
 import os
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -27,12 +28,39 @@ from trl.trainer.utils import add_fused_lm_head
 
 from common.cli import UserError
 from common.manifest import versions, writing
-from common.progress import Progress
-from dpo_iteration.packing import PaddedCollator, Rows, Steps, collate_packed, score
+from common.progress import Progress, duration
+from dpo_iteration import models
+from dpo_iteration.output import say
+from dpo_iteration.packing import PaddedCollator, Rows, Steps, collate_packed, row_tokens, score
 
 SAVE_EVERY = 2000  # pairs, about: what a killed pass does again at most
 LIBRARIES = ("torch", "transformers", "trl")
 WEIGHTS = ("*.safetensors", "*.bin", "*.json", "*.py")  # of a model folder: what its forward pass depends on
+
+
+def compute_reference(args, extra, config, rows, sharing, tokenizer):
+    """Put the reference's log-probabilities into the rows, from disk where they are known; says how many were."""
+    name, revision = models.reference_name(args)
+    deepspeed = config.deepspeed_plugin
+    about = {
+        "dtype": str(models.weights_dtype(args, config)), "load_in_4bit": args.load_in_4bit, "autocast": args.bf16 and not deepspeed,
+        "ld_alpha": extra.get("ld_alpha"),
+        "zero_stage": deepspeed.zero_stage if deepspeed else None, "fsdp": os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true",
+        "attention": "shared_prompts" if sharing else models.attention(name, args, revision),
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+    }  # fmt: skip
+    every = rows["train"] + rows["eval"]
+    started = time.time()
+    found, key = add_reference(
+        every, lambda: ready(models.load_model(name, args, config, revision), config, sharing), name, revision,
+        reference_cache(args), about, sharing, row_tokens(args), args.per_device_train_batch_size, tokenizer.pad_token_id or 0,
+        torch.bfloat16 if about["autocast"] else None, extra.get("ld_alpha"),
+    )  # fmt: skip
+    say(f"reference: {found} of {len(every)} pairs known from {reference_cache(args)}/{key}, {duration(time.time() - started)}")
+
+
+def reference_cache(args):
+    return Path(args.reference_cache) if args.reference_cache else Path(args.output_dir).parent / "reference_logps"
 
 
 def pair_key(row):
@@ -194,4 +222,4 @@ def ready(model, config, sharing):
         for module in [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]:
             fully_shard(module, mp_policy=dtypes)
         return fully_shard(model, mp_policy=dtypes)
-    return model.to(PartialState().device)
+    return model if getattr(model, "hf_quantizer", None) else model.to(PartialState().device)  # 4 bits are loaded where they stay

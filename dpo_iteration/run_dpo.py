@@ -1,8 +1,9 @@
 """Train a policy by DPO on pairs chosen from rewarded answers.
 
 In:  rewarded records at `train_dir` (one file or several, as annotate_data/get_rewards.py writes them) and a policy.
-Out: model, tokenizer, chat template and generation config in the folder `output_dir`; beside it the pairs that were
-     chosen (`.pairs.jsonl`), the prompts left out (`.pairs.skipped.jsonl`), and last a manifest (`.manifest.json`).
+Out: model, tokenizer, chat template, generation config and model card in the folder `output_dir`; beside it the pairs
+     that were chosen (`.pairs.jsonl`), the prompts left out (`.pairs.skipped.jsonl`), and last a manifest
+     (`.manifest.json`).
 
     accelerate launch --config_file ./configs/zero2.yaml dpo_iteration/run_dpo.py ./configs/training.yaml
 
@@ -11,24 +12,22 @@ run continues from its last checkpoint when the same command is started again. `
 """
 
 import dataclasses
-import fcntl
 import functools
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
-from common import records
 from common.cli import UserError, arg, build, parse, run
 from common.devices import check_processes, gpu_memory, prepare_threads, visible_gpus
-from common.manifest import beside, difference, fingerprint, read_manifest, versions, write_json, writing
-from common.progress import Progress, duration
-from dpo_iteration import memory
+from common.progress import Progress
+from dpo_iteration import adapters, hub, memory
+from dpo_iteration.output import checkpoints, finish, is_complete, is_main, launched, prepare_output, remove_checkpoints, say
 from dpo_iteration.pairs import CHOOSE_TYPES, select_pairs
-from dpo_iteration.settings import check, check_paths, given, reason_for_trl, training_config, with_passthrough
+from dpo_iteration.saved import check_saved
+from dpo_iteration.settings import check, check_paths, given, training_config, with_passthrough
 
 # Settings that do not shape the model: where it goes, what is shown, and what the inputs' fingerprints cover.
 NOT_SHAPING = {
@@ -38,6 +37,8 @@ NOT_SHAPING = {
     "global_batch_size", "cpu_threads", "share_prompts", "max_row_tokens", "reference_cache", "check", "num_gpus", "gpu_memory_gib",
     "model_size_b",
 }  # fmt: skip
+# Settings that came later: left out of the manifest where they change nothing, so that older models stay complete.
+LATER = {"pairs_per_prompt": 1, "margin_scale": 0.0, "margin_weight": 0.0, "use_peft": False}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -70,6 +71,13 @@ class Arguments:
     label_smoothing: float = arg(0.1, "share of preferences taken as wrong, below 0.5; with sigmoid: conservative DPO")
     margin_scale: float = arg(0.0, "share of a pair's margin that beta × Δ has to exceed (offset DPO)")
     margin_weight: float = arg(0.0, "pairs count by margin to this power, in the mean 1; 0: all alike")
+
+    use_peft: bool = arg(False, "LoRA: train adapters, the policy frozen; they are merged into it at the end")
+    lora_r: int = arg(16, "rank of the adapters")
+    lora_alpha: int = arg(32, "the adapters count alpha / r times")
+    lora_dropout: float = arg(0.0, "share of an adapter's inputs left out; needs --disable_dropout false")
+    lora_target_modules: list[str] = arg(["all-linear"], "ends of the names of modules with an adapter; all-linear: all but lm_head")
+    load_in_4bit: bool = arg(False, "QLoRA: hold the frozen policy in 4 bits (nf4, double quantisation)")
 
     learning_rate: float = arg(5e-7, "peak learning rate")
     lr_scheduler_type: str = arg("cosine", "course of the learning rate")
@@ -105,48 +113,6 @@ class Arguments:
     num_gpus: int | None = arg(None, "with check: GPUs over all machines; None: those that are visible")
     gpu_memory_gib: float | None = arg(None, "with check: GiB of a GPU; None: that of the visible ones")
     model_size_b: float | None = arg(None, "with check: billions of parameters, where the model's config is out of reach")
-
-
-def is_complete(args, settings, inputs):
-    """Whether the model is there, from these settings and inputs; refuse what was made, or half made, from others."""
-    folder, manifest = Path(args.output_dir), read_manifest(args.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output_dir {folder} is a file, a folder was expected")
-    if args.overwrite or not folder.is_dir() or not any(folder.iterdir()):
-        return False
-    if manifest is None:
-        raise UserError(f"{folder} has no manifest, so it is not known how it was made; move it or give --overwrite")
-    complete = manifest.get("complete") and (folder / "config.json").is_file()
-    if not complete and not checkpoints(folder):
-        return False
-    changed = difference(manifest, settings, inputs)
-    if not changed and not complete and manifest.get("num_processes", launched()) != launched():
-        # The optimizer states of a checkpoint are cut into as many parts.
-        changed = f"num_processes was {manifest['num_processes']} and is now {launched()}"
-    if changed:
-        what = f"{folder} is {'complete' if complete else 'half done'} with other settings: {changed}"
-        raise UserError(f"{what}; choose another --output_dir or give --overwrite")
-    return complete
-
-
-def checkpoints(folder):
-    """Whole checkpoints, oldest first: the Trainer writes `trainer_state.json` after weights and optimizer."""
-    found = [f.parent for f in Path(folder).glob("checkpoint-*/trainer_state.json")]
-    return sorted(found, key=lambda f: int(f.name.split("-")[1]))
-
-
-def launched():
-    """Number of processes that the launcher started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_main():
-    return os.environ.get("RANK", "0") == "0"
-
-
-def say(text):
-    if is_main():
-        print(text, flush=True)
 
 
 def tokenize(selection, tokenizer, args):
@@ -201,6 +167,7 @@ def train(args, extra, selection, settings, inputs, started):
     from transformers import PrinterCallback
     from transformers.utils import logging as transformers_logging
 
+    from dpo_iteration import packing, reference
     from dpo_iteration.dpo import IterativeDPOTrainer, PlainLog
     from dpo_iteration.rows import check_bos, show_pair
 
@@ -213,18 +180,21 @@ def train(args, extra, selection, settings, inputs, started):
     models.check_models(args, tokenizer, rows)
 
     per_step = settings["pairs_per_step"]
-    sharing, steps = batches(args, extra, rows, per_step)
+    sharing, steps = packing.batches(args, extra, rows, per_step)
     if steps["train"]:
         args.gradient_accumulation_steps = steps["train"].accumulation
     else:
         accumulate(args, launched())
+    hub.take_token(extra)
     config = training_config(args, extra, Arguments, bool(rows["eval"]))
     models.prepare_sharding(config)
     PartialState().wait_for_everyone()  # every rank has looked at what is there; now rank 0 may write
     lock = prepare_output(args, selection, settings, inputs) if is_main() else None
+    if is_main():
+        hub.reach(config)
     PartialState().wait_for_everyone()
 
-    compute_reference(args, extra, config, rows, sharing, tokenizer)
+    reference.compute_reference(args, extra, config, rows, sharing, tokenizer)
     computed = time.time()
     policy = models.load_model(args.model_name_or_path, args, config, args.revision)
     source = models.Source.of(policy, tokenizer, args)
@@ -232,12 +202,13 @@ def train(args, extra, selection, settings, inputs, started):
     try:
         trainer = IterativeDPOTrainer(
             model=policy, args=config, processing_class=tokenizer, train_dataset=data["train"], eval_dataset=data["eval"],
-            callbacks=[PlainLog(per_step)], rows=rows, steps=steps["train"], eval_steps=steps["eval"], sharing=sharing,
-            margin_scale=args.margin_scale,
+            callbacks=[PlainLog(per_step)], peft_config=adapters.lora_config(args), rows=rows, steps=steps["train"],
+            eval_steps=steps["eval"], sharing=sharing, margin_scale=args.margin_scale,
         )  # fmt: skip
     except (ValueError, NotImplementedError) as error:
         raise UserError(f"TRL refuses the settings: {' '.join(str(error).split())[:400]}") from None
     trainer.remove_callback(PrinterCallback)
+    adapters.keep_fp32(trainer)
     models.check_master_weights(trainer)
     say(show_pair(tokenizer, rows["train"][0]))
     say(f"training on {len(rows['train'])} pairs, {len(rows['eval'])} held out, {per_step} pairs per optimizer step")
@@ -251,160 +222,17 @@ def train(args, extra, selection, settings, inputs, started):
     metrics |= {key: logged[key] for key in ("loss", "rewards/accuracies", "rewards/margins") if key in logged}
     if data["eval"]:
         metrics |= trainer.evaluate()
-    source.save(trainer)
+    source.save(trainer, args)
     if is_main():
+        check_saved(args.output_dir, args.trust_remote_code)
         remove_checkpoints([] if args.keep_checkpoints else Path(args.output_dir).glob("checkpoint-*"))
         seconds = {"start": ready - started, "reference": computed - started, "all": time.time() - started}
         finish(args, selection, metrics, seconds)
         lock.close()
         os.unlink(lock.name)
+        if config.push_to_hub:
+            hub.push(trainer, args.output_dir)
     PartialState().destroy_process_group()
-
-
-def batches(args, extra, rows, per_step):
-    """(whether prompts are shared, {split: Steps, or None where TRL makes the batches}); says which computation it is."""
-    from dpo_iteration import models
-    from dpo_iteration.packing import Steps, both, columns_of
-
-    padded = reason_for_trl(args, extra) or ("its mixture of experts has an auxiliary loss" if models.has_auxiliary_loss(args) else "")
-    if padded:
-        if args.share_prompts or args.margin_scale or args.margin_weight:
-            raise UserError(f"--share_prompts, --margin_scale and --margin_weight cannot be used: {padded}")
-        say(f"note: padded batches and TRL's own loss: {padded}")
-        return False, {"train": None, "eval": None}
-    against = "" if args.share_prompts is False else models.reason_against_sharing(args)
-    if against and args.share_prompts:
-        raise UserError(f"--share_prompts true: this model cannot share prompts, {against}")
-    sharing = args.share_prompts is not False and not against
-    if against:
-        say(f"note: padded batches: the model cannot share prompts, {against}")
-    budget = row_tokens(args) if sharing else None
-    steps, costs = {"train": None, "eval": None}, {}
-    for split in [split for split in rows if rows[split]]:
-        costs[split] = [columns_of(row) if sharing else 0 for row in rows[split]]
-    place = {"processes": launched(), "process": int(os.environ.get("RANK", "0"))}
-    epochs = -(-args.max_steps * per_step // len(rows["train"])) if args.max_steps > 0 else -int(-args.num_train_epochs // 1)
-    steps["train"] = Steps(
-        costs["train"], per_step, budget, args.per_device_train_batch_size, weights=weights(rows["train"], args.margin_weight),
-        seed=extra.get("data_seed", args.seed), epochs=epochs, **place,
-    )  # fmt: skip
-    if rows["eval"]:
-        steps["eval"] = Steps(costs["eval"], len(rows["eval"]), budget, args.per_device_eval_batch_size, **place)
-    if sharing:
-        alone, longest = sum(len(ids) for row in rows["train"] for ids in both(row)), max(costs["train"])
-        say(
-            f"rows of up to {max(budget, longest)} tokens, {steps['train'].accumulation} a process and step; shared prompts and no padding: "
-            f"{sum(costs['train'])} tokens an epoch instead of {alone} and padding"
-        )
-    return sharing, steps
-
-
-def row_tokens(args):
-    return args.max_row_tokens or 2 * args.per_device_train_batch_size * args.max_length
-
-
-def weights(rows, power):
-    """margin ** power of each pair, in the mean 1; None for power 0."""
-    if not power:
-        return None
-    found = [row["margin"] ** power for row in rows]
-    return [weight * len(found) / sum(found) for weight in found]
-
-
-def compute_reference(args, extra, config, rows, sharing, tokenizer):
-    """Put the reference's log-probabilities into the rows, from disk where they are known; says how many were."""
-    import torch
-
-    from dpo_iteration import models, reference
-
-    name, revision = models.reference_name(args)
-    deepspeed = config.deepspeed_plugin
-    about = {
-        "dtype": "bfloat16" if args.bf16 else "float32", "autocast": args.bf16 and not deepspeed, "ld_alpha": extra.get("ld_alpha"),
-        "zero_stage": deepspeed.zero_stage if deepspeed else None, "fsdp": os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true",
-        "attention": "shared_prompts" if sharing else models.attention(name, args, revision),
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
-    }  # fmt: skip
-    every = rows["train"] + rows["eval"]
-    started = time.time()
-    found, key = reference.add_reference(
-        every, lambda: reference.ready(models.load_model(name, args, config, revision), config, sharing), name, revision,
-        reference_cache(args), about, sharing, row_tokens(args), args.per_device_train_batch_size, tokenizer.pad_token_id or 0,
-        torch.bfloat16 if about["autocast"] else None, extra.get("ld_alpha"),
-    )  # fmt: skip
-    say(f"reference: {found} of {len(every)} pairs known from {reference_cache(args)}/{key}, {duration(time.time() - started)}")
-
-
-def reference_cache(args):
-    return Path(args.reference_cache) if args.reference_cache else Path(args.output_dir).parent / "reference_logps"
-
-
-def pairs_path(args):
-    return Path(args.pairs_path) if args.pairs_path else beside(args.output_dir, ".pairs.jsonl")
-
-
-def prepare_output(args, selection, settings, inputs):
-    """Rank 0: lock the output, clear what `--overwrite` gives up, write the pairs and an unfinished manifest."""
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = open(beside(folder, ".lock"), "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"another process is training into {folder}; wait for it or stop it first") from None
-    if args.overwrite:
-        remove_checkpoints(folder.glob("checkpoint-*"))
-    marks = {key: fingerprint(name) for key, name in inputs.items()}
-    manifest = {"script": "dpo_iteration/run_dpo.py", "complete": False, "settings": settings, "inputs": marks}
-    manifest["num_processes"] = launched()
-    write_json(beside(folder, ".manifest.json"), manifest)
-    write_jsonl(pairs_path(args), selection.pairs)
-    write_jsonl(beside(pairs_path(args), ".skipped.jsonl"), selection.skipped)
-    return lock
-
-
-def write_jsonl(path, entries):
-    """Write records whole or not at all; without entries no file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
-        temporary.write_text("".join(records.dumps(entry) + "\n" for entry in entries), encoding="utf-8", newline="\n")
-    os.replace(temporary, path)
-    if not entries:
-        path.unlink()
-
-
-def remove_checkpoints(folders):
-    for folder in list(folders):
-        (folder / "trainer_state.json").unlink(missing_ok=True)  # first: a half removed one must not look whole
-        shutil.rmtree(folder)
-
-
-def finish(args, selection, metrics, seconds):
-    """Complete the manifest, the last thing written, and say what was done."""
-    counts = selection.counts | {"pairs": len(selection.pairs), "skipped": dict(selection.skipped_by_reason)}
-    metrics = {key: value for key, value in metrics.items() if records.finite(value)}
-    manifest = read_manifest(args.output_dir) | {
-        "complete": True, "counts": counts, "metrics": metrics, "seconds": {k: round(v, 1) for k, v in seconds.items()},
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "versions": versions(),
-        "output": fingerprint(args.output_dir),
-    }  # fmt: skip
-    write_json(beside(args.output_dir, ".manifest.json"), manifest)
-    reasons = ", ".join(f"{n} {reason}" for reason, n in counts["skipped"].items())
-    skipped = f"{len(selection.skipped)}" + (f" ({reasons})" if reasons else "")
-    print(f"read {counts['records']} records, wrote {counts['pairs']} pairs to {pairs_path(args)}, skipped {skipped}")
-    for name in ("prompts_cut", "prompts_rendered_otherwise", "responses_cut", "responses_without_end_of_turn"):
-        if counts.get(name):
-            print(f"note: {counts[name]} {name.replace('_', ' ')}")
-    for reason, n in counts["responses_left_out"].items():
-        print(f"note: {n} responses left out: {reason}")
-    for prefix, name in (("", "train"), ("eval_", "held out")):
-        keys = ("loss", "rewards/accuracies", "rewards/margins")
-        loss, accuracy, margin = (metrics.get(f"{prefix}{key}") for key in keys)
-        if None not in (loss, accuracy, margin):
-            print(f"{name}: loss {loss:.4f}, accuracy {accuracy:.2f}, margin {margin:.4f}")
-    speed = metrics.get("train_samples_per_second", 0.0)
-    print(f"trained {args.output_dir} in {duration(seconds['all'])}, {speed:.1f} pairs/s", flush=True)
 
 
 def count_tokens_with(args):
@@ -433,7 +261,9 @@ def _checked(args):
 def shaping(args, extra, processes):
     """(settings, inputs) that shape the model; what its manifest holds. `processes` matters by the batch alone."""
     own = {f.name: getattr(args, f.name) for f in dataclasses.fields(Arguments)}
-    settings = {k: v for k, v in own.items() if k not in NOT_SHAPING} | extra
+    unused = NOT_SHAPING | {k for k, off in LATER.items() if own[k] == off} | (set() if args.use_peft else {*adapters.SETTINGS})
+    settings = {k: v for k, v in own.items() if k not in unused}
+    settings |= {k: v for k, v in extra.items() if k != "push_to_hub" and not k.startswith("hub_")}
     settings["pairs_per_step"] = pairs_per_step(args, processes)
     inputs = {f"train_dir {i}": name for i, name in enumerate(args.train_dir, 1)}
     inputs["model_name_or_path"] = args.model_name_or_path

@@ -16,6 +16,7 @@ import yaml
 
 from common.cli import UserError, arg, check_model, existing_file
 from common.manifest import beside
+from dpo_iteration import adapters
 
 # Each class with the file that defines it; a later one's fields stand in place of an earlier one's.
 SOURCES = (
@@ -119,10 +120,13 @@ def check(args, extra):
         raise UserError(f"--margin_scale and --margin_weight cannot be used where {padded}")
     if extra.get("truncation_mode", "keep_start") != "keep_start":
         raise UserError("--truncation_mode: prompts are cut on the left, responses on the right")
+    if "quantization_config" in (extra.get("model_init_kwargs") or {}):
+        raise UserError("model_init_kwargs must not quantise the model: give --use_peft true --load_in_4bit true")
     if {"dtype", "torch_dtype"} & set(extra.get("model_init_kwargs") or {}):
         raise UserError("model_init_kwargs must not set the dtype: bf16 weights alone do not move; see --bf16")
     check_loss(args)
     check_numbers(args)
+    adapters.check(args, extra)
     for tool in args.report_to:
         if tool not in ("none", "wandb", "tensorboard", "trackio"):
             raise UserError(f"--report_to {tool}: expected none, wandb, tensorboard or trackio")

@@ -30,6 +30,16 @@ def test_a_loop_config_is_accepted_by_every_stage(path, monkeypatch):
     assert f"configs/{path.name}" in path.read_text() or "bash run_loop.sh\n" in path.read_text()
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("training*.yaml")), ids=lambda p: p.stem)
+def test_a_training_config_is_accepted_and_differs_from_the_recipe_where_it_says(path):
+    recipe, values = (yaml.safe_load(p.read_text()) for p in (ROOT / "configs/training.yaml", path))
+    run_dpo.arguments({"model_name_or_path": "a/b", "train_dir": "r.jsonl", "output_dir": "out"} | values, path.name)
+    if path.stem in ("training_lora", "training_qlora"):
+        assert f"dpo_iteration/run_dpo.py ./configs/{path.name}\n" in path.read_text()
+        assert {key for key in recipe if values.get(key, recipe[key]) != recipe[key]} == {"output_dir", "learning_rate"}
+        assert values["load_in_4bit"] == (path.stem == "training_qlora")
+
+
 def test_the_recipe_has_the_papers_numbers():
     """Facts: lr 5e-7 cosine, 2 epochs, 128 pairs a step, 2,048 tokens, beta and smoothing 0.1, K 8, best against worst."""
     training = yaml.safe_load((ROOT / "configs/training.yaml").read_text())

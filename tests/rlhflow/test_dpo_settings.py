@@ -14,7 +14,7 @@ from training import ROOT
 
 from common.cli import UserError, convert, parse
 from common.manifest import fingerprint
-from dpo_iteration import run_dpo, settings
+from dpo_iteration import packing, run_dpo, settings
 from dpo_iteration.run_dpo import Arguments
 
 
@@ -244,8 +244,8 @@ def test_settings_of_rows_and_margins_that_cannot_be(files, monkeypatch, argv, m
 
 def test_weights_by_margin():
     rows = [{"margin": 1.0}, {"margin": 4.0}]
-    assert run_dpo.weights(rows, 0.0) is None
-    assert run_dpo.weights(rows, 1.0) == [0.4, 1.6] and run_dpo.weights(rows, 0.5) == pytest.approx([2 / 3, 4 / 3])
+    assert packing.weights(rows, 0.0) is None
+    assert packing.weights(rows, 1.0) == [0.4, 1.6] and packing.weights(rows, 0.5) == pytest.approx([2 / 3, 4 / 3])
 
 
 

@@ -1,0 +1,148 @@
+"""The model card (README.md of a trained model): what it was made from, how, and how well it went.
+
+Metadata as the hub reads it: base model, held-out results, tags. Names of local folders stay out of it, since the hub takes
+them for its own; they stand in the text.
+"""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from common import records
+from common.cli import UserError
+from common.manifest import read_manifest, versions
+
+RESULTS = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
+
+
+def manifest_of(name):
+    """The manifest beside a local output, or {}: a card is no reason to fail."""
+    try:
+        return read_manifest(name) or {}
+    except UserError:
+        return {}
+
+
+def on_hub(name):
+    """Whether a name is one of the hub's rather than a path (pruned models leave their manifests)."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not Path(name).exists() and not manifest_of(name)
+
+
+def ancestry(name):
+    """The policies from the first one to `name`, each trained from the one before, by the manifests beside them."""
+    chain = [name]
+    while (made := manifest_of(chain[0])).get("script") == "dpo_iteration/run_dpo.py":
+        before = made["inputs"]["model_name_or_path"]["path"]
+        if before in chain:
+            break
+        chain.insert(0, before)
+    return chain
+
+
+def scorers(files):
+    """Reward models and functions that the manifests of rewarded files name, each once."""
+    inputs = [manifest_of(name).get("inputs", {}) for name in files]
+    found = [mark["path"] for marks in inputs for key, mark in marks.items() if key.startswith("reward_")]
+    return list(dict.fromkeys(found))
+
+
+def prompts(files):
+    """Prompt sets behind rewarded files: the input of the answers that each was made from, where manifests tell."""
+    found = []
+    for name in files:
+        answers = manifest_of(name).get("inputs", {}).get("dataset_name_or_path")
+        asked = manifest_of(answers["path"]).get("inputs", {}).get("dataset_name_or_path") if answers else None
+        found += [asked["path"]] if asked else []
+    return list(dict.fromkeys(found))
+
+
+def command(argv):
+    """The command line that can be shown: the script by its short name, without the token."""
+    words = [re.sub(r"^--hub_token=.*", "--hub_token=…", word) for word in argv[1:]]
+    words = ["…" if before == "--hub_token" else word for before, word in zip(["", *words], words)]
+    return shlex.join(["dpo_iteration/run_dpo.py", *words]).replace("'…'", "…").replace("'--hub_token=…'", "--hub_token=…")
+
+
+def table(head, rows):
+    """A Markdown table; values are shown as they are, without breaking the table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines)
+
+
+def make_card(args, settings, counts, metrics, processes):
+    """huggingface_hub's ModelCard of a run.
+
+    Args:
+        args: the script's arguments.
+        settings: what shaped the model, as in its manifest.
+        counts: records, pairs and skipped prompts, as in its manifest.
+        metrics: of the Trainer; those of the held-out pairs begin with `eval_`.
+        processes: number of training processes.
+    """
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    chain, judges, asked = ancestry(args.model_name_or_path), scorers(args.train_dir), prompts(args.train_dir)
+    name, held_out = Path(args.output_dir).absolute().name, []
+    for key, label in RESULTS.items():
+        if records.finite(metrics.get(f"eval_{key}")):
+            held_out.append(EvalResult(
+                task_type="text-generation", dataset_type="preference-pairs", dataset_name="held-out pairs", dataset_split="eval",
+                metric_type=label, metric_name=f"held-out {label}", metric_value=round(metrics[f"eval_{key}"], 6),
+            ))  # fmt: skip
+    data = ModelCardData(
+        model_name=name, library_name="transformers", pipeline_tag="text-generation", eval_results=held_out or None,
+        base_model=chain[0] if on_hub(chain[0]) else None, base_model_relation="finetune" if on_hub(chain[0]) else None,
+        datasets=[asked_of for asked_of in asked if on_hub(asked_of)] or None,
+        tags=["dpo", "online-rlhf", "trl", *(["lora"] if args.use_peft else [])],
+    )  # fmt: skip
+    reference = args.ref_model_name_or_path or args.model_name_or_path
+    lineage = [
+        ("base model", chain[0]), ("iteration", len(chain)), ("previous iterates", ", ".join(chain[1:]) or "none"),
+        ("reference", reference), ("rewards from", ", ".join(judges) or "not known (no manifest)"),
+        ("prompts", ", ".join(asked) or "not known (no manifest)"),
+    ]  # fmt: skip
+    skipped = ", ".join(f"{n} {reason}" for reason, n in counts["skipped"].items()) or "none"
+    left_out = ", ".join(f"{n} {reason}" for reason, n in counts["responses_left_out"].items()) or "none"
+    read = [
+        ("files", ", ".join(args.train_dir)), ("records", counts["records"]), ("pairs trained on", counts["train_pairs"]),
+        ("pairs held out", counts["eval_pairs"]), ("prompts skipped", skipped), ("responses left out", left_out),
+    ]  # fmt: skip
+    results = []
+    for key, label in RESULTS.items():
+        values = [metrics.get(f"{prefix}{key}") for prefix in ("", "eval_")]
+        results.append([label, *(f"{value:.4f}" if records.finite(value) else "" for value in values)])
+    body = f"""# {name}
+
+A policy trained by direct preference optimization on pairs chosen from its own rewarded answers, one iteration of online
+RLHF ([arXiv 2405.07863](https://arxiv.org/abs/2405.07863)).
+
+## Lineage
+
+{table(["", ""], lineage)}
+
+## Data
+
+{table(["", ""], read)}
+
+## Results
+
+Of the last log line while training, and of all held-out pairs at the end.
+
+{table(["", "training", "held out"], results)}
+
+## Settings
+
+{table(["setting", "value"], [(key, f"`{value}`") for key, value in settings.items()])}
+
+Trained by {processes} process{"es" if processes > 1 else ""}:
+
+```sh
+{command(sys.argv)}
+```
+
+## Versions
+
+{", ".join(f"{package} {version}" for package, version in versions().items())}
+"""
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
