@@ -109,6 +109,7 @@ class Run:
             "model_name_or_path": self.iterate(i - 1), "ref_model_name_or_path": reference,
             "train_dir": [self.path(k, "rewarded.jsonl") for k in range(first, i + 1)],
             "output_dir": self.path(i, "model"), "pairs_path": self.path(i, "pairs.jsonl"), "seed": self.settings.seed,
+            "reference_cache": str(self.folder / "reference_logps"),  # iterations that share pairs and reference share it
         }  # fmt: skip
 
     def rewarded_files(self, i, stage):

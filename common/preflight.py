@@ -56,12 +56,12 @@ def estimate(count, prompts, samples, epochs, gpus):
     """Seconds of generation, annotation and training of one iteration; see the constants on top."""
     tokens = prompts * samples * RESPONSE_TOKENS
     scored = prompts * samples * (PROMPT_TOKENS + RESPONSE_TOKENS)
-    trained = prompts * 2 * (PROMPT_TOKENS + RESPONSE_TOKENS) * epochs
+    trained = prompts * (PROMPT_TOKENS + 2 * RESPONSE_TOKENS)  # chosen and rejected share their prompt
     return (
         tokens * count / SAMPLED_TOKENS / gpus,
         2 * count * scored / (PEAK_FLOPS * SCORE_SHARE) / gpus,
-        # forward and backward 6, recomputed activations 2, reference forward 2 FLOPs a parameter and token
-        10 * count * trained / (PEAK_FLOPS * TRAIN_SHARE) / gpus,
+        # FLOPs a parameter and token: forward and backward 6, recomputed activations 2; the reference's forward 2, once
+        (8 * epochs + 2) * count * trained / (PEAK_FLOPS * TRAIN_SHARE) / gpus,
     )
 
 
