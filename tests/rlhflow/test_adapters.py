@@ -171,7 +171,7 @@ def test_a_killed_run_ends_at_the_same_weights(work, here, capfd):
     is_merged(work, "killed", 1e-6)
 
 
-@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+@pytest.mark.parametrize("stage", ["zero2", pytest.param("zero3", marks=pytest.mark.long)])
 def test_zero_on_two_processes(work, stage):
     launch = ["--config_file", ROOT / "configs" / f"{stage}.yaml", "--num_processes", 2]
     done = start(*argv(work, stage, "--gradient_checkpointing", "true"), launcher=launch)
@@ -201,6 +201,7 @@ def test_qlora_merges_into_the_unquantised_policy(work, here, bitsandbytes, monk
     assert losses(work / "qlora")[0] == pytest.approx(math.log(2), abs=1e-6)
 
 
+@pytest.mark.long
 def test_qlora_on_two_processes(work, bitsandbytes):
     launch = ["--config_file", ROOT / "configs" / "zero2.yaml", "--num_processes", 2]
     done = start(*argv(work, "qlora2", "--load_in_4bit", "true"), launcher=launch)
