@@ -131,7 +131,8 @@ class Steps:
 
 def batches(args, extra, rows, per_step):
     """(whether prompts are shared, {split: Steps, or None where TRL makes the batches}); says which computation it is."""
-    padded = reason_for_trl(args, extra) or ("its mixture of experts has an auxiliary loss" if models.has_auxiliary_loss(args) else "")
+    experts = extra.get("router_aux_loss_coef") != 0 and models.has_auxiliary_loss(args)
+    padded = reason_for_trl(args, extra) or ("its mixture of experts has an auxiliary loss" if experts else "")
     if padded:
         if args.share_prompts or args.margin_scale or args.margin_weight:
             raise UserError(f"--share_prompts, --margin_scale and --margin_weight cannot be used: {padded}")

@@ -218,6 +218,9 @@ def train(args, extra, selection, settings, inputs, started):
         say(f"continuing from {saved[-1]}")
     ready = time.time()
     metrics = trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None).metrics
+    # The Trainer counts passes as if each had per_device_train_batch_size pairs.
+    before = int(saved[-1].name.split("-")[1]) / -(-len(rows["train"]) // per_step) if saved else 0.0
+    metrics["train_samples_per_second"] = (trainer.state.epoch - before) * len(rows["train"]) / metrics["train_runtime"]
     logged = next((entry for entry in reversed(trainer.state.log_history) if "rewards/margins" in entry), {})
     metrics |= {key: logged[key] for key in ("loss", "rewards/accuracies", "rewards/margins") if key in logged}
     if data["eval"]:

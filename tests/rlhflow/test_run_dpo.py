@@ -106,6 +106,9 @@ def test_what_is_written_and_said(work, single):
     split = [pair["split"] for pair in pairs]
     assert manifest["counts"]["eval_pairs"] == split.count("eval") > 0
     assert manifest["counts"]["train_pairs"] == split.count("train") > 0
+    assert manifest["metrics"]["train_samples_per_second"] == pytest.approx(
+        read_json(work / "single" / "trainer_state.json")["epoch"] * split.count("train") / manifest["metrics"]["train_runtime"]
+    )
     assert manifest["settings"]["beta"] == 0.1 and manifest["settings"]["loss_type"] == ["sigmoid"]
     assert {"train_loss", "eval_loss", "eval_rewards/accuracies", "rewards/margins"} <= set(manifest["metrics"])
     rewards = {row["id"]: row["rewards"] for row in read_jsonl(work / "rewarded.jsonl")}
