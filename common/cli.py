@@ -264,7 +264,7 @@ def no_room(error):
     if isinstance(error, OSError) and error.errno is not None and (error.filename or error.errno in NO_ROOM):
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     text = " ".join(str(error).split())
-    if re.search(r"os error (27|28|122)\b|No space left on device|File too large|PytorchStreamWriter failed writing file", text):
+    if re.search(r"os error (27|28|122)\b|No space left on device|File too large|PytorchStreamWriter failed writing file|unexpected pos \d+ vs", text):
         return f"the disk is full or a size limit is reached ({type(error).__name__}: {text[:200]})"
     return None
 

@@ -132,7 +132,7 @@ def merged(args, adapter):
     unset_hf_deepspeed_config()  # else ZeRO-3 would cut up this model too
     base = AutoModelForCausalLM.from_pretrained(
         args.model_name_or_path, revision=args.revision, trust_remote_code=args.trust_remote_code,
-        dtype="auto" if args.bf16 else torch.float32,
+        dtype="auto" if args.bf16 else torch.float32, **(args.model_init_kwargs or {}),
     )  # fmt: skip
     model = PeftModel.from_pretrained(base, str(adapter), torch_device="cpu").merge_and_unload()
     return model.to(torch.bfloat16) if args.bf16 else model

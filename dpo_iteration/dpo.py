@@ -123,6 +123,8 @@ class IterativeDPOTrainer(DPOTrainer):
     def check_packing(self, model, inputs):
         """Compute the first row's pairs padded too, one by one, and stop where the two differ by more than rounding."""
         self.checked = True
+        training = model.training
+        model.eval()  # dropout would differ from pass to pass
         pads, device = PaddedCollator(self.processing_class.pad_token_id), inputs["scale"].device
         with torch.no_grad():
             try:
@@ -144,6 +146,7 @@ class IterativeDPOTrainer(DPOTrainer):
                 for ours, theirs, n in zip((packed.chosen[p], packed.rejected[p]), (padded.chosen[0], padded.rejected[0]), tokens):
                     worst = max(worst, float(abs(ours - theirs)) / n)
             self.policy.set_attn_implementation(NAME)
+        model.train(training)
         half = self.args.bf16 or self.policy.dtype != torch.float32
         limit = HALF_TOLERANCE if half else TOLERANCE
         worst = float(self.accelerator.gather(torch.tensor([worst], device=device)).max())

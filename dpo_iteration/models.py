@@ -55,8 +55,10 @@ def attention(name, args, revision=None):
         return args.attn_implementation
     if torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None:
         return "flash_attention_2"
-    capped = getattr(load_config(name, args, revision).get_text_config(), "attn_logit_softcapping", None)
-    return "eager" if capped else "sdpa"
+    config = load_config(name, args, revision)
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    known = getattr(AutoModelForCausalLM, "_model_mapping", {}).get(type(config), None)
+    return "eager" if capped or not getattr(known, "_supports_sdpa", True) else "sdpa"
 
 
 def prepare_sharding(config):
@@ -101,15 +103,16 @@ def load_model(name, args, config, revision=None):
     if loading["missing_keys"]:
         some = ", ".join(sorted(loading["missing_keys"])[:3])
         raise UserError(f"{name} lacks the weights {some}: it is no whole causal language model")
+    without_dropout(model, args)
     if getattr(model, "hf_quantizer", None) is not None and not args.load_in_4bit:
         raise UserError(f"{name} is quantised: give the model it was made from, with --use_peft true --load_in_4bit true")
     return model
 
 
 def load_config(name, args, revision=None):
-    """The configuration of a model, without its weights."""
+    """The configuration of a model, without its weights, with what `model_init_kwargs` changes in it."""
     try:
-        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code, **(args.model_init_kwargs or {}))
     except Exception as error:
         raise UserError(f"cannot load {name}: {_one_line(error)}") from None
 
@@ -117,15 +120,35 @@ def load_config(name, args, revision=None):
 def reason_against_sharing(args):
     """Why the policy's architecture cannot compute a shared prompt once, as a phrase; empty where it can."""
     config = load_config(args.model_name_or_path, args, args.revision)
-    shape = config.get_text_config()
-    if getattr(shape, "attention_dropout", 0.0):
-        return f"it has an attention dropout of {shape.attention_dropout}"
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
     except Exception as error:
         return f"its architecture cannot be looked at: {_one_line(error)}"
-    return shared_prompts.reason_against(model)
+    reason = shared_prompts.reason_against(model)
+    if reason:
+        return reason
+    # A pass without weights shows whether the layers hand the layout on, and what they ask of their attention.
+    model.set_attn_implementation(shared_prompts.NAME)
+    without_dropout(model.train(), args)
+    try:
+        shared_prompts.hidden_states(model.base_model, shared_prompts.pack([[[1, 2, 3], [1, 2, 4]]], "meta"))
+    except shared_prompts.Unsupported as error:
+        return str(error)
+    except Exception as error:
+        if "shared_prompts" in str(error):
+            return "its layers do not hand on what shared prompts need"
+    return ""  # what else goes wrong goes wrong for want of weights
+
+
+def without_dropout(model, args):
+    """Switch dropout off that is a number of its module; TRL, which does so by default, knows modules of dropout only."""
+    if args.disable_dropout is False:
+        return
+    for module in model.modules():
+        for name in ("attention_dropout", "dropout", "activation_dropout", "hidden_dropout", "attn_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 def has_auxiliary_loss(args):

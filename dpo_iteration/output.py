@@ -1,6 +1,7 @@
 """The output of a training: is it there, may it be continued, and what stands beside the model."""
 
 import fcntl
+import json
 import os
 import shutil
 import time
@@ -36,7 +37,7 @@ def is_complete(args, settings, inputs):
         return False
     if manifest is None:
         raise UserError(f"{folder} has no manifest, so it is not known how it was made; move it or give --overwrite")
-    complete = manifest.get("complete") and (folder / "config.json").is_file()
+    complete = manifest.get("complete") and (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
     if not complete and not checkpoints(folder):
         return False
     changed = difference(manifest, settings, inputs)
@@ -51,8 +52,16 @@ def is_complete(args, settings, inputs):
 
 def checkpoints(folder):
     """Whole checkpoints, oldest first: the Trainer writes `trainer_state.json` after weights and optimizer."""
-    found = [f.parent for f in Path(folder).glob("checkpoint-*/trainer_state.json")]
+    found = [f.parent for f in Path(folder).glob("checkpoint-*/trainer_state.json") if is_json(f)]
     return sorted(found, key=lambda f: int(f.name.split("-")[1]))
+
+
+def is_json(path):
+    """Whether a file was written to its end."""
+    try:
+        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except ValueError:
+        return False
 
 
 def remove_checkpoints(folders):
@@ -77,7 +86,7 @@ def prepare_output(args, selection, settings, inputs):
     if args.overwrite:
         remove_checkpoints(folder.glob("checkpoint-*"))
         shutil.rmtree(folder / adapters.FOLDER, ignore_errors=True)  # without LoRA nothing would replace it
-    marks = {key: fingerprint(name) for key, name in inputs.items()}
+    marks = {key: fingerprint(name) for key, name in inputs.items() if name is not None}
     manifest = {"script": "dpo_iteration/run_dpo.py", "complete": False, "settings": settings, "inputs": marks}
     manifest["num_processes"] = launched()
     write_json(beside(folder, ".manifest.json"), manifest)

@@ -29,6 +29,7 @@ from trl.trainer.utils import add_fused_lm_head
 from common.cli import UserError
 from common.manifest import versions, writing
 from common.progress import Progress, duration
+from common.shared_prompts import Unsupported, only_wanted, prepare
 from dpo_iteration import models
 from dpo_iteration.output import say
 from dpo_iteration.packing import PaddedCollator, Rows, Steps, collate_packed, row_tokens, score
@@ -44,7 +45,7 @@ def compute_reference(args, extra, config, rows, sharing, tokenizer):
     deepspeed = config.deepspeed_plugin
     about = {
         "dtype": str(models.weights_dtype(args, config)), "load_in_4bit": args.load_in_4bit, "autocast": args.bf16 and not deepspeed,
-        "ld_alpha": extra.get("ld_alpha"),
+        "ld_alpha": extra.get("ld_alpha"), "model_init_kwargs": {k: str(v) for k, v in (config.model_init_kwargs or {}).items()},
         "zero_stage": deepspeed.zero_stage if deepspeed else None, "fsdp": os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true",
         "attention": "shared_prompts" if sharing else models.attention(name, args, revision),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
@@ -89,6 +90,11 @@ def weights_key(folder):
     return digest.hexdigest()
 
 
+def checksum(pairs, logps):
+    """SHA-256 of the two tensors of a file, which safetensors itself does not guard."""
+    return hashlib.sha256(pairs.numpy().tobytes() + logps.numpy().tobytes()).hexdigest()
+
+
 class Cache:
     """What is known of some pairs; rank 0 alone reads and writes it."""
 
@@ -102,11 +108,12 @@ class Cache:
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
                 with safe_open(path, "pt") as file:
-                    pairs, logps = file.get_tensor("pairs"), file.get_tensor("logps")
-            except (SafetensorError, OSError) as error:
+                    pairs, logps, mark = file.get_tensor("pairs"), file.get_tensor("logps"), (file.metadata() or {}).get("sha256")
+                if mark != checksum(pairs, logps):
+                    raise ValueError("its values are not those that were written")
+                found |= dict(zip(map(bytes, pairs.numpy()), map(tuple, logps.tolist()), strict=True))
+            except (SafetensorError, OSError, ValueError) as error:
                 print(f"note: {path} is damaged and not used: {' '.join(str(error).split())[:200]}", flush=True)
-                continue
-            found |= dict(zip(map(bytes, pairs.numpy()), map(tuple, logps.tolist()), strict=True))
         return found
 
     def write(self, known):
@@ -117,8 +124,8 @@ class Cache:
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several runs may share the folder
         with writing(path):
             self.folder.mkdir(parents=True, exist_ok=True)
-            tensors = {"pairs": pairs, "logps": torch.tensor([known[key] for key in keys], dtype=torch.float32)}
-            save_file(tensors, temporary, {"about": json.dumps(self.about)})
+            logps = torch.tensor([known[key] for key in keys], dtype=torch.float32)
+            save_file({"pairs": pairs, "logps": logps}, temporary, {"about": json.dumps(self.about), "sha256": checksum(pairs, logps)})
             os.replace(temporary, path)
 
 
@@ -150,7 +157,7 @@ def add_reference(rows, load, name, revision, cache, about, sharing, budget, at_
     broadcast_object_list(key, 0)
     logps = torch.tensor(found[0], dtype=torch.float32) if main else torch.empty(len(rows), 2)
     logps = broadcast(logps.to(state.device), 0)
-    missing = logps[:, 0].isnan().nonzero()[:, 0].tolist()
+    missing = (~logps.isfinite()).any(1).nonzero()[:, 0].tolist()
     if missing:
         passes = _passes([rows[i] for i in missing], load, sharing, budget, at_once, pad_token_id, autocast, ld_alpha)
         progress = Progress(len(missing), "reference", "pairs", enabled=main)
@@ -183,7 +190,10 @@ def _passes(rows, load, sharing, budget, at_once, pad_token_id, autocast, ld_alp
             keys = next(batches)
             batch = {k: v.to(state.device) if isinstance(v, torch.Tensor) else v for k, v in collate([data[key] for key in keys]).items()}
             with torch.no_grad(), torch.autocast(device, autocast) if autocast else nullcontext():
-                scored = score(model, batch, ld_alpha)
+                try:
+                    scored = score(model, batch, ld_alpha)
+                except Unsupported as error:
+                    raise UserError(f"prompts cannot be shared with the reference ({error}): give --share_prompts false") from None
             for (i, scale), chosen, rejected in zip(keys, scored.chosen, scored.rejected, strict=True):
                 if scale:  # a row without a pair holds another's
                     values[i, 0], values[i, 1] = chosen, rejected
@@ -200,8 +210,6 @@ def ready(model, config, sharing):
     Args:
         config: TRL's DPOConfig.
     """
-    from common.shared_prompts import only_wanted, prepare
-
     model.eval().requires_grad_(False)
     add_fused_lm_head(model)
     if sharing:

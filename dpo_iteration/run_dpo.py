@@ -27,7 +27,7 @@ from dpo_iteration import adapters, hub, memory
 from dpo_iteration.output import checkpoints, finish, is_complete, is_main, launched, prepare_output, remove_checkpoints, say
 from dpo_iteration.pairs import CHOOSE_TYPES, select_pairs
 from dpo_iteration.saved import check_saved
-from dpo_iteration.settings import check, check_paths, given, training_config, with_passthrough
+from dpo_iteration.settings import check, check_paths, given, reason_for_trl, training_config, with_passthrough
 
 # Settings that do not shape the model: where it goes, what is shown, and what the inputs' fingerprints cover.
 NOT_SHAPING = {
@@ -205,7 +205,7 @@ def train(args, extra, selection, settings, inputs, started):
             callbacks=[PlainLog(per_step)], peft_config=adapters.lora_config(args), rows=rows, steps=steps["train"],
             eval_steps=steps["eval"], sharing=sharing, margin_scale=args.margin_scale,
         )  # fmt: skip
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError, ImportError) as error:
         raise UserError(f"TRL refuses the settings: {' '.join(str(error).split())[:400]}") from None
     trainer.remove_callback(PrinterCallback)
     adapters.keep_fp32(trainer)
@@ -221,8 +221,8 @@ def train(args, extra, selection, settings, inputs, started):
     # The Trainer counts passes as if each had per_device_train_batch_size pairs.
     before = int(saved[-1].name.split("-")[1]) / -(-len(rows["train"]) // per_step) if saved else 0.0
     metrics["train_samples_per_second"] = (trainer.state.epoch - before) * len(rows["train"]) / metrics["train_runtime"]
-    logged = next((entry for entry in reversed(trainer.state.log_history) if "rewards/margins" in entry), {})
-    metrics |= {key: logged[key] for key in ("loss", "rewards/accuracies", "rewards/margins") if key in logged}
+    logged = next((entry for entry in reversed(trainer.state.log_history) if "rewards/margins" in entry and "loss" in entry), {})
+    metrics |= {"loss": metrics["train_loss"]} | {key: logged[key] for key in ("loss", "rewards/accuracies", "rewards/margins") if key in logged}
     if data["eval"]:
         metrics |= trainer.evaluate()
     source.save(trainer, args)
@@ -268,9 +268,12 @@ def shaping(args, extra, processes):
     settings = {k: v for k, v in own.items() if k not in unused}
     settings |= {k: v for k, v in extra.items() if k != "push_to_hub" and not k.startswith("hub_")}
     settings["pairs_per_step"] = pairs_per_step(args, processes)
+    if reason_for_trl(args, extra):  # which pairs share a pass changes the loss
+        settings["per_device_train_batch_size"] = args.per_device_train_batch_size
     inputs = {f"train_dir {i}": name for i, name in enumerate(args.train_dir, 1)}
     inputs["model_name_or_path"] = args.model_name_or_path
     inputs["ref_model_name_or_path"] = args.ref_model_name_or_path or args.model_name_or_path
+    inputs["chat_template"] = args.chat_template
     return settings, inputs
 
 

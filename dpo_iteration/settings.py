@@ -37,6 +37,7 @@ REFUSED = {  # settings of DPOConfig that this script decides itself, or that ca
     "padding_free": "TRL 1.16 ignores it; packed rows have no padding, see --share_prompts",
     "sync_ref_model": "the reference's log-probabilities are computed once, before training",
     "precompute_ref_batch_size": "the reference is computed in batches of --max_row_tokens",
+    "save_only_model": "a run could not continue from checkpoints without optimizer states",
     "resume_from_checkpoint": "a killed run continues by itself; --overwrite starts anew",
 }
 
@@ -114,6 +115,9 @@ def check(args, extra):
     padded = reason_for_trl(args, extra)
     if padded and args.share_prompts:
         raise UserError(f"--share_prompts true cannot be: {padded}; leave it out")
+    sorting = {"aot", "aot_unpaired"} & set(args.loss_type)
+    if sorting and args.per_device_train_batch_size == 1:
+        raise UserError(f"--loss_type {sorting.pop()} compares the pairs of a pass: with --per_device_train_batch_size 1 it is sigmoid; give more")
     if args.margin_scale and not set(args.loss_type) <= OF_DIFFERENCE:
         raise UserError(f"--margin_scale is defined for {', '.join(sorted(OF_DIFFERENCE))}, not for {' '.join(args.loss_type)}")
     if padded and (args.margin_scale or args.margin_weight):

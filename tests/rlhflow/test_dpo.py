@@ -18,6 +18,7 @@ from trl.trainer import dpo_trainer
 
 from common import shared_prompts
 from common.cli import UserError
+from dpo_iteration import models
 from dpo_iteration.dpo import IterativeDPOTrainer, robust_equivalent
 from dpo_iteration.packing import Steps, collate_packed, columns_of
 
@@ -190,6 +191,36 @@ def test_the_first_row_is_computed_padded_too(tmp_path, capsys):
     [said] = [line for line in capsys.readouterr().out.splitlines() if "computed padded, too" in line]
     assert float(re.search(r"at most (\S+) a token", said)[1]) < 1e-5 and trainer.checked
     assert trainer.model.config._attn_implementation == shared_prompts.NAME
+
+
+def test_dropout_is_not_taken_for_a_wrong_row(tmp_path):
+    trainer = ours(tmp_path, *WHOLE, max_steps=2, disable_dropout=False)
+    trainer.model.model.layers[0].mlp.act_fn = torch.nn.Sequential(trainer.model.model.layers[0].mlp.act_fn, torch.nn.Dropout(0.3))
+    trainer.train()
+    assert trainer.checked and trainer.model.training
+
+
+# Which models can share
+
+
+@pytest.mark.parametrize("architecture, more, expected", [
+    ("llama", {}, ""), ("qwen3", {}, ""), ("gemma2", {}, ""),
+    ("llama", {"attention_dropout": 0.3}, ""),  # it is switched off
+    ("nemotron", {}, "do not hand on"), ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}, "sinks"), ("mamba", {}, "recurrent"),
+])  # fmt: skip
+def test_models_that_cannot_share_are_known_before_anything_is_loaded(tmp_path, architecture, more, expected):
+    micro.make_config(micro.make_tokenizer(), architecture, **more).save_pretrained(tmp_path)
+    args = SimpleNamespace(model_name_or_path=str(tmp_path), revision=None, trust_remote_code=False, model_init_kwargs=None, disable_dropout=None)
+    found = models.reason_against_sharing(args)
+    assert (expected in found) if expected else found == ""
+
+
+@pytest.mark.parametrize("architecture, expected", [("llama", "sdpa"), ("gemma2", "eager"), ("gpt_oss", "eager"), ("bloom", "eager")])
+def test_the_padded_computations_attention_is_one_that_the_model_has(tmp_path, architecture, expected):
+    more = {"attn_logit_softcapping": 50.0} if architecture == "gemma2" else {}
+    micro.make_config(micro.make_tokenizer(), architecture, **more).save_pretrained(tmp_path)
+    args = SimpleNamespace(attn_implementation=None, trust_remote_code=False, model_init_kwargs=None)
+    assert models.attention(str(tmp_path), args) == expected
 
 
 # Notices that what dpo.py leans on has moved.

@@ -225,10 +225,12 @@ def test_where_trl_makes_the_batches_they_have_to_divide():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--loss_type", "aot", "--share_prompts", "true"], "depends on which pairs share a pass"),
+        (["--loss_type", "aot", "--share_prompts", "true", "--per_device_train_batch_size", "2"], "depends on which pairs share a pass"),
         (["--loss_type", "sft", "sigmoid", "--label_smoothing", "0", "--margin_weight", "1"], "cannot be used where"),
         (["--ld_alpha", "0.5", "--margin_scale", "1"], "ld_alpha is TRL's own"),
         (["--loss_type", "ipo", "--label_smoothing", "0", "--margin_scale", "1"], "--margin_scale is defined for"),
+        (["--loss_type", "aot"], "with --per_device_train_batch_size 1 it is sigmoid"),
+        (["--save_only_model", "true"], "could not continue"),
         (["--precompute_ref_log_probs", "false"], "always computed before training"),
         (["--sync_ref_model", "true"], "computed once, before training"),
         (["--max_row_tokens", "0"], "must be above 0"),
@@ -273,7 +275,7 @@ def test_a_checkpoint_of_another_number_of_processes_is_refused(files, monkeypat
     (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").write_text("{}")
     args, extra = parsed(*files)
     shaped, inputs = run_dpo.shaping(args, extra, 2)
-    marks = {key: fingerprint(name) for key, name in inputs.items()}
+    marks = {key: fingerprint(name) for key, name in inputs.items() if name is not None}
     manifest = {"complete": False, "settings": shaped, "inputs": marks, "num_processes": 2}
     (tmp_path / "out.manifest.json").write_text(json.dumps(manifest))
     monkeypatch.setattr(sys, "argv", ["run_dpo.py", *files])

@@ -7,11 +7,13 @@ from types import SimpleNamespace
 import micro
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_packing import alone, make_rows
 from transformers import AutoModelForCausalLM
 
 from common.cli import UserError
+from common.shared_prompts import Unsupported
 from dpo_iteration import reference
 
 
@@ -109,6 +111,33 @@ def test_files_are_safetensors_and_a_damaged_one_is_computed_again(folder, tmp_p
     again = make_rows(3)
     assert add(folder, tmp_path / "cache", again)[0] == 0 and values(again) == values(rows)
     assert "is damaged and not used" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", [
+    lambda held: held["logps"].add_(5.0), lambda held: held["logps"][1].fill_(math.inf), lambda held: held["logps"][0, 1].fill_(math.nan),
+    lambda held: held.update(logps=held["logps"][:2].clone()),
+])  # fmt: skip
+def test_values_that_were_not_written_so_are_not_used(folder, tmp_path, capsys, change):
+    rows = make_rows(3)
+    _, key = add(folder, tmp_path / "cache", rows)
+    [path] = (tmp_path / "cache" / key).glob("*.safetensors")
+    held = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    change(held)
+    save_file(held, path, metadata)
+    again = make_rows(3)
+    assert add(folder, tmp_path / "cache", again)[0] == 0 and values(again) == values(rows)
+    assert "its values are not those that were written" in capsys.readouterr().out
+
+
+def test_a_model_that_cannot_share_after_all_says_what_to_do(folder, tmp_path, monkeypatch):
+    def refuses(*given):
+        raise Unsupported("its attention has sinks")
+
+    monkeypatch.setattr(reference, "score", refuses)
+    with pytest.raises(UserError, match="its attention has sinks.*--share_prompts false"):
+        add(folder, tmp_path / "cache", make_rows(2))
 
 
 def test_a_reference_without_numbers_is_refused(folder, tmp_path):

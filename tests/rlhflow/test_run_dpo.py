@@ -292,3 +292,30 @@ def test_refusals_that_need_the_model(work, here, tmp_path):
     with pytest.raises(UserError, match="the loss is nan at step"):
         here(argv(work, tmp_path / "nan", "--bf16", "false", "--learning_rate", "1e30", "--max_steps", "8"))
     assert read_json(tmp_path / "nan.manifest.json")["complete"] is False
+
+
+def test_what_shapes_the_tokens_or_the_pass_is_an_input(work, here, tmp_path):
+    """The text of a chat template, and what model_init_kwargs changes in the configuration."""
+    from common.cli import UserError
+
+    template = tmp_path / "t.jinja"
+    template.write_text(micro.TEMPLATES["llama3"])
+    few = ["--bf16", "false", "--max_steps", "2", "--chat_template", template]
+    here(argv(work, "templated", *few))
+    template.write_text(micro.TEMPLATES["llama3"].replace("user", "person") + "{# other #}")
+    with pytest.raises(UserError, match="chat_template .* has changed since"):
+        here(argv(work, "templated", *few))
+    here(argv(work, tmp_path / "out", "--bf16", "false", "--max_steps", "1", "--reference_cache", work / "reference_logps",
+              "--model_init_kwargs", '{"rms_norm_eps": 0.5}'))  # fmt: skip
+    assert steps(tmp_path / "out")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_a_torn_checkpoint_is_not_continued_from(work, here, capfd):
+    more = "--bf16 false --max_steps 6 --save_steps 2 --keep_checkpoints --learning_rate 2e-3".split()
+    here(argv(work, "torn", *more))
+    whole = load_file(work / "torn" / "model.safetensors")
+    (work / "torn" / "model.safetensors").unlink()  # as if it had been killed at its last checkpoint
+    (work / "torn" / "checkpoint-6" / "trainer_state.json").write_text('{"epoch": 0.')
+    capfd.readouterr()
+    here(argv(work, "torn", *more))
+    assert "continuing from" in capfd.readouterr().out and moved(load_file(work / "torn" / "model.safetensors"), whole) < 1e-6
