@@ -153,19 +153,27 @@ def check(run):
     return left
 
 
+def training_memory(name, count, method, world, training):
+    """Bytes a GPU of the larger of training and the reference's pass, as `run_dpo.py --check true` says. `training`: arguments."""
+    shape = memory.shape_of(name) if Path(name).is_dir() else memory.shape_like(count / 1e9)
+    args = build(run_dpo.Arguments, {k: v for k, v in training.items() if k in run_dpo.Arguments.__dataclass_fields__}, "training")
+    few, frozen = (shape.lora(args.lora_r), memory.FOUR_BITS if args.load_in_4bit else None) if args.use_peft else (None, None)
+    how = {"checkpointing": args.gradient_checkpointing, "bf16": args.bf16, "trainable": few, "frozen": frozen}
+    return memory.need(method, shape, world, args.per_device_train_batch_size, args.max_length, **how).total
+
+
 def describe(run, count, method, world, gpus, local_size, training, notes, problems):
     """Memory, disk and hours against what there is, as notes; what certainly does not fit as problems."""
     settings = run.settings
     if not gpus and count > 1.5e9:
         problems.append(f"{count / 1e9:.1f} billion parameters and no GPU: this run needs GPUs")
-    few = count * training.get("lora_r", 16) / 3000 if training.get("use_peft") else None  # Llama-3-8B: 0.52% at rank 16
-    needed = memory.states(method, count, world, few, frozen=0.6 if training.get("load_in_4bit") else None)[0] / memory.GIB
     there = gpu_memory()
     if gpus:
-        notes.append(f"training: {method} over {world} processes takes {needed:.0f} GiB a GPU without activations; a GPU has {there or 0:.0f}")
+        needed = training_memory(settings.model_name_or_path, count, method, world, training) / memory.GIB
+        notes.append(f"training: {method} over {world} processes takes about {needed:.0f} GiB a GPU; a GPU has {there or 0:.0f}")
         if there and needed > there * 0.95:
             instead = "configs/zero3.yaml, configs/training_lora.yaml or more GPUs"
-            problems.append(f"training needs {needed:.0f} GiB a GPU without activations and a GPU has {there:.0f}; take {instead}")
+            problems.append(f"training needs about {needed:.0f} GiB a GPU and a GPU has {there:.0f}; take {instead}")
     # An iterate in 2 bytes a parameter (4 on the CPU); while training, DeepSpeed's checkpoint of 14 bytes at most.
     kept = settings.iterations if settings.keep_iterates is None else settings.keep_iterates
     disk = (kept * (2 if gpus else 4) + (14 if training.get("save_steps") else 0)) * count / 2**30

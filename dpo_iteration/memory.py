@@ -11,6 +11,8 @@ from common.cli import UserError, read_yaml
 GIB = 2**30
 RESERVED = 2 * GIB  # a GPU: CUDA's context, NCCL's buffers, gaps between blocks. Assumed, not measured
 METHODS = ("ddp", "zero2", "zero3", "fsdp2", "zero3_offload")  # configs/METHOD.yaml, the fastest first
+WHOLE = ("ddp", "zero2")  # those that hold the weights whole: the only ones for weights in 4 bits
+FOUR_BITS = 0.6  # bytes a weight, with its scales
 SHARES = {  # what is shared out among the processes: weights, gradients, optimizer states
     "ddp": (False, False, False), "zero1": (False, False, True), "zero2": (False, True, True),
     "zero3": (True, True, True), "zero3_offload": (True, True, True), "fsdp2": (True, True, True),
@@ -141,7 +143,8 @@ def buffers(method, shape, processes, trainable=None, bf16=True):
     compute = 2 if bf16 else 4
     largest = max(shape.layer, shape.head)
     if method == "ddp":
-        return (4 * trainable if processes > 1 else 0) + (2 * shape.parameters if bf16 else 0), 0
+        copies = 2 * shape.parameters if bf16 and trainable == shape.parameters else 0  # frozen weights are bf16 already
+        return (4 * trainable if processes > 1 else 0) + copies, 0
     if method == "fsdp2":
         gradients = (compute + 4) * (largest if trainable == shape.parameters else 0)
         return compute * (2 * shape.layer + shape.head) + gradients, 0
@@ -190,33 +193,39 @@ def activations(shape, pairs, max_length, method="zero2", checkpointing=True, tr
     return shape.layers * tokens * shape.hidden * stream + max(layer + gradients, head)
 
 
-def reference_pass(method, shape, processes, bf16=True):
-    """Bytes a GPU of the one model whose log-probabilities are cached before training."""
-    kept = 0 if method == "zero3_offload" else _kept_weight(method, bf16) * shape.parameters
-    return kept / processes if SHARES[method][0] else kept
+def reference_pass(method, shape, processes, bf16=True, frozen=None):
+    """Bytes a GPU of the one model whose log-probabilities are cached before training: the weights as training will hold them,
+    `frozen` bytes each with adapters, and where they are shared out the largest unit gathered."""
+    if SHARES[method][0]:
+        gathered = (2 if bf16 else 4) * max(2 * shape.layer + shape.head, min(shape.parameters, LIVE) if method != "fsdp2" else 0)
+        return (frozen or _kept_weight(method, bf16)) * shape.parameters / processes + gathered
+    return (frozen or _kept_weight(method, bf16)) * shape.parameters
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes a GPU of one method: `states`, `buffers`, `activations`; `cpu`: bytes of the machines' own memory."""
+    """Bytes a GPU of one method: `states`, `buffers`, `activations` of training, `reference` of the pass before it; `cpu`:
+    bytes of the machines' own memory."""
 
     method: str
     states: float
     buffers: float
     activations: float
+    reference: float
     cpu: float
 
     @property
     def total(self):
-        return self.states + self.buffers + self.activations + RESERVED
+        return max(self.states + self.buffers + self.activations, self.reference) + RESERVED
 
 
-def need(method, shape, processes, pairs, max_length, checkpointing=True, trainable=None, bf16=True):
-    """The Need of a method with `pairs` pairs per GPU at once."""
-    kept, moved = states(method, shape.parameters, processes, trainable, bf16)
+def need(method, shape, processes, pairs, max_length, checkpointing=True, trainable=None, bf16=True, frozen=None):
+    """The Need of a method with `pairs` pairs per GPU at once; `frozen`: see `states`."""
+    frozen = None if trainable is None else frozen or (2 if bf16 else 4)
+    kept, moved = states(method, shape.parameters, processes, trainable, bf16, frozen)
     more, more_moved = buffers(method, shape, processes, trainable, bf16)
     passing = activations(shape, pairs, max_length, method, checkpointing, trainable, bf16)
-    return Need(method, kept, more, passing, moved + more_moved)
+    return Need(method, kept, more, passing, reference_pass(method, shape, processes, bf16, frozen), moved + more_moved)
 
 
 def recommend(shape, processes, memory, global_batch_size, max_length, **how):
@@ -225,7 +234,7 @@ def recommend(shape, processes, memory, global_batch_size, max_length, **how):
     The pairs are a power of two, 8 at most (more fill no GPU better), so that `global_batch_size` divides by pairs × processes.
     """
     sizes = [size for size in (8, 4, 2, 1) if global_batch_size % (size * processes) == 0] or [1]
-    for method in METHODS:
+    for method in WHOLE if how.get("frozen") == FOUR_BITS else METHODS:
         for size in sizes:
             if need(method, shape, processes, size, max_length, **how).total <= memory:
                 return method, size
@@ -250,24 +259,27 @@ def report(args, gpus, memory_gib):
         lines.append(f"the config of {name} cannot be read: an estimate for {args.model_size_b} billion parameters in Llama's shape")
     rank = args.lora_r if args.use_peft else None
     few, how = shape.lora(rank or 16), {"checkpointing": args.gradient_checkpointing, "bf16": args.bf16}
+    frozen = FOUR_BITS if args.load_in_4bit else None
     pairs, length = args.per_device_train_batch_size, args.max_length
     lines += [
         f"{name}: {shape.parameters / 1e9:.2f} billion parameters; {gpus} GPUs of {memory_gib:.0f} GiB",
         f"GiB a GPU, pairs at once: {pairs}, of 2 × {length} tokens; {'bf16' if args.bf16 else 'fp32'}, gradient checkpointing "
         f"{'on' if args.gradient_checkpointing else 'off'}; {RESERVED / GIB:.0f} GiB are added for CUDA",
-        f"{'':20}{'states':>9}{'buffers':>9}{'activations':>13}{'in all':>9}",
+        "in all: the larger of training (states, buffers, activations) and the pass of the reference before it",
+        f"{'':20}{'states':>9}{'buffers':>9}{'activations':>13}{'reference':>11}{'in all':>9}",
     ]
     for trainable in (None, few):
-        for method in METHODS:
-            found = need(method, shape, gpus, pairs, length, trainable=trainable, **how)
-            numbers = f"{found.states / GIB:9.1f}{found.buffers / GIB:9.1f}{found.activations / GIB:13.1f}{found.total / GIB:9.1f}"
+        for method in WHOLE if trainable and frozen else METHODS:
+            found = need(method, shape, gpus, pairs, length, trainable=trainable, frozen=frozen if trainable else None, **how)
+            numbers = f"{found.states / GIB:9.1f}{found.buffers / GIB:9.1f}{found.activations / GIB:13.1f}"
+            numbers += f"{found.reference / GIB:11.1f}{found.total / GIB:9.1f}"
             fits = "fits" if found.total <= memory_gib * GIB else "does not fit"
             moved = f", {found.cpu / GIB:.0f} GiB of the machines' memory" if found.cpu else ""
-            lines.append(f"{method + (', LoRA' if trainable else ''):20}{numbers}  {fits}{moved}")
+            kind = (", QLoRA" if frozen else ", LoRA") if trainable else ""
+            lines.append(f"{method + kind:20}{numbers}  {fits}{moved}")
     lines.append(f"LoRA of rank {rank or 16} on all linear layers trains {few / 1e6:.0f} million parameters")
-    before = ", ".join(f"{method} {reference_pass(method, shape, gpus, args.bf16) / GIB:.1f}" for method in METHODS)
-    lines.append(f"the reference's pass before training holds one model: {before} GiB a GPU")
-    found = recommend(shape, gpus, memory_gib * GIB, args.global_batch_size, length, trainable=few if rank else None, **how)
+    how |= {"trainable": few, "frozen": frozen} if rank else {}
+    found = recommend(shape, gpus, memory_gib * GIB, args.global_batch_size, length, **how)
     if found is None:
         lines.append("nothing fits: take more or larger GPUs, a smaller max_length, gradient_checkpointing or LoRA")
     else:

@@ -64,7 +64,7 @@ def test_every_command_of_the_readme_names_files_and_flags_that_exist():
     seen = set()
     for line in commands():
         for name in re.findall(r"(?<![\w/])(?:\./)?([\w-]+(?:/[\w.-]+)*\.(?:py|sh|yaml))", line):
-            assert (ROOT / name).exists(), line
+            assert (ROOT / name).exists() or name.startswith("my_"), line  # my_…: the reader's own
             seen.add(name)
         for name, module in SCRIPTS.items():
             if f"{name}" in line:

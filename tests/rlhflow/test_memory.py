@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.cli import UserError
 from dpo_iteration import memory
-from dpo_iteration.memory import GIB, METHODS, activations, need, recommend, states
+from dpo_iteration.memory import FOUR_BITS, GIB, METHODS, WHOLE, activations, need, recommend, states
 
 LLAMA = {
     "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -76,6 +76,20 @@ def test_lora_trains_little(llama):
     for method in METHODS:
         full, small = (need(method, llama, 8, 1, 2048, trainable=trainable) for trainable in (None, few))
         assert small.total < full.total
+
+
+def test_four_bits_are_held_whole(llama):
+    few = llama.lora(16)
+    how = {"trainable": few, "frozen": FOUR_BITS}
+    assert need("ddp", llama, 1, 1, 2048, **how).total < 16 * GIB < need("ddp", llama, 1, 1, 2048, trainable=few).total
+    assert recommend(llama, 1, 24 * GIB, 128, 2048, **how)[0] in WHOLE and recommend(llama, 1, 4 * GIB, 128, 2048, **how) is None
+
+
+def test_the_pass_of_the_reference_counts(llama):
+    """LoRA under FSDP on one GPU trains in less than the frozen policy's first pass takes where that is held in fp32."""
+    found = need("ddp", llama, 8, 1, 2048, bf16=False)
+    assert found.reference == 4 * COUNT and need("zero2", llama, 8, 1, 2048).reference == 2 * COUNT
+    assert found.total >= found.reference
 
 
 def kept_by_torch(sizes, method, bf16, checkpointing):
