@@ -94,7 +94,11 @@ def test_linear_layers_are_packed_for_the_cpu(model):  # noqa: F811
             plain = torch.nn.Sequential(torch.nn.Linear(37, 53, bias=bias)).to(dtype)
             inputs = torch.randn(2, 5, 37, dtype=dtype)
             expected = plain(inputs)
-            assert pack_linears(plain) == 1 and isinstance(plain[0], PackedLinear)
+            packed = pack_linears(plain)
+            # oneDNN has the order for bf16 on processors with AVX-512 only; elsewhere the layer stays as it was.
+            if dtype is torch.float32 or torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+                assert packed == 1
+            assert packed == isinstance(plain[0], PackedLinear)
             with torch.inference_mode():
                 assert torch.allclose(plain(inputs), expected, atol=tolerance)
     scorer = reward_models.BradleyTerry(str(model()))
