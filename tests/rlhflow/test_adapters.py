@@ -37,21 +37,6 @@ def argv(work, name, *more):
     return [str(a) for a in [ROOT / "configs" / "training.yaml", *paths, *SMALL, *LORA, *more]]
 
 
-@pytest.fixture
-def here(monkeypatch):
-    """Start the script in this process: for what needs no process of its own."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    def go(arguments):
-        monkeypatch.setattr(sys, "argv", ["run_dpo.py", *arguments])
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        torch.set_num_threads(1)  # these models are too small for more
-        run_dpo.main()
-
-    return go
-
-
 def losses(folder):
     return [entry["loss"] for entry in read_json(folder / "trainer_state.json")["log_history"] if "loss" in entry]
 

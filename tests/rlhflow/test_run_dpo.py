@@ -200,23 +200,6 @@ def test_an_error_under_two_processes_is_said_once_and_ends_both(work):
     assert not (work / "refused").exists() and not (work / "refused.manifest.json").exists()
 
 
-@pytest.fixture
-def here(monkeypatch):
-    """Start the script in this process: for what needs no process of its own."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    from dpo_iteration import run_dpo
-
-    def go(arguments):
-        monkeypatch.setattr(sys, "argv", ["run_dpo.py", *arguments])
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        torch.set_num_threads(1)  # these models are too small for more
-        run_dpo.main()
-
-    return go
-
-
 LEARNING = (
     "--bf16 false --learning_rate 2e-3 --max_steps 12 --label_smoothing 0 --eval_fraction 0.25 --save_steps 4".split()
 )
