@@ -17,12 +17,14 @@ import os
 import re
 import signal
 import sys
+import time
 import types
 import typing
 from pathlib import Path
 
 # What a script may miss when it is started in another environment than its own.
 PACKAGES = ("accelerate", "aiohttp", "datasets", "deepspeed", "numpy", "torch", "transformers", "trl", "vllm", "yaml")
+ERROR_SECONDS = 15  # that other ranks give rank 0 to tell the error
 NO_ROOM = (errno.EFBIG, errno.ENOSPC, errno.EDQUOT)
 
 
@@ -272,14 +274,16 @@ def no_room(error):
 def run(main):
     """Call `main()` and exit: 0 when it returns, 2 with one line for a UserError, 130 for Ctrl-C.
 
-    Under a launcher only rank 0 prints the line (every rank meets the same error).
+    Under a launcher rank 0 prints the line (every rank meets the same error). The launcher ends all ranks as soon as one has
+    ended, so the others wait for it; one that is still there after ERROR_SECONDS has an error of its own, and tells it.
     """
     rank_zero = os.environ.get("RANK", "0") == "0"
     try:
         main()
     except UserError as error:
-        if rank_zero:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if not rank_zero:
+            time.sleep(ERROR_SECONDS)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in PACKAGES:

@@ -126,8 +126,32 @@ def test_a_bug_keeps_its_traceback_and_other_ranks_are_silent(repo, monkeypatch)
     end = subprocess.run([sys.executable, "-c", SCRIPT, "--how", "bug"], cwd=repo, capture_output=True, text=True)
     assert end.returncode == 1 and "Traceback" in end.stderr
     monkeypatch.setenv("RANK", "1")
-    end = subprocess.run([sys.executable, "-c", SCRIPT, "--how", "refused"], cwd=repo, capture_output=True, text=True)
-    assert (end.returncode, end.stderr) == (2, "")
+    end = subprocess.run([sys.executable, "-c", SCRIPT, "--how", "stopped"], cwd=repo, capture_output=True, text=True)
+    assert (end.returncode, end.stderr) == (130, "")
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_an_error_of_all_ranks_is_told_once_however_late_rank_0_is(repo, tmp_path, late):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys, time\n"
+        f"sys.path.insert(0, {str(repo)!r})\n"
+        "from common import cli\n"
+        "def main():\n"
+        f"    time.sleep(2 * (os.environ['RANK'] == '{late}'))\n"
+        "    raise cli.UserError('no; do that')\n"
+        "cli.run(main)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", script]
+    end = subprocess.run(command, capture_output=True, text=True)
+    assert end.returncode != 0 and end.stderr.splitlines().count("error: no; do that") == 1
+
+
+def test_an_error_of_one_rank_alone_is_told_by_it(repo, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    script = SCRIPT.replace("run(main)", "import common.cli; common.cli.ERROR_SECONDS = 0.1; run(main)")
+    end = subprocess.run([sys.executable, "-c", script, "--how", "refused"], cwd=repo, capture_output=True, text=True)
+    assert (end.returncode, end.stderr) == (2, "error: no; do that\n")
 
 
 def test_help_and_a_closed_pipe(repo):
