@@ -215,13 +215,16 @@ class PlainLog(TrainerCallback):
     """A progress bar on a terminal; in a log file one line for each logging step, with rate and time left."""
 
     def __init__(self, pairs_per_step):
-        self.pairs_per_step, self.progress = pairs_per_step, None
+        self.pairs_per_step, self.progress, self.stepped = pairs_per_step, None, False
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.started, self.first = time.monotonic(), state.global_step
         terminal = state.is_world_process_zero and sys.stderr.isatty()
         self.progress = Progress(state.max_steps, "train", "steps", done=self.first, enabled=terminal)
         self.note = ""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.stepped = True  # a checkpoint, if any, is read by now
 
     def on_step_end(self, args, state, control, **kwargs):
         self.progress.update(1, self.note)

@@ -83,6 +83,9 @@ def prepare_output(args, selection, settings, inputs):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise UserError(f"another process is training into {folder}; wait for it or stop it first") from None
+    os.register_at_fork(after_in_child=lock.close)  # a dataloader's worker would hold it beyond our death
+    if is_complete(args, settings, inputs):
+        raise UserError(f"another process has finished {folder} meanwhile; there is nothing left to do")
     if args.overwrite:
         remove_checkpoints(folder.glob("checkpoint-*"))
         shutil.rmtree(folder / adapters.FOLDER, ignore_errors=True)  # without LoRA nothing would replace it

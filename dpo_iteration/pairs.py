@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from common.cli import UserError
-from common.records import Identifier, finite, read_jsonl, record_id, to_messages
+from common.records import Identifier, dumps, finite, read_jsonl, record_id, to_messages
 
 CHOOSE_TYPES = ("max_min", "max_max", "max_random", "random", "max_min_p")
 PER_RESPONSE = ("responses", "rewards", "finish_reasons", "num_tokens")  # K entries each
@@ -183,6 +183,10 @@ def select_pairs(paths, eval_fraction=0.0, seed=42, **choice):
         left_out += responses
         if not pairs:
             selection.skip(record | {"source": source}, reason)
+        try:
+            dumps(pairs)
+        except ValueError:  # in rewards it is looked at; other fields are carried into the pairs
+            raise UserError(f"{source} record {record['id']} holds NaN or infinity, which is no JSON: mend or remove that field") from None
         split = "eval" if held_out(record["prompt"], eval_fraction, seed) else "train"
         selection.pairs.extend(pair | {"split": split, "source": source} for pair in pairs)
     selection.counts = {"records": records, "responses_left_out": dict(left_out)}

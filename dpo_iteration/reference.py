@@ -105,6 +105,9 @@ class Cache:
     def read(self):
         """{pair key: (chosen, rejected)}. A file that is damaged is left out: its pairs are computed again."""
         found = {}
+        for path in self.folder.glob("*.tmp"):  # left by a write that was killed, or in work elsewhere
+            if time.time() - path.stat().st_mtime > 3600:
+                path.unlink(missing_ok=True)
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
                 with safe_open(path, "pt") as file:

@@ -27,7 +27,7 @@ from dpo_iteration import adapters, hub, memory
 from dpo_iteration.output import checkpoints, finish, is_complete, is_main, launched, prepare_output, remove_checkpoints, say
 from dpo_iteration.pairs import CHOOSE_TYPES, select_pairs
 from dpo_iteration.saved import check_saved
-from dpo_iteration.settings import check, check_paths, given, reason_for_trl, training_config, with_passthrough
+from dpo_iteration.settings import QUIET, check, check_paths, given, reason_for_trl, training_config, with_passthrough
 
 # Settings that do not shape the model: where it goes, what is shown, and what the inputs' fingerprints cover.
 NOT_SHAPING = {
@@ -198,11 +198,12 @@ def train(args, extra, selection, settings, inputs, started):
     computed = time.time()
     policy = models.load_model(args.model_name_or_path, args, config, args.revision)
     source = models.Source.of(policy, tokenizer, args)
+    log = PlainLog(per_step)
     data = {split: Dataset.from_list(ids) if ids else None for split, ids in rows.items()}
     try:
         trainer = IterativeDPOTrainer(
             model=policy, args=config, processing_class=tokenizer, train_dataset=data["train"], eval_dataset=data["eval"],
-            callbacks=[PlainLog(per_step)], peft_config=adapters.lora_config(args), rows=rows, steps=steps["train"],
+            callbacks=[log], peft_config=adapters.lora_config(args), rows=rows, steps=steps["train"],
             eval_steps=steps["eval"], sharing=sharing, margin_scale=args.margin_scale,
         )  # fmt: skip
     except (ValueError, NotImplementedError, ImportError) as error:
@@ -212,19 +213,29 @@ def train(args, extra, selection, settings, inputs, started):
     models.check_master_weights(trainer)
     say(show_pair(tokenizer, rows["train"][0]))
     say(f"training on {len(rows['train'])} pairs, {len(rows['eval'])} held out, {per_step} pairs per optimizer step")
+    if per_step > len(rows["train"]):
+        say("note: fewer pairs than an optimizer step takes, so a step is an epoch: lower --global_batch_size")
 
     saved = checkpoints(args.output_dir)
     if saved:
         say(f"continuing from {saved[-1]}")
     ready = time.time()
-    metrics = trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None).metrics
+    try:
+        metrics = trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None).metrics
+    except Exception as error:
+        if isinstance(error, UserError) or not saved or log.stepped:
+            raise
+        damage = f"cannot continue from {saved[-1]}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise UserError(f"{damage}; delete that folder to continue from the one before it") from error
     # The Trainer counts passes as if each had per_device_train_batch_size pairs.
     before = int(saved[-1].name.split("-")[1]) / -(-len(rows["train"]) // per_step) if saved else 0.0
     metrics["train_samples_per_second"] = (trainer.state.epoch - before) * len(rows["train"]) / metrics["train_runtime"]
     logged = next((entry for entry in reversed(trainer.state.log_history) if "rewards/margins" in entry and "loss" in entry), {})
     metrics |= {"loss": metrics["train_loss"]} | {key: logged[key] for key in ("loss", "rewards/accuracies", "rewards/margins") if key in logged}
     if data["eval"]:
-        metrics |= trainer.evaluate()
+        last = trainer.state.log_history[-2:]  # an evaluation at the last step stands before the summary
+        done = [entry for entry in last if "eval_loss" in entry and entry["step"] == trainer.state.global_step]
+        metrics |= {k: v for k, v in done[0].items() if k.startswith("eval_")} if done else trainer.evaluate()
     source.save(trainer, args)
     if is_main():
         check_saved(args.output_dir, args.trust_remote_code)
@@ -266,7 +277,7 @@ def shaping(args, extra, processes):
     own = {f.name: getattr(args, f.name) for f in dataclasses.fields(Arguments)}
     unused = NOT_SHAPING | {k for k, off in LATER.items() if own[k] == off} | (set() if args.use_peft else {*adapters.SETTINGS})
     settings = {k: v for k, v in own.items() if k not in unused}
-    settings |= {k: v for k, v in extra.items() if k != "push_to_hub" and not k.startswith("hub_")}
+    settings |= {k: v for k, v in extra.items() if k not in QUIET and k != "push_to_hub" and not k.startswith("hub_")}
     settings["pairs_per_step"] = pairs_per_step(args, processes)
     if reason_for_trl(args, extra):  # which pairs share a pass changes the loss
         settings["per_device_train_batch_size"] = args.per_device_train_batch_size

@@ -38,8 +38,20 @@ REFUSED = {  # settings of DPOConfig that this script decides itself, or that ca
     "sync_ref_model": "the reference's log-probabilities are computed once, before training",
     "precompute_ref_batch_size": "the reference is computed in batches of --max_row_tokens",
     "save_only_model": "a run could not continue from checkpoints without optimizer states",
+    "dataloader_drop_last": "an epoch's last step takes the pairs that are left",
     "resume_from_checkpoint": "a killed run continues by itself; --overwrite starts anew",
 }
+QUIET = {  # settings of DPOConfig that shape no weight: a run may go on with others
+    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "dataloader_persistent_workers", "ddp_timeout",
+    "disable_tqdm", "include_num_input_tokens_seen", "log_level", "log_level_replica", "log_on_each_node", "logging_first_step",
+    "logging_strategy", "torch_empty_cache_steps", "trackio_space_id", "project", "use_cache",
+}  # fmt: skip
+OF_LOADING = {  # what model_init_kwargs must leave to settings of ours
+    "dtype": "bf16 weights alone do not move; see --bf16", "torch_dtype": "bf16 weights alone do not move; see --bf16",
+    "quantization_config": "give --use_peft true --load_in_4bit true",
+    "attn_implementation": "give --attn_implementation", "revision": "give --revision",
+    "trust_remote_code": "give --trust_remote_code", "output_loading_info": "what a checkpoint lacks is looked at already",
+}  # fmt: skip
 
 
 @functools.cache
@@ -115,6 +127,8 @@ def check(args, extra):
     padded = reason_for_trl(args, extra)
     if padded and args.share_prompts:
         raise UserError(f"--share_prompts true cannot be: {padded}; leave it out")
+    if not padded and extra.get("train_sampling_strategy", "random") != "random":
+        raise UserError("--train_sampling_strategy: an epoch's pairs are taken in random order, then laid into rows of like size")
     sorting = {"aot", "aot_unpaired"} & set(args.loss_type)
     if sorting and args.per_device_train_batch_size == 1:
         raise UserError(f"--loss_type {sorting.pop()} compares the pairs of a pass: with --per_device_train_batch_size 1 it is sigmoid; give more")
@@ -124,10 +138,9 @@ def check(args, extra):
         raise UserError(f"--margin_scale and --margin_weight cannot be used where {padded}")
     if extra.get("truncation_mode", "keep_start") != "keep_start":
         raise UserError("--truncation_mode: prompts are cut on the left, responses on the right")
-    if "quantization_config" in (extra.get("model_init_kwargs") or {}):
-        raise UserError("model_init_kwargs must not quantise the model: give --use_peft true --load_in_4bit true")
-    if {"dtype", "torch_dtype"} & set(extra.get("model_init_kwargs") or {}):
-        raise UserError("model_init_kwargs must not set the dtype: bf16 weights alone do not move; see --bf16")
+    for key, instead in OF_LOADING.items():
+        if key in (extra.get("model_init_kwargs") or {}):
+            raise UserError(f"model_init_kwargs must not set {key}: {instead}")
     check_loss(args)
     check_numbers(args)
     adapters.check(args, extra)

@@ -73,6 +73,10 @@ def test_launcher_configs_are_known_to_accelerate(name):
         assert config.fsdp_config["fsdp_state_dict_type"] == "FULL_STATE_DICT"
 
 
+def test_settings_named_here_are_known_to_trl():
+    assert {*settings.QUIET, *settings.REFUSED} <= set(settings.config_fields())
+
+
 def test_fields_read_from_source_are_those_of_the_class():
     from trl import DPOConfig
 
@@ -126,7 +130,10 @@ def test_settings_of_trl_are_passed_on_with_their_types(files, tmp_path):
         (["--fp16", "true"], "choose bf16"),
         (["--bf16_full_eval", "true"], "not taken here"),
         (["--padding_free", "true"], "TRL 1.16 ignores it"),
-        (["--model_init_kwargs", '{"dtype": "bfloat16"}'], "must not set the dtype"),
+        (["--model_init_kwargs", '{"dtype": "bfloat16"}'], "must not set dtype"),
+        (["--model_init_kwargs", '{"attn_implementation": "eager"}'], "give --attn_implementation"),
+        (["--model_init_kwargs", '{"quantization_config": {}}'], "--load_in_4bit true"),
+        (["--dataloader_drop_last", "true"], "the pairs that are left"),
         (["--report_to", "tensorbord"], "expected none, wandb"),
         (["--train_dir", "rewardet.jsonl"], "there is rewarded.jsonl"),
         (["--train_dir", "policy"], "is a folder"),

@@ -202,3 +202,10 @@ def test_pairs_of_a_prompt_are_on_one_side_of_the_split(tmp_path):
     for pair in chosen:
         sides.setdefault(pair["id"], set()).add(pair["split"])
     assert len(chosen) > 80 and all(len(side) == 1 for side in sides.values()) and {"train"} in sides.values() and {"eval"} in sides.values()
+
+
+def test_nan_in_a_field_that_is_carried_names_the_record(tmp_path):
+    path = tmp_path / "nan.jsonl"
+    path.write_text(json.dumps(record([1.0, 2.0], number=3) | {"id": "x", "weight": float("nan")}) + "\n")
+    with pytest.raises(UserError, match=r"nan.jsonl record x holds NaN or infinity"):
+        select_pairs([path])

@@ -1,6 +1,8 @@
 """Reference log-probabilities: right, kept on disk under a key of all that shapes them, and continued after a kill."""
 
 import math
+import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -148,3 +150,12 @@ def test_a_reference_without_numbers_is_refused(folder, tmp_path):
     with pytest.raises(UserError, match="no numbers"):
         add(folder, tmp_path / "cache", make_rows(2))
     assert not list(Path(tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_what_a_killed_write_left_is_removed_once_it_is_old(folder, tmp_path):
+    _, key = add(folder, tmp_path / "cache", make_rows(3))
+    old, new = (tmp_path / "cache" / key / f"x.safetensors.{pid}.tmp" for pid in (1, 2))
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (time.time() - 7200,) * 2)
+    assert add(folder, tmp_path / "cache", make_rows(3))[0] == 3 and not old.exists() and new.exists()

@@ -1,8 +1,11 @@
 """run_dpo.py as a person starts it, on micro models: one process, ZeRO-2 and ZeRO-3 with two, stopped and continued."""
 
+import fcntl
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -302,3 +305,48 @@ def test_a_torn_checkpoint_is_not_continued_from(work, here, capfd):
     capfd.readouterr()
     here(argv(work, "torn", *more))
     assert "continuing from" in capfd.readouterr().out and moved(load_file(work / "torn" / "model.safetensors"), whole) < 1e-6
+
+
+def test_a_checkpoint_that_cannot_be_read_says_which_and_what_to_do(work, here, capfd):
+    more = "--bf16 false --max_steps 6 --save_steps 2 --keep_checkpoints --learning_rate 2e-3".split()
+    here(argv(work, "damaged", *more))
+    (work / "damaged" / "model.safetensors").unlink()
+    (work / "damaged" / "checkpoint-6" / "optimizer.pt").write_bytes(b"damaged")
+    done = start(*argv(work, "damaged", *more))  # its lock ends with its process
+    assert done.returncode == 2 and re.search(r"error: cannot continue from .*checkpoint-6: .*; delete that folder", done.stderr)
+    shutil.rmtree(work / "damaged" / "checkpoint-6")
+    here(argv(work, "damaged", *more, "--logging_first_step", "true", "--dataloader_num_workers", "1"))  # neither shapes the weights
+    assert "checkpoint-4" in capfd.readouterr().out and (work / "damaged" / "model.safetensors").exists()
+
+
+def test_the_last_step_is_evaluated_once(work, here):
+    here(argv(work, "once", *"--bf16 false --max_steps 2 --eval_fraction 0.25 --eval_steps 1 --logging_first_step true".split()))
+    evaluated = [entry["step"] for entry in read_json(work / "once" / "trainer_state.json")["log_history"] if "eval_loss" in entry]
+    assert evaluated == [1, 2] and math.isfinite(read_json(work / "once.manifest.json")["metrics"]["eval_loss"])
+
+
+def test_a_lock_dies_with_its_process_though_a_worker_lives(work, tmp_path):
+    """The worker of a dataloader is forked and ends seconds after a killed parent."""
+    script = tmp_path / "holds.py"
+    script.write_text(
+        "import os, sys, time\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from types import SimpleNamespace\n"
+        "from dpo_iteration.output import prepare_output\n"
+        f"args = SimpleNamespace(output_dir={str(tmp_path / 'out')!r}, overwrite=False, pairs_path=None)\n"
+        "lock = prepare_output(args, SimpleNamespace(pairs=[], skipped=[]), {}, {})\n"
+        "worker = os.fork()\n"
+        "if worker:\n"
+        "    print(worker, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as process:
+        worker = int(process.stdout.readline())
+        with open(tmp_path / "out.lock") as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        process.kill()
+        process.wait()
+        os.kill(worker, 0)  # alive
+        with open(tmp_path / "out.lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.kill(worker, signal.SIGKILL)
