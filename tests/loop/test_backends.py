@@ -68,20 +68,30 @@ def test_no_server_outlives_its_loop(served, tmp_path):
 
 
 def test_servers_give_what_the_engine_gives(served, undisturbed):
+    """Of the start; its evaluation samples the first iteration's responses too."""
+    folder, settings = served
+    end = faults.loop(folder, *settings, *STOPS)
+    assert end.returncode == 0, end.stdout[-2000:] + end.stderr[-3000:]
+    for name, K in (("iter0/heldout_sampled.rewarded", 4), ("iter0/heldout_greedy.rewarded", 1), ("iter1/generated", 4), ("iter1/rewarded", 4)):
+        faults.same_answers(folder / f"{name}.jsonl", undisturbed[0] / f"{name}.jsonl", K)
+    assert not servers(folder) and not list((folder / "servers").glob("*.server")) and not faults.started_by(folder)
+    assert not (folder / "iter1/shards").exists()
+
+
+@pytest.mark.long
+def test_a_whole_run_with_servers_is_the_engines(served, undisturbed):
     folder, settings = served
     end = faults.loop(folder, *settings)
     assert end.returncode == 0, end.stdout[-2000:] + end.stderr[-3000:]
     faults.same_run(folder, undisturbed[0])
     for name in ("heldout_sampled", "heldout_greedy"):
         faults.same_answers(folder / f"iter1/{name}.rewarded.jsonl", undisturbed[0] / f"iter1/{name}.rewarded.jsonl", 4 if "sampled" in name else 1)
-    assert not servers(folder) and not list((folder / "servers").glob("*.server")) and not faults.started_by(folder)
-    assert not (folder / "iter1/shards").exists()
 
 
 def test_a_finished_run_may_change_its_backend(served, undisturbed):
     for (folder, settings), backend in ((served, "engine"), (undisturbed, "servers")):
         for more in ((), ("--generation_backend", backend)):
-            again = faults.loop(folder, *settings, *more, "--dry_run")
+            again = faults.loop(folder, *settings, *more, *(STOPS if backend == "engine" else ()), "--dry_run")
             assert again.returncode == 0 and "python" not in again.stdout, again.stdout + again.stderr
             changed = faults.loop(folder, *settings, *more, "--generation.dtype", "bfloat16", "--dry_run")
             assert changed.returncode == 2 and "dtype was 'float32' and is now 'bfloat16'" in changed.stderr, changed.stderr
