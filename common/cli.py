@@ -179,7 +179,8 @@ def parse(cls, description, argv=None, yaml_positional=True):
         default = field.default
         if default is dataclasses.MISSING:
             default = "" if field.default_factory is dataclasses.MISSING else field.default_factory()
-        shown = field.metadata["help"] + (f" [{default}]" if default not in ("", None, [], {}) else "")
+        choices = f" ({', '.join(map(str, field.metadata['choices']))})" if field.metadata["choices"] else ""
+        shown = field.metadata["help"] + choices + (f" [{default}]" if default not in ("", None, [], {}) else "")
         options = {"help": shown.replace("%", "%%"), "default": argparse.SUPPRESS, "metavar": name.split("_")[-1].upper()}
         if kind is bool:
             options |= {"nargs": "?", "const": True, "metavar": "true|false"}

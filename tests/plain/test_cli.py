@@ -102,6 +102,7 @@ SCRIPT = textwrap.dedent("""
     @dataclasses.dataclass(kw_only=True)
     class Arguments:
         how: str = arg("well", "50% of it")
+        kind: str = arg("plain", "which", ("plain", "other"))
     def main():
         how = parse(Arguments, "Ends as told.").how
         if how == "refused": raise UserError("no; do that")
@@ -157,6 +158,7 @@ def test_an_error_of_one_rank_alone_is_told_by_it(repo, monkeypatch):
 def test_help_and_a_closed_pipe(repo):
     end = subprocess.run([sys.executable, "-c", SCRIPT, "--help"], cwd=repo, capture_output=True, text=True)
     assert end.returncode == 0 and "50% of it" in end.stdout and "Ends as told." in end.stdout
+    assert "which (plain, other) [plain]" in end.stdout
     command = f"'{sys.executable}' -c \"$0\" | head -c 1; exit ${{PIPESTATUS[0]}}"
     end = subprocess.run(["bash", "-c", command, SCRIPT], cwd=repo, capture_output=True, text=True)
     assert end.returncode == 141 and end.stderr == ""
