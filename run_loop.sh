@@ -48,7 +48,7 @@ driver="$(command -v python)" # the Python of rlhflow, also while another enviro
 iterations=0 accelerate_config='' keep_iterates=''
 settings="$("$driver" common/loop.py setup "$config" "${options[@]}")"
 eval "$settings"
-hold "$run_dir"
+hold "$run_dir" loop
 set_up "$setup_command"
 settings="$("$driver" common/loop.py prepare "$config" "${options[@]}")"
 eval "$settings"

@@ -8,7 +8,7 @@
 #
 #   read_arguments "$@"   → config, options, dry_run, check, first, last
 #   refuse_early KIND     what can be refused before any environment is made
-#   hold RUN_DIR          one driver at a time; what was started ends with it
+#   hold RUN_DIR KIND     one driver at a time; what was started ends with it
 #   set_up COMMAND        the settings' setup command
 #   do_stage I NAME       what is left of one stage
 
@@ -82,10 +82,10 @@ stop_started() { # end what this run started, and what a killed driver of this r
   done
 }
 
-hold() { # RUN_DIR: until this script ends, however it does
+hold() { # RUN_DIR KIND: until this script ends, however it does
   mkdir -p "$1" 2>/dev/null || fail 2 "cannot write $1; give another --run_dir"
   exec {lock}>"$1/.lock"
-  flock -n "$lock" || fail 2 "another loop is at work in $1; wait for it, stop it, or give another --run_dir"
+  flock -n "$lock" || fail 2 "another $2 is at work in $1; wait for it, stop it, or give another --run_dir"
   RUN_MARK="$(cd "$1" && pwd -P)" # what we start carries it in its environment, so that exactly that can be stopped
   trap stop_started EXIT
   trap 'trap - INT; printf "\nstopped; to continue: %s\n" "$again" >&2; exit 130' INT
@@ -102,8 +102,11 @@ set_up() { # COMMAND: such as building the tiny models; quick where there is not
 # ---- Running a command -----------------------------------------------------------------------------------------------
 
 enter() { # ENVIRONMENT: switch, or print how
+  local prefix
   if [ "$dry_run" = yes ]; then
-    if with_conda; then echo "conda activate $1"; else printf 'source %q\n' "$(env_prefix "$1")/bin/activate"; fi
+    prefix="$(env_prefix "$1")"
+    [ -n "$prefix" ] || printf 'bash -c "source ./envs.sh; make_envs %s"\n' "$1"
+    if with_conda; then echo "conda activate $1"; else printf 'source %q\n' "${prefix:-$envs_dir/$1}/bin/activate"; fi
   else
     use_env "$1"
   fi
