@@ -68,6 +68,12 @@ def test_the_tiny_run_is_comparable_with_the_tiny_loop():
     assert [loop[key] for key in same] == [ppo[key] for key in same]
 
 
+def test_the_tiny_run_trains_as_the_yaml_for_use_by_hand():
+    by_hand = train_ppo.arguments(yaml.safe_load((ROOT / "configs/ppo_tiny_train.yaml").read_text()))
+    run = PPORun(build(PPOSettings, yaml.safe_load((ROOT / "configs/ppo_tiny.yaml").read_text())))
+    assert train_ppo.shaping(run.arguments()) == train_ppo.shaping(by_hand)
+
+
 def test_training_gets_what_evaluation_says_unless_ppo_says_otherwise(settings):
     settings["generation"] |= {"dataset_key": "prompt", "K": 4, "top_p": 0.8}
     settings["annotation"] = {"reward_function": "my.py:score", "reward_weights": [1, 2], "batch_tokens": 64}
