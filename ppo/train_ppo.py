@@ -42,7 +42,7 @@ from common.devices import check_processes, prepare_threads
 from common.functions import function_file
 from common.manifest import beside, fingerprint, versions, write_json
 from common.progress import Progress, duration
-from common.records import dumps, finite, read_prompts, sample_seed
+from common.records import as_json, dumps, finite, read_prompts, sample_seed
 from dpo_iteration.output import is_complete, is_main, launched, remove_checkpoints, say, write_jsonl
 from dpo_iteration.rows import check_bos
 from dpo_iteration.saved import check_saved
@@ -251,8 +251,10 @@ class PPO:
 
         threads = torch.get_num_threads()
         self.scorers = make_scorers(scoring(args))
+        turns = {tuple(message["role"] for message in record["prompt"]): record["prompt"] for record in self.prompts}
         for scorer in self.scorers:
-            scorer.check(self.prompts[0]["prompt"])
+            for prompt in turns.values():
+                scorer.check(prompt)
             scorer.load()
         torch.set_num_threads(threads)
         self.critic = self.load_critic()
@@ -370,8 +372,13 @@ class PPO:
         inputs, *_ = padded(many, self.pad, self.device)
         self.policy.eval()
         torch.manual_seed(seed)
-        with torch.no_grad(), self.accelerator.autocast():
-            sampled = self.policy.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        try:
+            with torch.no_grad(), self.accelerator.autocast():
+                sampled = self.policy.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            raise UserError("the policy's probabilities are not finite any more: lower --learning_rate; checkpoints are kept") from None
         for row, ids in zip(many, sampled[:, inputs["input_ids"].shape[1] :].tolist()):
             end = next((i for i, token in enumerate(ids) if token in self.stops), None)
             row["cut"] = end is None
@@ -621,12 +628,13 @@ def train(args, settings, inputs, started):
         write_jsonl(beside(folder, ".skipped.jsonl"), ppo.skipped)
     accelerator.wait_for_everyone()
     restore(ppo)
-    logged = log.read_text(encoding="utf-8").split("\n")[: ppo.done] if log.exists() else []
-    entries = [json.loads(line) for line in logged]
+    logged = log.read_text(encoding="utf-8").split("\n")[: ppo.done] if ppo.done and log.exists() else []
+    entries = [json.loads(line) for line in logged if line]
     if is_main():
         write_jsonl(log, entries)  # what came after the checkpoint comes again
     if trackers:
-        accelerator.init_trackers(args.run_name or "ppo", {key: str(value) for key, value in settings.items()})
+        named = {tool: {"name": args.run_name} for tool in ("wandb", "trackio") if args.run_name}
+        accelerator.init_trackers("ppo", {key: str(value) for key, value in settings.items()}, init_kwargs=named)
     say(f"{len(ppo.prompts)} prompts, {len(ppo.skipped)} skipped; {ppo.rollouts} rollouts of {args.rollout_batch_size} × {args.samples_per_prompt} "
         f"responses, {args.ppo_epochs} passes over each in steps of {args.batch_size}; responses end with {sorted(ppo.stops)}")  # fmt: skip
 
@@ -647,7 +655,7 @@ def train(args, settings, inputs, started):
         entry = {"step": number, "episode": number * args.rollout_batch_size / len(ppo.prompts), **figures, "seconds": seconds}
         if is_main():
             with open(log, "a", encoding="utf-8") as file:
-                file.write(dumps(entry) + "\n")
+                file.write(dumps(as_json(entry)) + "\n")
         if trackers:
             accelerator.log(figures | {f"seconds/{key}": value for key, value in seconds.items()}, step=number)
         entries.append(entry)
@@ -699,6 +707,11 @@ def main():
         train(args, settings, inputs, started)
         if lock:
             os.unlink(lock.name)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        raise UserError("the GPU's memory is full: lower --micro_batch_size or --generation_batch_size, or give --gradient_checkpointing true; "
+                        "four models are held, see the top of --help; checkpoints are kept") from None  # fmt: skip
     finally:
         if lock:
             lock.close()
