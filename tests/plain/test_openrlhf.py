@@ -248,9 +248,6 @@ def test_the_requirements_pin_what_is_checked_and_what_the_wheel_asks_for(source
     pins = {line.split("==")[0].split("[")[0]: line.split("==")[1] for line in lines if "==" in line}
     asked = next(source.parents[1].glob("*.dist-info")).joinpath("METADATA").read_text()
     for package, version in preflight.PINS.items():
-        if package == "flash-attn":
-            assert package not in pins and f"{package}=={version}" in (ROOT / "ppo" / "requirements-ppo.txt").read_text()
-            continue
         assert pins[package] == version
         if package != "openrlhf":
             assert f"{package}=={version}" in asked or f"{package}[default]=={version}" in asked

@@ -1,12 +1,15 @@
 """run_openrlhf.py from start to end with a STUB for OpenRLHF's training (tests/openrlhf_stub.py), and the rewards it asks for."""
 
+import asyncio
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import types
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -84,6 +87,34 @@ def test_the_bridge_gives_get_rewards_scores(kind, models, tmp_path, monkeypatch
     get_rewards.main()
     expected = [json.loads(line)["rewards"][0] for line in (tmp_path / "r.jsonl").read_text().split("\n")[:-1]]
     assert found == pytest.approx(expected, abs=2e-5) and len(set(found)) == len(found)
+
+
+def test_openrlhfs_own_executor_gets_our_rewards(models, tmp_path, monkeypatch):
+    """The wheel's SingleTurnAgentExecutor over ppo/openrlhf_reward.py, on responses that a stand-in for the engine samples."""
+    source = openrlhf_stub.unzip(tmp_path / "wheel")
+    tokenizer = load_tokenizer(str(models["policy"]))
+    records, (queries, prompts, labels) = rollouts(models, 4)
+    (tmp_path / "reward.yaml").write_text(yaml.safe_dump({"policy": str(models["policy"]), "reward_function": models["function"]}))
+    monkeypatch.setenv("RLHF_REWARD_CONFIG", str(tmp_path / "reward.yaml"))
+    monkeypatch.setitem(sys.modules, "aiohttp", SimpleNamespace())  # for its HTTP path only
+    monkeypatch.setitem(sys.modules, "openrlhf.utils.logging_utils", SimpleNamespace(init_logger=logging.getLogger))
+    agent = types.ModuleType("agent")
+    exec((source / "openrlhf/utils/agent.py").read_text(), agent.__dict__)
+    executor = agent.SingleTurnAgentExecutor([str(ROOT / "ppo/openrlhf_reward.py")])
+    parameters = SimpleNamespace(max_tokens=60, logprobs=None)
+
+    class Engine:
+        async def generate(self, tokens, parameters, multi_modal_data=None):
+            at = [len(tokenizer(text=p, add_special_tokens=False)["input_ids"]) for p in prompts]
+            whole = [tokenizer(text=q, add_special_tokens=False)["input_ids"] for q in queries]
+            [response] = [w[n:] for w, n in zip(whole, at) if w[:n] == tokens]
+            return SimpleNamespace(outputs=[SimpleNamespace(token_ids=response, finish_reason="stop", logprobs=None)])
+
+    async def all_of_them():
+        return await asyncio.gather(*(executor.execute(p, label, parameters, 400, tokenizer, Engine()) for p, label in zip(prompts, labels)))
+
+    found = asyncio.run(all_of_them())
+    assert [out["reward"] for out in found] == [out["scores"] for out in found] == [len(r["responses"][0]) / 10 for r in records]
 
 
 def test_the_server_answers_as_openrlhf_asks(models, monkeypatch):
