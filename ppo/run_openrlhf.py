@@ -11,6 +11,7 @@ last checkpoint when the same command is started again. W&B: export WANDB_API_KE
 """
 
 import dataclasses
+import fcntl
 import os
 import shlex
 import shutil
@@ -96,7 +97,7 @@ class Arguments:
     value_clip: float = arg(0.5, "values move by this at most from those of the rollout")
     value_coef: float | None = arg(None, "not with OpenRLHF: its value model has an optimizer of its own")
     reward_clip: float = arg(10.0, "rewards are clipped to ± this")
-    missing_eos_penalty: float = arg(0.0, "taken off the reward of a response that ran to max_new_tokens")
+    missing_eos_penalty: float = arg(1.0, "taken off the reward of a response that ran to max_new_tokens")
     whiten_rewards: bool = arg(False, "not with OpenRLHF")
     whiten_advantages: bool = arg(True, "always with OpenRLHF")
     sampling_correction: str = arg("clip", "weigh tokens by training over sampling probability, clipped or left out beyond 0.5 to 5", ["clip", "mask", "off"])
@@ -191,8 +192,7 @@ def check(args):
     if "wandb" in args.report_to and not os.environ.get("WANDB_API_KEY"):
         raise UserError("report_to wandb: export WANDB_API_KEY first (a key among the arguments would be printed and kept)")
     if "wandb" in args.report_to and args.ray_address:
-        raise UserError("report_to wandb: a Ray cluster that runs already does not see our WANDB_API_KEY; start Ray with it and give extra_flags, "
-                        "or read the TensorBoard files")  # fmt: skip
+        raise UserError("report_to wandb: a Ray cluster that runs already does not see our WANDB_API_KEY; leave it out, TensorBoard's files are always written")
     if args.lora_r and not args.patched_lora:
         raise UserError(
             "lora_r: OpenRLHF 0.11.2 hands the adapters' own names to vLLM, which ends at the first hand-over of weights (its issues 991, 1081, "
@@ -512,17 +512,37 @@ def finish(args, paths, counts, seconds):
     print(f"read {counts['prompts']} prompts in {counts['rollouts']} rollouts, skipped {skipped}; trained {args.output_dir} in {duration(manifest['seconds'])}")
 
 
+def environment(args, found):
+    """Variables that the command needs beside the environment that is there; no secrets."""
+    gpus = visible_gpus()
+    needed = {"RAY_ADDRESS": args.ray_address} if args.ray_address else {}
+    if not args.ray_address and found.placement.all_gpus < len(gpus):
+        needed["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[: found.placement.all_gpus])
+    if found.kind == "function":
+        needed[CONFIG] = str((work_folder(args) / "reward.yaml").absolute())
+    return needed
+
+
+def locked(args):
+    """The lock on the output, held while this process lives.
+
+    Raises:
+        UserError: another process has it.
+    """
+    lock = open(beside(args.output_dir, ".lock"), "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"another process is training into {args.output_dir}; wait for it or stop it first") from None
+    return lock
+
+
 def start(args, found, settings, inputs):
     """Write, start, wait, place."""
-    began = time.time()
+    began, lock = time.time(), locked(args)
     counts, resume = prepare(args, found, settings, inputs)
     args.num_episodes, found.prompts = counts["episodes"], counts["prompts"]
-    work, env = work_folder(args), dict(os.environ)
-    if args.ray_address:
-        env["RAY_ADDRESS"] = args.ray_address
-    gpus = visible_gpus()
-    if not args.ray_address and found.placement.all_gpus < len(gpus):
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[: found.placement.all_gpus])
+    work, env, gpus = work_folder(args), dict(os.environ) | environment(args, found), visible_gpus()
     rewards = reward_arguments(args, str(work / "policy")) if found.kind in ("server", "function") else None
     served = {key: value for key, value in vars(rewards).items() if value is not None} if rewards else {}
     with process.stopped_by_signals():
@@ -534,10 +554,11 @@ def start(args, found, settings, inputs):
                 from common.loop import write_yaml
 
                 write_yaml(work / "reward.yaml", served)
-                env[CONFIG] = str((work / "reward.yaml").absolute())
             paths = launch(args, found, args.reward_url, resume, env)
     place_model(args, paths)
     finish(args, paths, counts, time.time() - began)
+    lock.close()
+    os.unlink(lock.name)
 
 
 def launch(args, found, url, resume, env):
@@ -547,7 +568,7 @@ def launch(args, found, url, resume, env):
         preflight.check_command(command[2:])
     if resume:
         print(f"continuing from {resume}", flush=True)
-    print(show(["python", *command], {}), flush=True)
+    print(show(["python", *command], environment(args, found)), flush=True)
     process.run_openrlhf([sys.executable, *command], work_folder(args) / "openrlhf.log", env)
     return paths
 
@@ -580,7 +601,7 @@ def main():
         found.prompts = dry_prompts(args, found)
         url = args.reward_url or "http://127.0.0.1:PORT/get_reward"
         resume = (work_folder(args) / "checkpoints" / "_actor" / "latest").is_file()
-        print(show(["python", *command_of(args, found, url, resume)[0]], {"RAY_ADDRESS": args.ray_address} if args.ray_address else {}))
+        print(show(["python", *command_of(args, found, url, resume)[0]], environment(args, found)))
         return
     start(args, found, settings, inputs)
 

@@ -1,5 +1,6 @@
 """Our settings as OpenRLHF's flags, held against the parser and the validation of the published 0.11.2 wheel, without a GPU."""
 
+import dataclasses
 import itertools
 import os
 import shlex
@@ -161,6 +162,15 @@ def test_the_real_validation_is_what_runs(source, monkeypatch):
         openrlhf_stub.captured(source, ["--actor.model_name_or_path", "a"], monkeypatch)
     with pytest.raises(UserError, match="has no flag --train.batch, did you mean"):
         preflight.check_options(preflight.parser_of((source / "openrlhf/cli/train_ppo_ray.py").read_text()), ["--train.batch", "8"])
+
+
+def test_yaml_and_defaults_agree():
+    run = yaml.safe_load((ROOT / "configs" / "ppo_llama3_8b.yaml").read_text())
+    defaults = {f.name: f.default for f in dataclasses.fields(run_openrlhf.Arguments)}
+    args = arguments()
+    for key in [*run["ppo"], *run["openrlhf"]]:
+        assert getattr(args, key) == defaults[key], key
+    assert (args.max_input_length, args.max_new_tokens) == (defaults["max_input_length"], defaults["max_new_tokens"])
 
 
 REFUSED = {

@@ -1,6 +1,7 @@
 """run_openrlhf.py from start to end with a STUB for OpenRLHF's training (tests/openrlhf_stub.py), and the rewards it asks for."""
 
 import asyncio
+import fcntl
 import json
 import logging
 import os
@@ -308,6 +309,9 @@ def test_failure_resume_stop_and_end(runs, models):
     told = "error: OpenRLHF ended with status 1: RuntimeError: STUB: CUDA out of memory; the log is"
     assert failed.returncode == 2 and failed.stderr.splitlines()[-1].startswith(told)
     assert not runs.model.exists() and "from 0 to" in failed.stdout and "--ckpt.load_enable" not in failed.stdout
+    with open(f"{runs.model}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another process is training into" in runs.run().stderr
     other = runs.run(kl_coef=0.5)
     assert other.returncode == 2 and "kl_coef was 0.01 and is now 0.5" in other.stderr
     fewer = runs.run({"CUDA_VISIBLE_DEVICES": "0"})
