@@ -15,8 +15,8 @@ import yaml
 
 from common.cli import UserError
 from dpo_iteration.memory import GIB, shape_like
+from ppo import openrlhf_arguments
 from ppo import openrlhf_preflight as preflight
-from ppo import run_openrlhf
 from ppo.openrlhf_command import Paths, Reward, accumulation, check_batches, flags, optimizer_steps, words
 from ppo.openrlhf_placement import needs, place
 
@@ -48,7 +48,7 @@ def flat(name="ppo_llama3_8b.yaml", **more):
 
 
 def arguments(**more):
-    return run_openrlhf.arguments(flat(**more))
+    return openrlhf_arguments.arguments(flat(**more))
 
 
 def shapes(billions=8.03, reward=True):
@@ -166,7 +166,7 @@ def test_the_real_validation_is_what_runs(source, monkeypatch):
 
 def test_yaml_and_defaults_agree():
     run = yaml.safe_load((ROOT / "configs" / "ppo_llama3_8b.yaml").read_text())
-    defaults = {f.name: f.default for f in dataclasses.fields(run_openrlhf.Arguments)}
+    defaults = {f.name: f.default for f in dataclasses.fields(openrlhf_arguments.Arguments)}
     args = arguments()
     for key in [*run["ppo"], *run["openrlhf"]]:
         assert getattr(args, key) == defaults[key], key

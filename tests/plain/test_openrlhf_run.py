@@ -25,8 +25,8 @@ from annotate_data import get_rewards
 from common import cli
 from common.cli import UserError
 from common.devices import visible_gpus
+from ppo import openrlhf_arguments, run_openrlhf, serve_reward
 from ppo import openrlhf_process as process
-from ppo import run_openrlhf, serve_reward
 from ppo.openrlhf_preflight import differs, has_value_head
 from ppo.openrlhf_prompts import load_tokenizer, prepare_policy, whole_rollouts
 from ppo.openrlhf_reward import RewardArguments, Rewards, answer, check
@@ -390,9 +390,9 @@ def test_arguments_are_what_the_contract_says():
     samples_per_prompt batch_size micro_batch_size ppo_epochs learning_rate critic_learning_rate lr_scheduler_type warmup_steps weight_decay
     max_grad_norm kl_coef kl_target kl_horizon kl_estimator gamma gae_lambda clip value_clip value_coef missing_eos_penalty whiten_rewards
     whiten_advantages bf16 gradient_checkpointing save_steps save_total_limit logging_steps report_to run_name keep_checkpoints""".split()
-    fields = run_openrlhf.Arguments.__dataclass_fields__
-    assert set(shared) <= set(fields) and set(fields) >= run_openrlhf.NOT_SHAPING
-    args = run_openrlhf.arguments({"model_name_or_path": "a/b", "reward_name_or_path": "c/d", "dataset_name_or_path": "p.jsonl", "output_dir": "o"})
+    fields = openrlhf_arguments.Arguments.__dataclass_fields__
+    assert set(shared) <= set(fields) and set(fields) >= openrlhf_arguments.NOT_SHAPING
+    args = openrlhf_arguments.arguments({"model_name_or_path": "a/b", "reward_name_or_path": "c/d", "dataset_name_or_path": "p.jsonl", "output_dir": "o"})
     settings, inputs = run_openrlhf.shaping(args)
     assert {"kl_coef", "batch_size", "seed", "max_new_tokens"} <= set(settings) and not {"num_gpus", "output_dir", "micro_batch_size"} & set(settings)
     assert inputs["reward_name_or_path 1"] == "c/d" and inputs["dataset_name_or_path 1"] == "p.jsonl"
