@@ -141,6 +141,8 @@ def test_padding_changes_nothing(work):
     n = mask.shape[1]
     torch.testing.assert_close(again[:-1, :n] * mask, found * mask, atol=1e-5, rtol=0)
     assert torch.equal(more[:-1, :n], mask) and not more[:-1, n:].any()
+    for row, places, there in zip(wider, inputs["position_ids"], inputs["attention_mask"]):  # where a model counts from 0
+        assert places[there > 0].tolist() == list(range(len(row["prompt"]) + len(row["response"])))
 
 
 def test_sampling_follows_the_log_probabilities(work):
@@ -154,6 +156,7 @@ def test_sampling_follows_the_log_probabilities(work):
     it = make(work, model_name_or_path=str(work / "peaked"), dataset_name_or_path=[str(work / "one.jsonl")], rollout_batch_size=1, max_new_tokens=1,
               samples_per_prompt=2048, generation_batch_size=2048, batch_size=2048, micro_batch_size=2048, temperature=0.8,
               chat_template=str(work / "plain.jinja"))  # fmt: skip
+    assert it.policy.generation_config.top_k == 0  # transformers' own default is 50
     rows, _ = it.rollout(1)
     counts = torch.bincount(torch.tensor([row["response"][0] for row in rows]), minlength=288) / len(rows)
     inputs, *_ = ppo.padded([rows[0] | {"response": []}], it.pad, "cpu")
