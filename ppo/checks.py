@@ -29,14 +29,12 @@ def check(args):
     for key in (*counts, "temperature", "num_episodes", "learning_rate", "critic_learning_rate", "clip", "value_clip", "kl_target", "value_coef"):
         if getattr(args, key) is not None and not 0 < getattr(args, key) < math.inf:
             raise UserError(f"--{key} {getattr(args, key)} must be above 0")
-    for key in ("kl_coef", "warmup_steps", "weight_decay", "max_grad_norm", "save_steps", "seed"):
+    for key in ("kl_coef", "warmup_steps", "weight_decay", "max_grad_norm", "missing_eos_penalty", "save_steps", "seed"):
         if not 0 <= getattr(args, key) < math.inf:
             raise UserError(f"--{key} {getattr(args, key)} must not be negative")
     for key in ("gamma", "gae_lambda", "top_p"):
         if not 0 <= getattr(args, key) <= 1 or (key == "top_p" and not args.top_p):
             raise UserError(f"--{key} {getattr(args, key)} must be {'above' if key == 'top_p' else 'from'} 0 and at most 1")
-    if args.missing_eos_penalty is not None and not math.isfinite(args.missing_eos_penalty):
-        raise UserError(f"--missing_eos_penalty {args.missing_eos_penalty} is no finite number")
     if args.kl_target and not args.kl_coef:
         raise UserError("--kl_target steers kl_coef by a factor: give a --kl_coef above 0 to start from")
     responses, world = args.rollout_batch_size * args.samples_per_prompt, launched()

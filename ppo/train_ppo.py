@@ -109,8 +109,7 @@ class Arguments:
     clip: float = arg(0.2, "a token's probability ratio earns no more beyond 1 ± this")
     value_clip: float = arg(0.2, "a value earns no more beyond the rollout's value ± this")
     value_coef: float = arg(0.1, "weight of the value loss; matters through max_grad_norm alone, the models being two")
-    missing_eos_penalty: float | None = arg(None, "reward that a cut-off response gets in place of its score, so below what bad "
-                                            "answers get (arXiv 2403.17031: −1); None: its score, cut off as it is")  # fmt: skip
+    missing_eos_penalty: float = arg(1.0, "taken off the score of a response that was cut off, as in TRL")
     whiten_rewards: bool = arg(False, "give the tokens' rewards variance 1, their mean kept")
     whiten_advantages: bool = arg(True, "give advantages mean 0 and variance 1")
 
@@ -434,10 +433,7 @@ class PPO:
         lengths = torch.tensor([len(row["response"]) for row in rows], device=self.device)
         mask = data["mask"] = (torch.arange(lengths.max(), device=self.device) < lengths[:, None]).float()
         cut, scores = ([row[key] for row in rows] for key in ("cut", "score"))
-        if args.missing_eos_penalty is not None:
-            rewarded = [args.missing_eos_penalty if c else s for c, s in zip(cut, scores)]
-        else:
-            rewarded = scores
+        rewarded = [score - args.missing_eos_penalty * without_end for score, without_end in zip(scores, cut)]
         kl = kl_estimate(data["log_probs"], data["ref_log_probs"], args.kl_estimator)
         rewards = token_rewards(torch.tensor(rewarded, device=self.device), kl, mask, self.kl_coef)
         total = rewards.sum() / len(rows)
@@ -515,13 +511,10 @@ class PPO:
                             "(--attn_implementation eager)")  # fmt: skip
 
     def check_start(self, figures):
-        """What must hold before anything was learned, and what is worth a note then."""
+        """What must hold before anything was learned."""
         if abs(figures["kl"]) > figures["response_length"] * OFF_BY_ROUNDING[self.accelerator.mixed_precision]:
             raise UserError(f"the policy is {figures['kl']:.3g} nats off the reference before anything was learned, and both are the same model: "
                             "look for dropout or noise in the model, and at its attention (--attn_implementation eager)")  # fmt: skip
-        penalty = self.args.missing_eos_penalty
-        if penalty is not None and penalty >= figures["reward"]:
-            say(f"note: --missing_eos_penalty {penalty} is not below the mean score {figures['reward']:.2f}: being cut off pays")
 
     # Processes and files
 
