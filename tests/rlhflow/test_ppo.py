@@ -310,7 +310,8 @@ def test_a_bandit_reaches_its_known_optimum(work):
     beta, rollouts = 0.18, 50
     it = make(work, reward_function=f"{work / 'bandit.py'}:f", dataset_name_or_path=[str(work / "one.jsonl")], rollout_batch_size=1, max_new_tokens=1,
               samples_per_prompt=256, generation_batch_size=256, batch_size=64, micro_batch_size=64, kl_coef=beta, learning_rate=3e-3,
-              critic_learning_rate=3e-3, num_episodes=rollouts, lr_scheduler_type="linear", missing_eos_penalty=0.0, chat_template=str(work / "plain.jinja"))  # fmt: skip
+              critic_learning_rate=3e-3, num_episodes=rollouts, lr_scheduler_type="linear", missing_eos_penalty=0.0,
+              chat_template=str(work / "plain.jinja"))  # fmt: skip
     a = it.tokenizer.convert_tokens_to_ids("a")
     inputs, *_ = ppo.padded([{"prompt": it.prompts[0]["ids"], "response": []}], it.pad, "cpu")
 
