@@ -193,7 +193,9 @@ def parse(cls, description, argv=None, yaml_positional=True):
         key = unknown[0].split("=")[0]
         if not key.startswith("--"):
             raise UserError(f"unexpected argument {key!r}; arguments are --key value, see --help")
-        raise UserError(f"unknown argument {key}{nearest(key, [f'--{name}' for name in fields])}")
+        # A class with `sections` (name of a mapping → a dataclass) is told where else the key stands.
+        inner = [f"--{name}.{key[2:]}" for name, kind in getattr(cls, "sections", {}).items() if key[2:] in kind.__dataclass_fields__]
+        raise UserError(f"unknown argument {key}" + (f", did you mean {' or '.join(inner)}?" if inner else nearest(key, [f"--{name}" for name in fields])))
     values = vars(namespace)
     config = values.pop("config", None)
     merged = {}

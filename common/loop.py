@@ -56,6 +56,8 @@ class RunSettings:
     allow_overlap: bool = arg(False, "accept prompts that stand in both the training and the held-out sets")
     model_size_b: float | None = arg(None, "billions of parameters, for --check's estimates where the hub is not reached")
 
+    sections = {"generation": get_hf2.Arguments, "annotation": get_rewards.Arguments}  # for whom `--K 4` should have been --generation.K
+
 
 @dataclasses.dataclass(kw_only=True)
 class LoopSettings(RunSettings):
@@ -67,6 +69,8 @@ class LoopSettings(RunSettings):
     training_args: dict = arg({}, "arguments that stand in place of that YAML's; --training_args.learning_rate 1e-6")
     accelerate_config: str = arg("configs/zero2.yaml", "accelerate's YAML for training")
     keep_iterates: int | None = arg(None, "keep the weights of the last so many iterates; None: of all")
+
+    sections = RunSettings.sections | {"training_args": run_dpo.Arguments}
 
 
 class Run:

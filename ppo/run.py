@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any fol
 from common.cli import UserError, arg, nearest, parse, run
 from common.devices import visible_gpus
 from common.loop import Run, RunSettings, load, processes, settle, setup, todo
+from ppo import train_ppo
 
 BACKENDS = {"openrlhf": "ppo.run_openrlhf", "small": "ppo.train_ppo"}
 # What `generation` and `annotation` say for evaluation holds for training too, unless `ppo` says otherwise: key there → key of a backend.
@@ -39,6 +40,7 @@ class PPOSettings(RunSettings):
     openrlhf: dict = arg({}, "more arguments of ppo/run_openrlhf.py: placement on the GPUs; the small backend takes no notice")
 
     iterations = 1  # not a setting: what PPO trains is iterate 1
+    sections = RunSettings.sections | {"ppo": train_ppo.Arguments}
 
 
 class PPORun(Run):

@@ -220,6 +220,8 @@ def test_without_a_gpu_the_recipe_says_so_at_once():
 
 @pytest.mark.parametrize("arguments, named", [
     (("--iteratons", "2"), "did you mean '--iterations'"),
+    (("--K", "4"), "unknown argument --K, did you mean --generation.K"),
+    (("--beta", "0.2"), "did you mean --training_args.beta?"),
     (("--stage", "7"), "stage 7: ITERATION.STAGE was expected"),
     (("configs/loop_tny.yaml",), "loop_tny.yaml"),
 ])  # fmt: skip
