@@ -344,7 +344,8 @@ def read_run(folder, gold_function=None, seed=0, keep=KEEP_TEXTS, gold=True):
 
 
 def _near(folder):
-    runs = sorted(path.parent for pattern in ("*/loop.yaml", "runs/*/loop.yaml") for path in folder.parent.glob(pattern))
+    places = [(folder, "*/loop.yaml"), (folder.parent, "*/loop.yaml"), (folder.parent, "runs/*/loop.yaml")]
+    runs = sorted({path.parent for place, pattern in places for path in place.glob(pattern)})
     return "; there is " + ", ".join(map(str, runs[:5])) if runs else ""
 
 

@@ -104,7 +104,8 @@ def is_done(folder, i, stage):
     own = folder / f"iter{i}"
     if stage == "train":
         return is_complete(own / "model.manifest.json")
-    return (own / {"generate": "generated.jsonl", "annotate": "rewarded.jsonl", "evaluate": "metrics.json"}[stage]).is_file()
+    last = {"generate": ("generated.jsonl", "rewarded.jsonl"), "annotate": ("rewarded.jsonl",), "evaluate": ("metrics.json",)}[stage]
+    return any((own / name).is_file() for name in last)
 
 
 def files_of(folder, i, stage, settings):
@@ -169,10 +170,11 @@ def tail_of(log):
     return [line for line in lines[starts[-1] if starts else 0 :] if line]
 
 
-def newest_log(folder, i):
-    """The log of an iteration that was written last."""
-    logs = [path for path in (folder / f"iter{i}" / "logs").glob("*.log") if path.is_file()]
-    return max(logs, key=lambda path: path.stat().st_mtime, default=None)
+def logs_of(folder, i, stage):
+    """A stage's logs, the one written last first."""
+    names = (f"{stage}.", "metrics.") if stage == "evaluate" else (f"{stage}.",)
+    logs = [path for path in (folder / f"iter{i}" / "logs").glob("*.log") if path.name.startswith(names)]
+    return sorted(logs, key=lambda path: (-path.stat().st_mtime_ns, path.name))
 
 
 def has_failed(lines):
@@ -223,9 +225,10 @@ def read_state(folder, lines=None, now=None):
     i, stage = state.at
     step, state.done, state.total = step_of(folder, i, stage, settings, lines)
     state.at, state.unit = (i, stage, step), {"generate": "prompts", "annotate": "records"}.get(step, "")
-    state.log = newest_log(folder, i)
-    state.tail = tail_of(state.log) if state.log else []
+    tails = [(log, tail_of(log)) for log in logs_of(folder, i, stage)]
+    broken = [(log, tail) for log, tail in tails if has_failed(tail)]  # one shard of several, say
     fresh = written is not None and now - written < FRESH
+    state.log, state.tail = next(iter(tails if held else broken or tails), (None, []))
     problem = has_failed(state.tail)
     if held or (held is None and fresh and not problem):
         state.word = "running"
