@@ -56,8 +56,11 @@
   const places = [...document.querySelectorAll(".plot")];
   document.addEventListener("DOMContentLoaded", () => { // plotly.js stands behind this script: tables and samples are there before it
     const observer = new IntersectionObserver((entries) => {
-      for (const entry of entries) if (entry.isIntersecting) { observer.unobserve(entry.target); draw(entry.target); }
-    }, { rootMargin: "500px" });
+      for (const entry of entries.filter((one) => one.isIntersecting)) {
+        observer.unobserve(entry.target);
+        setTimeout(() => draw(entry.target)); // one at a time, so that the page answers between them
+      }
+    }, { rootMargin: "200px" });
     places.forEach((place) => observer.observe(place));
   });
   window.addEventListener("beforeprint", () => places.filter((place) => !drawn.has(place)).forEach(draw));
@@ -145,8 +148,12 @@
     for (const entry of entries[view]) {
       entry.all = view === "heldout" ? entry.a.flatMap((a) => a.r) : entry.r;
       entry.margin = view === "heldout" ? heldoutMargin(entry) : entry.pairs.length ? Math.max(...entry.pairs.map((p) => p[2] ?? -Infinity)) : null;
-      entry.text = [...entry.p.map((turn) => turn[1]), ...entry.all.map((one) => one.t[0])].join("\n").toLowerCase();
     }
+  }
+
+  function textOf(entry) { // made at the first search
+    entry.text ??= [...entry.p.map((turn) => turn[1]), ...entry.all.map((one) => one.t[0])].join("\n").toLowerCase();
+    return entry.text;
   }
 
   function card(view, entry, needle) {
@@ -194,7 +201,7 @@
     const needle = byId("search").value.trim().toLowerCase(), reward = span("reward"), margin = span("margin"), length = span("length");
     const chosen = byId("iteration").value, order = byId("order").value;
     found = entries[view()].filter((entry) =>
-      (!needle || entry.text.includes(needle)) &&
+      (!needle || textOf(entry).includes(needle)) &&
       (view() === "heldout" || chosen === "" || `${entry.run}.${entry.i}` === chosen) &&
       (open(margin) || within(entry.margin, margin)) &&
       ((open(reward) && open(length)) || entry.all.some((one) => (open(reward) || within(one.r, reward)) && (open(length) || within(one.n, length)))));
