@@ -116,7 +116,8 @@ def of_runs(tables):
         ("distinct_2", "Distinct 2-grams", "share"), ("different_texts", "Different answers to a prompt", "share"),
     ):  # fmt: skip
         kinds = ("sampled",) if key == "different_texts" else ("sampled", "greedy")
-        add("text", over_iterates(key, title, y, tables, lambda row, kind, k=key: row[kind].get(k), key.replace("_2", ""), kinds))
+        add("text", over_iterates(key, title, y, tables, lambda row, kind, k=key: row[kind].get(k), key.replace("_2", ""), kinds,
+                                  **({} if key == "length" else {"yaxis": {"rangemode": "tozero"}})))  # fmt: skip
     add("pairs", histograms(tables))
     found += [("training", made) for made in training_curves(tables) if made]
     add("time", seconds(tables))
@@ -128,7 +129,7 @@ def wins(tables, against):
     traces = []
     names = (("reward_win", "by reward", None), ("lc_win", "at equal length", "dash"), ("gold_win", "by gold", "dot"), ("judge_win", "by the judge", "dashdot"))
     for n, (run, iterates, *_) in enumerate(tables):
-        for k, (key, name, dash) in enumerate(names):
+        for k, (key, name, dash) in enumerate(names if len(tables) == 1 else names[:2]):  # of several runs the table has the rest
             points = [(row["iterate"], (row["versus"].get(against) or {}).get("sampled", {}).get(key)) for row in iterates]
             points = [(i, v) for i, v in points if v]
             if points:

@@ -8,6 +8,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import arg
 
+WIDER = 2.576 / 1.960  # half a normal's 99% interval, in halves of its 95% one
+
 
 @dataclass
 class Bounds:
@@ -65,12 +67,13 @@ def percent(share):
 
 
 def rises(triple):
-    """Whether the interval of a difference lies above 0; falls: below 0; a missing one does neither."""
+    """Whether the 95% interval of a difference lies above 0; not where there is none."""
     return triple is not None and triple[1] is not None and triple[1] > 0
 
 
 def falls(triple):
-    return triple is not None and triple[2] is not None and triple[2] < 0
+    """Whether the interval, widened to 99% as a normal's would be, lies below 0: a run has many comparisons, and few are to be false alarms."""
+    return triple is not None and triple[2] is not None and triple[0] + WIDER * (triple[2] - triple[0]) < 0
 
 
 def _shown(triple):

@@ -25,7 +25,7 @@ def rewarded(path, tag, prompts=60, K=4, shift=0.0, gold=0.0, words=30, seed=0, 
         trouble: `ties` (rewards rounded to whole tens), `same` (all texts of a prompt alike), `cut` (share cut off),
             `saturated` (rewards are 0 or 1, mostly 1), `loops` (one word again and again).
     """
-    rng, rows = random.Random(f"{path} {seed}"), []
+    rng, rows = random.Random(f"{path.parent.name}/{path.name} {seed}"), []  # whatever folder the test has
     for n in range(prompts):
         hard, texts, rewards, sizes, reasons = random.Random(f"{tag} {n}").gauss(0, 1), [], [], [], []
         for _ in range(K):

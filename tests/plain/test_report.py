@@ -294,7 +294,7 @@ def test_a_healthy_run_has_no_warning(tmp_path):
 
 
 def _length(i):
-    return {"shift": 0.0, "gold": 0.5, "words": 30 + 8 * i, "reward_of_length": 0.1}
+    return {"shift": 0.0, "gold": 0.5, "words": 30 + 12 * i, "reward_of_length": 0.1}
 
 
 @pytest.mark.parametrize(
@@ -333,6 +333,12 @@ def test_a_rising_mean_that_loses_most_prompts_is_named(tmp_path):
         changed = [row | {"rewards": [r + (9 if n % 4 == 0 else -0.9) for r in row["rewards"]]} for n, row in enumerate(rows)]
         runs.write(folder / f"iter1/heldout_{kind}.rewarded.jsonl", changed)
     assert "win_rate_falls" in names(folder)
+
+
+def test_a_fall_that_chance_may_have_made_is_none():
+    """A run is looked at many times, so that a fall is one at 99%: 1.31 times the 95% interval."""
+    assert troubles.falls((-1.0, -1.9, -0.1)) is False and troubles.falls((-1.0, -1.7, -0.3)) is True
+    assert troubles.rises((1.0, 0.1, 1.9)) is True and not troubles.falls(None) and not troubles.rises((1.0, None, None))
 
 
 def test_bounds_can_be_set(tmp_path):
