@@ -111,8 +111,9 @@ def tables_of(tables):
                     ("spread", "number"), ("tied", "share"), ("all_equal", "share"), ("at_top", "share"), ("null_share", "share"), ("different_texts", "share"),
                     ("length", "tokens"), ("truncated", "share"), ("length_correlation", "number"))), shown(row["margin"]),
                     shown(row["chosen_longer"], "tokens")])  # fmt: skip
-            trained.append([*name(run), i, shown(row["pairs"], "count"), shown(row["eval_pairs"], "count"), shown(row["loss"], "fine"),
-                            shown(row["accuracy"], "share"), shown(row["eval_accuracy"], "share"), shown(row["grad_norm"], "fine")])  # fmt: skip
+            if run.kind == "dpo":
+                trained.append([*name(run), i, shown(row["pairs"], "count"), shown(row["eval_pairs"], "count"), shown(row["loss"], "fine"),
+                                shown(row["accuracy"], "share"), shown(row["eval_accuracy"], "share"), shown(row["grad_norm"], "fine")])  # fmt: skip
         for row in stages:
             spent.append([*name(run), f"{row['iteration']} {row['stage']}", shown(row["seconds"], "count"), shown(row["work"], "count"),
                           shown(row["waiting"], "share"), shown(row["tokens_per_second"], "count"), shown(row["gpus"], "count"),
