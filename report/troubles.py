@@ -1,0 +1,253 @@
+"""What looks wrong in a run: pure functions over its figures. Each trouble has its figure and what to try."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.cli import arg
+
+WIDER = 2.576 / 1.960  # half a normal's 99% interval, in halves of its 95% one
+
+
+@dataclass
+class Bounds:
+    length_growth: float = arg(1.5, "mean length of the sampled held-out answers, as a multiple of the start's")
+    truncated: float = arg(0.1, "share of responses that hit the length limit")
+    looping: float = arg(0.1, "share of responses at least half of whose 4-grams stood in them before")
+    tied: float = arg(0.2, "share of the pairs of different responses to a prompt that have equal rewards")
+    all_equal: float = arg(0.2, "share of prompts whose rewards are all equal")
+    at_end: float = arg(0.5, "share of rewards that equal the largest, or the smallest, of the file")
+    spread: float = arg(0.1, "mean spread of a prompt's rewards, as a share of the first iteration's")
+    kl: float = arg(50.0, "KL to the reference, nats per response")
+    kl_per_token: float = arg(1.0, "KL to the reference, nats per token")
+    accuracy: float = arg(0.5, "accuracy on the pairs held out from training; 0.5 is chance")
+    different_texts: float = arg(0.5, "mean share of different texts among the K responses to a prompt")
+    distinct_2: float = arg(0.5, "distinct 2-grams of the sampled held-out answers, as a share of the start's")
+    null_share: float = arg(0.01, "share of rewards that are null")
+    entropy: float = arg(0.1, "PPO's entropy at the end, as a share of its start's")
+
+
+@dataclass
+class Trouble:
+    """`name` tells the kind; `where` the iterate or iteration; `figure` is what was found, `bound` what was expected."""
+
+    name: str
+    title: str
+    where: str
+    figure: str
+    todo: str
+
+
+def find(run, iterates, trainings, bounds=None):
+    """All troubles of a run, in the order of the checks.
+
+    Args:
+        run: run_data.Run. iterates, trainings: of figures.of_iterates and figures.of_trainings.
+        bounds: Bounds.
+    """
+    bounds = bounds or Bounds()
+    found = [*over_optimised(iterates), *length(iterates, bounds), *judges(iterates)]
+    for row in iterates:
+        found += answers(row["sampled"], f"iterate {row['iterate']}, held-out answers", bounds)
+        found += drift(row.get("kl"), row.get("kl_per_token"), f"iterate {row['iterate']}", bounds)
+    found += variety(iterates, bounds)
+    for row in trainings:
+        found += answers(row["rewards"], f"iteration {row['iteration']}, training responses", bounds)
+        found += training(row, bounds)
+    found += collapse(trainings, bounds)
+    for i, entry in sorted(run.trainings.items()):
+        found += ppo(entry.ppo, f"iteration {i}", bounds, any(row["iterate"] == i and row.get("kl") is not None for row in iterates))
+    return found
+
+
+def percent(share):
+    return f"{100 * share:.1f}%"
+
+
+def rises(triple):
+    """Whether the 95% interval of a difference lies above 0; not where there is none."""
+    return triple is not None and triple[1] is not None and triple[1] > 0
+
+
+def falls(triple):
+    """Whether the interval, widened to 99% as a normal's would be, lies below 0: a run has many comparisons, and few are to be false alarms."""
+    return triple is not None and triple[2] is not None and triple[0] + WIDER * (triple[2] - triple[0]) < 0
+
+
+def _shown(triple):
+    return f"{triple[0]:+.3f} [{triple[1]:+.3f}, {triple[2]:+.3f}]"
+
+
+def over_optimised(iterates):
+    """Reward up while gold, a second judge, or the share of prompts that are won falls, against the previous iterate or the start."""
+    todo = ("stop at the iterate before, lower the learning rate or raise beta (PPO: kl_coef), train fewer steps an iteration, or "
+            "use a stronger reward model or several")  # fmt: skip
+    found = []
+    for row in iterates:
+        seen = set()
+        for against in ("previous", "start"):
+            for kind in ("sampled", "greedy"):
+                versus = (row["versus"].get(against) or {}).get(kind) or {}
+                if not rises(versus.get("reward")):
+                    continue
+                for quantity, name in (("gold", "gold"), ("judge", "the second judge's reward")):
+                    if falls(versus.get(quantity)) and quantity not in seen:
+                        seen.add(quantity)
+                        figure = f"{kind} answers: reward {_shown(versus['reward'])}, {name} {_shown(versus[quantity])}"
+                        found.append(Trouble("over_optimised", f"The reward rises while {name} falls",
+                                             _against(row, against), figure, todo))  # fmt: skip
+                win = versus.get("reward_win")
+                if win and win[2] is not None and win[2] < 0.5 and "win" not in seen:
+                    seen.add("win")
+                    figure = f"{kind} answers: reward {_shown(versus['reward'])}, win rate {percent(win[0])} [{percent(win[1])}, {percent(win[2])}]"
+                    found.append(Trouble("win_rate_falls", "The mean reward rises while most prompts are lost", _against(row, against), figure,
+                                         "a few answers carry the mean: read those with the largest rewards, and mend the reward model there"))  # fmt: skip
+    written = [(row, row["sampled"].get("reward"), row["sampled"].get("gold")) for row in iterates]
+    for (_, reward, gold), (row, reward_now, gold_now) in zip(written, written[1:]):  # answers gone, averages left
+        if row["versus"].get("previous", {}).get("sampled") or None in (reward, gold, reward_now, gold_now) or None in (*gold, *gold_now):
+            continue
+        if reward_now[0] > reward[0] and gold_now[2] < gold[1]:
+            found.append(Trouble("over_optimised", "The reward rises while gold falls", f"iterate {row['iterate']} against the previous one",
+                                 f"sampled answers: reward {reward[0]:.3f} → {reward_now[0]:.3f}, gold {gold[0]:.3f} → {gold_now[0]:.3f}", todo))  # fmt: skip
+    return found
+
+
+def _against(row, against):
+    return f"iterate {row['iterate']} against the {against if against == 'start' else 'previous one'}"
+
+
+def judges(iterates):
+    """A gain over the start that the training reward model sees and a second judge does not."""
+    found = []
+    for row in iterates[-1:]:
+        versus = (row["versus"].get("start") or {}).get("sampled") or {}
+        judge = versus.get("judge")
+        if rises(versus.get("reward")) and judge and judge[1] is not None and judge[1] <= 0 and not falls(judge):
+            found.append(Trouble("only_training_reward", "Only the training reward model sees the gain", f"iterate {row['iterate']} against the start",
+                                 f"reward {_shown(versus['reward'])}, second judge {_shown(judge)}",
+                                 "read the held-out answers side by side; train with both reward models, or with more varied preferences"))  # fmt: skip
+    return found
+
+
+def length(iterates, bounds):
+    """Answers that grow beyond the bound, and a gain that equal lengths do not show."""
+    found = []
+    start = next((row["sampled"].get("length") for row in iterates if row["iterate"] == 0), None)
+    for row in iterates[1:]:
+        now = row["sampled"].get("length")
+        if start and now and now > bounds.length_growth * start:
+            found.append(Trouble("length_growth", "The answers grow", f"iterate {row['iterate']}",
+                                 f"{now:.1f} tokens, {now / start:.2f} times the start's {start:.1f} (bound {bounds.length_growth})",
+                                 "choose pairs with a length penalty (choose_type max_min_p with length_penalty) or weigh length down in the loss "
+                                 "(ld_alpha); look at the win rate at equal length"))  # fmt: skip
+    for row in iterates[-1:]:
+        versus = (row["versus"].get("start") or {}).get("sampled") or {}
+        rate = versus.get("lc_win")
+        if rises(versus.get("reward")) and rate and rate[1] <= 0.5:
+            found.append(Trouble("length_only", "The gain may be length alone", f"iterate {row['iterate']} against the start",
+                                 f"win rate {percent(versus['reward_win'][0])}, at equal length {percent(rate[0])} [{percent(rate[1])}, {percent(rate[2])}]",
+                                 "the reward model likes long answers: choose pairs with a length penalty, or correct the reward for length"))  # fmt: skip
+    return found
+
+
+def answers(figures, where, bounds):
+    """Troubles of one rewarded file."""
+    found = []
+
+    def check(key, bad, name, title, figure, todo):
+        if figures.get(key) is not None and bad(figures[key]):
+            found.append(Trouble(name, title, where, figure(figures[key]), todo))
+
+    check("truncated", lambda x: x > bounds.truncated, "truncated", "Many answers are cut off",
+          lambda x: f"{percent(x)} hit the length limit (bound {percent(bounds.truncated)})",
+          "raise max_new_tokens, leave cut answers out of the pairs (drop_truncated), or see why the policy does not end")  # fmt: skip
+    check("looping", lambda x: x > bounds.looping, "looping", "Many answers repeat themselves",
+          lambda x: f"{percent(x)} consist of repetition for half or more (bound {percent(bounds.looping)})",
+          "lower the learning rate; a reward model that likes this needs repeated answers among its negatives")  # fmt: skip
+    if figures.get("K", 0) > 1:
+        check("tied", lambda x: x > bounds.tied, "ties", "Many rewards are ties",
+              lambda x: f"{percent(x)} of the pairs of different answers to a prompt have equal rewards (bound {percent(bounds.tied)})",
+              "the reward cannot tell them apart: use a finer one, or leave such pairs out with min_margin")  # fmt: skip
+        check("all_equal", lambda x: x > bounds.all_equal, "collapsed", "A prompt's rewards are often all equal",
+              lambda x: f"in {percent(x)} of the prompts (bound {percent(bounds.all_equal)})",
+              "these prompts teach nothing: raise the temperature or K, and see whether the reward model still tells answers apart")  # fmt: skip
+        check("different_texts", lambda x: x < bounds.different_texts, "few_distinct", "Few different answers",
+              lambda x: f"on average {percent(x)} of a prompt's {figures['K']} answers differ (bound {percent(bounds.different_texts)})",
+              "raise the temperature or top_p, or go back to an iterate that still varies")  # fmt: skip
+    for key, end in (("at_top", "largest"), ("at_bottom", "smallest")):
+        check(key, lambda x: figures.get("responses", 0) >= 20 and x > bounds.at_end, "saturated", "The rewards are saturated",
+              lambda x, end=end: f"{percent(x)} equal the {end} reward of the file (bound {percent(bounds.at_end)})",
+              "the scale is used up: use harder prompts, or a reward without a ceiling (the logit instead of a probability)")  # fmt: skip
+    check("null_share", lambda x: x > bounds.null_share, "null_rewards", "Rewards are missing",
+          lambda x: f"{percent(x)} of the rewards are null (bound {percent(bounds.null_share)})",
+          "see the skipped files and the log of annotation; answers that are too long for the reward model are the usual cause")  # fmt: skip
+    return found
+
+
+def variety(iterates, bounds):
+    """Fewer different 2-grams than at the start, beyond what the bound allows."""
+    start = next((row["sampled"].get("distinct_2") for row in iterates if row["iterate"] == 0), None)
+    return [
+        Trouble("few_distinct", "The answers become alike", f"iterate {row['iterate']}",
+                f"distinct 2-grams {now:.4f}, {now / start:.2f} times the start's {start:.4f} (bound {bounds.distinct_2})",
+                "look at the answers side by side; lower the learning rate or raise beta")  # fmt: skip
+        for row in iterates[1:]
+        if start and (now := row["sampled"].get("distinct_2")) is not None and now < bounds.distinct_2 * start
+    ]  # fmt: skip
+
+
+def drift(kl, per_token, where, bounds):
+    """KL beyond its bound."""
+    if (kl is None or kl <= bounds.kl) and (per_token is None or per_token <= bounds.kl_per_token):
+        return []
+    figure = f"{kl:.1f} nats per response (bound {bounds.kl:g})" if kl is not None else ""
+    figure += f", {per_token:.2f} per token (bound {bounds.kl_per_token:g})" if per_token is not None else ""
+    return [Trouble("kl", "The policy is far from the reference", where, figure.strip(", "),
+                    "raise beta (PPO: kl_coef or kl_target), lower the learning rate, or train fewer steps")]  # fmt: skip
+
+
+def training(row, bounds):
+    """Troubles of one iteration's optimisation."""
+    found, where = [], f"iteration {row['iteration']}"
+    if row.get("eval_accuracy") is not None and row["eval_accuracy"] < bounds.accuracy:
+        count = f" of {row['eval_pairs']} pairs" if row.get("eval_pairs") else ""
+        found.append(Trouble("eval_accuracy", "Accuracy on held-out pairs is below chance", where, f"{percent(row['eval_accuracy'])}{count}",
+                             "chosen and rejected may be swapped, or the pairs be noise: read them, raise min_margin, lower the learning rate"))  # fmt: skip
+    if row.get("not_finite"):
+        found.append(Trouble("not_finite", "Training met numbers that are not finite", where, f"{row['not_finite']} entries of its log",
+                             "lower the learning rate, train in bfloat16 rather than float16, or look for broken records"))  # fmt: skip
+    return found
+
+
+def collapse(trainings, bounds):
+    """The spread of a prompt's rewards, against the first iteration's."""
+    known = [(row["iteration"], row["rewards"].get("spread")) for row in trainings if row["rewards"].get("spread") is not None]
+    return [
+        Trouble("collapsed", "The rewards of a prompt have drawn together", f"iteration {i}, training responses",
+                f"their spread is {spread:.4f}, {spread / known[0][1]:.2f} times the first iteration's (bound {bounds.spread})",
+                "there is little left to prefer: raise the temperature, use harder prompts, or stop here")  # fmt: skip
+        for i, spread in known[1:]
+        if known[0][1] > 0 and spread < bounds.spread * known[0][1]
+    ]  # fmt: skip
+
+
+def ppo(log, where, bounds, kl_known):
+    """Troubles of PPO's own log; KL only where no iterate has its own figure."""
+    found = []
+    if not log:
+        return found
+    last = log[-1]
+    if not kl_known:
+        found += drift(last.get("kl"), None, f"{where}, PPO's last rollout", bounds)
+    if isinstance(last.get("truncated_fraction"), (int, float)) and last["truncated_fraction"] > bounds.truncated:
+        found.append(Trouble("truncated", "Many answers are cut off", f"{where}, PPO's last rollout",
+                             f"{percent(last['truncated_fraction'])} hit the length limit (bound {percent(bounds.truncated)})",
+                             "raise max_new_tokens, or set missing_eos_penalty"))  # fmt: skip
+    entropies = [entry["entropy"] for entry in log if isinstance(entry.get("entropy"), (int, float))]
+    if len(entropies) > 1 and entropies[0] > 0 and entropies[-1] < bounds.entropy * entropies[0]:
+        found.append(Trouble("entropy", "The policy has become nearly certain", f"{where}, PPO",
+                             f"entropy {entropies[0]:.3f} → {entropies[-1]:.3f} nats per token (bound {bounds.entropy} of the start)",
+                             "raise kl_coef, lower the learning rate, or train fewer passes over a rollout"))  # fmt: skip
+    return found

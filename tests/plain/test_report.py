@@ -1,0 +1,477 @@
+"""report/: statistics against independent computations, planted trouble is named and a healthy run has none, half-finished and
+damaged runs, PPO, several runs, and what stands in the page. Needs numpy, torch (as an oracle), jinja2 and plotly."""
+
+import html
+import itertools
+import json
+import math
+import random
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+np = pytest.importorskip("numpy")
+pytest.importorskip("plotly")
+
+import report_runs as runs
+
+from common.cli import UserError
+from report import charts, figures, make_report, measures, metrics, page, run_data, samples, troubles
+from report.definitions import DEFINITIONS
+
+EVIL = "</script><img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
+
+
+def arrays(rng, prompts=40, K=4, shift=0.0):
+    return {f"p{i}": np.array([rng.gauss(shift, 1) for _ in range(K)]) for i in range(prompts)}
+
+
+def read(folder, **more):
+    run = run_data.read_run(folder, **more)
+    return run, figures.of_iterates(run), figures.of_trainings(run)
+
+
+def names(folder, bounds=None):
+    run, iterates, trainings = read(folder)
+    return {trouble.name for trouble in troubles.find(run, iterates, trainings, bounds)}
+
+
+# ---- Statistics ------------------------------------------------------------------------------------------------------
+
+
+def test_wins_are_counted_pair_by_pair():
+    rng = random.Random(0)
+    a = {i: np.array([float(rng.randrange(5)) for _ in range(3)]) for i in range(30)}
+    b = {i: np.array([float(rng.randrange(5)) for _ in range(4)]) for i in range(5, 40)}
+    got = measures.wins(a, b)
+    assert set(got) == set(range(5, 30))
+    for key, share in got.items():
+        assert share == pytest.approx(sum(1.0 if y > x else 0.5 if y == x else 0.0 for x in a[key] for y in b[key]) / 12, abs=1e-12)
+    back = measures.wins(b, a)
+    assert all(got[key] + back[key] == pytest.approx(1) for key in got)
+
+
+def test_logistic_regression_is_torchs_minimum():
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    x = np.stack([np.ones(300), rng.normal(size=300)], 1)
+    y = rng.choice([0.0, 0.5, 1.0], 300, p=[0.2, 0.1, 0.7])
+    w, covariance = measures.fit_logistic(x, y)
+    tx, ty, tw = torch.tensor(x), torch.tensor(y), torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([tw], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe")
+
+    def loss():
+        return torch.nn.functional.binary_cross_entropy_with_logits(tx @ tw, ty, reduction="sum") + measures.RIDGE / 2 * (tw @ tw)
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    assert w == pytest.approx(tw.detach().numpy(), abs=1e-7)
+    hessian = torch.autograd.functional.hessian(
+        lambda v: torch.nn.functional.binary_cross_entropy_with_logits(tx @ v, ty, reduction="sum") + measures.RIDGE / 2 * (v @ v), tw.detach()
+    )
+    scores = x * (y - 1 / (1 + np.exp(-x @ w)))[:, None]
+    bread = np.linalg.inv(hessian.numpy())
+    assert covariance == pytest.approx(bread @ scores.T @ scores @ bread, rel=1e-6)
+
+
+def test_logistic_regression_of_a_clean_sweep_is_finite():
+    w, covariance = measures.fit_logistic(np.ones((50, 1)), np.ones(50))
+    assert 5 < w[0] < 30 and np.isfinite(covariance).all()
+
+
+def test_clustered_errors_are_those_of_the_bootstrap():
+    """Rows that repeat within a prompt: the interval must be that of resampled prompts, twice that of rows taken as independent."""
+    rng = np.random.default_rng(3)
+    y = np.repeat(rng.random(150) < 0.6, 4).astype(float)
+    groups = np.repeat(np.arange(150), 4)
+    _, clustered = measures.fit_logistic(np.ones((600, 1)), y, groups)
+    _, naive = measures.fit_logistic(np.ones((600, 1)), y)
+    assert math.sqrt(clustered[0, 0] / naive[0, 0]) == pytest.approx(2, rel=0.02)
+    draws = [measures.fit_logistic(np.ones((600, 1)), y.reshape(150, 4)[rng.integers(0, 150, 150)].ravel())[0][0] for _ in range(400)]
+    assert math.sqrt(clustered[0, 0]) == pytest.approx(statistics.stdev(draws), rel=0.15)
+
+
+def test_length_controlled_win_rate_takes_length_out():
+    rng = np.random.default_rng(1)
+
+    def world(gain, per_token, longer):
+        old_n, new_n = ({i: np.clip(rng.normal(m, 25, 4), 1, None) for i in range(400)} for m in (100, 100 + longer))
+        old = {i: per_token * old_n[i] + rng.logistic(size=4) for i in range(400)}
+        new = {i: per_token * new_n[i] + gain + rng.logistic(size=4) for i in range(400)}
+        return measures.mean_interval(measures.wins(old, new)), measures.length_controlled_win_rate(old, new, old_n, new_n)
+
+    plain, controlled = world(0.0, 0.05, 30)  # length alone
+    assert plain[1] > 0.6 and controlled[1] < 0.5 < controlled[2]
+    plain, controlled = world(1.0, 0.0, 30)  # length plays no part: both say the same
+    assert controlled[0] == pytest.approx(plain[0], abs=0.03) and controlled[1] > 0.55
+    plain, controlled = world(1.5, 0.05, -30)  # better and shorter, by a reward that likes length
+    assert controlled[0] > plain[0] + 0.1
+    assert world(0.0, 0.0, 400)[1] is None  # hardly any comparison on one side of equal length
+    assert measures.length_controlled_win_rate({1: np.ones(2)}, {1: np.ones(2)}, {1: np.ones(2)}, {1: np.ones(2)}) is None
+
+
+def test_best_of_k_is_the_mean_over_all_subsets():
+    rng = random.Random(2)
+    values = {i: np.array([float(rng.randrange(6)) for _ in range(6)]) for i in range(8)} | {"short": np.array([99.0])}
+    gold = {i: np.array([rng.random() for _ in own]) for i, own in values.items()}
+    curve, other = measures.best_of(values), measures.best_of(values, gold)
+    for k in range(1, 7):
+        best, chosen = [], []
+        for i in range(8):
+            subsets = list(itertools.combinations(range(6), k))
+            best.append(statistics.fmean(max(values[i][j] for j in s) for s in subsets))
+            # ties share evenly: all orders of equal values are alike, so shuffle them exactly by averaging within a value
+            fair = {v: statistics.fmean(gold[i][j] for j in range(6) if values[i][j] == v) for v in values[i]}
+            chosen.append(statistics.fmean(fair[max(values[i][j] for j in s)] for s in subsets))
+        assert curve[k - 1] == pytest.approx(statistics.fmean(best), abs=1e-12)
+        assert other[k - 1] == pytest.approx(statistics.fmean(chosen), abs=1e-12)
+    assert measures.best_of({}) == []
+
+
+def test_ngrams_by_hand():
+    assert measures.tokens("Don't stop, 日本 go") == ["Don", "'", "t", "stop", ",", "日", "本", "go"]
+    assert measures.distinct(["a b a b", "a b"], 2) == 2 / 4
+    assert measures.distinct(["a"], 2) is None
+    assert measures.repetition("a b c d a b c d a b c d") == pytest.approx(1 - 4 / 9)
+    assert measures.repetition("too short") == 0.0 and measures.repetition("one two three four five") == 0.0
+
+
+def test_ties_spread_ends_and_correlation_against_plain_loops():
+    rng = random.Random(4)
+    texts = [[rng.choice("abc") for _ in range(5)] for _ in range(60)]
+    rewards = [[rng.choice([0.0, 1.0, 2.0, math.nan]) for _ in range(5)] for _ in range(60)]
+    for own, values in zip(texts, rewards):
+        couples = [(i, j) for i in range(5) for j in range(i) if own[i] != own[j] and not math.isnan(values[i]) and not math.isnan(values[j])]
+        assert run_data.ties(own, values) == (len(couples), sum(values[i] == values[j] for i, j in couples))
+    flat, offsets = np.array(sum(rewards, [])), np.arange(0, 301, 5)
+    known = [[v for v in values if not math.isnan(v)] for values in rewards]
+    spreads = [statistics.pstdev(v) for v in known if len(v) > 1]
+    assert measures.spread_within(flat, offsets) == pytest.approx((statistics.fmean(spreads), sum(s == 0 for s in spreads) / len(spreads)))
+    all_known = sum(known, [])
+    assert measures.at_the_ends(flat) == (all_known.count(2.0) / len(all_known), all_known.count(0.0) / len(all_known))
+    lengths = np.array([rng.randrange(1, 50) for _ in range(300)])
+    xs, ys = [], []
+    for n, values in enumerate(rewards):
+        own = [(v, float(lengths[5 * n + k])) for k, v in enumerate(values) if not math.isnan(v)]
+        if own:
+            means = [statistics.fmean(c) for c in zip(*own)]
+            xs += [v - means[0] for v, _ in own]
+            ys += [size - means[1] for _, size in own]
+    assert measures.length_correlation(flat, lengths, offsets) == pytest.approx(statistics.correlation(xs, ys), abs=1e-9)
+    assert measures.length_correlation(np.ones(10), np.arange(10), np.array([0, 10])) is None
+
+
+def test_histogram_and_bins_hold_every_value():
+    values = np.array([0.0, 0.5, 1.0, 1.0, math.nan, 3.0])
+    edges, shares = measures.histogram(values, 4, 0.0, 2.0)
+    assert edges == [0.0, 0.5, 1.0, 1.5, 2.0] and shares == pytest.approx([0.2, 0.2, 0.4, 0.2])
+    assert sum(measures.histogram(np.ones(7))[1]) == pytest.approx(1) and measures.histogram([math.nan]) == ([], [])
+    lengths = np.array([3, 4, 5, 6, 7, 8, 9, 10, 11, 12] * 10)
+    found = measures.by_length(lengths * 2.0, lengths, measures.length_edges(lengths, 5))
+    assert sum(n for *_, n in found) == 100 and all(reward == pytest.approx(2 * length) for length, reward, _ in found)
+
+
+def test_intervals_are_those_of_the_terminals_table():
+    rng = random.Random(5)
+    a, b = ({i: rng.gauss(0, 1) for i in range(100)} for _ in range(2))
+    assert measures.difference(a, b) == metrics.paired_bootstrap(a, b)
+    assert measures.mean_interval(a) == metrics.paired_bootstrap(dict.fromkeys(a, 0.0), a)
+    assert measures.mean_interval({1: 2.0}) == (2.0, None, None) and measures.mean_interval({}) is None
+    assert measures.difference(a, {}) is None
+
+
+def test_differences_of_settings():
+    got = measures.differing([{"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 5, "d": 3}, "e": [1]}])
+    assert got == {"b.c": [2, 5], "e": [None, [1]]}
+
+
+# ---- Reading ---------------------------------------------------------------------------------------------------------
+
+
+def test_figures_are_those_of_the_files(tmp_path):
+    """Everything the page says of iterate 2, once more from the JSONL files."""
+    folder = runs.make_run(tmp_path / "run", judge=lambda i: 0.3 * i)
+    run, iterates, trainings = read(folder)
+    raw = {i: [json.loads(line) for line in (folder / f"iter{i}/heldout_sampled.rewarded.jsonl").read_text().splitlines()] for i in (0, 2)}
+    got = iterates[2]["sampled"]
+    means = [statistics.fmean(row["rewards"]) for row in raw[2]]
+    assert got["reward"][0] == pytest.approx(statistics.fmean(means))
+    error = statistics.pstdev(means) / math.sqrt(len(means))
+    assert got["reward"][1:] == pytest.approx((statistics.fmean(means) - 1.96 * error, statistics.fmean(means) + 1.96 * error), abs=0.2 * error)
+    golds = [float(text.split("gold=")[1].split()[0]) for row in raw[2] for text in row["responses"]]
+    assert got["gold"][0] == pytest.approx(statistics.fmean(golds))
+    assert got["length"] == statistics.fmean(n for row in raw[2] for n in row["num_tokens"])
+    versus = iterates[2]["versus"]["start"]["sampled"]
+    assert versus["reward"][0] == pytest.approx(statistics.fmean(means) - statistics.fmean(statistics.fmean(row["rewards"]) for row in raw[0]))
+    won = statistics.fmean(float(y > x) for old, new in zip(raw[0], raw[2]) for x in old["rewards"] for y in new["rewards"])
+    assert versus["reward_win"][0] == pytest.approx(won)
+    assert got["best_of"][-1] == pytest.approx(statistics.fmean(max(row["rewards"]) for row in raw[2]))
+    assert trainings[0]["margin"] == pytest.approx(statistics.fmean(
+        max(row["rewards"]) - min(row["rewards"]) for row in map(json.loads, (folder / "iter1/rewarded.jsonl").read_text().splitlines())))  # fmt: skip
+    assert iterates[2]["sampled"]["judge"] is not None and "judge_win" in versus
+
+
+def test_stages_say_what_was_working(tmp_path):
+    folder = runs.make_run(tmp_path / "run")
+    with open(folder / "stages.jsonl", "a") as file:
+        file.write('{"iteration": 2, "stage": "evaluate", "seconds": 10, "finished": ""}\nhalf a li')
+    rows = {(row["iteration"], row["stage"]): row for row in figures.of_stages(run_data.read_run(folder))}
+    assert rows[1, "evaluate"]["seconds"] == 30 and rows[1, "evaluate"]["work"] == 15 and rows[1, "evaluate"]["waiting"] == 0.5
+    assert rows[2, "evaluate"]["seconds"] == 40  # a stage that was taken up again counts both times
+    assert rows[1, "train"]["work"] == 6 and rows[1, "train"]["waiting"] == 0.5 and rows[1, "train"]["tokens_per_second"] == 1000
+    assert rows[1, "train"]["gpus"] == 0 and rows[1, "train"]["gpu_hours"] == 0
+    manifest = json.loads((folder / "iter1/model.manifest.json").read_text())
+    runs.write_json(folder / "iter1/model.manifest.json", manifest | {"versions": {"torch": "2.13.0"}, "num_processes": 8})
+    rows = {(row["iteration"], row["stage"]): row for row in figures.of_stages(run_data.read_run(folder))}
+    assert rows[1, "train"]["gpu_hours"] == pytest.approx(8 * 12 / 3600)
+
+
+def test_durations_in_logs_are_read_back(tmp_path):
+    from common.progress import duration
+
+    for seconds in (0, 9, 60, 95, 3600, 7380):
+        (tmp_path / "a.log").write_text(f"$ x\nsampled 10 tokens in {duration(seconds)}, 1 tokens/s\nscored 3 records (9 responses) in 2s, 1 responses/s\n")
+        assert run_data.worked_seconds(tmp_path / "a.log") == seconds + 2
+    (tmp_path / "a.log").write_text("a model said: sampled 10 tokens in 5s\n")
+    assert run_data.worked_seconds(tmp_path / "a.log") is None
+
+
+def test_damaged_lines_are_counted_and_named(tmp_path):
+    folder = runs.make_run(tmp_path / "run")
+    path = folder / "iter1" / "heldout_sampled.rewarded.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    odd = [b'{"id": "x"}\n', b"[1]\n", b"\xff\xfe\n", b'{"prompt": [1], "responses": ["a"], "rewards": [1]}\n']
+    path.write_bytes(b"".join(odd + lines[:-1]) + lines[-1][:50])
+    run, iterates, _ = read(folder)
+    assert "iter1/heldout_sampled.rewarded.jsonl: 5 lines cannot be read" in run.missing
+    assert iterates[1]["sampled"]["prompts"] == 59
+    (folder / "iter2" / "metrics.json").write_text("{half")
+    (folder / "iter2" / "heldout_greedy.rewarded.jsonl").write_text("")
+    (folder / "loop.yaml").write_text("a: [")
+    run, _, _ = read(folder)
+    assert any("iter2/metrics.json cannot be read" in text for text in run.missing) and any("the settings" in text for text in run.missing)
+
+
+def test_the_sample_is_the_same_for_every_file_and_order():
+    rng, keys = random.Random(0), [f"k{i}" for i in range(500)]
+    first = run_data.Sample(20)
+    for key in keys:
+        first.add(key, key)
+    rng.shuffle(keys)
+    second, other = run_data.Sample(20), run_data.Sample(20, seed=1)
+    for key in keys:
+        second.add(key, key)
+        other.add(key, key)
+    assert first.records() == second.records() == sorted(keys, key=run_data.sample_hash)[:20] != other.records()
+    none = run_data.Sample(0)
+    none.add("a", "a")
+    assert none.records() == []
+
+
+def test_texts_held_do_not_follow_the_file(tmp_path):
+    runs.rewarded(tmp_path / "r.jsonl", "p", prompts=300)
+    found = run_data.read_answers(tmp_path / "r.jsonl", keep=10)
+    assert len(found.kept) == 10 and len(found.ids) == 300 and len(found.rewards) == 1200
+
+
+# ---- Trouble ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_healthy_run_has_no_warning(tmp_path):
+    assert names(runs.make_run(tmp_path / "run", iterations=3, judge=lambda i: 0.4 * i, kl=lambda i: 3.0 * i)) == set()
+
+
+def _length(i):
+    return {"shift": 0.0, "gold": 0.5, "words": 30 + 12 * i, "reward_of_length": 0.1}
+
+
+@pytest.mark.parametrize(
+    "name, more",
+    [
+        ("length_growth", {"plan": _length}),
+        ("length_only", {"plan": lambda i: _length(i) | {"words": 30 + 2 * i}, "prompts": 150}),
+        ("over_optimised", {"plan": lambda i: {"shift": i, "gold": [0.4, 0.5, 0.35][i]}}),
+        ("over_optimised", {"judge": lambda i: -0.8 * i}),
+        ("only_training_reward", {"judge": lambda i: 0.0}),
+        ("ties", {"training": lambda i: {"ties": True}}),
+        ("collapsed", {"training": lambda i: {"ties": True}}),
+        ("saturated", {"training": lambda i: {"saturated": True}}),
+        ("kl", {"kl": lambda i: 40.0 * i}),
+        ("truncated", {"plan": lambda i: {"shift": i, "gold": 0.4 + i / 10, "cut": 0.4 if i == 2 else 0}}),
+        ("eval_accuracy", {"accuracy": 0.4}),
+        ("few_distinct", {"plan": lambda i: {"shift": i, "gold": 0.4 + i / 10, "same": i == 2}}),
+        ("looping", {"plan": lambda i: {"shift": i, "gold": 0.4, "loops": i == 2}}),
+    ],
+)
+def test_planted_trouble_is_named(tmp_path, name, more):
+    assert name in names(runs.make_run(tmp_path / "run", **more))
+
+
+def test_shrinking_spread_is_a_collapse(tmp_path):
+    folder = runs.make_run(tmp_path / "run", iterations=2)
+    rows = [json.loads(line) for line in (folder / "iter2/rewarded.jsonl").read_text().splitlines()]
+    runs.write(folder / "iter2/rewarded.jsonl", [row | {"rewards": [5 + r / 50 for r in row["rewards"]]} for row in rows])
+    assert names(folder) == {"collapsed"}
+
+
+def test_a_rising_mean_that_loses_most_prompts_is_named(tmp_path):
+    folder = runs.make_run(tmp_path / "run", iterations=1, plan=lambda i: {"shift": 0.0, "gold": 0.4})
+    for kind in ("sampled", "greedy"):
+        rows = [json.loads(line) for line in (folder / f"iter0/heldout_{kind}.rewarded.jsonl").read_text().splitlines()]
+        changed = [row | {"rewards": [r + (9 if n % 4 == 0 else -0.9) for r in row["rewards"]]} for n, row in enumerate(rows)]
+        runs.write(folder / f"iter1/heldout_{kind}.rewarded.jsonl", changed)
+    assert "win_rate_falls" in names(folder)
+
+
+def test_a_fall_that_chance_may_have_made_is_none():
+    """A run is looked at many times, so that a fall is one at 99%: 1.31 times the 95% interval."""
+    assert troubles.falls((-1.0, -1.9, -0.1)) is False and troubles.falls((-1.0, -1.7, -0.3)) is True
+    assert troubles.rises((1.0, 0.1, 1.9)) is True and not troubles.falls(None) and not troubles.rises((1.0, None, None))
+
+
+def test_bounds_can_be_set(tmp_path):
+    folder = runs.make_run(tmp_path / "run", kl=lambda i: 40.0 * i)
+    assert "kl" not in names(folder, troubles.Bounds(kl=100, kl_per_token=10))
+    run, iterates, trainings = read(folder)
+    [trouble] = [t for t in troubles.find(run, iterates, trainings) if t.name == "kl" and t.where == "iterate 2"]
+    assert "80.0 nats per response (bound 50)" in trouble.figure and "beta" in trouble.todo
+
+
+# ---- Half-finished, PPO, several -------------------------------------------------------------------------------------
+
+
+def build(*folders, target, **more):
+    args = make_report.Arguments(runs=[str(f) for f in folders], output_dir=str(target), **more)
+    make_report.make(args)
+    return Path(target).read_text(encoding="utf-8")
+
+
+def test_half_finished_runs(tmp_path):
+    folder = runs.make_run(tmp_path / "run", iterations=3, upto=1)
+    text = build(folder, target=tmp_path / "a.html")
+    assert "iterate 3 has not been evaluated" in text and "iterate 1 has not" not in text
+    assert "KL to the reference (iterN/divergence.json)" in text and "a second judge" in text
+    for name in ("heldout_sampled.rewarded.jsonl", "heldout_greedy.rewarded.jsonl"):
+        (folder / "iter1" / name).unlink()
+    runs.write_json(folder / "iter1/metrics.json", {"sampled": {"reward": 1.5, "reward_se": 0.1, "gold": 0.5, "length": 40.0}, "greedy": {}})
+    run, iterates, _ = read(folder)
+    assert iterates[1]["sampled"]["reward"] == (1.5, 1.5 - 0.196, 1.5 + 0.196)
+    assert "the sampled and greedy held-out answers of iterate 1" in build(folder, target=tmp_path / "b.html")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "loop.yaml").write_text("iterations: 2\n")
+    text = build(bare, target=tmp_path / "c.html")
+    assert "iterate 0 has not been evaluated" in text and "stages.jsonl" in text
+    (bare / "iter1").mkdir()
+    build(bare, target=tmp_path / "c.html")
+
+
+def test_a_ppo_run(tmp_path):
+    folder = runs.make_run(tmp_path / "run", iterations=1, kind="ppo")
+    run, iterates, trainings = read(folder)
+    assert run.kind == "ppo" and iterates[1]["kl"] == 4.0 and trainings[0]["ppo"]["step"] == 20
+    assert names(folder) == set()
+    text = build(folder, target=tmp_path / "a.html")
+    assert "PPO: reward" in text and "dpo_loss" not in text and "PPO&#39;s log" not in text.split("Notes: what")[0]
+    rows = [json.loads(line) for line in (folder / "iter1/model.log.jsonl").read_text().splitlines()]
+    runs.write(folder / "iter1/model.log.jsonl", [row | {"entropy": 1 / (1 + row["step"]), "kl": 9.0 * row["step"]} for row in rows])
+    assert {"entropy", "kl"} <= names(folder)
+
+
+def test_several_runs(tmp_path):
+    one = runs.make_run(tmp_path / "one")
+    two = runs.make_run(tmp_path / "two", settings={"seed": 7})
+    text = build(one, two, target=tmp_path / "a.html")
+    assert "What differs between the runs" in text and "one, iterate 0" in text and "two, iterate 2" in text
+    table = text.split("<caption>What differs between the runs")[1].split("</table>")[0]
+    assert ">seed<" in table and "<td>0</td><td>7</td>" in table and "temperature" not in table
+    with pytest.raises(UserError, match="say where the page goes"):
+        make_report.check(make_report.Arguments(runs=[str(one), str(two)]))
+
+
+# ---- The page --------------------------------------------------------------------------------------------------------
+
+
+def test_every_heading_and_chart_has_its_definition(tmp_path):
+    run, iterates, trainings = read(runs.make_run(tmp_path / "run", judge=lambda i: 0.1 * i, kl=lambda i: float(i)))
+    tables = [(run, iterates, trainings, figures.of_stages(run))]
+    plain = {"run", "stage", "prompts", "K", "GPUs", "setting", "package", run.name}
+    for _, one in page.tables_of(tables):
+        for key, heading in one["columns"]:
+            assert key in DEFINITIONS if key else heading in plain, heading
+    made = charts.of_runs(tables)
+    assert len({chart["key"] for _, chart in made}) == len(made) > 15
+    assert all(chart["definition"] in DEFINITIONS for _, chart in made)
+    assert all(key in DEFINITIONS for key, *_ in figures.in_short(*tables[0][:2], tables[0][3]))
+
+
+def test_text_of_a_model_stays_in_its_block(tmp_path):
+    folder = runs.make_run(tmp_path / EVIL.replace("/", "∕"))
+    path = folder / "iter2" / "heldout_greedy.rewarded.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    runs.write(path, [row | {"responses": [EVIL + "\u2028 gold=0.5 end"], "prompt": [{"role": EVIL, "content": EVIL}]} for row in rows])
+    text = build(folder, target=tmp_path / "a.html")
+    assert "<img src=x" not in text and "</script><img" not in text and "\u2028" not in text
+    blocks = re.findall(r'<script type="application/json" id="([\w-]+)">(.*?)</script>', text, re.DOTALL)
+    assert [name for name, _ in blocks] == ["charts-data", "samples-data"]
+    for _, block in blocks:
+        assert not re.search(r"[<>&]", block) and block.isascii()
+        json.loads(block)
+    shown = json.loads(dict(blocks)["samples-data"])
+    assert any(EVIL in answer["t"][0] for entry in shown["heldout"] for column in entry["a"] for answer in column["r"])
+
+
+def test_nothing_in_the_page_is_fetched(tmp_path):
+    text = build(runs.make_run(tmp_path / "run"), target=tmp_path / "a.html")
+    own = re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)
+    assert not re.search(r'(?:src|href)="(?!#|data:)', own) and "url(" not in own and "@import" not in own
+    assert text.count("* plotly.js v") == 1
+    assert "default-src 'none'" in html.unescape(text)
+
+
+def test_samples_fit_their_room_and_pairs_are_marked(tmp_path):
+    folder = runs.make_run(tmp_path / "run", prompts=80)
+    run = run_data.read_run(folder)
+    found = samples.collect([run], 40, 6.0)
+    assert len(found["heldout"]) == 40 and len(found["training"]) == 40 and found["left_out"] == 0
+    for entry in found["training"]:
+        [[chosen, rejected, margin]] = entry["pairs"]
+        values = [one["r"] for one in entry["r"]]
+        assert values[chosen] == max(values) and values[rejected] == min(values)
+        assert margin == pytest.approx(max(values) - min(values), abs=2e-4)
+    assert all([a["col"] for a in entry["a"] if a["kind"] == "greedy"] == [0, 1, 2] for entry in found["heldout"])
+    small = samples.collect([run], 40, 0.05)
+    assert 0 < len(json.dumps(small)) < 0.055e6 and small["left_out"] > 0
+    assert {entry["i"] for entry in small["training"]} == {1, 2}
+    assert samples.cut("x" * 5000) == ["x" * 4000, 1000]
+
+
+def test_the_command(tmp_path):
+    folder = runs.make_run(tmp_path / "run", plan=_length)
+
+    def script(*arguments):
+        command = [sys.executable, str(ROOT / "report" / "make_report.py"), *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        return done.returncode, done.stdout, done.stderr
+
+    code, out, err = script(folder)
+    assert (code, err) == (0, "") and "warning: run, iterate 2: the answers grow" in out and "not there: run: KL" in out
+    assert (folder / "report" / "index.html").is_file() and not list((folder / "report").glob("*.tmp"))
+    cases = [((), "no run was given"), ((tmp_path / "no",), "no such run"), ((tmp_path,), "no run's folder; there is"), ((folder, folder), "given twice"),
+             ((folder, "--bounds", '{"lenght_growth": 2}'), "did you mean 'length_growth'"), ((folder, "--sample", "3"), "did you mean '--samples'"),
+             ((folder, "--output_dir", tmp_path), "is a folder"), ((folder, "--samples", "-1"), "must not be negative")]  # fmt: skip
+    for arguments, message in cases:
+        code, out, err = script(*arguments)
+        assert code == 2 and out == "" and err.count("\n") == 1 and message in err, err
