@@ -33,40 +33,56 @@ CLIENT = ("concurrency", "timeout", "retries", "give_up_after")  # what `servers
 
 
 @dataclasses.dataclass(kw_only=True)
-class LoopSettings:
+class RunSettings:
+    """What every run has: models, prompts, and how its policies are evaluated. ppo/run.py builds on it too."""
+
     run_dir: str = arg(help="folder of the run")
-    iterations: int = arg(3, "iterations in all; a finished run can be given more")
     model_name_or_path: str = arg(help="the policy to start from: hub name or folder")
     reward_name_or_path: list[str] | None = arg(None, "reward models: hub names or folders; none where annotation.reward_function scores alone")
-    prompts: list[str] = arg(help="prompt sets, one an iteration; with more iterations they are taken in turn")
+    prompts: list[str] = arg(help="prompt sets")
     heldout_prompts: str = arg(help="prompts for evaluation only")
     seed: int = arg(42, "seed of the run; sampling, pair selection and training derive theirs from it")
-    reference: str = arg("initial", "reference policy of the loss: the starting policy or the previous iterate", ["initial", "previous"])
-    train_on: str = arg("new", "pairs of this iteration only, or of all so far", ["new", "all"])
     generation: dict = arg({}, "arguments of generation/get_hf2.py; --generation.K 4")
     generation_backend: str = arg("engine", "an engine in each process (get_hf2.py), or API servers and a client (gen_hf.py)", ["engine", "servers"])
     server_port: int = arg(8000, "port of the first API server; the others follow")
     servers: dict = arg({}, f"arguments of generation/gen_hf.py that tell how it asks: {', '.join(CLIENT)}")
     heldout: dict = arg({}, "arguments of the held-out sampling that differ from `generation`")
     annotation: dict = arg({}, "arguments of annotate_data/get_rewards.py")
-    training: str = arg("configs/training.yaml", "YAML of dpo_iteration/run_dpo.py")
-    training_args: dict = arg({}, "arguments that stand in place of that YAML's; --training_args.learning_rate 1e-6")
-    accelerate_config: str = arg("configs/zero2.yaml", "accelerate's YAML for training")
     num_shards: int | None = arg(None, "generation processes; None: one per group of tensor_parallel_size GPUs, 1 without a GPU")
     num_processes: int | None = arg(None, "annotation and training processes; None: one per GPU, 1 without a GPU")
     without_gpu: bool = arg(False, "this run may use the CPU where there is no GPU (small models only)")
     setup_command: str | None = arg(None, "run once in environment rlhflow before anything else; must be quick when there is nothing to do")
     gold_function: str | None = arg(None, "path.py:name of gold(messages, response) → score, where the task has one")
-    keep_iterates: int | None = arg(None, "keep the weights of the last so many iterates; None: of all")
     allow_overlap: bool = arg(False, "accept prompts that stand in both the training and the held-out sets")
     model_size_b: float | None = arg(None, "billions of parameters, for --check's estimates where the hub is not reached")
 
 
+@dataclasses.dataclass(kw_only=True)
+class LoopSettings(RunSettings):
+    prompts: list[str] = arg(help="prompt sets, one an iteration; with more iterations they are taken in turn")
+    iterations: int = arg(3, "iterations in all; a finished run can be given more")
+    reference: str = arg("initial", "reference policy of the loss: the starting policy or the previous iterate", ["initial", "previous"])
+    train_on: str = arg("new", "pairs of this iteration only, or of all so far", ["new", "all"])
+    training: str = arg("configs/training.yaml", "YAML of dpo_iteration/run_dpo.py")
+    training_args: dict = arg({}, "arguments that stand in place of that YAML's; --training_args.learning_rate 1e-6")
+    accelerate_config: str = arg("configs/zero2.yaml", "accelerate's YAML for training")
+    keep_iterates: int | None = arg(None, "keep the weights of the last so many iterates; None: of all")
+
+
 class Run:
-    """Paths, arguments and state of one run."""
+    """Paths, arguments and state of one run of the loop; ppo/run.py has that of PPO."""
+
+    Settings = LoopSettings
+    example = "bash run_loop.sh configs/loop_tiny.yaml"  # what a machine without GPUs can do
 
     def __init__(self, settings):
         self.settings, self.folder = settings, Path(settings.run_dir)
+
+    def stages(self, i):
+        """Names of iteration i's stages, in order; none behind the last iteration."""
+        if i > self.settings.iterations:
+            return ()
+        return STAGES if i else ("evaluate",)
 
     def iterate(self, i):
         """The policy after iteration i; 0 is the start."""
@@ -88,6 +104,10 @@ class Run:
             common | {"output_dir": self.path(i, "heldout_sampled.generated.jsonl")},
             greedy | {"output_dir": self.path(i, "heldout_greedy.generated.jsonl")},
         ]
+
+    def jobs(self, i):
+        """All sampling that concerns iterate i, for the checks and the servers that do it."""
+        return [self.responses_job(max(i, 1)), *self.heldout_jobs(i)]
 
     def generation(self, i, jobs):
         """Arguments of get_hf2.py for iterate i; `output_dir` of a job is still the merged file."""
@@ -135,7 +155,7 @@ class Run:
 
     def check_sampling(self):
         """Refuse wrong sampling arguments, of the responses and of the held-out answers."""
-        jobs = [self.responses_job(1), *self.heldout_jobs(0)]
+        jobs = self.jobs(0)
         args = build(get_hf2.Arguments, self.generation(0, jobs), "generation")
         for job in get_hf2.split_jobs(args):
             check_sampling(job)
@@ -208,17 +228,17 @@ class Run:
 
     def stages_left(self):
         """Names such as 2.train of the stages that have something left; refuses changed settings that shaped what is there."""
-        left = []
-        for i in range(self.settings.iterations + 1):
-            answered = self.is_answered(i, "evaluate")
-            done = {
-                "generate": i == 0 or self.is_answered(i, "generate"),
-                "annotate": i == 0 or not self.files_left(i, "annotate"),
-                "train": i == 0 or self.is_trained(i),
-                "evaluate": answered and not self.files_left(i, "evaluate") and self.is_measured(i),
-            }
-            left += [f"{i}.{stage}" for stage in STAGES if not done[stage]]
-        return left
+        return [f"{i}.{stage}" for i in range(self.settings.iterations + 1) for stage in self.stages(i) if not self.is_stage_done(i, stage)]
+
+    def is_stage_done(self, i, stage):
+        """Whether a stage has nothing left; a UserError as `is_done`."""
+        if stage == "generate":
+            return self.is_answered(i, stage)
+        if stage == "annotate":
+            return not self.files_left(i, stage)
+        if stage == "train":
+            return self.is_trained(i)
+        return self.is_answered(i, stage) and not self.files_left(i, stage) and self.is_measured(i)
 
     def is_answered(self, i, stage):
         """Whether the prompts of a stage have their merged answers."""
@@ -251,7 +271,7 @@ class Run:
         folder = self.folder / f"iter{i}"
         folder.mkdir(parents=True, exist_ok=True)
         left, jobs, answers = [], [], []
-        ahead = i + 1 if stage == "evaluate" and i < self.settings.iterations else None
+        ahead = i + 1 if stage == "evaluate" and "generate" in self.stages(i + 1) else None
         if stage in ("generate", "evaluate"):
             model = i - 1 if stage == "generate" else i
             jobs = self.unfinished_jobs(model, [self.responses_job(i)] if stage == "generate" else self.heldout_jobs(i))
@@ -320,9 +340,29 @@ def gpu_groups(settings):
     return groups[: settings.num_shards]
 
 
-def load(run_dir):
-    """The run whose settings stand in RUN/loop.yaml."""
-    return Run(build(LoopSettings, read_yaml(Path(run_dir) / "loop.yaml", "run (its loop.yaml)"), f"{run_dir}/loop.yaml"))
+def load(run_dir, kind=Run):
+    """The run, of class `kind`, whose settings stand in RUN/loop.yaml."""
+    return kind(build(kind.Settings, read_yaml(Path(run_dir) / "loop.yaml", "run (its loop.yaml)"), f"{run_dir}/loop.yaml"))
+
+
+def setup(kind, description, argv):
+    """Print what the driver needs before the checks, which need what the setup command builds."""
+    settings = parse(kind.Settings, description, argv)
+    if not settings.run_dir.strip():
+        raise UserError("run_dir is empty; name a folder, for example --run_dir runs/mine")
+    if not settings.without_gpu and not visible_gpus():
+        raise UserError(f"this run needs GPUs and none is visible here; the same on tiny models: {kind.example}")
+    print(f"run_dir={shlex.quote(settings.run_dir)}\nsetup_command={shlex.quote(settings.setup_command or '')}")
+    return settings
+
+
+def settle(current, left):
+    """Write loop.yaml, now that all checks have passed, and print what the steps of both drivers need."""
+    settings = current.settings
+    current.folder.mkdir(parents=True, exist_ok=True)
+    write_yaml(current.folder / "loop.yaml", dataclasses.asdict(settings))
+    groups = " ".join(shlex.quote(group) for group in gpu_groups(settings))
+    print(f"processes={processes(settings)}\ngpu_groups=({groups})\nleft='{' '.join(left)}'\ngold_function={shlex.quote(settings.gold_function or '')}")
 
 
 def prepare(argv):
@@ -331,24 +371,18 @@ def prepare(argv):
 
     settings = parse(LoopSettings, __doc__, argv)
     current = Run(settings)
-    left = preflight.check(current)
-    current.folder.mkdir(parents=True, exist_ok=True)
-    write_yaml(current.folder / "loop.yaml", dataclasses.asdict(settings))
-    groups = " ".join(shlex.quote(group) for group in gpu_groups(settings))
-    print(f"iterations={settings.iterations}\nprocesses={processes(settings)}\ngpu_groups=({groups})")
-    print(f"left='{' '.join(left)}'\nkeep_iterates={'' if settings.keep_iterates is None else settings.keep_iterates}")
-    print(f"accelerate_config={shlex.quote(settings.accelerate_config)}\ngold_function={shlex.quote(settings.gold_function or '')}")
+    settle(current, preflight.check(current))
+    print(f"iterations={settings.iterations}\nkeep_iterates={'' if settings.keep_iterates is None else settings.keep_iterates}")
+    print(f"accelerate_config={shlex.quote(settings.accelerate_config)}")
 
 
-def todo(run_dir, i, stage):
+def todo(current, i, stage):
     """Print what is left of a stage as shell variables."""
-    current = load(run_dir)
     steps, answers = current.steps(i, stage)
     print(f"steps=({' '.join(steps)})")
     print(f"answers=({' '.join(shlex.quote(word) for pair in answers for word in pair)})")
     if "serve" in steps:
-        jobs = [current.responses_job(max(i, 1)), *current.heldout_jobs(i)]
-        variables = current.server_variables(jobs)
+        variables = current.server_variables(current.jobs(i))
         print(f"serving={shlex.quote(current.iterate(i - (stage == 'generate')))}")
         print(f"server_settings=({' '.join(shlex.quote(f'{name}={value}') for name, value in variables.items())})")
         print(f"ports=({' '.join(str(variables['port'] + k) for k in range(variables['servers']))})")
@@ -381,15 +415,10 @@ def main():
         raise UserError(f"unknown command {name!r}{nearest(name, commands)}; see the top of common/loop.py")
     if name == "prepare":
         prepare(sys.argv[2:])
-    elif name == "setup":  # before the checks, which need what it builds
-        settings = parse(LoopSettings, __doc__, sys.argv[2:])
-        if not settings.run_dir.strip():
-            raise UserError("run_dir is empty; name a folder, for example --run_dir runs/mine")
-        if not settings.without_gpu and not visible_gpus():
-            raise UserError("this run needs GPUs and none is visible here; the same on tiny models: bash run_loop.sh configs/loop_tiny.yaml")
-        print(f"run_dir={shlex.quote(settings.run_dir)}\nsetup_command={shlex.quote(settings.setup_command or '')}")
+    elif name == "setup":
+        setup(Run, __doc__, sys.argv[2:])
     elif name == "todo":
-        todo(sys.argv[2], int(sys.argv[3]), sys.argv[4])
+        todo(load(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
     else:
         prune(sys.argv[2], int(sys.argv[3]))
 

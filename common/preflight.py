@@ -73,8 +73,105 @@ def local_prompts(name, generation):
     return array("Q", (int(record_id(record["prompt"]), 16) for record in read_prompts(name, key, split)))
 
 
+class Findings:
+    """Problems, all of which are told at once, and notes."""
+
+    def __init__(self):
+        self.problems, self.notes = [], []
+
+    def attempt(self, function, *args):
+        """What the function returns; None, and a problem more, where it raises a UserError."""
+        try:
+            return function(*args)
+        except UserError as error:
+            self.problems.append(str(error))
+            return None
+
+    def tell(self, summary):
+        """Print summary and notes; the problems instead, a line each, where there are any."""
+        if self.problems:
+            for problem in self.problems[:-1]:
+                print(f"error: {problem}", file=sys.stderr)
+            raise UserError(self.problems[-1])
+        for line in (summary, *self.notes):
+            print(f"check: {line}", file=sys.stderr)
+
+
+def check_models(run, found):
+    """Look at what every run has: the policy, the reward models, templates, the gold function, and the arguments of evaluation."""
+    settings = run.settings
+    for key in ("num_shards", "num_processes"):
+        if getattr(settings, key) is not None and getattr(settings, key) < 1:
+            raise UserError(f"{key} {getattr(settings, key)} must be at least 1")
+    if settings.gold_function:
+        found.attempt(load_gold, settings.gold_function)
+    rewards = settings.reward_name_or_path or []
+    if not rewards and not settings.annotation.get("reward_function"):
+        found.problems.append("reward_name_or_path names no reward model, and annotation has no reward_function")
+    models = [("model_name_or_path", settings.model_name_or_path, settings.generation)]
+    models += [("reward_name_or_path", name, settings.annotation) for name in rewards]
+    found.attempt(check_model, settings.model_name_or_path, "model_name_or_path")
+    for key, name, own in models:
+        if Path(name).is_dir() and not found.attempt(has_template, name) and not own.get("chat_template"):
+            found.problems.append(f"{key} {name} has no chat template: put a chat_template.jinja beside its tokenizer")
+    found.attempt(gpu_groups, settings)
+    found.attempt(run.check_sampling)
+    asked = found.attempt(lambda: build(get_rewards.Arguments, run.annotation([("generated", "rewarded")]), "annotation"))
+    if asked:
+        found.attempt(get_rewards.check, asked)
+
+
+def check_prompts(run, found):
+    """Read the prompt sets and refuse an overlap with the held-out set.
+
+    Returns:
+        dict name → hashes of its prompts, None for a set on the hub; the held-out set is the last.
+    """
+    settings = run.settings
+    sets = {name: found.attempt(local_prompts, name, settings.generation) for name in settings.prompts}
+    sets[settings.heldout_prompts] = found.attempt(local_prompts, settings.heldout_prompts, settings.generation | settings.heldout)
+    heldout = set(sets[settings.heldout_prompts] or [])
+    for name in dict.fromkeys(settings.prompts):
+        both = sum(prompt in heldout for prompt in sets[name] or [])
+        if both and not settings.allow_overlap:
+            where = f"the held-out set {settings.heldout_prompts}"
+            found.problems.append(f"{both} prompts of {name} also stand in {where}; take them out or give --allow_overlap true")
+    models = [settings.model_name_or_path, *(settings.reward_name_or_path or [])]
+    unseen = [name for name, prompts in sets.items() if prompts is None] + [name for name in models if not Path(name).is_dir()]
+    if unseen and not found.problems:
+        found.notes.append(f"on the hub, not looked at: {', '.join(sorted(unseen))}")
+    return sets
+
+
+def check_gpus(run, found):
+    """Refuse more processes than GPUs, and a large model without any; returns (visible GPUs, parameters of the policy or None)."""
+    settings, gpus = run.settings, visible_gpus()
+    if gpus and processes(settings) > len(gpus):
+        found.problems.append(f"num_processes {processes(settings)}, but {len(gpus)} GPUs are visible")
+    count = parameters(settings.model_name_or_path, settings.model_size_b)
+    if count and count > 1.5e9 and not gpus:
+        found.problems.append(f"{count / 1e9:.1f} billion parameters and no GPU: this run needs GPUs")
+    return gpus, count
+
+
+def check_disk(run, found, gib, what, instead):
+    """Refuse less room than `gib` GiB where the run lies; `instead` says what to do."""
+    folder = run.folder.absolute()
+    free = shutil.disk_usage(next(p for p in [folder, *folder.parents] if p.exists())).free / 2**30
+    found.notes.append(f"disk: about {gib:.1f} GiB for {what}, {free:.0f} GiB are free")
+    if gib > free:
+        found.problems.append(f"about {gib:.0f} GiB of disk are needed in {run.settings.run_dir} and {free:.0f} are free; {instead}")
+
+
+def summary(run):
+    """How many processes of what will be at work."""
+    generators = "API servers" if run.settings.generation_backend == "servers" else "generation processes"
+    where = "GPUs" if visible_gpus() else "CPU"
+    return f"{len(gpu_groups(run.settings))} {generators}, {processes(run.settings)} training processes, {where}"
+
+
 def check(run):
-    """Print findings and refuse what cannot work.
+    """Print findings about a run of the loop and refuse what cannot work.
 
     Returns:
         the stages that have something left, as `Run.stages_left` names them.
@@ -82,74 +179,30 @@ def check(run):
     Raises:
         UserError: all problems, a line each.
     """
-    settings, problems, notes = run.settings, [], []
-
-    def attempt(function, *args):
-        try:
-            return function(*args)
-        except UserError as error:
-            problems.append(str(error))
-            return None
-
+    settings, found = run.settings, Findings()
     if settings.iterations < 1 or not settings.prompts:
         raise UserError("iterations must be at least 1 and prompts name at least one set")
-    for key in ("num_shards", "num_processes", "keep_iterates"):
-        if getattr(settings, key) is not None and getattr(settings, key) < 1:
-            raise UserError(f"{key} {getattr(settings, key)} must be at least 1")
-    if settings.gold_function:
-        attempt(load_gold, settings.gold_function)
-    rewards = settings.reward_name_or_path or []
-    if not rewards and not settings.annotation.get("reward_function"):
-        problems.append("reward_name_or_path names no reward model, and annotation has no reward_function")
-    models = [("model_name_or_path", settings.model_name_or_path, settings.generation)]
-    models += [("reward_name_or_path", name, settings.annotation) for name in rewards]
-    attempt(check_model, settings.model_name_or_path, "model_name_or_path")
-    for key, name, own in models:
-        if Path(name).is_dir() and not attempt(has_template, name) and not own.get("chat_template"):
-            problems.append(f"{key} {name} has no chat template: put a chat_template.jinja beside its tokenizer")
-    groups = attempt(gpu_groups, settings)
-    method = attempt(memory.method_of, settings.accelerate_config)
-    attempt(run.check_sampling)
-    asked = attempt(lambda: build(get_rewards.Arguments, run.annotation([("generated", "rewarded")]), "annotation"))
-    if asked:
-        attempt(get_rewards.check, asked)
-    training = attempt(run.training, 1)
+    if settings.keep_iterates is not None and settings.keep_iterates < 1:
+        raise UserError(f"keep_iterates {settings.keep_iterates} must be at least 1")
+    check_models(run, found)
+    method = found.attempt(memory.method_of, settings.accelerate_config)
+    training = found.attempt(run.training, 1)
     if training is not None:
-        asked = attempt(run_dpo.arguments, training, settings.training)
+        asked = found.attempt(run_dpo.arguments, training, settings.training)
         if asked:
             if reason_for_trl(*asked):
-                attempt(run_dpo.accumulate, asked[0], processes(settings))
+                found.attempt(run_dpo.accumulate, asked[0], processes(settings))
             if method in ("zero3", "zero3_offload", "fsdp2") and asked[0].load_in_4bit:
-                problems.append(f"load_in_4bit does not work where weights are shared out ({settings.accelerate_config}): take configs/zero2.yaml or ddp.yaml")
-    left = None if problems else attempt(run.stages_left)
-    sets = {name: attempt(local_prompts, name, settings.generation) for name in settings.prompts}
-    sets[settings.heldout_prompts] = attempt(local_prompts, settings.heldout_prompts, settings.generation | settings.heldout)
-    heldout = set(sets[settings.heldout_prompts] or [])
-    for name in dict.fromkeys(settings.prompts):
-        both = sum(prompt in heldout for prompt in sets[name] or [])
-        if both and not settings.allow_overlap:
-            problems.append(f"{both} prompts of {name} also stand in the held-out set {settings.heldout_prompts}; take them out or give --allow_overlap true")
-    unseen = [name for name, prompts in sets.items() if prompts is None] + [name for _, name, _ in models if not Path(name).is_dir()]
-    if unseen and not problems:
-        notes.append(f"on the hub, not looked at: {', '.join(sorted(unseen))}")
+                instead = "take configs/zero2.yaml or ddp.yaml"
+                found.problems.append(f"load_in_4bit does not work where weights are shared out ({settings.accelerate_config}): {instead}")
+    left = None if found.problems else found.attempt(run.stages_left)
+    sets = check_prompts(run, found)
     if settings.iterations > len(settings.prompts):
-        notes.append(f"{settings.iterations} iterations take turns over {len(settings.prompts)} prompt sets; the samples differ, the prompts repeat")
-    gpus = visible_gpus()
-    world = processes(settings)
-    if gpus and world > len(gpus):
-        problems.append(f"num_processes {world}, but {len(gpus)} GPUs are visible")
-    count = parameters(settings.model_name_or_path, settings.model_size_b)
+        found.notes.append(f"{settings.iterations} iterations take turns over {len(settings.prompts)} prompt sets; the samples differ, the prompts repeat")
+    gpus, count = check_gpus(run, found)
     if count and method is not None:
-        size = sum(len(p) for p in sets.values() if p) or None
-        describe(run, count, method, world, gpus, size, training or {}, notes, problems)
-    if problems:
-        for problem in problems[:-1]:
-            print(f"error: {problem}", file=sys.stderr)
-        raise UserError(problems[-1])
-    generators = "API servers" if settings.generation_backend == "servers" else "generation processes"
-    print(f"check: {len(groups)} {generators}, {world} training processes, {'GPUs' if gpus else 'CPU'}", file=sys.stderr)
-    for note in notes:
-        print(f"check: {note}", file=sys.stderr)
+        describe(run, count, method, gpus, sum(len(p) for p in sets.values() if p) or None, training or {}, found)
+    found.tell("" if found.problems else summary(run))
     return left
 
 
@@ -162,29 +215,24 @@ def training_memory(name, count, method, world, training):
     return memory.need(method, shape, world, args.per_device_train_batch_size, args.max_length, **how).total
 
 
-def describe(run, count, method, world, gpus, local_size, training, notes, problems):
+def describe(run, count, method, gpus, local_size, training, found):
     """Memory, disk and hours against what there is, as notes; what certainly does not fit as problems."""
-    settings = run.settings
-    if not gpus and count > 1.5e9:
-        problems.append(f"{count / 1e9:.1f} billion parameters and no GPU: this run needs GPUs")
+    settings, world = run.settings, processes(run.settings)
     there = gpu_memory()
     if gpus:
         needed = training_memory(settings.model_name_or_path, count, method, world, training) / memory.GIB
-        notes.append(f"training: {method} over {world} processes takes about {needed:.0f} GiB a GPU; a GPU has {there or 0:.0f}")
+        found.notes.append(f"training: {method} over {world} processes takes about {needed:.0f} GiB a GPU; a GPU has {there or 0:.0f}")
         if there and needed > there * 0.95:
             instead = "configs/zero3.yaml, configs/training_lora.yaml or more GPUs"
-            problems.append(f"training needs about {needed:.0f} GiB a GPU and a GPU has {there:.0f}; take {instead}")
+            found.problems.append(f"training needs about {needed:.0f} GiB a GPU and a GPU has {there:.0f}; take {instead}")
     # An iterate in 2 bytes a parameter (4 on the CPU); while training, DeepSpeed's checkpoint of 14 bytes at most.
     kept = settings.iterations if settings.keep_iterates is None else settings.keep_iterates
     disk = (kept * (2 if gpus else 4) + (14 if training.get("save_steps") else 0)) * count / 2**30
-    free = shutil.disk_usage(next(p for p in [run.folder.absolute(), *run.folder.absolute().parents] if p.exists())).free / 2**30
-    notes.append(f"disk: about {disk:.1f} GiB for {kept} iterates, {free:.0f} GiB are free")
-    if disk > free:
-        problems.append(f"about {disk:.0f} GiB of disk are needed in {settings.run_dir} and {free:.0f} are free; see keep_iterates")
+    check_disk(run, found, disk, f"{kept} iterates", "see keep_iterates")
     if gpus:
         prompts = local_size / len(settings.prompts) if local_size else 20000
         parts = estimate(count, prompts, settings.generation.get("K", 8), float(training.get("num_train_epochs", 2)), len(gpus))
-        notes.append(
+        found.notes.append(
             f"time: about {duration(sum(parts) * settings.iterations)} in all; an iteration of {prompts:.0f} prompts: generation {duration(parts[0])}, "
             f"annotation {duration(parts[1])}, training {duration(parts[2])} (estimate for A100s, see the README)"
         )

@@ -1,11 +1,12 @@
 r"""Measure an iterate on held-out prompts, and compare iterates.
 
 In:  rewarded held-out files: `responses`, `rewards`, `num_tokens`, `finish_reasons` (annotate_data/get_rewards.py).
-Out: a JSON file of metrics for the sampled and the greedy answers, or the table of a whole run in the terminal.
+Out: a JSON file of metrics for the sampled and the greedy answers, or the table of a run, or of several, in the terminal.
 
     python report/metrics.py --sampled runs/tiny/iter1/heldout_sampled.jsonl \
         --greedy runs/tiny/iter1/heldout_greedy.jsonl --output_dir runs/tiny/iter1/metrics.json
     python report/metrics.py --run runs/tiny
+    python report/metrics.py --runs runs/tiny runs/ppo_tiny
 
 `--gold_function tiny/task.py:gold_score` adds a quality that a program computes and the reward model never sees.
 Prompts are the sample: a prompt's K answers are averaged first, and standard errors and intervals are over prompts.
@@ -36,6 +37,7 @@ class Arguments:
     gold_function: str | None = arg(None, help="FILE.py:NAME, a function (messages, response) -> number")
     seconds: float | None = arg(None, help="wall-clock seconds of the iteration, for the table")
     run: str | None = arg(None, help="a run's folder: print the table of iter0, iter1, … and stop")
+    runs: list[str] | None = arg(None, help="folders of several runs, of DPO or PPO: print them in one table and stop")
 
 
 def load_gold(spec):
@@ -163,7 +165,7 @@ def paired_bootstrap(a, b, samples=10000, seed=0):
 
 
 def format_table(iterates):
-    """The terminal's table: a row for each of the list of metrics (as `main` writes them), columns aligned."""
+    """The terminal's table: a row for each of the list of metrics (as `main` writes them, maybe with `run`), columns aligned."""
 
     def number(metrics, kind, key, digits=3, sign="+"):
         value, error = (metrics.get(kind) or {}).get(key), (metrics.get(kind) or {}).get(f"{key}_se")
@@ -171,11 +173,12 @@ def format_table(iterates):
             "–" if value is None else f"{value:{sign}.{digits}f}" + ("" if error is None else f" ±{error:.{digits}f}")
         )
 
-    rows = [("iterate", "reward", "best of K", "greedy reward", "gold", "greedy gold", "length", "cut off", "seconds")]
+    rows = [("run", "iterate", "reward", "best of K", "greedy reward", "gold", "greedy gold", "length", "cut off", "seconds")]
     for i, m in enumerate(iterates):
         best = number(m, "sampled", "best_of_k") + (f" (K={m['sampled']['K']})" if m.get("sampled") else "")
         rows.append(
             (
+                m.get("run", "–"),
                 str(m.get("iterate", i)),
                 number(m, "sampled", "reward"),
                 best,
@@ -239,31 +242,50 @@ def compare(first, last, gold=None):
     return found
 
 
-def table(run_folder, gold_function=None):
-    """Text: the table of a run's iterates, and how the last differs from the first on the same prompts.
+def gains(iterates, gold_function=None):
+    """Lines: how the last of a run's iterates (see `read_run`) differs from the first on the same prompts; none for one iterate.
 
     Gold is compared with `gold_function` (FILE.py:NAME), or with the one that the last metrics were made with.
     """
+    if len(iterates) < 2:
+        return []
+    first, last = iterates[0], iterates[-1]
+    spec = gold_function or last[1].get("gold_function")
+    lines = [f"iterate {last[1]['iterate']} − iterate {first[1]['iterate']}, same prompts, 95% bootstrap interval"]
+    for kind, quantity, (difference, low, high) in compare(first, last, load_gold(spec) if spec else None):
+        lines.append(f"  {kind:7} {quantity:6} {difference:+.3f}  [{low:+.3f}, {high:+.3f}]")
+    return lines
+
+
+def table(run_folder, gold_function=None):
+    """Text: the table of a run's iterates, and how the last differs from the first; `gold_function` as in `gains`."""
     iterates = read_run(run_folder)
-    lines = [format_table([metrics for _, metrics in iterates])]
-    if len(iterates) > 1:
-        first, last = iterates[0], iterates[-1]
-        spec = gold_function or last[1].get("gold_function")
-        lines += [
-            "",
-            f"iterate {last[1]['iterate']} − iterate {first[1]['iterate']}, same prompts, 95% bootstrap interval",
-        ]
-        lines += [
-            f"  {kind:7} {quantity:6} {difference:+.3f}  [{low:+.3f}, {high:+.3f}]"
-            for kind, quantity, (difference, low, high) in compare(first, last, load_gold(spec) if spec else None)
-        ]
-    return "\n".join(lines)
+    lines = gains(iterates, gold_function)
+    return "\n".join([format_table([metrics for _, metrics in iterates]), *([""] if lines else []), *lines])
+
+
+def table_of_runs(folders, gold_function=None):
+    """Text: the iterates of several runs in one table, and how each run's last differs from its own first.
+
+    A run is called by its folder's name, or by the path as given where two names are alike.
+    """
+    names = [Path(folder).resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    runs = {name: read_run(folder) for name, folder in zip(names, folders, strict=True)}
+    text = [format_table([{"run": name} | metrics for name, iterates in runs.items() for _, metrics in iterates])]
+    for name, iterates in runs.items():
+        lines = gains(iterates, gold_function)
+        text += ["", f"{name}: {lines[0]}", *lines[1:]] if lines else []
+    return "\n".join(text)
 
 
 def main():
     args = cli.parse(Arguments, __doc__)
-    if args.run:
-        print(table(args.run, args.gold_function))
+    if args.run and args.runs:
+        raise UserError("give --run FOLDER or --runs FOLDER FOLDER …, not both")
+    if args.run or args.runs:
+        print(table(args.run, args.gold_function) if args.run else table_of_runs(args.runs, args.gold_function))
         return
     files = {kind: getattr(args, kind) for kind in KINDS if getattr(args, kind)}
     if not files:

@@ -176,10 +176,45 @@ def test_the_commands(tmp_path):
     assert 0.7 < difference < 1.3 and 0.5 < low < difference < high < 1.5
 
 
+def a_run(folder, iterates, **more):
+    """A run's folder whose iterate n has rewards shifted by `iterates[n]`."""
+    for n, shift in iterates.items():
+        place = folder / f"iter{n}"
+        rewarded(place / "heldout_sampled.jsonl", shift=shift, seed=n)
+        metrics_of = {"sampled": metrics.measure(metrics.read_rewarded(place / "heldout_sampled.jsonl")), "files": {"sampled": "heldout_sampled.jsonl"}}
+        (place / "metrics.json").write_text(json.dumps(metrics_of | more))
+    return folder
+
+
+def test_several_runs_stand_in_one_table(tmp_path):
+    """As a DPO run of two iterations beside a PPO run; each interval is that of the run's own table."""
+    dpo = a_run(tmp_path / "dpo", {0: 0.0, 1: 1.0, 2: 2.0}, seconds=5.0)
+    ppo, start = a_run(tmp_path / "ppo", {0: 0.0, 1: -3.0}), a_run(tmp_path / "s", {0: 0.0})
+    code, out, err = script("--runs", dpo, ppo, start)
+    assert (code, err) == (0, "")
+    head, _, *rows = out.split("\n\n")[0].split("\n")
+    assert head.split()[:2] == ["run", "iterate"] and [row.split()[:2] for row in rows] == [
+        ["dpo", "0"], ["dpo", "1"], ["dpo", "2"], ["ppo", "0"], ["ppo", "1"], ["s", "0"]]  # fmt: skip
+    assert len({len(row) for row in (head, *rows)}) == 1
+    parts = out.rstrip().split("\n\n")[1:]
+    assert [part.split("\n")[0] for part in parts] == [
+        f"{name}: iterate {n} − iterate 0, same prompts, 95% bootstrap interval" for name, n in (("dpo", 2), ("ppo", 1))
+    ]
+    for folder, part in zip((dpo, ppo), parts, strict=True):
+        assert metrics.table(folder).endswith("\n".join(part.split("\n")[1:]))
+    up, down = (tuple(map(float, re.search(r"\[(\S+), (\S+)\]", part).groups())) for part in parts)
+    assert 1 < up[0] < 2 < up[1] < 3 and -4 < down[0] < -3 < down[1] < -2
+    # alone it has no column of names; two folders of one name go by their paths
+    assert script("--run", dpo)[1].split()[0] == "iterate"
+    twin = a_run(tmp_path / "more" / "dpo", {0: 0.0})
+    assert [row.split()[0] for row in metrics.table_of_runs([str(dpo), str(twin)]).split("\n")[2:6]] == [str(dpo)] * 3 + [str(twin)]
+
+
 def test_bad_input_is_one_line(tmp_path):
     rows = rewarded(tmp_path / "s.jsonl", 3)
     cases = [((), "nothing to measure"), (("--sampled", tmp_path / "t.jsonl"), "no such rewarded file"),
              (("--run", tmp_path / "no"), "no such folder"), (("--run", tmp_path), "no iterN/metrics.json"),
+             (("--runs", tmp_path / "no", tmp_path), "no such folder"), (("--run", "a", "--runs", "b"), "not both"),
              (("--sample", "x"), "did you mean '--sampled'"),
              (("--sampled", tmp_path / "s.jsonl", "--output_dir", tmp_path), "is a folder")]  # fmt: skip
     bad = {"no": [{k: v for k, v in r.items() if k != "rewards"} for r in rows],

@@ -1,0 +1,234 @@
+# shellcheck shell=bash disable=SC2034,SC2154 # the drivers set and read variables too
+# What run_loop.sh and run_ppo.sh share, to be sourced behind envs.sh: arguments, the hold on a run's folder, running a
+# command, and the steps of a stage.
+#
+# A driver sets `thinker` (the Python that knows settings and what is left: common/loop.py or ppo/run.py), `again` (its own
+# command) and `caller` (the folder it was started from), and defines `ordinal` (name of a stage → a number that orders it)
+# and `train`. Then it calls, from top to bottom:
+#
+#   read_arguments "$@"   → config, options, dry_run, check, first, last
+#   refuse_early KIND     what can be refused before any environment is made
+#   hold RUN_DIR KIND     one driver at a time; what was started ends with it
+#   set_up COMMAND        the settings' setup command
+#   do_stage I NAME       what is left of one stage
+
+log_lines="${log_lines:-15}" # lines of a failed stage's log that are shown
+
+say() { printf '[%(%H:%M:%S)T] %s\n' -1 "$*"; }
+
+fail() { # STATUS MESSAGE…
+  local status="$1"
+  shift
+  printf 'error: %s\n' "$*" >&2
+  exit "$status"
+}
+
+# ---- Arguments -------------------------------------------------------------------------------------------------------
+
+options=() # passed on to $thinker
+dry_run=no check=no first=0 last=0
+
+read_arguments() { # ARGUMENTS…: the config, our own flags, and --key value for $thinker
+  local chosen=no key='' # key: the --key whose value comes next
+  while [ "$#" -gt 0 ]; do
+    case "$1" in
+      -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[-1]##*/}"; exit 0 ;;
+      --dry_run) dry_run=yes ;;
+      --check) check=yes ;;
+      --stage=* | --stop_stage=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
+      --stage | --stop_stage)
+        [ "$#" -ge 2 ] || fail 2 "$1 needs a value"
+        printf -v "${1#--}" '%s' "$2"
+        shift ;;
+      --*) options+=("$1") ;;
+      *)
+        if [ -n "$key" ]; then options+=("$1")
+        elif [ "$chosen" = no ]; then config="$1" chosen=yes
+        else fail 2 "unexpected argument $1; arguments are --key value"; fi ;;
+    esac
+    case "$1" in --dry_run | --check | --*=*) key='' ;; --*) key="$1" ;; *) [[ "$key" = --prompts || "$key" = --reward_name_or_path ]] || key='' ;; esac
+    shift
+  done
+  [ "$caller" = "$PWD" ] || case "$config" in /*) ;; *) [ ! -f "$caller/$config" ] || config="$caller/$config" ;; esac
+  first="$(ordinal "$stage")"
+  last="$(ordinal "$stop_stage")"
+  [ "$first" -le "$last" ] || fail 2 "--stage $stage comes behind --stop_stage $stop_stage"
+}
+
+refuse_early() { # KIND (loop, ppo): no such config, or one that needs GPUs where there is none
+  local tiny="bash run_$1.sh configs/$1_tiny.yaml"
+  [ -f "$config" ] || fail 2 "no such config: $config; there are: $(echo "configs/$1"_*.yaml)"
+  if [ "$(count_gpus)" -eq 0 ] && ! grep -Eiq '^without_gpu: *(true|yes|1)' "$config" && [[ " ${options[*]-} " != *" --without_gpu"* ]]; then
+    fail 2 "$config needs GPUs and none is visible here; the same $([ "$1" = ppo ] || echo "$1 ")on tiny models: $tiny"
+  fi
+}
+
+# What $thinker prints is evaluated into these.
+run_dir='' setup_command='' processes=1 gpu_groups=() gold_function='' left='' steps=() answers=() serving='' server_settings=() ports=()
+
+# ---- One driver at a time holds a run's folder -----------------------------------------------------------------------
+
+stop_started() { # end what this run started, and what a killed driver of this run left behind
+  local pid pids signal
+  [ -z "$(find "$run_dir/servers" -name '*.server' 2>/dev/null)" ] ||
+    stop_seconds=10 bash generation/register_server.sh stop "$run_dir/servers" >&2 {lock}>&- || true
+  for signal in TERM KILL; do
+    for _ in 1 2 3 4 5 6 7 8 9 10; do
+      pids="$(grep -lsxzF "RLHF_RUN=$RUN_MARK" /proc/[0-9]*/environ | cut -d/ -f3 || true)"
+      [ -n "$pids" ] || return 0
+      for pid in $pids; do kill -s "$signal" "$pid" 2>/dev/null || true; done
+      sleep 1
+    done
+  done
+}
+
+hold() { # RUN_DIR KIND: until this script ends, however it does
+  mkdir -p "$1" 2>/dev/null || fail 2 "cannot write $1; give another --run_dir"
+  exec {lock}>"$1/.lock"
+  flock -n "$lock" || fail 2 "another $2 is at work in $1; wait for it, stop it, or give another --run_dir"
+  RUN_MARK="$(cd "$1" && pwd -P)" # what we start carries it in its environment, so that exactly that can be stopped
+  trap stop_started EXIT
+  trap 'trap - INT; printf "\nstopped; to continue: %s\n" "$again" >&2; exit 130' INT
+  trap 'trap - TERM; printf "\nterminated; to continue: %s\n" "$again" >&2; exit 143' TERM
+  stop_started
+}
+
+set_up() { # COMMAND: such as building the tiny models; quick where there is nothing to do
+  [ -n "$1" ] || return 0
+  env RLHF_RUN="$RUN_MARK" bash -c "$1" >&2 {lock}>&- & # stdout is for commands and the table
+  wait "$!" || fail 2 "the setup command failed: $1"
+}
+
+# ---- Running a command -----------------------------------------------------------------------------------------------
+
+enter() { # ENVIRONMENT: switch, or print how
+  local prefix
+  if [ "$dry_run" = yes ]; then
+    prefix="$(env_prefix "$1")"
+    [ -n "$prefix" ] || printf 'bash -c "source ./envs.sh; make_envs %s"\n' "$1"
+    if with_conda; then echo "conda activate $1"; else printf 'source %q\n' "${prefix:-$envs_dir/$1}/bin/activate"; fi
+  else
+    use_env "$1"
+  fi
+}
+
+run() { # LOG COMMAND…: into the log; printed only, in a dry run
+  local log="$1"
+  shift
+  if [ "$dry_run" = yes ]; then
+    printf '%q ' "$@"
+    echo
+    return
+  fi
+  printf '$ %s\n' "${*@Q}" >>"$log"
+  # In the background and waited for: a signal to this script is then answered at once, not when the stage has ended.
+  # vLLM renames its processes; without SPT_NOENV the new name is written over the environment that the mark stands in.
+  env RLHF_RUN="$RUN_MARK" SPT_NOENV=1 "$@" >>"$log" 2>&1 {lock}>&- &
+  wait "$!"
+}
+
+failed() { # STEP STATUS LOG
+  local line
+  printf '\n--- last lines of %s\n' "$3" >&2
+  { grep -v '^ *$' "$3" | tail -n "$log_lines" >&2; } || true
+  line="$(awk '/^[$] /{line=""} /^error: /{line=$0} END{print line}' "$3" || true)" # of the last start alone
+  printf -- '---\n%s\nlog: %s\nto continue: %s\n' "${line:-error: $1 ended with status $2}" "$3" "$again" >&2
+  exit 1
+}
+
+# ---- The steps -------------------------------------------------------------------------------------------------------
+
+generate() { # YAML: one process per GPU (or group of GPUs), then the shards of each output are merged
+  local k pid pids=() status=0 bad='' visible
+  enter vllm
+  for k in "${!gpu_groups[@]}"; do
+    visible=()
+    [ "$dry_run" = no ] || [ "${#gpu_groups[@]}" -eq 1 ] || printf '(' # pasted, the shards run side by side too
+    [ -z "${gpu_groups[k]}" ] || visible=(env "CUDA_VISIBLE_DEVICES=${gpu_groups[k]}")
+    run "$logs/$name.$k.log" "${visible[@]}" python generation/get_hf2.py "$1" \
+      --local_index "$k" --my_world_size "${#gpu_groups[@]}" {lock}>&- & # a subshell would hold the lock beyond our death
+    pids+=("$!")
+    [ "$dry_run" = no ] || { wait "$!"; [ "${#gpu_groups[@]}" -eq 1 ] || echo ') &'; }
+  done
+  [ "$dry_run" = no ] || [ "${#gpu_groups[@]}" -eq 1 ] || echo wait
+  for k in "${!pids[@]}"; do
+    pid="${pids[k]}"
+    [ "$dry_run" = yes ] || wait "$pid" || { status=$?; bad="$k"; }
+  done
+  [ -z "$bad" ] || failed "generation shard $bad" "$status" "$logs/$name.$bad.log"
+  for ((k = 0; k < ${#answers[@]}; k += 2)); do
+    run "$logs/$name.merge.log" python generation/merge_data.py --base_path "${answers[k]}" --output_dir "${answers[k + 1]}" \
+      --num_datasets "${#gpu_groups[@]}" || failed merge $? "$logs/$name.merge.log"
+    # Every answer stands in the merged file; servers may have begun on it before the backend was changed.
+    [ "$dry_run" = yes ] || rm -f -- "${answers[k]:?}"* "${answers[k + 1]}.partial"
+  done
+}
+
+serve() { # API servers of one iterate answer each job in turn; they end here, or with this script
+  local k status
+  enter vllm
+  run "$logs/$name.servers.log" env "${server_settings[@]}" "state_dir=$run_dir/servers" "log_dir=$logs" \
+    bash generation/register_server.sh "$serving" || failed "start of servers" $? "$logs/$name.servers.log"
+  for ((k = 0; k < ${#answers[@]}; k += 2)); do
+    run "$logs/$name.client.log" python generation/gen_hf.py "${answers[k]}" --ports "${ports[@]}" || {
+      status=$?
+      printf "the servers' own logs: %s\n" "$logs"/server_*.log >&2
+      failed "generation by servers" "$status" "$logs/$name.client.log"
+    }
+  done
+  run "$logs/$name.servers.log" bash generation/register_server.sh stop "$run_dir/servers" ||
+    failed "end of servers" $? "$logs/$name.servers.log"
+}
+
+annotate() { # YAML
+  enter vllm
+  local launch=(python)
+  [ "$processes" -eq 1 ] || launch=(accelerate launch --multi_gpu --num_processes "$processes" --num_machines 1 --mixed_precision no --dynamo_backend no)
+  run "$logs/$name.rewards.log" "${launch[@]}" annotate_data/get_rewards.py "$1" || failed annotation $? "$logs/$name.rewards.log"
+}
+
+spent() { # ITERATION → seconds of its stages so far
+  awk -v i="$1," '$2 == i {sum += $6} END {print sum + 0}' "$run_dir/stages.jsonl" 2>/dev/null || echo 0
+}
+
+metrics() { # ITERATION
+  local gold=()
+  [ -z "$gold_function" ] || gold=(--gold_function "$gold_function")
+  enter rlhflow
+  run "$logs/metrics.log" python report/metrics.py --sampled "$folder/heldout_sampled.rewarded.jsonl" \
+    --greedy "$folder/heldout_greedy.rewarded.jsonl" --output_dir "$folder/metrics.json" \
+    --seconds "$(($(spent "$1") + SECONDS - began))" "${gold[@]}" ||
+    failed metrics $? "$logs/metrics.log"
+}
+
+do_stage() { # ITERATION NAME
+  local began folder="$run_dir/iter$1" logs="$run_dir/iter$1/logs" name="$2" text step
+  text="$("$driver" "$thinker" todo "$run_dir" "$1" "$2")"
+  eval "$text"
+  [ "${#steps[@]}" -gt 0 ] || return 0
+  if [ "$dry_run" = yes ]; then
+    if [ "$1" = "${planned:-}" ] && [[ "$2" = generate || "$2" = annotate ]]; then
+      echo "# iteration $1, $2: done by the evaluation of iterate $(($1 - 1))"
+      return 0
+    fi
+    [ "$2" != evaluate ] || planned=$(($1 + 1))
+    echo "# iteration $1, $2"
+  else
+    mkdir -p "$logs"
+    say "iteration $1, $2 …"
+  fi
+  began=$SECONDS
+  for step in "${steps[@]}"; do
+    case "$step" in
+      generate) generate "$folder/$name.yaml" ;;
+      serve) serve ;;
+      annotate) annotate "$folder/$([ "$name" = evaluate ] && echo evaluate_rewards || echo annotate).yaml" ;;
+      train) train "$folder/train.yaml" ;;
+      metrics) metrics "$1" ;;
+    esac
+  done
+  [ "$dry_run" = no ] || return 0
+  printf '{"iteration": %d, "stage": "%s", "seconds": %d, "finished": "%(%Y-%m-%dT%H:%M:%S%z)T"}\n' \
+    "$1" "$2" "$((SECONDS - began))" -1 >>"$run_dir/stages.jsonl"
+  say "iteration $1, $2: $((SECONDS - began)) s"
+}

@@ -1,0 +1,160 @@
+"""What run_ppo.sh needs thought for: the settings of a PPO run, what each stage reads and writes, and what is left to do.
+
+    python ppo/run.py prepare configs/ppo_tiny.yaml [--key value …]     check, write RUN/loop.yaml, print variables
+    python ppo/run.py todo RUN ITERATION STAGE                          print the steps left, write their YAML
+
+A PPO run is a run of one iteration: `iter0/` holds the held-out answers of the starting policy, `iter1/` the model that PPO
+trains, its held-out answers and `train.yaml`, from which either backend can be started by hand. Evaluation, folders and
+manifests are those of the loop (common/loop.py), so that report/metrics.py shows both alike.
+"""
+
+import dataclasses
+import importlib
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
+
+from common.cli import UserError, arg, nearest, parse, run
+from common.devices import visible_gpus
+from common.loop import Run, RunSettings, load, processes, settle, setup, todo
+
+BACKENDS = {"openrlhf": "ppo.run_openrlhf", "small": "ppo.train_ppo"}
+# What `generation` and `annotation` say for evaluation holds for training too, unless `ppo` says otherwise.
+OF_GENERATION = ("dataset_key", "dataset_split", "chat_template", "template_kwargs", "trust_remote_code",
+                 "max_input_length", "max_new_tokens", "temperature", "top_p")  # fmt: skip
+OF_ANNOTATION = ("reward_type", "reward_function", "reward_weights")
+# What would make training's prompts or rewards others than evaluation's, and no backend knows.
+UNKNOWN = {"generation": ("system_prompt", "eos_ids", "top_k", "revision"), "annotation": ("chat_template", "template_kwargs", "revision")}
+
+
+@dataclasses.dataclass(kw_only=True)
+class PPOSettings(RunSettings):
+    prompts: list[str] = arg(help="prompt sets; PPO trains on all of them together")
+    backend: str = arg("auto", "openrlhf (GPUs), small (ppo/train_ppo.py) or auto: openrlhf where GPUs are visible, else small", ["auto", *BACKENDS])
+    ppo: dict = arg({}, "arguments of the algorithm; --ppo.kl_coef 0.1")
+    openrlhf: dict = arg({}, "more arguments of ppo/run_openrlhf.py: placement on the GPUs; the small backend takes no notice")
+
+    iterations = 1  # not a setting: what PPO trains is iterate 1
+
+
+class PPORun(Run):
+    """Paths, arguments and state of one PPO run."""
+
+    Settings = PPOSettings
+    example = "bash run_ppo.sh configs/ppo_tiny.yaml"
+
+    @property
+    def backend(self):
+        """openrlhf or small."""
+        if self.settings.backend != "auto":
+            return self.settings.backend
+        return "openrlhf" if visible_gpus() else "small"
+
+    @property
+    def module(self):
+        """The backend's module, with `Arguments`, `arguments(values, where)` and `shaping(args)`; imports nothing heavy."""
+        return importlib.import_module(BACKENDS[self.backend])
+
+    def stages(self, i):
+        return {0: ("evaluate",), 1: ("train", "evaluate")}.get(i, ())
+
+    def jobs(self, i):
+        return self.heldout_jobs(i)
+
+    def training(self, i):
+        """Flat arguments of the backend: `ppo`, `openrlhf` where it is that, then what the run decides."""
+        settings = self.settings
+        chosen = settings.ppo | (settings.openrlhf if self.backend == "openrlhf" else {})
+        decided = {
+            "model_name_or_path": self.iterate(0), "reward_name_or_path": settings.reward_name_or_path,
+            "dataset_name_or_path": settings.prompts, "output_dir": self.path(i, "model"), "seed": settings.seed,
+        }  # fmt: skip
+        for key in decided:
+            if key in chosen:
+                raise UserError(f"ppo: {key} is the run's own; give {'prompts' if key.startswith('dataset') else 'run_dir' if key == 'output_dir' else key}")
+        shared = {key: settings.generation[key] for key in OF_GENERATION if key in settings.generation}
+        shared |= {key: settings.annotation[key] for key in OF_ANNOTATION if key in settings.annotation}
+        return decided | shared | chosen
+
+    def arguments(self):
+        """The backend's arguments as it reads them, checked as far as can be before anything is loaded."""
+        where = "ppo and openrlhf" if self.backend == "openrlhf" else "ppo"
+        return self.module.arguments(self.training(1), where)
+
+    def is_trained(self, i):
+        args = self.arguments()
+        return self.is_done(args.output_dir, *self.module.shaping(args))
+
+
+def check(current):
+    """Print findings about a PPO run and refuse what cannot work.
+
+    Returns:
+        the stages that have something left, as `Run.stages_left` names them.
+
+    Raises:
+        UserError: all problems, a line each.
+    """
+    from common import preflight
+
+    settings, found = current.settings, preflight.Findings()
+    if not settings.prompts:
+        raise UserError("prompts name at least one set")
+    preflight.check_models(current, found)
+    for name, keys in UNKNOWN.items():
+        for key in keys:
+            if getattr(settings, name).get(key) or settings.heldout.get(key):
+                found.problems.append(f"{name}: PPO would train without {key}, which evaluation uses; leave it out")
+    args = found.attempt(current.arguments)
+    if args:
+        check_backend(current, args, found)
+    left = None if found.problems else found.attempt(current.stages_left)
+    preflight.check_prompts(current, found)
+    _, count = preflight.check_gpus(current, found)
+    if count and args and current.backend == "small":
+        # The model; while training, checkpoints of policy and value model with Adam's two states, in 4 bytes each.
+        kept = args.save_total_limit + 1 if args.save_steps else 0
+        preflight.check_disk(current, found, (4 + 24 * kept) * count / 2**30, "the model and checkpoints", "see ppo.save_total_limit")
+    found.tell("" if found.problems else f"{preflight.summary(current)}, backend {current.backend}")
+    return left
+
+
+def check_backend(current, args, found):
+    """What the backend itself refuses before it loads anything, on as many processes as will be started."""
+    if current.backend == "small":
+        found.attempt(current.module.check_paths, args)
+        share = args.micro_batch_size * processes(current.settings)
+        if args.batch_size % share:
+            found.problems.append(f"ppo.batch_size {args.batch_size} does not divide by {processes(current.settings)} processes × "
+                                  f"ppo.micro_batch_size {args.micro_batch_size}")  # fmt: skip
+    else:
+        found.attempt(current.module.check_paths, args)
+
+
+def prepare(argv):
+    """Check everything that can be known now, write loop.yaml, and print what run_ppo.sh needs as shell variables."""
+    current = PPORun(parse(PPOSettings, __doc__, argv))
+    settle(current, check(current))
+
+
+def main():
+    commands = {"prepare": 1, "setup": 1, "todo": 4}
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in ("-h", "--help"):
+        print(__doc__)
+    elif name not in commands:
+        raise UserError(f"unknown command {name!r}{nearest(name, commands)}; see the top of ppo/run.py")
+    elif name == "prepare":
+        prepare(sys.argv[2:])
+    elif name == "setup":
+        current = PPORun(setup(PPORun, __doc__, sys.argv[2:]))
+        if current.backend == "openrlhf" and not visible_gpus():
+            raise UserError("backend openrlhf needs GPUs and none is visible here; --backend small, or on tiny models: " + PPORun.example)
+        print(f"backend={current.backend}")
+    else:
+        todo(load(sys.argv[2], PPORun), int(sys.argv[3]), sys.argv[4])
+
+
+if __name__ == "__main__":
+    run(main)

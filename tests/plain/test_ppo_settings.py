@@ -1,0 +1,204 @@
+"""The settings of a PPO run: every configs/ppo_*.yaml against its backend, what goes to train.yaml, and what is refused."""
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from common.cli import UserError, build
+from generation import get_hf2
+from ppo import run as ppo_run
+from ppo import train_ppo
+from ppo.run import PPORun, PPOSettings
+
+ROOT = Path(__file__).resolve().parents[2]
+# ppo_tiny_train.yaml is train_ppo.py's own, for use by hand
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("ppo_*.yaml") if path.stem != "ppo_tiny_train")
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    """Paths in a YAML are from the project's folder; no GPU, whatever the machine has."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(ppo_run, "visible_gpus", lambda: [])
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """Settings of a run on folders that look like models, prompts that do not overlap, and no weights."""
+    for name, architecture in (("policy", "LlamaForCausalLM"), ("reward", "LlamaForSequenceClassification")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": [architecture], "num_labels": 1}))
+        (tmp_path / name / "chat_template.jinja").write_text(TEMPLATE)
+    for name, count in (("one", 3), ("two", 2), ("heldout", 2)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": f"{name} {i}"}) + "\n" for i in range(count)))
+    return {
+        "run_dir": str(tmp_path / "run"), "model_name_or_path": str(tmp_path / "policy"), "reward_name_or_path": [str(tmp_path / "reward")],
+        "prompts": [str(tmp_path / "one.jsonl"), str(tmp_path / "two.jsonl")], "heldout_prompts": str(tmp_path / "heldout.jsonl"),
+        "without_gpu": True, "backend": "small", "ppo": {"batch_size": 8, "rollout_batch_size": 8, "bf16": False},
+        "generation": {"max_input_length": 50, "max_new_tokens": 20, "temperature": 0.9, "dtype": "float32"},
+    }  # fmt: skip
+
+
+def made(values):
+    return PPORun(build(PPOSettings, values))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_is_accepted_by_every_stage(path):
+    values = yaml.safe_load(path.read_text())
+    run = PPORun(build(PPOSettings, values, path.name))
+    for backend in [values["backend"]] if values.get("backend", "auto") != "auto" else ["openrlhf"]:
+        run.settings.backend = backend
+        assert run.arguments().output_dir == f"{values['run_dir']}/iter1/model"
+    for i in (0, 1):
+        get_hf2.split_jobs(build(get_hf2.Arguments, run.generation(i, run.heldout_jobs(i))))
+    run.check_sampling()
+    assert f"configs/{path.name}" in path.read_text() or "bash run_ppo.sh\n" in path.read_text()
+
+
+def test_the_tiny_run_is_comparable_with_the_tiny_loop():
+    loop, ppo = (yaml.safe_load((ROOT / f"configs/{name}_tiny.yaml").read_text()) for name in ("loop", "ppo"))
+    same = ("setup_command", "model_name_or_path", "reward_name_or_path", "prompts", "heldout_prompts", "gold_function", "generation", "seed")
+    assert [loop[key] for key in same] == [ppo[key] for key in same]
+
+
+def test_training_gets_what_evaluation_says_unless_ppo_says_otherwise(settings):
+    settings["generation"] |= {"dataset_key": "prompt", "K": 4, "top_p": 0.8}
+    settings["annotation"] = {"reward_function": "my.py:score", "reward_weights": [1, 2], "batch_tokens": 64}
+    settings["ppo"] |= {"top_p": 1.0, "kl_coef": 0.3}
+    found = made(settings).training(1)
+    assert found == {
+        "model_name_or_path": settings["model_name_or_path"], "reward_name_or_path": settings["reward_name_or_path"],
+        "dataset_name_or_path": settings["prompts"], "output_dir": f"{settings['run_dir']}/iter1/model", "seed": 42,
+        "dataset_key": "prompt", "max_input_length": 50, "max_new_tokens": 20, "temperature": 0.9, "top_p": 1.0, "kl_coef": 0.3,
+        "reward_function": "my.py:score", "reward_weights": [1, 2], "batch_size": 8, "rollout_batch_size": 8, "bf16": False,
+    }  # fmt: skip
+
+
+def test_placement_goes_to_openrlhf_alone(settings):
+    settings["openrlhf"] = {"num_gpus": 4}
+    assert "num_gpus" not in made(settings).training(1)
+    assert made(settings | {"backend": "openrlhf"}).training(1)["num_gpus"] == 4
+
+
+@pytest.mark.parametrize("backend, gpus, taken", [
+    ("auto", 0, "small"), ("auto", 2, "openrlhf"), ("small", 2, "small"), ("openrlhf", 2, "openrlhf"), ("openrlhf", 0, "openrlhf"),
+])  # fmt: skip
+def test_which_backend(settings, monkeypatch, backend, gpus, taken):
+    monkeypatch.setattr(ppo_run, "visible_gpus", lambda: [str(i) for i in range(gpus)])
+    assert made(settings | {"backend": backend}).backend == taken
+
+
+def test_the_stages(settings):
+    run = made(settings)
+    assert run.stages_left() == ["0.evaluate", "1.train", "1.evaluate"]
+    steps, answers = run.steps(0, "evaluate")
+    assert steps == ["generate", "annotate", "metrics"]
+    assert [Path(target).name for _, target in answers] == ["heldout_sampled.generated.jsonl", "heldout_greedy.generated.jsonl"]
+    assert run.steps(1, "train") == (["train"], [])
+    written = yaml.safe_load(Path(run.path(1, "train.yaml")).read_text())
+    assert train_ppo.arguments(written) == run.arguments()
+    assert run.steps(1, "evaluate")[0] == steps
+    assert yaml.safe_load(Path(run.path(1, "evaluate.yaml")).read_text())["model_name_or_path"] == run.iterate(1)
+
+
+def check(values):
+    return ppo_run.check(made(values))
+
+
+def test_what_is_right_passes_and_says_so(settings, capsys):
+    assert check(settings) == ["0.evaluate", "1.train", "1.evaluate"]
+    assert "1 training processes, CPU, backend small" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong, named", [
+    ({"ppo": {"kl_coeff": 0.1}}, "unknown key 'kl_coeff' in ppo, did you mean 'kl_coef'?"),
+    ({"ppo": {"output_dir": "x"}}, "output_dir is the run's own; give run_dir"),
+    ({"ppo": {"dataset_name_or_path": ["x"]}}, "give prompts"),
+    ({"ppo": {"seed": 1}}, "seed is the run's own; give seed"),
+    ({"ppo": {"clip": 0}}, "clip 0.0 must be above 0"),
+    ({"ppo": {"batch_size": 8, "micro_batch_size": 4, "rollout_batch_size": 8}, "num_processes": 3}, "ppo.batch_size 8 does not divide by 3 processes"),
+    ({"generation": {"system_prompt": "Be brief."}}, "generation: PPO would train without system_prompt"),
+    ({"heldout": {"system_prompt": "Be brief."}}, "PPO would train without system_prompt"),
+    ({"annotation": {"chat_template": "x.jinja"}}, "annotation: PPO would train without chat_template"),
+    ({"generation": {"temprature": 1}}, "did you mean 'temperature'"),
+    ({"reward_name_or_path": None}, "names no reward model"),
+    ({"reward_name_or_path": ["nowhere/at/all"]}, "nowhere/at/all"),
+    ({"model_name_or_path": "./nowhere"}, "no such folder"),
+    ({"prompts": []}, "at least one set"),
+    ({"gold_function": "nope.py:x"}, "nope.py"),
+    ({"num_processes": 0}, "num_processes 0 must be at least 1"),
+])  # fmt: skip
+def test_wrong_set_ups_are_named(settings, capsys, wrong, named):
+    with pytest.raises(UserError) as refused:
+        check(settings | wrong)
+    assert named in capsys.readouterr().err + str(refused.value)
+
+
+def test_all_problems_are_told_at_once(settings, capsys, tmp_path):
+    (tmp_path / "policy" / "chat_template.jinja").unlink()
+    (tmp_path / "heldout.jsonl").write_text((tmp_path / "one.jsonl").read_text())
+    with pytest.raises(UserError) as refused:
+        check(settings | {"ppo": {"epochs": 1}})
+    said = capsys.readouterr().err + str(refused.value)
+    for problem in ("has no chat template", "3 prompts of", "unknown key 'epochs' in ppo"):
+        assert problem in said
+
+
+def test_more_processes_than_gpus(settings, monkeypatch):
+    from common import loop, preflight
+
+    for module in (ppo_run, loop, preflight):
+        monkeypatch.setattr(module, "visible_gpus", lambda: ["0", "1"])
+    with pytest.raises(UserError, match="num_processes 4, but 2 GPUs are visible"):
+        check(settings | {"num_processes": 4})
+
+
+def command(*arguments):
+    done = subprocess.run([sys.executable, "ppo/run.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def test_overrides_and_shell_variables(settings, tmp_path):
+    """What run_ppo.sh evaluates, and the settings that stand in loop.yaml."""
+    config = tmp_path / "mine.yaml"
+    config.write_text(yaml.safe_dump(settings | {"run_dir": str(tmp_path / "a run"), "setup_command": "echo 'it'"}))
+    begun = command("setup", config)
+    assert dict(word.split("=", 1) for word in shlex.split(begun.stdout)) == {
+        "run_dir": str(tmp_path / "a run"), "setup_command": "echo 'it'", "backend": "small"}  # fmt: skip
+    ready = command("prepare", config, "--ppo.kl_coef", "0.1", "--ppo.learning_rate", "1e-5", "--prompts", tmp_path / "two.jsonl")
+    assert ready.returncode == 0 and "left='0.evaluate 1.train 1.evaluate'" in ready.stdout, ready.stderr
+    written = yaml.safe_load((tmp_path / "a run/loop.yaml").read_text())
+    assert written["ppo"] == settings["ppo"] | {"kl_coef": 0.1, "learning_rate": "1e-5"} and written["prompts"] == [str(tmp_path / "two.jsonl")]
+    left = command("todo", tmp_path / "a run", 1, "train")
+    assert "steps=(train)" in left.stdout, left.stderr
+    flat = yaml.safe_load((tmp_path / "a run/iter1/train.yaml").read_text())
+    assert (flat["kl_coef"], float(flat["learning_rate"]), flat["dataset_name_or_path"]) == (0.1, 1e-5, [str(tmp_path / "two.jsonl")])
+
+
+@pytest.mark.parametrize("arguments, named", [
+    (("--bakend", "small"), "did you mean '--backend'"),
+    (("--backend", "big"), "'big' is not one of auto, openrlhf, small"),
+    (("--iterations", "2"), "unknown argument --iterations"),
+    (("--run_dir", " "), "run_dir is empty"),
+    (("--backend", "openrlhf"), "backend openrlhf needs GPUs and none is visible here; --backend small, or on tiny models: bash run_ppo.sh"),
+    (("--without_gpu", "false"), "the same on tiny models: bash run_ppo.sh configs/ppo_tiny.yaml"),
+])  # fmt: skip
+def test_wrong_arguments_are_one_line(settings, tmp_path, monkeypatch, arguments, named):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(settings))
+    refused = command("setup", tmp_path / "mine.yaml", *arguments)
+    assert refused.returncode == 2 and named in refused.stderr and refused.stderr.count("\n") == 1, refused.stderr
+
+
+def test_an_unknown_key_of_the_yaml_names_the_nearest(settings, tmp_path):
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(settings | {"heldout_prompt": "x"}))
+    refused = command("setup", tmp_path / "mine.yaml")
+    assert refused.returncode == 2 and "unknown key 'heldout_prompt'" in refused.stderr and "did you mean 'heldout_prompts'" in refused.stderr
