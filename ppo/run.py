@@ -20,12 +20,15 @@ from common.devices import visible_gpus
 from common.loop import Run, RunSettings, load, processes, settle, setup, todo
 
 BACKENDS = {"openrlhf": "ppo.run_openrlhf", "small": "ppo.train_ppo"}
-# What `generation` and `annotation` say for evaluation holds for training too, unless `ppo` says otherwise.
-OF_GENERATION = ("dataset_key", "dataset_split", "chat_template", "template_kwargs", "trust_remote_code",
-                 "max_input_length", "max_new_tokens", "temperature", "top_p")  # fmt: skip
-OF_ANNOTATION = ("reward_type", "reward_function", "reward_weights")
-# What would make training's prompts or rewards others than evaluation's, and no backend knows.
-UNKNOWN = {"generation": ("system_prompt", "eos_ids", "top_k", "revision"), "annotation": ("chat_template", "template_kwargs", "revision")}
+# What `generation` and `annotation` say for evaluation holds for training too, unless `ppo` says otherwise: key there → key of a backend.
+SHARED = {
+    "generation": {key: key for key in ("dataset_key", "dataset_split", "chat_template", "template_kwargs", "trust_remote_code", "max_input_length",
+                                        "max_new_tokens", "temperature", "top_p")},
+    "annotation": {"reward_type": "reward_type", "reward_function": "reward_function", "reward_weights": "reward_weights",
+                   "chat_template": "reward_chat_template", "max_length": "reward_max_length"},
+}  # fmt: skip
+# What would make training's prompts or rewards others than evaluation's: refused where a backend has no such key.
+NEEDED = {"generation": ("system_prompt", "template_kwargs", "eos_ids", "top_k", "revision"), "annotation": ("chat_template", "template_kwargs", "revision")}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -73,9 +76,18 @@ class PPORun(Run):
         for key in decided:
             if key in chosen:
                 raise UserError(f"ppo: {key} is the run's own; give {'prompts' if key.startswith('dataset') else 'run_dir' if key == 'output_dir' else key}")
-        shared = {key: settings.generation[key] for key in OF_GENERATION if key in settings.generation}
-        shared |= {key: settings.annotation[key] for key in OF_ANNOTATION if key in settings.annotation}
+        known = self.module.Arguments.__dataclass_fields__
+        shared = {ours: value for name, keys in SHARED.items() for key, value in getattr(settings, name).items() if (ours := keys.get(key)) in known}
+        if settings.model_size_b and "model_size_b" in known:
+            shared["model_size_b"] = settings.model_size_b
         return decided | shared | chosen
+
+    def left_out(self):
+        """(section, key) of what evaluation would use and the backend could not."""
+        known = self.module.Arguments.__dataclass_fields__
+        for name, keys in NEEDED.items():
+            given = getattr(self.settings, name) | (self.settings.heldout if name == "generation" else {})
+            yield from ((name, key) for key in keys if given.get(key) and SHARED[name].get(key) not in known)
 
     def arguments(self):
         """The backend's arguments as it reads them, checked as far as can be before anything is loaded."""
@@ -102,14 +114,12 @@ def check(current):
     if not settings.prompts:
         raise UserError("prompts name at least one set")
     preflight.check_models(current, found)
-    for name, keys in UNKNOWN.items():
-        for key in keys:
-            if getattr(settings, name).get(key) or settings.heldout.get(key):
-                found.problems.append(f"{name}: PPO would train without {key}, which evaluation uses; leave it out")
+    for name, key in current.left_out():
+        found.problems.append(f"{name}: PPO (backend {current.backend}) would train without {key}, which evaluation uses; leave it out")
     args = found.attempt(current.arguments)
-    if args:
-        check_backend(current, args, found)
     left = None if found.problems else found.attempt(current.stages_left)
+    if args and (left is None or "1.train" in left):
+        check_backend(current, args, found)
     preflight.check_prompts(current, found)
     _, count = preflight.check_gpus(current, found)
     if count and args and current.backend == "small":
@@ -122,14 +132,15 @@ def check(current):
 
 def check_backend(current, args, found):
     """What the backend itself refuses before it loads anything, on as many processes as will be started."""
-    if current.backend == "small":
-        found.attempt(current.module.check_paths, args)
-        share = args.micro_batch_size * processes(current.settings)
-        if args.batch_size % share:
-            found.problems.append(f"ppo.batch_size {args.batch_size} does not divide by {processes(current.settings)} processes × "
-                                  f"ppo.micro_batch_size {args.micro_batch_size}")  # fmt: skip
-    else:
-        found.attempt(current.module.check_paths, args)
+    if current.backend == "openrlhf":  # as its dry run: what its environment holds is looked at when that is made
+        args = dataclasses.replace(args, dry_run=True)
+        plan = found.attempt(current.module.plan, args)
+        found.notes.extend(current.module.describe(args, plan) if plan else [])
+        return
+    found.attempt(current.module.check_paths, args)
+    world = processes(current.settings)
+    if args.batch_size % (args.micro_batch_size * world):
+        found.problems.append(f"ppo.batch_size {args.batch_size} does not divide by {world} processes × ppo.micro_batch_size {args.micro_batch_size}")
 
 
 def prepare(argv):

@@ -19,6 +19,7 @@ import io
 import json
 import math
 import os
+import secrets
 import time
 from pathlib import Path
 
@@ -126,8 +127,7 @@ def to_wandb(folder, state, new):
     """One run of W&B, taken up again by its id."""
     import wandb
 
-    if "id" not in state:
-        state["id"] = wandb.util.generate_id()
+    state.setdefault("id", secrets.token_hex(4))
     settings = wandb.Settings(init_timeout=60, console="off", silent=True)
     run = wandb.init(project=os.environ.get("WANDB_PROJECT", PROJECT), id=state["id"], resume="allow", name=folder.resolve().name,
                      dir=str(folder), config=settings_of(folder), settings=settings)  # fmt: skip

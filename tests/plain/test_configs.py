@@ -11,6 +11,7 @@ from common.cli import build
 from common.loop import LoopSettings, Run
 from dpo_iteration import run_dpo
 from generation import gen_hf, get_hf2, merge_data
+from ppo import run_openrlhf, train_ppo
 from report import divergence, evaluate_benchmarks, export_answers, metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,7 +56,8 @@ def test_the_recipe_has_the_papers_numbers():
 
 SCRIPTS = {"generation/get_hf2.py": get_hf2, "generation/gen_hf.py": gen_hf, "generation/merge_data.py": merge_data,
            "annotate_data/get_rewards.py": get_rewards, "dpo_iteration/run_dpo.py": run_dpo, "report/metrics.py": metrics,
-           "report/divergence.py": divergence, "report/export_answers.py": export_answers, "report/evaluate_benchmarks.sh": evaluate_benchmarks}  # fmt: skip
+           "report/divergence.py": divergence, "report/export_answers.py": export_answers, "report/evaluate_benchmarks.sh": evaluate_benchmarks,
+           "ppo/train_ppo.py": train_ppo, "ppo/run_openrlhf.py": run_openrlhf}  # fmt: skip
 
 
 def commands():
@@ -74,4 +76,4 @@ def test_every_command_of_the_readme_names_files_and_flags_that_exist():
             if f"{name}" in line:
                 for flag in re.findall(r" --(\w+)", line.split(name)[1]):
                     assert flag in module.Arguments.__dataclass_fields__, f"{flag} in {line}"
-    assert seen >= {"run_loop.sh", "tests/run.sh", *SCRIPTS}
+    assert seen >= {"run_loop.sh", "run_ppo.sh", "tests/run.sh", *SCRIPTS}

@@ -118,3 +118,17 @@ def test_gpus_are_counted_as_cuda_would(shell, visible, count):
     assert answer.stdout.splitlines() == [str(count), f"{ROOT}/requirements-train.txt"]
     own = shell("env_requirements vllm", vllm_requirements="", **more)
     assert own.stdout.strip() == f"{ROOT}/requirements-vllm{'' if count else '-cpu'}.txt"
+
+
+def test_openrlhf_comes_behind_the_torch_and_flash_attn_that_it_asks_for(shell, tmp_path):
+    """flash-attn compiles against an installed torch; a stand-in for Python notes what pip is asked for."""
+    python = tmp_path / "bin" / "stand-in"
+    python.write_text('#!/usr/bin/env bash\n[ "$1 $2" != "-m venv" ] || { mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; }\necho "$*" >>"$CALLS"\n')
+    python.chmod(0o755)
+    made = shell("make_envs ppo_train", PYTHON=str(python), REAL_PYTHON=str(python), CALLS=str(tmp_path / "calls"))
+    assert made.returncode == 0, made.stderr
+    asked = [line.split("--no-input ")[1] for line in (tmp_path / "calls").read_text().splitlines() if line.startswith("-m pip install")]
+    pins = (ROOT / "ppo/requirements-ppo.txt").read_text()
+    assert asked[0].split()[0] in pins.splitlines() and asked[0].startswith("vllm==")
+    assert asked[1].startswith("--no-build-isolation flash-attn==") and asked[1].split()[1] in pins
+    assert asked[2:] == [f"-r {ROOT}/ppo/requirements-ppo.txt"]

@@ -1,0 +1,119 @@
+"""What OpenRLHF reads: the prompts as one file of templated text, and the policy as a folder with the right stop tokens."""
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+from common import chat, records
+from common.cli import UserError, read_json
+from common.progress import Progress
+from dpo_iteration.output import write_jsonl
+
+OURS = ("generation_config.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates")
+
+
+def load_tokenizer(name, trust_remote_code=False, chat_template=None):
+    """A model's tokenizer, with the chat template of the file `chat_template` where one is given."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:  # hub, file and remote code fail in many ways
+        raise UserError(f"cannot load the tokenizer of {name}: {' '.join(str(error).split())[:300]}") from None
+    chat.use_template(tokenizer, chat_template)
+    if not tokenizer.chat_template:
+        raise UserError(f"model_name_or_path {name} has no chat template: put a chat_template.jinja beside its tokenizer or give --chat_template FILE")
+    return tokenizer
+
+
+def read_all(args, tokenizer):
+    """(records to write, skipped): every prompt of all sets in order; too long ones and literal twins are named in `skipped`."""
+    kept, skipped, seen = [], [], set()
+    progress = Progress(len(args.dataset_name_or_path), "prompts", "sets")
+    for name in args.dataset_name_or_path:
+        for record in records.read_prompts(name, args.dataset_key, args.dataset_split):
+            messages = record.pop("prompt")
+            text = chat.render(tokenizer, messages, True)
+            tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+            if tokens > args.max_input_length:
+                skipped.append({"id": record["id"], "reason": "too long", "tokens": tokens})
+                continue
+            key = record["id"] if record["id"] not in seen else f"{record['id']}-{len(seen)}"  # the same prompt in two sets
+            seen.add(key)
+            # In the label as text: the reward functions' record, which OpenRLHF hands through untouched.
+            kept.append({"prompt": text, "label": records.dumps(record | {"id": key, "prompt": messages})})
+        progress.update()
+    progress.close()
+    return kept, skipped
+
+
+def whole_rollouts(args, kept):
+    """(prompts of whole rollouts in a fixed random order, those left over, passes over them) within `max_rollouts`."""
+    kept = list(kept)
+    random.Random(args.seed).shuffle(kept)
+    rollouts, episodes = len(kept) // args.rollout_batch_size, args.num_episodes
+    if not rollouts:
+        raise UserError(f"{len(kept)} prompts of {', '.join(args.dataset_name_or_path)} are fewer than rollout_batch_size {args.rollout_batch_size}; lower it")
+    if args.max_rollouts is not None:
+        rollouts = min(rollouts, args.max_rollouts)
+        episodes = min(episodes, max(1, args.max_rollouts // rollouts))
+    cut = rollouts * args.rollout_batch_size
+    return kept[:cut], kept[cut:], episodes
+
+
+def write_prompts(args, tokenizer, path):
+    """Write the prompts file and its `.skipped.jsonl`.
+
+    Returns:
+        dict of counts: prompts, skipped by reason, episodes, rollouts.
+    """
+    kept, skipped = read_all(args, tokenizer)
+    chosen, left, episodes = whole_rollouts(args, kept)
+    reason = "beyond max_rollouts or in no whole rollout"
+    skipped += [{"id": json.loads(entry["label"])["id"], "reason": reason} for entry in left]
+    write_jsonl(path, chosen)
+    write_jsonl(path.with_name("prompts.skipped.jsonl"), skipped)
+    by_reason = {}
+    for entry in skipped:
+        by_reason[entry["reason"]] = by_reason.get(entry["reason"], 0) + 1
+    return {"prompts": len(chosen), "skipped": by_reason, "episodes": episodes, "rollouts": len(chosen) // args.rollout_batch_size * episodes}
+
+
+def local_folder(name):
+    """The folder of a model, fetched from the hub where it is none (vLLM would fetch the same files)."""
+    if Path(name).is_dir():
+        return Path(name).resolve()
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"]))
+    except Exception as error:
+        raise UserError(f"cannot fetch {name} from the hub: {' '.join(str(error).split())[:300]}") from None
+
+
+def prepare_policy(args, tokenizer, folder):
+    """Put the policy into `folder`: links to its weights, our tokenizer with its template, a generation config that stops.
+
+    OpenRLHF samples until vLLM's stop tokens, which are the EOS and what generation_config.json names. Where neither is the
+    template's end of turn (RLHFlow/LLaMA3-SFT is sampled with an extra stop token for that), no response would end.
+    """
+    source = local_folder(args.model_name_or_path)
+    if not any(source.glob("*.safetensors")) and not any(source.glob("pytorch_model*.bin")):
+        raise UserError(f"model_name_or_path {args.model_name_or_path} holds no weights (*.safetensors)")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    tokenizer.save_pretrained(folder)
+    path = source / "generation_config.json"
+    config = read_json(path) if path.is_file() else {}
+    stops = chat.stop_token_ids(tokenizer, config.get("eos_token_id"))
+    config |= {"eos_token_id": stops}
+    for key, value in (("bos_token_id", tokenizer.bos_token_id), ("pad_token_id", tokenizer.pad_token_id)):
+        if value is not None:
+            config.setdefault(key, value)
+    (folder / "generation_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for file in source.iterdir():
+        if file.is_file() and not (folder / file.name).exists() and file.name not in OURS and file.name != "README.md":
+            os.symlink(file.resolve(), folder / file.name)
+    return stops

@@ -1,0 +1,818 @@
+r"""Train a policy by PPO, small enough to read: one file, plain data parallel, for one GPU, a few, or a CPU.
+
+In:  a policy, prompts, and what scores a response: reward models (as annotate_data/get_rewards.py takes them, also with
+     another tokenizer than the policy's), a function of your own, or a weighted sum.
+Out: model, tokenizer, chat template and generation config in the folder `output_dir`; beside it one line of figures for
+     each rollout (`.log.jsonl`), the prompts left out (`.skipped.jsonl`), and last a manifest (`.manifest.json`).
+
+    python ppo/train_ppo.py configs/ppo_tiny_train.yaml
+    accelerate launch --num_processes 2 ppo/train_ppo.py configs/ppo_tiny_train.yaml
+
+A rollout, then passes over it, again and again (Ziegler et al. 2019, arXiv 1909.08593; details: arXiv 2403.17031):
+
+    rollout   sample responses; score each; reward of a token = −kl_coef · kl(token), plus the score at the last one
+    learn     advantages by GAE; `ppo_epochs` passes in shuffled batches: clipped policy loss, clipped value loss
+
+The four models: the policy, the reference (the policy as it was at the start, frozen), the value model, and what scores.
+What was left out for the sake of reading: sharded models, LoRA, a fast engine for sampling. Every process holds all four
+and the whole rollout as numbers, so that whitening, GAE and the order of the responses are the same everywhere; only
+passes through models are shared out, and gradients added up. That is for models of up to about a billion parameters.
+
+Nothing is found by looking for padding tokens: where a response ends is known by position, so PAD may be EOS.
+All that is random in a rollout is drawn from seeds made of `seed` and the rollout's number. With `--save_steps N` a killed
+run continues from its last checkpoint when the same command is started again, to the same weights on a CPU.
+"""
+
+import copy
+import dataclasses
+import fcntl
+import importlib.util
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
+
+from annotate_data import arguments as annotation
+from annotate_data.functions import EXAMPLE
+from annotate_data.get_rewards import combine, make_scorers
+from common import chat
+from common.cli import UserError, arg, build, check_model, existing_file, parse, run
+from common.devices import check_processes, prepare_threads
+from common.functions import function_file
+from common.manifest import beside, fingerprint, versions, write_json
+from common.progress import Progress, duration
+from common.records import dumps, finite, read_prompts, sample_seed
+from dpo_iteration.output import checkpoints, is_complete, is_main, launched, remove_checkpoints, say, write_jsonl
+from dpo_iteration.rows import check_bos
+from dpo_iteration.saved import check_saved
+
+# Settings that do not shape the model: where it goes, what is shown, what the inputs' fingerprints cover, mere speed.
+NOT_SHAPING = {
+    "model_name_or_path", "critic_name_or_path", "reward_name_or_path", "dataset_name_or_path", "chat_template", "output_dir",
+    "overwrite", "trust_remote_code", "attn_implementation", "micro_batch_size", "gradient_checkpointing", "cpu_threads",
+    "save_steps", "save_total_limit", "keep_checkpoints", "logging_steps", "report_to", "run_name",
+}  # fmt: skip
+OFF_BY_ROUNDING = {"no": 1e-3, "bf16": 0.1}  # mean distance of the first pass's ratio from 1, by precision
+
+
+@dataclasses.dataclass(kw_only=True)
+class Arguments:
+    model_name_or_path: str = arg(help="policy to start from, and the reference: hub name or folder")
+    critic_name_or_path: str | None = arg(None, "start of the value model, a classifier with the policy's vocabulary; None: the "
+                                          "first Bradley-Terry reward model if it has that vocabulary, else the policy with a new head")  # fmt: skip
+    reward_name_or_path: list[str] | None = arg(None, "reward model, or several: hub name or folder")
+    reward_type: list[str] = arg(["auto"], "kind of the reward models, see annotate_data/get_rewards.py")
+    reward_function: str | None = arg(None, "FILE.py:NAME, f(messages, response[, record]) → number")
+    reward_weights: list[float] | None = arg(None, "one for each reward model, then the function's; the sum is the score")
+    trust_remote_code: bool = arg(False, "run Python code that comes with a model")
+    attn_implementation: str | None = arg(None, "of policy and value model; None: sdpa, or eager where scores are soft-capped")
+    chat_template: str | None = arg(None, "file with a jinja chat template to use instead of the policy's own")
+    template_kwargs: dict = arg({}, 'arguments of the template, JSON: \'{"enable_thinking": false}\'')
+
+    dataset_name_or_path: list[str] = arg(help="prompts, one set or several: hub name, save_to_disk folder, .jsonl, .json, …")
+    dataset_key: str | None = arg(None, "column of the prompts (the first of context_messages, messages, prompt)")
+    dataset_split: str = arg("train", "split of a hub data set or save_to_disk folder")
+    output_dir: str = arg(help="folder of the trained model")
+    overwrite: bool = arg(False, "start anew where an output exists or is half done")
+    seed: int = arg(42, "seed of sampling and of the order of prompts and responses")
+
+    max_input_length: int = arg(1024, "tokens of the templated prompt; longer prompts are skipped and listed")
+    max_new_tokens: int = arg(1024, "tokens of a response; one without an end of turn by then is cut off")
+    temperature: float = arg(1.0, "of sampling; log-probabilities are those of the logits divided by it")
+    top_p: float = arg(1.0, "nucleus sampling; log-probabilities are of the whole distribution all the same, so below 1 "
+                       "the policy that samples is not quite the one that learns")  # fmt: skip
+    generation_batch_size: int = arg(64, "responses sampled at once by a process")
+
+    num_episodes: float = arg(1.0, "passes over the prompts")
+    max_rollouts: int | None = arg(None, "at most so many rollouts")
+    rollout_batch_size: int = arg(128, "prompts of a rollout, over all processes")
+    samples_per_prompt: int = arg(1, "responses to each prompt of a rollout")
+    batch_size: int = arg(128, "responses per optimizer step, over all processes")
+    micro_batch_size: int = arg(8, "responses in one pass through a model, per process")
+    ppo_epochs: int = arg(1, "passes over a rollout's responses")
+
+    learning_rate: float = arg(5e-7, "peak learning rate of the policy")
+    critic_learning_rate: float = arg(9e-6, "peak learning rate of the value model")
+    lr_scheduler_type: str = arg("cosine", "course of both", choices=("constant", "constant_with_warmup", "cosine", "linear"))
+    warmup_steps: float = arg(0.0, "optimizer steps of linear warm-up; below 1 a share of all steps")
+    weight_decay: float = arg(0.0, "decoupled weight decay of both models")
+    max_grad_norm: float = arg(1.0, "gradients of each model are scaled down to this norm; 0: never")
+    kl_coef: float = arg(0.01, "reward taken off per nat that a response is off the reference; with kl_target the start")
+    kl_target: float | None = arg(None, "nats per response that kl_coef is steered to; None: kl_coef stays")
+    kl_horizon: int = arg(10000, "responses; the larger, the slower kl_coef is steered")
+    kl_estimator: str = arg("k1", "of a token's KL in the reward", choices=("k1", "k2", "k3"))
+    gamma: float = arg(1.0, "discount of a later token's reward, per token")
+    gae_lambda: float = arg(0.95, "0: advantages from the next value alone, 1: from the rewards alone")
+    clip: float = arg(0.2, "a token's probability ratio earns no more beyond 1 ± this")
+    value_clip: float = arg(0.2, "a value earns no more beyond the rollout's value ± this")
+    value_coef: float = arg(0.1, "weight of the value loss; matters through max_grad_norm alone, the models being two")
+    missing_eos_penalty: float | None = arg(None, "reward that a cut-off response gets in place of its score, so below what bad "
+                                            "answers get (arXiv 2403.17031: −1); None: its score, cut off as it is")  # fmt: skip
+    whiten_rewards: bool = arg(False, "give the tokens' rewards variance 1, their mean kept")
+    whiten_advantages: bool = arg(True, "give advantages mean 0 and variance 1")
+
+    bf16: bool = arg(True, "compute in bfloat16 on a GPU and save in it; the weights that learn are fp32 all the while")
+    gradient_checkpointing: bool = arg(False, "recompute activations: less memory, slower")
+    cpu_threads: int | None = arg(None, "threads of a process without a GPU; None: the cores shared out")
+    save_steps: int = arg(0, "rollouts between checkpoints; 0 writes none")
+    save_total_limit: int = arg(2, "checkpoints kept while training")
+    keep_checkpoints: bool = arg(False, "keep checkpoints, with the value model, once the model is saved")
+    logging_steps: int = arg(1, "rollouts between lines of progress")
+    report_to: list[str] = arg(["none"], "none, wandb, tensorboard, trackio: one or several")
+    run_name: str | None = arg(None, "name of the run for report_to")
+
+
+# The mathematics. Tensors are [responses, tokens]; `mask` is 1 at a response's tokens and 0 behind them.
+
+
+def kl_estimate(log_probs, ref_log_probs, estimator):
+    """Each token's KL to the reference, estimated from the token that was sampled (joschu.net/blog/kl-approx.html).
+
+    k1 = log π/π_ref is unbiased and may be negative; k2 = k1²/2 is not; k3 = e^(−k1) − 1 + k1 is unbiased and never negative.
+    """
+    k1 = log_probs - ref_log_probs
+    return {"k1": lambda: k1, "k2": lambda: k1.square() / 2, "k3": lambda: (-k1).expm1() + k1}[estimator]()
+
+
+def token_rewards(scores, kl, mask, kl_coef):
+    """−kl_coef · kl at every token, plus the response's score at its last one. `scores`: [responses]."""
+    rewards = -kl_coef * kl * mask
+    last = mask.sum(1).long() - 1
+    return rewards.scatter_add(1, last[:, None], scores[:, None].to(rewards.dtype))
+
+
+def whiten(values, mask, shift_mean=True):
+    """`values` scaled to variance 1 over all tokens of the mask, and moved to mean 0 unless not `shift_mean`; 0 elsewhere."""
+    mean = (values * mask).sum() / mask.sum()
+    variance = ((values - mean).square() * mask).sum() / mask.sum()
+    white = (values - mean) * variance.clamp(min=1e-8).rsqrt()
+    return (white if shift_mean else white + mean) * mask
+
+
+def gae(values, rewards, mask, gamma, lam):
+    """(advantages, returns) by generalised advantage estimation (arXiv 1506.02438), 0 behind a response's end.
+
+    δ_t = r_t + γ V_{t+1} − V_t,  A_t = δ_t + γ λ A_{t+1},  return_t = A_t + V_t;  V is 0 once the response has ended.
+    """
+    values, rewards = values * mask, rewards * mask
+    advantages, following, next_value = values.new_zeros(values.shape), 0.0, 0.0
+    for t in reversed(range(values.shape[1])):
+        following = rewards[:, t] + gamma * next_value - values[:, t] + gamma * lam * following
+        advantages[:, t], next_value = following, values[:, t]
+    return advantages, advantages + values
+
+
+def policy_loss(log_probs, old_log_probs, advantages, clip):
+    """(loss, ratio π/π_old) of each token: −min(ratio · A, clipped ratio · A) (arXiv 1707.06347)."""
+    ratio = (log_probs - old_log_probs).exp()
+    return -(ratio * advantages).minimum(ratio.clamp(1 - clip, 1 + clip) * advantages), ratio
+
+
+def value_loss(values, old_values, returns, clip):
+    """Each token's ½ max((V − R)², (V_clipped − R)²), V_clipped being at most `clip` away from the rollout's value."""
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    return (values - returns).square().maximum((clipped - returns).square()) / 2
+
+
+def steer(kl_coef, kl, target, horizon, responses):
+    """The next kl_coef: a step up where `kl` (nats per response) is above `target`, down below (arXiv 1909.08593, §2.2)."""
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * responses / horizon)
+
+
+# From token ids to numbers. A row is one response: {"prompt": ids, "response": ids, …}.
+
+
+def padded(rows, pad, device):
+    """What a model is given for `rows`: prompts padded on the left, responses on the right, so that they meet in one column.
+
+    Returns:
+        (model's inputs, responses [rows, R], mask [rows, R]) with R the longest response.
+    """
+    import torch
+
+    before, behind = (max(len(row[side]) for row in rows) for side in ("prompt", "response"))
+    ids = torch.full((len(rows), before + behind), pad)
+    there = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        start, end = before - len(row["prompt"]), before + len(row["response"])
+        ids[i, start:end], there[i, start:end] = torch.tensor(row["prompt"] + row["response"]), 1
+    positions = (there.cumsum(1) - 1).clamp(min=0)
+    ids, there, positions = (tensor.to(device) for tensor in (ids, there, positions))
+    inputs = {"input_ids": ids, "attention_mask": there, "position_ids": positions, "use_cache": False}
+    return inputs, ids[:, before:], there[:, before:].float()
+
+
+def log_probs_of(policy, inputs, responses, temperature):
+    """(log-probabilities of the response's tokens, entropies of the distributions they come from), both [rows, R], in fp32."""
+    count = responses.shape[1]
+    logits = policy(**inputs, logits_to_keep=count + 1).logits[:, -count - 1 : -1]  # a token comes from the one before it
+    every = (logits.float() / temperature).log_softmax(-1)
+    entropies = -(every.detach().exp() * every.detach()).sum(-1)
+    return every.gather(-1, responses[..., None])[..., 0], entropies
+
+
+def values_of(critic, inputs, responses):
+    """Values [rows, R] in fp32: what is expected from where each token of the response is about to be chosen."""
+    import torch
+
+    count = responses.shape[1]
+    hidden = critic.base_model(**inputs).last_hidden_state[:, -count - 1 : -1]
+    with torch.autocast(hidden.device.type, enabled=False):  # bf16 has 8 bits: too few for a sum of rewards
+        return critic.score(hidden.float())[..., 0]
+
+
+class PPO:
+    """The four models, and one method for each thing that is done with them."""
+
+    def __init__(self, args, accelerator):
+        import torch
+        import transformers
+
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        self.args, self.accelerator, self.device = args, accelerator, accelerator.device
+        self.tokenizer = load(transformers.AutoTokenizer, args.model_name_or_path, args)
+        chat.use_template(self.tokenizer, args.chat_template)
+        self.policy = load(transformers.AutoModelForCausalLM, args.model_name_or_path, args, weights=True)
+        self.prompts, self.skipped = self.read_prompts()
+
+        # All sampling settings are ours: a model's generation config may hold a top_k, of which training knows nothing.
+        self.generation_config = self.policy.generation_config  # goes with the trained model as it came
+        self.stops = set(chat.stop_token_ids(self.tokenizer, self.generation_config.eos_token_id))
+        self.pad = next(t for t in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if t is not None)
+        self.policy.generation_config = transformers.GenerationConfig(
+            do_sample=True, temperature=args.temperature, top_p=args.top_p, top_k=0, max_new_tokens=args.max_new_tokens,
+            eos_token_id=sorted(self.stops), pad_token_id=self.pad,
+        )  # fmt: skip
+
+        threads = torch.get_num_threads()
+        self.scorers = make_scorers(scoring(args))
+        for scorer in self.scorers:
+            scorer.check(self.prompts[0]["prompt"])
+            scorer.load()
+        torch.set_num_threads(threads)
+        self.critic = self.load_critic()
+        self.reference = copy.deepcopy(self.policy).requires_grad_(False).eval()
+        for model in (self.policy, self.reference, self.critic):
+            model.to(self.device)
+        for model in (self.policy, self.critic):
+            without_dropout(model)
+            if args.gradient_checkpointing:
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+        self.rollouts = count_rollouts(args, len(self.prompts))
+        self.kl_coef, self.done = args.kl_coef, 0  # rollouts
+        steps = self.rollouts * args.ppo_epochs * args.rollout_batch_size * args.samples_per_prompt // args.batch_size
+        warmup = math.ceil(args.warmup_steps * steps) if args.warmup_steps < 1 else int(args.warmup_steps)
+        self.learners = {}  # name → (model, its optimizer, its schedule)
+        for name, model, rate in (("policy", self.policy, args.learning_rate), ("critic", self.critic, args.critic_learning_rate)):
+            optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=args.weight_decay)
+            schedule = transformers.get_scheduler(args.lr_scheduler_type, optimizer, warmup, steps)
+            self.learners[name] = (model, optimizer, schedule)
+
+    def read_prompts(self):
+        """(prompt records with their token ids under "ids", entries of the skipped file)."""
+        args, kept, skipped = self.args, [], []
+        for name in args.dataset_name_or_path:
+            for record in read_prompts(name, args.dataset_key, args.dataset_split):
+                ids = chat.encode(self.tokenizer, record["prompt"], True, args.template_kwargs)
+                if len(ids) > args.max_input_length:
+                    skipped.append({"id": record["id"], "reason": f"prompt of {len(ids)} tokens, more than {args.max_input_length}"})
+                else:
+                    kept.append(record | {"ids": ids})
+        if len(kept) < args.rollout_batch_size:
+            raise UserError(f"{len(kept)} prompts ({len(skipped)} skipped as too long) for rollouts of {args.rollout_batch_size}: "
+                            "lower --rollout_batch_size, raise --max_input_length, or give more prompts")  # fmt: skip
+        check_bos(self.tokenizer, {"prompt_ids": kept[0]["ids"]})
+        shape = self.policy.config.get_text_config()
+        positions = getattr(shape, "max_position_embeddings", None)
+        if positions and args.max_input_length + args.max_new_tokens > positions:
+            raise UserError(f"{args.model_name_or_path} has {positions} positions: --max_input_length {args.max_input_length} + "
+                            f"--max_new_tokens {args.max_new_tokens} are more")  # fmt: skip
+        highest, embeddings = max(max(record["ids"]) for record in kept), self.policy.get_input_embeddings().num_embeddings
+        if highest >= embeddings:
+            raise UserError(f"the tokenizer gives token id {highest} and {args.model_name_or_path} has {embeddings} embeddings: no match")
+        return kept, skipped
+
+    def load_critic(self):
+        """A sequence classifier with one label, of which `score` is applied at every token."""
+        import torch
+        import transformers
+
+        args, vocabulary, name = self.args, self.tokenizer.get_vocab(), self.args.critic_name_or_path
+        if name is None:
+            models = [s for s in self.scorers if type(s).__name__ == "BradleyTerry" and s.tokenizer.get_vocab() == vocabulary]
+            name = models[0].name if models else None
+        elif load(transformers.AutoTokenizer, name, args).get_vocab() != vocabulary:
+            raise UserError(f"--critic_name_or_path {name} has another vocabulary than the policy, whose token ids it would be given; "
+                            "leave it out to start from the policy")  # fmt: skip
+        new_head = name is None
+        critic = load(transformers.AutoModelForSequenceClassification, name or args.model_name_or_path, args, weights=True,
+                      missing={"score.weight"} if new_head else set(), num_labels=1)  # fmt: skip
+        if not isinstance(getattr(critic, "score", None), torch.nn.Linear) or critic.score.out_features != 1:
+            raise UserError(f"{name or args.model_name_or_path}: its classifier has no head `score` with one output to take values from")
+        size, needed = critic.get_input_embeddings().num_embeddings, max(vocabulary.values())
+        if size <= needed:
+            raise UserError(f"{name or args.model_name_or_path} has {size} embeddings, the policy's tokens need {needed + 1}: no match")
+        if new_head:
+            torch.nn.init.zeros_(critic.score.weight)
+        say(f"value model: from {name or args.model_name_or_path}, " + ("the policy, with a new head that says 0" if new_head else "head and all"))
+        return critic
+
+    # Rollouts
+
+    def rollout(self, number):
+        """Rows of rollout `number` (from 1 on), all of them on every process, and the seconds of each part."""
+        args, rows, seconds = self.args, [], {"generate": 0.0, "score": 0.0, "evaluate": 0.0}
+        prompts = [self.prompts[i] for i in self.order((number - 1) * args.rollout_batch_size, args.rollout_batch_size)]
+        size = args.generation_batch_size // args.samples_per_prompt
+        batches = [prompts[i : i + size] for i in range(0, len(prompts), size)]  # whatever the number of processes
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        try:
+            for i in range(rank, len(batches), world):
+                for part, action in (("generate", self.generate), ("score", self.score), ("evaluate", self.evaluate)):
+                    begun = time.monotonic()
+                    if part == "generate":
+                        new = action(batches[i], sample_seed(args.seed, number, f"batch {i}"))
+                        rows.append((i, new))
+                    else:
+                        action(new)
+                    seconds[part] += time.monotonic() - begun
+        except UserError as error:  # by one process, and told by all: rank 0 alone prints errors
+            rows = str(error)
+        parts = self.gather(rows)
+        for part in parts:
+            if isinstance(part, str):
+                raise UserError(part)
+        return [row for _, new in sorted((pair for part in parts for pair in part), key=lambda pair: pair[0]) for row in new], seconds
+
+    def order(self, start, count):
+        """Indices of prompts number `start` to `start + count` of the run: each pass over them shuffled anew."""
+        import torch
+
+        found, total = [], len(self.prompts)
+        while len(found) < count:
+            episode, place = divmod(start + len(found), total)
+            shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(sample_seed(self.args.seed, episode, "prompts")))
+            found += shuffled[place : place + count - len(found)].tolist()
+        return found
+
+    def generate(self, prompts, seed):
+        """`samples_per_prompt` rows for each prompt, with the response up to its first stop token, and its text."""
+        import torch
+
+        many = [{"prompt": prompt["ids"], "response": [], "record": prompt} for prompt in prompts for _ in range(self.args.samples_per_prompt)]
+        inputs, *_ = padded(many, self.pad, self.device)
+        self.policy.eval()
+        torch.manual_seed(seed)
+        with torch.no_grad(), self.accelerator.autocast():
+            sampled = self.policy.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        for row, ids in zip(many, sampled[:, inputs["input_ids"].shape[1] :].tolist()):
+            end = next((i for i, token in enumerate(ids) if token in self.stops), None)
+            row["cut"] = end is None
+            row["response"] = ids if end is None else ids[: end + 1]
+            row["text"] = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
+        return many
+
+    def score(self, rows):
+        """Give each row its score: texts go to the scorers, which have templates and tokenizers of their own."""
+        K, args = self.args.samples_per_prompt, self.args
+        groups = [rows[i : i + K] for i in range(0, len(rows), K)]
+        asked = []
+        for group in groups:
+            others = {key: value for key, value in group[0]["record"].items() if key != "ids"}
+            ends = ["length" if row["cut"] else "stop" for row in group]
+            lengths = [len(row["response"]) for row in group]
+            asked.append(others | {"responses": [row["text"] for row in group], "finish_reasons": ends, "num_tokens": lengths})
+        parts = []
+        for scorer in self.scorers:
+            found = {index: entry["rewards"] for index, entry in scorer.score(asked)}
+            parts.append([found[index] for index in range(len(asked))])
+        for group, record, *scores in zip(groups, asked, *parts):
+            for row, score in zip(group, combine(scores, args.reward_weights or [1.0])):
+                if score is None:
+                    raise UserError(f"a response to prompt {record['id']} has a score that is not finite: {row['text'][:80]!r}; mend what scores it")
+                row["score"] = score
+                del row["record"]
+
+    def evaluate(self, rows):
+        """Give each row the log-probabilities of policy and reference and the values, [tokens] each, and the mean entropy."""
+        import torch
+
+        for start in range(0, len(rows), self.args.micro_batch_size):
+            some = rows[start : start + self.args.micro_batch_size]
+            inputs, responses, _ = padded(some, self.pad, self.device)
+            with torch.no_grad(), self.accelerator.autocast():
+                found, entropies = log_probs_of(self.policy, inputs, responses, self.args.temperature)
+                ref, _ = log_probs_of(self.reference, inputs, responses, self.args.temperature)
+                values = values_of(self.critic, inputs, responses)
+            for i, row in enumerate(some):
+                n = len(row["response"])
+                row |= {"log_probs": found[i, :n].cpu(), "ref_log_probs": ref[i, :n].cpu(), "values": values[i, :n].cpu()}
+                row["entropy"] = entropies[i, :n].sum().item()
+
+    # Learning
+
+    def advantages(self, rows):
+        """Tensors [responses, longest] on the device for `learn`, and the figures that are logged of a rollout."""
+        import torch
+
+        args, stack = self.args, lambda key: torch.nn.utils.rnn.pad_sequence([row[key] for row in rows], True).to(self.device)
+        data = {key: stack(key) for key in ("log_probs", "ref_log_probs", "values")}
+        lengths = torch.tensor([len(row["response"]) for row in rows], device=self.device)
+        mask = data["mask"] = (torch.arange(lengths.max(), device=self.device) < lengths[:, None]).float()
+        cut, scores = ([row[key] for row in rows] for key in ("cut", "score"))
+        if args.missing_eos_penalty is not None:
+            rewarded = [args.missing_eos_penalty if c else s for c, s in zip(cut, scores)]
+        else:
+            rewarded = scores
+        kl = kl_estimate(data["log_probs"], data["ref_log_probs"], args.kl_estimator)
+        rewards = token_rewards(torch.tensor(rewarded, device=self.device), kl, mask, self.kl_coef)
+        total = rewards.sum() / len(rows)
+        if args.whiten_rewards:
+            rewards = whiten(rewards, mask, shift_mean=False)
+        data["advantages"], data["returns"] = gae(data["values"], rewards, mask, args.gamma, args.gae_lambda)
+        error = ((data["returns"] - data["values"]) * mask)[mask > 0]
+        spread = data["returns"][mask > 0].var(correction=0)
+        if args.whiten_advantages:
+            data["advantages"] = whiten(data["advantages"], mask)
+        figures = {
+            "reward": sum(scores) / len(rows), "reward_less_kl": total.item(),
+            "kl": ((data["log_probs"] - data["ref_log_probs"]) * mask).sum().item() / len(rows),
+            "entropy": sum(row["entropy"] for row in rows) / lengths.sum().item(),
+            "response_length": lengths.float().mean().item(), "truncated_fraction": sum(cut) / len(rows),
+            "explained_variance": (1 - error.var(correction=0) / spread.clamp(min=1e-12)).item(), "kl_coef": self.kl_coef,
+        }  # fmt: skip
+        return data, figures
+
+    def learn(self, rows, data, number):
+        """`ppo_epochs` passes over the rows; returns the figures, means over tokens and steps."""
+        import torch
+
+        args, rank, world = self.args, self.accelerator.process_index, self.accelerator.num_processes
+        for model, *_ in self.learners.values():
+            model.train()
+        figures = []
+        for epoch in range(args.ppo_epochs):
+            shuffle = torch.Generator().manual_seed(sample_seed(args.seed, number, f"epoch {epoch}"))
+            for batch in torch.randperm(len(rows), generator=shuffle).split(args.batch_size):
+                tokens = data["mask"][batch].sum()  # of all processes: the loss is one mean over the step's tokens
+                sums = torch.zeros(6, device=self.device)
+                for some in batch[rank::world].split(args.micro_batch_size):
+                    sums += self.backward([rows[i] for i in some], {key: value[some] for key, value in data.items()}, tokens)
+                self.add_up([sums, *(p.grad for model, *_ in self.learners.values() for p in model.parameters() if p.grad is not None)])
+                names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "ratio", "ratio_distance")
+                figure = dict(zip(names, (sums / tokens).tolist()))
+                distance = figure.pop("ratio_distance")
+                if not figures:
+                    self.check_ratio(distance, number)
+                for name, (model, optimizer, schedule) in self.learners.items():
+                    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf).item()
+                    if not math.isfinite(norm) or not math.isfinite(figure[f"{'value' if name == 'critic' else name}_loss"]):
+                        raise UserError(f"loss or gradient of the {name} is not finite in rollout {number}, before it could reach the weights; "
+                                        "lower the learning rates or look at the scores; what is on disk is kept")  # fmt: skip
+                    figure[f"{name}_grad_norm"], figure[f"{name}_learning_rate"] = norm, schedule.get_last_lr()[0]
+                    optimizer.step()
+                    schedule.step()
+                    optimizer.zero_grad(set_to_none=True)
+                figures.append(figure)
+        return {key: sum(figure[key] for figure in figures) / len(figures) for key in figures[0]}
+
+    def backward(self, rows, data, tokens):
+        """Add the gradients of some rows of an optimizer step of `tokens` tokens; returns sums over the rows' tokens."""
+        import torch
+
+        inputs, responses, mask = padded(rows, self.pad, self.device)
+        old = {key: value[:, : responses.shape[1]] for key, value in data.items()}
+        with self.accelerator.autocast():
+            log_probs, _ = log_probs_of(self.policy, inputs, responses, self.args.temperature)
+            values = values_of(self.critic, inputs, responses)
+        losses, ratio = policy_loss(log_probs, old["log_probs"], old["advantages"], self.args.clip)
+        value_losses = value_loss(values, old["values"], old["returns"], self.args.value_clip)
+        (((losses + self.args.value_coef * value_losses) * mask).sum() / tokens).backward()
+        with torch.no_grad():
+            clipped = ((ratio - 1).abs() > self.args.clip).float()
+            parts = (losses, value_losses, clipped, ratio - 1 - ratio.log(), ratio, (ratio - 1).abs())
+            return torch.stack([(part * mask).sum() for part in parts])
+
+    def check_ratio(self, distance, number):
+        """Stop where the first step of a rollout, before which nothing was learned, sees other log-probabilities than the rollout."""
+        if not distance < OFF_BY_ROUNDING[self.accelerator.mixed_precision]:
+            raise UserError(f"rollout {number}: the probability ratio of the first step is off 1 by {distance:.2g} in the mean, more than rounding: "
+                            "passes of the same weights differ. Look for dropout or noise in the model, and at its attention "
+                            "(--attn_implementation eager)")  # fmt: skip
+
+    def check_start(self, figures):
+        """What must hold before anything was learned, and what is worth a note then."""
+        if abs(figures["kl"]) > figures["response_length"] * OFF_BY_ROUNDING[self.accelerator.mixed_precision]:
+            raise UserError(f"the policy is {figures['kl']:.3g} nats off the reference before anything was learned, and both are the same model: "
+                            "look for dropout or noise in the model, and at its attention (--attn_implementation eager)")  # fmt: skip
+        penalty = self.args.missing_eos_penalty
+        if penalty is not None and penalty >= figures["reward"]:
+            say(f"note: --missing_eos_penalty {penalty} is not below the mean score {figures['reward']:.2f}: being cut off pays")
+
+    # Processes and files
+
+    def gather(self, value):
+        """The values of all processes, on every process."""
+        from accelerate.utils import gather_object
+
+        return gather_object([value]) if self.accelerator.num_processes > 1 else [value]
+
+    def add_up(self, tensors):
+        """Sum tensors over all processes, in place."""
+        import torch
+
+        if self.accelerator.num_processes > 1:
+            for tensor in tensors:
+                torch.distributed.all_reduce(tensor)
+
+    def save_checkpoint(self):
+        """Write all that a later start needs, beside its place, and rename. No random state is among it: see `sample_seed`."""
+        import torch
+
+        folder, new = Path(self.args.output_dir), Path(self.args.output_dir, ".saving")
+        if is_main():
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir()
+            state = {name: [part.state_dict() for part in learner] for name, learner in self.learners.items()}
+            torch.save(state, new / "state.pt")
+            write_json(new / "trainer_state.json", {"rollout": self.done, "kl_coef": self.kl_coef})
+            for path in new.iterdir():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+            os.rename(new, folder / f"checkpoint-{self.done}")
+            remove_checkpoints(checkpoints(folder)[: -self.args.save_total_limit])
+        self.accelerator.wait_for_everyone()
+
+    def restore(self, folder):
+        import torch
+
+        say(f"continuing from {folder}")
+        told = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        self.done, self.kl_coef = told["rollout"], told["kl_coef"]
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        for name, learner in self.learners.items():
+            for part, saved in zip(learner, state[name]):
+                part.load_state_dict(saved)
+
+    def save_model(self):
+        """Write the policy as a plain model folder, with what came with it."""
+        import torch
+
+        folder = Path(self.args.output_dir)
+        if self.accelerator.mixed_precision == "bf16":
+            self.policy.to(torch.bfloat16)
+        self.policy.save_pretrained(folder)
+        self.generation_config.to_json_file(folder / "generation_config.json")  # unchecked: some published ones fail transformers' check
+        self.tokenizer.save_pretrained(folder)
+        check_saved(folder, self.args.trust_remote_code)
+
+
+def load(auto_class, name, args, weights=False, missing=(), **more):
+    """A tokenizer, or with `weights` a model in fp32; a checkpoint that lacks weights other than `missing` is refused."""
+    import torch
+    import transformers
+
+    try:
+        if not weights:
+            return auto_class.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None)  # sdpa would leave it out in silence
+        attention = args.attn_implementation or ("eager" if softcap else "sdpa")
+        model, report = auto_class.from_pretrained(name, dtype=torch.float32, attn_implementation=attention, output_loading_info=True,
+                                                   trust_remote_code=args.trust_remote_code, **more)  # fmt: skip
+    except Exception as error:  # hub, file and remote code fail in many ways
+        raise UserError(f"cannot load {name}: {' '.join(str(error).split())[:300]}") from None
+    lacking = sorted(set(report["missing_keys"]) - set(missing))
+    if lacking:
+        raise UserError(f"{name} lacks the weights {', '.join(lacking[:3])}: they would be random")
+    return model
+
+
+def without_dropout(model):
+    """Switch dropout off, be it a module or a number that a module hands to its attention."""
+    for module in model.modules():
+        for key in ("p", "attention_dropout", "dropout", "activation_dropout", "hidden_dropout", "attn_dropout"):
+            if isinstance(getattr(module, key, None), float):
+                setattr(module, key, 0.0)
+
+
+def scoring(args):
+    """The arguments of annotate_data/get_rewards.py that say what scores a response."""
+    shared = ("reward_name_or_path", "reward_type", "reward_function", "reward_weights", "trust_remote_code")
+    return annotation.Arguments("", "", **{key: getattr(args, key) for key in shared})
+
+
+def count_rollouts(args, prompts):
+    rollouts = max(1, int(args.num_episodes * prompts / args.rollout_batch_size + 1e-9))
+    return min(rollouts, args.max_rollouts or rollouts)
+
+
+def check(args):
+    """Refuse what cannot work before torch is imported.
+
+    Raises:
+        UserError: names the setting.
+    """
+    if not args.reward_name_or_path and not args.reward_function:
+        raise UserError("nothing scores a response: give --reward_name_or_path or --reward_function")
+    counts = ("max_input_length", "max_new_tokens", "generation_batch_size", "rollout_batch_size", "samples_per_prompt", "batch_size",
+              "micro_batch_size", "ppo_epochs", "kl_horizon", "logging_steps", "save_total_limit", "max_rollouts")  # fmt: skip
+    for key in (*counts, "temperature", "num_episodes", "learning_rate", "critic_learning_rate", "clip", "value_clip", "kl_target", "value_coef"):
+        if getattr(args, key) is not None and not 0 < getattr(args, key) < math.inf:
+            raise UserError(f"--{key} {getattr(args, key)} must be above 0")
+    for key in ("kl_coef", "warmup_steps", "weight_decay", "max_grad_norm", "save_steps", "seed"):
+        if not 0 <= getattr(args, key) < math.inf:
+            raise UserError(f"--{key} {getattr(args, key)} must not be negative")
+    for key in ("gamma", "gae_lambda", "top_p"):
+        if not 0 <= getattr(args, key) <= 1 or (key == "top_p" and not args.top_p):
+            raise UserError(f"--{key} {getattr(args, key)} must be {'above' if key == 'top_p' else 'from'} 0 and at most 1")
+    if args.missing_eos_penalty is not None and not math.isfinite(args.missing_eos_penalty):
+        raise UserError(f"--missing_eos_penalty {args.missing_eos_penalty} is no finite number")
+    if args.kl_target and not args.kl_coef:
+        raise UserError("--kl_target steers kl_coef by a factor: give a --kl_coef above 0 to start from")
+    responses, world = args.rollout_batch_size * args.samples_per_prompt, launched()
+    if responses % args.batch_size:
+        raise UserError(f"a rollout has {responses} responses (--rollout_batch_size {args.rollout_batch_size} × --samples_per_prompt "
+                        f"{args.samples_per_prompt}), which does not divide into steps of --batch_size {args.batch_size}")  # fmt: skip
+    if args.batch_size % (args.micro_batch_size * world):
+        raise UserError(f"--batch_size {args.batch_size} does not divide by {world} processes × --micro_batch_size {args.micro_batch_size}")
+    if args.generation_batch_size < args.samples_per_prompt:
+        raise UserError(f"--generation_batch_size {args.generation_batch_size} is below --samples_per_prompt {args.samples_per_prompt}, "
+                        "which are sampled together")  # fmt: skip
+    if args.samples_per_prompt == 1 and "pair_preference" in args.reward_type:
+        raise UserError("a pair-preference model compares the responses of a prompt: give --samples_per_prompt 2 or more")
+    for tool in args.report_to:
+        if tool not in ("none", "wandb", "tensorboard", "trackio"):
+            raise UserError(f"--report_to {tool}: expected none, wandb, tensorboard or trackio")
+        if tool != "none" and importlib.util.find_spec(tool) is None:
+            raise UserError(f"--report_to {tool}: it is not installed here; pip install {tool}, or --report_to none")
+    for kind in ("DEEPSPEED", "FSDP"):
+        if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
+            raise UserError(f"this PPO holds whole models on each process, {kind} would cut them up: launch it with configs/ddp.yaml")
+
+
+def check_paths(args):
+    """Refuse files that are not there, folders that hold no model, and an output that is an input."""
+    annotation.check(scoring(args))
+    if not args.dataset_name_or_path:
+        raise UserError("--dataset_name_or_path names no prompts")
+    if args.chat_template:
+        existing_file(args.chat_template, "chat template")
+    for key in ("model_name_or_path", "critic_name_or_path"):
+        if getattr(args, key) is not None:
+            check_model(getattr(args, key), f"--{key}")
+    for name in (args.model_name_or_path, args.critic_name_or_path, *(args.reward_name_or_path or [])):
+        if name and Path(name).resolve() == Path(args.output_dir).resolve():
+            raise UserError(f"--output_dir {args.output_dir} is the model {name} itself; choose another")
+
+
+def arguments(values, where=""):
+    """Arguments from a mapping, checked without torch and before the files are there."""
+    args = build(Arguments, values, where)
+    check(args)
+    return args
+
+
+def shaping(args):
+    """(settings, inputs) that shape the model; what its manifest holds."""
+    settings = {f.name: getattr(args, f.name) for f in dataclasses.fields(Arguments) if f.name not in NOT_SHAPING}
+    inputs = {"model_name_or_path": args.model_name_or_path, "critic_name_or_path": args.critic_name_or_path, "chat_template": args.chat_template}
+    inputs |= {f"dataset_name_or_path {i}": name for i, name in enumerate(args.dataset_name_or_path, 1)}
+    inputs |= {f"reward_name_or_path {i}": name for i, name in enumerate(args.reward_name_or_path or [], 1)}
+    if args.reward_function:
+        inputs["reward_function"] = str(function_file(args.reward_function, "--reward_function", EXAMPLE)[0])
+    return settings, inputs
+
+
+def lock_output(args):
+    """The open lock file of the output, which rank 0 holds until the end."""
+    folder = Path(args.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(beside(folder, ".lock"), "w")
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}; give another --output_dir") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"another process is training into {folder}; wait for it or stop it first") from None
+    return lock
+
+
+def train(args, settings, inputs, started):
+    """Load, learn, save: what needs torch."""
+    import torch
+    from accelerate import Accelerator
+
+    from dpo_iteration.models import prepare_cpu
+
+    gpu, trackers = torch.cuda.is_available(), [tool for tool in args.report_to if tool != "none"]
+    if not gpu:
+        say("note: no GPU found, training on the CPU in float32")
+        prepare_cpu(args.cpu_threads)
+    folder, log = Path(args.output_dir), beside(args.output_dir, ".log.jsonl")
+    accelerator = Accelerator(mixed_precision="bf16" if args.bf16 and gpu else "no", log_with=trackers or None, project_dir=folder / "runs")
+    accelerator.wait_for_everyone()  # every rank has looked at what is there; now rank 0 may write
+    ppo = PPO(args, accelerator)
+    if is_main():
+        if args.overwrite:
+            remove_checkpoints(folder.glob("checkpoint-*"))
+        marks = {key: fingerprint(name) for key, name in inputs.items() if name is not None}
+        manifest = {"script": "ppo/train_ppo.py", "complete": False, "settings": settings, "inputs": marks}
+        write_json(beside(folder, ".manifest.json"), manifest)
+        write_jsonl(beside(folder, ".skipped.jsonl"), ppo.skipped)
+    accelerator.wait_for_everyone()
+    if saved := checkpoints(folder):
+        ppo.restore(saved[-1])
+    entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()[: ppo.done]] if log.exists() and ppo.done else []
+    if is_main():
+        write_jsonl(log, entries)  # what came after the checkpoint comes again
+    if trackers:
+        accelerator.init_trackers(args.run_name or "ppo", {key: str(value) for key, value in settings.items()})
+    say(f"{len(ppo.prompts)} prompts, {len(ppo.skipped)} skipped; {ppo.rollouts} rollouts of {args.rollout_batch_size} × {args.samples_per_prompt} "
+        f"responses, {args.ppo_epochs} passes over each in steps of {args.batch_size}; responses end with {sorted(ppo.stops)}")  # fmt: skip
+
+    ready, progress = time.time(), Progress(ppo.rollouts, "ppo", "rollouts", done=ppo.done, enabled=is_main() and sys.stderr.isatty())
+    for number in range(ppo.done + 1, ppo.rollouts + 1):
+        begun = time.monotonic()
+        rows, seconds = ppo.rollout(number)
+        data, figures = ppo.advantages(rows)
+        if number == 1:
+            ppo.check_start(figures)
+        learning = time.monotonic()
+        figures |= ppo.learn(rows, data, number)
+        if args.kl_target:
+            ppo.kl_coef = steer(ppo.kl_coef, figures["kl"], args.kl_target, args.kl_horizon, len(rows))
+        ppo.done, now = number, time.monotonic()
+        seconds |= {"learn": now - learning, "all": now - begun}
+        figures["tokens_per_second"] = figures["response_length"] * len(rows) / seconds["all"]
+        entry = {"step": number, "episode": number * args.rollout_batch_size / len(ppo.prompts), **figures, "seconds": seconds}
+        if is_main():
+            with open(log, "a", encoding="utf-8") as file:
+                file.write(dumps(entry) + "\n")
+        if trackers:
+            accelerator.log(figures | {f"seconds/{key}": value for key, value in seconds.items()}, step=number)
+        entries.append(entry)
+        note = (f"reward {figures['reward']:.3f}, kl {figures['kl']:.2f}, entropy {figures['entropy']:.2f}, length {figures['response_length']:.1f}, "
+                f"cut {figures['truncated_fraction']:.2f}, clipped {figures['clip_fraction']:.3f}, explained {figures['explained_variance']:.2f}")  # fmt: skip
+        progress.update(1, note)
+        if progress.bar is None and (number % args.logging_steps == 0 or number == ppo.rollouts):
+            left = duration((time.monotonic() - progress.start) / (number - progress.first) * (ppo.rollouts - number))
+            say(f"ppo: rollout {number}/{ppo.rollouts}, {note}, {figures['tokens_per_second']:.0f} tokens/s, {left} left")
+        if args.save_steps and number % args.save_steps == 0:
+            ppo.save_checkpoint()
+    progress.close()
+    if trackers:
+        accelerator.end_training()
+    if is_main():
+        ppo.save_model()
+        if not args.keep_checkpoints:
+            remove_checkpoints(folder.glob("checkpoint-*"))
+        counts = {"prompts": len(ppo.prompts), "skipped": len(ppo.skipped), "rollouts": ppo.done}
+        counts["responses"] = ppo.done * args.rollout_batch_size * args.samples_per_prompt
+        metrics = {key: value for key, value in (entries or [{}])[-1].items() if finite(value)}
+        manifest |= {
+            "complete": True, "counts": counts, "metrics": metrics, "num_processes": launched(), "versions": versions(),
+            "seconds": {"start": round(ready - started, 1), "all": round(time.time() - started, 1)},
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "output": fingerprint(folder),
+        }  # fmt: skip
+        write_json(beside(folder, ".manifest.json"), manifest)
+        say(f"read {len(ppo.prompts)} prompts, skipped {len(ppo.skipped)}, sampled {counts['responses']} responses in {ppo.done} rollouts")
+        if entries:
+            say(f"reward {entries[0]['reward']:.3f} → {metrics['reward']:.3f}, {metrics['kl']:.2f} nats per response off the reference")
+        say(f"trained {folder} in {duration(time.time() - started)}")
+    accelerator.wait_for_everyone()
+    accelerator.state.destroy_process_group()
+
+
+def main():
+    started = time.time()
+    args = parse(Arguments, __doc__)
+    check(args)
+    check_paths(args)
+    check_processes()
+    settings, inputs = shaping(args)
+    if is_complete(args, settings, inputs):
+        say(f"{args.output_dir} is complete, nothing to do")
+        return
+    lock = lock_output(args) if is_main() else None
+    prepare_threads()
+    try:
+        train(args, settings, inputs, started)
+        if lock:
+            os.unlink(lock.name)
+    finally:
+        if lock:
+            lock.close()
+
+
+if __name__ == "__main__":
+    run(main)

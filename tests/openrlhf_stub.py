@@ -1,0 +1,152 @@
+"""OpenRLHF's published wheel for tests: its real parser and validation, and a STUB where it would use GPUs.
+
+`captured` runs the real cli/train_ppo_ray.py from the wheel, as `__main__`, with ray and OpenRLHF's Ray actors mocked, until it has
+validated its arguments. `install` makes a folder for PYTHONPATH in which that same file is followed by STUB_TRAINING below, which
+trains nothing: it writes checkpoints and a model folder as OpenRLHF's source says, and asks for rewards as its agent.py does.
+"""
+
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+TOOLS = Path(__file__).resolve().parents[1] / ".envs" / "tools"
+WHEEL = "openrlhf-0.11.2-*.whl"
+PINS = {"openrlhf": "0.11.2", "vllm": "0.29.0", "ray": "2.55.0", "deepspeed": "0.19.6", "transformers": "5.15.0", "flash-attn": "2.8.3"}
+
+STUB_TRAINING = '''
+# STUB: no OpenRLHF training runs here. It leaves what OpenRLHF 0.11.2 leaves, and tells that it is a stub.
+import json, os, shutil, sys, time, urllib.request
+from pathlib import Path
+
+
+def reward_of(args, record):
+    query = record["prompt"] + "a STUB answer.<|eot_id|>"
+    urls = args.reward.remote_url
+    if not urls:
+        return None
+    if urls[0].endswith(".py"):
+        import importlib.util
+
+        spec = importlib.util.spec_from_file_location("reward_func", urls[0])
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module.reward_func([query], [record["prompt"]], [record["label"]])["rewards"]
+    body = json.dumps({"query": [query], "prompts": [record["prompt"]], "labels": [record["label"]]}).encode()
+    request = urllib.request.Request(urls[0], body, {"Content-Type": "application/json"})
+    return json.load(urllib.request.urlopen(request, timeout=60))["rewards"]
+
+
+def train(args):
+    print("STUB openrlhf, no training:", os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("RAY_ADDRESS"), flush=True)
+    lines = [json.loads(line) for line in Path(args.data.prompt_dataset).read_text().split("\\n")[:-1]]
+    rollouts = len(lines) // args.rollout.batch_size * args.train.num_episodes
+    first, checkpoints = 0, Path(args.ckpt.path)
+    if args.ckpt.load_enable and (checkpoints / "_actor").exists():
+        at = {(checkpoints / role / "latest").read_text() for role in ("_actor", "_critic")}
+        assert len(at) == 1, at
+        first = int(at.pop().removeprefix("global_step"))
+    print(f"STUB reward {reward_of(args, lines[0])}, from {first} to {rollouts}", flush=True)
+    for step in range(first + 1, rollouts + 1):
+        print(f"STUB step {step}", flush=True)
+        if args.ckpt.save_steps > 0 and step % args.ckpt.save_steps == 0:
+            for role in ("_actor", "_critic"):
+                folder = checkpoints / role / f"global_step{step}"
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "state").write_text("STUB")
+                (folder.parent / "latest").write_text(folder.name)
+                if os.environ.get("STUB_TORN") == f"{role}{step}":
+                    os._exit(9)
+        if os.environ.get("STUB_FAIL") == str(step):
+            raise RuntimeError("STUB: CUDA out of memory")
+        if os.environ.get("STUB_HANG") == str(step):
+            print("STUB hangs", flush=True)
+            time.sleep(600)
+    shutil.copytree(args.actor.model_name_or_path, args.ckpt.output_dir, ignore=shutil.ignore_patterns("chat_template*", "generation*"))
+    config = Path(args.ckpt.output_dir, "config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"use_cache": False, "pad_token_id": 7}))
+
+
+'''
+
+
+def wheel():
+    """The wheel that tests/run.sh has fetched."""
+    import os
+
+    tools = Path(os.environ.get("TOOLS") or TOOLS)
+    found = sorted((tools / "wheels").glob(WHEEL))
+    assert found, f"no {WHEEL} in {tools / 'wheels'}: start the tests with bash tests/run.sh"
+    return found[-1]
+
+
+def unzip(folder):
+    """The package's folder, unzipped; returns the folder that holds `openrlhf`."""
+    with zipfile.ZipFile(wheel()) as archive:
+        archive.extractall(folder)
+    return next(folder.glob("openrlhf-*.data")) / "purelib"
+
+
+def mocks(get_strategy):
+    """name → module of what the command's module imports and a machine without GPUs lacks."""
+    made = {}
+
+    def module(name, **members):
+        made[name] = types.ModuleType(name)
+        made[name].__dict__.update(members)
+        made[name].__path__ = []
+
+    module("ray", is_initialized=lambda: True)
+    module("ray.util")
+    module("ray.util.placement_group", placement_group=None)
+    module("openrlhf")
+    module("openrlhf.trainer")
+    module("openrlhf.trainer.ray", create_vllm_engines=None)
+    module("openrlhf.trainer.ray.launcher", RayActorGroup=None, ReferenceModelActor=None, RewardModelActor=None)
+    module("openrlhf.trainer.ray.ppo_actor", PolicyModelActor=None)
+    module("openrlhf.trainer.ray.ppo_critic", CriticModelActor=None)
+    module("openrlhf.utils", get_strategy=get_strategy)
+    return made
+
+
+class Validated(Exception):
+    """Carries the arguments out of the command's module, parsed and validated."""
+
+
+def captured(source, arguments, monkeypatch):
+    """Arguments (nested namespace) that the real module at `source`/openrlhf/cli has parsed and validated."""
+
+    def get_strategy(args):
+        raise Validated(args)
+
+    loaded = mocks(get_strategy)
+    config = types.ModuleType("openrlhf.utils.config")
+    exec((source / "openrlhf/utils/config.py").read_text(), config.__dict__)
+    loaded["openrlhf.utils.config"] = config
+    path = source / "openrlhf/cli/train_ppo_ray.py"
+    with monkeypatch.context() as patch:
+        for name, module in loaded.items():
+            patch.setitem(sys.modules, name, module)
+        patch.setattr(sys, "argv", [str(path), *arguments])
+        try:
+            exec(compile(path.read_text(), str(path), "exec"), {"__name__": "__main__", "__file__": str(path)})
+        except Validated as found:
+            return found.args[0]
+    raise AssertionError("the command's module ended without training")
+
+
+def install(source, folder):
+    """Put the real parser with the stub training behind it, and packages of the pinned versions in name, into `folder`."""
+    for package, version in PINS.items():
+        info = folder / f"{package.replace('-', '_')}-{version}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+    for name in ("openrlhf", "openrlhf/cli", "openrlhf/utils"):
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "__init__.py").write_text("")
+    (folder / "openrlhf/utils/config.py").write_text((source / "openrlhf/utils/config.py").read_text())
+    text = (source / "openrlhf/cli/train_ppo_ray.py").read_text()
+    head, main = text.split("\ndef train(args):", 1)
+    main = main[main.index('if __name__ == "__main__":') :]
+    (folder / "openrlhf/cli/train_ppo_ray.py").write_text("import argparse\nfrom datetime import datetime\n" + STUB_TRAINING + main)
+    return folder
