@@ -296,7 +296,7 @@ class Run:
         if not self.settings.divergence or self.pruned(self.iterate(i)) or given.get("temperature", 1.0) == 0:
             return False
         args = build(divergence.Arguments, given, "generation")
-        return not self.is_done(args.output_dir, *divergence.shaping(args))
+        return not self.is_done(args.output_dir, *divergence.shaping(args)) or not divergence.summary_path(args.output_dir).exists()
 
     def is_trained(self, i):
         """Whether iteration i's model is there."""

@@ -277,7 +277,7 @@ def of_itself(args, output, facts):
     zeros = dict.fromkeys(("kl", "kl_se", "k3", "k3_se", "kl_per_token", "k3_per_token"), 0.0)
     summary = zeros | {"estimator": "none: policy and reference are one model", "prompts": len(lines), "responses": 0, "tokens": 0} | facts
     manifest.write_json(summary_path(args.output_dir), summary)
-    output.finish_with(((dumps(line) + "\n").encode() for line in lines), {"records": len(lines)})
+    output.finish_with(((dumps(line) + "\n").encode() for line in lines), {"records": len(lines), "processes": 1} | summary)
     print(f"{args.model_name_or_path} is the reference: KL 0; wrote {summary_path(args.output_dir)}")
 
 
@@ -356,12 +356,15 @@ def main():
     world = World()
     started = time.monotonic()
     output = world.together(lambda: manifest.Output(args.output_dir, SCRIPT, settings, inputs, args.overwrite) if world.rank == 0 else None)
+    if world.gather(output is not None and output.complete)[0]:  # its summary is gone; the manifest has it too
+        if world.rank == 0:
+            manifest.write_json(summary_path(args.output_dir), {k: v for k, v in output.manifest["counts"].items() if k not in ("records", "processes")})
+            print(f"wrote {summary_path(args.output_dir)} anew")
+        return
     if is_same(args.model_name_or_path, args.ref_model_name_or_path):
         if world.rank == 0:
             of_itself(args, output, facts)
         return
-    if world.gather(output is not None and output.complete)[0]:  # without its summary
-        raise UserError(f"{args.output_dir} is there without {summary_path(args.output_dir)}; give --overwrite")
     done = set(world.gather(list(output.done) if output else [])[0])
     options = {key: getattr(args, key) for key in ("dtype", "attn_implementation", "batch_tokens", "share_prompts", "trust_remote_code")}
     policy, reference = (

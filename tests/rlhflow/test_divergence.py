@@ -170,8 +170,11 @@ def test_a_killed_one_continues(models, tmp_path, monkeypatch):
     run(*arguments(models, tmp_path / "answers.jsonl", tmp_path / "whole.jsonl"))
     for one, other in zip(*([json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()] for name in ("d", "whole")), strict=True):
         assert one["id"] == other["id"] and one["logps"] == pytest.approx(other["logps"], abs=1e-3) and one["k3"] == pytest.approx(other["k3"], abs=1e-3)
+    summary = (tmp_path / "d.json").read_text()
     divergence.main()  # nothing is left
-    assert len(passes) == 11
+    (tmp_path / "d.json").unlink()
+    divergence.main()  # but to write it anew
+    assert len(passes) == 11 and json.loads((tmp_path / "d.json").read_text()) == json.loads(summary)
 
 
 def test_temperature_is_read_off_the_manifests_and_greedy_answers_are_refused(models, tmp_path):
