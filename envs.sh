@@ -79,7 +79,7 @@ env_stamp() { # REQUIREMENTS → the line that a whole install carries; files th
 }
 
 install_env() { # NAME REQUIREMENTS: make it anew; output to the log
-  local name="$1" requirements="$2" prefix python pip
+  local name="$1" requirements="$2" prefix python
   mkdir -p "$envs_dir"
   : >"$envs_dir/$name.making" # from here on what stands under this name is ours, even if we are cut off
   prefix="$(env_prefix "$name")"
@@ -94,12 +94,12 @@ install_env() { # NAME REQUIREMENTS: make it anew; output to the log
     "$python" -m venv "$prefix" || return
   fi
   python="$prefix/bin/python"
-  pip=("$python" -m pip install --disable-pip-version-check --no-input)
-  if [ "$name" = ppo_train ]; then # flash-attn, which OpenRLHF asks for, is compiled against a torch that is there already
-    "${pip[@]}" "$(grep -m1 '^vllm==' "$requirements")" setuptools packaging ninja wheel || return
-    "${pip[@]}" --no-build-isolation "$(grep -oEm1 'flash-attn==[0-9.]*[0-9]' "$requirements")" || return
+  if [ "$(basename "$requirements")" = requirements-ppo.txt ]; then
+    # flash-attn, which OpenRLHF cannot start without, compiles against the torch that is there: the one that vllm brings.
+    "$python" -m pip install --disable-pip-version-check --no-input "$(grep '^vllm==' "$requirements")" packaging ninja wheel setuptools psutil || return
+    "$python" -m pip install --disable-pip-version-check --no-input --no-build-isolation "$(grep '^flash-attn==' "$requirements")" || return
   fi
-  "${pip[@]}" -r "$requirements" || return
+  "$python" -m pip install --disable-pip-version-check --no-input -r "$requirements" || return
   if [ "${requirements##*-}" = cpu.txt ]; then
     "$python" -m pip uninstall --disable-pip-version-check -y torchvision torchaudio torchcodec || return
   fi

@@ -138,6 +138,9 @@ def check_backend(current, args, found):
         found.notes.extend(current.module.describe(args, plan) if plan else [])
         return
     found.attempt(current.module.check_paths, args)
+    if (args.missing_eos_penalty or 0) > 0:  # OpenRLHF's takes it off; a YAML written for that would reward being cut off here
+        found.problems.append(f"ppo.missing_eos_penalty {args.missing_eos_penalty}: the small backend gives it in place of a cut-off response's score, "
+                              "take a negative number below what bad answers get")  # fmt: skip
     world = processes(current.settings)
     if args.batch_size % (args.micro_batch_size * world):
         found.problems.append(f"ppo.batch_size {args.batch_size} does not divide by {world} processes × ppo.micro_batch_size {args.micro_batch_size}")

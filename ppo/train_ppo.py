@@ -25,31 +25,29 @@ run continues from its last checkpoint when the same command is started again, t
 
 import copy
 import dataclasses
-import fcntl
-import importlib.util
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
-from annotate_data import arguments as annotation
 from annotate_data.functions import EXAMPLE
 from annotate_data.get_rewards import combine, make_scorers
 from common import chat
-from common.cli import UserError, arg, build, check_model, existing_file, parse, run
+from common.cli import UserError, arg, build, parse, run
 from common.devices import check_processes, prepare_threads
 from common.functions import function_file
 from common.manifest import beside, fingerprint, versions, write_json
 from common.progress import Progress, duration
-from common.records import dumps, finite, read_prompts, sample_seed
-from dpo_iteration.output import checkpoints, is_complete, is_main, launched, remove_checkpoints, say, write_jsonl
+from common.records import as_json, dumps, finite, read_prompts, sample_seed
+from dpo_iteration.output import is_complete, is_main, launched, remove_checkpoints, say, write_jsonl
 from dpo_iteration.rows import check_bos
 from dpo_iteration.saved import check_saved
+from ppo.checkpoints import lock_output, restore, save
+from ppo.checks import check, check_paths, scoring
 
 # Settings that do not shape the model: where it goes, what is shown, what the inputs' fingerprints cover, mere speed.
 NOT_SHAPING = {
@@ -253,8 +251,10 @@ class PPO:
 
         threads = torch.get_num_threads()
         self.scorers = make_scorers(scoring(args))
+        turns = {tuple(message["role"] for message in record["prompt"]): record["prompt"] for record in self.prompts}
         for scorer in self.scorers:
-            scorer.check(self.prompts[0]["prompt"])
+            for prompt in turns.values():
+                scorer.check(prompt)
             scorer.load()
         torch.set_num_threads(threads)
         self.critic = self.load_critic()
@@ -332,19 +332,20 @@ class PPO:
         args, rows, seconds = self.args, [], {"generate": 0.0, "score": 0.0, "evaluate": 0.0}
         prompts = [self.prompts[i] for i in self.order((number - 1) * args.rollout_batch_size, args.rollout_batch_size)]
         size = args.generation_batch_size // args.samples_per_prompt
-        batches = [prompts[i : i + size] for i in range(0, len(prompts), size)]  # whatever the number of processes
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        batches = [prompts[i : i + size] for i in range(0, len(prompts), size)]  # the same whatever the number of processes
         try:
-            for i in range(rank, len(batches), world):
-                for part, action in (("generate", self.generate), ("score", self.score), ("evaluate", self.evaluate)):
-                    begun = time.monotonic()
-                    if part == "generate":
-                        new = action(batches[i], sample_seed(args.seed, number, f"batch {i}"))
-                        rows.append((i, new))
-                    else:
-                        action(new)
-                    seconds[part] += time.monotonic() - begun
-        except UserError as error:  # by one process, and told by all: rank 0 alone prints errors
+            for i in range(self.accelerator.process_index, len(batches), self.accelerator.num_processes):
+                times = [time.monotonic()]
+                new = self.generate(batches[i], sample_seed(args.seed, number, f"batch {i}"))
+                times.append(time.monotonic())
+                self.score(new)
+                times.append(time.monotonic())
+                self.evaluate(new)
+                times.append(time.monotonic())
+                rows.append((i, new))
+                for part, begun, ended in zip(seconds, times, times[1:]):
+                    seconds[part] += ended - begun
+        except UserError as error:  # of one process, told by all: rank 0 alone prints errors
             rows = str(error)
         parts = self.gather(rows)
         for part in parts:
@@ -371,8 +372,13 @@ class PPO:
         inputs, *_ = padded(many, self.pad, self.device)
         self.policy.eval()
         torch.manual_seed(seed)
-        with torch.no_grad(), self.accelerator.autocast():
-            sampled = self.policy.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        try:
+            with torch.no_grad(), self.accelerator.autocast():
+                sampled = self.policy.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            raise UserError("the policy's probabilities are not finite any more: lower --learning_rate; checkpoints are kept") from None
         for row, ids in zip(many, sampled[:, inputs["input_ids"].shape[1] :].tolist()):
             end = next((i for i, token in enumerate(ids) if token in self.stops), None)
             row["cut"] = end is None
@@ -533,35 +539,6 @@ class PPO:
             for tensor in tensors:
                 torch.distributed.all_reduce(tensor)
 
-    def save_checkpoint(self):
-        """Write all that a later start needs, beside its place, and rename. No random state is among it: see `sample_seed`."""
-        import torch
-
-        folder, new = Path(self.args.output_dir), Path(self.args.output_dir, ".saving")
-        if is_main():
-            shutil.rmtree(new, ignore_errors=True)
-            new.mkdir()
-            state = {name: [part.state_dict() for part in learner] for name, learner in self.learners.items()}
-            torch.save(state, new / "state.pt")
-            write_json(new / "trainer_state.json", {"rollout": self.done, "kl_coef": self.kl_coef})
-            for path in new.iterdir():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-            os.rename(new, folder / f"checkpoint-{self.done}")
-            remove_checkpoints(checkpoints(folder)[: -self.args.save_total_limit])
-        self.accelerator.wait_for_everyone()
-
-    def restore(self, folder):
-        import torch
-
-        say(f"continuing from {folder}")
-        told = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        self.done, self.kl_coef = told["rollout"], told["kl_coef"]
-        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        for name, learner in self.learners.items():
-            for part, saved in zip(learner, state[name]):
-                part.load_state_dict(saved)
-
     def save_model(self):
         """Write the policy as a plain model folder, with what came with it."""
         import torch
@@ -604,74 +581,9 @@ def without_dropout(model):
                 setattr(module, key, 0.0)
 
 
-def scoring(args):
-    """The arguments of annotate_data/get_rewards.py that say what scores a response."""
-    shared = ("reward_name_or_path", "reward_type", "reward_function", "reward_weights", "trust_remote_code")
-    return annotation.Arguments("", "", **{key: getattr(args, key) for key in shared})
-
-
 def count_rollouts(args, prompts):
     rollouts = max(1, int(args.num_episodes * prompts / args.rollout_batch_size + 1e-9))
     return min(rollouts, args.max_rollouts or rollouts)
-
-
-def check(args):
-    """Refuse what cannot work before torch is imported.
-
-    Raises:
-        UserError: names the setting.
-    """
-    if not args.reward_name_or_path and not args.reward_function:
-        raise UserError("nothing scores a response: give --reward_name_or_path or --reward_function")
-    counts = ("max_input_length", "max_new_tokens", "generation_batch_size", "rollout_batch_size", "samples_per_prompt", "batch_size",
-              "micro_batch_size", "ppo_epochs", "kl_horizon", "logging_steps", "save_total_limit", "max_rollouts")  # fmt: skip
-    for key in (*counts, "temperature", "num_episodes", "learning_rate", "critic_learning_rate", "clip", "value_clip", "kl_target", "value_coef"):
-        if getattr(args, key) is not None and not 0 < getattr(args, key) < math.inf:
-            raise UserError(f"--{key} {getattr(args, key)} must be above 0")
-    for key in ("kl_coef", "warmup_steps", "weight_decay", "max_grad_norm", "save_steps", "seed"):
-        if not 0 <= getattr(args, key) < math.inf:
-            raise UserError(f"--{key} {getattr(args, key)} must not be negative")
-    for key in ("gamma", "gae_lambda", "top_p"):
-        if not 0 <= getattr(args, key) <= 1 or (key == "top_p" and not args.top_p):
-            raise UserError(f"--{key} {getattr(args, key)} must be {'above' if key == 'top_p' else 'from'} 0 and at most 1")
-    if args.missing_eos_penalty is not None and not math.isfinite(args.missing_eos_penalty):
-        raise UserError(f"--missing_eos_penalty {args.missing_eos_penalty} is no finite number")
-    if args.kl_target and not args.kl_coef:
-        raise UserError("--kl_target steers kl_coef by a factor: give a --kl_coef above 0 to start from")
-    responses, world = args.rollout_batch_size * args.samples_per_prompt, launched()
-    if responses % args.batch_size:
-        raise UserError(f"a rollout has {responses} responses (--rollout_batch_size {args.rollout_batch_size} × --samples_per_prompt "
-                        f"{args.samples_per_prompt}), which does not divide into steps of --batch_size {args.batch_size}")  # fmt: skip
-    if args.batch_size % (args.micro_batch_size * world):
-        raise UserError(f"--batch_size {args.batch_size} does not divide by {world} processes × --micro_batch_size {args.micro_batch_size}")
-    if args.generation_batch_size < args.samples_per_prompt:
-        raise UserError(f"--generation_batch_size {args.generation_batch_size} is below --samples_per_prompt {args.samples_per_prompt}, "
-                        "which are sampled together")  # fmt: skip
-    if args.samples_per_prompt == 1 and "pair_preference" in args.reward_type:
-        raise UserError("a pair-preference model compares the responses of a prompt: give --samples_per_prompt 2 or more")
-    for tool in args.report_to:
-        if tool not in ("none", "wandb", "tensorboard", "trackio"):
-            raise UserError(f"--report_to {tool}: expected none, wandb, tensorboard or trackio")
-        if tool != "none" and importlib.util.find_spec(tool) is None:
-            raise UserError(f"--report_to {tool}: it is not installed here; pip install {tool}, or --report_to none")
-    for kind in ("DEEPSPEED", "FSDP"):
-        if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
-            raise UserError(f"this PPO holds whole models on each process, {kind} would cut them up: launch it with configs/ddp.yaml")
-
-
-def check_paths(args):
-    """Refuse files that are not there, folders that hold no model, and an output that is an input."""
-    annotation.check(scoring(args))
-    if not args.dataset_name_or_path:
-        raise UserError("--dataset_name_or_path names no prompts")
-    if args.chat_template:
-        existing_file(args.chat_template, "chat template")
-    for key in ("model_name_or_path", "critic_name_or_path"):
-        if getattr(args, key) is not None:
-            check_model(getattr(args, key), f"--{key}")
-    for name in (args.model_name_or_path, args.critic_name_or_path, *(args.reward_name_or_path or [])):
-        if name and Path(name).resolve() == Path(args.output_dir).resolve():
-            raise UserError(f"--output_dir {args.output_dir} is the model {name} itself; choose another")
 
 
 def arguments(values, where=""):
@@ -690,21 +602,6 @@ def shaping(args):
     if args.reward_function:
         inputs["reward_function"] = str(function_file(args.reward_function, "--reward_function", EXAMPLE)[0])
     return settings, inputs
-
-
-def lock_output(args):
-    """The open lock file of the output, which rank 0 holds until the end."""
-    folder = Path(args.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(beside(folder, ".lock"), "w")
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}; give another --output_dir") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"another process is training into {folder}; wait for it or stop it first") from None
-    return lock
 
 
 def train(args, settings, inputs, started):
@@ -730,13 +627,14 @@ def train(args, settings, inputs, started):
         write_json(beside(folder, ".manifest.json"), manifest)
         write_jsonl(beside(folder, ".skipped.jsonl"), ppo.skipped)
     accelerator.wait_for_everyone()
-    if saved := checkpoints(folder):
-        ppo.restore(saved[-1])
-    entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()[: ppo.done]] if log.exists() and ppo.done else []
+    restore(ppo)
+    logged = log.read_text(encoding="utf-8").split("\n")[: ppo.done] if ppo.done and log.exists() else []
+    entries = [json.loads(line) for line in logged if line]
     if is_main():
         write_jsonl(log, entries)  # what came after the checkpoint comes again
     if trackers:
-        accelerator.init_trackers(args.run_name or "ppo", {key: str(value) for key, value in settings.items()})
+        named = {tool: {"name": args.run_name} for tool in ("wandb", "trackio") if args.run_name}
+        accelerator.init_trackers("ppo", {key: str(value) for key, value in settings.items()}, init_kwargs=named)
     say(f"{len(ppo.prompts)} prompts, {len(ppo.skipped)} skipped; {ppo.rollouts} rollouts of {args.rollout_batch_size} × {args.samples_per_prompt} "
         f"responses, {args.ppo_epochs} passes over each in steps of {args.batch_size}; responses end with {sorted(ppo.stops)}")  # fmt: skip
 
@@ -757,7 +655,7 @@ def train(args, settings, inputs, started):
         entry = {"step": number, "episode": number * args.rollout_batch_size / len(ppo.prompts), **figures, "seconds": seconds}
         if is_main():
             with open(log, "a", encoding="utf-8") as file:
-                file.write(dumps(entry) + "\n")
+                file.write(dumps(as_json(entry)) + "\n")
         if trackers:
             accelerator.log(figures | {f"seconds/{key}": value for key, value in seconds.items()}, step=number)
         entries.append(entry)
@@ -768,7 +666,7 @@ def train(args, settings, inputs, started):
             left = duration((time.monotonic() - progress.start) / (number - progress.first) * (ppo.rollouts - number))
             say(f"ppo: rollout {number}/{ppo.rollouts}, {note}, {figures['tokens_per_second']:.0f} tokens/s, {left} left")
         if args.save_steps and number % args.save_steps == 0:
-            ppo.save_checkpoint()
+            save(ppo)
     progress.close()
     if trackers:
         accelerator.end_training()
@@ -809,6 +707,11 @@ def main():
         train(args, settings, inputs, started)
         if lock:
             os.unlink(lock.name)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        raise UserError("the GPU's memory is full: lower --micro_batch_size or --generation_batch_size, or give --gradient_checkpointing true; "
+                        "four models are held, see the top of --help; checkpoints are kept") from None  # fmt: skip
     finally:
         if lock:
             lock.close()

@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "configs/ppo_tiny.yaml"
-MOST_KL = 10.0  # nats per response
+MOST_KL = 8.0  # nats per response; the whole run ends at about 4
 ONLY_TRAIN = "--stage", "1.train", "--stop_stage", "1.train"
 
 

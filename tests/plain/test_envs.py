@@ -132,15 +132,15 @@ def test_requirements_that_others_include_are_in_their_stamp(shell):
     assert stamps[0] == stamps[2] != stamps[1]
 
 
-def test_openrlhf_comes_behind_the_torch_and_flash_attn_that_it_asks_for(shell, tmp_path):
-    """flash-attn compiles against an installed torch; a stand-in for Python notes what pip is asked for."""
-    python = tmp_path / "bin" / "stand-in"
-    python.write_text('#!/usr/bin/env bash\n[ "$1 $2" != "-m venv" ] || { mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; }\necho "$*" >>"$CALLS"\n')
+def test_flash_attn_comes_between_vllm_and_openrlhf(shell):
+    """It compiles against the torch that vllm brings, and OpenRLHF's requirements find it built. pip is a stand-in that writes down its calls."""
+    python = shell.bin / "python-of-ours"
+    python.write_text('#!/bin/sh\ncase "$2" in venv) mkdir -p "$3/bin"; cp "$0" "$3/bin/python";; *) echo "$@" >>"$CALLS";; esac\n')
     python.chmod(0o755)
-    made = shell("make_envs ppo_train", PYTHON=str(python), REAL_PYTHON=str(python), CALLS=str(tmp_path / "calls"))
-    assert made.returncode == 0, made.stderr
-    asked = [line.split("--no-input ")[1] for line in (tmp_path / "calls").read_text().splitlines() if line.startswith("-m pip install")]
-    pins = (ROOT / "ppo/requirements-ppo.txt").read_text()
-    assert asked[0].split()[0] in pins.splitlines() and asked[0].startswith("vllm==")
-    assert asked[1].startswith("--no-build-isolation flash-attn==") and asked[1].split()[1] in pins
-    assert asked[2:] == [f"-r {ROOT}/ppo/requirements-ppo.txt"]
+    calls = shell.folder / "calls"
+    done = shell(
+        f"find_python() {{ echo {python}; }}; install_env ppo_train {ROOT}/ppo/requirements-ppo.txt", CALLS=str(calls), REAL_PYTHON=str(python)
+    )
+    assert done.returncode == 0, done.stderr
+    first, second, last = [line.split("--no-input ")[1] for line in calls.read_text().splitlines()]
+    assert first.startswith("vllm==0.29.0 ") and second == "--no-build-isolation flash-attn==2.8.3" and last.endswith("ppo/requirements-ppo.txt")

@@ -1,5 +1,6 @@
 """Our settings as OpenRLHF's flags, held against the parser and the validation of the published 0.11.2 wheel, without a GPU."""
 
+import dataclasses
 import itertools
 import os
 import shlex
@@ -14,8 +15,8 @@ import yaml
 
 from common.cli import UserError
 from dpo_iteration.memory import GIB, shape_like
+from ppo import openrlhf_arguments
 from ppo import openrlhf_preflight as preflight
-from ppo import run_openrlhf
 from ppo.openrlhf_command import Paths, Reward, accumulation, check_batches, flags, optimizer_steps, words
 from ppo.openrlhf_placement import needs, place
 
@@ -47,7 +48,7 @@ def flat(name="ppo_llama3_8b.yaml", **more):
 
 
 def arguments(**more):
-    return run_openrlhf.arguments(flat(**more))
+    return openrlhf_arguments.arguments(flat(**more))
 
 
 def shapes(billions=8.03, reward=True):
@@ -163,6 +164,15 @@ def test_the_real_validation_is_what_runs(source, monkeypatch):
         preflight.check_options(preflight.parser_of((source / "openrlhf/cli/train_ppo_ray.py").read_text()), ["--train.batch", "8"])
 
 
+def test_yaml_and_defaults_agree():
+    run = yaml.safe_load((ROOT / "configs" / "ppo_llama3_8b.yaml").read_text())
+    defaults = {f.name: f.default for f in dataclasses.fields(openrlhf_arguments.Arguments)}
+    args = arguments()
+    for key in [*run["ppo"], *run["openrlhf"]]:
+        assert getattr(args, key) == defaults[key], key
+    assert (args.max_input_length, args.max_new_tokens) == (defaults["max_input_length"], defaults["max_new_tokens"])
+
+
 REFUSED = {
     "kl_target": (4.0, "nats a token"), "value_coef": (0.1, "optimizer of its own"), "whiten_rewards": (True, "does not whiten"),
     "whiten_advantages": (False, "always whitens"), "bf16": (False, "bf16 or fp16"), "lora_r": (16, "1349"), "save_total_limit": (1, "2 at least"),
@@ -248,9 +258,6 @@ def test_the_requirements_pin_what_is_checked_and_what_the_wheel_asks_for(source
     pins = {line.split("==")[0].split("[")[0]: line.split("==")[1] for line in lines if "==" in line}
     asked = next(source.parents[1].glob("*.dist-info")).joinpath("METADATA").read_text()
     for package, version in preflight.PINS.items():
-        if package == "flash-attn":
-            assert package not in pins and f"{package}=={version}" in (ROOT / "ppo" / "requirements-ppo.txt").read_text()
-            continue
         assert pins[package] == version
         if package != "openrlhf":
             assert f"{package}=={version}" in asked or f"{package}[default]=={version}" in asked

@@ -1,12 +1,16 @@
 """run_openrlhf.py from start to end with a STUB for OpenRLHF's training (tests/openrlhf_stub.py), and the rewards it asks for."""
 
+import asyncio
+import fcntl
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import types
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -21,8 +25,8 @@ from annotate_data import get_rewards
 from common import cli
 from common.cli import UserError
 from common.devices import visible_gpus
+from ppo import openrlhf_arguments, run_openrlhf, serve_reward
 from ppo import openrlhf_process as process
-from ppo import run_openrlhf, serve_reward
 from ppo.openrlhf_preflight import differs, has_value_head
 from ppo.openrlhf_prompts import load_tokenizer, prepare_policy, whole_rollouts
 from ppo.openrlhf_reward import RewardArguments, Rewards, answer, check
@@ -84,6 +88,34 @@ def test_the_bridge_gives_get_rewards_scores(kind, models, tmp_path, monkeypatch
     get_rewards.main()
     expected = [json.loads(line)["rewards"][0] for line in (tmp_path / "r.jsonl").read_text().split("\n")[:-1]]
     assert found == pytest.approx(expected, abs=2e-5) and len(set(found)) == len(found)
+
+
+def test_openrlhfs_own_executor_gets_our_rewards(models, tmp_path, monkeypatch):
+    """The wheel's SingleTurnAgentExecutor over ppo/openrlhf_reward.py, on responses that a stand-in for the engine samples."""
+    source = openrlhf_stub.unzip(tmp_path / "wheel")
+    tokenizer = load_tokenizer(str(models["policy"]))
+    records, (queries, prompts, labels) = rollouts(models, 4)
+    (tmp_path / "reward.yaml").write_text(yaml.safe_dump({"policy": str(models["policy"]), "reward_function": models["function"]}))
+    monkeypatch.setenv("RLHF_REWARD_CONFIG", str(tmp_path / "reward.yaml"))
+    monkeypatch.setitem(sys.modules, "aiohttp", SimpleNamespace())  # for its HTTP path only
+    monkeypatch.setitem(sys.modules, "openrlhf.utils.logging_utils", SimpleNamespace(init_logger=logging.getLogger))
+    agent = types.ModuleType("agent")
+    exec((source / "openrlhf/utils/agent.py").read_text(), agent.__dict__)
+    executor = agent.SingleTurnAgentExecutor([str(ROOT / "ppo/openrlhf_reward.py")])
+    parameters = SimpleNamespace(max_tokens=60, logprobs=None)
+
+    class Engine:
+        async def generate(self, tokens, parameters, multi_modal_data=None):
+            at = [len(tokenizer(text=p, add_special_tokens=False)["input_ids"]) for p in prompts]
+            whole = [tokenizer(text=q, add_special_tokens=False)["input_ids"] for q in queries]
+            [response] = [w[n:] for w, n in zip(whole, at) if w[:n] == tokens]
+            return SimpleNamespace(outputs=[SimpleNamespace(token_ids=response, finish_reason="stop", logprobs=None)])
+
+    async def all_of_them():
+        return await asyncio.gather(*(executor.execute(p, label, parameters, 400, tokenizer, Engine()) for p, label in zip(prompts, labels)))
+
+    found = asyncio.run(all_of_them())
+    assert [out["reward"] for out in found] == [out["scores"] for out in found] == [len(r["responses"][0]) / 10 for r in records]
 
 
 def test_the_server_answers_as_openrlhf_asks(models, monkeypatch):
@@ -277,6 +309,9 @@ def test_failure_resume_stop_and_end(runs, models):
     told = "error: OpenRLHF ended with status 1: RuntimeError: STUB: CUDA out of memory; the log is"
     assert failed.returncode == 2 and failed.stderr.splitlines()[-1].startswith(told)
     assert not runs.model.exists() and "from 0 to" in failed.stdout and "--ckpt.load_enable" not in failed.stdout
+    with open(f"{runs.model}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another process is training into" in runs.run().stderr
     other = runs.run(kl_coef=0.5)
     assert other.returncode == 2 and "kl_coef was 0.01 and is now 0.5" in other.stderr
     fewer = runs.run({"CUDA_VISIBLE_DEVICES": "0"})
@@ -355,9 +390,9 @@ def test_arguments_are_what_the_contract_says():
     samples_per_prompt batch_size micro_batch_size ppo_epochs learning_rate critic_learning_rate lr_scheduler_type warmup_steps weight_decay
     max_grad_norm kl_coef kl_target kl_horizon kl_estimator gamma gae_lambda clip value_clip value_coef missing_eos_penalty whiten_rewards
     whiten_advantages bf16 gradient_checkpointing save_steps save_total_limit logging_steps report_to run_name keep_checkpoints""".split()
-    fields = run_openrlhf.Arguments.__dataclass_fields__
-    assert set(shared) <= set(fields) and set(fields) >= run_openrlhf.NOT_SHAPING
-    args = run_openrlhf.arguments({"model_name_or_path": "a/b", "reward_name_or_path": "c/d", "dataset_name_or_path": "p.jsonl", "output_dir": "o"})
+    fields = openrlhf_arguments.Arguments.__dataclass_fields__
+    assert set(shared) <= set(fields) and set(fields) >= openrlhf_arguments.NOT_SHAPING
+    args = openrlhf_arguments.arguments({"model_name_or_path": "a/b", "reward_name_or_path": "c/d", "dataset_name_or_path": "p.jsonl", "output_dir": "o"})
     settings, inputs = run_openrlhf.shaping(args)
     assert {"kl_coef", "batch_size", "seed", "max_new_tokens"} <= set(settings) and not {"num_gpus", "output_dir", "micro_batch_size"} & set(settings)
     assert inputs["reward_name_or_path 1"] == "c/d" and inputs["dataset_name_or_path 1"] == "p.jsonl"

@@ -138,6 +138,8 @@ def test_what_is_right_passes_and_says_so(settings, capsys):
     ({"ppo": {"output_dir": "x"}}, "output_dir is the run's own; give run_dir"),
     ({"ppo": {"dataset_name_or_path": ["x"]}}, "give prompts"),
     ({"ppo": {"seed": 1}}, "seed is the run's own; give seed"),
+    ({"ppo": {"batch_size": 8, "micro_batch_size": 8, "rollout_batch_size": 8, "missing_eos_penalty": 1.0}}, "in place of a cut-off response's score"),
+    ({"ppo": {"missing_eos_penalty": -1.0}, "backend": "openrlhf"}, "missing_eos_penalty -1.0 must not be negative"),
     ({"ppo": {"clip": 0}}, "clip 0.0 must be above 0"),
     ({"ppo": {"batch_size": 8, "micro_batch_size": 4, "rollout_batch_size": 8}, "num_processes": 3}, "ppo.batch_size 8 does not divide by 3 processes"),
     ({"generation": {"system_prompt": "Be brief."}}, "generation: PPO (backend small) would train without system_prompt"),

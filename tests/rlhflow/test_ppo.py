@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from training import ROOT, read_json, read_jsonl
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
-from common.cli import UserError, build
+from common.cli import UserError, build, read_yaml
 from ppo import train_ppo as ppo
 
 SCRIPT = str(ROOT / "ppo" / "train_ppo.py")
@@ -32,6 +32,8 @@ def work(tmp_path_factory):
     micro.make_reward_model(folder / "rm_chatml", family="chatml")
     micro.write_prompts(folder / "prompts.jsonl", 12)
     (folder / "reward.py").write_text(FUNCTION)
+    (folder / "one.jsonl").write_text(json.dumps({"prompt": "Q"}) + "\n")
+    (folder / "plain.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     return folder
 
 
@@ -139,26 +141,29 @@ def test_padding_changes_nothing(work):
     n = mask.shape[1]
     torch.testing.assert_close(again[:-1, :n] * mask, found * mask, atol=1e-5, rtol=0)
     assert torch.equal(more[:-1, :n], mask) and not more[:-1, n:].any()
+    for row, places, there in zip(wider, inputs["position_ids"], inputs["attention_mask"]):  # where a model counts from 0
+        assert places[there > 0].tolist() == list(range(len(row["prompt"]) + len(row["response"])))
 
 
 def test_sampling_follows_the_log_probabilities(work):
-    """One token of one prompt, 4096 times: frequencies against the probabilities that are trained on, at a temperature."""
-    (work / "one.jsonl").write_text(json.dumps({"prompt": "Q"}) + "\n")
+    """One token of one prompt, 2048 times: frequencies against the probabilities that are trained on, at a temperature."""
     model = AutoModelForCausalLM.from_pretrained(work / "policy")
     with torch.no_grad():
-        model.lm_head.weight.mul_(8)  # far from uniform
+        model.lm_head.weight.mul_(25)  # far from uniform
     model.generation_config.update(do_sample=True, top_k=3, repetition_penalty=3.0)  # the model's own taste must not matter
     model.save_pretrained(work / "peaked")
     AutoTokenizer.from_pretrained(work / "policy").save_pretrained(work / "peaked")
     it = make(work, model_name_or_path=str(work / "peaked"), dataset_name_or_path=[str(work / "one.jsonl")], rollout_batch_size=1, max_new_tokens=1,
-              samples_per_prompt=4096, generation_batch_size=4096, batch_size=4096, micro_batch_size=4096, temperature=0.8)  # fmt: skip
+              samples_per_prompt=2048, generation_batch_size=2048, batch_size=2048, micro_batch_size=2048, temperature=0.8,
+              chat_template=str(work / "plain.jinja"))  # fmt: skip
+    assert it.policy.generation_config.top_k == 0  # transformers' own default is 50
     rows, _ = it.rollout(1)
     counts = torch.bincount(torch.tensor([row["response"][0] for row in rows]), minlength=288) / len(rows)
     inputs, *_ = ppo.padded([rows[0] | {"response": []}], it.pad, "cpu")
     with torch.no_grad():
-        expected = (it.policy(**inputs).logits[0, -1] / 0.8).softmax(-1)
-    assert 0.5 * (counts - expected).abs().sum() < 0.1  # of 288 tokens from 4096 draws
-    assert 0.5 * (counts - torch.full_like(counts, 1 / 288)).abs().sum() > 0.2
+        logits = it.policy(**inputs).logits[0, -1]
+    right, wrong = (0.5 * (counts - (logits / temperature).softmax(-1)).abs().sum().item() for temperature in (0.8, 1.0))
+    assert right < 0.06 and wrong > 0.1, (right, wrong)
 
 
 def test_responses_end_at_any_stop_token_also_where_pad_is_eos(work, monkeypatch):
@@ -284,11 +289,13 @@ def test_an_unfinished_number_stops_the_run_before_the_weights(work):
     rows, _ = it.rollout(1)
     data, _ = it.advantages(rows)
     data["advantages"][2, 0] = math.inf
-    before = {name: p.detach().clone() for name, p in it.policy.named_parameters()}
     with pytest.raises(UserError, match="of the policy is not finite in rollout 1"):
-        for _ in range(2):
-            it.learn(rows, data, 1)
-    assert all(p.isfinite().all() for p in it.policy.parameters()) and before.keys()
+        it.learn(rows, data, 1)
+    assert all(p.isfinite().all() for p in it.policy.parameters())
+    with torch.no_grad():
+        it.policy.get_input_embeddings().weight.fill_(math.inf)
+    with pytest.raises(UserError, match="probabilities are not finite any more"):
+        it.rollout(2)
     (work / "nan.py").write_text("def f(messages, response):\n    return float('nan')\n")
     with pytest.raises(UserError, match="score that is not finite"):
         make(work, reward_function=f"{work / 'nan.py'}:f").rollout(1)
@@ -299,12 +306,10 @@ def test_an_unfinished_number_stops_the_run_before_the_weights(work):
 
 def test_a_bandit_reaches_its_known_optimum(work):
     """One prompt, one token, reward 1 for `a`: with the KL in the reward the optimum is π_ref(x) · e^(r(x)/β) / Z."""
-    (work / "one.jsonl").write_text(json.dumps({"prompt": "Q"}) + "\n")
     (work / "bandit.py").write_text("def f(messages, response):\n    return float(response == 'a')\n")
-    (work / "plain.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
-    beta, rollouts = 0.18, 60
+    beta, rollouts = 0.18, 50
     it = make(work, reward_function=f"{work / 'bandit.py'}:f", dataset_name_or_path=[str(work / "one.jsonl")], rollout_batch_size=1, max_new_tokens=1,
-              samples_per_prompt=512, generation_batch_size=512, batch_size=128, micro_batch_size=128, kl_coef=beta, learning_rate=3e-3,
+              samples_per_prompt=256, generation_batch_size=256, batch_size=64, micro_batch_size=64, kl_coef=beta, learning_rate=3e-3,
               critic_learning_rate=3e-3, num_episodes=rollouts, lr_scheduler_type="linear", chat_template=str(work / "plain.jinja"))  # fmt: skip
     a = it.tokenizer.convert_tokens_to_ids("a")
     inputs, *_ = ppo.padded([{"prompt": it.prompts[0]["ids"], "response": []}], it.pad, "cpu")
@@ -319,7 +324,6 @@ def test_a_bandit_reaches_its_known_optimum(work):
         it.learn(rows, data, number)
     before, after = probability(it.reference), probability(it.policy)
     optimum = before * math.exp(1 / beta) / (before * math.exp(1 / beta) + 1 - before)
-    print(before, after, optimum)
     assert before < 0.01 and 0.3 < optimum < 0.7
     assert after == pytest.approx(optimum, abs=0.1), (before, after, optimum)
 
@@ -363,8 +367,8 @@ def test_each_rollout_is_logged(work, undisturbed):
     log = read_jsonl(work / "undisturbed.log.jsonl")
     assert [entry["step"] for entry in log] == [1, 2, 3, 4, 5, 6] and log[-1]["episode"] == 2
     wanted = {
-        "reward", "reward_less_kl", "kl", "entropy", "response_length", "truncated_fraction", "policy_loss", "value_loss", "clip_fraction", "approx_kl",
-        "ratio", "explained_variance", "kl_coef", "policy_learning_rate", "critic_learning_rate", "policy_grad_norm", "critic_grad_norm",
+        "reward", "reward_less_kl", "kl", "entropy", "response_length", "truncated_fraction", "policy_loss", "value_loss", "clip_fraction",
+        "approx_kl", "ratio", "explained_variance", "kl_coef", "policy_learning_rate", "critic_learning_rate", "policy_grad_norm", "critic_grad_norm",
         "tokens_per_second", "seconds",
     }  # fmt: skip
     assert all(wanted <= entry.keys() for entry in log)
@@ -519,8 +523,15 @@ def test_the_command_line_answers_at_once(work):
         out, _ = process.communicate(timeout=60)
         assert process.returncode == status and said in out, out
         assert "Traceback" not in out and time.monotonic() - begun < 20
-    loaded = subprocess.run([sys.executable, "-c", "import ppo.train_ppo, sys; print('torch' in sys.modules)"], cwd=ROOT, capture_output=True, text=True)
+    program = [sys.executable, "-c", "import ppo.train_ppo, sys; print('torch' in sys.modules)"]
+    loaded = subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
     assert loaded.stdout.strip() == "False", loaded.stderr
+
+
+def test_the_tiny_config_is_accepted():
+    path = ROOT / "configs" / "ppo_tiny_train.yaml"
+    args = ppo.arguments(read_yaml(path), path.name)
+    assert args.kl_coef > 0 and f"ppo/train_ppo.py configs/{path.name}" in path.read_text()
 
 
 def test_a_penalty_that_pays_is_told(work, capsys):

@@ -1,0 +1,65 @@
+"""What train_ppo.py keeps on disk while it trains: the lock of its output, and checkpoints from which a killed run continues."""
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+
+from common.cli import UserError
+from common.manifest import beside, write_json
+from dpo_iteration.output import checkpoints, is_main, remove_checkpoints, say
+
+
+def lock_output(args):
+    """The open lock file of the output, which rank 0 holds until the end."""
+    folder = Path(args.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(beside(folder, ".lock"), "w")
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}; give another --output_dir") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"another process is training into {folder}; wait for it or stop it first") from None
+    return lock
+
+
+def save(ppo):
+    """Write all that a later start needs, beside its place, and rename. No random state is among it: seeds go by rollout.
+
+    Args:
+        ppo: train_ppo.PPO; `learners` (models, optimizers, schedules), `done` (rollouts) and `kl_coef` are its state.
+    """
+    import torch
+
+    folder, new = Path(ppo.args.output_dir), Path(ppo.args.output_dir, ".saving")
+    if is_main():
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        state = {name: [part.state_dict() for part in learner] for name, learner in ppo.learners.items()}
+        torch.save(state, new / "state.pt")
+        write_json(new / "trainer_state.json", {"rollout": ppo.done, "kl_coef": ppo.kl_coef})
+        for path in new.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        os.rename(new, folder / f"checkpoint-{ppo.done}")
+        remove_checkpoints(checkpoints(folder)[: -ppo.args.save_total_limit])
+    ppo.accelerator.wait_for_everyone()
+
+
+def restore(ppo):
+    """Go on from the last whole checkpoint, if there is one."""
+    import torch
+
+    saved = checkpoints(ppo.args.output_dir)
+    if not saved:
+        return
+    say(f"continuing from {saved[-1]}")
+    told = json.loads((saved[-1] / "trainer_state.json").read_text(encoding="utf-8"))
+    ppo.done, ppo.kl_coef = told["rollout"], told["kl_coef"]
+    state = torch.load(saved[-1] / "state.pt", map_location="cpu", weights_only=True)
+    for name, learner in ppo.learners.items():
+        for part, values in zip(learner, state[name]):
+            part.load_state_dict(values)
