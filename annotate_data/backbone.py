@@ -43,8 +43,8 @@ def one_line(error, limit=300):
     return f"{type(error).__name__}: {' '.join(str(error).split())[:limit]}"
 
 
-def read_config(name, revision=None, trust_remote_code=False):
-    """The config of a reward model, quietly."""
+def read_config(name, revision=None, trust_remote_code=False, what="reward model"):
+    """The config of a reward model (or what `what` calls it), quietly."""
     import transformers
 
     transformers.logging.set_verbosity_error()  # its load report is judged in `load_weights`
@@ -52,7 +52,7 @@ def read_config(name, revision=None, trust_remote_code=False):
     try:
         return transformers.AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # hub, file and remote code fail in many ways
-        raise UserError(f"cannot load the reward model {name}: {one_line(error)}") from None
+        raise UserError(f"cannot load the {what} {name}: {one_line(error)}") from None
 
 
 class Backbone:
@@ -74,6 +74,8 @@ class Backbone:
         UserError: not there, or its config or tokenizer does not load.
     """
 
+    what = "reward model"  # in errors
+
     def __init__(
         self,
         name,
@@ -93,7 +95,7 @@ class Backbone:
         self.source = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.batches, self.model = Batches(batch_tokens), None
         self.share_prompts, self.before = share_prompts, None
-        self.config = read_config(name, **self.source)
+        self.config = read_config(name, **self.source, what=self.what)
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, **self.source)
         except Exception as error:
@@ -179,7 +181,7 @@ class Backbone:
                 f"{self.name} in {self.dtype} does not fit {self.device}: free it, or use a smaller model"
             ) from None
         except Exception as error:
-            raise UserError(f"cannot load the reward model {self.name}: {one_line(error)}") from None
+            raise UserError(f"cannot load the {self.what} {self.name}: {one_line(error)}") from None
         self.refuse_missing(report["missing_keys"])
         self.model.eval()
         self.batches.tokens = self.batches.tokens or (GPU_TOKENS if gpu else CPU_TOKENS)

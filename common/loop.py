@@ -27,6 +27,8 @@ from common.manifest import difference, read_manifest
 from dpo_iteration import run_dpo
 from generation import gen_hf, get_hf2
 from generation.sampling import check_sampling, context_length
+from report import divergence
+from report.run_metrics import TRACKERS
 
 STAGES = ("generate", "annotate", "train", "evaluate")
 CLIENT = ("concurrency", "timeout", "retries", "give_up_after")  # what `servers` may set of generation/gen_hf.py
@@ -48,6 +50,11 @@ class RunSettings:
     servers: dict = arg({}, f"arguments of generation/gen_hf.py that tell how it asks: {', '.join(CLIENT)}")
     heldout: dict = arg({}, "arguments of the held-out sampling that differ from `generation`")
     annotation: dict = arg({}, "arguments of annotate_data/get_rewards.py")
+    eval_reward_model: list[str] | None = arg(None, "second reward models, which score the held-out answers only and so see what training does not")
+    eval_annotation: dict = arg({}, "arguments of annotate_data/get_rewards.py for `eval_reward_model`")
+    divergence: bool = arg(True, "estimate each iterate's KL to the starting policy from its held-out answers (report/divergence.py)")
+    report: bool = arg(True, "make RUN/report/index.html anew after each stage")
+    report_to: list[str] | None = arg(None, f"log each iterate's figures there, one run for the loop: {', '.join(TRACKERS)}")
     num_shards: int | None = arg(None, "generation processes; None: one per group of tensor_parallel_size GPUs, 1 without a GPU")
     num_processes: int | None = arg(None, "annotation and training processes; None: one per GPU, 1 without a GPU")
     without_gpu: bool = arg(False, "this run may use the CPU where there is no GPU (small models only)")
@@ -125,6 +132,23 @@ class Run:
             "output_dir": [rewarded for _, rewarded in files],
         }
 
+    def judging(self, files):
+        """Arguments of get_rewards.py with the second reward models."""
+        return self.settings.eval_annotation | {
+            "reward_name_or_path": self.settings.eval_reward_model,
+            "dataset_name_or_path": [generated for generated, _ in files],
+            "output_dir": [judged for _, judged in files],
+        }
+
+    def divergence(self, i):
+        """Arguments of report/divergence.py. The reference is the start, also where training's is the previous iterate."""
+        sampled = self.settings.generation | self.settings.heldout
+        shared = {key: sampled[key] for key in ("temperature", "top_p", "chat_template", "template_kwargs", "trust_remote_code") if key in sampled}
+        return shared | {
+            "dataset_name_or_path": self.path(i, "heldout_sampled.generated.jsonl"), "model_name_or_path": self.iterate(i),
+            "ref_model_name_or_path": self.iterate(0), "output_dir": self.path(i, "divergence.jsonl"),
+        }  # fmt: skip
+
     def training(self, i):
         """Arguments of run_dpo.py: the training YAML, then `training_args`, then what the loop decides."""
         reference = self.iterate(0 if self.settings.reference == "initial" else i - 1)
@@ -140,6 +164,11 @@ class Run:
         """(generated, rewarded) files of a stage."""
         names = ["generated"] if stage == "annotate" else ["heldout_sampled.generated", "heldout_greedy.generated"]
         return [(self.path(i, f"{name}.jsonl"), self.path(i, name.replace("generated", "rewarded") + ".jsonl")) for name in names]
+
+    def judged_files(self, i):
+        """(generated, judged) held-out files; none without a second reward model."""
+        files = self.rewarded_files(i, "evaluate") if self.settings.eval_reward_model else []
+        return [(generated, rewarded.replace(".rewarded.", ".judged.")) for generated, rewarded in files]
 
     def client(self, i, job):
         """Arguments of gen_hf.py for a job of iterate i; what shapes the engine goes to the servers."""
@@ -202,9 +231,9 @@ class Run:
         path = self.folder / "loop.yaml"
         return (read_yaml(path).get("generation") or {}).get("dtype", "auto") if path.is_file() else None
 
-    def is_left(self, files):
+    def is_left(self, files, judging=False):
         """Whether the rewards of a (generated, rewarded) pair are not there."""
-        args = build(get_rewards.Arguments, self.annotation([files]), "annotation")
+        args = build(get_rewards.Arguments, (self.judging if judging else self.annotation)([files]), "eval_annotation" if judging else "annotation")
         return not self.is_done(files[1], *get_rewards.shaping(args, files[0]))
 
     def is_done(self, path, settings, inputs):
@@ -242,7 +271,8 @@ class Run:
             return not self.files_left(i, stage)
         if stage == "train":
             return self.is_trained(i)
-        return self.is_answered(i, stage) and not self.files_left(i, stage) and self.is_measured(i)
+        left = self.files_left(i, stage) or self.judged_left(i) or self.divergence_left(i)
+        return self.is_answered(i, stage) and not left and self.is_measured(i)
 
     def is_answered(self, i, stage):
         """Whether the prompts of a stage have their merged answers."""
@@ -252,13 +282,25 @@ class Run:
         """Whether iterate i's metrics are there, with the gold function of now."""
         try:
             metrics = json.loads(Path(self.path(i, "metrics.json")).read_text(encoding="utf-8"))
-            return metrics["gold_function"] == self.settings.gold_function
+            return metrics["gold_function"] == self.settings.gold_function and ("judge" in metrics or not self.settings.eval_reward_model)
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
     def files_left(self, i, stage):
         """The (generated, rewarded) files of a stage whose rewards are not there."""
         return [files for files in self.rewarded_files(i, stage) if self.is_left(files)]
+
+    def judged_left(self, i):
+        """The (generated, judged) files of iterate i that are not there."""
+        return [files for files in self.judged_files(i) if self.is_left(files, judging=True)]
+
+    def divergence_left(self, i):
+        """Whether iterate i's KL is not there and can be estimated: of sampled answers, by weights that are still kept."""
+        given = self.divergence(i)
+        if not self.settings.divergence or self.pruned(self.iterate(i)) or given.get("temperature", 1.0) == 0:
+            return False
+        args = build(divergence.Arguments, given, "generation")
+        return not self.is_done(args.output_dir, *divergence.shaping(args)) or not divergence.summary_path(args.output_dir).exists()
 
     def is_trained(self, i):
         """Whether iteration i's model is there."""
@@ -269,7 +311,7 @@ class Run:
         """What is left of a stage; writes the YAML of each step beside its outputs.
 
         Returns:
-            (steps out of generate, serve, annotate, train, metrics; list of (shard prefix, merged file) to merge, or
+            (steps out of generate, serve, annotate, judge, divergence, train, metrics; list of (shard prefix, merged file) to merge, or
             of (client's YAML, answers) to ask servers for).
         """
         folder = self.folder / f"iter{i}"
@@ -305,9 +347,22 @@ class Run:
         if stage == "train" and not self.is_trained(i):
             write_yaml(folder / "train.yaml", self.training(i))
             left.append("train")
+        if stage == "evaluate":
+            self.other_judges(i, folder, {made for _, made in answers}, left)
         if stage == "evaluate" and (left or not self.is_measured(i)):
             left.append("metrics")
         return left, answers
+
+
+    def other_judges(self, i, folder, new, left):
+        """Append the steps judge and divergence to `left` where they are left; `new`: answers that this stage makes."""
+        files = [files for files in self.judged_files(i) if files[0] in new or self.is_left(files, judging=True)]
+        if files:
+            write_yaml(folder / "evaluate_judge.yaml", self.judging(files))
+            left.append("judge")
+        if self.divergence_left(i):
+            write_yaml(folder / "divergence.yaml", self.divergence(i))
+            left.append("divergence")
 
 
 def shard_prefix(merged, world):
@@ -366,6 +421,8 @@ def settle(current, left):
     current.folder.mkdir(parents=True, exist_ok=True)
     write_yaml(current.folder / "loop.yaml", dataclasses.asdict(settings))
     groups = " ".join(shlex.quote(group) for group in gpu_groups(settings))
+    print(f"judge={'yes' if settings.eval_reward_model else 'no'}\nreport={'yes' if settings.report else 'no'}")
+    print(f"trackers=({' '.join(shlex.quote(name) for name in settings.report_to or ())})")
     print(f"processes={processes(settings)}\ngpu_groups=({groups})\nleft='{' '.join(left)}'\ngold_function={shlex.quote(settings.gold_function or '')}")
 
 

@@ -10,7 +10,7 @@ from array import array
 from pathlib import Path
 
 from annotate_data import get_rewards
-from common.cli import UserError, build, check_model, read_json
+from common.cli import UserError, build, check_model, nearest, read_json
 from common.devices import gpu_memory, visible_gpus
 from common.loop import gpu_groups, processes
 from common.progress import duration
@@ -18,6 +18,7 @@ from common.records import read_prompts, record_id
 from dpo_iteration import memory, run_dpo
 from dpo_iteration.settings import reason_for_trl
 from report.metrics import load_gold
+from report.run_metrics import TRACKERS
 
 # For the estimates, per GPU of the A100/H100 class. Assumed, not measured here; the README says how the sums are made.
 PEAK_FLOPS = 312e12  # dense bf16 of an A100; an H100 has three times as much
@@ -110,6 +111,13 @@ def check_models(run, found):
         found.problems.append("reward_name_or_path names no reward model, and annotation has no reward_function")
     models = [("model_name_or_path", settings.model_name_or_path, settings.generation)]
     models += [("reward_name_or_path", name, settings.annotation) for name in rewards]
+    judges = settings.eval_reward_model or []
+    models += [("eval_reward_model", name, settings.eval_annotation) for name in judges]
+    if judges and judges == rewards:
+        found.problems.append(f"eval_reward_model {', '.join(judges)} is what training is rewarded by: name another one, or leave it out")
+    for name in settings.report_to or ():
+        if name not in TRACKERS:
+            found.problems.append(f"report_to {name}: one of {', '.join(TRACKERS)} was expected{nearest(name, TRACKERS)}")
     found.attempt(check_model, settings.model_name_or_path, "model_name_or_path")
     for key, name, own in models:
         if Path(name).is_dir() and not found.attempt(has_template, name) and not own.get("chat_template"):
@@ -119,6 +127,10 @@ def check_models(run, found):
     asked = found.attempt(lambda: build(get_rewards.Arguments, run.annotation([("generated", "rewarded")]), "annotation"))
     if asked:
         found.attempt(get_rewards.check, asked)
+    if judges:
+        asked = found.attempt(lambda: build(get_rewards.Arguments, run.judging([("generated", "judged")]), "eval_annotation"))
+        if asked:
+            found.attempt(get_rewards.check, asked)
 
 
 def check_prompts(run, found):

@@ -46,7 +46,7 @@ read_arguments() { # ARGUMENTS…: the config, our own flags, and --key value fo
         elif [ "$chosen" = no ]; then config="$1" chosen=yes
         else fail 2 "unexpected argument $1; arguments are --key value"; fi ;;
     esac
-    case "$1" in --dry_run | --check | --*=*) key='' ;; --*) key="$1" ;; *) [[ "$key" = --prompts || "$key" = --reward_name_or_path ]] || key='' ;; esac
+    case "$1" in --dry_run | --check | --*=*) key='' ;; --*) key="$1" ;; *) [[ " --prompts --reward_name_or_path --eval_reward_model --report_to " == *" ${key:--} "* ]] || key='' ;; esac
     shift
   done
   [ "$caller" = "$PWD" ] || case "$config" in /*) ;; *) [ ! -f "$caller/$config" ] || config="$caller/$config" ;; esac
@@ -64,6 +64,7 @@ refuse_early() { # KIND (loop, ppo): no such config, or one that needs GPUs wher
 }
 
 # What $thinker prints is evaluated into these.
+judge=no report=no trackers=()
 run_dir='' setup_command='' processes=1 gpu_groups=() gold_function='' left='' steps=() answers=() serving='' server_settings=() ports=()
 
 # ---- One driver at a time holds a run's folder -----------------------------------------------------------------------
@@ -180,11 +181,21 @@ serve() { # API servers of one iterate answer each job in turn; they end here, o
     failed "end of servers" $? "$logs/$name.servers.log"
 }
 
-annotate() { # YAML
+launch() { # LOG SCRIPT YAML: by plain python, or one process per GPU
+  local launcher=(python)
+  [ "$processes" -eq 1 ] || launcher=(accelerate launch --multi_gpu --num_processes "$processes" --num_machines 1 --mixed_precision no --dynamo_backend no)
+  run "$1" "${launcher[@]}" "${@:2}"
+}
+
+annotate() { # YAML [WHAT]
+  local log="$logs/$name.${2:-rewards}.log"
   enter vllm
-  local launch=(python)
-  [ "$processes" -eq 1 ] || launch=(accelerate launch --multi_gpu --num_processes "$processes" --num_machines 1 --mixed_precision no --dynamo_backend no)
-  run "$logs/$name.rewards.log" "${launch[@]}" annotate_data/get_rewards.py "$1" || failed annotation $? "$logs/$name.rewards.log"
+  launch "$log" annotate_data/get_rewards.py "$1" || failed annotation $? "$log"
+}
+
+divergence() { # YAML
+  enter rlhflow
+  launch "$logs/divergence.log" report/divergence.py "$1" || failed divergence $? "$logs/divergence.log"
 }
 
 spent() { # ITERATION → seconds of its stages so far
@@ -192,13 +203,22 @@ spent() { # ITERATION → seconds of its stages so far
 }
 
 metrics() { # ITERATION
-  local gold=()
-  [ -z "$gold_function" ] || gold=(--gold_function "$gold_function")
+  local more=()
+  [ -z "$gold_function" ] || more+=(--gold_function "$gold_function")
+  [ "$judge" = no ] || more+=(--judge_sampled "$folder/heldout_sampled.judged.jsonl" --judge_greedy "$folder/heldout_greedy.judged.jsonl")
   enter rlhflow
   run "$logs/metrics.log" python report/metrics.py --sampled "$folder/heldout_sampled.rewarded.jsonl" \
     --greedy "$folder/heldout_greedy.rewarded.jsonl" --output_dir "$folder/metrics.json" \
-    --seconds "$(($(spent "$1") + SECONDS - began))" "${gold[@]}" ||
+    --seconds "$(($(spent "$1") + SECONDS - began))" "${more[@]}" ||
     failed metrics $? "$logs/metrics.log"
+  more=()
+  [ "${#trackers[@]}" -eq 0 ] || more=(--report_to "${trackers[@]}")
+  run "$logs/metrics.log" python report/metrics.py --run "$run_dir" --save true "${more[@]}" || failed metrics $? "$logs/metrics.log"
+}
+
+refresh_report() { # a page that cannot be made ends nothing
+  [ "$report" = yes ] || return 0
+  run "$run_dir/report.log" "$driver" report/make_report.py "$run_dir" || say "note: the report was not made, see $run_dir/report.log"
 }
 
 do_stage() { # ITERATION NAME
@@ -223,6 +243,8 @@ do_stage() { # ITERATION NAME
       generate) generate "$folder/$name.yaml" ;;
       serve) serve ;;
       annotate) annotate "$folder/$([ "$name" = evaluate ] && echo evaluate_rewards || echo annotate).yaml" ;;
+      judge) annotate "$folder/evaluate_judge.yaml" judge ;;
+      divergence) divergence "$folder/divergence.yaml" ;;
       train) train "$folder/train.yaml" ;;
       metrics) metrics "$1" ;;
     esac
@@ -231,4 +253,5 @@ do_stage() { # ITERATION NAME
   printf '{"iteration": %d, "stage": "%s", "seconds": %d, "finished": "%(%Y-%m-%dT%H:%M:%S%z)T"}\n' \
     "$1" "$2" "$((SECONDS - began))" -1 >>"$run_dir/stages.jsonl"
   say "iteration $1, $2: $((SECONDS - began)) s"
+  refresh_report
 }

@@ -7,8 +7,10 @@ Out: a JSON file of metrics for the sampled and the greedy answers, or the table
         --greedy runs/tiny/iter1/heldout_greedy.jsonl --output_dir runs/tiny/iter1/metrics.json
     python report/metrics.py --run runs/tiny
     python report/metrics.py --runs runs/tiny runs/ppo_tiny
+    python report/metrics.py --run runs/tiny --save true      # also RUN/metrics.json and RUN/metrics.csv: report/run_metrics.py
 
 `--gold_function tiny/task.py:gold_score` adds a quality that a program computes and the reward model never sees.
+`--judge_sampled` and `--judge_greedy` are the same answers, scored by a second reward model.
 Prompts are the sample: a prompt's K answers are averaged first, and standard errors and intervals are over prompts.
 """
 
@@ -25,19 +27,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import cli, manifest, records
 from common.cli import UserError, arg
 from common.functions import load_function
+from report import run_metrics
 
 KINDS = ("sampled", "greedy")
+JUDGED = {f"judge_{kind}": kind for kind in KINDS}
 
 
 @dataclass
 class Arguments:
     sampled: str | None = arg(None, help="rewarded held-out file with K sampled answers a prompt")
     greedy: str | None = arg(None, help="rewarded held-out file with one greedy answer a prompt")
+    judge_sampled: str | None = arg(None, help="`sampled` as scored by a second reward model")
+    judge_greedy: str | None = arg(None, help="`greedy` as scored by a second reward model")
     output_dir: str | None = arg(None, help="JSON file to write (a file name); without it the metrics are printed")
     gold_function: str | None = arg(None, help="FILE.py:NAME, a function (messages, response) -> number")
     seconds: float | None = arg(None, help="wall-clock seconds of the iteration, for the table")
     run: str | None = arg(None, help="a run's folder: print the table of iter0, iter1, … and stop")
     runs: list[str] | None = arg(None, help="folders of several runs, of DPO or PPO: print them in one table and stop")
+    save: bool = arg(False, help="with --run: also write RUN/metrics.json and RUN/metrics.csv, a row an iterate")
+    report_to: list[str] | None = arg(None, help=f"with --save: trackers to log the rows to, out of {', '.join(run_metrics.TRACKERS)}")
 
 
 def load_gold(spec):
@@ -173,7 +181,8 @@ def format_table(iterates):
             "–" if value is None else f"{value:{sign}.{digits}f}" + ("" if error is None else f" ±{error:.{digits}f}")
         )
 
-    rows = [("run", "iterate", "reward", "best of K", "greedy reward", "gold", "greedy gold", "length", "cut off", "seconds")]
+    names = "run", "iterate", "reward", "best of K", "greedy reward", "judge", "greedy judge", "gold", "greedy gold", "length", "cut off", "KL", "seconds"
+    rows = [names]
     for i, m in enumerate(iterates):
         best = number(m, "sampled", "best_of_k") + (f" (K={m['sampled']['K']})" if m.get("sampled") else "")
         rows.append(
@@ -183,10 +192,13 @@ def format_table(iterates):
                 number(m, "sampled", "reward"),
                 best,
                 number(m, "greedy", "reward"),
+                number(m.get("judge") or {}, "sampled", "reward"),
+                number(m.get("judge") or {}, "greedy", "reward"),
                 number(m, "sampled", "gold", sign=""),
                 number(m, "greedy", "gold", sign=""),
                 number(m, "sampled", "length", 1, ""),
                 number(m, "sampled", "truncated", 3, ""),
+                number(m, "divergence", "kl", 2, ""),
                 "–" if m.get("seconds") is None else f"{m['seconds']:.0f}",
             )
         )
@@ -196,8 +208,16 @@ def format_table(iterates):
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+def measured(metrics):
+    """(name of the kind, its figures) of all that metrics hold: sampled, greedy, judge_sampled, judge_greedy."""
+    found = {kind: metrics.get(kind) for kind in KINDS} | {name: (metrics.get("judge") or {}).get(kind) for name, kind in JUDGED.items()}
+    return [(name, values) for name, values in found.items() if values]
+
+
 def read_run(folder):
     """`(folder of the iterate, its metrics)` of every `iterN/metrics.json` of a run, in order, with `iterate` = N.
+
+    Where report/divergence.py has been, its estimates stand under `divergence`.
 
     Raises:
         UserError: no such folder, or no metrics in it yet.
@@ -209,9 +229,11 @@ def read_run(folder):
                 metrics = json.loads(path.read_text(encoding="utf-8"))
             except json.JSONDecodeError as error:
                 raise UserError(f"{path} is not valid JSON ({error}); delete it and measure again") from None
-            if not isinstance(metrics, dict) or not all(isinstance(metrics.get(kind, {}), dict) for kind in KINDS):
+            if not isinstance(metrics, dict) or not all(isinstance(metrics.get(kind, {}), dict) for kind in (*KINDS, "judge")):
                 raise UserError(f"{path} does not hold metrics; delete it and measure again")
-            iterates.append((path.parent, {"iterate": int(path.parent.name[4:])} | metrics))
+            estimates = run_metrics.read_json(path.with_name("divergence.json"))
+            more = {"divergence": estimates} if estimates else {}
+            iterates.append((path.parent, {"iterate": int(path.parent.name[4:])} | metrics | more))
     if not iterates:
         raise UserError(f"no iterN/metrics.json in {folder}" + ("" if folder.is_dir() else ", there is no such folder"))
     return sorted(iterates, key=lambda item: item[1]["iterate"])
@@ -225,20 +247,19 @@ def compare(first, last, gold=None):
         gold: gold function; None leaves gold out.
 
     Returns:
-        list of (kind, quantity, (difference, low, high)); nothing for a file that is not there any more.
+        list of (kind, quantity, (difference, low, high)), quantity out of reward, judge (the second reward model's reward)
+        and gold; nothing for a file that is not there any more.
     """
     found = []
     for kind in KINDS:
-        paths = [
-            folder / (metrics.get("files") or {}).get(kind, f"heldout_{kind}.jsonl")
-            for folder, metrics in (first, last)
-        ]
-        if all(path.is_file() for path in paths):
-            before, after = map(read_rewarded, paths)
-            for quantity, function in (("reward", None), ("gold", gold)):
-                if quantity == "reward" or gold:
-                    pair = prompt_means(before, function), prompt_means(after, function)
-                    found.append((kind, quantity, paired_bootstrap(*pair)))
+        for quantity, name in (("reward", kind), ("judge", f"judge_{kind}"), ("gold", kind)):
+            names = [(metrics.get("files") or {}).get(name, f"heldout_{kind}.jsonl" if name == kind else None) for _, metrics in (first, last)]
+            if None in names or (quantity == "gold" and not gold):
+                continue
+            paths = [folder / file for (folder, _), file in zip((first, last), names, strict=True)]
+            if all(path.is_file() for path in paths):
+                pair = [prompt_means(read_rewarded(path), gold if quantity == "gold" else None) for path in paths]
+                found.append((kind, quantity, paired_bootstrap(*pair)))
     return found
 
 
@@ -284,16 +305,28 @@ def main():
     args = cli.parse(Arguments, __doc__)
     if args.run and args.runs:
         raise UserError("give --run FOLDER or --runs FOLDER FOLDER …, not both")
+    if args.save and not args.run:
+        raise UserError("--save is for --run FOLDER")
+    for name in args.report_to or ():
+        if name not in run_metrics.TRACKERS or not args.save:
+            raise UserError(f"--report_to {name}: one of {', '.join(run_metrics.TRACKERS)} was expected, together with --save true")
+    if args.save:
+        made = run_metrics.rows(args.run)
+        run_metrics.save(args.run, made)
+        run_metrics.log(args.run, made, args.report_to or ())
     if args.run or args.runs:
         print(table(args.run, args.gold_function) if args.run else table_of_runs(args.runs, args.gold_function))
         return
-    files = {kind: getattr(args, kind) for kind in KINDS if getattr(args, kind)}
+    files = {name: getattr(args, name) for name in (*KINDS, *JUDGED) if getattr(args, name)}
     if not files:
         raise UserError("nothing to measure: give --sampled and --greedy files, or --run FOLDER for the table of a run")
     for path in files.values():
         cli.existing_file(path, "rewarded file")
     gold = load_gold(args.gold_function) if args.gold_function else None
-    metrics = {kind: measure(read_rewarded(path), gold) for kind, path in files.items()}
+    found = {name: measure(read_rewarded(path), None if name in JUDGED else gold) for name, path in files.items()}
+    metrics = {kind: found[kind] for kind in KINDS if kind in found}
+    judge = {kind: found[name] for name, kind in JUDGED.items() if name in found}
+    metrics |= {"judge": judge} if judge else {}
     if args.output_dir is None:
         print(json.dumps(metrics, indent=1))
         return
@@ -309,7 +342,7 @@ def main():
     metrics["files"] = {kind: os.path.relpath(path, target.parent) for kind, path in files.items()}
     metrics |= {"gold_function": args.gold_function, "seconds": args.seconds}
     manifest.write_json(target, metrics)
-    counts = ", ".join(f"{metrics[kind]['prompts']} prompts × {metrics[kind]['K']} {kind}" for kind in files)
+    counts = ", ".join(f"{values['prompts']} prompts × {values['K']} {name}" for name, values in measured(metrics))
     print(f"read {counts}; wrote {target}")
     print(format_table([metrics]))
 

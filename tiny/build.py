@@ -6,12 +6,16 @@ Out: a folder with `policy/` (the SFT model), `reward_model/` (Bradley-Terry), b
      {"context_messages": [{"role": "user", "content": …}]} a line.
 
 Run it:  python tiny/build.py --output_dir tiny/built --seed 0
+         python tiny/build.py --output_dir tiny/built --seed 0 --weak_reward_model true
 
 1. Write demonstrations of mixed quality and train the tokenizer on them.
 2. SFT: a Llama of half a million parameters imitates them (TRL's SFTTrainer).
 3. Reward model: Bradley-Terry on pairs ranked by the gold score (TRL's RewardTrainer),
    of the policy's own samples, demonstrations, twins that differ in correctness only,
    and answers spoiled as over-optimised policies spoil theirs.
+4. With --weak_reward_model, another one in `weak_reward_model/`: of the same shape, from
+   other weights, on few pairs of samples and demonstrations of its own, without spoiled
+   answers. Policies learn to please it and not gold (configs/loop_tiny_overoptimised.yaml).
 
 What is built for the same seed and code is left as it is. The stamp is written last,
 into a folder that is renamed when whole, so an interrupted build is built again.
@@ -39,6 +43,7 @@ HIDDEN, LAYERS = 128, 2
 DEMONSTRATIONS, SFT_BATCH, SFT_LR = 20_000, 32, 6e-3
 DEMO_GOOD, DEMO_CORRECT = 0.4, 0.75
 REWARD_PROMPTS, REWARD_PAIRS, REWARD_BATCH, REWARD_LR = 1_200, 12_800, 32, 1e-3
+WEAK_PROMPTS, WEAK_PAIRS = 400, 1_600
 MAX_NEW_TOKENS = 32
 STAMP = "build.json"
 
@@ -51,6 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to make, for example tiny/built")
     parser.add_argument("--seed", type=int, default=0, help="decides prompts, weights and samples (0 or more)")
+    parser.add_argument("--weak_reward_model", choices=("true", "false"), default="false", help="also train weak_reward_model/")
     args = parser.parse_args()
     if args.seed < 0:
         refuse(f"--seed {args.seed} is negative; give 0 or more")
@@ -188,11 +194,42 @@ def build(folder: Path, seed: int) -> None:
         tokenizer.save_pretrained(folder / name)
 
 
+def build_weak(folder: Path, seed: int) -> None:
+    """Train `folder`/weak_reward_model, for the policy that is there."""
+    say("loading libraries")
+    import models
+
+    rng = random.Random(f"weak {seed}")
+    train = task.make_prompts(seed, ITERATIONS, PROMPTS_PER_ITERATION, HELDOUT_PROMPTS)["train"]
+    policy, tokenizer = models.load_policy(folder / "policy")
+    asked = evenly(rng, train, WEAK_PROMPTS)
+    say(f"sampling {2 * len(asked):,} answers")
+    answers = models.sample(policy, tokenizer, asked * 2, 1.0, MAX_NEW_TOKENS, seed + 1_000_003)
+    pairs = []
+    while len(pairs) < WEAK_PAIRS:
+        for prompt, one, two in zip(asked, answers, answers[len(asked) :]):
+            written = demonstrations.write_answer(rng, task.QUESTIONS[prompt], rng.uniform(0.2, 1.0), DEMO_CORRECT)
+            for first, second in ((one, two), (written, rng.choice([one, two]))):
+                gold = scored(prompt, [first, second])
+                if gold[0] != gold[1]:
+                    pairs.append((prompt, first, second) if gold[0] > gold[1] else (prompt, second, first))
+    pairs = rng.sample(pairs, WEAK_PAIRS)
+    say(f"weak reward model on {len(pairs):,} ranked pairs")
+    model = models.new_reward_model(policy, seed + 1_000_003)
+    models.train_reward_model(model, tokenizer, pairs, REWARD_BATCH, REWARD_LR, seed + 1_000_003, say)
+    partial = folder / ".weak_reward_model.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(folder / "weak_reward_model")
+
+
 def main() -> None:
     args = parse_arguments()
     target = args.output_dir
     wanted = {"seed": args.seed, "code": code_version()}
-    if read_stamp(target) == wanted:
+    missing = [] if args.weak_reward_model == "false" else [target / "weak_reward_model"]
+    if read_stamp(target) == wanted and all(path.is_dir() for path in missing):
         print(f"{target} is built already (seed {args.seed})")
         return
     if target.is_symlink() or (target.exists() and not target.is_dir()):
@@ -206,14 +243,17 @@ def main() -> None:
         refuse(f"cannot write beside {target}: {problem.strerror}; name another --output_dir")
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # dies with the process
-        if read_stamp(target) == wanted:
+        if read_stamp(target) == wanted and all(path.is_dir() for path in missing):
             print(f"{target} was built meanwhile (seed {args.seed})")
             return
-        partial = target.with_name(f".{target.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        build(partial, args.seed)
-        (partial / STAMP).write_text(json.dumps(wanted) + "\n", encoding="utf-8")
-        replace_folder(partial, target)
+        if read_stamp(target) != wanted:
+            partial = target.with_name(f".{target.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            build(partial, args.seed)
+            (partial / STAMP).write_text(json.dumps(wanted) + "\n", encoding="utf-8")
+            replace_folder(partial, target)
+        if missing:
+            build_weak(target, args.seed)
         say(f"{target} is ready")
 
 

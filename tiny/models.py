@@ -120,6 +120,11 @@ def new_policy(tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int, see
     return model
 
 
+def load_policy(folder) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """A policy that was saved, with its tokenizer."""
+    return LlamaForCausalLM.from_pretrained(folder), PreTrainedTokenizerFast.from_pretrained(folder)
+
+
 def trainer_settings(batch_size: int, learning_rate: float, seed: int, scratch: str) -> dict:
     """What both trainers share: one pass on the CPU, quiet, nothing saved on the way."""
     return {

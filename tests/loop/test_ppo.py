@@ -69,7 +69,7 @@ def log_of(folder):
 def test_a_run_ends_with_the_loops_table(finished):
     folder, _, output = finished
     head, _, start, end = output[output.index("iterate  ") :].split("\n")[:4]
-    assert re.split(r"  +", head) == ["iterate", "reward", "best of K", "greedy reward", "gold", "greedy gold", "length", "cut off", "seconds"]
+    assert re.split(r"  +", head) == ["iterate", "reward", "best of K", "greedy reward", "gold", "greedy gold", "length", "cut off", "KL", "seconds"]
     assert (start.split()[0], end.split()[0]) == ("0", "1") and "(K=4)" in end
     found = re.findall(r"^  (sampled|greedy) +(reward|gold) ", output, re.MULTILINE)
     assert found == [("sampled", "reward"), ("sampled", "gold"), ("greedy", "reward"), ("greedy", "gold")]

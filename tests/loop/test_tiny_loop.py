@@ -3,6 +3,7 @@
 One run serves most tests (about six minutes with models built from nothing). Five fresh seeds run under --all.
 """
 
+import csv
 import fcntl
 import json
 import os
@@ -77,6 +78,51 @@ def test_iterations_continue_from_each_other_and_share_the_reference(finished):
     assert manifest["inputs"]["ref_model_name_or_path"]["path"] == "tiny/built/policy"
     seeds = [json.loads((folder / f"iter{i}" / "generated.manifest.json").read_text())["settings"]["iteration"] for i in (1, 2, 3)]
     assert seeds == [1, 2, 3]
+
+
+def test_a_run_leaves_its_kl_and_all_figures(finished):
+    """Each iterate's KL to the start, which an own sum over its answers gives too, and the rows of metrics.csv."""
+    folder, output = finished
+    kl = [json.loads((folder / f"iter{i}" / "divergence.json").read_text()) for i in range(4)]
+    assert kl[0]["kl"] == 0.0 and 0 < kl[1]["kl"] - 2 * kl[1]["kl_se"] and kl[1]["kl"] < kl[3]["kl"]
+    assert all(one["exact"] and one["reference"] == "tiny/built/policy" and one["retokenised"] < 0.05 * one["responses"] for one in kl[1:])
+    entries = records(folder / "iter2" / "divergence.jsonl")
+    means = [sum(a - b for a, b in zip(e["logps"], e["ref_logps"], strict=True)) / len(e["logps"]) for e in entries]
+    assert sum(means) / len(means) == pytest.approx(kl[2]["kl"], abs=1e-3) and len(entries) == 300
+    with open(folder / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["iterate"], float(row["kl"])) for row in rows] == [(str(i), one["kl"]) for i, one in enumerate(kl)]
+    assert float(rows[3]["sampled_win_rate"]) > 0.6 and float(rows[2]["train_seconds"]) > 0 and " KL " in output
+
+
+def test_a_finished_run_of_before_gets_its_kl_and_no_more(finished, tmp_path):
+    """Nothing of it is refused or made anew, and pruned weights or `divergence: false` leave nothing to do."""
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0], folder)
+    for path in folder.glob("iter*/divergence*"):
+        path.unlink()
+    planned = loop("--run_dir", folder, "--dry_run")
+    assert planned.returncode == 0 and planned.stdout.count("report/divergence.py") == 4, planned.stdout + planned.stderr
+    assert "generate" not in planned.stdout and "get_rewards" not in planned.stdout and "run_dpo" not in planned.stdout
+    assert "# iteration" not in loop("--run_dir", folder, "--divergence", "false", "--dry_run").stdout
+    shutil.rmtree(folder / "iter1/model")
+    (folder / "iter1/model.pruned").touch()
+    assert loop("--run_dir", folder, "--dry_run").stdout.count("report/divergence.py") == 3
+
+
+def test_a_second_reward_model_may_come_later(finished, tmp_path):
+    """A finished run is then judged and measured anew; the reward model of training itself is refused."""
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0], folder)
+    other = tmp_path / "judge"
+    shutil.copytree(ROOT / "tiny/built/reward_model", other)
+    planned = loop("--run_dir", folder, "--eval_reward_model", other, "--dry_run")
+    assert planned.stdout.count("evaluate_judge.yaml") == 4 and "generate" not in planned.stdout, planned.stdout + planned.stderr
+    ran = loop("--run_dir", folder, "--eval_reward_model", other, "--stage", "3.4", "--stop_stage", "3.4")
+    metrics = json.loads((folder / "iter3/metrics.json").read_text())
+    assert ran.returncode == 0 and metrics["judge"]["sampled"]["reward"] == pytest.approx(metrics["sampled"]["reward"], abs=1e-4), ran.stderr  # it is a copy
+    same = loop("--run_dir", folder, "--eval_reward_model", "tiny/built/reward_model", "--dry_run")
+    assert same.returncode == 2 and "is what training is rewarded by" in same.stderr
 
 
 def test_a_second_start_skips_what_is_finished(finished):
@@ -239,6 +285,25 @@ def test_five_of_five_fresh_seeds_learn(seed, tmp_path):
                    "--model_name_or_path", built / "policy", "--reward_name_or_path", built / "reward_model",
                    "--prompts", *(built / f"prompts/iter{i}.jsonl" for i in (1, 2, 3)), "--heldout_prompts", built / "prompts/heldout.jsonl")  # fmt: skip
     assert process.returncode == 0, process.stderr[-3000:]
-    rewards = [json.loads((tmp_path / "run" / f"iter{i}" / "metrics.json").read_text())["sampled"]["reward_mean"] for i in range(4)]
+    rewards = [json.loads((tmp_path / "run" / f"iter{i}" / "metrics.json").read_text())["sampled"]["reward"] for i in range(4)]
     print(process.stdout[-1500:])
     assert rewards == sorted(rewards) and intervals(process.stdout)["sampled", "gold"][1] > 0, process.stdout
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", [201, 202])
+def test_the_overoptimised_run_is_just_that(seed, tmp_path):
+    """Reward rises at every iteration; gold falls from its best iterate to the last, beyond chance."""
+    built = tmp_path / "built"
+    process = loop("--run_dir", tmp_path / "run", "--seed", seed, "--model_name_or_path", built / "policy",
+                   "--reward_name_or_path", built / "weak_reward_model",
+                   "--setup_command", f"python tiny/build.py --output_dir {built} --seed {seed} --weak_reward_model true",
+                   "--eval_reward_model", built / "reward_model", "--prompts", *(built / f"prompts/iter{i}.jsonl" for i in (1, 2, 3)),
+                   "--heldout_prompts", built / "prompts/heldout.jsonl", config="configs/loop_tiny_overoptimised.yaml")  # fmt: skip
+    assert process.returncode == 0, process.stderr[-3000:]
+    print(process.stdout[-1500:])
+    with open(tmp_path / "run" / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    rewards, golds = ([float(row[f"sampled_{name}"]) for row in rows] for name in ("reward", "gold"))
+    assert rewards == sorted(rewards)
+    assert golds[-1] < max(golds) - 4 * float(rows[-1]["sampled_gold_se"]), golds

@@ -12,7 +12,7 @@ from common.loop import LoopSettings, Run
 from dpo_iteration import run_dpo
 from generation import gen_hf, get_hf2, merge_data
 from ppo import run_openrlhf, train_ppo
-from report import metrics
+from report import divergence, evaluate_benchmarks, export_answers, metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOPS = sorted((ROOT / "configs").glob("loop_*.yaml"))
@@ -26,6 +26,9 @@ def test_a_loop_config_is_accepted_by_every_stage(path, monkeypatch):
         get_hf2.split_jobs(build(get_hf2.Arguments, run.generation(i - 1, [*run.heldout_jobs(i - 1), run.responses_job(i)])))
         build(gen_hf.Arguments, run.client(i - 1, run.responses_job(i)))
         build(get_rewards.Arguments, run.annotation(run.rewarded_files(i, "annotate")))
+        if run.settings.eval_reward_model:
+            build(get_rewards.Arguments, run.judging(run.judged_files(i)))
+        build(divergence.Arguments, run.divergence(i))
         run_dpo.arguments(run.training(i))
     assert (ROOT / run.settings.accelerate_config).is_file()
     assert f"configs/{path.name}" in path.read_text() or "bash run_loop.sh\n" in path.read_text()
@@ -53,6 +56,7 @@ def test_the_recipe_has_the_papers_numbers():
 
 SCRIPTS = {"generation/get_hf2.py": get_hf2, "generation/gen_hf.py": gen_hf, "generation/merge_data.py": merge_data,
            "annotate_data/get_rewards.py": get_rewards, "dpo_iteration/run_dpo.py": run_dpo, "report/metrics.py": metrics,
+           "report/divergence.py": divergence, "report/export_answers.py": export_answers, "report/evaluate_benchmarks.sh": evaluate_benchmarks,
            "ppo/train_ppo.py": train_ppo, "ppo/run_openrlhf.py": run_openrlhf}  # fmt: skip
 
 

@@ -116,8 +116,20 @@ def test_gpus_are_counted_as_cuda_would(shell, visible, count):
     answer = shell("count_gpus; env_requirements rlhflow", **more)
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.splitlines() == [str(count), f"{ROOT}/requirements-train.txt"]
-    own = shell("env_requirements vllm", vllm_requirements="", **more)
-    assert own.stdout.strip() == f"{ROOT}/requirements-vllm{'' if count else '-cpu'}.txt"
+    own = shell("env_requirements vllm; env_requirements lm_eval", vllm_requirements="", **more)
+    assert own.stdout.split() == [f"{ROOT}/requirements-{name}{'' if count else '-cpu'}.txt" for name in ("vllm", "eval")]
+
+
+def test_requirements_that_others_include_are_in_their_stamp(shell):
+    """An environment is as old as the files that its requirements take in; without any the stamp is that of the file alone."""
+    (shell.folder / "more.txt").write_text("-r requirements.txt\n# more\n")
+    stamps = []
+    for text in ("# nothing\n", "# something else\n", "# nothing\n"):
+        shell.requirements.write_text(text)
+        both = shell(f"env_stamp {shell.requirements}; env_stamp {shell.folder}/more.txt; sha256sum <{shell.requirements}").stdout.split()
+        assert both[0] == both[4] and both[1::2][:2] == ["requirements.txt", "more.txt"]
+        stamps.append(both[2])
+    assert stamps[0] == stamps[2] != stamps[1]
 
 
 def test_flash_attn_comes_between_vllm_and_openrlhf(shell):

@@ -115,7 +115,7 @@ def test_the_stages(settings):
     run = made(settings)
     assert run.stages_left() == ["0.evaluate", "1.train", "1.evaluate"]
     steps, answers = run.steps(0, "evaluate")
-    assert steps == ["generate", "annotate", "metrics"]
+    assert steps == ["generate", "annotate", "divergence", "metrics"]
     assert [Path(target).name for _, target in answers] == ["heldout_sampled.generated.jsonl", "heldout_greedy.generated.jsonl"]
     assert run.steps(1, "train") == (["train"], [])
     written = yaml.safe_load(Path(run.path(1, "train.yaml")).read_text())

@@ -1,0 +1,191 @@
+"""All figures of a run, one row an iterate: `metrics.json` and `metrics.csv` in the run's folder, and W&B, TensorBoard or trackio.
+
+    python report/metrics.py --run runs/tiny --save true
+    python report/metrics.py --run runs/tiny --save true --report_to tensorboard
+
+A row's names are flat: `iterate`; what metrics.json of the iterate has of the answers, as `sampled_reward`, `greedy_gold`,
+`judge_sampled_reward`, …; `…_win_rate` against the start (below), with its standard error; `kl`, `kl_se`, `kl_per_token`, `k3`,
+`k3_se` of divergence.json; `train_…` of the training's manifest; `seconds`, and `generate_seconds`, `annotate_seconds`,
+`train_seconds`, `evaluate_seconds` of stages.jsonl. What is not known is null, and an empty cell.
+
+A win rate is the share of comparisons that the iterate's answer wins against the start's to the same prompt, ties half: all K × K
+pairs of sampled answers, the one pair of greedy ones; averaged over prompts. By the reward model; with `judge_` by the second one.
+
+A tracker gets one run for the whole loop, with iterations as steps: RUN/trackers.json remembers which, and what it was told.
+"""
+
+import csv
+import io
+import json
+import math
+import os
+import secrets
+import time
+from pathlib import Path
+
+from common import manifest
+from common.manifest import write_json
+
+TRACKERS = ("wandb", "tensorboard", "trackio")
+PROJECT = "online-rlhf"  # WANDB_PROJECT, TRACKIO_PROJECT stand in place of it
+DIVERGENCE = ("kl", "kl_se", "kl_per_token", "k3", "k3_se", "k3_per_token")
+
+
+def number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def flat(values, prefix):
+    """{prefix + key: number} of a dict's numbers; `rewards/margins` becomes `rewards_margins`."""
+    return {prefix + key.replace("/", "_"): value for key, value in values.items() if number(value) or value is None}
+
+
+def win_rate(mine, theirs):
+    """{prompt: share of comparisons won, ties half} of two dicts prompt → list of rewards; prompts with none but null left out."""
+    found = {}
+    for key in mine:
+        a, b = ([x for x in one.get(key, []) if x is not None] for one in (mine, theirs))
+        if a and b:
+            found[key] = sum((x > y) + (x == y) / 2 for x in a for y in b) / len(a) / len(b)
+    return found
+
+
+def read_json(path):
+    """What a JSON file holds; an empty dict where it is not there, or no object."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def stage_seconds(folder):
+    """{iterate: {stage: seconds}} of a run, what several starts took added up."""
+    found = {}
+    try:
+        lines = (Path(folder) / "stages.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return found
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            stages = found.setdefault(int(entry["iteration"]), {})
+            stages[entry["stage"]] = stages.get(entry["stage"], 0) + entry["seconds"]
+        except (ValueError, KeyError, TypeError):  # a line that a kill tore
+            continue
+    return found
+
+
+def rows(folder):
+    """One flat dict an iterate that has metrics, in order, all with the same keys.
+
+    Raises:
+        UserError: no such folder, or no metrics in it yet.
+    """
+    from report import metrics  # which this module serves
+
+    iterates, made, start = metrics.read_run(folder), [], {}
+    seconds = stage_seconds(folder)
+    for place, found in iterates:
+        row = {"iterate": found["iterate"]}
+        for kind, values in metrics.measured(found):
+            row |= flat(values, f"{kind}_")
+            path = place / (found.get("files") or {}).get(kind, "-")
+            rewards = {key: record["rewards"] for key, record in metrics.read_rewarded(path).items()} if path.is_file() else {}
+            if found["iterate"] == 0:
+                start[kind] = rewards
+            elif won := win_rate(rewards, start.get(kind, {})):
+                mean, error = metrics.mean_and_error(won.values())
+                row |= {f"{kind}_win_rate": round(mean, 6), f"{kind}_win_rate_se": None if error is None else round(error, 6)}
+        row |= {key: found["divergence"].get(key) for key in DIVERGENCE if number(found["divergence"].get(key))} if found.get("divergence") else {}
+        row |= flat(read_json(place / "model.manifest.json").get("metrics") or {}, "train_")
+        row = {("train_" + key.removeprefix("train_train_") if key.startswith("train_train_") else key): value for key, value in row.items()}
+        row |= {"seconds": found.get("seconds")} | {f"{stage}_seconds": value for stage, value in seconds.get(found["iterate"], {}).items()}
+        made.append(row)
+    keys = dict.fromkeys(key for row in made for key in row)
+    return [{key: row.get(key) for key in keys} for row in made]
+
+
+def save(folder, made):
+    """Write `rows` as metrics.json and metrics.csv, each under a temporary name; what would be the same is left as it is."""
+    folder, text = Path(folder), io.StringIO()
+    writer = csv.DictWriter(text, list(made[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(made)
+    held = {"run": folder.resolve().name, "iterates": made}
+    if read_json(folder / "metrics.json") != held:
+        write_json(folder / "metrics.json", held)
+    path = folder / "metrics.csv"
+    if not path.is_file() or path.read_text(encoding="utf-8") != text.getvalue():
+        temporary = path.with_name("metrics.csv.tmp")
+        with manifest.writing(path):
+            temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
+        os.replace(temporary, path)
+
+
+def to_wandb(folder, state, new):
+    """One run of W&B, taken up again by its id."""
+    import wandb
+
+    state.setdefault("id", secrets.token_hex(4))
+    settings = wandb.Settings(init_timeout=60, console="off", silent=True)
+    run = wandb.init(project=os.environ.get("WANDB_PROJECT", PROJECT), id=state["id"], resume="allow", name=folder.resolve().name,
+                     dir=str(folder), config=settings_of(folder), settings=settings)  # fmt: skip
+    for row in new:
+        run.log(scalars(row), step=row["iterate"])
+    run.finish()
+
+
+def to_tensorboard(folder, state, new):
+    """Event files in RUN/tensorboard."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder / "tensorboard")) as writer:
+        for row in new:
+            for key, value in scalars(row).items():
+                writer.add_scalar(key, value, row["iterate"])
+
+
+def to_trackio(folder, state, new):
+    """One run of trackio, taken up again by its name."""
+    import trackio
+
+    state.setdefault("name", f"{folder.resolve().name}-{int(time.time())}")
+    trackio.init(project=os.environ.get("TRACKIO_PROJECT", PROJECT), name=state["name"], resume="allow", config=settings_of(folder))
+    for row in new:
+        trackio.log(scalars(row), step=row["iterate"])
+    trackio.finish()
+
+
+def scalars(row):
+    return {key: value for key, value in row.items() if key != "iterate" and number(value)}
+
+
+def settings_of(folder):
+    """The run's settings, for a tracker's page; nothing where they cannot be read."""
+    import yaml
+
+    try:
+        return yaml.safe_load((folder / "loop.yaml").read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError):
+        return {}
+
+
+def log(folder, made, report_to):
+    """Tell each tracker of `report_to` the rows that it was not told yet. One that fails is a note, never an error."""
+    folder = Path(folder)
+    path = folder / "trackers.json"
+    states = read_json(path)
+    for name in report_to:
+        state = states.setdefault(name, {})
+        told = state.setdefault("iterates", [])
+        new = [row for row in made if row["iterate"] not in told]
+        if not new:
+            continue
+        try:
+            {"wandb": to_wandb, "tensorboard": to_tensorboard, "trackio": to_trackio}[name](folder, state, new)
+        except Exception as error:  # no network, no login, not installed
+            print(f"note: {name} was not told of this run: {type(error).__name__}: {' '.join(str(error).split())[:200]}", flush=True)
+            continue
+        state["iterates"] = [*told, *(row["iterate"] for row in new)]
+        write_json(path, states)
