@@ -77,4 +77,4 @@ for ((i = 0; i <= iterations; i++)); do
   done
   [ -z "$keep_iterates" ] || [ "$dry_run" = yes ] || [ "$number" -gt "$last" ] || "$driver" common/loop.py prune "$run_dir" "$i"
 done
-[ "$dry_run" = yes ] || "$driver" report/metrics.py --run "$run_dir" --save true
+[ "$dry_run" = yes ] || "$driver" report/run_metrics.py --run "$run_dir"

@@ -79,4 +79,4 @@ for name in 0.evaluate 1.train 1.evaluate; do
     do_stage "${name%%.*}" "${name#*.}"
   fi
 done
-[ "$dry_run" = yes ] || "$driver" report/metrics.py --run "$run_dir" --save true
+[ "$dry_run" = yes ] || "$driver" report/run_metrics.py --run "$run_dir"

@@ -213,7 +213,7 @@ metrics() { # ITERATION
     failed metrics $? "$logs/metrics.log"
   more=()
   [ "${#trackers[@]}" -eq 0 ] || more=(--report_to "${trackers[@]}")
-  run "$logs/metrics.log" python report/metrics.py --run "$run_dir" --save true "${more[@]}" || failed metrics $? "$logs/metrics.log"
+  run "$logs/metrics.log" python report/run_metrics.py --run "$run_dir" "${more[@]}" || failed metrics $? "$logs/metrics.log"
 }
 
 refresh_report() { # a page that cannot be made ends nothing

@@ -7,7 +7,6 @@ Out: a JSON file of metrics for the sampled and the greedy answers, or the table
         --greedy runs/tiny/iter1/heldout_greedy.jsonl --output_dir runs/tiny/iter1/metrics.json
     python report/metrics.py --run runs/tiny
     python report/metrics.py --runs runs/tiny runs/ppo_tiny
-    python report/metrics.py --run runs/tiny --save true      # also RUN/metrics.json and RUN/metrics.csv: report/run_metrics.py
 
 `--gold_function tiny/task.py:gold_score` adds a quality that a program computes and the reward model never sees.
 `--judge_sampled` and `--judge_greedy` are the same answers, scored by a second reward model.
@@ -27,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import cli, manifest, records
 from common.cli import UserError, arg
 from common.functions import load_function
-from report import run_metrics
 
 KINDS = ("sampled", "greedy")
 JUDGED = {f"judge_{kind}": kind for kind in KINDS}
@@ -44,8 +42,6 @@ class Arguments:
     seconds: float | None = arg(None, help="wall-clock seconds of the iteration, for the table")
     run: str | None = arg(None, help="a run's folder: print the table of iter0, iter1, … and stop")
     runs: list[str] | None = arg(None, help="folders of several runs, of DPO or PPO: print them in one table and stop")
-    save: bool = arg(False, help="with --run: also write RUN/metrics.json and RUN/metrics.csv, a row an iterate")
-    report_to: list[str] | None = arg(None, help=f"with --save: trackers to log the rows to, out of {', '.join(run_metrics.TRACKERS)}")
 
 
 def load_gold(spec):
@@ -65,6 +61,15 @@ def gold_scores(record, gold):
             raise UserError(f"the gold function gives {score} for {record['id']}, a finite number was expected")
         scores.append(score)
     return scores
+
+
+def read_object(path):
+    """What a JSON file holds; an empty dict where it is not there, or no object."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def read_rewarded(path):
@@ -231,7 +236,7 @@ def read_run(folder):
                 raise UserError(f"{path} is not valid JSON ({error}); delete it and measure again") from None
             if not isinstance(metrics, dict) or not all(isinstance(metrics.get(kind, {}), dict) for kind in (*KINDS, "judge")):
                 raise UserError(f"{path} does not hold metrics; delete it and measure again")
-            estimates = run_metrics.read_json(path.with_name("divergence.json"))
+            estimates = read_object(path.with_name("divergence.json"))
             more = {"divergence": estimates} if estimates else {}
             iterates.append((path.parent, {"iterate": int(path.parent.name[4:])} | metrics | more))
     if not iterates:
@@ -305,15 +310,6 @@ def main():
     args = cli.parse(Arguments, __doc__)
     if args.run and args.runs:
         raise UserError("give --run FOLDER or --runs FOLDER FOLDER …, not both")
-    if args.save and not args.run:
-        raise UserError("--save is for --run FOLDER")
-    for name in args.report_to or ():
-        if name not in run_metrics.TRACKERS or not args.save:
-            raise UserError(f"--report_to {name}: one of {', '.join(run_metrics.TRACKERS)} was expected, together with --save true")
-    if args.save:
-        made = run_metrics.rows(args.run)
-        run_metrics.save(args.run, made)
-        run_metrics.log(args.run, made, args.report_to or ())
     if args.run or args.runs:
         print(table(args.run, args.gold_function) if args.run else table_of_runs(args.runs, args.gold_function))
         return

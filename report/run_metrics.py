@@ -1,7 +1,10 @@
 """All figures of a run, one row an iterate: `metrics.json` and `metrics.csv` in the run's folder, and W&B, TensorBoard or trackio.
 
-    python report/metrics.py --run runs/tiny --save true
-    python report/metrics.py --run runs/tiny --save true --report_to tensorboard
+    python report/run_metrics.py --run runs/tiny
+    python report/run_metrics.py --run runs/tiny --report_to tensorboard
+
+In:  a run's folder, as run_loop.sh and run_ppo.sh leave it, finished or not.
+Out: `metrics.json` and `metrics.csv` there, what the trackers were told in `trackers.json`, and the run's table in the terminal.
 
 A row's names are flat: `iterate`; what metrics.json of the iterate has of the answers, as `sampled_reward`, `greedy_gold`,
 `judge_sampled_reward`, …; `…_win_rate` against the start (below), with its standard error; `kl`, `kl_se`, `kl_per_token`, `k3`,
@@ -20,15 +23,29 @@ import json
 import math
 import os
 import secrets
+import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-from common import manifest
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import cli, manifest
+from common.cli import UserError, arg
 from common.manifest import write_json
+from report import metrics
+from report.metrics import read_object
 
 TRACKERS = ("wandb", "tensorboard", "trackio")
 PROJECT = "online-rlhf"  # WANDB_PROJECT, TRACKIO_PROJECT stand in place of it
 DIVERGENCE = ("kl", "kl_se", "kl_per_token", "k3", "k3_se", "k3_per_token")
+
+
+@dataclass
+class Arguments:
+    run: str = arg(help="a run's folder")
+    report_to: list[str] | None = arg(None, help=f"trackers to log the rows to, out of {', '.join(TRACKERS)}")
+    gold_function: str | None = arg(None, help="FILE.py:NAME for the intervals under the table; None: the run's own")
 
 
 def number(value):
@@ -38,25 +55,6 @@ def number(value):
 def flat(values, prefix):
     """{prefix + key: number} of a dict's numbers; `rewards/margins` becomes `rewards_margins`."""
     return {prefix + key.replace("/", "_"): value for key, value in values.items() if number(value) or value is None}
-
-
-def win_rate(mine, theirs):
-    """{prompt: share of comparisons won, ties half} of two dicts prompt → list of rewards; prompts with none but null left out."""
-    found = {}
-    for key in mine:
-        a, b = ([x for x in one.get(key, []) if x is not None] for one in (mine, theirs))
-        if a and b:
-            found[key] = sum((x > y) + (x == y) / 2 for x in a for y in b) / len(a) / len(b)
-    return found
-
-
-def read_json(path):
-    """What a JSON file holds; an empty dict where it is not there, or no object."""
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def stage_seconds(folder):
@@ -82,7 +80,9 @@ def rows(folder):
     Raises:
         UserError: no such folder, or no metrics in it yet.
     """
-    from report import metrics  # which this module serves
+    import numpy
+
+    from report.measures import wins
 
     iterates, made, start = metrics.read_run(folder), [], {}
     seconds = stage_seconds(folder)
@@ -91,14 +91,15 @@ def rows(folder):
         for kind, values in metrics.measured(found):
             row |= flat(values, f"{kind}_")
             path = place / (found.get("files") or {}).get(kind, "-")
-            rewards = {key: record["rewards"] for key, record in metrics.read_rewarded(path).items()} if path.is_file() else {}
+            held = {key: record["rewards"] for key, record in metrics.read_rewarded(path).items()} if path.is_file() else {}
+            rewards = {key: numpy.array(some) for key, values in held.items() if (some := [value for value in values if value is not None])}
             if found["iterate"] == 0:
                 start[kind] = rewards
-            elif won := win_rate(rewards, start.get(kind, {})):
+            elif won := wins(start.get(kind, {}), rewards):
                 mean, error = metrics.mean_and_error(won.values())
                 row |= {f"{kind}_win_rate": round(mean, 6), f"{kind}_win_rate_se": None if error is None else round(error, 6)}
         row |= {key: found["divergence"].get(key) for key in DIVERGENCE if number(found["divergence"].get(key))} if found.get("divergence") else {}
-        row |= flat(read_json(place / "model.manifest.json").get("metrics") or {}, "train_")
+        row |= flat(read_object(place / "model.manifest.json").get("metrics") or {}, "train_")
         row = {("train_" + key.removeprefix("train_train_") if key.startswith("train_train_") else key): value for key, value in row.items()}
         row |= {"seconds": found.get("seconds")} | {f"{stage}_seconds": value for stage, value in seconds.get(found["iterate"], {}).items()}
         made.append(row)
@@ -113,7 +114,7 @@ def save(folder, made):
     writer.writeheader()
     writer.writerows(made)
     held = {"run": folder.resolve().name, "iterates": made}
-    if read_json(folder / "metrics.json") != held:
+    if read_object(folder / "metrics.json") != held:
         write_json(folder / "metrics.json", held)
     path = folder / "metrics.csv"
     if not path.is_file() or path.read_text(encoding="utf-8") != text.getvalue():
@@ -175,7 +176,7 @@ def log(folder, made, report_to):
     """Tell each tracker of `report_to` the rows that it was not told yet. One that fails is a note, never an error."""
     folder = Path(folder)
     path = folder / "trackers.json"
-    states = read_json(path)
+    states = read_object(path)
     for name in report_to:
         state = states.setdefault(name, {})
         told = state.setdefault("iterates", [])
@@ -189,3 +190,18 @@ def log(folder, made, report_to):
             continue
         state["iterates"] = [*told, *(row["iterate"] for row in new)]
         write_json(path, states)
+
+
+def main():
+    args = cli.parse(Arguments, __doc__)
+    for name in args.report_to or ():
+        if name not in TRACKERS:
+            raise UserError(f"--report_to {name}: one of {', '.join(TRACKERS)} was expected")
+    made = rows(args.run)
+    save(args.run, made)
+    log(args.run, made, args.report_to or ())
+    print(metrics.table(args.run, args.gold_function))
+
+
+if __name__ == "__main__":
+    cli.run(main)

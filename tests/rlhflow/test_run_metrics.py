@@ -14,7 +14,7 @@ import pytest
 from report import metrics, run_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "report/metrics.py"
+MEASURE, SCRIPT = ROOT / "report/metrics.py", ROOT / "report/run_metrics.py"
 
 
 def rewarded(path, seed, K, shift=0.0, prompts=12):
@@ -39,7 +39,7 @@ def run(tmp_path):
         given = [word for kind in ("sampled", "greedy") for word in (f"--{kind}", place / f"heldout_{kind}.rewarded.jsonl",
                                                                      f"--judge_{kind}", place / f"heldout_{kind}.judged.jsonl")]  # fmt: skip
         given += ["--output_dir", place / "metrics.json", "--seconds", 10 + n]
-        subprocess.run([sys.executable, SCRIPT, *map(str, given)], check=True, capture_output=True)
+        subprocess.run([sys.executable, MEASURE, *map(str, given)], check=True, capture_output=True)
         (place / "divergence.json").write_text(json.dumps({"kl": 1.5 * n, "kl_se": 0.1, "kl_per_token": 0.2 * n, "model": "m", "responses": 48}))
     (folder / "iter2/model.manifest.json").write_text(json.dumps({"metrics": {"train_loss": 0.5, "rewards/margins": 0.25, "epoch": 2.0}}))
     stages = [{"iteration": i, "stage": name, "seconds": n} for i, name, n in ((1, "train", 7), (1, "train", 5), (2, "evaluate", 3))]
@@ -49,7 +49,7 @@ def run(tmp_path):
 
 
 def save(run, *more, **environment):
-    process = subprocess.run([sys.executable, SCRIPT, "--run", run, "--save", "true", *more], capture_output=True, text=True, check=False,
+    process = subprocess.run([sys.executable, SCRIPT, "--run", run, *more], capture_output=True, text=True, check=False,
                              env=os.environ | environment, timeout=300)  # fmt: skip
     assert process.returncode == 0, process.stdout + process.stderr
     return process.stdout
@@ -165,8 +165,7 @@ def test_a_tracker_that_fails_is_a_note(run, monkeypatch, capsys):
 
 
 def test_refusals(run):
-    for arguments, named in ((("--save", "true"), "--save is for --run"), (("--run", run, "--report_to", "wandb"), "together with --save"),
-                             (("--run", run, "--save", "true", "--report_to", "wanbd"), "one of wandb")):  # fmt: skip
+    for arguments, named in (((), "missing --run"), (("--run", run, "--report_to", "wanbd"), "one of wandb")):
         process = subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, check=False)
         assert process.returncode == 2 and named in process.stderr and process.stderr.count("\n") == 1, process.stderr
 
