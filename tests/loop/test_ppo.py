@@ -171,7 +171,8 @@ def test_printed_commands_run_by_hand(untrained, tmp_path):
     lines = planned.stdout.splitlines()
     assert [line for line in lines if line.startswith("# ")] == ["# iteration 1, train", "# iteration 1, evaluate"]
     scripts = [word for line in lines for word in shlex.split(line) if re.fullmatch(r"\w+/\w+\.py", word)]
-    assert scripts == ["ppo/train_ppo.py", "generation/get_hf2.py", *["generation/merge_data.py"] * 2, "annotate_data/get_rewards.py", "report/metrics.py"]
+    assert scripts == ["ppo/train_ppo.py", "generation/get_hf2.py", *["generation/merge_data.py"] * 2, "annotate_data/get_rewards.py",
+                       "report/divergence.py", "report/metrics.py", "report/run_metrics.py"]  # fmt: skip
     [training] = [line for line in lines if "train_ppo.py" in line]
     assert training.strip() == f"accelerate launch --config_file configs/ddp.yaml --num_processes 1 ppo/train_ppo.py {folder}/iter1/train.yaml"
     only = ppo("--run_dir", folder, *settings, "--dry_run", *ONLY_TRAIN)
