@@ -197,7 +197,7 @@ def test_what_fails_is_asked_again(folder, monkeypatch, what):
 
 
 def test_a_busy_server_is_not_held_against_a_prompt(folder, monkeypatch):
-    with Mock(lambda count, body: 429 if count < 12 else None) as a:
+    with Mock(lambda count, body: 429 if count < 6 else None) as a:
         client(monkeypatch, folder, [a], "--concurrency", "1", "--retries", "2")
         check_whole(folder, 30)
 
