@@ -25,7 +25,6 @@ run continues from its last checkpoint when the same command is started again, t
 
 import copy
 import dataclasses
-import json
 import math
 import os
 import sys
@@ -46,7 +45,7 @@ from common.records import as_json, dumps, finite, read_prompts, sample_seed
 from dpo_iteration.output import is_complete, is_main, launched, remove_checkpoints, say, write_jsonl
 from dpo_iteration.rows import check_bos
 from dpo_iteration.saved import check_saved
-from ppo.checkpoints import lock_output, restore, save
+from ppo.checkpoints import lock_output, read_log, restore, save
 from ppo.checks import check, check_paths, scoring
 
 # Settings that do not shape the model: where it goes, what is shown, what the inputs' fingerprints cover, mere speed.
@@ -621,8 +620,7 @@ def train(args, settings, inputs, started):
         write_jsonl(beside(folder, ".skipped.jsonl"), ppo.skipped)
     accelerator.wait_for_everyone()
     restore(ppo)
-    logged = log.read_text(encoding="utf-8").split("\n")[: ppo.done] if ppo.done and log.exists() else []
-    entries = [json.loads(line) for line in logged if line]
+    entries = read_log(log, ppo.done)
     if is_main():
         write_jsonl(log, entries)  # what came after the checkpoint comes again
     if trackers:
@@ -665,8 +663,6 @@ def train(args, settings, inputs, started):
         accelerator.end_training()
     if is_main():
         ppo.save_model()
-        if not args.keep_checkpoints:
-            remove_checkpoints(folder.glob("checkpoint-*"))
         counts = {"prompts": len(ppo.prompts), "skipped": len(ppo.skipped), "rollouts": ppo.done}
         counts["responses"] = ppo.done * args.rollout_batch_size * args.samples_per_prompt
         metrics = {key: value for key, value in (entries or [{}])[-1].items() if finite(value)}
@@ -676,6 +672,8 @@ def train(args, settings, inputs, started):
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "output": fingerprint(folder),
         }  # fmt: skip
         write_json(beside(folder, ".manifest.json"), manifest)
+        if not args.keep_checkpoints:  # not before the manifest calls the model complete: a kill between would cost the whole run
+            remove_checkpoints(folder.glob("checkpoint-*"))
         say(f"read {len(ppo.prompts)} prompts, skipped {len(ppo.skipped)}, sampled {counts['responses']} responses in {ppo.done} rollouts")
         if entries:
             say(f"reward {entries[0]['reward']:.3f} → {metrics['reward']:.3f}, {metrics['kl']:.2f} nats per response off the reference")

@@ -443,6 +443,66 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_weights(work, undisturbed
     assert without_seconds(work / "often.log.jsonl") == without_seconds(work / "undisturbed.log.jsonl")
 
 
+def stopped_before(name, here, monkeypatch, words):
+    """Start a run that dies as soon as `name` of train_ppo.py's PPO is called."""
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo.PPO, name, die)
+        with pytest.raises(KeyboardInterrupt):
+            here(words)
+
+
+DAMAGE = {
+    "half a state": lambda folder: os.truncate(folder / "state.pt", 1000),
+    "no state": lambda folder: (folder / "state.pt").unlink(),
+    "half a note": lambda folder: os.truncate(folder / "trainer_state.json", 5),
+    "an empty note": lambda folder: (folder / "trainer_state.json").write_text("{}"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(work, undisturbed, here, monkeypatch, capsys, damage):
+    name = damage.replace(" ", "_")
+    words = argv(work, name, **RUN)
+    stopped_before("save_model", here, monkeypatch, words)
+    DAMAGE[damage](work / name / "checkpoint-6")
+    log = work / f"{name}.log.jsonl"
+    log.write_text("\n".join(log.read_text().split("\n")[:4]) + '\n{"step": 5, "rew')  # what a loss of power leaves
+    here(words)
+    assert f"continuing from {work / name / 'checkpoint-5'}" in capsys.readouterr().out
+    equal(weights(undisturbed), weights(work / name))
+    assert [entry["step"] for entry in read_jsonl(log)] == [1, 2, 3, 4, 6]
+
+
+def test_checkpoints_of_which_none_can_be_read_are_not_passed_over_in_silence(work, here, monkeypatch):
+    words = argv(work, "unreadable", **RUN)
+    stopped_before("save_model", here, monkeypatch, words)
+    for state in (work / "unreadable").glob("checkpoint-*/state.pt"):
+        os.truncate(state, 1000)
+    with pytest.raises(UserError, match="checkpoint-5 cannot be read .*nor is there an older one.*--overwrite true"):
+        here(words)
+
+
+def test_checkpoints_stay_until_the_model_is_known_to_be_complete(work, here, monkeypatch, capsys):
+    """A kill between the two would otherwise cost the whole run."""
+    words, written = argv(work, "late", **RUN | {"keep_checkpoints": False}), ppo.write_json
+
+    def write(path, content):
+        if content.get("complete"):
+            raise KeyboardInterrupt
+        written(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "write_json", write)
+        with pytest.raises(KeyboardInterrupt):
+            here(words)
+    here(words)
+    assert "continuing from" in capsys.readouterr().out and not list((work / "late").glob("checkpoint-*"))
+
+
 # What is refused
 
 
