@@ -46,7 +46,7 @@ from dpo_iteration.output import is_complete, is_main, launched, remove_checkpoi
 from dpo_iteration.rows import check_bos
 from dpo_iteration.saved import check_saved
 from ppo.checkpoints import lock_output, read_log, restore, save
-from ppo.checks import check, check_paths, scoring
+from ppo.checks import check, check_paths, check_samples, scoring
 
 # Settings that do not shape the model: where it goes, what is shown, what the inputs' fingerprints cover, mere speed.
 NOT_SHAPING = {
@@ -204,12 +204,15 @@ def padded(rows, pad, device):
     return inputs, ids[:, before:], there[:, before:].float()
 
 
-def log_probs_of(policy, inputs, responses, temperature):
-    """(log-probabilities of the response's tokens, entropies of the distributions they come from), both [rows, R], in fp32."""
+def log_probs_of(policy, inputs, responses, temperature, entropy=False):
+    """(log-probabilities of the response's tokens, entropies of the distributions they come from), both [rows, R], in fp32.
+
+    Entropies are None unless asked for: they take two more tensors of the vocabulary's size, which here is what fills a GPU.
+    """
     count = responses.shape[1]
     logits = policy(**inputs, logits_to_keep=count + 1).logits[:, -count - 1 : -1]  # a token comes from the one before it
     every = (logits.float() / temperature).log_softmax(-1)
-    entropies = -(every.detach().exp() * every.detach()).sum(-1)
+    entropies = -(every.exp() * every).sum(-1) if entropy else None
     return every.gather(-1, responses[..., None])[..., 0], entropies
 
 
@@ -249,6 +252,7 @@ class PPO:
 
         threads = torch.get_num_threads()
         self.scorers = make_scorers(scoring(args))
+        check_samples(args, [type(scorer).__name__ for scorer in self.scorers])
         turns = {tuple(message["role"] for message in record["prompt"]): record["prompt"] for record in self.prompts}
         for scorer in self.scorers:
             for prompt in turns.values():
@@ -268,6 +272,8 @@ class PPO:
         self.kl_coef, self.done = args.kl_coef, 0  # rollouts
         steps = self.rollouts * args.ppo_epochs * args.rollout_batch_size * args.samples_per_prompt // args.batch_size
         warmup = math.ceil(args.warmup_steps * steps) if args.warmup_steps < 1 else int(args.warmup_steps)
+        if warmup > steps:
+            raise UserError(f"--warmup_steps {args.warmup_steps:g} is more than the {steps} optimizer steps of this run")
         self.learners = {}  # name → (model, its optimizer, its schedule)
         for name, model, rate in (("policy", self.policy, args.learning_rate), ("critic", self.critic, args.critic_learning_rate)):
             optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=args.weight_decay)
@@ -413,7 +419,7 @@ class PPO:
             some = rows[start : start + self.args.micro_batch_size]
             inputs, responses, _ = padded(some, self.pad, self.device)
             with torch.no_grad(), self.accelerator.autocast():
-                found, entropies = log_probs_of(self.policy, inputs, responses, self.args.temperature)
+                found, entropies = log_probs_of(self.policy, inputs, responses, self.args.temperature, entropy=True)
                 ref, _ = log_probs_of(self.reference, inputs, responses, self.args.temperature)
                 values = values_of(self.critic, inputs, responses)
             for i, row in enumerate(some):

@@ -248,6 +248,28 @@ def test_the_gradient_is_one_mean_over_the_steps_tokens(work):
     equal({name: p.grad for name, p in it.policy.named_parameters()}, gradients[8], atol=1e-6, rtol=1e-4)
 
 
+def test_a_learning_pass_holds_no_tensors_for_entropies(work):
+    """Of the vocabulary's size, 16 rows × 1024 tokens × 128,256 × 4 bytes are 8 GB each: nothing of it beside log_softmax."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    it = make(work)
+    rows, _ = it.rollout(1)
+    data, figures = it.advantages(rows)
+    assert figures["entropy"] > 1
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, kinds, words=(), more=None):
+            result = function(*words, **(more or {}))
+            if isinstance(result, torch.Tensor) and result.shape[-1:] == (288,) and result.dim() == 3:
+                made.append(str(function))
+            return result
+
+    with Watch():
+        it.backward(rows, data, data["mask"].sum())
+    assert any("log_softmax" in name for name in made) and not any("exp" in name for name in made), made
+
+
 def test_prompts_come_once_a_pass_and_in_another_order_each(work):
     it = make(work)
     first, second = it.order(0, 12), it.order(12, 12)
@@ -522,6 +544,8 @@ WRONG = {
     "--gae_lambda 1.5": {"gae_lambda": 1.5},
     "--kl_coef -1": {"kl_coef": -1.0},
     "--temperature 0.0 must be above 0": {"temperature": 0.0},
+    "--lr_scheduler_type constant has no warm-up": {"lr_scheduler_type": "constant", "warmup_steps": 3},
+    "--warmup_steps 7 is more than the 6 optimizer steps": {"warmup_steps": 7},
     "--kl_target steers": {"kl_target": 3.0, "kl_coef": 0.0},
     "no such reward function file": {"reward_function": "nowhere.py:f"},
     "lr_scheduler_type: 'cosin' is not one of": {"lr_scheduler_type": "cosin"},
@@ -564,6 +588,14 @@ def test_a_policy_without_a_template_or_under_another_vocabulary_size_is_refused
     micro.make_reward_model(work / "small", vocab_size=261)
     with pytest.raises(UserError, match="261 embeddings, the policy's tokens need 262|token"):
         here(argv(work, "wrong", critic_name_or_path=str(work / "small")))
+
+
+def test_one_response_a_prompt_is_refused_where_responses_are_compared(work, here):
+    """`auto` knows a pair-preference model by its published name; alone each response would score 0.5, for the whole run."""
+    name = str(micro.make_pair_preference(work / "pair-preference-model-x"))
+    for kind in ("auto", "pair_preference"):
+        with pytest.raises(UserError, match="compares the responses of a prompt: give --samples_per_prompt 2 or more"):
+            here(argv(work, "wrong", reward_name_or_path=[name], reward_type=[kind], reward_function=..., samples_per_prompt=1))
 
 
 def test_a_second_run_into_the_same_folder_is_refused_and_sharding_too(work, here, monkeypatch):
