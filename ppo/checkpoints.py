@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -44,22 +45,47 @@ def save(ppo):
         for path in new.iterdir():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-        os.rename(new, folder / f"checkpoint-{ppo.done}")
+        place = folder / f"checkpoint-{ppo.done}"
+        shutil.rmtree(place, ignore_errors=True)  # one that could not be read
+        os.rename(new, place)
         remove_checkpoints(checkpoints(folder)[: -ppo.args.save_total_limit])
     ppo.accelerator.wait_for_everyone()
 
 
 def restore(ppo):
-    """Go on from the last whole checkpoint, if there is one."""
+    """Go on from the last checkpoint that can be read, if there is one.
+
+    Raises:
+        UserError: there are some, and none can be read: to begin anew is for the user to say.
+    """
     import torch
 
-    saved = checkpoints(ppo.args.output_dir)
-    if not saved:
-        return
-    say(f"continuing from {saved[-1]}")
-    told = json.loads((saved[-1] / "trainer_state.json").read_text(encoding="utf-8"))
-    ppo.done, ppo.kl_coef = told["rollout"], told["kl_coef"]
-    state = torch.load(saved[-1] / "state.pt", map_location="cpu", weights_only=True)
-    for name, learner in ppo.learners.items():
-        for part, values in zip(learner, state[name]):
+    saved, reason = checkpoints(ppo.args.output_dir), None
+    for folder in reversed(saved):
+        try:
+            told = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+            done, kl_coef = told["rollout"], told["kl_coef"]
+            parts = [(part, values) for name, learner in ppo.learners.items() for part, values in zip(learner, state[name], strict=True)]
+        except (OSError, EOFError, KeyError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+            reason = f"{folder} cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+            say(f"note: {reason}")
+            continue
+        say(f"continuing from {folder}")
+        ppo.done, ppo.kl_coef = done, kl_coef
+        for part, values in parts:
             part.load_state_dict(values)
+        return
+    if saved:
+        raise UserError(f"{reason}, nor is there an older one that can; mend it, or begin anew with --overwrite true")
+
+
+def read_log(path, rollouts):
+    """The log's entries of the first `rollouts` rollouts, up to a line that was torn (a machine that lost its power)."""
+    entries = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:rollouts] if path.exists() else []:
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            break
+    return entries

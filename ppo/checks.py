@@ -46,8 +46,9 @@ def check(args):
     if args.generation_batch_size < args.samples_per_prompt:
         raise UserError(f"--generation_batch_size {args.generation_batch_size} is below --samples_per_prompt {args.samples_per_prompt}, "
                         "which are sampled together")  # fmt: skip
-    if args.samples_per_prompt == 1 and "pair_preference" in args.reward_type:
-        raise UserError("a pair-preference model compares the responses of a prompt: give --samples_per_prompt 2 or more")
+    check_samples(args, args.reward_type)
+    if args.lr_scheduler_type == "constant" and args.warmup_steps:
+        raise UserError("--lr_scheduler_type constant has no warm-up: take constant_with_warmup, or --warmup_steps 0")
     for tool in args.report_to:
         if tool not in ("none", "wandb", "tensorboard", "trackio"):
             raise UserError(f"--report_to {tool}: expected none, wandb, tensorboard or trackio")
@@ -56,6 +57,16 @@ def check(args):
     for kind in ("DEEPSPEED", "FSDP"):
         if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
             raise UserError(f"this PPO holds whole models on each process, {kind} would cut them up: launch it with configs/ddp.yaml")
+
+
+def check_samples(args, kinds):
+    """Refuse one response a prompt where responses are compared: each would score the same, and nothing be learned.
+
+    Args:
+        kinds: what was asked for, or the names of the scorers' classes once `auto` has been found out.
+    """
+    if args.samples_per_prompt == 1 and {"pair_preference", "PairPreference"} & set(kinds):
+        raise UserError("a pair-preference model compares the responses of a prompt: give --samples_per_prompt 2 or more")
 
 
 def check_paths(args):

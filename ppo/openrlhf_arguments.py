@@ -1,6 +1,7 @@
 """The arguments of run_openrlhf.py: what they are, what shapes the model, what is refused before anything is read."""
 
 import dataclasses
+import math
 import os
 
 from common.cli import UserError, arg, build, existing_file
@@ -136,14 +137,18 @@ def check(args):
                 "max_rollouts", "num_gpus", "gpus_per_node", "num_engines", "tensor_parallel_size", "max_tokens_per_gpu", "model_size_b",
                 "reward_size_b", "gpu_memory_gib", "reward_max_length", "gpu_memory_utilization")  # fmt: skip
     for key in positive:
-        if getattr(args, key) is not None and not getattr(args, key) > 0:
-            raise UserError(f"{key} {getattr(args, key)} must be above 0")
+        if getattr(args, key) is not None and not 0 < getattr(args, key) < math.inf:
+            raise UserError(f"{key} {getattr(args, key)} must be above 0 and finite")
     for key in ("warmup_steps", "weight_decay", "max_grad_norm", "kl_coef", "missing_eos_penalty", "save_steps", "critic_only_rollouts", "lora_r"):
-        if not getattr(args, key) >= 0:
-            raise UserError(f"{key} {getattr(args, key)} must not be negative")
+        if not 0 <= getattr(args, key) < math.inf:
+            raise UserError(f"{key} {getattr(args, key)} must not be negative, and finite")
     for key in ("top_p", "gamma", "gae_lambda", "gpu_memory_utilization"):
         if getattr(args, key) is not None and not 0 <= getattr(args, key) <= 1:
             raise UserError(f"{key} {getattr(args, key)} must be from 0 to 1")
+    if not args.top_p:
+        raise UserError("top_p 0.0 leaves no token to sample (vLLM refuses it): above 0 and at most 1")
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f"seed {args.seed} must be from 0 to {2**32 - 1}, as numpy takes it")
     if args.reward_gpus not in (None, 0, 1):
         raise UserError(f"reward_gpus {args.reward_gpus} must be 0 or 1: our server scores on one GPU")
     if args.kl_target is not None:

@@ -25,7 +25,6 @@ run continues from its last checkpoint when the same command is started again, t
 
 import copy
 import dataclasses
-import json
 import math
 import os
 import sys
@@ -46,8 +45,8 @@ from common.records import as_json, dumps, finite, read_prompts, sample_seed
 from dpo_iteration.output import is_complete, is_main, launched, remove_checkpoints, say, write_jsonl
 from dpo_iteration.rows import check_bos
 from dpo_iteration.saved import check_saved
-from ppo.checkpoints import lock_output, restore, save
-from ppo.checks import check, check_paths, scoring
+from ppo.checkpoints import lock_output, read_log, restore, save
+from ppo.checks import check, check_paths, check_samples, scoring
 
 # Settings that do not shape the model: where it goes, what is shown, what the inputs' fingerprints cover, mere speed.
 NOT_SHAPING = {
@@ -205,12 +204,15 @@ def padded(rows, pad, device):
     return inputs, ids[:, before:], there[:, before:].float()
 
 
-def log_probs_of(policy, inputs, responses, temperature):
-    """(log-probabilities of the response's tokens, entropies of the distributions they come from), both [rows, R], in fp32."""
+def log_probs_of(policy, inputs, responses, temperature, entropy=False):
+    """(log-probabilities of the response's tokens, entropies of the distributions they come from), both [rows, R], in fp32.
+
+    Entropies are None unless asked for: they take two more tensors of the vocabulary's size, which here is what fills a GPU.
+    """
     count = responses.shape[1]
     logits = policy(**inputs, logits_to_keep=count + 1).logits[:, -count - 1 : -1]  # a token comes from the one before it
     every = (logits.float() / temperature).log_softmax(-1)
-    entropies = -(every.detach().exp() * every.detach()).sum(-1)
+    entropies = -(every.exp() * every).sum(-1) if entropy else None
     return every.gather(-1, responses[..., None])[..., 0], entropies
 
 
@@ -250,6 +252,7 @@ class PPO:
 
         threads = torch.get_num_threads()
         self.scorers = make_scorers(scoring(args))
+        check_samples(args, [type(scorer).__name__ for scorer in self.scorers])
         turns = {tuple(message["role"] for message in record["prompt"]): record["prompt"] for record in self.prompts}
         for scorer in self.scorers:
             for prompt in turns.values():
@@ -269,6 +272,8 @@ class PPO:
         self.kl_coef, self.done = args.kl_coef, 0  # rollouts
         steps = self.rollouts * args.ppo_epochs * args.rollout_batch_size * args.samples_per_prompt // args.batch_size
         warmup = math.ceil(args.warmup_steps * steps) if args.warmup_steps < 1 else int(args.warmup_steps)
+        if warmup > steps:
+            raise UserError(f"--warmup_steps {args.warmup_steps:g} is more than the {steps} optimizer steps of this run")
         self.learners = {}  # name → (model, its optimizer, its schedule)
         for name, model, rate in (("policy", self.policy, args.learning_rate), ("critic", self.critic, args.critic_learning_rate)):
             optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=args.weight_decay)
@@ -414,7 +419,7 @@ class PPO:
             some = rows[start : start + self.args.micro_batch_size]
             inputs, responses, _ = padded(some, self.pad, self.device)
             with torch.no_grad(), self.accelerator.autocast():
-                found, entropies = log_probs_of(self.policy, inputs, responses, self.args.temperature)
+                found, entropies = log_probs_of(self.policy, inputs, responses, self.args.temperature, entropy=True)
                 ref, _ = log_probs_of(self.reference, inputs, responses, self.args.temperature)
                 values = values_of(self.critic, inputs, responses)
             for i, row in enumerate(some):
@@ -621,8 +626,7 @@ def train(args, settings, inputs, started):
         write_jsonl(beside(folder, ".skipped.jsonl"), ppo.skipped)
     accelerator.wait_for_everyone()
     restore(ppo)
-    logged = log.read_text(encoding="utf-8").split("\n")[: ppo.done] if ppo.done and log.exists() else []
-    entries = [json.loads(line) for line in logged if line]
+    entries = read_log(log, ppo.done)
     if is_main():
         write_jsonl(log, entries)  # what came after the checkpoint comes again
     if trackers:
@@ -665,8 +669,6 @@ def train(args, settings, inputs, started):
         accelerator.end_training()
     if is_main():
         ppo.save_model()
-        if not args.keep_checkpoints:
-            remove_checkpoints(folder.glob("checkpoint-*"))
         counts = {"prompts": len(ppo.prompts), "skipped": len(ppo.skipped), "rollouts": ppo.done}
         counts["responses"] = ppo.done * args.rollout_batch_size * args.samples_per_prompt
         metrics = {key: value for key, value in (entries or [{}])[-1].items() if finite(value)}
@@ -676,6 +678,8 @@ def train(args, settings, inputs, started):
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "output": fingerprint(folder),
         }  # fmt: skip
         write_json(beside(folder, ".manifest.json"), manifest)
+        if not args.keep_checkpoints:  # not before the manifest calls the model complete: a kill between would cost the whole run
+            remove_checkpoints(folder.glob("checkpoint-*"))
         say(f"read {len(ppo.prompts)} prompts, skipped {len(ppo.skipped)}, sampled {counts['responses']} responses in {ppo.done} rollouts")
         if entries:
             say(f"reward {entries[0]['reward']:.3f} → {metrics['reward']:.3f}, {metrics['kl']:.2f} nats per response off the reference")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import os
 import shlex
 import subprocess
@@ -190,6 +191,14 @@ def test_what_openrlhf_cannot_do_is_refused_by_name(key, monkeypatch):
     with pytest.raises(UserError) as caught:
         arguments(**{key: value})
     assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key, value", [("reward_clip", math.inf), ("kl_coef", math.inf), ("temperature", math.inf),
+                                        ("top_p", 0.0), ("seed", -1), ("seed", 2**32)])  # fmt: skip
+def test_numbers_that_would_end_the_launch_are_refused_before_it(key, value):
+    """argparse takes -inf for an option, vLLM no top_p of 0, numpy no seed beyond 32 bits: each after minutes of loading."""
+    with pytest.raises(UserError, match=f"^{key} "):
+        arguments(**{key: value})
 
 
 @pytest.mark.parametrize("gpus, gib, more, expected", [

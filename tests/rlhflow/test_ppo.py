@@ -248,6 +248,28 @@ def test_the_gradient_is_one_mean_over_the_steps_tokens(work):
     equal({name: p.grad for name, p in it.policy.named_parameters()}, gradients[8], atol=1e-6, rtol=1e-4)
 
 
+def test_a_learning_pass_holds_no_tensors_for_entropies(work):
+    """Of the vocabulary's size, 16 rows × 1024 tokens × 128,256 × 4 bytes are 8 GB each: nothing of it beside log_softmax."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    it = make(work)
+    rows, _ = it.rollout(1)
+    data, figures = it.advantages(rows)
+    assert figures["entropy"] > 1
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, kinds, words=(), more=None):
+            result = function(*words, **(more or {}))
+            if isinstance(result, torch.Tensor) and result.shape[-1:] == (288,) and result.dim() == 3:
+                made.append(str(function))
+            return result
+
+    with Watch():
+        it.backward(rows, data, data["mask"].sum())
+    assert any("log_softmax" in name for name in made) and not any("exp" in name for name in made), made
+
+
 def test_prompts_come_once_a_pass_and_in_another_order_each(work):
     it = make(work)
     first, second = it.order(0, 12), it.order(12, 12)
@@ -443,6 +465,66 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_weights(work, undisturbed
     assert without_seconds(work / "often.log.jsonl") == without_seconds(work / "undisturbed.log.jsonl")
 
 
+def stopped_before(name, here, monkeypatch, words):
+    """Start a run that dies as soon as `name` of train_ppo.py's PPO is called."""
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo.PPO, name, die)
+        with pytest.raises(KeyboardInterrupt):
+            here(words)
+
+
+DAMAGE = {
+    "half a state": lambda folder: os.truncate(folder / "state.pt", 1000),
+    "no state": lambda folder: (folder / "state.pt").unlink(),
+    "half a note": lambda folder: os.truncate(folder / "trainer_state.json", 5),
+    "an empty note": lambda folder: (folder / "trainer_state.json").write_text("{}"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(work, undisturbed, here, monkeypatch, capsys, damage):
+    name = damage.replace(" ", "_")
+    words = argv(work, name, **RUN)
+    stopped_before("save_model", here, monkeypatch, words)
+    DAMAGE[damage](work / name / "checkpoint-6")
+    log = work / f"{name}.log.jsonl"
+    log.write_text("\n".join(log.read_text().split("\n")[:4]) + '\n{"step": 5, "rew')  # what a loss of power leaves
+    here(words)
+    assert f"continuing from {work / name / 'checkpoint-5'}" in capsys.readouterr().out
+    equal(weights(undisturbed), weights(work / name))
+    assert [entry["step"] for entry in read_jsonl(log)] == [1, 2, 3, 4, 6]
+
+
+def test_checkpoints_of_which_none_can_be_read_are_not_passed_over_in_silence(work, here, monkeypatch):
+    words = argv(work, "unreadable", **RUN)
+    stopped_before("save_model", here, monkeypatch, words)
+    for state in (work / "unreadable").glob("checkpoint-*/state.pt"):
+        os.truncate(state, 1000)
+    with pytest.raises(UserError, match="checkpoint-5 cannot be read .*nor is there an older one.*--overwrite true"):
+        here(words)
+
+
+def test_checkpoints_stay_until_the_model_is_known_to_be_complete(work, here, monkeypatch, capsys):
+    """A kill between the two would otherwise cost the whole run."""
+    words, written = argv(work, "late", **RUN | {"keep_checkpoints": False}), ppo.write_json
+
+    def write(path, content):
+        if content.get("complete"):
+            raise KeyboardInterrupt
+        written(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "write_json", write)
+        with pytest.raises(KeyboardInterrupt):
+            here(words)
+    here(words)
+    assert "continuing from" in capsys.readouterr().out and not list((work / "late").glob("checkpoint-*"))
+
+
 # What is refused
 
 
@@ -462,6 +544,8 @@ WRONG = {
     "--gae_lambda 1.5": {"gae_lambda": 1.5},
     "--kl_coef -1": {"kl_coef": -1.0},
     "--temperature 0.0 must be above 0": {"temperature": 0.0},
+    "--lr_scheduler_type constant has no warm-up": {"lr_scheduler_type": "constant", "warmup_steps": 3},
+    "--warmup_steps 7 is more than the 6 optimizer steps": {"warmup_steps": 7},
     "--kl_target steers": {"kl_target": 3.0, "kl_coef": 0.0},
     "no such reward function file": {"reward_function": "nowhere.py:f"},
     "lr_scheduler_type: 'cosin' is not one of": {"lr_scheduler_type": "cosin"},
@@ -504,6 +588,14 @@ def test_a_policy_without_a_template_or_under_another_vocabulary_size_is_refused
     micro.make_reward_model(work / "small", vocab_size=261)
     with pytest.raises(UserError, match="261 embeddings, the policy's tokens need 262|token"):
         here(argv(work, "wrong", critic_name_or_path=str(work / "small")))
+
+
+def test_one_response_a_prompt_is_refused_where_responses_are_compared(work, here):
+    """`auto` knows a pair-preference model by its published name; alone each response would score 0.5, for the whole run."""
+    name = str(micro.make_pair_preference(work / "pair-preference-model-x"))
+    for kind in ("auto", "pair_preference"):
+        with pytest.raises(UserError, match="compares the responses of a prompt: give --samples_per_prompt 2 or more"):
+            here(argv(work, "wrong", reward_name_or_path=[name], reward_type=[kind], reward_function=..., samples_per_prompt=1))
 
 
 def test_a_second_run_into_the_same_folder_is_refused_and_sharding_too(work, here, monkeypatch):
