@@ -115,7 +115,7 @@ class Arguments:
     bf16: bool = arg(True, "compute in bfloat16 on a GPU and save in it; the weights that learn are fp32 all the while")
     gradient_checkpointing: bool = arg(False, "recompute activations: less memory, slower")
     cpu_threads: int | None = arg(None, "threads of a process without a GPU; None: the cores shared out")
-    save_steps: int = arg(0, "rollouts between checkpoints; 0 writes none")
+    save_steps: int = arg(20, "rollouts between checkpoints; 0 writes none")
     save_total_limit: int = arg(2, "checkpoints kept while training")
     keep_checkpoints: bool = arg(False, "keep checkpoints, with the value model, once the model is saved")
     logging_steps: int = arg(1, "rollouts between lines of progress")

@@ -172,11 +172,10 @@ def test_more_processes_than_gpus_are_refused_without_torch(files, tmp_path):
     )
     base = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
     env = base | {"PATH": f"{smi.parent}:{os.environ['PATH']}", "LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "8"}
-    for rank, expected in (("0", "--num_processes 2"), ("1", "")):
-        command = [sys.executable, "-c", program, training.SCRIPT, *files]
-        done = subprocess.run(command, env=env | {"RANK": rank}, capture_output=True, text=True)
-        assert done.returncode == 2 and done.stdout == "HEAVY []\n"
-        assert expected in done.stderr and len(done.stderr.splitlines()) == (1 if rank == "0" else 0)
+    command = [sys.executable, "-c", program, training.SCRIPT, *files]
+    done = subprocess.run(command, env=env | {"RANK": "0"}, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "HEAVY []\n"
+    assert "--num_processes 2" in done.stderr and len(done.stderr.splitlines()) == 1  # what other ranks say: tests/plain/test_cli.py
 
 
 def test_a_missing_yaml_offers_the_real_one():

@@ -71,7 +71,7 @@ def proof(config, checkpoint):
 LONG = pytest.mark.long  # test_run_dpo.py has ZeRO-2 and ZeRO-3 in the ordinary run, in bf16
 
 
-@pytest.mark.parametrize("config", ["ddp", pytest.param("zero2", marks=LONG), pytest.param("zero3", marks=LONG), "zero3_offload", "fsdp2"])
+@pytest.mark.parametrize("config", [*(pytest.param(name, marks=LONG) for name in ("ddp", "zero2", "zero3", "zero3_offload")), "fsdp2"])
 def test_two_processes_train_what_one_trains(work, alone, config):
     expected, expected_log = alone
     done, logged = train(work, config, *EXACT, config=config)
