@@ -183,7 +183,7 @@ def format_table(iterates):
     def number(metrics, kind, key, digits=3, sign="+"):
         value, error = (metrics.get(kind) or {}).get(key), (metrics.get(kind) or {}).get(f"{key}_se")
         return (
-            "–" if value is None else f"{value:{sign}.{digits}f}" + ("" if error is None else f" ±{error:.{digits}f}")
+            f"{value:{sign}.{digits}f}" + (f" ±{error:.{digits}f}" if records.finite(error) else "") if records.finite(value) else "–"
         )
 
     names = "run", "iterate", "reward", "best of K", "greedy reward", "judge", "greedy judge", "gold", "greedy gold", "length", "cut off", "KL", "seconds"
@@ -204,7 +204,7 @@ def format_table(iterates):
                 number(m, "sampled", "length", 1, ""),
                 number(m, "sampled", "truncated", 3, ""),
                 number(m, "divergence", "kl", 2, ""),
-                "–" if m.get("seconds") is None else f"{m['seconds']:.0f}",
+                f"{m['seconds']:.0f}" if records.finite(m.get("seconds")) else "–",
             )
         )
     kept = [column for column in zip(*rows, strict=True) if any(cell != "–" for cell in column[1:])]
