@@ -550,3 +550,17 @@ def test_what_has_not_begun_is_one_line(tmp_path):
     folder = runs.make_run(tmp_path / "run", prompts=6, settings={"iterations": 500})
     _, missing = made(folder, tmp_path)
     assert [text for text in missing if "evaluated" in text] == ["iterates 3 to 500 have not been evaluated"]
+
+
+def test_a_run_goes_on_when_it_cannot_be_summed_up():
+    """`metrics` of common/stages.sh, with what it calls replaced: metrics.py that fails ends the run, run_metrics.py does not."""
+    script = """set -euo pipefail
+    source common/stages.sh
+    enter() { :; }; say() { echo "$*"; }; failed() { echo failed; exit 1; }; spent() { echo 0; }
+    run() { [[ "$*" != *report/"$bad" ]] && [[ "$*" != *report/"$bad "* ]]; }
+    run_dir=R folder=R/iter0 logs=R/iter0/logs began=0
+    metrics 0
+    echo went on"""
+    for bad, said in (("run_metrics.py", "went on"), ("metrics.py", "failed")):
+        done = subprocess.run(["bash", "-c", f"bad={bad}\n{script}"], cwd=ROOT, capture_output=True, text=True, timeout=20)
+        assert done.stdout.splitlines()[-1] == said, done.stdout + done.stderr
