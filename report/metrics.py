@@ -219,6 +219,13 @@ def measured(metrics):
     return [(name, values) for name, values in found.items() if values]
 
 
+def are_metrics(value):
+    """Whether a JSON value has the form of what `main` writes."""
+    if not isinstance(value, dict) or not all(isinstance(value.get(key, {}), dict) for key in (*KINDS, "judge", "files")):
+        return False
+    return all(isinstance(own, dict) for own in value.get("judge", {}).values()) and all(isinstance(file, str) for file in value.get("files", {}).values())
+
+
 def read_run(folder):
     """`(folder of the iterate, its metrics)` of every `iterN/metrics.json` of a run, in order, with `iterate` = N.
 
@@ -234,7 +241,7 @@ def read_run(folder):
                 metrics = json.loads(path.read_text(encoding="utf-8"))
             except json.JSONDecodeError as error:
                 raise UserError(f"{path} is not valid JSON ({error}); delete it and measure again") from None
-            if not isinstance(metrics, dict) or not all(isinstance(metrics.get(kind, {}), dict) for kind in (*KINDS, "judge")):
+            if not are_metrics(metrics):
                 raise UserError(f"{path} does not hold metrics; delete it and measure again")
             estimates = read_object(path.with_name("divergence.json"))
             more = {"divergence": estimates} if estimates else {}
