@@ -283,6 +283,8 @@ def run(main):
     ended, so the others wait for it; one that is still there after ERROR_SECONDS has an error of its own, and tells it.
     """
     rank_zero = os.environ.get("RANK", "0") == "0"
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a file's name or a log may hold what is no text
     try:
         main()
     except UserError as error:

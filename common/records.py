@@ -7,6 +7,7 @@ Nothing here knows a model; the standard library suffices, `datasets` is importe
 import hashlib
 import json
 import math
+import sys
 from pathlib import Path
 
 from common.cli import UserError, existing_file, nearest
@@ -229,4 +230,5 @@ def shard_range(count, index, world):
 
 def finite(value):
     """Whether a reward is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # an int too large for a float is none either; math.isfinite would raise
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import plotly.graph_objects as go
 
+from common.records import finite
 from report import measures
 
 MOST_POINTS = 2000  # of a line; longer logs are thinned evenly
@@ -27,7 +28,7 @@ PPO_CURVES = (
 
 def number(value):
     """A float short enough for a page; None where it is not finite."""
-    return float(f"{value:.5g}") if isinstance(value, (int, float, np.floating, np.integer)) and np.isfinite(value) else None
+    return float(f"{value:.5g}") if isinstance(value, (int, float, np.floating, np.integer)) and abs(value) <= sys.float_info.max else None
 
 
 def line(x, y, name, color, band=None, dash=None, mode="lines+markers", **more):
@@ -224,7 +225,8 @@ def training_curves(tables):
     for key, title in PPO_CURVES:
         traces = []
         for n, (run, *_) in enumerate(tables):
-            points = thin([(entry.get("step", k + 1), entry[key]) for _, t in sorted(run.trainings.items()) for k, entry in enumerate(t.ppo)
+            points = thin([(entry["step"] if finite(entry.get("step")) else k + 1, entry[key])
+                           for _, t in sorted(run.trainings.items()) for k, entry in enumerate(t.ppo)
                            if number(entry.get(key)) is not None])  # fmt: skip
             if points:
                 traces.append(line([x for x, _ in points], [y for _, y in points], run.name, {"color": n}, mode="lines"))
@@ -238,7 +240,7 @@ def logged(run, field):
     for i, training in sorted(run.trainings.items()):
         last = 0
         for entry in training.history:
-            step = entry.get("step") or 0
+            step = entry["step"] if finite(entry.get("step")) else 0
             last = max(last, step)
             if number(entry.get(field)) is not None:
                 yield before + step, entry[field], i

@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
+from common.records import finite
 from report import measures
 
 QUANTITIES = ("reward", "gold", "judge")
@@ -159,7 +160,9 @@ def gpus_of(run, iteration, stage):
         return training.manifest.get("num_processes") if training else None
     counts = []
     for t in sources:
-        size = int((run.settings.get("generation") or {}).get("tensor_parallel_size") or 1)
+        generation = run.settings.get("generation")
+        size = generation.get("tensor_parallel_size") if isinstance(generation, dict) else 1
+        size = size if isinstance(size, int) and finite(size) else 1
         counts.append((t.manifests.get("generated", {}).get("merged") or {}).get("num_datasets", 0) * size)
         counts.append(t.manifests.get("rewarded", {}).get("counts", {}).get("processes", 0))
     return max(counts, default=0) or None
@@ -194,7 +197,7 @@ def tokens_per_second(run, iteration, stage):
     training = run.trainings.get(iteration)
     if stage == "train" and training:
         if training.ppo:
-            rates = [entry.get("tokens_per_second") for entry in training.ppo if isinstance(entry.get("tokens_per_second"), (int, float))]
+            rates = [entry["tokens_per_second"] for entry in training.ppo if finite(entry.get("tokens_per_second"))]
             return float(np.mean(rates)) if rates else None
         metrics = training.manifest.get("metrics") or {}
         count, seconds = metrics.get("num_tokens"), metrics.get("train_runtime")

@@ -65,7 +65,7 @@ def check(args):
 
 def make(args):
     """Read the runs, compute, write the page. Returns (file, warnings, what is not there), the latter two with the name of the run."""
-    from report import figures, page, run_data, samples, state, troubles
+    from report import figures, hide, page, run_data, samples, state, troubles
 
     target, bounds = check(args)
     keep = max(run_data.KEEP_TEXTS, args.samples)
@@ -76,11 +76,11 @@ def make(args):
     tables = [(run, figures.of_iterates(run), figures.of_trainings(run), figures.of_stages(run)) for run in runs]
     found = [(run, troubles.find(run, iterates, trainings, bounds)) for run, iterates, trainings, _ in tables]
     shown = samples.collect(runs, args.samples, args.sample_megabytes, args.seed)
-    states = [(one.word, one.detail) for one in (state.read_state(run.folder) for run in runs)]
+    states = [(one.word, hide.hidden(one.detail)) for one in (state.read_state(run.folder) for run in runs)]
     text = page.render(tables, found, shown, states)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(target.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
+    temporary.write_text(text, encoding="utf-8", errors="replace", newline="\n")  # half a surrogate pair in a setting or a name
     os.replace(temporary, target)
     return target, [(run.name, trouble) for run, listed in found for trouble in listed], [(run.name, text) for run in runs for text in run.missing]
 

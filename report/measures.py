@@ -130,8 +130,8 @@ def length_controlled_win_rate(before, after, before_lengths, after_lengths):
 def best_of(values, others=None):
     """Expected best of k of n answers, k = 1 … n, each prompt's k drawn without replacement, averaged over the prompts.
 
-    The unbiased estimator: with the n values sorted, Σᵢ C(i − 1, k − 1) / C(n, k) · value₍ᵢ₎. Prompts with fewer than the
-    usual n values are left out, so that every k is of the same prompts.
+    The unbiased estimator: with the n values sorted, Σᵢ C(i − 1, k − 1) / C(n, k) · value₍ᵢ₎. Prompts with another
+    number of values than most have are left out, so that every k is of the same prompts.
 
     Args:
         values: `{id: array}` to choose by.
@@ -140,11 +140,11 @@ def best_of(values, others=None):
     Returns:
         list of n numbers; empty without values.
     """
-    n = max(map(len, values.values()), default=0)
+    n = max(Counter(map(len, values.values())).items(), key=lambda item: (item[1], item[0]), default=(0, 0))[0]
     curve, count = np.zeros(n), 0
     weights = np.array([[math.comb(i, k - 1) / math.comb(n, k) for i in range(n)] for k in range(1, n + 1)])
     for key, own in values.items():
-        if len(own) < n or (others is not None and len(others.get(key, ())) < n):
+        if len(own) != n or (others is not None and len(others.get(key, ())) != n):
             continue
         order = np.argsort(own, kind="stable")
         shown = own[order]

@@ -183,7 +183,7 @@ def format_table(iterates):
     def number(metrics, kind, key, digits=3, sign="+"):
         value, error = (metrics.get(kind) or {}).get(key), (metrics.get(kind) or {}).get(f"{key}_se")
         return (
-            "–" if value is None else f"{value:{sign}.{digits}f}" + ("" if error is None else f" ±{error:.{digits}f}")
+            f"{value:{sign}.{digits}f}" + (f" ±{error:.{digits}f}" if records.finite(error) else "") if records.finite(value) else "–"
         )
 
     names = "run", "iterate", "reward", "best of K", "greedy reward", "judge", "greedy judge", "gold", "greedy gold", "length", "cut off", "KL", "seconds"
@@ -204,7 +204,7 @@ def format_table(iterates):
                 number(m, "sampled", "length", 1, ""),
                 number(m, "sampled", "truncated", 3, ""),
                 number(m, "divergence", "kl", 2, ""),
-                "–" if m.get("seconds") is None else f"{m['seconds']:.0f}",
+                f"{m['seconds']:.0f}" if records.finite(m.get("seconds")) else "–",
             )
         )
     kept = [column for column in zip(*rows, strict=True) if any(cell != "–" for cell in column[1:])]
@@ -217,6 +217,13 @@ def measured(metrics):
     """(name of the kind, its figures) of all that metrics hold: sampled, greedy, judge_sampled, judge_greedy."""
     found = {kind: metrics.get(kind) for kind in KINDS} | {name: (metrics.get("judge") or {}).get(kind) for name, kind in JUDGED.items()}
     return [(name, values) for name, values in found.items() if values]
+
+
+def are_metrics(value):
+    """Whether a JSON value has the form of what `main` writes."""
+    if not isinstance(value, dict) or not all(isinstance(value.get(key, {}), dict) for key in (*KINDS, "judge", "files")):
+        return False
+    return all(isinstance(own, dict) for own in value.get("judge", {}).values()) and all(isinstance(file, str) for file in value.get("files", {}).values())
 
 
 def read_run(folder):
@@ -234,7 +241,7 @@ def read_run(folder):
                 metrics = json.loads(path.read_text(encoding="utf-8"))
             except json.JSONDecodeError as error:
                 raise UserError(f"{path} is not valid JSON ({error}); delete it and measure again") from None
-            if not isinstance(metrics, dict) or not all(isinstance(metrics.get(kind, {}), dict) for kind in (*KINDS, "judge")):
+            if not are_metrics(metrics):
                 raise UserError(f"{path} does not hold metrics; delete it and measure again")
             estimates = read_object(path.with_name("divergence.json"))
             more = {"divergence": estimates} if estimates else {}

@@ -73,7 +73,7 @@ def tables_of(tables):
         for row in iterates:
             s, g = row["sampled"], row["greedy"]
             rows.append([*name(run), str(row["iterate"]), *(shown(side.get(q)) for q in figures.QUANTITIES for side in (s, g)),
-                         shown((s.get("best_of") or [s.get("best_of_k")])[-1]) + (f" (K={s['K']})" if s.get("best_of") else ""),
+                         shown((s.get("best_of") or [s.get("best_of_k")])[-1]) + (f" (K={len(s['best_of'])})" if s.get("best_of") else ""),
                          f"{shown(row['kl'])}" + (f" ±{row['kl_se']:.3f}" if row.get("kl_se") is not None else ""), shown(row["kl_per_token"])])  # fmt: skip
             for kind, side in (("sampled", s), ("greedy", g)):
                 more.append([*name(run), str(row["iterate"]), kind, *(shown(side.get(k), shape) for k, shape in (

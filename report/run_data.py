@@ -22,7 +22,9 @@ import numpy as np
 from common import cli
 from common.cli import UserError
 from common.records import finite, record_id
+from report.hide import hidden
 from report.metrics import KINDS, load_gold
+from report.state import finished_stages, iterations_of, written_at
 
 KEEP_TEXTS = 500  # prompts of a file whose texts are held while it is read: n-grams are counted on them
 PAIRS_KEPT = 64  # pairs marked in one prompt of the sample
@@ -117,7 +119,7 @@ class Run:
 
     @property
     def iterations(self):
-        return 1 if self.kind == "ppo" else int(self.settings.get("iterations") or 0)
+        return 1 if self.kind == "ppo" else iterations_of(self.settings)
 
 
 def sample_hash(key, seed=0):
@@ -163,7 +165,8 @@ def is_rewarded(record):
         return False
     if not all(isinstance(record.get(name) or [], list) for name in ("num_tokens", "finish_reasons")):
         return False
-    return isinstance(record.get("prompt"), (str, list)) and all(isinstance(m, dict) for m in record["prompt"] if not isinstance(m, str))
+    prompt = record.get("prompt")
+    return isinstance(prompt, str) or isinstance(prompt, list) and all(isinstance(m, dict) for m in prompt)
 
 
 def read_answers(path, gold=None, seed=0, keep=KEEP_TEXTS):
@@ -184,7 +187,10 @@ def read_answers(path, gold=None, seed=0, keep=KEEP_TEXTS):
         texts, own = record["responses"], [float(r) if finite(r) else math.nan for r in record["rewards"]]
         key = record.get("id")
         if key is None:
-            key = record_id(record["prompt"])
+            try:
+                key = record_id(record["prompt"])
+            except UnicodeEncodeError:  # half a surrogate pair
+                key = f"{sample_hash(json.dumps(record['prompt'])):016x}"
         key = str(key)
         seen[key] += 1
         if seen[key] > 1:
@@ -235,13 +241,45 @@ def read_object(path, missing=None, what=""):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (ValueError, OSError):
+    except (ValueError, OSError, RecursionError):
         value = None
     if isinstance(value, dict):
         return value
     if missing is not None:
         missing.append(f"{what or path} cannot be read")
     return {}
+
+
+def numbers(value):
+    """The entries of a mapping that are numbers, NaN among them, which a log is to tell; {} for what is no mapping."""
+    return {key: one for key, one in value.items() if finite(one) or isinstance(one, float)} if isinstance(value, dict) else {}
+
+
+def finites(value):
+    """The entries of a mapping that are finite numbers; {} for what is no mapping."""
+    return {key: one for key, one in value.items() if finite(one)} if isinstance(value, dict) else {}
+
+
+def texts(value):
+    """The entries of a mapping that are texts; {} for what is no mapping."""
+    return {key: one for key, one in value.items() if isinstance(one, str)} if isinstance(value, dict) else {}
+
+
+def as_metrics(found):
+    """What the report reads of an iterate's metrics.json; what is of another type than it should be is not there."""
+    judge = found.get("judge") if isinstance(found.get("judge"), dict) else {}
+    kept = {kind: own for kind in KINDS if (own := finites(found.get(kind)))} | {"judge": {kind: finites(own) for kind, own in judge.items()}}
+    kept |= {"files": texts(found.get("files"))} | texts({"gold_function": found.get("gold_function")}) | finites({"seconds": found.get("seconds")})
+    return kept if found else {}
+
+
+def as_manifest(found):
+    """The same of a stage's manifest."""
+    counts, versions = found.get("counts"), found.get("versions")
+    kept = {"metrics": finites(found.get("metrics")), "counts": finites(counts) | texts(counts), "merged": finites(found.get("merged"))}
+    kept["counts"] = {key: one for key, one in kept["counts"].items() if (key == "device") == isinstance(one, str)}
+    kept["versions"] = {str(name): str(version) for name, version in versions.items()} if isinstance(versions, dict) else {}
+    return kept | finites({"num_processes": found.get("num_processes")}) if found else {}
 
 
 def read_pairs(path, iteration, ids):
@@ -253,13 +291,14 @@ def read_pairs(path, iteration, ids):
         if finite(pair.get("margin")):
             margins.append(pair["margin"])
         sizes = pair.get("chosen_num_tokens"), pair.get("rejected_num_tokens")
-        if all(isinstance(n, int) for n in sizes):
+        if all(isinstance(n, int) and finite(n) for n in sizes):
             longer.append(sizes[0] - sizes[1])
         source = str(pair.get("source") or "")
         of_this = not source or Path(source).parent.name == f"iter{iteration}"  # with train_on: all others are in it too
         key = str(pair.get("id"))
         if of_this and key in ids and len(marks.get(key, [])) < PAIRS_KEPT:
-            marks.setdefault(key, []).append({name: pair.get(name) for name in ("chosen_index", "rejected_index", "margin", "split")})
+            known = finites(pair)
+            marks.setdefault(key, []).append({name: known.get(name) for name in ("chosen_index", "rejected_index", "margin")})
     return marks, np.array(margins), float(np.mean(longer)) if longer else None
 
 
@@ -289,9 +328,7 @@ def stage_work(folder, iteration, stage, training):
         if training is None:
             return None
         if training.ppo:
-            spent = [(entry.get("seconds") or {}) for entry in training.ppo]
-            spent = [s.get("all") if isinstance(s, dict) else s for s in spent]
-            return sum(s for s in spent if finite(s)) or None
+            return sum(entry["seconds"].get("all", 0) for entry in training.ppo) or None
         parts = [training.manifest.get("metrics", {}).get(key) for key in ("train_runtime", "eval_runtime")]
         return sum(p for p in parts if finite(p)) or None
     shards = [worked_seconds(log) for log in logs.glob(f"{stage}.*.log") if log.name.split(".")[1].isdigit() or log.name.split(".")[1] == "client"]
@@ -327,17 +364,17 @@ def read_run(folder, gold_function=None, seed=0, keep=KEEP_TEXTS, gold=True):
     run = Run(folder, folder.resolve().name, {})
     if (folder / "loop.yaml").is_file():
         try:
-            run.settings = cli.read_yaml(folder / "loop.yaml")
+            run.settings = hidden(cli.read_yaml(folder / "loop.yaml"))
         except UserError as error:
             run.missing.append(f"the settings: {error}")
     else:
         run.missing.append("loop.yaml, the settings")
-    run.stages = [s for s in lines_of(folder / "stages.jsonl") if s] if (folder / "stages.jsonl").is_file() else []
+    run.stages = finished_stages(folder)
     if not run.stages:
         run.missing.append("stages.jsonl: no stage has finished, so no times")
     for i in numbers_of(folder):
         _read_iteration(run, i, gold_function, seed, keep, gold)
-    for iteration, stage in {(s.get("iteration"), s.get("stage")) for s in run.stages}:
+    for iteration, stage in {(s["iteration"], s["stage"]) for s in run.stages}:
         run.work[iteration, stage] = stage_work(folder, iteration, stage, run.trainings.get(iteration))
     _name_missing(run)
     return run
@@ -351,12 +388,13 @@ def _near(folder):
 
 def _read_iteration(run, i, gold_function, seed, keep, gold):
     path = run.folder / f"iter{i}"
-    iterate = Iterate(i, metrics=read_object(path / "metrics.json", run.missing, f"iter{i}/metrics.json"))
-    iterate.divergence = read_object(path / "divergence.json", run.missing, f"iter{i}/divergence.json")
+    iterate = Iterate(i, metrics=as_metrics(read_object(path / "metrics.json", run.missing, f"iter{i}/metrics.json")))
+    estimates = read_object(path / "divergence.json", run.missing, f"iter{i}/divergence.json")
+    iterate.divergence = finites(estimates) | {key: one for key, one in texts(estimates).items() if key in ("estimator", "reference")}
     spec = gold_function or iterate.metrics.get("gold_function") or run.settings.get("gold_function")
-    function = _load_gold(spec, run.missing) if gold and spec else None
+    function = _load_gold(spec, run.missing) if gold and spec and isinstance(spec, str) else None
     for kind in KINDS:
-        name = (iterate.metrics.get("files") or {}).get(kind, f"heldout_{kind}.rewarded.jsonl")
+        name = iterate.metrics.get("files", {}).get(kind, f"heldout_{kind}.rewarded.jsonl")
         for target, file, score in ((iterate.answers, name, function), (iterate.judged, f"heldout_{kind}.judged.jsonl", None)):
             if (path / file).is_file():
                 target[kind] = read_answers(path / file, score, seed, keep)
@@ -369,8 +407,8 @@ def _read_iteration(run, i, gold_function, seed, keep, gold):
         run.iterates[i] = iterate
     if i == 0:
         return
-    training = Training(i, manifest=read_object(path / "model.manifest.json", run.missing, f"iter{i}/model.manifest.json"))
-    training.manifests = {name: read_object(path / f"{name}.manifest.json") for name in ("generated", "rewarded")}
+    training = Training(i, manifest=as_manifest(read_object(path / "model.manifest.json", run.missing, f"iter{i}/model.manifest.json")))
+    training.manifests = {name: as_manifest(read_object(path / f"{name}.manifest.json")) for name in ("generated", "rewarded")}
     if (path / "rewarded.jsonl").is_file():
         training.answers = read_answers(path / "rewarded.jsonl", None, seed, keep)
         if not training.answers.ids:
@@ -383,15 +421,15 @@ def _read_iteration(run, i, gold_function, seed, keep, gold):
         training.pairs, training.margins, training.longer = read_pairs(path / "pairs.jsonl", i, ids)
     state = path / "model" / "trainer_state.json"
     if not state.is_file():  # in the middle of training: the last checkpoint's
-        state = max(path.glob("model/checkpoint-*/trainer_state.json"), key=lambda p: p.stat().st_mtime, default=state)
+        state = max(path.glob("model/checkpoint-*/trainer_state.json"), key=lambda p: written_at(p) or 0, default=state)
     history = read_object(state, run.missing, f"iter{i}'s trainer_state.json").get("log_history")
-    training.history = [entry for entry in history or [] if isinstance(entry, dict)]
+    training.history = [numbers(entry) for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
     if (path / "model.log.jsonl").is_file():
-        training.ppo = [entry for entry in lines_of(path / "model.log.jsonl") if entry]
+        training.ppo = [numbers(entry) | {"seconds": finites(entry.get("seconds"))} for entry in lines_of(path / "model.log.jsonl") if entry]
     if training.answers or training.manifest or training.history or training.ppo:
         run.trainings[i] = training
     for manifest in (training.manifest, *training.manifests.values()):
-        run.versions |= {name: str(version) for name, version in (manifest.get("versions") or {}).items()}
+        run.versions |= manifest.get("versions", {})
 
 
 def _load_gold(spec, missing):
@@ -406,10 +444,14 @@ def _load_gold(spec, missing):
 
 def _name_missing(run):
     """Say what a finished run would have and this one has not."""
-    for i in range(run.iterations + 1) if run.settings else run.iterates:
+    last = max(run.iterates, default=0)
+    if run.settings and run.iterations - last > 1:  # a run that has just begun is not a list of hundreds
+        run.missing.append(f"iterates {last + 1} to {run.iterations} have not been evaluated")
+    for i in range(min(run.iterations, last + 1) + 1) if run.settings else run.iterates:
         iterate = run.iterates.get(i)
         if iterate is None:
-            run.missing.append(f"iterate {i} has not been evaluated")
+            if i <= last or run.iterations == last + 1:
+                run.missing.append(f"iterate {i} has not been evaluated")
             continue
         absent = [kind for kind in KINDS if kind not in iterate.answers]
         if absent:

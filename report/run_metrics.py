@@ -20,7 +20,6 @@ A tracker gets one run for the whole loop, with iterations as steps: RUN/tracker
 import csv
 import io
 import json
-import math
 import os
 import secrets
 import sys
@@ -33,7 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import cli, manifest
 from common.cli import UserError, arg
 from common.manifest import write_json
+from common.records import finite
 from report import metrics
+from report.hide import hidden
 from report.metrics import read_object
 
 TRACKERS = ("wandb", "tensorboard", "trackio")
@@ -49,19 +50,19 @@ class Arguments:
 
 
 def number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return finite(value)
 
 
 def flat(values, prefix):
     """{prefix + key: number} of a dict's numbers; `rewards/margins` becomes `rewards_margins`."""
-    return {prefix + key.replace("/", "_"): value for key, value in values.items() if number(value) or value is None}
+    return {prefix + key.replace("/", "_"): value for key, value in values.items() if number(value) or value is None} if isinstance(values, dict) else {}
 
 
 def stage_seconds(folder):
     """{iterate: {stage: seconds}} of a run, what several starts took added up."""
     found = {}
     try:
-        lines = (Path(folder) / "stages.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (Path(folder) / "stages.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return found
     for line in lines:
@@ -163,11 +164,11 @@ def scalars(row):
 
 
 def settings_of(folder):
-    """The run's settings, for a tracker's page; nothing where they cannot be read."""
+    """The run's settings without passwords and tokens, for a tracker's page; nothing where they cannot be read."""
     import yaml
 
     try:
-        return yaml.safe_load((folder / "loop.yaml").read_text(encoding="utf-8")) or {}
+        return hidden(yaml.safe_load((folder / "loop.yaml").read_text(encoding="utf-8")) or {})
     except (OSError, yaml.YAMLError):
         return {}
 

@@ -13,9 +13,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import cli
 from common.cli import UserError
+from common.records import finite
 
 FRESH = 120  # seconds: a run whose lock cannot be seen (another machine) runs if something was written since
 TAIL = 65536  # bytes of a log that are looked at
+MOST_ITERATIONS = 10000
 # Lines of common/progress.py, dpo.py and train_ppo.py: `generate: 613/825 prompts, 40.9/s, 5s left, 2071 tokens/s`
 LINE = re.compile(r"^(?P<what>\w+): (?:(?:step|rollout) )?(?P<done>\d+)/(?P<total>\d+)(?: (?P<unit>\w+))?(?P<rest>,.*)?$")
 LEFT = re.compile(r"(?:^|, )(\S+) left\b")
@@ -79,15 +81,29 @@ def is_held(folder):
 def last_written(folder):
     """When a log, a partial output or the list of stages was written last, seconds since 1970; None for an empty folder."""
     patterns = ("iter*/logs/*", "iter*/*.partial", "iter*/shards/*.partial", "stages.jsonl", "iter*/metrics.json", "iter*/model.log.jsonl")
-    times = [path.stat().st_mtime for pattern in patterns for path in folder.glob(pattern) if path.exists()]
-    return max(times, default=None)
+    times = [written_at(path) for pattern in patterns for path in folder.glob(pattern)]
+    return max((time for time in times if time is not None), default=None)
+
+
+def iterations_of(settings):
+    """Iterations of a DPO run; 0 where the settings do not tell."""
+    value = settings.get("iterations")
+    return min(value, MOST_ITERATIONS) if isinstance(value, int) and value > 0 else 0
+
+
+def written_at(path):
+    """When a file was written, seconds since 1970; None where it is gone: a run at work renames and removes what we have just listed."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return None
 
 
 def stage_names(settings):
     """All (iteration, stage) of a run, in their order."""
     if "ppo" in settings or "backend" in settings:
         return [(0, "evaluate"), (1, "train"), (1, "evaluate")]
-    later = [(i, stage) for i in range(1, int(settings.get("iterations") or 0) + 1) for stage in ("generate", "annotate", "train", "evaluate")]
+    later = [(i, stage) for i in range(1, iterations_of(settings) + 1) for stage in ("generate", "annotate", "train", "evaluate")]
     return [(0, "evaluate"), *later]
 
 
@@ -116,7 +132,7 @@ def files_of(folder, i, stage, settings):
     dpo = not ("ppo" in settings or "backend" in settings)
     kinds = ("sampled", "greedy") if stage == "evaluate" else ()
     found = [(folder / f"iter{i}", f"heldout_{kind}.generated", settings.get("heldout_prompts")) for kind in kinds]
-    if dpo and prompts and ahead <= int(settings.get("iterations") or 0):
+    if dpo and prompts and ahead <= iterations_of(settings):
         found.append((folder / f"iter{ahead}", "generated", prompts[(ahead - 1) % len(prompts)]))
     return found
 
@@ -131,10 +147,13 @@ def count_answers(own, name, lines):
 
 def count_prompts(source, lines):
     """Prompts of a local .jsonl file; None for what cannot be counted cheaply."""
-    path = Path(str(source))
-    if not path.is_absolute() and not path.is_file():
-        path = Path(__file__).resolve().parents[1] / path
-    return lines(path) if path.suffix == ".jsonl" and path.is_file() else None
+    try:
+        path = Path(str(source))
+        if not path.is_absolute() and not path.is_file():
+            path = Path(__file__).resolve().parents[1] / path
+        return lines(path) if path.suffix == ".jsonl" and path.is_file() else None
+    except (OSError, ValueError):  # no name of a file at all
+        return None
 
 
 def step_of(folder, i, stage, settings, lines):
@@ -174,7 +193,7 @@ def logs_of(folder, i, stage):
     """A stage's logs, the one written last first."""
     names = (f"{stage}.", "metrics.") if stage == "evaluate" else (f"{stage}.",)
     logs = [path for path in (folder / f"iter{i}" / "logs").glob("*.log") if path.name.startswith(names)]
-    return sorted(logs, key=lambda path: (-path.stat().st_mtime_ns, path.name))
+    return sorted(logs, key=lambda path: (-(written_at(path) or 0), path.name))
 
 
 def has_failed(lines):
@@ -220,7 +239,8 @@ def read_state(folder, lines=None, now=None):
     state.at = next(((i, stage) for i, stage in state.names if not is_done(folder, i, stage)), None)
     held, written = is_held(folder), last_written(folder)
     if state.at is None:
-        state.word = "finished" if not held else "running"
+        # The report that the driver itself asks for after its last stage would else say for ever that the run is at work.
+        state.word = "running" if held and os.environ.get("RLHF_RUN") != str(folder.resolve()) else "finished"
         return state
     i, stage = state.at
     step, state.done, state.total = step_of(folder, i, stage, settings, lines)
@@ -258,7 +278,7 @@ def finished_stages(folder):
             value = json.loads(line)
         except ValueError:
             continue
-        if isinstance(value, dict) and isinstance(value.get("seconds"), (int, float)):
+        if isinstance(value, dict) and isinstance(value.get("iteration"), int) and isinstance(value.get("stage"), str) and finite(value.get("seconds")):
             found.append(value)
     return found
 

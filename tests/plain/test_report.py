@@ -23,7 +23,7 @@ pytest.importorskip("plotly")
 import report_runs as runs
 
 from common.cli import UserError
-from report import charts, figures, make_report, measures, metrics, page, run_data, samples, troubles
+from report import charts, figures, make_report, measures, metrics, page, run_data, run_metrics, samples, troubles
 from report.definitions import DEFINITIONS
 
 EVIL = "</script><img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
@@ -361,7 +361,7 @@ def build(*folders, target, **more):
 def test_half_finished_runs(tmp_path):
     folder = runs.make_run(tmp_path / "run", iterations=3, upto=1)
     text = build(folder, target=tmp_path / "a.html")
-    assert "iterate 3 has not been evaluated" in text and "iterate 1 has not" not in text
+    assert "iterates 2 to 3 have not been evaluated" in text and "iterate 1 has not" not in text
     assert "KL to the reference (iterN/divergence.json)" in text and "a second judge" in text
     for name in ("heldout_sampled.rewarded.jsonl", "heldout_greedy.rewarded.jsonl"):
         (folder / "iter1" / name).unlink()
@@ -475,3 +475,93 @@ def test_the_command(tmp_path):
     for arguments, message in cases:
         code, out, err = script(*arguments)
         assert code == 2 and out == "" and err.count("\n") == 1 and message in err, err
+
+
+# ---- What is of another kind than it should be -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file, change", [
+    ("loop.yaml", {"iterations": "three", "generation": 5, "gold_function": 3.5, "note": "half \ud800"}),
+    ("loop.yaml", {"iterations": 10**400, "prompts": {"a": 1}, "heldout_prompts": "x" * 5000}),
+    ("iter0/metrics.json", {"files": [1], "judge": -1, "sampled": True, "gold_function": 1e309}),
+    ("iter1/metrics.json", {"files": {"sampled": {"a": 1}}, "judge": {"sampled": 1e308, "greedy": [1]}, "greedy": {"reward": "x"}}),
+    ("iter1/divergence.json", {"kl": "x", "kl_se": [1], "kl_per_token": 10**400}),
+    ("iter1/model.manifest.json", {"counts": 7, "versions": 10**400, "metrics": {"loss": [1], "num_tokens": 5, "train_runtime": {"a": 1}}}),
+    ("iter1/model.manifest.json", {"counts": {"eval_pairs": "x<b>"}, "num_processes": "two"}),
+    ("iter1/model/trainer_state.json", {"log_history": -1}),
+    ("iter1/model/trainer_state.json", {"log_history": [{"step": "x", "loss": 0.5}, {"step": float("nan"), "loss": [1]}, 3]}),
+])  # fmt: skip
+def test_values_of_another_type_are_passed_over(tmp_path, file, change):
+    folder = runs.make_run(tmp_path / "run", prompts=6)
+    path = folder / file
+    path.parent.mkdir(exist_ok=True)
+    runs.write_json(path, (json.loads(path.read_text()) if path.is_file() else {}) | change)
+    made(folder, tmp_path)
+
+
+def made(folder, tmp_path):
+    target, _, missing = make_report.make(make_report.Arguments(runs=[str(folder)], output_dir=str(tmp_path / "page.html")))
+    return target.read_text(encoding="utf-8"), [text for _, text in missing]
+
+
+def test_records_that_are_no_text_or_no_numbers(tmp_path):
+    folder = runs.make_run(tmp_path / "run", prompts=6)
+    path = folder / "iter1" / "heldout_sampled.rewarded.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    del rows[0]["id"]
+    rows[0] |= {"prompt": "half \ud800", "responses": ["\udfff", "a", "b", "c"]}
+    rows[1]["rewards"] = [10**400, 1, 2, 3]
+    rows[2]["prompt"] = ["no message"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    pairs = folder / "iter1" / "pairs.jsonl"
+    first = json.loads(pairs.read_text().splitlines()[0])
+    runs.write(pairs, [first | {"chosen_index": 1e309, "chosen_num_tokens": 10**400}])
+    with open(folder / "stages.jsonl", "a") as file:
+        file.write('{"iteration": [1], "stage": {}, "seconds": 1}\n{"iteration": 1, "stage": "train", "seconds": 1' + "0" * 400 + "}\n")
+    text, missing = made(folder, tmp_path)
+    assert any("heldout_sampled.rewarded.jsonl: 1 lines" in one for one in missing)
+
+
+def test_passwords_and_tokens_do_not_reach_the_page(tmp_path):
+    secrets = ["hf_" + "A1b2" * 8, "sk-" + "x9Y8" * 6, "plainpassword", "swordfish77", "0123abcd4567"]
+    folder = runs.make_run(tmp_path / "run", prompts=6, settings={
+        "hub_token": "plainpassword", "setup_command": f"export WANDB_API_KEY=0123abcd4567; export HF_TOKEN={secrets[0]}",
+        "annotation": {"urls": [f"https://me:swordfish77@host/{secrets[1]}"]}, "training_args": {"pad_token": "<pad>", "max_new_tokens": 32}})  # fmt: skip
+    text, _ = made(folder, tmp_path)
+    told = str(run_metrics.settings_of(folder))  # what W&B and trackio get
+    assert not [secret for secret in secrets if secret in text or secret in told]
+    assert "&lt;pad&gt;" in text and "https://(hidden)@host/" in text
+
+
+def test_one_prompt_with_more_answers_does_not_stand_for_all():
+    values = {i: np.array([float(i), i + 1.0]) for i in range(20)} | {"long": np.array([100.0, 200.0, 300.0])}
+    assert measures.best_of(values) == pytest.approx([10.0, 10.5])
+
+
+def test_in_the_middle_of_training_the_last_checkpoints_log_is_read(tmp_path):
+    folder = runs.make_run(tmp_path / "run", prompts=6)
+    state = folder / "iter2/model/trainer_state.json"
+    (folder / "iter2/model/checkpoint-20").mkdir()
+    state.rename(folder / "iter2/model/checkpoint-20/trainer_state.json")
+    run, _, _ = read(folder)
+    assert run.trainings[2].history == run.trainings[1].history != []
+
+
+def test_what_has_not_begun_is_one_line(tmp_path):
+    folder = runs.make_run(tmp_path / "run", prompts=6, settings={"iterations": 500})
+    _, missing = made(folder, tmp_path)
+    assert [text for text in missing if "evaluated" in text] == ["iterates 3 to 500 have not been evaluated"]
+
+
+def test_a_run_goes_on_when_it_cannot_be_summed_up():
+    """`metrics` of common/stages.sh, with what it calls replaced: metrics.py that fails ends the run, run_metrics.py does not."""
+    script = """set -euo pipefail
+    source common/stages.sh
+    enter() { :; }; say() { echo "$*"; }; failed() { echo failed; exit 1; }; spent() { echo 0; }
+    run() { [[ "$*" != *report/"$bad" ]] && [[ "$*" != *report/"$bad "* ]]; }
+    run_dir=R folder=R/iter0 logs=R/iter0/logs began=0
+    metrics 0
+    echo went on"""
+    for bad, said in (("run_metrics.py", "went on"), ("metrics.py", "failed")):
+        done = subprocess.run(["bash", "-c", f"bad={bad}\n{script}"], cwd=ROOT, capture_output=True, text=True, timeout=20)
+        assert done.stdout.splitlines()[-1] == said, done.stdout + done.stderr

@@ -237,3 +237,36 @@ def test_lines_of_progress_as_the_project_writes_them(capsys):
     assert (found["what"], found["done"], found["total"], found["unit"]) == ("rewards", 6, 60, "records")
     assert found["rate"].endswith("records/s") and found["left"] and "12 responses" in found["note"]
     assert state.progress_line(["a model said: generate: 1/2", json.dumps({"x": 1})]) is None
+
+
+def test_the_drivers_own_report_says_finished(tmp_path, monkeypatch):
+    whole = runs.make_run(tmp_path / "whole")
+    for i in (1, 2):
+        (whole / f"iter{i}/generated.jsonl").touch()
+    with Held(whole):
+        assert read_state(whole).word == "running"  # something is at work again
+        monkeypatch.setenv("RLHF_RUN", str(whole.resolve()))  # common/stages.sh: what the driver starts
+        assert read_state(whole).word == "finished"
+
+
+def test_files_that_go_while_they_are_listed(folder, monkeypatch):
+    (folder / "iter2/logs/train.log").write_text("$ x\n")
+    stat = Path.stat
+
+    def gone(path, **more):
+        if path.suffix == ".log":
+            raise FileNotFoundError(path)
+        return stat(path, **more)
+
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    monkeypatch.setattr(Path, "stat", gone)
+    assert read_state(folder).word in ("stopped", "running")
+
+
+def test_names_that_are_no_text(folder):
+    (folder / ".lock").touch()
+    (folder / "loop.yaml").write_text(json.dumps({"iterations": "x", "seed": "half \ud800"}))
+    strange = folder.with_name(os.fsdecode(b"run\xff"))
+    folder.rename(strange)
+    code, _, err = frame(strange)
+    assert code == 0 and err == ""

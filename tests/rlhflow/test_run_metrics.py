@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from common.cli import UserError
 from report import metrics, run_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -175,3 +176,12 @@ def test_the_judges_interval_stands_beside_the_others(run):
     found = {(kind, quantity): interval for kind, quantity, interval in metrics.compare(iterates[0], iterates[-1])}
     assert set(found) == {(kind, quantity) for kind in ("sampled", "greedy") for quantity in ("reward", "judge")}
     assert found["sampled", "reward"][1] > 0 > found["sampled", "judge"][2]
+
+
+@pytest.mark.parametrize("change", [{"files": [1]}, {"files": {"sampled": [1]}}, {"judge": {"sampled": 1e308}}, {"sampled": True}])
+def test_metrics_of_another_form_are_refused_by_name(tmp_path, change):
+    path = tmp_path / "iter0" / "metrics.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(change))
+    with pytest.raises(UserError, match="iter0/metrics.json does not hold metrics"):
+        run_metrics.rows(tmp_path)
