@@ -5,8 +5,8 @@ In:  a policy, prompts, and what scores a response: reward models (as annotate_d
 Out: model, tokenizer, chat template and generation config in the folder `output_dir`; beside it one line of figures for
      each rollout (`.log.jsonl`), the prompts left out (`.skipped.jsonl`), and last a manifest (`.manifest.json`).
 
-    python ppo/train_ppo.py configs/ppo_tiny_train.yaml
-    accelerate launch --num_processes 2 ppo/train_ppo.py configs/ppo_tiny_train.yaml
+    python ppo/train_ppo.py configs/train_ppo_tiny.yaml
+    accelerate launch --num_processes 2 ppo/train_ppo.py configs/train_ppo_tiny.yaml
 
 A rollout, then passes over it, again and again (Ziegler et al. 2019, arXiv 1909.08593; details: arXiv 2403.17031):
 

@@ -16,8 +16,7 @@ from ppo import train_ppo
 from ppo.run import PPORun, PPOSettings
 
 ROOT = Path(__file__).resolve().parents[2]
-# ppo_tiny_train.yaml is train_ppo.py's own, for use by hand
-CONFIGS = sorted(path for path in (ROOT / "configs").glob("ppo_*.yaml") if path.stem != "ppo_tiny_train")
+CONFIGS = sorted((ROOT / "configs").glob("ppo_*.yaml"))
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 
@@ -69,7 +68,7 @@ def test_the_tiny_run_is_comparable_with_the_tiny_loop():
 
 
 def test_the_tiny_run_trains_as_the_yaml_for_use_by_hand():
-    by_hand = train_ppo.arguments(yaml.safe_load((ROOT / "configs/ppo_tiny_train.yaml").read_text()))
+    by_hand = train_ppo.arguments(yaml.safe_load((ROOT / "configs/train_ppo_tiny.yaml").read_text()))
     run = PPORun(build(PPOSettings, yaml.safe_load((ROOT / "configs/ppo_tiny.yaml").read_text())))
     assert train_ppo.shaping(run.arguments()) == train_ppo.shaping(by_hand)
 

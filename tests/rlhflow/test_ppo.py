@@ -622,6 +622,6 @@ def test_the_command_line_answers_at_once(work):
 
 
 def test_the_tiny_config_is_accepted():
-    path = ROOT / "configs" / "ppo_tiny_train.yaml"
+    path = ROOT / "configs" / "train_ppo_tiny.yaml"
     args = ppo.arguments(read_yaml(path), path.name)
     assert args.kl_coef > 0 and f"ppo/train_ppo.py configs/{path.name}" in path.read_text()
