@@ -103,7 +103,7 @@ def test_a_second_start_does_nothing(finished):
 
 
 @pytest.mark.parametrize("change, named", [
-    (("--ppo.kl_coef", "0.2"), "kl_coef was 0.05 and is now 0.2"),
+    (("--ppo.kl_coef", "0.2"), "kl_coef was 0.1 and is now 0.2"),
     (("--generation.temperature", "0.7"), "temperature was 1.0 and is now 0.7"),
     (("--seed", "7"), "seed was 0 and is now 7"),
     (("--reward_name_or_path", "tiny/built/policy"), "is a LlamaForCausalLM"),
