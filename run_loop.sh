@@ -78,3 +78,4 @@ for ((i = 0; i <= iterations; i++)); do
   [ -z "$keep_iterates" ] || [ "$dry_run" = yes ] || [ "$number" -gt "$last" ] || "$driver" common/loop.py prune "$run_dir" "$i"
 done
 [ "$dry_run" = yes ] || "$driver" report/run_metrics.py --run "$run_dir"
+[ "$dry_run" = yes ] || [ ! -f "$run_dir/report/index.html" ] || say "the page of this run: $run_dir/report/index.html" >&2

@@ -80,3 +80,4 @@ for name in 0.evaluate 1.train 1.evaluate; do
   fi
 done
 [ "$dry_run" = yes ] || "$driver" report/run_metrics.py --run "$run_dir"
+[ "$dry_run" = yes ] || [ ! -f "$run_dir/report/index.html" ] || say "the page of this run: $run_dir/report/index.html" >&2

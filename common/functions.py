@@ -1,5 +1,6 @@
 """Functions of the user's own, named as `path.py:name`."""
 
+import ast
 import importlib.util
 import inspect
 import sys
@@ -19,7 +20,23 @@ def function_file(spec, option, example):
         raise UserError(f"{option} {spec}: give FILE.py:NAME, for example {example}")
     root = Path(__file__).resolve().parents[1]  # a name such as tiny/task.py is found from any folder
     path = root / path if not Path(path).is_file() and (root / path).is_file() else Path(path)
-    return existing_file(path, f"{option.strip('-').replace('_', ' ')} file"), name
+    path = existing_file(path, f"{option.strip('-').replace('_', ' ')} file")
+    names = defined_names(path)
+    if names is not None and name not in names:
+        raise UserError(f"{path} has no function {name}{nearest(name, names)}")
+    return path, name
+
+
+def defined_names(path):
+    """Names that a Python file defines or imports, wherever in it, without running it; None where that cannot be said."""
+    try:
+        nodes = list(ast.walk(ast.parse(Path(path).read_bytes())))
+    except (SyntaxError, ValueError):  # loading it says what is wrong
+        return None
+    names = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))}
+    names |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    names |= {alias.asname or alias.name for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
+    return None if "*" in names or "__getattr__" in names else names
 
 
 def load_function(spec, option, example):
@@ -40,6 +57,6 @@ def load_function(spec, option, example):
         raise UserError(f"{path} does not import: {type(error).__name__}: {' '.join(str(error).split())}") from None
     function = getattr(module, name, None)
     if not callable(function):
-        known = [k for k, v in vars(module).items() if inspect.isfunction(v)]
+        known = [k for k, v in vars(module).items() if inspect.isfunction(v)]  # what the file's text could not tell
         raise UserError(f"{path} has no function {name}{nearest(name, known)}")
     return function

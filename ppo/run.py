@@ -122,12 +122,18 @@ def check(current):
     left = None if found.problems else found.attempt(current.stages_left)
     if args and (left is None or "1.train" in left):
         check_backend(current, args, found)
-    preflight.check_prompts(current, found)
+    sets = preflight.check_prompts(current, found)
+    there = None if None in sets.values() else sum(len(sets[name]) for name in settings.prompts)
+    if args and there is not None and there < args.rollout_batch_size:
+        found.problems.append(f"{there} prompts are fewer than a rollout takes: lower ppo.rollout_batch_size {args.rollout_batch_size}, or give more")
     _, count = preflight.check_gpus(current, found)
     if count and args and current.backend == "small":
         # The model; while training, checkpoints of policy and value model with Adam's two states, in 4 bytes each.
         kept = args.save_total_limit + 1 if args.save_steps else 0
         preflight.check_disk(current, found, (4 + 24 * kept) * count / 2**30, "the model and checkpoints", "see ppo.save_total_limit")
+    elif count and args:  # OpenRLHF's of policy and value model, 14 bytes a parameter each: one more while it is written; the model in 2
+        kept = 2 * 14 * (args.save_total_limit + 1) if args.save_steps else 0
+        preflight.check_disk(current, found, (4 + kept) * count / 2**30, "the model and checkpoints", "see ppo.save_total_limit")
     found.tell("" if found.problems else f"{preflight.summary(current)}, backend {current.backend}")
     return left
 

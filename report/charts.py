@@ -51,7 +51,7 @@ def chart(key, title, y, x, traces, definition, whole_x=False, wide=False, **lay
     figure = go.Figure(traces)
     figure.update_layout(template="none", showlegend=len(traces) > 1, **layout)
     figure.update_xaxes(title={"text": x})
-    figure.update_yaxes(title={"text": y})
+    figure.update_layout(yaxis_title_text=y)  # a second axis has its own
     if whole_x:
         figure.update_xaxes(dtick=1)
     return {"key": key, "title": title, "definition": definition, "figure": figure.to_plotly_json(), "wide": wide}

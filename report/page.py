@@ -91,7 +91,8 @@ def tables_of(tables):
                                        "/".join(map(str, v["counts"])) if v.get("counts") else "–", shown(v.get("gold")), shown(v.get("gold_win"), "share"),
                                        shown(v.get("judge")), shown(v.get("judge_win"), "share")])  # fmt: skip
     columns = [(q, f"{DEFINITIONS[q][0]}, {kind}") for q in figures.QUANTITIES for kind in ("sampled", "greedy")]
-    found.append(("reward", table("Each iterate, with 95% intervals", [*lead, ("iterate", "iterate"), *columns, ("best_of", "best of K"), ("kl", "KL"),
+    title = "Each iterate, with 95% intervals (KL ± its standard error)"
+    found.append(("reward", table(title, [*lead, ("iterate", "iterate"), *columns, ("best_of", "best of K"), ("kl", "KL"),
                                                                        ("kl_per_token", "KL per token")], rows)))  # fmt: skip
     found.append(("wins", table("Iterates against each other, same prompts, with 95% intervals", [
         *lead, ("iterate", "iterate"), ("sampled", "answers"), ("reward", "reward, difference"), ("reward_win", "win rate"), ("lc_win", "at equal length"),

@@ -7,6 +7,7 @@ import os
 import pytest
 
 from common.cli import UserError
+from common.functions import function_file
 from common.manifest import Output, beside, difference, fingerprint, read_manifest
 from common.records import read_jsonl, read_prompts
 from generation import merge_data
@@ -89,3 +90,17 @@ def test_a_mark_at_the_head_of_a_shard_stays_out_of_the_merged_file(tmp_path, mo
     monkeypatch.setattr("sys.argv", ["x", "--base_path", f"{tmp_path}/s", "--output_dir", f"{tmp_path}/m.jsonl", "--num_datasets", "2"])
     merge_data.main()
     assert [r["id"] for r in read_jsonl(tmp_path / "m.jsonl")] == ["0", "1"]
+
+
+@pytest.mark.parametrize("text, named", [
+    ("def score(m, r): return 1\n", ""), ("if True:\n    from math import sqrt as score\n", ""), ("score = lambda m, r: 1\n", ""),
+    ("from math import *\n", ""), ("def __getattr__(name): return len\n", ""), ("def scor(m, r): return 1\n", "has no function score, did you mean 'scor'"),
+])  # fmt: skip
+def test_a_function_that_is_not_there_is_known_without_running_its_file(tmp_path, text, named):
+    (tmp_path / "mine.py").write_text(text)
+    spec = f"{tmp_path / 'mine.py'}:score"
+    if named:
+        with pytest.raises(UserError, match=named):
+            function_file(spec, "--reward_function", "x.py:y")
+    else:
+        assert function_file(spec, "--reward_function", "x.py:y") == (tmp_path / "mine.py", "score")

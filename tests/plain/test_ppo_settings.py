@@ -34,7 +34,7 @@ def settings(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": [architecture], "num_labels": 1}))
         (tmp_path / name / "chat_template.jinja").write_text(TEMPLATE)
-    for name, count in (("one", 3), ("two", 2), ("heldout", 2)):
+    for name, count in (("one", 13), ("two", 12), ("heldout", 2)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": f"{name} {i}"}) + "\n" for i in range(count)))
     return {
         "run_dir": str(tmp_path / "run"), "model_name_or_path": str(tmp_path / "policy"), "reward_name_or_path": [str(tmp_path / "reward")],
@@ -138,6 +138,7 @@ def test_what_is_right_passes_and_says_so(settings, capsys):
     ({"ppo": {"dataset_name_or_path": ["x"]}}, "give prompts"),
     ({"ppo": {"seed": 1}}, "seed is the run's own; give seed"),
     ({"ppo": {"missing_eos_penalty": -1.0}}, "missing_eos_penalty -1.0 must not be negative"),
+    ({"ppo": {"batch_size": 32, "rollout_batch_size": 32}}, "25 prompts are fewer than a rollout takes: lower ppo.rollout_batch_size 32"),
     ({"ppo": {"missing_eos_penalty": -1.0}, "backend": "openrlhf"}, "missing_eos_penalty -1.0 must not be negative"),
     ({"ppo": {"clip": 0}}, "clip 0.0 must be above 0"),
     ({"ppo": {"batch_size": 8, "micro_batch_size": 4, "rollout_batch_size": 8}, "num_processes": 3}, "ppo.batch_size 8 does not divide by 3 processes"),
