@@ -9,11 +9,11 @@ from pathlib import Path
 from common.cli import UserError, existing_file, nearest
 
 
-def function_file(spec, option, example):
-    """(file, name) of `path.py:name`; a relative path may also be from the project's folder.
+def function_file(spec, option, example, look=True):
+    """(file, name) of `path.py:name`; a relative path may also be from the project's folder. `look`: whether the file's text has the name.
 
     Raises:
-        UserError: not of that form, or no such file; names `option`.
+        UserError: not of that form, no such file, or no such name in it; names `option`.
     """
     path, separator, name = spec.rpartition(":")
     if not separator or not name.isidentifier():
@@ -21,7 +21,7 @@ def function_file(spec, option, example):
     root = Path(__file__).resolve().parents[1]  # a name such as tiny/task.py is found from any folder
     path = root / path if not Path(path).is_file() and (root / path).is_file() else Path(path)
     path = existing_file(path, f"{option.strip('-').replace('_', ' ')} file")
-    names = defined_names(path)
+    names = defined_names(path) if look else None
     if names is not None and name not in names:
         raise UserError(f"{path} has no function {name}{nearest(name, names)}")
     return path, name
@@ -45,7 +45,7 @@ def load_function(spec, option, example):
     Raises:
         UserError: as `function_file`; a file that does not import, no such function in it.
     """
-    path, name = function_file(spec, option, example)
+    path, name = function_file(spec, option, example, look=False)  # loading says more of a file that is wrong altogether
     path = path.resolve()
     kind = option.strip("-").split("_")[0]
     module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(f"{kind}_{path.stem}", path))
@@ -57,6 +57,6 @@ def load_function(spec, option, example):
         raise UserError(f"{path} does not import: {type(error).__name__}: {' '.join(str(error).split())}") from None
     function = getattr(module, name, None)
     if not callable(function):
-        known = [k for k, v in vars(module).items() if inspect.isfunction(v)]  # what the file's text could not tell
+        known = [k for k, v in vars(module).items() if inspect.isfunction(v)]
         raise UserError(f"{path} has no function {name}{nearest(name, known)}")
     return function

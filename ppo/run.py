@@ -131,8 +131,8 @@ def check(current):
         # The model; while training, checkpoints of policy and value model with Adam's two states, in 4 bytes each.
         kept = args.save_total_limit + 1 if args.save_steps else 0
         preflight.check_disk(current, found, (4 + 24 * kept) * count / 2**30, "the model and checkpoints", "see ppo.save_total_limit")
-    elif count and args:  # OpenRLHF's of policy and value model, 14 bytes a parameter each: one more while it is written; the model in 2
-        kept = 2 * 14 * (args.save_total_limit + 1) if args.save_steps else 0
+    elif count and args:  # OpenRLHF's of policy and value model, 14 bytes a parameter each; old ones go before a new one is written
+        kept = 2 * 14 * args.save_total_limit if args.save_steps and not args.lora_r else 0
         preflight.check_disk(current, found, (4 + kept) * count / 2**30, "the model and checkpoints", "see ppo.save_total_limit")
     found.tell("" if found.problems else f"{preflight.summary(current)}, backend {current.backend}")
     return left

@@ -63,13 +63,19 @@ def gold_scores(record, gold):
     return scores
 
 
-def read_object(path):
-    """What a JSON file holds; an empty dict where it is not there, or no object."""
+def read_object(path, missing=None, what=""):
+    """The JSON object in a file, `{}` where it is not there; a damaged one is named in `missing`."""
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    return found if isinstance(found, dict) else {}
+    except (ValueError, OSError, RecursionError):
+        value = None
+    if isinstance(value, dict):
+        return value
+    if missing is not None:
+        missing.append(f"{what or path} cannot be read")
+    return {}
 
 
 def read_rewarded(path):

@@ -23,7 +23,7 @@ from common import cli
 from common.cli import UserError
 from common.records import finite, record_id
 from report.hide import hidden
-from report.metrics import KINDS, load_gold
+from report.metrics import KINDS, load_gold, read_object
 from report.state import finished_stages, iterations_of, written_at
 
 KEEP_TEXTS = 500  # prompts of a file whose texts are held while it is read: n-grams are counted on them
@@ -233,21 +233,6 @@ def ties(texts, rewards):
     different = len(known) * (len(known) - 1) // 2 - couples(Counter(text for text, _ in known))
     tied = couples(Counter(reward for _, reward in known)) - couples(Counter(known))
     return different, tied
-
-
-def read_object(path, missing=None, what=""):
-    """The JSON object in a file, `{}` where it is not there; a damaged one is named in `missing`."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (ValueError, OSError, RecursionError):
-        value = None
-    if isinstance(value, dict):
-        return value
-    if missing is not None:
-        missing.append(f"{what or path} cannot be read")
-    return {}
 
 
 def numbers(value):
