@@ -9,7 +9,7 @@ from pathlib import Path
 from common.cli import UserError, existing_file, nearest
 
 
-def function_file(spec, option, example, look=True):
+def function_file(spec, option, example, look=False):
     """(file, name) of `path.py:name`; a relative path may also be from the project's folder. `look`: whether the file's text has the name.
 
     Raises:
@@ -45,7 +45,7 @@ def load_function(spec, option, example):
     Raises:
         UserError: as `function_file`; a file that does not import, no such function in it.
     """
-    path, name = function_file(spec, option, example, look=False)  # loading says more of a file that is wrong altogether
+    path, name = function_file(spec, option, example)
     path = path.resolve()
     kind = option.strip("-").split("_")[0]
     module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(f"{kind}_{path.stem}", path))

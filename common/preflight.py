@@ -10,8 +10,10 @@ from array import array
 from pathlib import Path
 
 from annotate_data import get_rewards
+from annotate_data.functions import EXAMPLE
 from common.cli import UserError, build, check_model, nearest, read_json
 from common.devices import gpu_memory, visible_gpus
+from common.functions import function_file
 from common.loop import gpu_groups, processes
 from common.progress import duration
 from common.records import read_prompts, record_id
@@ -85,7 +87,8 @@ class Findings:
         try:
             return function(*args)
         except UserError as error:
-            self.problems.append(str(error))
+            if str(error) not in self.problems:  # two stages may be asked the same
+                self.problems.append(str(error))
             return None
 
     def tell(self, summary):
@@ -109,6 +112,9 @@ def check_models(run, found):
     rewards = settings.reward_name_or_path or []
     if not rewards and not settings.annotation.get("reward_function"):
         found.problems.append("reward_name_or_path names no reward model, and annotation has no reward_function")
+    if settings.annotation.get("reward_function"):
+        # Its text alone: what it imports may be in environment vllm only.
+        found.attempt(function_file, settings.annotation["reward_function"], "--reward_function", EXAMPLE, True)
     models = [("model_name_or_path", settings.model_name_or_path, settings.generation)]
     models += [("reward_name_or_path", name, settings.annotation) for name in rewards]
     judges = settings.eval_reward_model or []

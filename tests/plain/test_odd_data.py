@@ -101,6 +101,6 @@ def test_a_function_that_is_not_there_is_known_without_running_its_file(tmp_path
     spec = f"{tmp_path / 'mine.py'}:score"
     if named:
         with pytest.raises(UserError, match=named):
-            function_file(spec, "--reward_function", "x.py:y")
+            function_file(spec, "--reward_function", "x.py:y", look=True)
     else:
-        assert function_file(spec, "--reward_function", "x.py:y") == (tmp_path / "mine.py", "score")
+        assert function_file(spec, "--reward_function", "x.py:y", look=True) == (tmp_path / "mine.py", "score")
