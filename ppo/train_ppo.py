@@ -1,4 +1,4 @@
-r"""Train a policy by PPO, small enough to read: one file, plain data parallel, for one GPU, a few, or a CPU.
+r"""Train a policy by PPO, small enough to read: the algorithm in one file, plain data parallel, for one GPU, a few, or a CPU.
 
 In:  a policy, prompts, and what scores a response: reward models (as annotate_data/get_rewards.py takes them, also with
      another tokenizer than the policy's), a function of your own, or a weighted sum.
@@ -17,6 +17,7 @@ The four models: the policy, the reference (the policy as it was at the start, f
 What was left out for the sake of reading: sharded models, LoRA, a fast engine for sampling. Every process holds all four
 and the whole rollout as numbers, so that whitening, GAE and the order of the responses are the same everywhere; only
 passes through models are shared out, and gradients added up. That is for models of up to about a billion parameters.
+Beside this file: arguments.py (settings), inputs.py (loading), output.py (checkpoints, log, manifest).
 
 Nothing is found by looking for padding tokens: where a response ends is known by position, so PAD may be EOS.
 All that is random in a rollout is drawn from seeds made of `seed` and the rollout's number. With `--save_steps N` a killed
@@ -24,7 +25,6 @@ run continues from its last checkpoint when the same command is started again, t
 """
 
 import copy
-import dataclasses
 import math
 import os
 import sys
@@ -33,94 +33,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
-from annotate_data.functions import EXAMPLE
 from annotate_data.get_rewards import combine, make_scorers
 from common import chat
-from common.cli import UserError, arg, build, parse, run
+from common.cli import UserError, parse, run
 from common.devices import check_processes, prepare_threads
-from common.functions import function_file
-from common.manifest import beside, fingerprint, versions, write_json
-from common.progress import Progress, duration
-from common.records import as_json, dumps, finite, read_prompts, sample_seed
-from dpo_iteration.output import is_complete, is_main, launched, remove_checkpoints, say, write_jsonl
-from dpo_iteration.rows import check_bos
-from dpo_iteration.saved import check_saved
-from ppo.checkpoints import lock_output, read_log, restore, save
-from ppo.checks import check, check_paths, check_samples, scoring
+from common.records import sample_seed
+from dpo_iteration.output import is_complete, is_main, say
+from ppo.arguments import Arguments, arguments, check, check_paths, check_samples, scoring, shaping
+from ppo.inputs import load, load_critic, read_prompts, without_dropout
+from ppo.output import Log, begin, finish, lock_output, save
 
-# Settings that do not shape the model: where it goes, what is shown, what the inputs' fingerprints cover, mere speed.
-NOT_SHAPING = {
-    "model_name_or_path", "critic_name_or_path", "reward_name_or_path", "dataset_name_or_path", "chat_template", "output_dir",
-    "overwrite", "trust_remote_code", "attn_implementation", "micro_batch_size", "gradient_checkpointing", "cpu_threads",
-    "save_steps", "save_total_limit", "keep_checkpoints", "logging_steps", "report_to", "run_name",
-}  # fmt: skip
+__all__ = ["Arguments", "PPO", "arguments", "shaping"]  # what ppo/run.py asks of a backend, and its tests
 OFF_BY_ROUNDING = {"no": 1e-3, "bf16": 0.1}  # mean distance of the first pass's ratio from 1, by precision
-
-
-@dataclasses.dataclass(kw_only=True)
-class Arguments:
-    model_name_or_path: str = arg(help="policy to start from, and the reference: hub name or folder")
-    critic_name_or_path: str | None = arg(None, "start of the value model, a classifier with the policy's vocabulary; None: the "
-                                          "first Bradley-Terry reward model if it has that vocabulary, else the policy with a new head")  # fmt: skip
-    reward_name_or_path: list[str] | None = arg(None, "reward model, or several: hub name or folder")
-    reward_type: list[str] = arg(["auto"], "kind of the reward models, see annotate_data/get_rewards.py")
-    reward_function: str | None = arg(None, "FILE.py:NAME, f(messages, response[, record]) → number")
-    reward_weights: list[float] | None = arg(None, "one for each reward model, then the function's; the sum is the score")
-    trust_remote_code: bool = arg(False, "run Python code that comes with a model")
-    attn_implementation: str | None = arg(None, "of policy and value model; None: sdpa, or eager where scores are soft-capped")
-    chat_template: str | None = arg(None, "file with a jinja chat template to use instead of the policy's own")
-    template_kwargs: dict = arg({}, 'arguments of the template, JSON: \'{"enable_thinking": false}\'')
-
-    dataset_name_or_path: list[str] = arg(help="prompts, one set or several: hub name, save_to_disk folder, .jsonl, .json, …")
-    dataset_key: str | None = arg(None, "column of the prompts (the first of context_messages, messages, prompt)")
-    dataset_split: str = arg("train", "split of a hub data set or save_to_disk folder")
-    output_dir: str = arg(help="folder of the trained model")
-    overwrite: bool = arg(False, "start anew where an output exists or is half done")
-    seed: int = arg(42, "seed of sampling and of the order of prompts and responses")
-
-    max_input_length: int = arg(1024, "tokens of the templated prompt; longer prompts are skipped and listed")
-    max_new_tokens: int = arg(1024, "tokens of a response; one without an end of turn by then is cut off")
-    temperature: float = arg(1.0, "of sampling; log-probabilities are those of the logits divided by it")
-    top_p: float = arg(1.0, "nucleus sampling; log-probabilities are of the whole distribution all the same, so below 1 "
-                       "the policy that samples is not quite the one that learns")  # fmt: skip
-    generation_batch_size: int = arg(64, "responses sampled at once by a process")
-
-    num_episodes: float = arg(1.0, "passes over the prompts")
-    max_rollouts: int | None = arg(None, "at most so many rollouts")
-    rollout_batch_size: int = arg(128, "prompts of a rollout, over all processes")
-    samples_per_prompt: int = arg(1, "responses to each prompt of a rollout")
-    batch_size: int = arg(128, "responses per optimizer step, over all processes")
-    micro_batch_size: int = arg(8, "responses in one pass through a model, per process")
-    ppo_epochs: int = arg(1, "passes over a rollout's responses")
-
-    learning_rate: float = arg(5e-7, "peak learning rate of the policy")
-    critic_learning_rate: float = arg(9e-6, "peak learning rate of the value model")
-    lr_scheduler_type: str = arg("cosine", "course of both", choices=("constant", "constant_with_warmup", "cosine", "linear"))
-    warmup_steps: float = arg(0.0, "optimizer steps of linear warm-up; below 1 a share of all steps")
-    weight_decay: float = arg(0.0, "decoupled weight decay of both models")
-    max_grad_norm: float = arg(1.0, "gradients of each model are scaled down to this norm; 0: never")
-    kl_coef: float = arg(0.01, "reward taken off per nat that a response is off the reference; with kl_target the start")
-    kl_target: float | None = arg(None, "nats per response that kl_coef is steered to; None: kl_coef stays")
-    kl_horizon: int = arg(10000, "responses; the larger, the slower kl_coef is steered")
-    kl_estimator: str = arg("k1", "of a token's KL in the reward", choices=("k1", "k2", "k3"))
-    gamma: float = arg(1.0, "discount of a later token's reward, per token")
-    gae_lambda: float = arg(0.95, "0: advantages from the next value alone, 1: from the rewards alone")
-    clip: float = arg(0.2, "a token's probability ratio earns no more beyond 1 ± this")
-    value_clip: float = arg(0.2, "a value earns no more beyond the rollout's value ± this")
-    value_coef: float = arg(0.1, "weight of the value loss; matters through max_grad_norm alone, the models being two")
-    missing_eos_penalty: float = arg(1.0, "taken off the score of a response that was cut off, as in TRL")
-    whiten_rewards: bool = arg(False, "give the tokens' rewards variance 1, their mean kept")
-    whiten_advantages: bool = arg(True, "give advantages mean 0 and variance 1")
-
-    bf16: bool = arg(True, "compute in bfloat16 on a GPU and save in it; the weights that learn are fp32 all the while")
-    gradient_checkpointing: bool = arg(False, "recompute activations: less memory, slower")
-    cpu_threads: int | None = arg(None, "threads of a process without a GPU; None: the cores shared out")
-    save_steps: int = arg(20, "rollouts between checkpoints; 0 writes none")
-    save_total_limit: int = arg(2, "checkpoints kept while training")
-    keep_checkpoints: bool = arg(False, "keep checkpoints, with the value model, once the model is saved")
-    logging_steps: int = arg(1, "rollouts between lines of progress")
-    report_to: list[str] = arg(["none"], "none, wandb, tensorboard, trackio: one or several")
-    run_name: str | None = arg(None, "name of the run for report_to")
 
 
 # The mathematics. Tensors are [responses, tokens]; `mask` is 1 at a response's tokens and 0 behind them.
@@ -239,7 +163,7 @@ class PPO:
         self.tokenizer = load(transformers.AutoTokenizer, args.model_name_or_path, args)
         chat.use_template(self.tokenizer, args.chat_template)
         self.policy = load(transformers.AutoModelForCausalLM, args.model_name_or_path, args, weights=True)
-        self.prompts, self.skipped = self.read_prompts()
+        self.prompts, self.skipped = read_prompts(args, self.tokenizer, self.policy)
 
         # All sampling settings are ours: a model's generation config may hold a top_k, of which training knows nothing.
         self.generation_config = self.policy.generation_config  # goes with the trained model as it came
@@ -259,7 +183,7 @@ class PPO:
                 scorer.check(prompt)
             scorer.load()
         torch.set_num_threads(threads)
-        self.critic = self.load_critic()
+        self.critic = load_critic(args, self.tokenizer, self.scorers)
         self.reference = copy.deepcopy(self.policy).requires_grad_(False).eval()
         for model in (self.policy, self.reference, self.critic):
             model.to(self.device)
@@ -268,7 +192,8 @@ class PPO:
             if args.gradient_checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
-        self.rollouts = count_rollouts(args, len(self.prompts))
+        rollouts = max(1, int(args.num_episodes * len(self.prompts) / args.rollout_batch_size + 1e-9))
+        self.rollouts = min(rollouts, args.max_rollouts or rollouts)
         self.kl_coef, self.done = args.kl_coef, 0  # rollouts
         steps = self.rollouts * args.ppo_epochs * args.rollout_batch_size * args.samples_per_prompt // args.batch_size
         warmup = math.ceil(args.warmup_steps * steps) if args.warmup_steps < 1 else int(args.warmup_steps)
@@ -279,55 +204,6 @@ class PPO:
             optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=args.weight_decay)
             schedule = transformers.get_scheduler(args.lr_scheduler_type, optimizer, warmup, steps)
             self.learners[name] = (model, optimizer, schedule)
-
-    def read_prompts(self):
-        """(prompt records with their token ids under "ids", entries of the skipped file)."""
-        args, kept, skipped = self.args, [], []
-        for name in args.dataset_name_or_path:
-            for record in read_prompts(name, args.dataset_key, args.dataset_split):
-                ids = chat.encode(self.tokenizer, record["prompt"], True, args.template_kwargs)
-                if len(ids) > args.max_input_length:
-                    skipped.append({"id": record["id"], "reason": f"prompt of {len(ids)} tokens, more than {args.max_input_length}"})
-                else:
-                    kept.append(record | {"ids": ids})
-        if len(kept) < args.rollout_batch_size:
-            raise UserError(f"{len(kept)} prompts ({len(skipped)} skipped as too long) for rollouts of {args.rollout_batch_size}: "
-                            "lower --rollout_batch_size, raise --max_input_length, or give more prompts")  # fmt: skip
-        check_bos(self.tokenizer, {"prompt_ids": kept[0]["ids"]})
-        shape = self.policy.config.get_text_config()
-        positions = getattr(shape, "max_position_embeddings", None)
-        if positions and args.max_input_length + args.max_new_tokens > positions:
-            raise UserError(f"{args.model_name_or_path} has {positions} positions: --max_input_length {args.max_input_length} + "
-                            f"--max_new_tokens {args.max_new_tokens} are more")  # fmt: skip
-        highest, embeddings = max(max(record["ids"]) for record in kept), self.policy.get_input_embeddings().num_embeddings
-        if highest >= embeddings:
-            raise UserError(f"the tokenizer gives token id {highest} and {args.model_name_or_path} has {embeddings} embeddings: no match")
-        return kept, skipped
-
-    def load_critic(self):
-        """A sequence classifier with one label, of which `score` is applied at every token."""
-        import torch
-        import transformers
-
-        args, vocabulary, name = self.args, self.tokenizer.get_vocab(), self.args.critic_name_or_path
-        if name is None:
-            models = [s for s in self.scorers if type(s).__name__ == "BradleyTerry" and s.tokenizer.get_vocab() == vocabulary]
-            name = models[0].name if models else None
-        elif load(transformers.AutoTokenizer, name, args).get_vocab() != vocabulary:
-            raise UserError(f"--critic_name_or_path {name} has another vocabulary than the policy, whose token ids it would be given; "
-                            "leave it out to start from the policy")  # fmt: skip
-        new_head = name is None
-        critic = load(transformers.AutoModelForSequenceClassification, name or args.model_name_or_path, args, weights=True,
-                      missing={"score.weight"} if new_head else set(), num_labels=1)  # fmt: skip
-        if not isinstance(getattr(critic, "score", None), torch.nn.Linear) or critic.score.out_features != 1:
-            raise UserError(f"{name or args.model_name_or_path}: its classifier has no head `score` with one output to take values from")
-        size, needed = critic.get_input_embeddings().num_embeddings, max(vocabulary.values())
-        if size <= needed:
-            raise UserError(f"{name or args.model_name_or_path} has {size} embeddings, the policy's tokens need {needed + 1}: no match")
-        if new_head:
-            torch.nn.init.zeros_(critic.score.weight)
-        say(f"value model: from {name or args.model_name_or_path}, " + ("the policy, with a new head that says 0" if new_head else "head and all"))
-        return critic
 
     # Rollouts
 
@@ -537,70 +413,6 @@ class PPO:
             for tensor in tensors:
                 torch.distributed.all_reduce(tensor)
 
-    def save_model(self):
-        """Write the policy as a plain model folder, with what came with it."""
-        import torch
-
-        folder = Path(self.args.output_dir)
-        if self.accelerator.mixed_precision == "bf16":
-            self.policy.to(torch.bfloat16)
-        self.policy.save_pretrained(folder)
-        self.generation_config.to_json_file(folder / "generation_config.json")  # unchecked: some published ones fail transformers' check
-        self.tokenizer.save_pretrained(folder)
-        check_saved(folder, self.args.trust_remote_code)
-
-
-def load(auto_class, name, args, weights=False, missing=(), **more):
-    """A tokenizer, or with `weights` a model in fp32; a checkpoint that lacks weights other than `missing` is refused."""
-    import torch
-    import transformers
-
-    try:
-        if not weights:
-            return auto_class.from_pretrained(name, trust_remote_code=args.trust_remote_code)
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
-        softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None)  # sdpa would leave it out in silence
-        attention = args.attn_implementation or ("eager" if softcap else "sdpa")
-        model, report = auto_class.from_pretrained(name, dtype=torch.float32, attn_implementation=attention, output_loading_info=True,
-                                                   trust_remote_code=args.trust_remote_code, **more)  # fmt: skip
-    except Exception as error:  # hub, file and remote code fail in many ways
-        raise UserError(f"cannot load {name}: {' '.join(str(error).split())[:300]}") from None
-    lacking = sorted(set(report["missing_keys"]) - set(missing))
-    if lacking:
-        raise UserError(f"{name} lacks the weights {', '.join(lacking[:3])}: they would be random")
-    return model
-
-
-def without_dropout(model):
-    """Switch dropout off, be it a module or a number that a module hands to its attention."""
-    for module in model.modules():
-        for key in ("p", "attention_dropout", "dropout", "activation_dropout", "hidden_dropout", "attn_dropout"):
-            if isinstance(getattr(module, key, None), float):
-                setattr(module, key, 0.0)
-
-
-def count_rollouts(args, prompts):
-    rollouts = max(1, int(args.num_episodes * prompts / args.rollout_batch_size + 1e-9))
-    return min(rollouts, args.max_rollouts or rollouts)
-
-
-def arguments(values, where=""):
-    """Arguments from a mapping, checked without torch and before the files are there."""
-    args = build(Arguments, values, where)
-    check(args)
-    return args
-
-
-def shaping(args):
-    """(settings, inputs) that shape the model; what its manifest holds."""
-    settings = {f.name: getattr(args, f.name) for f in dataclasses.fields(Arguments) if f.name not in NOT_SHAPING}
-    inputs = {"model_name_or_path": args.model_name_or_path, "critic_name_or_path": args.critic_name_or_path, "chat_template": args.chat_template}
-    inputs |= {f"dataset_name_or_path {i}": name for i, name in enumerate(args.dataset_name_or_path, 1)}
-    inputs |= {f"reward_name_or_path {i}": name for i, name in enumerate(args.reward_name_or_path or [], 1)}
-    if args.reward_function:
-        inputs["reward_function"] = str(function_file(args.reward_function, "--reward_function", EXAMPLE)[0])
-    return settings, inputs
-
 
 def train(args, settings, inputs, started):
     """Load, learn, save: what needs torch."""
@@ -613,29 +425,14 @@ def train(args, settings, inputs, started):
     if not gpu:
         say("note: no GPU found, training on the CPU in float32")
         prepare_cpu(args.cpu_threads)
-    folder, log = Path(args.output_dir), beside(args.output_dir, ".log.jsonl")
-    accelerator = Accelerator(mixed_precision="bf16" if args.bf16 and gpu else "no", log_with=trackers or None, project_dir=folder / "runs")
+    precision, folder = "bf16" if args.bf16 and gpu else "no", Path(args.output_dir, "runs")
+    accelerator = Accelerator(mixed_precision=precision, log_with=trackers or None, project_dir=folder)
     accelerator.wait_for_everyone()  # every rank has looked at what is there; now rank 0 may write
     ppo = PPO(args, accelerator)
-    if is_main():
-        if args.overwrite:
-            remove_checkpoints(folder.glob("checkpoint-*"))
-        marks = {key: fingerprint(name) for key, name in inputs.items() if name is not None}
-        manifest = {"script": "ppo/train_ppo.py", "complete": False, "settings": settings, "inputs": marks}
-        write_json(beside(folder, ".manifest.json"), manifest)
-        write_jsonl(beside(folder, ".skipped.jsonl"), ppo.skipped)
-    accelerator.wait_for_everyone()
-    restore(ppo)
-    entries = read_log(log, ppo.done)
-    if is_main():
-        write_jsonl(log, entries)  # what came after the checkpoint comes again
-    if trackers:
-        named = {tool: {"name": args.run_name} for tool in ("wandb", "trackio") if args.run_name}
-        accelerator.init_trackers("ppo", {key: str(value) for key, value in settings.items()}, init_kwargs=named)
+    begin(ppo, settings, inputs)
     say(f"{len(ppo.prompts)} prompts, {len(ppo.skipped)} skipped; {ppo.rollouts} rollouts of {args.rollout_batch_size} × {args.samples_per_prompt} "
         f"responses, {args.ppo_epochs} passes over each in steps of {args.batch_size}; responses end with {sorted(ppo.stops)}")  # fmt: skip
-
-    ready, progress = time.time(), Progress(ppo.rollouts, "ppo", "rollouts", done=ppo.done, enabled=is_main() and sys.stderr.isatty())
+    log, ready = Log(ppo, settings, trackers), time.time()
     for number in range(ppo.done + 1, ppo.rollouts + 1):
         begun = time.monotonic()
         rows, seconds = ppo.rollout(number)
@@ -649,41 +446,11 @@ def train(args, settings, inputs, started):
         ppo.done, now = number, time.monotonic()
         seconds |= {"learn": now - learning, "all": now - begun}
         figures["tokens_per_second"] = figures["response_length"] * len(rows) / seconds["all"]
-        entry = {"step": number, "episode": number * args.rollout_batch_size / len(ppo.prompts), **figures, "seconds": seconds}
-        if is_main():
-            with open(log, "a", encoding="utf-8") as file:
-                file.write(dumps(as_json(entry)) + "\n")
-        if trackers:
-            accelerator.log(figures | {f"seconds/{key}": value for key, value in seconds.items()}, step=number)
-        entries.append(entry)
-        note = (f"reward {figures['reward']:.3f}, kl {figures['kl']:.2f}, entropy {figures['entropy']:.2f}, length {figures['response_length']:.1f}, "
-                f"cut {figures['truncated_fraction']:.2f}, clipped {figures['clip_fraction']:.3f}, explained {figures['explained_variance']:.2f}")  # fmt: skip
-        progress.update(1, note)
-        if progress.bar is None and (number % args.logging_steps == 0 or number == ppo.rollouts):
-            left = duration((time.monotonic() - progress.start) / (number - progress.first) * (ppo.rollouts - number))
-            say(f"ppo: rollout {number}/{ppo.rollouts}, {note}, {figures['tokens_per_second']:.0f} tokens/s, {left} left")
+        log.add(figures, seconds)
         if args.save_steps and number % args.save_steps == 0:
             save(ppo)
-    progress.close()
-    if trackers:
-        accelerator.end_training()
-    if is_main():
-        ppo.save_model()
-        counts = {"prompts": len(ppo.prompts), "skipped": len(ppo.skipped), "rollouts": ppo.done}
-        counts["responses"] = ppo.done * args.rollout_batch_size * args.samples_per_prompt
-        metrics = {key: value for key, value in (entries or [{}])[-1].items() if finite(value)}
-        manifest |= {
-            "complete": True, "counts": counts, "metrics": metrics, "num_processes": launched(), "versions": versions(),
-            "seconds": {"start": round(ready - started, 1), "all": round(time.time() - started, 1)},
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "output": fingerprint(folder),
-        }  # fmt: skip
-        write_json(beside(folder, ".manifest.json"), manifest)
-        if not args.keep_checkpoints:  # not before the manifest calls the model complete: a kill between would cost the whole run
-            remove_checkpoints(folder.glob("checkpoint-*"))
-        say(f"read {len(ppo.prompts)} prompts, skipped {len(ppo.skipped)}, sampled {counts['responses']} responses in {ppo.done} rollouts")
-        if entries:
-            say(f"reward {entries[0]['reward']:.3f} → {metrics['reward']:.3f}, {metrics['kl']:.2f} nats per response off the reference")
-        say(f"trained {folder} in {duration(time.time() - started)}")
+    log.close()
+    finish(ppo, log.entries, ready - started, started)
     accelerator.wait_for_everyone()
     accelerator.state.destroy_process_group()
 

@@ -17,6 +17,7 @@ from training import ROOT, read_json, read_jsonl
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
 from common.cli import UserError, build, read_yaml
+from ppo import output
 from ppo import train_ppo as ppo
 
 SCRIPT = str(ROOT / "ppo" / "train_ppo.py")
@@ -466,13 +467,13 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_weights(work, undisturbed
 
 
 def stopped_before(name, here, monkeypatch, words):
-    """Start a run that dies as soon as `name` of train_ppo.py's PPO is called."""
+    """Start a run that dies as soon as `name` of train_ppo.py is called."""
 
     def die(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(ppo.PPO, name, die)
+        patch.setattr(ppo, name, die)
         with pytest.raises(KeyboardInterrupt):
             here(words)
 
@@ -489,7 +490,7 @@ DAMAGE = {
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(work, undisturbed, here, monkeypatch, capsys, damage):
     name = damage.replace(" ", "_")
     words = argv(work, name, **RUN)
-    stopped_before("save_model", here, monkeypatch, words)
+    stopped_before("finish", here, monkeypatch, words)
     DAMAGE[damage](work / name / "checkpoint-6")
     log = work / f"{name}.log.jsonl"
     log.write_text("\n".join(log.read_text().split("\n")[:4]) + '\n{"step": 5, "rew')  # what a loss of power leaves
@@ -501,16 +502,20 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(work, undisturbed, her
 
 def test_checkpoints_of_which_none_can_be_read_are_not_passed_over_in_silence(work, here, monkeypatch):
     words = argv(work, "unreadable", **RUN)
-    stopped_before("save_model", here, monkeypatch, words)
+    stopped_before("finish", here, monkeypatch, words)
     for state in (work / "unreadable").glob("checkpoint-*/state.pt"):
         os.truncate(state, 1000)
     with pytest.raises(UserError, match="checkpoint-5 cannot be read .*nor is there an older one.*--overwrite true"):
+        here(words)
+    for note in (work / "unreadable").glob("checkpoint-*/trainer_state.json"):
+        os.truncate(note, 5)
+    with pytest.raises(UserError, match="checkpoint-. cannot be read .*trainer_state.json is damaged.*--overwrite true"):
         here(words)
 
 
 def test_checkpoints_stay_until_the_model_is_known_to_be_complete(work, here, monkeypatch, capsys):
     """A kill between the two would otherwise cost the whole run."""
-    words, written = argv(work, "late", **RUN | {"keep_checkpoints": False}), ppo.write_json
+    words, written = argv(work, "late", **RUN | {"keep_checkpoints": False}), output.write_json
 
     def write(path, content):
         if content.get("complete"):
@@ -518,7 +523,7 @@ def test_checkpoints_stay_until_the_model_is_known_to_be_complete(work, here, mo
         written(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ppo, "write_json", write)
+        patch.setattr(output, "write_json", write)
         with pytest.raises(KeyboardInterrupt):
             here(words)
     here(words)

@@ -1,0 +1,87 @@
+"""What train_ppo.py starts from: models, looked at before they are trusted, and prompts as token ids."""
+
+from common import chat
+from common.cli import UserError
+from common.records import read_prompts as read_records
+from dpo_iteration.output import say
+from dpo_iteration.rows import check_bos
+
+
+def load(auto_class, name, args, weights=False, missing=(), **more):
+    """A tokenizer, or with `weights` a model in fp32; a checkpoint that lacks weights other than `missing` is refused."""
+    import torch
+    import transformers
+
+    try:
+        if not weights:
+            return auto_class.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None)  # sdpa would leave it out in silence
+        attention = args.attn_implementation or ("eager" if softcap else "sdpa")
+        model, report = auto_class.from_pretrained(name, dtype=torch.float32, attn_implementation=attention, output_loading_info=True,
+                                                   trust_remote_code=args.trust_remote_code, **more)  # fmt: skip
+    except Exception as error:  # hub, file and remote code fail in many ways
+        raise UserError(f"cannot load {name}: {' '.join(str(error).split())[:300]}") from None
+    lacking = sorted(set(report["missing_keys"]) - set(missing))
+    if lacking:
+        raise UserError(f"{name} lacks the weights {', '.join(lacking[:3])}: they would be random")
+    return model
+
+
+def without_dropout(model):
+    """Switch dropout off, be it a module or a number that a module hands to its attention."""
+    for module in model.modules():
+        for key in ("p", "attention_dropout", "dropout", "activation_dropout", "hidden_dropout", "attn_dropout"):
+            if isinstance(getattr(module, key, None), float):
+                setattr(module, key, 0.0)
+
+
+def load_critic(args, tokenizer, scorers):
+    """A sequence classifier with one label, of which `score` is applied at every token."""
+    import torch
+    import transformers
+
+    vocabulary, name = tokenizer.get_vocab(), args.critic_name_or_path
+    if name is None:
+        models = [s for s in scorers if type(s).__name__ == "BradleyTerry" and s.tokenizer.get_vocab() == vocabulary]
+        name = models[0].name if models else None
+    elif load(transformers.AutoTokenizer, name, args).get_vocab() != vocabulary:
+        raise UserError(f"--critic_name_or_path {name} has another vocabulary than the policy, whose token ids it would be given; "
+                        "leave it out to start from the policy")  # fmt: skip
+    new_head = name is None
+    critic = load(transformers.AutoModelForSequenceClassification, name or args.model_name_or_path, args, weights=True,
+                  missing={"score.weight"} if new_head else set(), num_labels=1)  # fmt: skip
+    if not isinstance(getattr(critic, "score", None), torch.nn.Linear) or critic.score.out_features != 1:
+        raise UserError(f"{name or args.model_name_or_path}: its classifier has no head `score` with one output to take values from")
+    size, needed = critic.get_input_embeddings().num_embeddings, max(vocabulary.values())
+    if size <= needed:
+        raise UserError(f"{name or args.model_name_or_path} has {size} embeddings, the policy's tokens need {needed + 1}: no match")
+    if new_head:
+        torch.nn.init.zeros_(critic.score.weight)
+    say(f"value model: from {name or args.model_name_or_path}, " + ("the policy, with a new head that says 0" if new_head else "head and all"))
+    return critic
+
+
+def read_prompts(args, tokenizer, policy):
+    """(prompt records with their token ids under "ids", entries of the skipped file)."""
+    kept, skipped = [], []
+    for name in args.dataset_name_or_path:
+        for record in read_records(name, args.dataset_key, args.dataset_split):
+            ids = chat.encode(tokenizer, record["prompt"], True, args.template_kwargs)
+            if len(ids) > args.max_input_length:
+                skipped.append({"id": record["id"], "reason": f"prompt of {len(ids)} tokens, more than {args.max_input_length}"})
+            else:
+                kept.append(record | {"ids": ids})
+    if len(kept) < args.rollout_batch_size:
+        raise UserError(f"{len(kept)} prompts ({len(skipped)} skipped as too long) for rollouts of {args.rollout_batch_size}: "
+                        "lower --rollout_batch_size, raise --max_input_length, or give more prompts")  # fmt: skip
+    check_bos(tokenizer, {"prompt_ids": kept[0]["ids"]})
+    shape = policy.config.get_text_config()
+    positions = getattr(shape, "max_position_embeddings", None)
+    if positions and args.max_input_length + args.max_new_tokens > positions:
+        raise UserError(f"{args.model_name_or_path} has {positions} positions: --max_input_length {args.max_input_length} + "
+                        f"--max_new_tokens {args.max_new_tokens} are more")  # fmt: skip
+    highest, embeddings = max(max(record["ids"]) for record in kept), policy.get_input_embeddings().num_embeddings
+    if highest >= embeddings:
+        raise UserError(f"the tokenizer gives token id {highest} and {args.model_name_or_path} has {embeddings} embeddings: no match")
+    return kept, skipped

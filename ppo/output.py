@@ -1,0 +1,184 @@
+"""What train_ppo.py writes: its manifest and log, checkpoints from which a killed run continues, and the model."""
+
+import fcntl
+import json
+import os
+import pickle
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from common.cli import UserError
+from common.manifest import beside, fingerprint, read_manifest, versions, write_json
+from common.progress import Progress, duration
+from common.records import as_json, dumps, finite
+from dpo_iteration.output import checkpoints, is_main, launched, remove_checkpoints, say, write_jsonl
+from dpo_iteration.saved import check_saved
+
+
+def lock_output(args):
+    """The open lock file of the output, which rank 0 holds until the end."""
+    folder = Path(args.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(beside(folder, ".lock"), "w")
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}; give another --output_dir") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"another process is training into {folder}; wait for it or stop it first") from None
+    return lock
+
+
+def begin(ppo, settings, inputs):
+    """Write an unfinished manifest and the prompts left out, and go on from the last checkpoint if there is one."""
+    args, folder = ppo.args, Path(ppo.args.output_dir)
+    if is_main():
+        if args.overwrite:
+            remove_checkpoints(folder.glob("checkpoint-*"))
+        marks = {key: fingerprint(name) for key, name in inputs.items() if name is not None}
+        write_json(beside(folder, ".manifest.json"), {"script": "ppo/train_ppo.py", "complete": False, "settings": settings, "inputs": marks})
+        write_jsonl(beside(folder, ".skipped.jsonl"), ppo.skipped)
+    ppo.accelerator.wait_for_everyone()
+    restore(ppo)
+
+
+def save(ppo):
+    """Write all that a later start needs, beside its place, and rename. No random state is among it: seeds go by rollout.
+
+    Args:
+        ppo: train_ppo.PPO; `learners` (models, optimizers, schedules), `done` (rollouts) and `kl_coef` are its state.
+    """
+    import torch
+
+    folder, new = Path(ppo.args.output_dir), Path(ppo.args.output_dir, ".saving")
+    if is_main():
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        state = {name: [part.state_dict() for part in learner] for name, learner in ppo.learners.items()}
+        torch.save(state, new / "state.pt")
+        write_json(new / "trainer_state.json", {"rollout": ppo.done, "kl_coef": ppo.kl_coef})
+        for path in new.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        place = folder / f"checkpoint-{ppo.done}"
+        shutil.rmtree(place, ignore_errors=True)  # one that could not be read
+        os.rename(new, place)
+        remove_checkpoints(checkpoints(folder)[: -ppo.args.save_total_limit])
+    ppo.accelerator.wait_for_everyone()
+
+
+def restore(ppo):
+    """Go on from the last checkpoint that can be read, if there is one.
+
+    Raises:
+        UserError: there are some, and none can be read: to begin anew is for the user to say.
+    """
+    import torch
+
+    saved, reason = checkpoints(ppo.args.output_dir), None
+    noted = [path.parent for path in Path(ppo.args.output_dir).glob("checkpoint-*/trainer_state.json")]
+    if noted and not saved:  # they were renamed into place whole: something has damaged them since
+        reason = f"{noted[0]} cannot be read (its trainer_state.json is damaged)"
+    for folder in reversed(saved):
+        try:
+            told = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+            done, kl_coef = told["rollout"], told["kl_coef"]
+            parts = [(part, values) for name, learner in ppo.learners.items() for part, values in zip(learner, state[name], strict=True)]
+        except (OSError, EOFError, KeyError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+            reason = f"{folder} cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+            say(f"note: {reason}")
+            continue
+        say(f"continuing from {folder}")
+        ppo.done, ppo.kl_coef = done, kl_coef
+        for part, values in parts:
+            part.load_state_dict(values)
+        return
+    if reason:
+        raise UserError(f"{reason}, nor is there an older one that can; mend it, or begin anew with --overwrite true")
+
+
+def read_log(path, rollouts):
+    """The log's entries of the first `rollouts` rollouts, up to a line that was torn (a machine that lost its power)."""
+    entries = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:rollouts] if path.exists() else []:
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            break
+    return entries
+
+
+class Log:
+    """One line of figures for each rollout: in the log file, to the trackers, and on the terminal."""
+
+    def __init__(self, ppo, settings, trackers):
+        self.ppo, self.trackers, self.path = ppo, trackers, beside(ppo.args.output_dir, ".log.jsonl")
+        self.entries = read_log(self.path, ppo.done)
+        if is_main():
+            write_jsonl(self.path, self.entries)  # what came after the checkpoint comes again
+        if trackers:
+            named = {tool: {"name": ppo.args.run_name} for tool in ("wandb", "trackio") if ppo.args.run_name}
+            ppo.accelerator.init_trackers("ppo", {key: str(value) for key, value in settings.items()}, init_kwargs=named)
+        self.progress = Progress(ppo.rollouts, "ppo", "rollouts", done=ppo.done, enabled=is_main() and sys.stderr.isatty())
+
+    def add(self, figures, seconds):
+        """The figures of the rollout that was just learned from, and the seconds of its parts."""
+        ppo, number, progress = self.ppo, self.ppo.done, self.progress
+        episode = number * ppo.args.rollout_batch_size / len(ppo.prompts)
+        self.entries.append({"step": number, "episode": episode, **figures, "seconds": seconds})
+        if is_main():
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(dumps(as_json(self.entries[-1])) + "\n")
+        if self.trackers:
+            ppo.accelerator.log(figures | {f"seconds/{key}": value for key, value in seconds.items()}, step=number)
+        note = (f"reward {figures['reward']:.3f}, kl {figures['kl']:.2f}, entropy {figures['entropy']:.2f}, length {figures['response_length']:.1f}, "
+                f"cut {figures['truncated_fraction']:.2f}, clipped {figures['clip_fraction']:.3f}, explained {figures['explained_variance']:.2f}")  # fmt: skip
+        progress.update(1, note)
+        if progress.bar is None and (number % ppo.args.logging_steps == 0 or number == ppo.rollouts):
+            left = duration((time.monotonic() - progress.start) / (number - progress.first) * (ppo.rollouts - number))
+            say(f"ppo: rollout {number}/{ppo.rollouts}, {note}, {figures['tokens_per_second']:.0f} tokens/s, {left} left")
+
+    def close(self):
+        self.progress.close()
+        if self.trackers:
+            self.ppo.accelerator.end_training()
+
+
+def finish(ppo, entries, start_seconds, started):
+    """Rank 0: save the policy as a plain model folder, with what came with it, and complete the manifest.
+
+    Args:
+        entries: those of the log.
+        start_seconds: from the script's start to the first rollout.
+        started: when the script started, seconds since the epoch.
+    """
+    import torch
+
+    if not is_main():
+        return
+    args, folder = ppo.args, Path(ppo.args.output_dir)
+    if ppo.accelerator.mixed_precision == "bf16":
+        ppo.policy.to(torch.bfloat16)
+    ppo.policy.save_pretrained(folder)
+    ppo.generation_config.to_json_file(folder / "generation_config.json")  # unchecked: some published ones fail transformers' check
+    ppo.tokenizer.save_pretrained(folder)
+    check_saved(folder, args.trust_remote_code)
+    counts = {"prompts": len(ppo.prompts), "skipped": len(ppo.skipped), "rollouts": ppo.done}
+    counts["responses"] = ppo.done * args.rollout_batch_size * args.samples_per_prompt
+    metrics = {key: value for key, value in (entries or [{}])[-1].items() if finite(value)}
+    manifest = read_manifest(folder) | {
+        "complete": True, "counts": counts, "metrics": metrics, "num_processes": launched(), "versions": versions(),
+        "seconds": {"start": round(start_seconds, 1), "all": round(time.time() - started, 1)},
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "output": fingerprint(folder),
+    }  # fmt: skip
+    write_json(beside(folder, ".manifest.json"), manifest)
+    if not args.keep_checkpoints:  # not before the manifest calls the model complete: a kill between would cost the whole run
+        remove_checkpoints(folder.glob("checkpoint-*"))
+    say(f"read {len(ppo.prompts)} prompts, skipped {len(ppo.skipped)}, sampled {counts['responses']} responses in {ppo.done} rollouts")
+    if entries:
+        say(f"reward {entries[0]['reward']:.3f} → {metrics['reward']:.3f}, {metrics['kl']:.2f} nats per response off the reference")
+    say(f"trained {folder} in {duration(time.time() - started)}")
