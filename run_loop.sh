@@ -54,6 +54,7 @@ settings="$("$driver" common/loop.py prepare "$config" "${options[@]}")"
 eval "$settings"
 [ "$stage" = 0.4 ] || [ "$first" -le $((iterations * 4 + 4)) ] || fail 2 "--stage $stage: there are $iterations iterations"
 [ "$check" = no ] || exit 0
+[ -n "$left" ] || say "every stage of $run_dir is done, nothing is left to do" >&2
 
 # ---- The loop --------------------------------------------------------------------------------------------------------
 

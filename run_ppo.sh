@@ -54,6 +54,7 @@ set_up "$setup_command"
 settings="$("$driver" ppo/run.py prepare "$config" "${options[@]}")"
 eval "$settings"
 [ "$check" = no ] || exit 0
+[ -n "$left" ] || say "every stage of $run_dir is done, nothing is left to do" >&2
 
 # ---- The three stages ------------------------------------------------------------------------------------------------
 

@@ -203,7 +203,7 @@ def parse(cls, description, argv=None, yaml_positional=True):
     merged = {}
     if config is not None:
         merged = {key: convert(f"{key} in {config}", value, hints[key]) for key, value in known(cls, read_yaml(config), config).items()}
-    merged |= {key: convert(f"--{key}", value, hints[key]) for key, value in values.items()}
+    merged |= {key: convert(f"--{key}", _listed(value), hints[key]) for key, value in values.items()}
     for name, key, value in dotted:  # --generation.K 4
         merged[name] = {**merged.get(name, {}), key: value}
     return build(cls, merged)
@@ -224,6 +224,14 @@ def _split_dotted(argv, mappings):
         dotted.append((match[1], match[2], _scalar(value)))
         i += 1 if match[3] is not None else 2
     return rest, dotted
+
+
+def _listed(value):
+    """`['[a, b]']`, a list written as one word of YAML, as the list that it is."""
+    if isinstance(value, list) and len(value) == 1 and value[0].startswith("[") and value[0].endswith("]"):
+        inner = _scalar(value[0])
+        return inner if isinstance(inner, list) else value
+    return value
 
 
 def _scalar(text):

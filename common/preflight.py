@@ -19,6 +19,7 @@ from common.progress import duration
 from common.records import read_prompts, record_id
 from dpo_iteration import memory, run_dpo
 from dpo_iteration.settings import reason_for_trl
+from generation import get_hf2
 from report.metrics import load_gold
 from report.run_metrics import TRACKERS
 
@@ -42,6 +43,13 @@ def has_template(name):
         return True
     config = folder / "tokenizer_config.json"
     return config.is_file() and bool(read_json(config).get("chat_template"))
+
+
+def positions(name):
+    """Positions that a local model was made for; None where its config does not say."""
+    config = local_config(name) or {}
+    shape = config.get("text_config") or config
+    return shape.get("max_position_embeddings") or shape.get("n_positions")
 
 
 def parameters(name, fallback=None):
@@ -130,6 +138,7 @@ def check_models(run, found):
             found.problems.append(f"{key} {name} has no chat template: put a chat_template.jinja beside its tokenizer")
     found.attempt(gpu_groups, settings)
     found.attempt(run.check_sampling)
+    found.attempt(check_positions, run, found)
     asked = found.attempt(lambda: build(get_rewards.Arguments, run.annotation([("generated", "rewarded")]), "annotation"))
     if asked:
         found.attempt(get_rewards.check, asked)
@@ -137,6 +146,16 @@ def check_models(run, found):
         asked = found.attempt(lambda: build(get_rewards.Arguments, run.judging([("generated", "judged")]), "eval_annotation"))
         if asked:
             found.attempt(get_rewards.check, asked)
+
+
+def check_positions(run, found):
+    """Note where prompts and responses may be longer than the policy's positions: generation caps what it samples."""
+    limit = positions(run.settings.model_name_or_path)
+    jobs = get_hf2.split_jobs(build(get_hf2.Arguments, run.generation(0, run.jobs(0)), "generation"))
+    prompt, response = (max(getattr(job, key) for job in jobs) for key in ("max_input_length", "max_new_tokens"))
+    if limit and prompt + response > limit:
+        found.notes.append(f"the policy has {limit} positions, max_input_length {prompt} + max_new_tokens {response} are more: a response to a "
+                           f"prompt of more than {max(0, limit - response)} tokens is cut off where they end")  # fmt: skip
 
 
 def check_prompts(run, found):

@@ -14,7 +14,7 @@ from ppo.openrlhf_reward import check as check_rewards
 NOT_SHAPING = {
     "model_name_or_path", "reward_name_or_path", "critic_name_or_path", "dataset_name_or_path", "chat_template", "reward_chat_template", "output_dir",
     "overwrite", "trust_remote_code", "save_steps", "save_total_limit", "save_hf", "save_critic", "logging_steps", "report_to", "run_name",
-    "keep_checkpoints", "wandb_project", "num_gpus", "gpus_per_node", "gpu_memory_gib", "ray_address", "colocate", "num_engines",
+    "keep_checkpoints", "wandb_project", "num_gpus", "gpus_per_node", "gpu_memory_gib", "machine_memory_gib", "ray_address", "colocate", "num_engines",
     "tensor_parallel_size", "gpu_memory_utilization", "enforce_eager", "zero_stage", "offload", "packing", "max_tokens_per_gpu",
     "micro_batch_size", "attn_implementation", "model_size_b", "reward_size_b", "reward_gpus", "reward_batch_tokens", "patched_lora",
     "dry_run", "gradient_checkpointing", "kl_target", "kl_horizon", "value_coef", "whiten_rewards", "whiten_advantages", "bf16",
@@ -92,6 +92,7 @@ class Arguments:
     num_gpus: int | None = arg(None, "GPUs over all nodes; None: those visible, or of the Ray cluster")
     gpus_per_node: int | None = arg(None, "GPUs of a node; None: as found")
     gpu_memory_gib: float | None = arg(None, "GiB of a GPU; None: that of the visible ones")
+    machine_memory_gib: float | None = arg(None, "GiB of a node's main memory; None: that of this machine, where it has the GPUs")
     ray_address: str | None = arg(None, "HOST:PORT of a Ray cluster that runs already; output_dir must be on a disk that its nodes share")
     colocate: bool = arg(True, "all roles share all GPUs; false: policy, value model and engines on GPUs of their own")
     num_engines: int | None = arg(None, "vLLM engines; None: as many as fit")
@@ -135,7 +136,7 @@ def check(args):
     positive = ("max_input_length", "max_new_tokens", "temperature", "num_episodes", "rollout_batch_size", "samples_per_prompt", "batch_size",
                 "micro_batch_size", "ppo_epochs", "learning_rate", "critic_learning_rate", "clip", "value_clip", "reward_clip", "logging_steps",
                 "max_rollouts", "num_gpus", "gpus_per_node", "num_engines", "tensor_parallel_size", "max_tokens_per_gpu", "model_size_b",
-                "reward_size_b", "gpu_memory_gib", "reward_max_length", "gpu_memory_utilization")  # fmt: skip
+                "reward_size_b", "gpu_memory_gib", "machine_memory_gib", "reward_max_length", "gpu_memory_utilization")  # fmt: skip
     for key in positive:
         if getattr(args, key) is not None and not 0 < getattr(args, key) < math.inf:
             raise UserError(f"{key} {getattr(args, key)} must be above 0 and finite")

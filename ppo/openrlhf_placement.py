@@ -84,7 +84,7 @@ def utilization(placement, gpu, resident):
     return math.floor(wanted * 20 + 1e-9) / 20
 
 
-def place(args, shapes, gpus, gpus_per_node, gpu, flash, server=0):
+def place(args, shapes, gpus, gpus_per_node, gpu, flash, server=0, machine=None):
     """The Placement on `gpus` GPUs of `gpu` bytes (None: not known, nothing is refused for memory).
 
     Args:
@@ -92,6 +92,7 @@ def place(args, shapes, gpus, gpus_per_node, gpu, flash, server=0):
         shapes: as for `needs`.
         flash: whether flash-attn is there.
         server: bytes of our reward server on the fullest GPU.
+        machine: bytes of a node's main memory, or None.
 
     Returns:
         (Placement, list of notes)
@@ -148,6 +149,10 @@ def place(args, shapes, gpus, gpus_per_node, gpu, flash, server=0):
         tried.append((training, resident + engine, stage))
         if training <= gpu * USABLE and engine <= share * gpu and resident + share * gpu <= gpu:
             check_batches(args, found)
+            if machine and cpu > machine * nodes:
+                instead = "more nodes or a smaller model" if offload else "--colocate false, more nodes, or a smaller model"
+                raise UserError(f"{cpu / GIB:.0f} GiB of states are moved out of the GPUs' memory while others use it, and {nodes} machine{'s' * (nodes > 1)} "
+                                f"of {machine / GIB:.0f} GiB cannot take them; take {instead}")  # fmt: skip
             note = (f"a GPU: about {training / GIB:.0f} GiB while training, {(resident + share * gpu) / GIB:.0f} while sampling, of "
                     f"{gpu / GIB:.0f}; {cpu / GIB:.0f} GiB of the machines' memory for states that are moved out")  # fmt: skip
             return dataclasses.replace(found, gpu_memory_utilization=share), [note]

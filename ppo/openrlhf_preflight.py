@@ -110,6 +110,8 @@ def count_gpus(args):
         UserError: more than there are, or nodes that are not alike.
     """
     size = args.gpu_memory_gib * GIB if args.gpu_memory_gib else None
+    if args.dry_run and args.num_gpus and size and not visible_gpus():  # a plan for another machine
+        return args.num_gpus, args.gpus_per_node or min(args.num_gpus, 8), size
     if args.ray_address:
         if args.num_gpus and args.gpus_per_node:
             return args.num_gpus, args.gpus_per_node, size
@@ -125,11 +127,20 @@ def count_gpus(args):
         size = size or (gpu_memory() * GIB if gpu_memory() else None)
         where = "visible"
         if not there:
-            raise UserError("no GPU is visible: OpenRLHF needs one; without, take the small backend (ppo/train_ppo.py, backend: small)")
+            raise UserError("no GPU is visible: OpenRLHF needs one; without, take the small backend (ppo/train_ppo.py, backend: small). "
+                            "With dry_run, num_gpus and gpu_memory_gib it plans for GPUs that are elsewhere")  # fmt: skip
     wanted = args.num_gpus or there
     if wanted > there:
         raise UserError(f"num_gpus {wanted}, but {there} GPUs are {where}; give --num_gpus {there}")
     return wanted, args.gpus_per_node or a_node, size
+
+
+def machine_memory(args):
+    """Bytes of a node's main memory; None where it is another machine's and not given."""
+    if args.machine_memory_gib:
+        return args.machine_memory_gib * GIB
+    here = visible_gpus() and not args.ray_address
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if here else None
 
 
 def check_writable(folder):

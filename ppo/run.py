@@ -2,6 +2,7 @@
 
     python ppo/run.py prepare configs/ppo_tiny.yaml [--key value …]     check, write RUN/loop.yaml, print variables
     python ppo/run.py todo RUN ITERATION STAGE                          print the steps left, write their YAML
+    python ppo/run.py plan CONFIG --openrlhf.num_gpus 8 --openrlhf.gpu_memory_gib 80    what OpenRLHF would do on GPUs that need not be here
 
 A PPO run is a run of one iteration: `iter0/` holds the held-out answers of the starting policy, `iter1/` the model that PPO
 trains, its held-out answers and `train.yaml`, from which either backend can be started by hand. Evaluation, folders and
@@ -10,6 +11,7 @@ manifests are those of the loop (common/loop.py), so that report/metrics.py show
 
 import dataclasses
 import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -94,7 +96,24 @@ class PPORun(Run):
     def arguments(self):
         """The backend's arguments as it reads them, checked as far as can be before anything is loaded."""
         where = "ppo and openrlhf" if self.backend == "openrlhf" else "ppo"
-        return self.module.arguments(self.training(1), where)
+        return self.ask(self.module.arguments, self.training(1), where)
+
+    def ask(self, function, *args):
+        """What a function of the backend returns; where it refuses and names its flags (`--offload`), those of run_ppo.sh instead."""
+        own = {"dataset_name_or_path": "prompts", "output_dir": "run_dir"}
+        sections = {ours: f"{name}.{key}" for name, keys in SHARED.items() for key, ours in keys.items()}
+
+        def name(match):
+            key = own.get(match[1], match[1])
+            if key in PPOSettings.__dataclass_fields__ or key not in self.module.Arguments.__dataclass_fields__:
+                return f"--{key}"
+            section = "ppo" if key in train_ppo.Arguments.__dataclass_fields__ else "openrlhf"
+            return f"--{sections.get(key, f'{section}.{key}')}"
+
+        try:
+            return function(*args)
+        except UserError as error:
+            raise UserError(re.sub(r"--(\w+)", name, str(error))) from None
 
     def is_trained(self, i):
         args = self.arguments()
@@ -140,12 +159,18 @@ def check(current):
 
 def check_backend(current, args, found):
     """What the backend itself refuses before it loads anything, on as many processes as will be started."""
+    from common import preflight
+
     if current.backend == "openrlhf":  # as its dry run: what its environment holds is looked at when that is made
         args = dataclasses.replace(args, dry_run=True)
-        plan = found.attempt(current.module.plan, args)
-        found.notes.extend(current.module.describe(args, plan) if plan else [])
+        planned = found.attempt(current.ask, current.module.plan, args)
+        found.notes.extend(current.module.describe(args, planned) if planned else [])
         return
-    found.attempt(current.module.check_paths, args)
+    found.attempt(current.ask, current.module.check_paths, args)
+    limit = preflight.positions(args.model_name_or_path)
+    if limit and args.max_input_length + args.max_new_tokens > limit:
+        found.problems.append(f"the policy has {limit} positions: generation.max_input_length {args.max_input_length} + generation.max_new_tokens "
+                              f"{args.max_new_tokens} are more")  # fmt: skip
     world = processes(current.settings)
     if args.batch_size % (args.micro_batch_size * world):
         found.problems.append(f"ppo.batch_size {args.batch_size} does not divide by {world} processes × ppo.micro_batch_size {args.micro_batch_size}")
@@ -157,8 +182,17 @@ def prepare(argv):
     settle(current, check(current))
 
 
+def plan(argv):
+    """Print where OpenRLHF would put what, and its command; on a machine without GPUs, for so many as are asked for."""
+    settings = parse(PPOSettings, __doc__, argv)
+    settings.backend = "openrlhf"
+    current = PPORun(settings)
+    module, args = current.module, dataclasses.replace(current.arguments(), dry_run=True)
+    current.ask(module.show_plan, args)
+
+
 def main():
-    commands = {"prepare": 1, "setup": 1, "todo": 4}
+    commands = {"prepare": 1, "setup": 1, "todo": 4, "plan": 1}
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in ("-h", "--help"):
         print(__doc__)
@@ -166,10 +200,13 @@ def main():
         raise UserError(f"unknown command {name!r}{nearest(name, commands)}; see the top of ppo/run.py")
     elif name == "prepare":
         prepare(sys.argv[2:])
+    elif name == "plan":
+        plan(sys.argv[2:])
     elif name == "setup":
         current = PPORun(setup(PPORun, __doc__, sys.argv[2:]))
         if current.backend == "openrlhf" and not visible_gpus():
-            raise UserError("backend openrlhf needs GPUs and none is visible here; --backend small, or on tiny models: " + PPORun.example)
+            raise UserError("backend openrlhf needs GPUs and none is visible here; --backend small, or on tiny models: " + PPORun.example
+                            + "; for a plan only: python ppo/run.py plan …")
         print(f"backend={current.backend}")
     else:
         todo(load(sys.argv[2], PPORun), int(sys.argv[3]), sys.argv[4])

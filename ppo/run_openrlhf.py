@@ -125,6 +125,7 @@ def try_place(args, kind, gpus, a_node, size, flash, notes):
     if shapes is None:
         raise UserError(f"model_name_or_path {args.model_name_or_path}: its size is not known here; give --model_size_b")
     own = shapes.pop("server")
+    machine = preflight.machine_memory(args)
     asides = [0] if own is None else [args.reward_gpus] if args.reward_gpus is not None else [0, 1]
     problem = None
     for aside in asides:
@@ -135,7 +136,7 @@ def try_place(args, kind, gpus, a_node, size, flash, notes):
                 continue
             beside_it = 0 if own is None or aside else 2 * own.parameters + 2 * memory.GIB
             try:
-                placement, more = place(args, shapes, count, min(a_node, count), size, flash, beside_it)
+                placement, more = place(args, shapes, count, min(a_node, count), size, flash, beside_it, machine)
             except UserError as error:
                 problem = problem or error
                 continue
@@ -370,7 +371,8 @@ def describe(args, found):
     how = f"{steps} passes a step" if steps else f"packed to {p.max_tokens_per_gpu} tokens"
     where = "all roles on all of them" if p.colocate else f"{p.gpus} for the policy, {p.critic_gpus} for value and reward model"
     reward = {"local": "OpenRLHF's own reward model", "server": "our reward server", "function": "a function", "url": args.reward_url}[found.kind]
-    yield f"{p.all_gpus} GPUs on {p.nodes} nodes, {where}; {p.engines} engines × {p.tensor_parallel} GPUs, ZeRO-{p.zero_stage}, {how}; reward: {reward}"
+    nodes = "one node" if p.nodes == 1 else f"{p.nodes} nodes"
+    yield f"{p.all_gpus} GPUs on {nodes}, {where}; {p.engines} engines × {p.tensor_parallel} GPUs, ZeRO-{p.zero_stage}, {how}; reward: {reward}"
     yield from found.notes
 
 
@@ -384,16 +386,28 @@ def main():
     if is_complete(args, settings, inputs):
         print(f"{args.output_dir} is complete, nothing to do")
         return
+    if args.dry_run:
+        show_plan(args)
+        return
+    found = tell(args)
+    start(args, found, settings, inputs)
+
+
+def tell(args):
+    """The Plan, told on stderr."""
     found = plan(args)
     for line in describe(args, found):
         print(f"ppo: {line}", file=sys.stderr, flush=True)
-    if args.dry_run:
-        found.prompts = dry_prompts(args, found)
-        url = args.reward_url or "http://127.0.0.1:PORT/get_reward"
-        resume = (work_folder(args) / "checkpoints" / "_actor" / "latest").is_file()
-        print(show(["python", *command_of(args, found, url, resume)[0]], environment(args, found)))
-        return
-    start(args, found, settings, inputs)
+    return found
+
+
+def show_plan(args):
+    """Print the command that a start would run; `args.dry_run` is true."""
+    found = tell(args)
+    found.prompts = dry_prompts(args, found)
+    url = args.reward_url or "http://127.0.0.1:PORT/get_reward"
+    resume = (work_folder(args) / "checkpoints" / "_actor" / "latest").is_file()
+    print(show(["python", *command_of(args, found, url, resume)[0]], environment(args, found)))
 
 
 def dry_prompts(args, found):

@@ -45,7 +45,7 @@ def test_defaults_then_yaml_then_command_line(tmp_path):
 @pytest.mark.parametrize("argv, field, value", [
     (["--lr", "5e-7"], "lr", 5e-7), (["--lr", "1"], "lr", 1.0), (["--steps", "-1"], "steps", -1), (["--steps=7"], "steps", 7),
     (["--packed"], "packed", True), (["--packed", "false"], "packed", False), (["--packed", "0"], "packed", False),
-    (["--ports", "1", "2"], "ports", [1, 2]), (["--ports"], "ports", []), (["--limit", "5"], "limit", 5),
+    (["--ports", "1", "2"], "ports", [1, 2]), (["--ports"], "ports", []), (["--ports", "[1, 2]"], "ports", [1, 2]), (["--limit", "5"], "limit", 5),
     (["--limit", "none"], "limit", None), (["--more", '{"a": false}'], "more", {"a": False}), (["--mode", "b"], "mode", "b"),
 ])  # fmt: skip
 def test_types(argv, field, value):

@@ -303,7 +303,8 @@ def test_a_dry_run_prints_the_command_without_secrets_and_writes_nothing(tmp_pat
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hi"}\n')
     values = flat(output_dir=str(tmp_path / "out dir" / "model"), dataset_name_or_path=str(tmp_path / "prompts.jsonl"))
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(values))
-    command = [sys.executable, str(ROOT / "ppo/run_openrlhf.py"), str(tmp_path / "train.yaml"), "--dry_run", "true", "--report_to", "wandb"]
+    command = [sys.executable, str(ROOT / "ppo/run_openrlhf.py"), str(tmp_path / "train.yaml"), "--dry_run", "true", "--report_to", "wandb",
+               "--machine_memory_gib", "1000"]  # fmt: skip
     env = fake_gpus(tmp_path, 8) | {"WANDB_API_KEY": "s3cret"}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
@@ -313,6 +314,34 @@ def test_a_dry_run_prints_the_command_without_secrets_and_writes_nothing(tmp_pat
     assert parsed.ckpt.output_dir == str(tmp_path / "out dir" / "model.work" / "model") and parsed.vllm.num_engines == 8
     assert "s3cret" not in done.stdout + done.stderr and not (tmp_path / "out dir").exists()
     assert "8 engines × 1 GPUs" in done.stderr and "is assumed" in done.stderr
+
+
+def test_a_plan_for_gpus_that_are_elsewhere(tmp_path, source, monkeypatch):
+    """By `ppo/run.py plan`, from the YAML of run_ppo.sh, on a machine without GPUs; an ordinary start is refused there."""
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "Hi {i}"}}\n' for i in range(2000)))
+    given = ["--run_dir", str(tmp_path / "run"), "--prompts", str(tmp_path / "prompts.jsonl"), "--openrlhf.gpu_memory_gib", "80", "--openrlhf.num_gpus"]
+    command = [sys.executable, str(ROOT / "ppo/run.py"), "plan", str(ROOT / "configs/ppo_llama3_8b.yaml"), *given]
+    env = fake_gpus(tmp_path, 0)
+    done = subprocess.run([*command, "8"], capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and "8 GPUs on one node" in done.stderr and not (tmp_path / "run").exists(), done.stderr
+    parsed = openrlhf_stub.captured(source, shlex.split(done.stdout.replace("\\\n", " "))[3:], monkeypatch)
+    assert parsed.actor.num_gpus_per_node == 8 and parsed.vllm.num_engines == 8
+    few = subprocess.run([*command, "2"], capture_output=True, text=True, env=env)
+    assert few.returncode == 2 and "--openrlhf.offload true" in few.stderr and "4 GPUs of 80 GiB" in few.stderr, few.stderr
+    start = subprocess.run([sys.executable, str(ROOT / "ppo/run.py"), "setup", *command[3:], "8"], capture_output=True, text=True, env=env)
+    assert start.returncode == 2 and "needs GPUs and none is visible" in start.stderr
+
+
+def test_a_machine_whose_memory_cannot_take_what_is_moved_out_is_refused(monkeypatch):
+    found, notes = place(arguments(), shapes(), 8, 8, 80 * GIB, True, machine=200 * GIB)
+    assert found.gpus == 8 and "of the machines' memory" in notes[0]
+    with pytest.raises(UserError, match="GiB of states are moved out .* 1 machine of 100 GiB cannot take them; take --colocate false, more nodes"):
+        place(arguments(), shapes(), 8, 8, 80 * GIB, True, machine=100 * GIB)
+    place(arguments(), shapes(), 16, 8, 80 * GIB, True, machine=100 * GIB)  # two of them can
+    assert preflight.machine_memory(arguments(machine_memory_gib=64)) == 64 * GIB and preflight.machine_memory(arguments(ray_address="head:6379")) is None
+    monkeypatch.setattr(preflight, "visible_gpus", lambda: ["0"])
+    with open("/proc/meminfo") as file:
+        assert preflight.machine_memory(arguments()) == pytest.approx(int(file.readline().split()[1]) * 1024, rel=0.01)
 
 
 @pytest.mark.parametrize("more, visible, expected", [

@@ -159,6 +159,28 @@ def test_wrong_set_ups_are_named(settings, capsys, wrong, named):
     assert named in capsys.readouterr().err + str(refused.value)
 
 
+def test_a_context_that_is_too_small_is_told_before_anything_is_loaded(settings, capsys, tmp_path):
+    config = tmp_path / "policy" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 60}))
+    with pytest.raises(UserError, match="60 positions: generation.max_input_length 50 [+] generation.max_new_tokens 20 are more"):
+        check(settings)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 70}))
+    check(settings)
+    assert "positions" not in capsys.readouterr().err
+
+
+def test_a_backend_that_names_its_flags_is_understood_by_who_started_run_ppo(settings):
+    """They stand under --ppo, --openrlhf and --generation there."""
+
+    def refuse():
+        raise UserError("take --offload true, --kl_coef 1, --max_new_tokens 9, --dataset_name_or_path x, --model_name_or_path y or --else")
+
+    with pytest.raises(UserError) as refused:
+        made(settings | {"backend": "openrlhf"}).ask(refuse)
+    assert str(refused.value) == ("take --openrlhf.offload true, --ppo.kl_coef 1, --generation.max_new_tokens 9, --prompts x, "
+                                  "--model_name_or_path y or --else")  # fmt: skip
+
+
 def test_all_problems_are_told_at_once(settings, capsys, tmp_path):
     (tmp_path / "policy" / "chat_template.jinja").unlink()
     (tmp_path / "heldout.jsonl").write_text((tmp_path / "one.jsonl").read_text())
