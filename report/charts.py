@@ -52,6 +52,8 @@ def chart(key, title, y, x, traces, definition, whole_x=False, wide=False, **lay
     figure.update_layout(template="none", showlegend=len(traces) > 1, **layout)
     figure.update_xaxes(title={"text": x})
     figure.update_layout(yaxis_title_text=y)  # a second axis has its own
+    if figure.layout.yaxis.rangemode == "tozero" and not any(v for trace in traces for v in trace.y):
+        figure.update_layout(yaxis_range=[0, 1])  # of nothing but zeros plotly would show -1 to 1
     if whole_x:
         figure.update_xaxes(dtick=1)
     return {"key": key, "title": title, "definition": definition, "figure": figure.to_plotly_json(), "wide": wide}
@@ -102,7 +104,8 @@ def of_runs(tables):
     for quantity, title in (("reward", "Held-out reward"), ("gold", "Gold score"), ("judge", "Second judge")):
         add("reward", over_iterates(quantity, title, title.lower(), tables, lambda row, kind, q=quantity: row[kind].get(q), quantity))
     add("wins", wins(tables, "start"))
-    add("wins", wins(tables, "previous"))
+    if any(len(iterates) > 2 for _, iterates, *_ in tables):  # of one iteration the start is the previous iterate
+        add("wins", wins(tables, "previous"))
     add("length", reward_by_length(tables))
     add("length", over_iterates("length_correlation", "Reward and length within a prompt", "correlation", tables,
                                 lambda row, kind: row[kind].get("length_correlation"), "length_correlation", ("sampled",)))  # fmt: skip
@@ -230,7 +233,8 @@ def training_curves(tables):
                            if number(entry.get(key)) is not None])  # fmt: skip
             if points:
                 traces.append(line([x for x, _ in points], [y for _, y in points], run.name, {"color": n}, mode="lines"))
-        found.append(chart(f"ppo_{key}", f"PPO: {title}", title, "rollout", traces, "ppo_log"))
+        zero = {"yaxis": {"rangemode": "tozero"}} if key.endswith("_fraction") else {}
+        found.append(chart(f"ppo_{key}", f"PPO: {title}", title, "rollout", traces, "ppo_log", **zero))
     return found
 
 

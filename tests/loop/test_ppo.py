@@ -97,6 +97,7 @@ def test_a_second_start_does_nothing(finished):
     begun = time.monotonic()
     again = ppo("--run_dir", folder, *settings)
     assert again.returncode == 0 and "iteration" not in again.stdout, again.stdout + again.stderr
+    assert f"every stage of {folder} is done, nothing is left to do" in again.stderr
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert output.endswith(again.stdout) and again.stdout.startswith("iterate")
     print(f"{time.monotonic() - begun:.1f} s")

@@ -130,6 +130,7 @@ def test_a_second_start_skips_what_is_finished(finished):
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.jsonl")}
     again = loop("--run_dir", folder)
     assert again.returncode == 0 and "iteration" not in again.stdout, again.stdout
+    assert f"every stage of {folder} is done, nothing is left to do" in again.stderr
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*.jsonl")} == before
     assert intervals(again.stdout)
 

@@ -96,6 +96,19 @@ def test_no_errors_all_charts_and_no_request(seen, html):
     assert [url for url in seen.requests if not url.startswith(("data:", "blob:"))] == [html.as_uri()]
 
 
+def test_a_ppo_page_offers_no_training_samples(browser, tmp_path):
+    """It has none: rollouts are not kept. Of its one iteration the win rate is shown once; a share that stays 0 begins at 0."""
+    folder = runs.make_run(tmp_path / "ppo", iterations=1, kind="ppo")
+    make_report.make(make_report.Arguments(runs=[str(folder)], output_dir=str(tmp_path / "index.html")))
+    opened = Seen(browser, tmp_path / "index.html")
+    opened.scroll()
+    assert opened.page.locator("input[name=view]").count() == 2 and not opened.page.locator("input[value=training]").is_visible()
+    shown = opened.page.evaluate("Object.fromEntries([...document.querySelectorAll('.plot')].map(p => [p.dataset.chart, p.layout.yaxis.range]))")
+    assert "wins_start" in shown and "wins_previous" not in shown and shown["ppo_truncated_fraction"] == [0, 1] and shown["ppo_clip_fraction"][0] == 0
+    assert opened.console == []
+    opened.context.close()
+
+
 def test_even_a_script_in_the_page_may_not_fetch(seen):
     blocked = seen.page.evaluate("fetch('http://127.0.0.1:9/').then(() => 'fetched', error => 'blocked')")
     assert blocked == "blocked" and any("Content Security Policy" in line for line in seen.console)
