@@ -18,8 +18,8 @@ caller="$PWD"
 again="bash $(printf '%q' "$0")$([ "$#" -eq 0 ] || printf ' %q' "$@")"
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source ./envs.sh
-source common/stages.sh # how a command is run, and the steps of generate, annotate and evaluate
-thinker=common/loop.py
+source loop/stages.sh # how a command is run, and the steps of generate, annotate and evaluate
+thinker=loop/run.py
 
 # ---- Arguments -------------------------------------------------------------------------------------------------------
 
@@ -46,11 +46,11 @@ driver="$(command -v python)" # the Python of rlhflow, also while another enviro
 # ---- Settings, and what is left to do --------------------------------------------------------------------------------
 
 iterations=0 accelerate_config='' keep_iterates=''
-settings="$("$driver" common/loop.py setup "$config" "${options[@]}")"
+settings="$("$driver" loop/run.py setup "$config" "${options[@]}")"
 eval "$settings"
 hold "$run_dir" loop
 set_up "$setup_command"
-settings="$("$driver" common/loop.py prepare "$config" "${options[@]}")"
+settings="$("$driver" loop/run.py prepare "$config" "${options[@]}")"
 eval "$settings"
 [ "$stage" = 0.4 ] || [ "$first" -le $((iterations * 4 + 4)) ] || fail 2 "--stage $stage: there are $iterations iterations"
 [ "$check" = no ] || exit 0
@@ -64,7 +64,7 @@ train() { # YAML
     dpo_iteration/run_dpo.py "$1" || failed training $? "$logs/train.log"
 }
 
-# do_stage (common/stages.sh) runs what is left of a stage: generate.yaml and annotate.yaml in environment vllm, train.yaml in
+# do_stage (loop/stages.sh) runs what is left of a stage: generate.yaml and annotate.yaml in environment vllm, train.yaml in
 # rlhflow; evaluation answers and scores the held-out prompts, and with the same engine the next iteration's.
 [ "$dry_run" = no ] || printf 'cd %q\n' "$PWD"
 number=0
@@ -76,7 +76,7 @@ for ((i = 0; i <= iterations; i++)); do
       do_stage "$i" "$name"
     fi
   done
-  [ -z "$keep_iterates" ] || [ "$dry_run" = yes ] || [ "$number" -gt "$last" ] || "$driver" common/loop.py prune "$run_dir" "$i"
+  [ -z "$keep_iterates" ] || [ "$dry_run" = yes ] || [ "$number" -gt "$last" ] || "$driver" loop/run.py prune "$run_dir" "$i"
 done
 [ "$dry_run" = yes ] || "$driver" report/run_metrics.py --run "$run_dir"
 [ "$dry_run" = yes ] || [ ! -f "$run_dir/report/index.html" ] || say "the page of this run: $run_dir/report/index.html" >&2

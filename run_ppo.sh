@@ -19,7 +19,7 @@ caller="$PWD"
 again="bash $(printf '%q' "$0")$([ "$#" -eq 0 ] || printf ' %q' "$@")"
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source ./envs.sh
-source common/stages.sh # how a command is run, and the steps of evaluation
+source loop/stages.sh # how a command is run, and the steps of evaluation
 thinker=ppo/run.py
 
 # ---- Arguments -------------------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ train() { # YAML
   [ "$dry_run" = no ] || "$driver" ppo/run_openrlhf.py "$1" --dry_run true | sed 's/^/# /' # what that would start
 }
 
-# do_stage (common/stages.sh) runs what is left of a stage: evaluation answers the held-out prompts, scores the answers and
+# do_stage (loop/stages.sh) runs what is left of a stage: evaluation answers the held-out prompts, scores the answers and
 # sums them up; training reads RUN/iter1/train.yaml.
 [ "$dry_run" = no ] || printf 'cd %q\n' "$PWD"
 for name in 0.evaluate 1.train 1.evaluate; do

@@ -79,7 +79,7 @@ def check_ranking(args, kinds):
 
 
 def check(args):
-    """Refuse what is known to be wrong without reading data or loading a model; used by common/preflight.py too.
+    """Refuse what is known to be wrong without reading data or loading a model; used by loop/preflight.py too.
 
     Raises:
         UserError: names the argument.

@@ -107,6 +107,15 @@ def same_content(old, name):
     return old["time"] == now["time"] or old["sha256"] == fingerprint(name)["sha256"]
 
 
+def write_yaml(path, values):
+    """Write a YAML file under a temporary name and rename."""
+    import yaml
+
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000), encoding="utf-8")
+    os.replace(temporary, path)
+
+
 def write_json(path, value):
     """Write JSON under a temporary name and rename."""
     path = Path(path)

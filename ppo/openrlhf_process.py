@@ -73,7 +73,7 @@ def reward_server(settings, folder, gpus, patience=1800):
     Raises:
         UserError: it ended or did not answer; with the end of its log.
     """
-    from common.loop import write_yaml
+    from common.manifest import write_yaml
 
     port, log = free_port(), folder / "reward.log"
     write_yaml(folder / "reward.yaml", settings | {"port": port})

@@ -6,7 +6,7 @@
 
 A PPO run is a run of one iteration: `iter0/` holds the held-out answers of the starting policy, `iter1/` the model that PPO
 trains, its held-out answers and `train.yaml`, from which either backend can be started by hand. Evaluation, folders and
-manifests are those of the loop (common/loop.py), so that report/metrics.py shows both alike.
+manifests are those of the loop (loop/run.py), so that report/metrics.py shows both alike.
 """
 
 import dataclasses
@@ -19,7 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any fol
 
 from common.cli import UserError, arg, nearest, parse, run
 from common.devices import visible_gpus
-from common.loop import Run, RunSettings, load, processes, settle, setup, todo
+from loop import preflight
+from loop.run import Run, load, settle, setup, todo
+from loop.settings import RunSettings, processes
 from ppo import train_ppo
 
 BACKENDS = {"openrlhf": "ppo.run_openrlhf", "small": "ppo.train_ppo"}
@@ -129,8 +131,6 @@ def check(current):
     Raises:
         UserError: all problems, a line each.
     """
-    from common import preflight
-
     settings, found = current.settings, preflight.Findings()
     if not settings.prompts:
         raise UserError("prompts name at least one set")
@@ -159,8 +159,6 @@ def check(current):
 
 def check_backend(current, args, found):
     """What the backend itself refuses before it loads anything, on as many processes as will be started."""
-    from common import preflight
-
     if current.backend == "openrlhf":  # as its dry run: what its environment holds is looked at when that is made
         args = dataclasses.replace(args, dry_run=True)
         planned = found.attempt(current.ask, current.module.plan, args)

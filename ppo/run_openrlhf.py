@@ -342,7 +342,7 @@ def start(args, found, settings, inputs):
                 paths = launch(args, found, url, resume, env)
         else:
             if found.kind == "function":
-                from common.loop import write_yaml
+                from common.manifest import write_yaml
 
                 write_yaml(work / "reward.yaml", served)
             paths = launch(args, found, args.reward_url, resume, env)

@@ -8,9 +8,10 @@ import yaml
 
 from annotate_data import get_rewards
 from common.cli import build
-from common.loop import LoopSettings, Run
 from dpo_iteration import run_dpo
 from generation import gen_hf, get_hf2, merge_data
+from loop.run import Run
+from loop.settings import LoopSettings
 from ppo import run_openrlhf, train_ppo
 from report import divergence, evaluate_benchmarks, export_answers, metrics
 

@@ -6,10 +6,11 @@ import pytest
 import yaml
 
 from annotate_data import get_rewards
-from common import preflight
 from common.cli import UserError, build
-from common.loop import LoopSettings, Run
 from common.manifest import fingerprint, write_json
+from loop import preflight
+from loop.run import Run
+from loop.settings import LoopSettings
 from report import divergence
 
 ROOT = Path(__file__).resolve().parents[2]

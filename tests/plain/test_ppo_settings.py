@@ -192,9 +192,10 @@ def test_all_problems_are_told_at_once(settings, capsys, tmp_path):
 
 
 def test_more_processes_than_gpus(settings, monkeypatch):
-    from common import loop, preflight
+    from loop import preflight
+    from loop import settings as run_settings
 
-    for module in (ppo_run, loop, preflight):
+    for module in (ppo_run, run_settings, preflight):
         monkeypatch.setattr(module, "visible_gpus", lambda: ["0", "1"])
     with pytest.raises(UserError, match="num_processes 4, but 2 GPUs are visible"):
         check(settings | {"num_processes": 4})

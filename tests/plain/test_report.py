@@ -554,9 +554,9 @@ def test_what_has_not_begun_is_one_line(tmp_path):
 
 
 def test_a_run_goes_on_when_it_cannot_be_summed_up():
-    """`metrics` of common/stages.sh, with what it calls replaced: metrics.py that fails ends the run, run_metrics.py does not."""
+    """`metrics` of loop/stages.sh, with what it calls replaced: metrics.py that fails ends the run, run_metrics.py does not."""
     script = """set -euo pipefail
-    source common/stages.sh
+    source loop/stages.sh
     enter() { :; }; say() { echo "$*"; }; failed() { echo failed; exit 1; }; spent() { echo 0; }
     run() { [[ "$*" != *report/"$bad" ]] && [[ "$*" != *report/"$bad "* ]]; }
     run_dir=R folder=R/iter0 logs=R/iter0/logs began=0

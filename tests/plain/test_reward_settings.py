@@ -7,9 +7,10 @@ import pytest
 import yaml
 
 from annotate_data import get_rewards
-from common import preflight
 from common.cli import UserError, build, check_model, parse
-from common.loop import LoopSettings, Run
+from loop import preflight
+from loop.run import Run
+from loop.settings import LoopSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 

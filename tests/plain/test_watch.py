@@ -245,7 +245,7 @@ def test_the_drivers_own_report_says_finished(tmp_path, monkeypatch):
         (whole / f"iter{i}/generated.jsonl").touch()
     with Held(whole):
         assert read_state(whole).word == "running"  # something is at work again
-        monkeypatch.setenv("RLHF_RUN", str(whole.resolve()))  # common/stages.sh: what the driver starts
+        monkeypatch.setenv("RLHF_RUN", str(whole.resolve()))  # loop/stages.sh: what the driver starts
         assert read_state(whole).word == "finished"
 
 

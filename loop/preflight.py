@@ -14,12 +14,12 @@ from annotate_data.functions import EXAMPLE
 from common.cli import UserError, build, check_model, nearest, read_json
 from common.devices import gpu_memory, visible_gpus
 from common.functions import function_file
-from common.loop import gpu_groups, processes
 from common.progress import duration
 from common.records import read_prompts, record_id
 from dpo_iteration import memory, run_dpo
 from dpo_iteration.settings import reason_for_trl
 from generation import get_hf2
+from loop.settings import gpu_groups, processes
 from report.metrics import load_gold
 from report.run_metrics import TRACKERS
 

@@ -2,7 +2,7 @@
 # What run_loop.sh and run_ppo.sh share, to be sourced behind envs.sh: arguments, the hold on a run's folder, running a
 # command, and the steps of a stage.
 #
-# A driver sets `thinker` (the Python that knows settings and what is left: common/loop.py or ppo/run.py), `again` (its own
+# A driver sets `thinker` (the Python that knows settings and what is left: loop/run.py or ppo/run.py), `again` (its own
 # command) and `caller` (the folder it was started from), and defines `ordinal` (name of a stage → a number that orders it)
 # and `train`. Then it calls, from top to bottom:
 #

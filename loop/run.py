@@ -1,8 +1,8 @@
-"""What run_loop.sh needs thought for: the settings of a run, what each stage reads and writes, and what is left to do.
+"""What run_loop.sh needs thought for: what each stage of a run reads and writes, and what is left to do.
 
-    python common/loop.py prepare configs/loop_tiny.yaml [--key value …]     check, write RUN/loop.yaml, print variables
-    python common/loop.py todo RUN ITERATION STAGE                           print the steps left, write their YAML
-    python common/loop.py prune RUN ITERATION                                delete weights that `keep_iterates` lets go
+    python loop/run.py prepare configs/loop_tiny.yaml [--key value …]     check, write RUN/loop.yaml, print variables
+    python loop/run.py todo RUN ITERATION STAGE                           print the steps left, write their YAML
+    python loop/run.py prune RUN ITERATION                                delete weights that `keep_iterates` lets go
 
 A run's folder holds `loop.yaml` (the settings, resolved), `iter0/` (held-out answers of the starting policy) and
 `iter1/`, `iter2/`, …: `generated.jsonl`, `rewarded.jsonl`, `pairs.jsonl`, `model/`, `heldout_*.jsonl`, `metrics.json`,
@@ -12,7 +12,6 @@ next iteration's responses, since both need the same engine.
 
 import dataclasses
 import json
-import os
 import shlex
 import shutil
 import sys
@@ -21,63 +20,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
 from annotate_data import get_rewards
-from common.cli import UserError, arg, build, nearest, parse, read_yaml, run
+from common.cli import UserError, build, nearest, parse, read_yaml, run
 from common.devices import visible_gpus
-from common.manifest import difference, read_manifest
+from common.manifest import difference, read_manifest, write_yaml
 from dpo_iteration import run_dpo
 from generation import gen_hf, get_hf2
 from generation.sampling import check_sampling, context_length
+from loop import preflight
+from loop.settings import CLIENT, LoopSettings, gpu_groups, processes
 from report import divergence
-from report.run_metrics import TRACKERS
 
 STAGES = ("generate", "annotate", "train", "evaluate")
-CLIENT = ("concurrency", "timeout", "retries", "give_up_after")  # what `servers` may set of generation/gen_hf.py
-
-
-@dataclasses.dataclass(kw_only=True)
-class RunSettings:
-    """What every run has: models, prompts, and how its policies are evaluated. ppo/run.py builds on it too."""
-
-    run_dir: str = arg(help="folder of the run")
-    model_name_or_path: str = arg(help="the policy to start from: hub name or folder")
-    reward_name_or_path: list[str] | None = arg(None, "reward models: hub names or folders; none where annotation.reward_function scores alone")
-    prompts: list[str] = arg(help="prompt sets")
-    heldout_prompts: str = arg(help="prompts for evaluation only")
-    seed: int = arg(42, "seed of the run; sampling, pair selection and training derive theirs from it")
-    generation: dict = arg({}, "arguments of generation/get_hf2.py; --generation.K 4")
-    generation_backend: str = arg("engine", "an engine in each process (get_hf2.py), or API servers and a client (gen_hf.py)", ["engine", "servers"])
-    server_port: int = arg(8000, "port of the first API server; the others follow")
-    servers: dict = arg({}, f"arguments of generation/gen_hf.py that tell how it asks: {', '.join(CLIENT)}")
-    heldout: dict = arg({}, "arguments of the held-out sampling that differ from `generation`")
-    annotation: dict = arg({}, "arguments of annotate_data/get_rewards.py")
-    eval_reward_model: list[str] | None = arg(None, "second reward models, which score the held-out answers only and so see what training does not")
-    eval_annotation: dict = arg({}, "arguments of annotate_data/get_rewards.py for `eval_reward_model`")
-    divergence: bool = arg(True, "estimate each iterate's KL to the starting policy from its held-out answers (report/divergence.py)")
-    report: bool = arg(True, "make RUN/report/index.html anew after each stage")
-    report_to: list[str] | None = arg(None, f"log each iterate's figures there, one run for the loop: {', '.join(TRACKERS)}")
-    num_shards: int | None = arg(None, "generation processes; None: one per group of tensor_parallel_size GPUs, 1 without a GPU")
-    num_processes: int | None = arg(None, "annotation and training processes; None: one per GPU, 1 without a GPU")
-    without_gpu: bool = arg(False, "this run may use the CPU where there is no GPU (small models only)")
-    setup_command: str | None = arg(None, "run once in environment rlhflow before anything else; must be quick when there is nothing to do")
-    gold_function: str | None = arg(None, "path.py:name of gold(messages, response) → score, where the task has one")
-    allow_overlap: bool = arg(False, "accept prompts that stand in both the training and the held-out sets")
-    model_size_b: float | None = arg(None, "billions of parameters, for --check's estimates where the hub is not reached")
-
-    sections = {"generation": get_hf2.Arguments, "annotation": get_rewards.Arguments}  # for whom `--K 4` should have been --generation.K
-
-
-@dataclasses.dataclass(kw_only=True)
-class LoopSettings(RunSettings):
-    prompts: list[str] = arg(help="prompt sets, one an iteration; with more iterations they are taken in turn")
-    iterations: int = arg(3, "iterations in all; a finished run can be given more")
-    reference: str = arg("initial", "reference policy of the loss: the starting policy or the previous iterate", ["initial", "previous"])
-    train_on: str = arg("new", "pairs of this iteration only, or of all so far", ["new", "all"])
-    training: str = arg("configs/training.yaml", "YAML of dpo_iteration/run_dpo.py")
-    training_args: dict = arg({}, "arguments that stand in place of that YAML's; --training_args.learning_rate 1e-6")
-    accelerate_config: str = arg("configs/zero2.yaml", "accelerate's YAML for training")
-    keep_iterates: int | None = arg(None, "keep the weights of the last so many iterates; None: of all")
-
-    sections = RunSettings.sections | {"training_args": run_dpo.Arguments}
 
 
 class Run:
@@ -374,31 +327,6 @@ def shard_prefix(merged, world):
     return str(path.parent / "shards" / f"{path.stem}.of{world}.")
 
 
-def write_yaml(path, values):
-    """Write a YAML file under a temporary name and rename."""
-    import yaml
-
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000), encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def processes(settings):
-    """Annotation and training processes."""
-    return settings.num_processes or max(1, len(visible_gpus()))
-
-
-def gpu_groups(settings):
-    """CUDA_VISIBLE_DEVICES of each generation process; one empty string per process on the CPU."""
-    gpus, size = visible_gpus(), build(get_hf2.Arguments, settings.generation | {"model_name_or_path": "-"}, "generation").tensor_parallel_size
-    if not gpus:
-        return [""] * (settings.num_shards or 1)
-    groups = [",".join(gpus[k : k + size]) for k in range(0, len(gpus) - size + 1, size)]
-    if not groups or (settings.num_shards or 0) > len(groups):
-        raise UserError(f"{settings.num_shards or 1} generation processes of {size} GPUs each were asked for, {len(gpus)} GPUs are visible")
-    return groups[: settings.num_shards]
-
-
 def load(run_dir, kind=Run):
     """The run, of class `kind`, whose settings stand in RUN/loop.yaml."""
     return kind(build(kind.Settings, read_yaml(Path(run_dir) / "loop.yaml", "run (its loop.yaml)"), f"{run_dir}/loop.yaml"))
@@ -428,8 +356,6 @@ def settle(current, left):
 
 def prepare(argv):
     """Check everything that can be known now, write loop.yaml, and print what run_loop.sh needs as shell variables."""
-    from common import preflight
-
     settings = parse(LoopSettings, __doc__, argv)
     current = Run(settings)
     settle(current, preflight.check(current))
@@ -473,7 +399,7 @@ def main():
         print(__doc__)
         return
     if name not in commands:
-        raise UserError(f"unknown command {name!r}{nearest(name, commands)}; see the top of common/loop.py")
+        raise UserError(f"unknown command {name!r}{nearest(name, commands)}; see the top of loop/run.py")
     if name == "prepare":
         prepare(sys.argv[2:])
     elif name == "setup":

@@ -1,0 +1,74 @@
+"""The settings of a run, and how its stages are spread over the GPUs there are."""
+
+import dataclasses
+
+from annotate_data import get_rewards
+from common.cli import UserError, arg, build
+from common.devices import visible_gpus
+from dpo_iteration import run_dpo
+from generation import get_hf2
+from report.run_metrics import TRACKERS
+
+CLIENT = ("concurrency", "timeout", "retries", "give_up_after")  # what `servers` may set of generation/gen_hf.py
+
+
+@dataclasses.dataclass(kw_only=True)
+class RunSettings:
+    """What every run has: models, prompts, and how its policies are evaluated. ppo/run.py builds on it too."""
+
+    run_dir: str = arg(help="folder of the run")
+    model_name_or_path: str = arg(help="the policy to start from: hub name or folder")
+    reward_name_or_path: list[str] | None = arg(None, "reward models: hub names or folders; none where annotation.reward_function scores alone")
+    prompts: list[str] = arg(help="prompt sets")
+    heldout_prompts: str = arg(help="prompts for evaluation only")
+    seed: int = arg(42, "seed of the run; sampling, pair selection and training derive theirs from it")
+    generation: dict = arg({}, "arguments of generation/get_hf2.py; --generation.K 4")
+    generation_backend: str = arg("engine", "an engine in each process (get_hf2.py), or API servers and a client (gen_hf.py)", ["engine", "servers"])
+    server_port: int = arg(8000, "port of the first API server; the others follow")
+    servers: dict = arg({}, f"arguments of generation/gen_hf.py that tell how it asks: {', '.join(CLIENT)}")
+    heldout: dict = arg({}, "arguments of the held-out sampling that differ from `generation`")
+    annotation: dict = arg({}, "arguments of annotate_data/get_rewards.py")
+    eval_reward_model: list[str] | None = arg(None, "second reward models, which score the held-out answers only and so see what training does not")
+    eval_annotation: dict = arg({}, "arguments of annotate_data/get_rewards.py for `eval_reward_model`")
+    divergence: bool = arg(True, "estimate each iterate's KL to the starting policy from its held-out answers (report/divergence.py)")
+    report: bool = arg(True, "make RUN/report/index.html anew after each stage")
+    report_to: list[str] | None = arg(None, f"log each iterate's figures there, one run for the loop: {', '.join(TRACKERS)}")
+    num_shards: int | None = arg(None, "generation processes; None: one per group of tensor_parallel_size GPUs, 1 without a GPU")
+    num_processes: int | None = arg(None, "annotation and training processes; None: one per GPU, 1 without a GPU")
+    without_gpu: bool = arg(False, "this run may use the CPU where there is no GPU (small models only)")
+    setup_command: str | None = arg(None, "run once in environment rlhflow before anything else; must be quick when there is nothing to do")
+    gold_function: str | None = arg(None, "path.py:name of gold(messages, response) → score, where the task has one")
+    allow_overlap: bool = arg(False, "accept prompts that stand in both the training and the held-out sets")
+    model_size_b: float | None = arg(None, "billions of parameters, for --check's estimates where the hub is not reached")
+
+    sections = {"generation": get_hf2.Arguments, "annotation": get_rewards.Arguments}  # for whom `--K 4` should have been --generation.K
+
+
+@dataclasses.dataclass(kw_only=True)
+class LoopSettings(RunSettings):
+    prompts: list[str] = arg(help="prompt sets, one an iteration; with more iterations they are taken in turn")
+    iterations: int = arg(3, "iterations in all; a finished run can be given more")
+    reference: str = arg("initial", "reference policy of the loss: the starting policy or the previous iterate", ["initial", "previous"])
+    train_on: str = arg("new", "pairs of this iteration only, or of all so far", ["new", "all"])
+    training: str = arg("configs/training.yaml", "YAML of dpo_iteration/run_dpo.py")
+    training_args: dict = arg({}, "arguments that stand in place of that YAML's; --training_args.learning_rate 1e-6")
+    accelerate_config: str = arg("configs/zero2.yaml", "accelerate's YAML for training")
+    keep_iterates: int | None = arg(None, "keep the weights of the last so many iterates; None: of all")
+
+    sections = RunSettings.sections | {"training_args": run_dpo.Arguments}
+
+
+def processes(settings):
+    """Annotation and training processes."""
+    return settings.num_processes or max(1, len(visible_gpus()))
+
+
+def gpu_groups(settings):
+    """CUDA_VISIBLE_DEVICES of each generation process; one empty string per process on the CPU."""
+    gpus, size = visible_gpus(), build(get_hf2.Arguments, settings.generation | {"model_name_or_path": "-"}, "generation").tensor_parallel_size
+    if not gpus:
+        return [""] * (settings.num_shards or 1)
+    groups = [",".join(gpus[k : k + size]) for k in range(0, len(gpus) - size + 1, size)]
+    if not groups or (settings.num_shards or 0) > len(groups):
+        raise UserError(f"{settings.num_shards or 1} generation processes of {size} GPUs each were asked for, {len(gpus)} GPUs are visible")
+    return groups[: settings.num_shards]
