@@ -4,7 +4,8 @@
 #   --all     the long ones too (five seeds of the tiny loop, hundreds of kills); see pytest's `long` marker
 #   FILE…     only these, for example tests/plain or tests/loop/test_faults.py, each in its environment
 #
-# Three parts: code without a model, environment vllm, environment rlhflow; then the whole loop on the tiny models. The tools
+# Four parts: code without a model, environment vllm, environment rlhflow, the whole loop on the tiny models. The last runs beside
+# the others where there are two cores; `serial=yes bash tests/run.sh` runs one after the other. The tools
 # (pytest, ruff, shellcheck, and playwright, which drives the machine's Chromium where there is one) live in .envs/tools, so that
 # the environments stay as their requirements say.
 
@@ -61,8 +62,38 @@ tests_in() { # ENVIRONMENT FOLDER: pytest there on all or the chosen files, its 
     -q -rs --durations 8 "${long[@]}" "${arguments[@]}" "${files[@]}" || status=$?
 }
 
-tests_in rlhflow tests/plain
-tests_in vllm tests/vllm
-tests_in rlhflow tests/rlhflow
-tests_in rlhflow tests/loop
+lane() { # NUMBER, then ENVIRONMENT FOLDER again and again: one after the other, each line with the lane's number in front
+  exec > >(trap '' INT; exec sed -u "s/^/[$1] /") 2>&1 # it ends with what it reads
+  local writer="$!"
+  trap 'exit 130' INT # as below; a subshell forgets its parent's traps
+  shift
+  while [ "$#" -gt 0 ]; do
+    tests_in "$1" "$2"
+    shift 2
+  done
+  exec >&- 2>&-
+  wait "$writer" # or its last lines would come behind the prompt
+  exit "$status"
+}
+
+trap 'exit 130' INT # pytest ends of it by itself, and bash would go on with the next part
+if [ "${#chosen[@]}" -gt 0 ] || [ "${serial:-no}" = yes ] || [ "$(nproc)" -lt 2 ]; then
+  tests_in rlhflow tests/plain
+  tests_in vllm tests/vllm
+  tests_in rlhflow tests/rlhflow
+  tests_in rlhflow tests/loop
+  exit "$status"
+fi
+
+# Two lanes: most tests keep one core busy. OMP_NUM_THREADS is for those that would take both.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+set -m # a group for each lane: else their processes would not know Ctrl-C, and ours would not end theirs
+lane 1 rlhflow tests/plain vllm tests/vllm rlhflow tests/rlhflow &
+lanes=($!)
+lane 2 rlhflow tests/loop &
+lanes+=($!)
+trap 'trap - INT TERM; for group in "${lanes[@]}"; do kill -INT -- "-$group" 2>/dev/null; done; wait; exit 130' INT TERM
+for group in "${lanes[@]}"; do
+  wait "$group" || status=$?
+done
 exit "$status"
