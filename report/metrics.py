@@ -183,8 +183,11 @@ def paired_bootstrap(a, b, samples=10000, seed=0):
     return float(differences.mean()), float(low), float(high)
 
 
-def format_table(iterates):
-    """The terminal's table: a row for each of the list of metrics (as `main` writes them, maybe with `run`), columns aligned."""
+def format_table(iterates, width=None):
+    """The terminal's table: a row for each of the list of metrics (as `main` writes them, maybe with `run`), columns aligned.
+
+    Where it would be wider than `width` characters, columns are left out, those first that are missed least.
+    """
 
     def number(metrics, kind, key, digits=3, sign="+"):
         value, error = (metrics.get(kind) or {}).get(key), (metrics.get(kind) or {}).get(f"{key}_se")
@@ -214,6 +217,9 @@ def format_table(iterates):
             )
         )
     kept = [column for column in zip(*rows, strict=True) if any(cell != "–" for cell in column[1:])]
+    for name in ("best of K", "greedy judge", "seconds", "cut off", "greedy gold", "greedy reward", "length", "judge"):
+        if width and sum(max(map(len, column)) + 2 for column in kept) - 2 > width:
+            kept = [column for column in kept if column[0] != name]
     widths = [max(map(len, column)) for column in kept]
     lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in zip(*kept, strict=True)]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -31,8 +31,11 @@ class Arguments:
     log_lines: int = arg(15, "lines of the log shown when something failed; fewer while it runs")
 
 
-def frame(folder, state, log_lines):
-    """One frame of the view, as a rich renderable. All text of files goes in as Text, so that nothing in it is markup."""
+def frame(folder, state, log_lines, width=None):
+    """One frame of the view, as a rich renderable for a terminal of `width` characters, or of any.
+
+    All text of files goes in as Text, so that nothing in it is markup.
+    """
     from rich.console import Group
     from rich.panel import Panel
     from rich.progress_bar import ProgressBar
@@ -60,9 +63,9 @@ def frame(folder, state, log_lines):
             parts.append(Text(state.note, "dim"))
     if state.seconds_left is not None:
         parts.append(Text(f"about {duration(state.seconds_left)} left in all, going by the stages before", "dim"))
-    rows = metrics_table(folder)
+    rows = metrics_table(folder, width)
     if rows:
-        parts += [Text(""), Text(rows)]
+        parts += [Text(""), Text(rows, no_wrap=True, overflow="crop" if width else "ignore")]
     if state.stages:
         last = state.stages[-1]
         spent = sum(entry["seconds"] for entry in state.stages)
@@ -75,12 +78,12 @@ def frame(folder, state, log_lines):
     return Group(*parts)
 
 
-def metrics_table(folder):
-    """The table of report/metrics.py, or the empty string while nothing has been measured."""
+def metrics_table(folder, width=None):
+    """The table of report/metrics.py, as far as it goes into `width`, or the empty string while nothing has been measured."""
     from report import metrics
 
     try:
-        return metrics.format_table([found for _, found in metrics.read_run(folder)])
+        return metrics.format_table([found for _, found in metrics.read_run(folder)], width)
     except (UserError, KeyError, TypeError, ValueError, AttributeError):  # none yet, or a damaged one: the view goes on
         return ""
 
@@ -104,17 +107,21 @@ def main():
     from report.state import Lines, read_state
 
     console, lines = Console(), Lines()
+
+    def now():
+        return frame(folder, read_state(folder, lines), args.log_lines, console.width if console.is_terminal else None)
+
     if args.once or not console.is_terminal:
-        console.print(frame(folder, read_state(folder, lines), args.log_lines), soft_wrap=not console.is_terminal)
+        console.print(now(), soft_wrap=not console.is_terminal)
         return
-    with Live(frame(folder, read_state(folder, lines), args.log_lines), console=console, screen=True, auto_refresh=False) as live:
+    with Live(now(), console=console, screen=True, auto_refresh=False) as live:
         try:
             while True:
-                live.update(frame(folder, read_state(folder, lines), args.log_lines), refresh=True)
+                live.update(now(), refresh=True)
                 time.sleep(args.every)
         except KeyboardInterrupt:
             pass
-    console.print(frame(folder, read_state(folder, lines), args.log_lines))
+    console.print(now())
 
 
 if __name__ == "__main__":

@@ -186,6 +186,14 @@ def a_run(folder, iterates, **more):
     return folder
 
 
+@pytest.mark.parametrize("width", [120, 80, 60, 20])
+def test_a_narrow_table_leaves_out_what_is_missed_least(width):
+    one = {"K": 4, "reward": 1.0, "reward_se": 0.1, "best_of_k": 2.0, "gold": 0.5, "gold_se": 0.01, "length": 9.0, "truncated": 0.1}
+    rows = metrics.format_table([{"sampled": one, "greedy": one, "divergence": {"kl": 1.0}, "seconds": 9.0}] * 2, width).split("\n")
+    assert all(len(row) <= width for row in rows) or width == 20
+    assert {"iterate", "reward", "gold", "KL"} <= set(rows[0].split()) and ("seconds" in rows[0]) == (width == 120)
+
+
 def test_several_runs_stand_in_one_table(tmp_path):
     """As a DPO run of two iterations beside a PPO run; each interval is that of the run's own table."""
     dpo = a_run(tmp_path / "dpo", {0: 0.0, 1: 1.0, 2: 2.0}, seconds=5.0)
