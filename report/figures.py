@@ -21,7 +21,8 @@ def of_iterates(run):
 
     Returns:
         list of dicts: `iterate`, `sampled` and `greedy` (see `of_answers`, with what metrics.json says where the answers
-        are gone), `kl`, `kl_se`, `kl_per_token`, `seconds`, and `versus`: {"start", "previous"} → kind → see `compare`.
+        are gone), `kl`, `kl_se`, `kl_per_token`, `seconds`, and `versus`: {"start", "previous", "best"} → kind → see `compare`.
+        "best" is the earlier iterate of the highest gold (without gold: judge's reward), where it is neither of the others.
     """
     found, order = [], sorted(run.iterates)
     for n, i in enumerate(order):
@@ -33,11 +34,22 @@ def of_iterates(run):
         if row["kl"] is None and run.kind == "ppo" and i in run.trainings and run.trainings[i].ppo:
             row |= {"kl": run.trainings[i].ppo[-1].get("kl"), "estimator": "k1, PPO's last rollout"}
         others = {"start": order[0] if order[0] == 0 and i else None, "previous": order[n - 1] if n else None}
+        best = best_so_far(found)
+        others |= {"best": None if best in others.values() else best}
         for name, other in others.items():
             if other is not None:
                 row["versus"][name] = {"iterate": other} | {kind: compare(run.iterates[other], iterate, kind) for kind in ("sampled", "greedy")}
         found.append(row)
     return found
+
+
+def best_so_far(rows):
+    """The iterate whose sampled answers have the highest gold, or the second judge's highest reward; None where neither is known."""
+    for quantity in ("gold", "judge"):
+        known = [(row["sampled"][quantity][0], row["iterate"]) for row in rows if row["sampled"].get(quantity)]
+        if known:
+            return max(known)[1]
+    return None
 
 
 def values_of(iterate, kind, quantity):

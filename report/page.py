@@ -86,7 +86,8 @@ def tables_of(tables):
                 for kind in ("sampled", "greedy"):
                     v = other[kind]
                     if v:
-                        versus.append([*name(run), f"{row['iterate']} against {other['iterate']}" + (" (start)" if against == "start" else ""), kind,
+                        which = {"start": " (start)", "best": " (best before)"}.get(against, "")
+                        versus.append([*name(run), f"{row['iterate']} against {other['iterate']}{which}", kind,
                                        shown(v.get("reward")), shown(v.get("reward_win"), "share"), shown(v.get("lc_win"), "share"),
                                        "/".join(map(str, v["counts"])) if v.get("counts") else "–", shown(v.get("gold")), shown(v.get("gold_win"), "share"),
                                        shown(v.get("judge")), shown(v.get("judge_win"), "share")])  # fmt: skip

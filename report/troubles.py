@@ -81,13 +81,14 @@ def _shown(triple):
 
 
 def over_optimised(iterates):
-    """Reward up while gold, a second judge, or the share of prompts that are won falls, against the previous iterate or the start."""
+    """Reward up while gold, a second judge, or the share of prompts that are won falls, against the previous iterate, the start, or
+    the best before: a fall in small steps, each of which may be chance."""
     todo = ("stop at the iterate before, lower the learning rate or raise beta (PPO: kl_coef), train fewer steps an iteration, or "
             "use a stronger reward model or several")  # fmt: skip
     found = []
     for row in iterates:
         seen = set()
-        for against in ("previous", "start"):
+        for against in ("previous", "start", "best"):
             for kind in ("sampled", "greedy"):
                 versus = (row["versus"].get(against) or {}).get(kind) or {}
                 if not rises(versus.get("reward")):
@@ -115,6 +116,8 @@ def over_optimised(iterates):
 
 
 def _against(row, against):
+    if against == "best":
+        return f"iterate {row['iterate']} against iterate {row['versus']['best']['iterate']}, the best before"
     return f"iterate {row['iterate']} against the {against if against == 'start' else 'previous one'}"
 
 

@@ -335,6 +335,17 @@ def test_a_rising_mean_that_loses_most_prompts_is_named(tmp_path):
     assert "win_rate_falls" in names(folder)
 
 
+def test_a_slow_fall_of_gold_is_named_against_the_best_before(tmp_path):
+    """Each step is within chance and the end above the start; only the way down from the peak shows it."""
+    gold = [0.4, 0.5, 0.493, 0.486, 0.479, 0.472]
+    folder = runs.make_run(tmp_path / "run", iterations=5, plan=lambda i: {"shift": i, "gold": gold[i]})
+    run, iterates, trainings = read(folder)
+    assert not any(troubles.falls(row["versus"].get(against, {}).get("sampled", {}).get("gold")) for row in iterates for against in ("start", "previous"))
+    found = [t for t in troubles.find(run, iterates, trainings) if t.name == "over_optimised"]
+    assert found and all(t.where.endswith("against iterate 1, the best before") for t in found) and found[-1].where.startswith("iterate 5")
+    assert "5 against 1 (best before)" in build(folder, target=tmp_path / "page.html")
+
+
 def test_a_fall_that_chance_may_have_made_is_none():
     """A run is looked at many times, so that a fall is one at 99%: 1.31 times the 95% interval."""
     assert troubles.falls((-1.0, -1.9, -0.1)) is False and troubles.falls((-1.0, -1.7, -0.3)) is True
