@@ -29,6 +29,10 @@ PACKAGES = (
 )  # fmt: skip
 
 
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
+WHOLE, PIECE = 2**26, 2**16  # bytes: weights up to the first are read whole, of larger ones pieces of the second
+
+
 def beside(path, suffix):
     """`dir/X.jsonl`, `.manifest.json` → `dir/X.manifest.json`; `dir/model` and `dir/X.json` keep their whole name."""
     path = Path(path)
@@ -56,18 +60,32 @@ def versions():
     return found
 
 
-def _hash_file(path, whole_below=float("inf")):
-    """SHA-256 of a file; from `whole_below` bytes on of its size and its first and last MiB."""
+def _hash_file(path):
+    """SHA-256 of a file; of large weights of pieces from every part, since reading them whole would take as long as loading them."""
     digest, size = hashlib.sha256(), path.stat().st_size
     with open(path, "rb") as file:
-        if size <= whole_below:
+        if size <= WHOLE or path.suffix not in WEIGHTS:
             while block := file.read(2**20):
                 digest.update(block)
         else:
-            digest.update(str(size).encode() + file.read(2**20))
-            file.seek(-(2**20), os.SEEK_END)
-            digest.update(file.read())
+            digest.update(str(size).encode())
+            for start in _pieces(file, path, size):
+                file.seek(start)
+                digest.update(file.read(PIECE))
     return digest.hexdigest()
+
+
+def _pieces(file, path, size):
+    """Where the pieces of large weights begin: the ends and the middle of each tensor of safetensors, every 2 MiB of other formats."""
+    starts = {0, max(0, size - PIECE)} | set(range(0, size, 2**21 if path.suffix != ".safetensors" else 2**25))
+    if path.suffix == ".safetensors":
+        length = int.from_bytes(file.read(8), "little")
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # no such file, whatever its name says
+            header = json.loads(file.read(min(length, 2**27)))
+            for tensor in (value for key, value in header.items() if key != "__metadata__"):
+                begin, end = (8 + length + offset for offset in tensor["data_offsets"])
+                starts |= {begin, max(begin, (begin + end - PIECE) // 2), max(begin, end - PIECE)}
+    return sorted(starts)
 
 
 def _files(path):
@@ -76,35 +94,37 @@ def _files(path):
 
 
 def fingerprint(name, checksum=True):
-    """Size, time and checksum of a local file or folder; for anything else (a hub name) the name alone.
+    """Size, times and checksum of a local file or folder; for anything else (a hub name) the name alone.
 
     Returns:
-        dict with `path`, and for local ones `size` (bytes), `time` (ns), and `sha256` where `checksum`.
+        dict with `path`, and for local ones `size` (bytes), `time` (of the newest file, ns), `files` (a hash of each file's name, size
+        and time), and `sha256` where `checksum`.
     """
     path = Path(name)
     if not path.exists():
         return {"path": str(name)}
     files = _files(path) if path.is_dir() else [path]
-    stats = [f.stat() for f in files]
+    names, stats = [str(file.relative_to(path)) for file in files], [file.stat() for file in files]
     mark = {"path": str(name), "size": sum(s.st_size for s in stats), "time": max((s.st_mtime_ns for s in stats), default=0)}
+    listed = [(file, s.st_size, s.st_mtime_ns) for file, s in zip(names, stats, strict=True)]
+    mark["files"] = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
     if checksum:
         digest = hashlib.sha256()
-        for file in files:
-            # Data whole; of a folder's large files (weights, which training changes throughout) the ends.
-            mark_of = _hash_file(file, 2**26) if path.is_dir() else _hash_file(file)
-            digest.update(f"{file.relative_to(path)}:{mark_of}\n".encode())
+        for file, short in zip(files, names, strict=True):
+            digest.update(f"{short}:{_hash_file(file)}\n".encode())
         mark["sha256"] = digest.hexdigest()
     return mark
 
 
 def same_content(old, name):
-    """Whether `name` still is what the fingerprint `old` describes: size and time first, the checksum where they differ."""
+    """Whether `name` still is what the fingerprint `old` describes: sizes and times first, the checksum where they differ."""
     now = fingerprint(name, checksum=False)
     if "size" not in old or "size" not in now:
         return old.get("path") == now["path"]
     if old["size"] != now["size"]:
         return False
-    return old["time"] == now["time"] or old["sha256"] == fingerprint(name)["sha256"]
+    key = "files" if "files" in old else "time"  # manifests of before have the newest file's time alone
+    return old[key] == now[key] or old["sha256"] == fingerprint(name)["sha256"]
 
 
 def write_yaml(path, values):

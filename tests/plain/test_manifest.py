@@ -142,16 +142,73 @@ def test_fingerprints(tmp_path, monkeypatch):
     (folder / "checkpoint-5" / "b").write_text("2")
     assert fingerprint(folder)["sha256"] == mark["sha256"]
     (folder / "a").rename(folder / "c")
-    assert not same_content(mark | {"time": 0}, folder)
+    assert not same_content(mark, folder)
     assert same_content(fingerprint("owner/name"), "owner/name") and not same_content(
         fingerprint("owner/name"), "owner/other"
     )
     assert not same_content(fingerprint(folder), tmp_path / "gone")
-    large = tmp_path / "large"
-    large.write_bytes(b"a" * 2**27)
-    before = fingerprint(large)
-    large.write_bytes(b"a" * (2**27 - 1) + b"b")
-    assert fingerprint(large)["sha256"] != before["sha256"]
+
+
+def test_an_older_file_in_the_place_of_one_is_seen(tmp_path):
+    """As `cp -p` and rsync put it there: of the same size, and not the newest of its folder."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name, text in (("config.json", "{}"), ("model.safetensors", "old weights")):
+        (folder / name).write_text(text)
+        os.utime(folder / name, ns=(2, 2))
+    mark = fingerprint(folder)
+    os.utime(folder / "model.safetensors", ns=(1, 1))
+    assert same_content(mark, folder)  # by its checksum
+    (folder / "model.safetensors").write_text("new weights")
+    os.utime(folder / "model.safetensors", ns=(1, 1))
+    assert not same_content(mark, folder)
+    before = {key: value for key, value in mark.items() if key != "files"}
+    assert same_content(before, folder)  # what a manifest of before knows cannot tell them apart
+    assert not same_content(before | {"time": 3}, folder)
+
+
+@pytest.fixture
+def smaller(monkeypatch):
+    """What counts as large begins at 4 KiB, in pieces of 64 bytes."""
+    monkeypatch.setattr(manifest, "WHOLE", 2**12)
+    monkeypatch.setattr(manifest, "PIECE", 2**6)
+
+
+def test_data_is_read_whole_also_where_it_is_large(tmp_path, smaller):
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    content = bytearray(b"a" * 2**14)
+    seen = set()
+    for place in (0, 5000, 2**14 - 1):
+        content[place] = ord("b")
+        (folder / "data.arrow").write_bytes(content)
+        seen.add(fingerprint(folder)["sha256"])
+    assert len(seen) == 3
+
+
+def test_a_change_of_any_tensor_of_large_weights_is_seen(tmp_path, smaller):
+    """A merged adapter changes some tensors, a new head a small one. Written by safetensors itself."""
+    numpy, safetensors = pytest.importorskip("numpy"), pytest.importorskip("safetensors.numpy")
+    rng = numpy.random.default_rng(0)
+    tensors = {f"layers.{i}.weight": rng.normal(size=(40, 40)).astype("float32") for i in range(5)} | {"score.weight": numpy.ones((1, 8), "float32")}
+    folder = tmp_path / "model"
+    folder.mkdir()
+
+    def mark(changed=None):
+        safetensors.save_file({name: value * (2 if name == changed else 1) for name, value in tensors.items()}, folder / "model.safetensors")
+        return fingerprint(folder)["sha256"]
+
+    marks = [mark(), *(mark(name) for name in tensors)]
+    assert len(set(marks)) == 7 and mark() == marks[0]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_large_weights_of_any_form_can_be_read(tmp_path, smaller, name):
+    """Also a file that is not what its name says."""
+    (tmp_path / name).write_bytes(b"a" * 2**13)
+    before = fingerprint(tmp_path)["sha256"]
+    (tmp_path / name).write_bytes(b"a" * (2**13 - 1) + b"b")
+    assert fingerprint(tmp_path)["sha256"] != before
 
 
 def test_an_unknown_file_in_its_place_is_kept(tmp_path):
