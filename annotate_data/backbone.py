@@ -118,14 +118,15 @@ class Backbone:
         return text.removeprefix(self.tokenizer.bos_token or "")
 
     def encode(self, messages, response):
-        """The `Row` of a response to `messages`, truncated on the left to `max_length`; a BOS in front stays."""
+        """The `Row` of a response to `messages`, truncated on the left to `max_length`; a BOS or CLS in front stays."""
         text = self.render([*messages, {"role": "assistant", "content": response}])
         ids = self.tokenizer(text, verbose=False)["input_ids"]
         if not ids:
             raise UserError("the chat template and the tokenizer make no token of it")
         cut = max(0, len(ids) - self.max_length)
         if cut:
-            keep = 1 if ids[0] == self.tokenizer.bos_token_id else 0
+            # An encoder's head reads its CLS; a tokenizer may have either, or neither.
+            keep = 1 if ids[0] in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id) else 0
             ids = ids[:keep] + ids[keep + cut :]
         return Row(array("i", ids), cut)
 
@@ -151,7 +152,6 @@ class Backbone:
             UserError: does not load or fit, or weights are missing: what was never trained gives noise.
         """
         import torch
-        import transformers
 
         gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true"
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
@@ -163,10 +163,7 @@ class Backbone:
         if self.dtype == "auto":
             self.dtype = "bfloat16" if gpu else "float32"
         if self.attention == "auto":
-            # transformers' sdpa drops the soft-cap of Gemma-2's attention without a word
-            softcap = getattr(self.config.get_text_config(), "attn_logit_softcapping", None)
-            flash = gpu and self.dtype != "float32" and transformers.utils.is_flash_attn_2_available()
-            self.attention = "flash_attention_2" if flash else "eager" if softcap else "sdpa"
+            self.attention = self._choose_attention(auto_class, gpu)
         try:
             self.model, report = auto_class.from_pretrained(
                 self.name,
@@ -183,10 +180,26 @@ class Backbone:
         except Exception as error:
             raise UserError(f"cannot load the {self.what} {self.name}: {one_line(error)}") from None
         self.refuse_missing(report["missing_keys"])
+        self.left_out = report["unexpected_keys"]
+        self.attention = self.attention or getattr(self.model.config, "_attn_implementation", None)
+        embeddings = getattr(self.model.base_model, "embeddings", None)
+        places, first = getattr(embeddings, "position_embeddings", None), getattr(embeddings, "padding_idx", None)
+        if isinstance(places, torch.nn.Embedding) and first is not None:  # RoBERTa's kind counts positions from there
+            self.max_length = min(self.max_length, places.num_embeddings - first - 1)
         self.model.eval()
         self.batches.tokens = self.batches.tokens or (GPU_TOKENS if gpu else CPU_TOKENS)
         if not gpu:
             keep_memory()
+
+    def _choose_attention(self, auto_class, gpu):
+        """flash_attention_2 where it can be, eager where sdpa would leave something out; None: what transformers takes for the model."""
+        import transformers
+
+        if getattr(self.config.get_text_config(), "attn_logit_softcapping", None):
+            return "eager"  # transformers' sdpa drops the soft-cap of Gemma-2's attention without a word
+        model_class = getattr(auto_class, "_model_mapping", {}).get(type(self.config), None) or auto_class
+        flash = gpu and self.dtype != "float32" and transformers.utils.is_flash_attn_2_available()
+        return "flash_attention_2" if flash and getattr(model_class, "_supports_flash_attn", False) else None
 
     def refuse_missing(self, missing):
         """Refuse a checkpoint that lacks the weights `missing` (names)."""
@@ -302,7 +315,12 @@ class Backbone:
     def _guarded(self, forward, rows):
         """`forward` of padded rows; MemoryError where they are too many."""
         self._check_ids(row.ids for row in rows)
-        return self._in_memory(lambda: forward(rows, *self._padded(rows)))
+        try:
+            return self._in_memory(lambda: forward(rows, *self._padded(rows)))
+        except (RuntimeError, ValueError, IndexError) as error:  # the model's own code
+            longest = max(len(row.ids) for row in rows)
+            raise UserError(f"{self.name} fails on {len(rows)} sequences of up to {longest} tokens: {one_line(error)}; "
+                            "with --max_length N they are cut") from None  # fmt: skip
 
     def _in_memory(self, action):
         """`action()` without gradients; running out of memory is a MemoryError."""

@@ -69,6 +69,12 @@ class BradleyTerry(Backbone):
         import transformers
 
         self.load_weights(transformers.AutoModelForSequenceClassification)
+        heads = [key for key in self.left_out if key.split(".")[0] in ("score", "classifier", "v_head", "value_head", "reward_head")]
+        if heads == ["score.bias"]:
+            print(f"note: {self.name}: its score.bias has no place in its architecture; rewards are off by that constant")
+        elif heads:
+            raise UserError(f"{self.name}: its {', '.join(heads[:3])} have no place in its architecture, {type(self.model).__name__}: "
+                            "the rewards would not be those it was trained to give")  # fmt: skip
 
     def score(self, records):
         import torch
@@ -76,7 +82,7 @@ class BradleyTerry(Backbone):
         groups, cuts = self.encode_all(records)
         last = [[[len(ids) - 1] for ids in group] for group in groups]
         head = getattr(self.model, "score", None)
-        if not isinstance(head, torch.nn.Linear):  # an encoder pools its first token: no trap there
+        if not isinstance(head, torch.nn.Linear):  # encoders and others with a head of their own
             for g, logits in self._in_passes(groups, last, self._logits):
                 yield g, {"rewards": logits, "cut": cuts[g]}
             return
@@ -87,7 +93,21 @@ class BradleyTerry(Backbone):
             yield g, {"rewards": rewards.tolist(), "cut": cuts[g]}
 
     def _logits(self, rows, ids, mask):
-        return self.model(input_ids=ids, attention_mask=mask).logits[:, 0].float().tolist()
+        """Raw logits by the model's own head. A decoder's looks for the last token that is not padding, so that a row which ends in
+        that token goes alone and without any; an encoder-decoder's wants as many ends in each row."""
+        config = self.model.config.get_text_config()
+        pad = config.pad_token_id
+        if not self.config.is_encoder_decoder and all(row.ids[-1] != pad for row in rows):
+            return self.model(input_ids=ids, attention_mask=mask).logits[:, 0].float().tolist()
+        found = []
+        try:
+            config.pad_token_id = pad if self.config.is_encoder_decoder else -1  # an id that no token has
+            for i, row in enumerate(rows):
+                alone = slice(i, i + 1), slice(0, len(row.ids))
+                found.append(self.model(input_ids=ids[alone], attention_mask=mask[alone]).logits[0, 0].float().item())
+        finally:
+            config.pad_token_id = pad
+        return found
 
 
 class ArmoRM(Backbone):

@@ -56,6 +56,100 @@ def test_an_encoder_with_one_label_against_its_own_forward(tmp_path):
     assert got["rewards"] == pytest.approx(expected, abs=1e-4) and max(expected) - min(expected) > 0.01
 
 
+SHAPE = {"vocab_size": 288, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "num_labels": 1,
+         "initializer_range": 0.3}  # fmt: skip
+OTHERS = {  # architecture → settings; what their heads look at differs, and DeBERTa has no sdpa
+    "deberta-v2": SHAPE | {"pos_att_type": ["p2c", "c2p"], "relative_attention": True},
+    "roberta": SHAPE | {"max_position_embeddings": 100},
+    "bart": {"vocab_size": 288, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+             "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_labels": 1, "init_std": 0.3, "decoder_start_token_id": 0},
+    "modernbert-decoder": SHAPE | {"num_hidden_layers": 3, "max_position_embeddings": 512},
+    "gpt_neo": {"vocab_size": 288, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48, "num_labels": 1,
+                "attention_types": [[["global", "local"], 1]], "window_size": 16, "initializer_range": 0.3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("padding", ["<|pad|>", "<|eot_id|>"])
+@pytest.mark.parametrize("architecture", OTHERS)
+def test_classifiers_of_other_architectures_against_one_sequence_alone(architecture, padding, tmp_path):
+    """As they come, in one batch of different lengths, also where the end of turn is the padding token."""
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    torch.manual_seed(0)
+    tokenizer = micro.make_tokenizer("llama3")
+    tokenizer.pad_token = padding
+    ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.convert_tokens_to_ids("<|eot_id|>")}
+    if architecture == "roberta":
+        ids["pad_token_id"] = 1  # its positions are counted from there
+    config = AutoConfig.for_model(architecture, **OTHERS[architecture] | ids)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    scorer = reward_models.BradleyTerry(str(tmp_path))
+    scorer.load()
+    turns = [{"role": "user", "content": "q?"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "and?"}]
+    records = [{"prompt": turns[:1], "responses": ["yes", "", "no " * 20]}, {"prompt": turns, "responses": ["so", "word " * 30]}]
+    got = dict(scorer.score(records))
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    for index, record in enumerate(records):
+        expected = []
+        for response in record["responses"]:
+            own = torch.tensor([list(scorer.encode(record["prompt"], response).ids)])
+            with torch.no_grad():
+                if architecture == "modernbert-decoder":  # its head at the last token, without looking for padding
+                    expected.append(model.classifier(model.head(model.model(own).last_hidden_state))[0, -1, 0].item())
+                    continue
+                if architecture == "gpt_neo":
+                    expected.append(model.score(model.transformer(own).last_hidden_state)[0, -1, 0].item())
+                    continue
+                expected.append(model(own, attention_mask=torch.ones_like(own)).logits[0, 0].item())
+        assert got[index]["rewards"] == pytest.approx(expected, abs=1e-4)
+    assert len({round(r, 3) for found in got.values() for r in found["rewards"]}) > 3
+    if architecture == "roberta":
+        assert scorer.max_length == 98 and got[1]["cut"] == 1
+
+
+def test_an_encoders_first_token_outlives_truncation(tmp_path):
+    """BERT's kind pools [CLS], which such tokenizers do not call BOS."""
+    tokenizer = micro.make_tokenizer("llama3")
+    bos, tokenizer.bos_token, tokenizer.cls_token = tokenizer.bos_token, None, tokenizer.bos_token
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ bos_token }}", "")
+    micro.make_reward_model(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    scorer = reward_models.BradleyTerry(str(tmp_path), max_length=60)
+    row = scorer.encode([{"role": "user", "content": "q?"}], "x" * 500)
+    assert len(row.ids) == 60 and row.cut > 400 and row.ids[0] == tokenizer.convert_tokens_to_ids(bos)
+
+
+def test_weights_without_a_place_are_told(models, tmp_path, capsys):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    for key, size in (("score.bias", 1), ("v_head.summary.weight", 64)):
+        folder = shutil.copytree(models["bt"], tmp_path / key)
+        weights = load_file(folder / "model.safetensors")
+        save_file(weights | {key: weights["score.weight"].new_ones(size)}, folder / "model.safetensors", metadata={"format": "pt"})
+    reward_models.BradleyTerry(str(tmp_path / "score.bias")).load()
+    assert "its score.bias has no place in its architecture" in capsys.readouterr().out
+    with pytest.raises(cli.UserError, match="v_head.summary.weight have no place in its architecture, LlamaForSequenceClassification"):
+        reward_models.BradleyTerry(str(tmp_path / "v_head.summary.weight")).load()
+
+
+def test_an_error_of_the_models_own_code_is_one_line(tmp_path, monkeypatch):
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    tokenizer = micro.make_tokenizer("llama3")
+    BertForSequenceClassification(BertConfig(**SHAPE, pad_token_id=tokenizer.pad_token_id)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    scorer = reward_models.BradleyTerry(str(tmp_path))
+    scorer.load()
+    scorer.model.bert.embeddings.position_embeddings = torch.nn.Embedding(4, 32)
+    with pytest.raises(cli.UserError, match="fails on 1 sequences of up to .* tokens: .*; with --max_length N they are cut"):
+        list(scorer.score([{"prompt": [{"role": "user", "content": "q?"}], "responses": ["yes"]}]))
+
+
 # ---- ArmoRM ----------------------------------------------------------------------------------------------------------
 
 
