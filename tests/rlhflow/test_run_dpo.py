@@ -335,9 +335,8 @@ def test_a_lock_dies_with_its_process_though_a_worker_lives(work, tmp_path):
         "from dpo_iteration.output import prepare_output\n"
         f"args = SimpleNamespace(output_dir={str(tmp_path / 'out')!r}, overwrite=False, pairs_path=None)\n"
         "lock = prepare_output(args, SimpleNamespace(pairs=[], skipped=[]), {}, {})\n"
-        "worker = os.fork()\n"
-        "if worker:\n"
-        "    print(worker, flush=True)\n"
+        "if not os.fork():\n"
+        "    print(os.getpid(), flush=True)\n"  # by then it has let go of what it inherited
         "time.sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as process:
