@@ -100,7 +100,7 @@ async def ask(session, url, body=None, timeout=10.0):
         raise Failure(f"no answer within {timeout:.0f}s", lost=True) from None
     except aiohttp.ClientError as error:
         raise Failure(str(error) or type(error).__name__, lost=True) from None
-    except ValueError:
+    except (ValueError, RecursionError):  # RecursionError: nested a thousand deep
         raise Failure("the answer is not JSON") from None
 
 
@@ -210,14 +210,17 @@ class Run:
         }
         answer = await ask(self.session, f"{server.url}/v1/completions", body, self.args.timeout)
         try:
+            model = answer.get("model")
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])
             texts, reasons = [c["text"] for c in choices], [c["finish_reason"] for c in choices]
             counts = [len(c["token_ids"]) for c in choices]
             if [c["index"] for c in choices] != list(range(len(choices))) or not all(isinstance(r, str) for r in reasons):
                 raise ValueError
             "".join(texts).encode("utf-8")  # texts they are, and no half surrogates
-        except (KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, TypeError, ValueError):
             raise Failure(f"the answer is not of the API's form: {str(answer)[:100]}") from None
+        if model not in (None, self.serves[0]):
+            raise Failure(f"an answer of {str(model)[:100]} instead of {self.serves[0]}")
         if len(choices) != fields["n"]:
             raise Failure(f"{len(choices)} responses instead of {fields['n']}")
         if not set(reasons) <= {"stop", "length"}:

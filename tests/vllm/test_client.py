@@ -21,6 +21,7 @@ from generation import gen_hf
 
 ROOT = Path(__file__).resolve().parents[2]
 REGISTER = ROOT / "generation" / "register_server.sh"
+BODIES = {"garbage": "<html>", "deep": "[" * 200000, "null": "null", "list": "[]"}
 
 
 def listening(port):
@@ -110,21 +111,19 @@ class Mock:
                 await response.write(b'{"choices": [')
                 request.transport.close()
                 return response
-            if what == "garbage":
-                return web.Response(text="<html>")
+            if isinstance(what, str) and what in BODIES:
+                return web.Response(text=BODIES[what])
             if isinstance(what, int):
                 return web.json_response({"error": {"message": f"the server says {what}"}}, status=what)
             count = 1 if probe else body["n"] - (what == "fewer")
             reason = "abort" if what == "abort" else "stop"
-            if what == "null":
-                return web.json_response(None)
             choices = [
                 {"index": i, "text": f"{body.get('seed')}/{i}", "finish_reason": reason, "token_ids": [1, 2]}
                 for i in range(count)
             ]
             if isinstance(what, dict):  # the first choice otherwise
                 choices[0] |= what
-            return web.json_response({"choices": choices[::-1]})
+            return web.json_response({"model": "another" if what == "another" else self.model, "choices": choices[::-1]})
         finally:
             self.in_flight -= 1
 
@@ -186,8 +185,8 @@ def test_work_is_shared_bounded_ordered_and_explicit(folder, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("what", [
-    408, 429, 500, 503, "hang", "cut", "half", "garbage", "fewer", "abort", "null", {"text": None}, {"text": "\ud800"}, {"finish_reason": ["stop"]},
-    {"index": 1}, {"token_ids": None},
+    408, 429, 500, 503, "hang", "cut", "half", "garbage", "deep", "list", "another", "fewer", "abort", "null", {"text": None}, {"text": "\ud800"},
+    {"finish_reason": ["stop"]}, {"index": 1}, {"token_ids": None},
 ], ids=str)  # fmt: skip
 def test_what_fails_is_asked_again(folder, monkeypatch, what):
     with Mock(lambda count, body: what if count in (1, 2, 9) else None) as a, Mock() as b:
