@@ -243,6 +243,38 @@ def test_what_fails_for_good_ends_the_run(folder, monkeypatch, what, words):
         assert len(records(folder / "out.jsonl.partial")) == 29
 
 
+@pytest.mark.parametrize("what", [429, 500, "garbage", "cut"])
+@pytest.mark.parametrize("pause", [0.0, 0.3])
+def test_a_sick_server_does_not_keep_prompts_from_a_healthy_one(folder, monkeypatch, what, pause):
+    with Mock(lambda count, body: what) as sick, Mock(lambda count, body: what) as ill, Mock(pause=pause) as well:
+        client(monkeypatch, folder, [sick, ill, well], "--concurrency", "4", "--retries", "2", "--give_up_after", "2")
+        assert len(well.bodies) == 30
+        assert len(sick.bodies) <= 4 + 5  # what it had at once, then one at a time with growing pauses
+    check_whole(folder, 30)
+
+
+def test_a_server_that_answers_again_is_used_again(folder, monkeypatch):
+    with Mock(lambda count, body: 500 if count <= 4 else None) as ill, Mock(pause=0.4) as slow:
+        client(monkeypatch, folder, [ill, slow], "--concurrency", "2")
+        assert len(ill.bodies) - 4 > 5
+    check_whole(folder, 30)
+
+
+def test_a_prompt_that_every_server_refuses_ends_the_run_and_no_server(folder, monkeypatch):
+    bad = []
+
+    def behave(count, body):
+        bad[:] = bad or [body["seed"]]
+        return 500 if body["seed"] == bad[0] else None
+
+    with Mock(behave, pause=0.1) as a, Mock(behave, pause=0.1) as b:
+        with pytest.raises(UserError, match="prompt [0-9a-f]{16} failed 5 times.*HTTP 500.*29 records are kept"):
+            client(monkeypatch, folder, [a, b], "--retries", "4", "--concurrency", "1")
+        asked = [sum(body["seed"] == bad[0] for body in mock.bodies) for mock in (a, b)]
+        assert sum(asked) == 5 and min(asked) >= 1
+        assert len(a.bodies) + len(b.bodies) == 29 + 5 and min(len(a.bodies), len(b.bodies)) > 5
+
+
 def test_all_dead_is_said_in_time_and_continued_later(folder, monkeypatch):
     a = Mock(lambda count, body: a.loop.call_soon(a.stopped.set) and "cut" if count >= 6 else None)
     with a:
