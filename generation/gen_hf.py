@@ -40,11 +40,12 @@ class Arguments(sampling.SamplingArguments):
     concurrency: int = arg(64, "requests in flight per server")
     timeout: float = arg(1800.0, "seconds that one request may take")
     retries: int = arg(8, "how often one prompt may fail before the run ends")
-    give_up_after: float = arg(120.0, "seconds of failures at every server after which the run ends")
+    give_up_after: float = arg(120.0, "seconds of nothing but failures at every server after which the run ends")
 
 
 HOW = {"ports", "hosts", "concurrency", "timeout", "retries", "give_up_after"}  # not what
 RETRIED = (408, 429)  # and all from 500 on
+PATIENCE = (429, 503)  # these may come with Retry-After
 LONGEST_PAUSE = 10.0  # seconds
 LOOK = 0.05  # seconds after which ends of pauses are looked for
 AHEAD = 2  # prompts in work or waiting, per slot of a server
@@ -53,12 +54,13 @@ AHEAD = 2  # prompts in work or waiting, per slot of a server
 class Failure(Exception):
     """A request that may succeed when it is asked again.
 
-    `lost` where the server itself did not answer, `busy` where it asks for patience, which is not held against the prompt.
+    `lost` where the server itself did not answer, `busy` where it asks for patience, which is not held against the prompt,
+    `wait` for how many seconds it asks.
     """
 
-    def __init__(self, reason, lost=False, busy=False):
+    def __init__(self, reason, lost=False, busy=False, wait=0.0):
         super().__init__(reason)
-        self.lost, self.busy = lost, busy
+        self.lost, self.busy, self.wait = lost, busy, wait
 
 
 class Request:
@@ -74,29 +76,44 @@ class Server:
     """One server and what is known of its health; times are `time.monotonic()`.
 
     After a failure it rests, longer each time, and then has one request at a time, its trial, until it answers.
+    It is `silent` from its first failure on, once no request is left that it may still answer. A probe that succeeds ends
+    that too, but only once before an answer: a server that answers nothing but probes is of no use.
     """
 
     def __init__(self, url):
         self.url, self.up, self.in_flight, self.trial = url, True, 0, None
-        self.failures, self.rest = 0, 0.0  # failures in a row; until when it rests
-        self.first, self.last, self.reason = 0.0, 0.0, ""  # of these failures
+        self.failures, self.rest, self.wait = 0, 0.0, 0.0  # failures in a row; until when it rests, and asks to be left alone
+        self.silent, self.last, self.reason = None, 0.0, ""  # since when; time and reason of the last failure
+        self.probed = False  # it was lost and back, and has not answered since
 
-    def healthy(self):
-        return self.up and not self.failures
+    def healthy(self, now):
+        return self.up and not self.failures and now >= self.wait
 
     def open(self, now, concurrency):
         """Whether it may have another request."""
         ready = not self.failures or (self.trial is None and now >= self.rest)
-        return self.up and ready and self.in_flight < concurrency
+        return self.up and ready and now >= self.wait and self.in_flight < concurrency
+
+    def silent_for(self):
+        """Seconds between the failures since when it is silent."""
+        return 0.0 if self.silent is None else self.last - self.silent
 
     def answered(self):
-        self.failures, self.trial = 0, None
+        self.failures, self.trial, self.silent, self.probed = 0, None, None, False
+
+    def returned(self):
+        """A probe has succeeded."""
+        self.up, self.rest = True, 0.0
+        if not self.probed:
+            self.silent, self.probed = None, True
+        print(f"note: {self.url} is back", flush=True)
 
     def failed(self, failure, tried):
         """Note a failure; `tried` is that of a trial or a probe. Other requests that fail at once count as one."""
         now = time.monotonic()
-        self.first = self.first if self.failures else now
-        self.last, self.reason = now, str(failure)
+        if failure.lost or not self.in_flight:
+            self.silent = now if self.silent is None else self.silent
+        self.last, self.reason, self.wait = now, str(failure), max(self.wait, now + failure.wait)
         if tried or not self.failures:
             self.failures += 1
             self.rest = now + pause(self.failures)
@@ -123,7 +140,9 @@ async def ask(session, url, body=None, timeout=10.0):
     try:
         async with session.request(method, url, json=body, timeout=limit) as response:
             if response.status in RETRIED or response.status >= 500:
-                raise Failure(f"HTTP {response.status}", busy=response.status == 429)
+                wait = response.headers.get("Retry-After", "") if response.status in PATIENCE else ""
+                wait = float(wait) if wait.isdecimal() else 0.0  # its other form, a date, is not heeded
+                raise Failure(f"HTTP {response.status}", busy=response.status == 429 or wait > 0, wait=wait)
             if response.status >= 400:
                 text = await response.text()
                 raise UserError(f"{url} refuses the request (HTTP {response.status}): {' '.join(text.split())[:400]}")
@@ -204,8 +223,9 @@ class Run:
     def failed(self, server, failure, tried):
         """Note a failure; end the run when every server has done nothing but fail for too long."""
         was_up = server.up
+        failure.wait = min(failure.wait, self.args.give_up_after)
         server.failed(failure, tried)
-        if all(s.failures and s.last - s.first >= self.args.give_up_after for s in self.servers):
+        if all(s.silent_for() >= self.args.give_up_after for s in self.servers):
             told = "; ".join(f"{s.url}: {s.reason}" for s in self.servers)
             raise UserError(
                 f"no server has answered for {self.args.give_up_after:.0f}s ({told}). "
@@ -218,7 +238,7 @@ class Run:
     async def probe(self, server):
         """Ask a lost server until it is usable again."""
         while not server.up:
-            await asyncio.sleep(server.rest - time.monotonic())
+            await asyncio.sleep(max(server.rest, server.wait) - time.monotonic())
             try:
                 serves = await served_model(self.session, server)
                 if serves != self.serves:
@@ -228,9 +248,8 @@ class Run:
             except (Failure, UserError) as error:
                 self.failed(server, error if isinstance(error, Failure) else Failure(error, lost=True), tried=True)
             else:
-                server.up = True
+                server.returned()
                 self.changed.set()
-                print(f"note: {server.url} is back", flush=True)
 
     async def answer(self, server, item, fields):
         """The record of one prompt, answered by one server."""
@@ -303,7 +322,7 @@ class Run:
         fault, so that another one gets it at once; from then on it rests between failures, for it may be its own.
         """
         untried = [s for s in self.servers if s not in request.failed_at]
-        if any(s.healthy() for s in untried) and not (server in untried and server.healthy()):
+        if any(s.healthy(now) for s in untried) and not (server in untried and server.healthy(now)):
             return False
         return now >= request.rest or (request.failures < 2 and server in untried)
 

@@ -100,7 +100,7 @@ class Mock:
         self.in_flight += 1
         self.most = max(self.most, self.in_flight)
         try:
-            await asyncio.sleep(self.pause)
+            await asyncio.sleep(0 if isinstance(what, int | tuple) else self.pause)
             if what == "hang":
                 await asyncio.sleep(3600)
             if what == "cut":
@@ -113,6 +113,8 @@ class Mock:
                 return response
             if isinstance(what, str) and what in BODIES:
                 return web.Response(text=BODIES[what])
+            if isinstance(what, tuple):
+                return web.Response(status=what[0], headers={"Retry-After": what[1]})
             if isinstance(what, int):
                 return web.json_response({"error": {"message": f"the server says {what}"}}, status=what)
             count = 1 if probe else body["n"] - (what == "fewer")
@@ -293,6 +295,46 @@ def test_a_server_that_answers_only_errors_is_given_up(folder, monkeypatch):
         with pytest.raises(UserError, match="no server has answered for 1s.*HTTP 429"):
             client(monkeypatch, folder, [a], "--give_up_after", "1", "--retries", "1000")
         assert len(a.bodies) < 2000  # with pauses, not in a tight loop
+
+
+def test_a_server_is_not_given_up_while_it_may_still_answer(folder, monkeypatch):
+    micro.write_prompts(folder / "p.jsonl", 4)
+    with Mock(lambda count, body: 429 if a.in_flight else None, pause=2) as a:
+        client(monkeypatch, folder, [a], "--concurrency", "4", "--give_up_after", "1")
+        assert len(a.bodies) > 4
+    check_whole(folder, 4)
+
+
+def test_a_server_that_is_back_has_time_to_answer(folder, monkeypatch, capsys):
+    monkeypatch.setattr(gen_hf, "pause", lambda failures: 0.3)
+    a = Mock(lambda count, body: a.loop.call_soon(a.stopped.set) and "cut" if count >= 3 else None)
+    with a:
+        again = Mock(lambda count, body: 429 if count <= 6 else None, port=a.port)
+        reviver = threading.Thread(target=lambda: (a.thread.join(), time.sleep(2), again.__enter__()))
+        reviver.start()
+        client(monkeypatch, folder, [a], "--concurrency", "1", "--give_up_after", "3")
+        reviver.join()
+        again.__exit__()
+    check_whole(folder, 30)
+    assert "is back" in capsys.readouterr().out
+
+
+def test_a_server_that_answers_only_probes_is_given_up(folder, monkeypatch):
+    monkeypatch.setattr(gen_hf, "pause", lambda failures: 0.3)
+    with Mock(lambda count, body: "cut") as a, pytest.raises(UserError, match="no server has answered for 2s"):
+        client(monkeypatch, folder, [a], "--give_up_after", "2", "--retries", "1000")
+
+
+@pytest.mark.parametrize("status, asked, seconds", [
+    (429, "3", 3), (503, "3", 3), (503, "1000", 4), (429, "9" * 5000, 4), (429, "Wed, 21 Oct 2037 07:28:00 GMT", 0),
+])  # fmt: skip
+def test_a_server_that_asks_for_patience_has_it(folder, monkeypatch, status, asked, seconds):
+    micro.write_prompts(folder / "p.jsonl", 2)
+    times = []
+    with Mock(lambda count, body: times.append(time.monotonic()) or ((status, asked) if count == 1 else None)) as a:
+        client(monkeypatch, folder, [a], "--concurrency", "1", "--give_up_after", "4", "--retries", "0")
+    assert seconds <= times[1] - times[0] < seconds + 2.5
+    check_whole(folder, 2)
 
 
 def test_a_dead_server_s_work_goes_on_and_it_is_used_again(folder, monkeypatch, capsys):
