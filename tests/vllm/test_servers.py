@@ -165,6 +165,23 @@ def test_a_deadline_and_an_interrupt_stop_what_was_started(stub):
         assert not any(map(group_members, groups)) and not recorded(stub.folder)
 
 
+def test_a_start_keeps_the_servers_of_an_earlier_one(stub):
+    """Which stop could not find any more."""
+    process = stub("o/m", wait=False, servers=2, STUB="hangs")
+    wait_for(lambda: len(recorded(stub.folder)) == 2)
+    before = recorded(stub.folder)
+    end = stub("o/m")
+    assert end.returncode == 2 and "another start is at work in state" in end.stderr and "stop state" in end.stderr
+    process.kill()  # as kill -9 does: its servers go on
+    process.communicate()
+    end = stub("o/m", servers=2)
+    assert end.returncode == 2 and f"port {stub.port} has a server of an earlier start" in end.stderr
+    assert f"process {before[stub.port]}" in end.stderr and "stop state" in end.stderr
+    assert recorded(stub.folder) == before and all(map(group_members, before.values()))
+    assert "stopped 2 servers" in stub("stop").stdout and not any(map(group_members, before.values()))
+    assert stub("o/m").returncode == 0
+
+
 def test_a_port_in_use_is_named_with_its_model(stub):
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
