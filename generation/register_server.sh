@@ -236,8 +236,10 @@ esac
 
 [[ ${kv_cache_gib:-1} =~ ^[0-9]*[.]?[0-9]+$ ]] || fail "kv_cache_gib=$kv_cache_gib is not a number"
 for name in port tensor_parallel_size servers max_model_len max_num_seqs deadline stop_seconds; do
-  [[ ${!name} =~ ^[0-9]*$ ]] || fail "$name=${!name} is not a whole number"
+  [[ ${!name} =~ ^[0-9]{0,9}$ ]] || fail "$name=${!name} is not a whole number"
+  if [[ ${!name} ]]; then printf -v "$name" %d "$((10#${!name}))"; fi # 08 is eight, not a broken octal number
 done
+((tensor_parallel_size >= 1)) || fail "tensor_parallel_size=$tensor_parallel_size: at least 1 was expected"
 command -v "$python" >/dev/null || fail "no $python here: activate the environment vllm, or give python=… in front"
 reach="$host"
 [[ $host != 0.0.0.0 ]] || reach=127.0.0.1
@@ -273,6 +275,7 @@ else
   kv_cache_gib="${kv_cache_gib:-1}"
 fi
 ((servers >= 1)) || fail "servers=$servers: at least one was expected"
+((port >= 1 && port + servers <= 65536)) || fail "port=$port with servers=$servers: ports go from 1 to 65535"
 threads=$((cores / servers > 0 ? cores / servers : 1))
 cache_bytes=""
 if [[ -n $kv_cache_gib ]]; then cache_bytes="$(awk -v gib="$kv_cache_gib" 'BEGIN { printf "%d", gib * 2^30 }')"; fi
@@ -293,6 +296,7 @@ for ((i = 0; i < servers; i++)); do
     echo "${group[*]}"
   )"
 done
+((${#pids[@]} == servers)) || fail "started ${#pids[@]} servers instead of $servers"
 log "starting $servers servers of $model from port $port on; logs in $log_dir"
 wait_ready
 trap - EXIT
