@@ -178,7 +178,7 @@ def check_unchanged(paths, marks, manifests):
         if manifest is None:
             continue
         if manifest.get("output", mark).get("sha256") != mark["sha256"]:
-            raise UserError(f"{path} was changed after it was made, its manifest's checksum says; make it anew")
+            raise UserError(f"{path} was changed after it was made, its manifest's checksum says; generate it again with --overwrite")
         listed, count = beside(path, ".skipped.jsonl"), 0
         if listed.is_file():
             with open(listed, "rb") as file:
