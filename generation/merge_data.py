@@ -6,8 +6,8 @@ Out: `--output_dir`, JSON Lines whatever its extension, in the order of the prom
 
     python generation/merge_data.py --base_path ./data/gen_data --output_dir ./data/gen_data.jsonl --num_datasets 8
 
-Nothing is written unless every shard is complete, all were made with the same settings, and together they answer or
-list every prompt once. Shards without a manifest (other tools' files) are merged too, with a note.
+Nothing is written unless every shard is complete and as it was made, all were made with the same settings, and together
+they answer or list every prompt once. Shards without a manifest (other tools' files) are merged too, with a note.
 """
 
 import bisect
@@ -19,6 +19,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import sys
 import time
 from array import array
@@ -69,7 +70,7 @@ def common_manifest(paths):
     """Check the shards' manifests against one another and add them up.
 
     Returns:
-        (manifest parts for the merged file, list of each shard's number of records or None).
+        (manifest parts for the merged file, list of each shard's manifest or None).
 
     Raises:
         UserError: settings, inputs or positions disagree, or prompts are missing from the sum.
@@ -80,7 +81,7 @@ def common_manifest(paths):
         bare = ", ".join(str(path) for path, m in zip(paths, manifests) if m is None)
         print(f"note: no manifest beside {bare}: merged as found, without checking how it was made")
     if not known:
-        return {"settings": {}, "inputs": {}, "counts": {}, "seconds": 0.0, "versions": {}}, [None] * len(paths)
+        return {"settings": {}, "inputs": {}, "counts": {}, "seconds": 0.0, "versions": {}}, manifests
     _, first_path, first = known[0]
     for i, path, m in known:
         if not m.get("complete"):
@@ -123,10 +124,10 @@ def common_manifest(paths):
         "counts": counts,
         "seconds": max(m.get("seconds", 0.0) for _, _, m in known),  # shards run side by side
         "versions": first.get("versions", {}),
-    }, [None if m is None else m["counts"]["records"] for m in manifests]
+    }, manifests
 
 
-def check_records(paths, expected):
+def check_records(paths, manifests):
     """Read every record once; an `id` may occur only once.
 
     Returns:
@@ -162,11 +163,30 @@ def check_records(paths, expected):
                         seen[json.dumps(name)] = (shard, number)
                     places.append(offset)
                 offset += len(line)
-        if expected[shard] not in (None, len(places) - before):
-            raise UserError(
-                f"{path} holds {len(places) - before} records, its manifest says {expected[shard]}; make it anew"
-            )
+        expected = manifests[shard] and manifests[shard]["counts"]["records"]
+        if expected not in (None, len(places) - before):
+            raise UserError(f"{path} holds {len(places) - before} records, its manifest says {expected}; make it anew")
     return places
+
+
+def check_unchanged(paths, marks, manifests):
+    """Refuse a shard whose content is not what its manifest describes, or whose list of skipped prompts is not whole.
+
+    `marks` are the shards' fingerprints as they are now.
+    """
+    for path, mark, manifest in zip(paths, marks, manifests):
+        if manifest is None:
+            continue
+        if manifest.get("output", mark).get("sha256") != mark["sha256"]:
+            raise UserError(f"{path} was changed after it was made, its manifest's checksum says; generate it again with --overwrite")
+        listed, count = beside(path, ".skipped.jsonl"), 0
+        if listed.is_file():
+            with open(listed, "rb") as file:
+                count = sum(line.endswith(b"\n") for line in file)
+        if count != manifest["counts"]["skipped"]:
+            raise UserError(
+                f"{listed} lists {count} skipped prompts, the manifest of {path} says {manifest['counts']['skipped']}; make it anew"
+            )
 
 
 def write_merged(target, paths, places):
@@ -190,7 +210,10 @@ def merge_skipped(output, paths):
         merged.unlink(missing_ok=True)
         return
     temporary = merged.with_name(merged.name + ".tmp")
-    temporary.write_bytes(b"".join(path.read_bytes() for path in listed))
+    with open(temporary, "wb") as target:
+        for path in listed:
+            with open(path, "rb") as source:
+                shutil.copyfileobj(source, target)
     os.replace(temporary, merged)
 
 
@@ -221,7 +244,7 @@ def main():
         )
     if output.resolve() in {path.resolve() for path in paths}:
         raise UserError(f"--output_dir {output} is one of the shards; choose another name")
-    parts, expected = common_manifest(paths)
+    parts, manifests = common_manifest(paths)
     how = {
         "num_datasets": args.num_datasets,
         "shuffle_seed": args.shuffle_seed,
@@ -230,7 +253,8 @@ def main():
     if is_done(output, how, args.overwrite):
         print(f"{output} is complete, nothing to do")
         return
-    places = check_records(paths, expected)
+    places = check_records(paths, manifests)
+    check_unchanged(paths, how["shards"], manifests)
     if args.shuffle_seed is not None:
         random.Random(args.shuffle_seed).shuffle(places)
     output.parent.mkdir(parents=True, exist_ok=True)

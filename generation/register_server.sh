@@ -129,15 +129,17 @@ served() {
   ask "$1" /v1/models 5 | "$python" -c 'import json, sys; print(json.load(sys.stdin)["data"][0]["id"])' 2>/dev/null
 }
 
-# check_port PORT: refuse a port that somebody listens on, saying who.
+# check_port PORT: refuse a port whose server of an earlier start still lives, or that somebody listens on, saying who.
 check_port() {
-  local pid start boot there
-  (exec 3<>"/dev/tcp/$reach/$1") 2>/dev/null || return 0
-  there="$(served "$1" || true)"
-  if [[ -f "$state_dir/$1.server" ]] && owned "$state_dir/$1.server"; then
-    fail "port $1 already serves ${there:-a model that does not answer}, started by this script:" \
+  local pid start boot there="" taken=no
+  if (exec 3<>"/dev/tcp/$reach/$1") 2>/dev/null; then taken=yes there="$(served "$1" || true)"; fi
+  if [[ -f "$state_dir/$1.server" ]] && owned "$state_dir/$1.server"; then # its record is what ends it: keep that
+    [[ $there ]] || fail "port $1 has a server of an earlier start that does not answer yet (process $pid):" \
+      "wait for it, or end it with: bash $0 stop $state_dir"
+    fail "port $1 already serves $there, started by this script:" \
       "use it as it is, or end it with: bash $0 stop $state_dir"
   fi
+  [[ $taken == yes ]] || return 0
   fail "port $1 is in use${there:+, it serves $there} and was not started from $state_dir:" \
     "give another with port=… in front (--server_port of run_loop.sh)"
 }
@@ -171,7 +173,7 @@ start_server() {
     fi
   fi
   setsid env "${environment[@]}" "$python" -m vllm.entrypoints.openai.api_server "${options[@]}" \
-    >"$log_dir/server_$1.log" 2>&1 </dev/null &
+    >"$log_dir/server_$1.log" 2>&1 </dev/null {lock}>&- &
   pids+=("$!")
   ports+=("$1")
   echo "$! $(start_of "$!") $model" >"$state_dir/$1.server"
@@ -234,8 +236,10 @@ esac
 
 [[ ${kv_cache_gib:-1} =~ ^[0-9]*[.]?[0-9]+$ ]] || fail "kv_cache_gib=$kv_cache_gib is not a number"
 for name in port tensor_parallel_size servers max_model_len max_num_seqs deadline stop_seconds; do
-  [[ ${!name} =~ ^[0-9]*$ ]] || fail "$name=${!name} is not a whole number"
+  [[ ${!name} =~ ^[0-9]{0,9}$ ]] || fail "$name=${!name} is not a whole number"
+  if [[ ${!name} ]]; then printf -v "$name" %d "$((10#${!name}))"; fi # 08 is eight, not a broken octal number
 done
+((tensor_parallel_size >= 1)) || fail "tensor_parallel_size=$tensor_parallel_size: at least 1 was expected"
 command -v "$python" >/dev/null || fail "no $python here: activate the environment vllm, or give python=… in front"
 reach="$host"
 [[ $host != 0.0.0.0 ]] || reach=127.0.0.1
@@ -271,12 +275,16 @@ else
   kv_cache_gib="${kv_cache_gib:-1}"
 fi
 ((servers >= 1)) || fail "servers=$servers: at least one was expected"
+((port >= 1 && port + servers <= 65536)) || fail "port=$port with servers=$servers: ports go from 1 to 65535"
 threads=$((cores / servers > 0 ? cores / servers : 1))
 cache_bytes=""
 if [[ -n $kv_cache_gib ]]; then cache_bytes="$(awk -v gib="$kv_cache_gib" 'BEGIN { printf "%d", gib * 2^30 }')"; fi
 
-for ((i = 0; i < servers; i++)); do check_port $((port + i)); done
 mkdir -p "$state_dir" "$log_dir" 2>/dev/null || fail "cannot write $state_dir or $log_dir; give another state_dir=… and log_dir=…"
+exec {lock}>"$state_dir/.lock" # of starts only: servers do not hold it, and stop ends a start that is at work
+flock -w 5 "$lock" || fail "another start is at work in $state_dir:" \
+  "wait for it, end it with: bash $0 stop $state_dir, or give another state_dir=… and port=…"
+for ((i = 0; i < servers; i++)); do check_port $((port + i)); done
 probe="$("$python" -c 'import json, sys; print(json.dumps({"model": sys.argv[1], "prompt": [0], "max_tokens": 1}))' "$model")"
 trap stop_started EXIT
 trap 'exit 130' INT
@@ -288,6 +296,7 @@ for ((i = 0; i < servers; i++)); do
     echo "${group[*]}"
   )"
 done
+((${#pids[@]} == servers)) || fail "started ${#pids[@]} servers instead of $servers"
 log "starting $servers servers of $model from port $port on; logs in $log_dir"
 wait_ready
 trap - EXIT

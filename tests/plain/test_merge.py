@@ -1,6 +1,7 @@
 """Merging shards: everything once and in order, or one line that says which shard is at fault."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -166,6 +167,28 @@ def test_damage_is_found(three):
     write_json(beside(path, ".manifest.json"), made | {"complete": False})
     refused(merge(three, 3), "gen0.jsonl is not finished")
     assert not (three / "merged.jsonl").exists()
+
+
+def test_a_shard_changed_afterwards_is_found(three):
+    path = three / "gen0.jsonl"
+    text = path.read_text()
+    path.write_text(text.replace("id1", "id9"))
+    refused(merge(three, 3), "gen0.jsonl was changed")
+    path.write_text(text.replace("id1", "id9"))
+    os.utime(path, ns=(1, read_manifest(path)["output"]["time"]))
+    refused(merge(three, 3), "gen0.jsonl was changed")
+    path.write_text(text)  # touched, not changed
+    listed = beside(three / "gen1.jsonl", ".skipped.jsonl")
+    line = listed.read_text()
+    for text in (None, line[:-1], line + line):
+        listed.unlink() if text is None else listed.write_text(text)
+        refused(merge(three, 3), "gen1.skipped.jsonl lists", "gen1.jsonl says 1")
+    beside(path, ".skipped.jsonl").write_text(line)
+    refused(merge(three, 3), "gen0.skipped.jsonl lists 1", "says 0")
+    assert not (three / "merged.jsonl").exists()
+    beside(path, ".skipped.jsonl").unlink()
+    listed.write_text(line)
+    assert merge(three, 3).returncode == 0
 
 
 def test_the_output_may_not_be_a_shard_or_a_folder(three):

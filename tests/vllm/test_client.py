@@ -21,6 +21,7 @@ from generation import gen_hf
 
 ROOT = Path(__file__).resolve().parents[2]
 REGISTER = ROOT / "generation" / "register_server.sh"
+BODIES = {"garbage": "<html>", "deep": "[" * 200000, "null": "null", "list": "[]"}
 
 
 def listening(port):
@@ -99,7 +100,7 @@ class Mock:
         self.in_flight += 1
         self.most = max(self.most, self.in_flight)
         try:
-            await asyncio.sleep(self.pause)
+            await asyncio.sleep(0 if isinstance(what, int | tuple) else self.pause)
             if what == "hang":
                 await asyncio.sleep(3600)
             if what == "cut":
@@ -110,21 +111,21 @@ class Mock:
                 await response.write(b'{"choices": [')
                 request.transport.close()
                 return response
-            if what == "garbage":
-                return web.Response(text="<html>")
+            if isinstance(what, str) and what in BODIES:
+                return web.Response(text=BODIES[what])
+            if isinstance(what, tuple):
+                return web.Response(status=what[0], headers={"Retry-After": what[1]})
             if isinstance(what, int):
                 return web.json_response({"error": {"message": f"the server says {what}"}}, status=what)
             count = 1 if probe else body["n"] - (what == "fewer")
             reason = "abort" if what == "abort" else "stop"
-            if what == "null":
-                return web.json_response(None)
             choices = [
                 {"index": i, "text": f"{body.get('seed')}/{i}", "finish_reason": reason, "token_ids": [1, 2]}
                 for i in range(count)
             ]
             if isinstance(what, dict):  # the first choice otherwise
                 choices[0] |= what
-            return web.json_response({"choices": choices[::-1]})
+            return web.json_response({"model": "another" if what == "another" else self.model, "choices": choices[::-1]})
         finally:
             self.in_flight -= 1
 
@@ -186,8 +187,8 @@ def test_work_is_shared_bounded_ordered_and_explicit(folder, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("what", [
-    408, 429, 500, 503, "hang", "cut", "half", "garbage", "fewer", "abort", "null", {"text": None}, {"text": "\ud800"}, {"finish_reason": ["stop"]},
-    {"index": 1}, {"token_ids": None},
+    408, 429, 500, 503, "hang", "cut", "half", "garbage", "deep", "list", "another", "fewer", "abort", "null", {"text": None}, {"text": "\ud800"},
+    {"finish_reason": ["stop"]}, {"index": 1}, {"token_ids": None},
 ], ids=str)  # fmt: skip
 def test_what_fails_is_asked_again(folder, monkeypatch, what):
     with Mock(lambda count, body: what if count in (1, 2, 9) else None) as a, Mock() as b:
@@ -244,6 +245,38 @@ def test_what_fails_for_good_ends_the_run(folder, monkeypatch, what, words):
         assert len(records(folder / "out.jsonl.partial")) == 29
 
 
+@pytest.mark.parametrize("what", [429, 500, "garbage", "cut"])
+@pytest.mark.parametrize("pause", [0.0, 0.3])
+def test_a_sick_server_does_not_keep_prompts_from_a_healthy_one(folder, monkeypatch, what, pause):
+    with Mock(lambda count, body: what) as sick, Mock(lambda count, body: what) as ill, Mock(pause=pause) as well:
+        client(monkeypatch, folder, [sick, ill, well], "--concurrency", "4", "--retries", "2", "--give_up_after", "2")
+        assert len(well.bodies) == 30
+        assert len(sick.bodies) <= 4 + 5  # what it had at once, then one at a time with growing pauses
+    check_whole(folder, 30)
+
+
+def test_a_server_that_answers_again_is_used_again(folder, monkeypatch):
+    with Mock(lambda count, body: 500 if count <= 4 else None) as ill, Mock(pause=0.4) as slow:
+        client(monkeypatch, folder, [ill, slow], "--concurrency", "2")
+        assert len(ill.bodies) - 4 > 5
+    check_whole(folder, 30)
+
+
+def test_a_prompt_that_every_server_refuses_ends_the_run_and_no_server(folder, monkeypatch):
+    bad = []
+
+    def behave(count, body):
+        bad[:] = bad or [body["seed"]]
+        return 500 if body["seed"] == bad[0] else None
+
+    with Mock(behave, pause=0.1) as a, Mock(behave, pause=0.1) as b:
+        with pytest.raises(UserError, match="prompt [0-9a-f]{16} failed 5 times.*HTTP 500.*29 records are kept"):
+            client(monkeypatch, folder, [a, b], "--retries", "4", "--concurrency", "1")
+        asked = [sum(body["seed"] == bad[0] for body in mock.bodies) for mock in (a, b)]
+        assert sum(asked) == 5 and min(asked) >= 1
+        assert len(a.bodies) + len(b.bodies) == 29 + 5 and min(len(a.bodies), len(b.bodies)) > 5
+
+
 def test_all_dead_is_said_in_time_and_continued_later(folder, monkeypatch):
     a = Mock(lambda count, body: a.loop.call_soon(a.stopped.set) and "cut" if count >= 6 else None)
     with a:
@@ -262,6 +295,46 @@ def test_a_server_that_answers_only_errors_is_given_up(folder, monkeypatch):
         with pytest.raises(UserError, match="no server has answered for 1s.*HTTP 429"):
             client(monkeypatch, folder, [a], "--give_up_after", "1", "--retries", "1000")
         assert len(a.bodies) < 2000  # with pauses, not in a tight loop
+
+
+def test_a_server_is_not_given_up_while_it_may_still_answer(folder, monkeypatch):
+    micro.write_prompts(folder / "p.jsonl", 4)
+    with Mock(lambda count, body: 429 if a.in_flight else None, pause=2) as a:
+        client(monkeypatch, folder, [a], "--concurrency", "4", "--give_up_after", "1")
+        assert len(a.bodies) > 4
+    check_whole(folder, 4)
+
+
+def test_a_server_that_is_back_has_time_to_answer(folder, monkeypatch, capsys):
+    monkeypatch.setattr(gen_hf, "pause", lambda failures: 0.3)
+    a = Mock(lambda count, body: a.loop.call_soon(a.stopped.set) and "cut" if count >= 3 else None)
+    with a:
+        again = Mock(lambda count, body: 429 if count <= 6 else None, port=a.port)
+        reviver = threading.Thread(target=lambda: (a.thread.join(), time.sleep(2), again.__enter__()))
+        reviver.start()
+        client(monkeypatch, folder, [a], "--concurrency", "1", "--give_up_after", "3")
+        reviver.join()
+        again.__exit__()
+    check_whole(folder, 30)
+    assert "is back" in capsys.readouterr().out
+
+
+def test_a_server_that_answers_only_probes_is_given_up(folder, monkeypatch):
+    monkeypatch.setattr(gen_hf, "pause", lambda failures: 0.3)
+    with Mock(lambda count, body: "cut") as a, pytest.raises(UserError, match="no server has answered for 2s"):
+        client(monkeypatch, folder, [a], "--give_up_after", "2", "--retries", "1000")
+
+
+@pytest.mark.parametrize("status, asked, seconds", [
+    (429, "3", 3), (503, "3", 3), (503, "1000", 4), (429, "9" * 5000, 4), (429, "Wed, 21 Oct 2037 07:28:00 GMT", 0),
+])  # fmt: skip
+def test_a_server_that_asks_for_patience_has_it(folder, monkeypatch, status, asked, seconds):
+    micro.write_prompts(folder / "p.jsonl", 2)
+    times = []
+    with Mock(lambda count, body: times.append(time.monotonic()) or ((status, asked) if count == 1 else None)) as a:
+        client(monkeypatch, folder, [a], "--concurrency", "1", "--give_up_after", "4", "--retries", "0")
+    assert seconds <= times[1] - times[0] < seconds + 2.5
+    check_whole(folder, 2)
 
 
 def test_a_dead_server_s_work_goes_on_and_it_is_used_again(folder, monkeypatch, capsys):

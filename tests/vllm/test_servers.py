@@ -165,6 +165,30 @@ def test_a_deadline_and_an_interrupt_stop_what_was_started(stub):
         assert not any(map(group_members, groups)) and not recorded(stub.folder)
 
 
+def test_a_start_keeps_the_servers_of_an_earlier_one(stub):
+    """Which stop could not find any more."""
+    process = stub("o/m", wait=False, servers=2, STUB="hangs")
+    wait_for(lambda: len(recorded(stub.folder)) == 2)
+    before = recorded(stub.folder)
+    end = stub("o/m")
+    assert end.returncode == 2 and "another start is at work in state" in end.stderr and "stop state" in end.stderr
+    process.kill()  # as kill -9 does: its servers go on
+    process.communicate()
+    end = stub("o/m", servers=2)
+    assert end.returncode == 2 and f"port {stub.port} has a server of an earlier start" in end.stderr
+    assert f"process {before[stub.port]}" in end.stderr and "stop state" in end.stderr
+    assert recorded(stub.folder) == before and all(map(group_members, before.values()))
+    assert "stopped 2 servers" in stub("stop").stdout and not any(map(group_members, before.values()))
+    assert stub("o/m").returncode == 0
+
+
+def test_a_number_with_a_zero_in_front_is_no_octal_number(stub):
+    end = stub("o/m", port=f"0{stub.port}", servers="01", max_model_len="0512", deadline="09", stop_seconds="08")
+    assert end.returncode == 0 and f":{stub.port} serves o/m" in end.stdout and not end.stderr, end.stderr
+    assert list(recorded(stub.folder)) == [stub.port] and listening(stub.port)
+    assert "--max-model-len 512" in " ".join(json.loads((stub.folder / f"stub_{stub.port}.json").read_text())["argv"])
+
+
 def test_a_port_in_use_is_named_with_its_model(stub):
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -209,6 +233,9 @@ def test_groups_of_gpus(stub, monkeypatch):
 @pytest.mark.parametrize("argv, variables, words", [
     ([], {}, "no MODEL"), (["./nowhere"], {}, "./nowhere"), (["o/m"], {"python": "/no/python"}, "/no/python"),
     (["o/m"], {"tensor_parallel_size": "2"}, "needs GPUs"), (["o/m"], {"gpus": "0"}, "no GPU"), (["o/m"], {"servers": "0"}, "servers=0"),
+    (["o/m"], {"tensor_parallel_size": "0"}, "at least 1"), (["o/m"], {"port": "80x"}, "port=80x is not a whole number"),
+    (["o/m"], {"port": "-1"}, "port=-1 is"), (["o/m"], {"port": "0"}, "1 to 65535"), (["o/m"], {"port": "65535", "servers": "2"}, "1 to 65535"),
+    (["o/m"], {"port": "18446744073709559616"}, "whole number"),
 ])  # fmt: skip
 def test_refusals_before_a_start(stub, argv, variables, words):
     end = stub(*argv, **{"CUDA_VISIBLE_DEVICES": ""} | variables)
