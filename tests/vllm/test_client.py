@@ -17,7 +17,7 @@ from faults import free_ports
 from test_generation import arguments, get_hf2_main, policy, records, starts  # noqa: F401
 
 from common.cli import UserError
-from generation import gen_hf
+from generation import dispatch, gen_hf
 
 ROOT = Path(__file__).resolve().parents[2]
 REGISTER = ROOT / "generation" / "register_server.sh"
@@ -306,7 +306,7 @@ def test_a_server_is_not_given_up_while_it_may_still_answer(folder, monkeypatch)
 
 
 def test_a_server_that_is_back_has_time_to_answer(folder, monkeypatch, capsys):
-    monkeypatch.setattr(gen_hf, "pause", lambda failures: 0.3)
+    monkeypatch.setattr(dispatch, "pause", lambda failures: 0.3)
     a = Mock(lambda count, body: a.loop.call_soon(a.stopped.set) and "cut" if count >= 3 else None)
     with a:
         again = Mock(lambda count, body: 429 if count <= 6 else None, port=a.port)
@@ -320,7 +320,7 @@ def test_a_server_that_is_back_has_time_to_answer(folder, monkeypatch, capsys):
 
 
 def test_a_server_that_answers_only_probes_is_given_up(folder, monkeypatch):
-    monkeypatch.setattr(gen_hf, "pause", lambda failures: 0.3)
+    monkeypatch.setattr(dispatch, "pause", lambda failures: 0.3)
     with Mock(lambda count, body: "cut") as a, pytest.raises(UserError, match="no server has answered for 2s"):
         client(monkeypatch, folder, [a], "--give_up_after", "2", "--retries", "1000")
 
