@@ -131,17 +131,18 @@ def write_yaml(path, values):
     """Write a YAML file under a temporary name and rename."""
     import yaml
 
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000), encoding="utf-8")
-    os.replace(temporary, path)
+    _write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000))
 
 
 def write_json(path, value):
     """Write JSON under a temporary name and rename."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    _write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def _write_text(path, text):
+    temporary = Path(f"{path}.tmp")
     with writing(path):
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 

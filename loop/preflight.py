@@ -152,7 +152,7 @@ def check_positions(run, found):
     """Note where prompts and responses may be longer than the policy's positions: generation caps what it samples."""
     limit = positions(run.settings.model_name_or_path)
     jobs = get_hf2.split_jobs(build(get_hf2.Arguments, run.generation(0, run.jobs(0)), "generation"))
-    prompt, response = (max(getattr(job, key) for job in jobs) for key in ("max_input_length", "max_new_tokens"))
+    prompt, response = max(((job.max_input_length, job.max_new_tokens) for job in jobs), key=sum)
     if limit and prompt + response > limit:
         found.notes.append(f"the policy has {limit} positions, max_input_length {prompt} + max_new_tokens {response} are more: a response to a "
                            f"prompt of more than {max(0, limit - response)} tokens is cut off where they end")  # fmt: skip

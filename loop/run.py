@@ -306,7 +306,6 @@ class Run:
             left.append("metrics")
         return left, answers
 
-
     def other_judges(self, i, folder, new, left):
         """Append the steps judge and divergence to `left` where they are left; `new`: answers that this stage makes."""
         files = [files for files in self.judged_files(i) if files[0] in new or self.is_left(files, judging=True)]

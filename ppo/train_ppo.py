@@ -39,11 +39,10 @@ from common.cli import UserError, parse, run
 from common.devices import check_processes, prepare_threads
 from common.records import sample_seed
 from dpo_iteration.output import is_complete, is_main, say
-from ppo.arguments import Arguments, arguments, check, check_paths, check_samples, scoring, shaping
+from ppo.arguments import Arguments, arguments, check, check_paths, check_samples, scoring, shaping  # noqa: F401 (arguments: for ppo/run.py)
 from ppo.inputs import load, load_critic, read_prompts, without_dropout
 from ppo.output import Log, begin, finish, lock_output, save
 
-__all__ = ["Arguments", "PPO", "arguments", "shaping"]  # what ppo/run.py asks of a backend, and its tests
 OFF_BY_ROUNDING = {"no": 1e-3, "bf16": 0.1}  # mean distance of the first pass's ratio from 1, by precision
 
 
