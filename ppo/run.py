@@ -83,6 +83,10 @@ class PPORun(Run):
             if key in chosen:
                 raise UserError(f"ppo: {key} is the run's own; give {'prompts' if key.startswith('dataset') else 'run_dir' if key == 'output_dir' else key}")
         known = self.module.Arguments.__dataclass_fields__
+        for other in BACKENDS.keys() - {self.backend}:
+            foreign = [key for key in settings.ppo if key not in known and key in importlib.import_module(BACKENDS[other]).Arguments.__dataclass_fields__]
+            if foreign:
+                raise UserError(f"ppo: {', '.join(foreign)} for backend {other} alone; leave that out with backend {self.backend}")
         shared = {ours: value for name, keys in SHARED.items() for key, value in getattr(settings, name).items() if (ours := keys.get(key)) in known}
         if settings.model_size_b and "model_size_b" in known:
             shared["model_size_b"] = settings.model_size_b

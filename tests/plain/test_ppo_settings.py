@@ -140,6 +140,8 @@ def test_what_is_right_passes_and_says_so(settings, capsys):
     ({"ppo": {"missing_eos_penalty": -1.0}}, "missing_eos_penalty -1.0 must not be negative"),
     ({"ppo": {"batch_size": 32, "rollout_batch_size": 32}}, "25 prompts are fewer than a rollout takes: lower ppo.rollout_batch_size 32"),
     ({"ppo": {"missing_eos_penalty": -1.0}, "backend": "openrlhf"}, "missing_eos_penalty -1.0 must not be negative"),
+    ({"ppo": {"generation_batch_size": 8}, "backend": "openrlhf"}, "generation_batch_size for backend small alone"),
+    ({"ppo": {"reward_clip": 8}}, "ppo: reward_clip for backend openrlhf alone; leave that out with backend small"),
     ({"ppo": {"clip": 0}}, "clip 0.0 must be above 0"),
     ({"ppo": {"batch_size": 8, "micro_batch_size": 4, "rollout_batch_size": 8}, "num_processes": 3}, "ppo.batch_size 8 does not divide by 3 processes"),
     ({"generation": {"system_prompt": "Be brief."}}, "generation: PPO (backend small) would train without system_prompt"),
