@@ -7,7 +7,7 @@ from pathlib import Path
 from annotate_data.functions import EXAMPLE
 from annotate_data.ranking import RANKINGS
 from annotate_data.reward_models import KINDS, kind_of
-from common import cli, functions
+from common import chat, cli, functions, manifest
 from common.cli import UserError, arg
 
 DEFAULT_MODEL = "sfairXC/FsfairX-LLaMA3-RM-v0.1"
@@ -37,12 +37,13 @@ class Arguments:
     revision: str | None = arg(None, help="branch, tag or commit of a hub model")
     chat_template: str | None = arg(None, help="jinja file in place of the reward model's own chat template")
     template_kwargs: dict = arg({}, help='variables for the template, {"name": value}')
+    date: str | None = arg(None, "day for a template that writes today's, YYYY-MM-DD; None: that of the answers, else of the first start")
     trust_remote_code: bool = arg(False, help="run Python code that comes with the model")
     overwrite: bool = arg(False, help="start anew, whatever is there")
 
 
 # Settings that change a reward; the others change speed and rounding only.
-SHAPING = ("max_length", "dtype", "revision", "template_kwargs")
+SHAPING = ("max_length", "dtype", "revision", "template_kwargs", "date")
 NEWER = ("reward_type", "reward_function", "reward_weights", "ranking", "save_pair_probabilities")  # noted unless default
 MODEL = (*SHAPING, "chat_template", "trust_remote_code", "attn_implementation", "batch_tokens", "share_prompts")
 
@@ -56,6 +57,12 @@ def types(args):
     """`--reward_type` of each model."""
     models = names(args)
     return args.reward_type * len(models) if len(args.reward_type) == 1 else args.reward_type
+
+
+def dated(args):
+    """`args` with a date: the one that the first output was begun with, else that of its answers, else today's."""
+    made = manifest.generation_manifest(args.dataset_name_or_path[0])
+    return manifest.with_date(args, args.output_dir[0], made and made["settings"].get("date"))
 
 
 def shaping(args, source):
@@ -84,6 +91,7 @@ def check(args):
     Raises:
         UserError: names the argument.
     """
+    chat.parse_date(args.date)
     for name in ("K", "max_length", "batch_tokens", "chunk_records"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1")

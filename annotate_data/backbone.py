@@ -68,6 +68,7 @@ class Backbone:
         trust_remote_code: run Python code that comes with the model.
         attn_implementation: as transformers names it; `auto` takes flash_attention_2 where it is installed.
         batch_tokens: tokens of a forward pass; None: 16,384 on a GPU, 2,048 without.
+        date: day for a template that writes today's, YYYY-MM-DD.
         share_prompts: compute what the sequences of a group have in common once, where the architecture allows it.
 
     Raises:
@@ -88,10 +89,12 @@ class Backbone:
         attn_implementation="auto",
         batch_tokens=None,
         share_prompts=True,
+        date=None,
     ):
         import transformers
 
         self.name, self.dtype, self.attention, self.template_kwargs = name, dtype, attn_implementation, template_kwargs
+        self.date = date
         self.source = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.batches, self.model = Batches(batch_tokens), None
         self.share_prompts, self.before = share_prompts, None
@@ -111,7 +114,7 @@ class Backbone:
     def render(self, turns):
         """The templated text of whole turns, without the one literal BOS that may stand in front."""
         try:
-            text = chat.render(self.tokenizer, turns, False, self.template_kwargs)
+            text = chat.render(self.tokenizer, turns, False, self.template_kwargs, self.date)
         except UserError as error:
             todo = "; give a template that takes them with --chat_template FILE, or leave out the turn it refuses"
             raise UserError(" ".join(str(error).split()) + (todo if self.tokenizer.chat_template else "")) from None

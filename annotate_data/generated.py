@@ -1,6 +1,6 @@
 """Generated files: records in a stream, checked and brought into one form."""
 
-from common import cli, records
+from common import cli, records, tokens
 from common.cli import UserError
 from common.index import Index
 
@@ -24,7 +24,7 @@ def read_generated(path):
         prompt, responses = records.to_messages(record["prompt"], where), record["responses"]
         if not isinstance(responses, list) or not responses or not all(isinstance(r, str) for r in responses):
             raise UserError(f"{where}: `responses` must be a list of texts, it is {str(responses)[:60]}")
-        for field in ("finish_reasons", "num_tokens"):
+        for field in ("finish_reasons", "num_tokens", tokens.RESPONSES):
             if isinstance(record.get(field), list) and len(record[field]) != len(responses):
                 raise UserError(f"{where} has {len(responses)} responses and {len(record[field])} {field}")
         if not isinstance(record.get("id"), str):

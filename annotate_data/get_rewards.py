@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from annotate_data.arguments import MODEL, Arguments, check, check_ranking, names, shaping, types
+from annotate_data.arguments import MODEL, Arguments, check, check_ranking, dated, names, shaping, types
 from annotate_data.backbone import BadRecord, read_config
 from annotate_data.functions import RewardFunction
 from annotate_data.generated import read_generated, survey
@@ -33,6 +33,7 @@ from annotate_data.reward_models import ArmoRM, BradleyTerry, kind_of
 from annotate_data.summary import Summary
 from common import cli, devices, manifest, progress, records
 from common.cli import UserError
+from common.records import is_empty
 
 LARGEST = 1e100  # of a reward
 STARTED = "records"  # first entry of a `.partial`: binds other ranks' files to this start, and tells what the numbers mean
@@ -177,6 +178,7 @@ def rewarded(job, scorers, weights, counts):
     """Yield the output's lines in the input's order; fills `counts` on the way."""
     order = (s * job.N + i for i in range(job.N) for s in range(len(scorers)))
     saved, summary, nulls, cut = map(json.loads, job.output.saved(order)), Summary(), 0, 0
+    empty = 0
     for record in read_generated(job.source):
         entries = [next(saved) for _ in scorers]
         parts = [entry["rewards"] for entry in entries]
@@ -187,12 +189,13 @@ def rewarded(job, scorers, weights, counts):
         if pairs:
             record["pair_probabilities"] = pairs if len(pairs) > 1 else next(iter(pairs.values()))
         nulls += record["rewards"].count(None)
+        empty += sum(is_empty(text) for text in record["responses"])
         cut += sum(entry["cut"] for entry in entries)
         lengths = record.get("num_tokens")
         known = isinstance(lengths, list) and all(isinstance(n, (int, float)) for n in lengths)
         summary.add(record["rewards"], lengths if known else None)
         yield (records.dumps(record) + "\n").encode("utf-8")
-    counts |= {"null_rewards": nulls, "truncated": cut} | summary.figures()
+    counts |= {"null_rewards": nulls, "truncated": cut, "empty": empty} | summary.figures()
 
 
 def finish(job, scorers, weights, facts):
@@ -212,7 +215,7 @@ def tell(job, counts):
     print(
         f"read {counts['read']} records of {job.K} responses from {job.source}, "
         f"wrote {counts['written']} to {job.target}, skipped 0; "
-        f"{counts['null_rewards']} rewards are null, {counts['truncated']} sequences were cut on the left\n"
+        f"{counts['null_rewards']} rewards are null, {counts['truncated']} sequences were cut on the left, {counts['empty']} responses are empty\n"
         f"  reward: mean {shown['reward_mean']}, best of {job.K} {shown['best_of_k']}, worst {shown['worst_of_k']}, "
         f"spread {shown['spread']}; all equal in {shown['all_equal_fraction']} of the prompts\n"
         f"  correlation of reward and length in tokens: {shown['length_correlation_within']} within a prompt, "
@@ -258,6 +261,7 @@ def main():
     if len({path.resolve() for path in [*targets, *map(Path, sources)]}) != 2 * len(targets):
         raise UserError("--dataset_name_or_path and --output_dir must name different files")
     check(args)
+    args = dated(args)
     devices.check_processes()
     devices.prepare_threads()
     shaped = [shaping(args, cli.existing_file(source, "generated file")) for source in sources]

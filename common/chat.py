@@ -3,11 +3,33 @@
 Every function takes a loaded tokenizer (transformers' `PreTrainedTokenizerBase`), so nothing heavy is imported here.
 """
 
+import datetime
+
 from common.cli import UserError
 
 
-def render(tokenizer, messages, generation_prompt, template_kwargs=None):
-    """The templated text. `messages` is a list of `{"role", "content"}`.
+def parse_date(text):
+    """`YYYY-MM-DD`, or None for today, as a `datetime.date`."""
+    try:
+        return datetime.date.fromisoformat(text) if text else datetime.date.today()
+    except (TypeError, ValueError):
+        raise UserError(f"date {text!r}: a day as YYYY-MM-DD was expected") from None
+
+
+def fixed_clock(date):
+    """What a template calls as `strftime_now`: midnight of `date`, so that a run's prompts do not change from day to day."""
+    midnight = datetime.datetime.combine(parse_date(date), datetime.time())
+    return midnight.strftime
+
+
+def render(tokenizer, messages, generation_prompt, template_kwargs=None, date=None):
+    """The templated text.
+
+    Args:
+        messages: list of `{"role", "content"}`.
+        generation_prompt: whether the beginning of the assistant's turn is written behind them.
+        template_kwargs: variables for the template.
+        date: the day that a template is given which asks for today's, YYYY-MM-DD; None is today.
 
     Raises:
         UserError: the tokenizer has no template, or the template refuses the messages (no system role, say).
@@ -16,17 +38,25 @@ def render(tokenizer, messages, generation_prompt, template_kwargs=None):
         raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no chat template: give one with --chat_template FILE")
     try:
         return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generation_prompt, **(template_kwargs or {})
+            messages, tokenize=False, add_generation_prompt=generation_prompt, **{"strftime_now": fixed_clock(date)} | (template_kwargs or {})
         )
     except Exception as error:  # a template raises what it likes through jinja
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(f"the chat template of {tokenizer.name_or_path} refuses the turns ({roles}): {error}") from None
 
 
-def encode(tokenizer, messages, generation_prompt, template_kwargs=None):
+def encode(tokenizer, messages, generation_prompt, template_kwargs=None, date=None):
     """Token ids of the templated messages. The template writes BOS itself, so none is added: exactly what it says."""
-    text = render(tokenizer, messages, generation_prompt, template_kwargs)
+    text = render(tokenizer, messages, generation_prompt, template_kwargs, date)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def writes_date(tokenizer, template_kwargs=None):
+    """Whether the template asks for today's date."""
+    asked = []
+    clock = {"strftime_now": lambda form: asked.append(form) or ""}
+    render(tokenizer, [{"role": "user", "content": "a"}], True, clock | (template_kwargs or {}))
+    return bool(asked)
 
 
 def use_template(tokenizer, path):
@@ -44,13 +74,19 @@ def turn_suffix(tokenizer, template_kwargs=None):
     return tokenizer(text[text.rindex(mark) + len(mark) :], add_special_tokens=False)["input_ids"]
 
 
+def end_of_turn(tokenizer, template_kwargs=None):
+    """The token with which the template closes an assistant's turn, or None (GLM's do not: the next turn's role closes it).
+
+    It is the last token that a policy samples. What the template writes behind it (ChatML's newline) is nobody's choice.
+    """
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return next((token for token in turn_suffix(tokenizer, template_kwargs) if token in special), None)
+
+
 def stop_token_ids(tokenizer, generation_eos=None, extra=()):
     """Sorted ids that end a response: the generation config's, the tokenizer's EOS, the template's end of turn, `extra`."""
     generation_eos = generation_eos if isinstance(generation_eos, (list, tuple)) else [generation_eos]
-    suffix = turn_suffix(tokenizer)
-    special = set(tokenizer.all_special_ids)
-    end_of_turn = [token for token in suffix[:1] if token in special or token in tokenizer.added_tokens_decoder]
-    return sorted({int(t) for t in [*generation_eos, tokenizer.eos_token_id, *end_of_turn, *extra] if t is not None})
+    return sorted({int(t) for t in [*generation_eos, tokenizer.eos_token_id, end_of_turn(tokenizer), *extra] if t is not None})
 
 
 def literal_specials(tokenizer):

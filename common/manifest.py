@@ -11,6 +11,7 @@ name, the manifest is completed, and the data file is renamed into place last: i
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -21,6 +22,7 @@ from importlib import metadata
 from pathlib import Path
 
 from common import records
+from common.chat import parse_date
 from common.cli import UserError
 from common.index import Index
 
@@ -157,6 +159,28 @@ def read_manifest(path):
     if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), dict) for key in ("settings", "inputs")):
         raise UserError(f"{beside(path, '.manifest.json')} is damaged; delete it together with {path}")
     return manifest
+
+
+def generation_manifest(path):
+    """The manifest of the generation behind a generated, rewarded or judged file, or None where the trail ends before it."""
+    for _ in range(3):
+        held = read_manifest(path)
+        if held is None or str(held.get("script", "")).startswith("generation/"):
+            return held
+        path = held["inputs"].get("dataset_name_or_path", {}).get("path", "")
+    return None
+
+
+def with_date(args, path, default=None):
+    """`args` with a date where it has none: the one that the output `path` was begun with, else `default`, else today's.
+
+    So a run that is continued tomorrow writes the same prompts as today (common/chat.py: fixed_clock).
+    """
+    if args.date is not None:
+        return args
+    held = None if args.overwrite else read_manifest(path)
+    begun = (held or {}).get("settings", {}).get("date")
+    return dataclasses.replace(args, date=begun or default or str(parse_date(None)))
 
 
 def difference(manifest, settings, inputs):

@@ -228,6 +228,11 @@ def shard_range(count, index, world):
     return range(count * index // world, count * (index + 1) // world)
 
 
+def is_empty(text):
+    """Whether a response says nothing."""
+    return not text.strip()
+
+
 def finite(value):
     """Whether a reward is a finite number."""
     # an int too large for a float is none either; math.isfinite would raise

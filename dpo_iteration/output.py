@@ -98,6 +98,17 @@ def prepare_output(args, selection, settings, inputs):
     return lock
 
 
+NOTES = {  # counts of rows.py and common/tokens.py, in words
+    "prompts_cut": "prompts cut to max_prompt_length", "responses_cut": "responses cut to max_length",
+    "responses_without_end_of_turn": "responses without an end of turn: they ended at the generation's length limit",
+    "prompts_merged": "pairs whose prompt and response share a token, which counts as the response's",
+    "other_ids": "responses whose token ids are not their text in this tokenizer: their text was tokenised",
+    "retokenised": "responses tokenised from text into another number of tokens than were sampled",
+    "written_otherwise": "responses that the chat template would change (a thought left out, a header put in): taken as they are",
+    "never_closed": "responses without an end of turn: the chat template closes no turn and their tokens were not kept",
+}  # fmt: skip
+
+
 def write_jsonl(path, entries):
     """Write records whole or not at all; without entries no file."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,9 +135,9 @@ def finish(args, selection, metrics, seconds):
     reasons = ", ".join(f"{n} {reason}" for reason, n in counts["skipped"].items())
     skipped = f"{len(selection.skipped)}" + (f" ({reasons})" if reasons else "")
     print(f"read {counts['records']} records, wrote {counts['pairs']} pairs to {pairs_path(args)}, skipped {skipped}")
-    for name in ("prompts_cut", "prompts_rendered_otherwise", "responses_cut", "responses_without_end_of_turn"):
+    for name, what in NOTES.items():
         if counts.get(name):
-            print(f"note: {counts[name]} {name.replace('_', ' ')}")
+            print(f"note: {counts[name]} {what}")
     for reason, n in counts["responses_left_out"].items():
         print(f"note: {n} responses left out: {reason}")
     for prefix, name in (("", "train"), ("eval_", "held out")):

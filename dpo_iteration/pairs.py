@@ -1,8 +1,9 @@
 """Which two responses of a prompt become a pair, and which prompts are held out: plain Python, no model.
 
-A rewarded record has K responses and K rewards. Responses without a finite reward, empty ones, repeated ones and, if
-asked, cut-off ones take no part; a prompt that gives no pair is skipped with its reason. Every choice depends on the
-record and the seed only: not on the order of the files, nor on the number of processes.
+A rewarded record has K responses and K rewards. Responses without a finite reward, repeated ones and, if asked, cut-off
+ones take no part. An empty response is never chosen; it may be rejected, since a policy that learns to say nothing has to
+unlearn it. A prompt that gives no pair is skipped with its reason. Every choice depends on the record and the seed only:
+not on the order of the files, nor on the number of processes.
 """
 
 import hashlib
@@ -10,12 +11,13 @@ import random
 from collections import Counter
 from dataclasses import dataclass, field
 
+from common import tokens
 from common.cli import UserError
-from common.records import Identifier, dumps, finite, read_jsonl, record_id, to_messages
+from common.records import Identifier, dumps, finite, is_empty, read_jsonl, record_id, to_messages
 
 CHOOSE_TYPES = ("max_min", "max_max", "max_random", "random", "max_min_p")
-PER_RESPONSE = ("responses", "rewards", "finish_reasons", "num_tokens")  # K entries each
-SIDE_FIELDS = ("", "_index", "_reward", "_finish_reason", "_num_tokens")  # of a pair, for each of its sides
+PER_RESPONSE = ("responses", "rewards", "finish_reasons", "num_tokens", tokens.RESPONSES)  # K entries each
+SIDE_FIELDS = ("", "_index", "_reward", "_finish_reason", "_num_tokens", "_token_ids")  # of a pair, for each of its sides
 OF_ALL = ("reward_parts", "pair_probabilities")  # speak of all K responses, so they stay behind
 
 
@@ -66,26 +68,28 @@ def read_rewarded(paths):
             yield record | {"id": str(record.get("id") or identify(messages)), "prompt": messages}, str(path)
 
 
-def usable_responses(record, drop_truncated=False):
+def usable_responses(record, drop_truncated=False, drop_empty=False):
     """Indices of the responses that may enter a pair, and a Counter of why the others may not."""
-    usable, texts, left_out = [], set(), Counter()
+    usable, seen, left_out = [], set(), Counter()
     reasons = record.get("finish_reasons") or [None] * len(record["responses"])
-    for i, (text, reward, finish) in enumerate(zip(record["responses"], record["rewards"], reasons)):
-        if not isinstance(text, str) or not text.strip():
+    ids = record.get(tokens.RESPONSES) or [None] * len(record["responses"])
+    for i, (text, reward, finish, sampled) in enumerate(zip(record["responses"], record["rewards"], reasons, ids)):
+        what = tuple(sampled) if tokens.are_ids(sampled) else text  # texts may be equal where control tokens differ
+        if not isinstance(text, str) or (drop_empty and is_empty(text)):
             left_out["empty response"] += 1
         elif not finite(reward):
             left_out["reward not finite"] += 1
         elif drop_truncated and finish == "length":
             left_out["cut off by the length limit"] += 1
-        elif text in texts:
+        elif what in seen:
             left_out["repeated response"] += 1
         else:
-            texts.add(text)
+            seen.add(what)
             usable.append(i)
     return usable, left_out
 
 
-def choose(scores, usable, choose_type, rng):
+def choose(scores, usable, choose_type, rng, empty=()):
     """(index of chosen, index of rejected) or None where no choice has a higher and a lower score.
 
     Args:
@@ -94,35 +98,41 @@ def choose(scores, usable, choose_type, rng):
         choose_type: `max_min` best against worst, `max_max` best against second best, `max_random` best against a
             random worse one, `random` two random ones of different score, `max_min_p` as `max_min` on penalised scores.
         rng: random.Random, used by the random types only.
+        empty: indices of responses that must not be chosen, however high their score.
     """
-    ranked = sorted(usable, key=lambda i: -scores[i])  # stable: among equals the earlier response comes first
+    # Stable: among equals the earlier response comes first, and one that may be chosen before one that may not.
+    ranked = sorted(usable, key=lambda i: (-scores[i], i in empty))
+    best = next((i for i in ranked if i not in empty), None)
+    if best is None:
+        return None
+    ranked = ranked[ranked.index(best) :]  # empty ones that score higher take no part
     if choose_type == "random":
-        first = rng.choice(usable)
-        others = [i for i in usable if scores[i] != scores[first]]
+        first = rng.choice([i for i in usable if i in ranked])
+        others = [i for i in usable if i in ranked and scores[i] != scores[first] and max(i, first, key=scores.__getitem__) not in empty]
         if not others:
             return None
         return tuple(sorted((first, rng.choice(others)), key=lambda i: -scores[i]))
-    best = ranked[0]
+    worse = [i for i in usable if i in ranked and scores[i] < scores[best]]
     if choose_type == "max_max":
-        rejected = ranked[1]
+        rejected = ranked[min(1, len(ranked) - 1)]
     elif choose_type == "max_random":
-        worse = [i for i in usable if scores[i] < scores[best]]
         rejected = rng.choice(worse) if worse else best
     else:
-        rejected = next(i for i in usable if scores[i] == scores[ranked[-1]])
+        rejected = next(i for i in usable if i in ranked and scores[i] == scores[ranked[-1]])
     return (best, rejected) if scores[best] > scores[rejected] else None
 
 
 def make_pairs(
-    record, choose_type="max_min", length_penalty=0.0, min_margin=0.0, drop_truncated=False, seed=42, count_tokens=None, pairs_per_prompt=1
-):
+    record, choose_type="max_min", length_penalty=0.0, min_margin=0.0, drop_truncated=False, drop_empty=False, seed=42, count_tokens=None,
+    pairs_per_prompt=1,
+):  # fmt: skip
     """(pairs, reason why there are none or None, Counter of responses left out) of one rewarded record.
 
     The score is the reward; for `max_min_p` it is reward - length_penalty × length in tokens, by which both are chosen
     and the margin is taken. Lengths are the record's `num_tokens`, else `count_tokens(text)`. A second pair is chosen
     as the first was, among the responses that are left.
     """
-    usable, left_out = usable_responses(record, drop_truncated)
+    usable, left_out = usable_responses(record, drop_truncated, drop_empty)
     if len(record["responses"]) < 2:
         return [], "fewer than two responses", left_out
     if len(usable) < 2:
@@ -134,10 +144,12 @@ def make_pairs(
         lengths = [n if n is not None else count_tokens(text) for n, text in zip(lengths, record["responses"])]
         scores = {i: scores[i] - length_penalty * lengths[i] for i in usable}
     pairs, rng = [], random.Random(f"{seed}/{record['id']}")
+    empty = {i for i in usable if is_empty(record["responses"][i])}
     while len(pairs) < pairs_per_prompt and len(usable) > 1:
-        found = choose(scores, usable, choose_type, rng)
+        found = choose(scores, usable, choose_type, rng, empty)
         if found is None:
-            return pairs, None if pairs else "equal rewards", left_out
+            silent = empty and len({scores[i] for i in usable}) > 1
+            return pairs, None if pairs else "no response with text has the higher reward" if silent else "equal rewards", left_out
         margin = scores[found[0]] - scores[found[1]]
         if margin < min_margin:
             return pairs, None if pairs else f"margin below min_margin: {margin:.6g}", left_out
@@ -156,6 +168,8 @@ def _pair(record, found, lengths):
             f"{side}_reward": record["rewards"][i], f"{side}_finish_reason": finish[i],
             f"{side}_num_tokens": lengths[i],
         }  # fmt: skip
+        if record.get(tokens.RESPONSES):
+            pair[f"{side}_token_ids"] = record[tokens.RESPONSES][i]
     return pair
 
 

@@ -1,22 +1,21 @@
-"""Pairs as token ids: the chat template, what is cut and how, and a look at what the loss will see."""
+"""Pairs as token ids: what was sampled, what is cut and how, and a look at what the loss will see."""
 
+import json
 from collections import Counter
 
-from common import chat
 from common.cli import UserError
+from common.manifest import generation_manifest
+from common.tokens import Answer, Encoder, prompt_mismatch
 
 SIDES = ("chosen", "rejected")
 
 
-def _common_prefix(ids, others):
-    return next((i for i, pair in enumerate(zip(ids, others)) if pair[0] != pair[1]), min(len(ids), len(others)))
-
-
 class PairTokenizer:
-    """Turns pair records into rows of token ids by the chat template, and counts what it had to cut.
+    """Turns pair records into rows of token ids, and counts what it had to cut.
 
-    With nothing to cut, a row is TRL's own of the conversational record: one BOS where the template writes one, and
-    behind each response what the template writes there. Beyond that:
+    A row holds the token ids that the policy read and sampled, where the record has them (common/tokens.py), behind a prompt that
+    this tokenizer's template must write alike. A record of texts alone is templated: with nothing to cut, that is TRL's own row of
+    the conversational record up to the end of turn. Beyond that:
 
     - a response that ended at the generation's length limit (`finish_reason` "length") gets no end of turn: the policy
       never wrote one, and must not learn to stop in the middle of a sentence;
@@ -29,39 +28,30 @@ class PairTokenizer:
         template_kwargs: dict given to the template.
 
     Attributes:
-        counts: Counter of prompts and responses cut, and of responses without an end of turn.
+        counts: Counter of prompts and responses cut, of responses without an end of turn, and what common/tokens.py tells.
     """
 
     def __init__(self, tokenizer, max_length, max_prompt_length, template_kwargs=None):
-        self.tokenizer, self.template_kwargs = tokenizer, template_kwargs or {}
+        self.tokenizer, self.encoder = tokenizer, Encoder(tokenizer, template_kwargs)
         self.max_length, self.max_prompt_length = max_length, max_prompt_length
-        self.end_of_turn = chat.turn_suffix(tokenizer, self.template_kwargs)
         self.counts = Counter()
-
-    def encode(self, messages, generation_prompt):
-        return chat.encode(self.tokenizer, messages, generation_prompt, self.template_kwargs)
 
     def __call__(self, pair):
         """(row or None, reason or None): a pair whose sides are empty or equal as tokens teaches nothing."""
+        answers = [Answer(pair[side][0]["content"], *(pair.get(f"{side}_{key}") for key in ("finish_reason", "num_tokens", "token_ids"))) for side in SIDES]
         try:
-            prompt = self.encode(pair["prompt"], True)
-            full = {side: self.encode(pair["prompt"] + pair[side], False) for side in SIDES}
+            prompt, responses, kept = self.encoder(pair, answers)
+            if kept["as_sampled"]:
+                self.check_prompt(pair)
         except UserError as error:
             raise UserError(f"{pair.get('source', 'pair')} record {pair['id']}: {error}") from None
-        # As in TRL: where the template renders the prompt alone differently, the response begins where they part.
-        start = min(_common_prefix(prompt, full[side]) for side in SIDES)
-        kept = Counter({"prompts_rendered_otherwise": 1} if start < len(prompt) else {})
-        prompt = prompt[:start]
+        kept["responses_without_end_of_turn"] += sum(answer.finish_reason == "length" for answer in answers)
         if len(prompt) > self.max_prompt_length:
             bos = prompt[:1] if prompt[0] == self.tokenizer.bos_token_id else []
             prompt = bos + prompt[len(prompt) - self.max_prompt_length + len(bos) :]
             kept["prompts_cut"] += 1
         row = {"prompt_ids": prompt}
-        for side in SIDES:
-            ids = full[side][start:]
-            if pair.get(f"{side}_finish_reason") == "length":
-                ids = self._without_end_of_turn(ids)
-                kept["responses_without_end_of_turn"] += 1
+        for side, ids in zip(SIDES, responses, strict=True):
             if len(ids) > self.max_length - len(prompt):
                 ids = ids[: self.max_length - len(prompt)]
                 kept["responses_cut"] += 1
@@ -69,18 +59,25 @@ class PairTokenizer:
         if not row["chosen_ids"] or not row["rejected_ids"]:
             return None, "a response without tokens"
         if row["chosen_ids"] == row["rejected_ids"]:
-            return None, "equal token ids (after truncation)"
+            cut = kept["responses_cut"] > 0
+            return None, "equal token ids (after truncation)" if cut else "equal token ids"
         self.counts += kept
         return row, None
 
-    def _without_end_of_turn(self, ids):
-        end = len(ids) - len(self.end_of_turn)
-        if ids[end:] != self.end_of_turn:
-            raise UserError(
-                "the chat template does not end a cut-off response the way it ends others, so its end of turn "
-                "cannot be left out; leave such responses out with --drop_truncated"
-            )
-        return ids[:end]
+    def check_prompt(self, pair):
+        """Refuse a pair whose prompt this template writes otherwise than the one that was sampled from."""
+        found = prompt_mismatch(self.encoder, pair)
+        if found is None:
+            return
+        made = generation_manifest(pair["source"]) if "source" in pair else None
+        told = ""
+        if made:
+            template, variables = made["inputs"].get("chat_template", {}).get("path"), made["settings"].get("template_kwargs")
+            told = f" (chat_template {template or 'of the model'}, template_kwargs {json.dumps(variables or {})})"
+        raise UserError(
+            f"its answers were sampled behind a prompt with {found[0]}{told}, and here the chat template writes {found[1]}: "
+            "give the template of the sampling with --chat_template and --template_kwargs"
+        )
 
 
 def show_pair(tokenizer, row):

@@ -62,6 +62,7 @@ class Arguments:
     pairs_per_prompt: int = arg(1, "at most so many pairs of a prompt, each response in one of them at most")
     min_margin: float = arg(0.0, "reward; pairs closer than this are left out")
     drop_truncated: bool = arg(False, "leave out responses that ended at the generation's length limit")
+    drop_empty: bool = arg(False, "leave out responses without text; else they may be rejected, but never chosen")
     eval_fraction: float = arg(0.0, "share of the prompts held out for evaluation, from 0 to below 1")
     max_length: int = arg(2048, "tokens of prompt and response; longer responses are cut on the right")
     max_prompt_length: int = arg(1024, "tokens of the prompt; longer prompts are cut on the left")
@@ -324,7 +325,7 @@ def main():
     prepare_threads()
     selection = select_pairs(
         args.train_dir, args.eval_fraction, args.seed, choose_type=args.choose_type, length_penalty=args.length_penalty,
-        min_margin=args.min_margin, drop_truncated=args.drop_truncated, count_tokens=count_tokens_with(args),
+        min_margin=args.min_margin, drop_truncated=args.drop_truncated, drop_empty=args.drop_empty, count_tokens=count_tokens_with(args),
         pairs_per_prompt=args.pairs_per_prompt,
     )  # fmt: skip
     check_pairs(selection, args)

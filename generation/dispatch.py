@@ -9,6 +9,7 @@ import contextlib
 import random
 import time
 
+from common import tokens
 from common.cli import UserError
 from generation import sampling
 
@@ -210,7 +211,9 @@ class Run:
             model = answer.get("model")
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])
             texts, reasons = [c["text"] for c in choices], [c["finish_reason"] for c in choices]
-            counts = [len(c["token_ids"]) for c in choices]
+            ids = [c["token_ids"] for c in choices]
+            if not all(map(tokens.are_ids, ids)):
+                raise ValueError
             if [c["index"] for c in choices] != list(range(len(choices))) or not all(isinstance(r, str) for r in reasons):
                 raise ValueError
             "".join(texts).encode("utf-8")  # texts they are, and no half surrogates
@@ -222,7 +225,7 @@ class Run:
             raise Failure(f"{len(choices)} responses instead of {fields['n']}")
         if not set(reasons) <= {"stop", "length"}:
             raise Failure(f"the server gave up on the request ({reasons})")
-        return sampling.answered(item, texts, reasons, counts)
+        return sampling.answered(item, texts, reasons, ids)
 
     async def send(self, server, request):
         """Have one prompt answered by one server, and save it; what fails waits again, at once."""

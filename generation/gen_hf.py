@@ -1,8 +1,8 @@
 """Generate K responses per prompt by asking OpenAI-compatible vLLM servers, as `register_server.sh` starts them.
 
 In:  prompts (hub name, save_to_disk folder, .jsonl, .json, .parquet, .csv) and the ports of servers of one model.
-Out: `--output_dir`, a JSON Lines file with `id`, `prompt`, `responses`, `finish_reasons`, `num_tokens` and the
-     prompt's other fields, in the order of the prompt file.
+Out: `--output_dir`, a JSON Lines file with `id`, `prompt`, `responses`, `finish_reasons`, `num_tokens`, the token
+     ids that were read and sampled, and the prompt's other fields, in the order of the prompt file.
 
     python generation/gen_hf.py --ports 8000 8001 8002 8003 --tokenizer RLHFlow/LLaMA3-SFT \
         --dataset_name_or_path RLHFlow/test_generation_2k --output_dir data/gen_data.jsonl --K 4 --temperature 1.0
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any fol
 
 from common import chat
 from common.cli import UserError, arg, check_model, parse, run
-from common.manifest import Output, beside, write_json
+from common.manifest import Output, beside, with_date, write_json
 from common.progress import Progress, duration
 from generation import sampling
 from generation.dispatch import Failure, Run, Server, agree, ask
@@ -45,7 +45,7 @@ HOW = {"ports", "hosts", "concurrency", "timeout", "retries", "give_up_after"}  
 
 async def check_tokenizer(session, server, model, args, tokenizer, item):
     """Refuse a tokenizer that encodes a prompt otherwise than the served model's own."""
-    text = chat.render(tokenizer, item.record["prompt"], True, args.template_kwargs)
+    text = chat.render(tokenizer, item.record["prompt"], True, args.template_kwargs, args.date)
     body = {"model": model, "prompt": text, "add_special_tokens": False}
     try:
         answer = await ask(session, f"{server.url}/tokenize", body, 60.0)
@@ -66,6 +66,7 @@ async def check_tokenizer(session, server, model, args, tokenizer, item):
 
 
 async def generate(args):
+    args = with_date(args, args.output_dir)
     hosts = args.hosts * len(args.ports) if len(args.hosts) == 1 else args.hosts
     servers = [Server(f"http://{host}:{port}") for host, port in zip(hosts, args.ports)]
     inputs = {

@@ -2,7 +2,7 @@
 
 In:  prompts (hub name, save_to_disk folder, .jsonl, .json, .parquet, .csv) and a policy.
 Out: `--output_dir` is a prefix: shard i writes `PREFIXi.jsonl`, with `id`, `prompt`, `responses`, `finish_reasons`,
-     `num_tokens` and the prompt's other fields. `merge_data.py` puts the shards together.
+     `num_tokens`, the token ids that the engine read and sampled, and the prompt's other fields. `merge_data.py` puts the shards together.
 
     CUDA_VISIBLE_DEVICES=0 python generation/get_hf2.py --model_name_or_path RLHFlow/LLaMA3-SFT \
         --dataset_name_or_path RLHFlow/test_generation_2k --output_dir ./data/gen_data --K 4 --temperature 1.0 \
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any fol
 
 from common.cli import UserError, arg, check_model, convert, nearest, parse, run
 from common.devices import prepare_threads, visible_gpus
-from common.manifest import Output
+from common.manifest import Output, with_date
 from common.progress import Progress, duration
 from generation import sampling
 
@@ -148,9 +148,9 @@ def answer(llm, requests, window, progress):
             reasons = [sample.finish_reason for sample in samples]
             if not set(reasons) <= {"stop", "length"}:
                 raise UserError(f"the engine gave up on prompt {item.record['id']} ({reasons}); start the same command again")
-            counts = [len(sample.token_ids) for sample in samples]
-            output.append(sampling.answered(item, [sample.text for sample in samples], reasons, counts))
-            tokens += sum(counts)
+            ids = [list(sample.token_ids) for sample in samples]
+            output.append(sampling.answered(item, [sample.text for sample in samples], reasons, ids))
+            tokens += sum(map(len, ids))
             progress.update(1, f"{tokens / max(time.monotonic() - progress.start, 1e-9):.0f} tokens/s")
     return tokens
 
@@ -161,9 +161,10 @@ def main():
     check(args, jobs)
     todo = []
     for job in jobs:
+        path = f"{job.output_dir}{job.local_index}.jsonl"
+        job = with_date(job, path)
         settings, inputs = shaping(job)
         settings |= {"local_index": job.local_index, "my_world_size": job.my_world_size}
-        path = f"{job.output_dir}{job.local_index}.jsonl"
         there = Path(path).exists() and not job.overwrite
         count = 0 if there else sampling.count_prompts(job)  # refuses bad records before anything is written
         output = Output(path, "generation/get_hf2.py", settings, inputs, job.overwrite)

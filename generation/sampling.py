@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 from array import array
 
-from common import chat
+from common import chat, tokens
 from common.cli import UserError, arg, existing_file
 from common.records import read_prompts, sample_seed, shard_range
 
@@ -30,6 +30,7 @@ class SamplingArguments:
     eos_ids: list[int] = arg([], "more token ids that end a response, beside the model's own")
     seed: int = arg(42, "seed of the run; each prompt's own seed is a hash of this, the iteration and its id")
     iteration: int = arg(0, "mixed into every prompt's seed, so that each iteration samples anew")
+    date: str | None = arg(None, "day for a template that writes today's, YYYY-MM-DD; None: that of the first start")
     system_prompt: str | None = arg(None, "put before every prompt that has no system turn")
     chat_template: str | None = arg(None, "file with a jinja chat template to use instead of the tokenizer's")
     template_kwargs: dict = arg({}, 'arguments of the template, JSON: \'{"enable_thinking": false}\'')
@@ -63,6 +64,7 @@ def check_sampling(args):
         raise UserError(f"--temperature 0 is greedy: all {args.K} responses would be equal; give --K 1 or a temperature")
     if args.chat_template:
         existing_file(args.chat_template, "chat template")
+    chat.parse_date(args.date)
     if args.max_new_tokens < 1 or args.max_input_length < 1:
         raise UserError("--max_new_tokens and --max_input_length must be at least 1")
 
@@ -123,6 +125,7 @@ class Prompts:
         self.shard = shard_range(count, index, world)
         self.size, self.order, self.literal = len(self.shard), array("Q"), 0
         self.specials = chat.literal_specials(tokenizer)
+        self.dated = {tokens.DATE: args.date} if chat.writes_date(tokenizer, args.template_kwargs) else {}
 
     def __iter__(self):
         """Yield the items that are to be answered, in file order."""
@@ -134,13 +137,13 @@ class Prompts:
             if record["id"] in self.output.done:
                 self.order.append(int(record["id"], 16))
                 continue
-            token_ids = chat.encode(self.tokenizer, record["prompt"], True, self.args.template_kwargs)
+            token_ids = chat.encode(self.tokenizer, record["prompt"], True, self.args.template_kwargs, self.args.date)
             self.literal += any(s in m["content"] for m in record["prompt"] for s in self.specials)
             if len(token_ids) > self.longest:
                 self.output.skip(record["id"], f"prompt has {len(token_ids)} tokens, more than {self.longest}")
                 continue
             self.order.append(int(record["id"], 16))
-            yield Item(record, token_ids, sample_seed(self.args.seed, self.args.iteration, record["id"]))
+            yield Item(record | self.dated, token_ids, sample_seed(self.args.seed, self.args.iteration, record["id"]))
 
     def finish(self, seconds):
         """Complete the output and say what was read, written and skipped."""
@@ -190,9 +193,12 @@ def sampling_fields(args, item, stops, limit):
     }  # fmt: skip
 
 
-def answered(item, responses, finish_reasons, num_tokens):
-    """The generated record: the prompt's record with its K responses, why each ended, and their token counts."""
-    return item.record | {"responses": responses, "finish_reasons": finish_reasons, "num_tokens": num_tokens}
+def answered(item, responses, finish_reasons, token_ids):
+    """The generated record: the prompt's record with its K responses, why each ended, and the tokens that were read and sampled."""
+    return item.record | {
+        "responses": responses, "finish_reasons": finish_reasons, "num_tokens": [len(ids) for ids in token_ids],
+        tokens.PROMPT: item.token_ids, tokens.RESPONSES: token_ids,
+    }  # fmt: skip
 
 
 def shaping_settings(args, **more):

@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
 from annotate_data import get_rewards
+from common.chat import parse_date
 from common.cli import UserError, build, nearest, parse, read_yaml, run
 from common.devices import visible_gpus
 from common.manifest import difference, read_manifest, write_yaml
@@ -41,6 +42,9 @@ class Run:
 
     def __init__(self, settings):
         self.settings, self.folder = settings, Path(settings.run_dir)
+        path = self.folder / "loop.yaml"
+        before = read_yaml(path).get("date") if settings.date is None and path.is_file() else None
+        settings.date = settings.date or before or str(parse_date(None))
 
     def stages(self, i):
         """Names of iteration i's stages, in order; none behind the last iteration."""
@@ -75,19 +79,19 @@ class Run:
 
     def generation(self, i, jobs):
         """Arguments of get_hf2.py for iterate i; `output_dir` of a job is still the merged file."""
-        return self.settings.generation | {"model_name_or_path": self.iterate(i), "seed": self.settings.seed, "jobs": jobs}
+        return {"date": self.settings.date} | self.settings.generation | {"model_name_or_path": self.iterate(i), "seed": self.settings.seed, "jobs": jobs}
 
     def annotation(self, files):
         """Arguments of get_rewards.py for a list of (generated, rewarded)."""
         models = self.settings.reward_name_or_path
-        return self.settings.annotation | ({"reward_name_or_path": models} if models else {}) | {
+        return {"date": self.settings.date} | self.settings.annotation | ({"reward_name_or_path": models} if models else {}) | {
             "dataset_name_or_path": [generated for generated, _ in files],
             "output_dir": [rewarded for _, rewarded in files],
         }
 
     def judging(self, files):
         """Arguments of get_rewards.py with the second reward models."""
-        return self.settings.eval_annotation | {
+        return {"date": self.settings.date} | self.settings.eval_annotation | {
             "reward_name_or_path": self.settings.eval_reward_model,
             "dataset_name_or_path": [generated for generated, _ in files],
             "output_dir": [judged for _, judged in files],
@@ -103,15 +107,24 @@ class Run:
         }  # fmt: skip
 
     def training(self, i):
-        """Arguments of run_dpo.py: the training YAML, then `training_args`, then what the loop decides."""
+        """Arguments of run_dpo.py: the training YAML, then `training_args`, then how prompts are written and what the loop decides."""
         reference = self.iterate(0 if self.settings.reference == "initial" else i - 1)
         first = 1 if self.settings.train_on == "all" else i
-        return read_yaml(self.settings.training) | self.settings.training_args | {
+        return self.as_sampled(read_yaml(self.settings.training) | self.settings.training_args) | {
             "model_name_or_path": self.iterate(i - 1), "ref_model_name_or_path": reference,
             "train_dir": [self.path(k, "rewarded.jsonl") for k in range(first, i + 1)],
             "output_dir": self.path(i, "model"), "pairs_path": self.path(i, "pairs.jsonl"), "seed": self.settings.seed,
             "reference_cache": str(self.folder / "reference_logps"),  # iterations that share pairs and reference share it
         }  # fmt: skip
+
+    def as_sampled(self, training):
+        """Training's arguments with the template of generation: answers are trained on behind the prompts that they were sampled from."""
+        sampled = self.settings.generation
+        for key in ("chat_template", "template_kwargs"):
+            if training.get(key) and training[key] != sampled.get(key):
+                raise UserError(f"training has {key} {training[key]!r} and generation {sampled.get(key)!r}: give it once, in generation")
+        shared = ("chat_template", "template_kwargs", "revision", "trust_remote_code")
+        return training | {key: sampled[key] for key in shared if sampled.get(key) and not training.get(key)}
 
     def rewarded_files(self, i, stage):
         """(generated, rewarded) files of a stage."""
@@ -126,7 +139,7 @@ class Run:
     def client(self, i, job):
         """Arguments of gen_hf.py for a job of iterate i; what shapes the engine goes to the servers."""
         known = gen_hf.Arguments.__dataclass_fields__
-        shared = {key: value for key, value in self.settings.generation.items() if key in known}
+        shared = {key: value for key, value in ({"date": self.settings.date} | self.settings.generation).items() if key in known}
         return shared | self.settings.servers | {"tokenizer": self.iterate(i), "seed": self.settings.seed} | job
 
     def server_variables(self, jobs):

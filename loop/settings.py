@@ -22,6 +22,7 @@ class RunSettings:
     prompts: list[str] = arg(help="prompt sets")
     heldout_prompts: str = arg(help="prompts for evaluation only")
     seed: int = arg(42, "seed of the run; sampling, pair selection and training derive theirs from it")
+    date: str | None = arg(None, "day for chat templates that write today's, YYYY-MM-DD; None: the day on which the run began")
     generation: dict = arg({}, "arguments of generation/get_hf2.py; --generation.K 4")
     generation_backend: str = arg("engine", "an engine in each process (get_hf2.py), or API servers and a client (gen_hf.py)", ["engine", "servers"])
     server_port: int = arg(8000, "port of the first API server; the others follow")

@@ -33,6 +33,8 @@ class Arguments:
     attn_implementation: str | None = arg(None, "of policy and value model; None: sdpa, or eager where scores are soft-capped")
     chat_template: str | None = arg(None, "file with a jinja chat template to use instead of the policy's own")
     template_kwargs: dict = arg({}, 'arguments of the template, JSON: \'{"enable_thinking": false}\'')
+    system_prompt: str | None = arg(None, "put before every prompt that has no system turn")
+    date: str | None = arg(None, "day for a template that writes today's, YYYY-MM-DD; None: that of the first start")
 
     dataset_name_or_path: list[str] = arg(help="prompts, one set or several: hub name, save_to_disk folder, .jsonl, .json, …")
     dataset_key: str | None = arg(None, "column of the prompts (the first of context_messages, messages, prompt)")
@@ -106,7 +108,7 @@ def shaping(args):
 
 def scoring(args):
     """The arguments of annotate_data/get_rewards.py that say what scores a response."""
-    shared = ("reward_name_or_path", "reward_type", "reward_function", "reward_weights", "trust_remote_code")
+    shared = ("reward_name_or_path", "reward_type", "reward_function", "reward_weights", "trust_remote_code", "date")
     return annotation.Arguments("", "", **{key: getattr(args, key) for key in shared})
 
 

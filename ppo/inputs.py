@@ -66,8 +66,8 @@ def read_prompts(args, tokenizer, policy):
     """(prompt records with their token ids under "ids", entries of the skipped file)."""
     kept, skipped = [], []
     for name in args.dataset_name_or_path:
-        for record in read_records(name, args.dataset_key, args.dataset_split):
-            ids = chat.encode(tokenizer, record["prompt"], True, args.template_kwargs)
+        for record in read_records(name, args.dataset_key, args.dataset_split, args.system_prompt):
+            ids = chat.encode(tokenizer, record["prompt"], True, args.template_kwargs, args.date)
             if len(ids) > args.max_input_length:
                 skipped.append({"id": record["id"], "reason": f"prompt of {len(ids)} tokens, more than {args.max_input_length}"})
             else:

@@ -33,9 +33,9 @@ def read_all(args, tokenizer):
     kept, skipped, seen = [], [], set()
     progress = Progress(len(args.dataset_name_or_path), "prompts", "sets")
     for name in args.dataset_name_or_path:
-        for record in records.read_prompts(name, args.dataset_key, args.dataset_split):
+        for record in records.read_prompts(name, args.dataset_key, args.dataset_split, args.system_prompt):
             messages = record.pop("prompt")
-            text = chat.render(tokenizer, messages, True)
+            text = chat.render(tokenizer, messages, True, args.template_kwargs, args.date)
             tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
             if tokens > args.max_input_length:
                 skipped.append({"id": record["id"], "reason": "too long", "tokens": tokens})

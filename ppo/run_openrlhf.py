@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any fol
 
 from common.cli import UserError, check_model, parse, read_json, run
 from common.devices import prepare_threads, visible_gpus
-from common.manifest import beside, difference, fingerprint, read_manifest, versions, write_json
+from common.manifest import beside, difference, fingerprint, read_manifest, versions, with_date, write_json
 from common.progress import duration
 from dpo_iteration import memory
 from ppo import openrlhf_preflight as preflight
@@ -381,6 +381,7 @@ def main():
         if "wandb" in word.lower() and "key" in word.lower() or "wandb_api_key" in word.lower():
             raise UserError("a W&B key does not belong among the arguments, where it is printed and kept: export WANDB_API_KEY and say --report_to wandb")
     args = parse(Arguments, __doc__)
+    args = with_date(args, args.output_dir)
     check(args)
     settings, inputs = shaping(args)
     if is_complete(args, settings, inputs):

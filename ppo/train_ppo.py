@@ -37,6 +37,7 @@ from annotate_data.get_rewards import combine, make_scorers
 from common import chat
 from common.cli import UserError, parse, run
 from common.devices import check_processes, prepare_threads
+from common.manifest import with_date
 from common.records import sample_seed
 from dpo_iteration.output import is_complete, is_main, say
 from ppo.arguments import Arguments, arguments, check, check_paths, check_samples, scoring, shaping  # noqa: F401 (arguments: for ppo/run.py)
@@ -457,6 +458,7 @@ def train(args, settings, inputs, started):
 def main():
     started = time.time()
     args = parse(Arguments, __doc__)
+    args = with_date(args, args.output_dir)
     check(args)
     check_paths(args)
     check_processes()

@@ -17,12 +17,12 @@ With r = log π(token) − log π_ref(token) at each token of a response, in nat
 
 The answers must be samples of the policy that is measured. Sampled at temperature T, they are samples of the policy whose logits
 are divided by T, so both models' logits are: what is estimated is then KL(π_T ‖ π_ref,T), not KL(π ‖ π_ref). With top_p or top_k
-they are samples of neither, the estimate is biased, and `exact` is false. Greedy answers are refused.
+they are samples of neither, the estimate is biased, and it is not `exact` either. Greedy answers are refused.
 
-A response's tokens are those of its text in the chat template, with the first token of what the template writes behind it (the end
-of turn) unless the answer was cut off. Text that was sampled in other tokens than the tokenizer makes of it is counted
-(`retokenised`). Each iterate has answers of its own, so the reference is computed for each of them anew. Where policy and reference
-are one model the estimate is 0 without being computed.
+A response's tokens are those that were sampled, which generated files hold. Where a file has text only, they are those of the text
+in the chat template, with its end of turn unless the answer was cut off; answers of which another number of tokens was sampled are
+counted (`retokenised`), and the estimate is not `exact`. Each iterate has answers of its own, so the reference is computed for each
+of them anew. Where policy and reference are one model the estimate is 0 without being computed.
 """
 
 import json
@@ -42,6 +42,7 @@ from annotate_data.ranks import World, leave, share
 from common import chat, cli, devices, manifest, progress
 from common.cli import UserError, arg
 from common.records import dumps
+from common.tokens import Encoder, answers_of
 
 SCRIPT = "report/divergence.py"
 
@@ -72,11 +73,8 @@ def summary_path(output_dir):
 
 def sampling(args):
     """{temperature, top_p, top_k} of the answers: the arguments', else those in the manifest of the file or of what it was made from."""
-    path, found = args.dataset_name_or_path, {}
-    for _ in range(2):  # a rewarded file names the generated one
-        held = manifest.read_manifest(path) or {"settings": {}, "inputs": {}}
-        found = {key: held["settings"][key] for key in ("temperature", "top_p", "top_k") if held["settings"].get(key) is not None} | found
-        path = held["inputs"].get("dataset_name_or_path", {}).get("path", path)
+    settings = (manifest.generation_manifest(args.dataset_name_or_path) or {}).get("settings", {})
+    found = {key: settings[key] for key in ("temperature", "top_p", "top_k") if settings.get(key) is not None}
     given = {key: getattr(args, key) for key in ("temperature", "top_p") if getattr(args, key) is not None}
     return {"temperature": 1.0, "top_p": 1.0, "top_k": -1} | found | given
 
@@ -108,28 +106,6 @@ def check(args):
         raise UserError(f"these answers were sampled at temperature {temperature:g}: a KL is estimated from answers at a temperature above 0")
     if args.chat_template:
         cli.existing_file(args.chat_template, "chat template")
-
-
-def encode(tokenizer, record, end_of_turn, template_kwargs=None):
-    """(prompt's token ids, a list of each response's) of a record; a response holds the end of turn unless it was cut off.
-
-    Args:
-        end_of_turn: what the template writes behind a response (common/chat.py: turn_suffix); only its first token is the policy's.
-    """
-    prompt = chat.encode(tokenizer, record["prompt"], True, template_kwargs)
-    turns = [[*record["prompt"], {"role": "assistant", "content": response}] for response in record["responses"]]
-    full = [chat.encode(tokenizer, messages, False, template_kwargs) for messages in turns]
-    # Where the template renders the prompt alone differently, the responses begin where they part, as in training.
-    start = min(next((i for i, pair in enumerate(zip(prompt, ids)) if pair[0] != pair[1]), min(len(prompt), len(ids))) for ids in full)
-    reasons, responses = record.get("finish_reasons") or [None] * len(full), []
-    for ids, reason in zip(full, reasons, strict=True):
-        ids = ids[start:]
-        if end_of_turn and ids[-len(end_of_turn) :] == end_of_turn:
-            ids = ids[: len(ids) - len(end_of_turn)] + ([] if reason == "length" else end_of_turn[:1])
-        elif reason == "length":
-            raise UserError("the chat template does not end a cut-off response the way it ends others, so its end of turn cannot be left out")
-        responses.append(ids)
-    return prompt[:start], responses
 
 
 class Policy(Backbone):
@@ -285,14 +261,14 @@ def run_model(policy, number, N, done, world, output, args, tokenizer, limit):
     """Save the log-probabilities that one model (number 0 the policy, 1 the reference) gives to what is not done.
 
     An entry of record i has the id number · N + i, `logps`, K lists of floats, null for a response that is left out, and
-    `retokenised`, a number of responses. Ranks share out each chunk; rank 0 saves it.
+    `retokenised` and `from_text`, numbers of responses. Ranks share out each chunk; rank 0 saves it.
     """
     left = [i for i in range(N) if number * N + i not in done]
     if not left:
         return
     world.together(policy.load)
     bar = progress.Progress(len(left), ("policy", "reference")[number], "prompts", enabled=world.rank == 0)
-    end_of_turn = chat.turn_suffix(tokenizer, args.template_kwargs)
+    encode = Encoder(tokenizer, args.template_kwargs)
     wanted, chunk = set(left), []
 
     def finish(chunk):
@@ -308,13 +284,12 @@ def run_model(policy, number, N, done, world, output, args, tokenizer, limit):
         entries = []
         for i, record in mine:
             try:
-                prompt, responses = encode(tokenizer, record, end_of_turn, args.template_kwargs)
+                prompt, responses, made = encode(record, answers_of(record))
             except UserError as error:
                 raise UserError(f"{args.dataset_name_or_path} record {i + 1}: {' '.join(str(error).split())}") from None
             known = [k for k, ids in enumerate(responses) if ids and len(prompt) + len(ids) <= limit and prompt]
-            said = record.get("num_tokens") or [None] * len(responses)
-            retokenised = sum(said[k] is not None and said[k] != len(responses[k]) for k in known)
-            entries.append({"id": number * N + i, "logps": [None] * len(responses), "retokenised": retokenised})
+            facts = {"retokenised": made["retokenised"], "from_text": len(responses) - made["as_sampled"]}
+            entries.append({"id": number * N + i, "logps": [None] * len(responses)} | facts)
             if known:
                 groups.append((prompt, [responses[k] for k in known]))
                 places.append((entries[-1], known))
@@ -385,25 +360,28 @@ def finish(args, output, N, facts, seconds, processes):
 
     def entries():
         saved = map(json.loads, output.saved(key for i in range(N) for key in (i, N + i)))
-        counts.update(left_out=0, retokenised=0)
+        counts.update(left_out=0, retokenised=0, from_text=0)
         for record in read_generated(args.dataset_name_or_path):
             ours, theirs = next(saved), next(saved)
             counts["left_out"] += ours["logps"].count(None)
-            counts["retokenised"] += ours["retokenised"]
+            for key in ("retokenised", "from_text"):
+                counts[key] += ours[key]
             yield combine(record, ours["logps"], theirs["logps"])
 
     counts = {}
     summary = summarise(entries(), facts) | counts | {"seconds": round(seconds, 1)}
+    summary["exact"] &= not counts["from_text"]
     manifest.write_json(summary_path(args.output_dir), summary)
     output.finish_with(((dumps(entry) + "\n").encode() for entry in entries()), {"records": N, "processes": processes} | summary)
     error = "" if summary["kl_se"] is None else f" ± {summary['kl_se']:.3f}"
     shown = "–" if summary["kl"] is None else f"{summary['kl']:.3f}{error} nats a response, {summary['kl_per_token']:.4f} a token"
     print(f"read {N} prompts, {summary['responses']} responses, {summary['tokens']} tokens; wrote {args.output_dir}\n  KL to {facts['reference']}: {shown}")
     for key, what in (("left_out", "responses left out: no token, or longer than the models' context"),
-                      ("retokenised", "responses have another number of tokens than were sampled")):  # fmt: skip
+                      ("from_text", "responses have no token ids of this tokenizer, so their text was tokenised: the estimate is not exact"),
+                      ("retokenised", "of them have another number of tokens than were sampled")):  # fmt: skip
         if summary[key]:
             print(f"note: {summary[key]} {what}")
-    if not summary["exact"]:
+    if not facts["exact"]:
         print("note: the answers were sampled with top_p or top_k, so the estimate is biased")
 
 

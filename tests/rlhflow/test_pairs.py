@@ -89,9 +89,30 @@ def test_max_min_p_penalises_length_in_tokens_for_choice_and_margin():
 def test_responses_that_cannot_take_part_are_counted_by_reason():
     nan = float("nan")
     row = record([9.0, None, nan, float("inf"), 1.0, 5.0, 2.0, 0.0], ["", "b", "c", "d", "e", "e", "g", " \n"])
-    pair, _, left_out = make_pair(row)
+    pair, _, left_out = make_pair(row, drop_empty=True)
     assert indices(pair) == (6, 4)
     assert left_out == {"empty response": 2, "reward not finite": 3, "repeated response": 1}
+
+
+@pytest.mark.parametrize("choose_type", CHOOSE_TYPES)
+def test_an_empty_response_may_be_rejected_and_is_never_chosen(choose_type):
+    row = record([9.0, 1.0, 2.0, 0.5], ["", "b", "c", " \n"], num_tokens=[1, 5, 5, 2])
+    drawn = {indices(make_pair(row | {"id": f"{i}"}, choose_type)[0]) for i in range(60)}
+    assert drawn <= {(2, 1), (2, 3), (1, 3)}
+    if choose_type in ("max_min", "max_min_p"):
+        assert drawn == {(2, 3)}
+    if choose_type in ("max_random", "random"):
+        assert (2, 3) in drawn and (2, 1) in drawn
+    assert indices(make_pair(row, choose_type, drop_empty=True)[0]) == (2, 1)
+    silent = record([9.0, 1.0], ["", "b"], num_tokens=[1, 5])
+    assert make_pair(silent, choose_type)[:2] == (None, "no response with text has the higher reward")
+
+
+def test_responses_of_equal_text_and_other_tokens_are_two():
+    row = record([1.0, 2.0, 3.0], ["same", "same", "same"], response_token_ids=[[1, 2], [1, 3], [1, 2]])
+    pair, _, left_out = make_pair(row)
+    assert indices(pair) == (1, 0) and left_out == {"repeated response": 1}
+    assert pair["chosen_token_ids"] == [1, 3] and pair["rejected_token_ids"] == [1, 2] and "response_token_ids" not in pair
 
 
 def test_drop_truncated():

@@ -7,7 +7,9 @@ import pytest
 from datasets import Dataset
 from trl import DPOTrainer
 
+from common import chat
 from common.cli import UserError
+from common.manifest import write_json
 from dpo_iteration.rows import PairTokenizer, check_bos, show_pair
 
 CONVERSATIONS = [
@@ -36,29 +38,27 @@ def rows_of_trl(tokenizer, pairs):
     return [{k: row[k] for k in ("prompt_ids", "chosen_ids", "rejected_ids")} for row in rows]
 
 
+def ended(tokenizer, ids):
+    """TRL's tokens up to the end of turn: what the template writes behind it, a line break, was nobody's choice."""
+    end = chat.end_of_turn(tokenizer)
+    return ids[: len(ids) - ids[::-1].index(end)]
+
+
 @pytest.mark.parametrize("family", micro.TEMPLATES)
-def test_rows_equal_trls(family):
+def test_rows_equal_trls_up_to_the_end_of_turn(family):
     tokenizer = micro.make_tokenizer(family)
     pairs = [make_pair(prompt) for prompt in CONVERSATIONS]
     if family in ("llama3", "chatml", "phi"):
         pairs.append(make_pair([{"role": "system", "content": "Be brief."}, *CONVERSATIONS[0]]))
     to_row = PairTokenizer(tokenizer, 500, 400)
-    ours = [to_row(pair)[0] for pair in pairs]
-    assert ours == rows_of_trl(tokenizer, pairs)
+    ours, trls = [to_row(pair)[0] for pair in pairs], rows_of_trl(tokenizer, pairs)
+    assert ours == [row | {key: ended(tokenizer, row[key]) for key in ("chosen_ids", "rejected_ids")} for row in trls]
     assert not to_row.counts
-    for row in ours:
+    for row, trl in zip(ours, trls):
         if tokenizer.bos_token_id is not None:
             assert (row["prompt_ids"] + row["chosen_ids"]).count(tokenizer.bos_token_id) == 1
         assert tokenizer.decode(row["chosen_ids"]).strip().startswith("Good answer.")
-        assert row["chosen_ids"][-len(to_row.end_of_turn) :] == to_row.end_of_turn
-
-
-def test_a_template_that_renders_the_prompt_otherwise_is_cut_where_trl_cuts_it():
-    tokenizer = micro.make_tokenizer("chatml")
-    to_row = PairTokenizer(tokenizer, 500, 400, {"enable_thinking": False})
-    row, _ = to_row(make_pair())
-    assert row == rows_of_trl(tokenizer, [make_pair()])[0]  # the empty thought is in the generation prompt only
-    assert to_row.counts == {"prompts_rendered_otherwise": 1}
+        assert len(trl["chosen_ids"]) - len(row["chosen_ids"]) == (family in ("chatml", "gemma", "phi"))  # the line break
 
 
 @pytest.mark.parametrize("family", micro.TEMPLATES)
@@ -67,10 +67,103 @@ def test_a_cut_off_response_has_no_end_of_turn(family):
     to_row = PairTokenizer(tokenizer, 500, 400)
     whole, _ = to_row(make_pair())
     cut, _ = to_row(make_pair(chosen_finish_reason="length", rejected_finish_reason="stop"))
-    assert cut["chosen_ids"] == whole["chosen_ids"][: -len(to_row.end_of_turn)]
+    assert cut["chosen_ids"] == whole["chosen_ids"][:-1]
     assert not set(cut["chosen_ids"]) & set(tokenizer.all_special_ids)
     assert cut["rejected_ids"] == whole["rejected_ids"]
     assert to_row.counts == {"responses_without_end_of_turn": 1}
+
+
+def sampled(tokenizer, messages, texts, end, template_kwargs=None):
+    """A pair with the token ids of an engine: the prompt as templated, the responses' own tokens and the one that ended them."""
+    prompt = chat.encode(tokenizer, messages, True, template_kwargs)
+    ids = {f"{side}_token_ids": tokenizer(text, add_special_tokens=False)["input_ids"] + end for side, text in zip(("chosen", "rejected"), texts)}
+    texts = (tokenizer.decode(one, skip_special_tokens=True) for one in ids.values())
+    return make_pair(messages, *texts, prompt_token_ids=prompt, chosen_finish_reason="stop", rejected_finish_reason="stop") | ids
+
+
+# A thought in front of </think> is left out of a turn that is rendered; the prompt opens one.
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+# Nothing closes a turn but the next one's role.
+UNCLOSED = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+# A channel's header, of control tokens, is written in front of an answer.
+CHANNEL = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role == 'assistant' %}<|endoftext|>final{% endif %}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template, texts", [
+    (THINKING, ("Because.</think>Yes", "Since.</think>Yes")), (UNCLOSED, ("Yes", "No")), (CHANNEL, ("<|endoftext|>think\n yes", "<|endoftext|>final\n no")),
+])  # fmt: skip
+def test_sampled_tokens_are_trained_one_for_one(template, texts):
+    tokenizer = micro.make_tokenizer("chatml")
+    tokenizer.chat_template = template
+    stop = [tokenizer.convert_tokens_to_ids("<|im_start|>" if template == UNCLOSED else "<|im_end|>")]
+    pair = sampled(tokenizer, CONVERSATIONS[0], texts, stop)
+    to_row = PairTokenizer(tokenizer, 500, 400)
+    row, _ = to_row(pair)
+    assert row == {"prompt_ids": pair["prompt_token_ids"], "chosen_ids": pair["chosen_token_ids"], "rejected_ids": pair["rejected_token_ids"]}
+    assert to_row.counts == {"as_sampled": 2}
+
+
+def test_text_alone_keeps_what_the_template_would_change_and_says_so():
+    tokenizer = micro.make_tokenizer("chatml")
+    tokenizer.chat_template = THINKING
+    to_row = PairTokenizer(tokenizer, 500, 400)
+    row, _ = to_row(make_pair(chosen="Because.</think>Yes", rejected="Since.</think>Yes", chosen_num_tokens=20, rejected_num_tokens=5))
+    assert tokenizer.decode(row["prompt_ids"]).endswith("<think>\n")
+    assert tokenizer.decode(row["chosen_ids"]) == "Because.</think>Yes<|im_end|>"
+    assert to_row.counts == {"written_otherwise": 2, "retokenised": 1}  # 20 tokens of a byte each
+    tokenizer.chat_template = UNCLOSED
+    to_row = PairTokenizer(tokenizer, 500, 400)
+    assert tokenizer.decode(to_row(make_pair())[0]["chosen_ids"]) == "Good answer." and to_row.counts == {"never_closed": 2}
+
+
+def test_an_empty_thought_of_the_prompt_stays_in_the_prompt():
+    """The template writes it where an answer is asked for and nowhere else."""
+    tokenizer, kwargs = micro.make_tokenizer("chatml"), {"enable_thinking": False}
+    row, _ = PairTokenizer(tokenizer, 500, 400, kwargs)(make_pair())
+    assert row["prompt_ids"] == chat.encode(tokenizer, CONVERSATIONS[0], True, kwargs)
+    assert tokenizer.decode(row["prompt_ids"]).endswith("</think>\n\n") and tokenizer.decode(row["chosen_ids"]) == "Good answer.<|im_end|>"
+
+
+def test_token_ids_that_are_not_the_text_give_way_to_it():
+    tokenizer = micro.make_tokenizer()
+    pair = sampled(tokenizer, CONVERSATIONS[0], ("Good", "Bad"), [chat.end_of_turn(tokenizer)])
+    for changed in ({"chosen": [{"role": "assistant", "content": "Edited"}]}, {"chosen_token_ids": [9999]}, {"chosen_token_ids": [1, True]}):
+        to_row = PairTokenizer(tokenizer, 500, 400)
+        row, _ = to_row(pair | changed)
+        text = (pair | changed)["chosen"][0]["content"]
+        assert tokenizer.decode(row["chosen_ids"]) == f"{text}<|eot_id|>" and not to_row.counts["as_sampled"]
+        assert to_row.counts["other_ids"] == (1 if True in changed.get("chosen_token_ids", []) else 2)
+
+
+def test_a_prompt_that_is_written_otherwise_than_it_was_sampled_is_refused(tmp_path):
+    tokenizer = micro.make_tokenizer("chatml")
+    pair = sampled(tokenizer, CONVERSATIONS[0], ("Good", "Bad"), [chat.end_of_turn(tokenizer)], {"enable_thinking": False})
+    made = {"script": "generation/get_hf2.py", "settings": {"template_kwargs": {"enable_thinking": False}}, "inputs": {"chat_template": {"path": "x.jinja"}}}
+    write_json(tmp_path / "g.manifest.json", made)
+    write_json(tmp_path / "r.manifest.json", {"script": "a", "settings": {}, "inputs": {"dataset_name_or_path": {"path": str(tmp_path / "g.jsonl")}}})
+    with pytest.raises(UserError, match=r"r.jsonl record p: its answers were sampled behind .*think.*x.jinja.*enable_thinking.*--template_kwargs"):
+        PairTokenizer(tokenizer, 500, 400)(pair | {"source": str(tmp_path / "r.jsonl")})
+    assert PairTokenizer(tokenizer, 500, 400, {"enable_thinking": False})(pair)[0]["prompt_ids"] == pair["prompt_token_ids"]
+
+
+def test_a_prompt_is_dated_by_the_day_of_its_sampling():
+    tokenizer = micro.make_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + tokenizer.chat_template
+    assert chat.writes_date(tokenizer) and not chat.writes_date(micro.make_tokenizer())
+    prompt = chat.encode(tokenizer, CONVERSATIONS[0], True, date="2024-02-29")
+    assert tokenizer.decode(prompt).startswith("29 Feb 2024")
+    ids = tokenizer("Good", add_special_tokens=False)["input_ids"]
+    pair = make_pair(chosen="Good", rejected="Bad", prompt_token_ids=prompt, prompt_date="2024-02-29", chosen_token_ids=ids)
+    pair["rejected_token_ids"] = tokenizer("Bad", add_special_tokens=False)["input_ids"]
+    assert PairTokenizer(tokenizer, 500, 400)(pair)[0]["prompt_ids"] == prompt
+    with pytest.raises(UserError, match="YYYY-MM-DD"):
+        chat.parse_date("29.2.2024")
 
 
 def test_a_long_response_is_cut_on_the_right():
@@ -98,7 +191,7 @@ def test_a_long_prompt_is_cut_on_the_left_and_keeps_its_bos():
 def test_pairs_that_teach_nothing_are_returned_with_a_reason():
     tokenizer = micro.make_tokenizer()
     row, reason = PairTokenizer(tokenizer, 500, 400)(make_pair(chosen="same ", rejected=" same"))  # the template trims
-    assert row is None and "equal token ids" in reason
+    assert row is None and reason == "equal token ids"
     length = len(PairTokenizer(tokenizer, 500, 400)(make_pair())[0]["prompt_ids"])
     row, reason = PairTokenizer(tokenizer, length + 4, length)(
         make_pair(chosen="same start, A", rejected="same start, B")

@@ -1,0 +1,143 @@
+"""A prompt and its responses as the policy's token ids: those that were sampled where a record has them, else its text's.
+
+Text loses what was sampled: special tokens (channels, tool calls), the thought that a template strips from an answered turn, the
+one of several tokenisations that the policy chose. So generation keeps the token ids beside the text (`prompt_token_ids`,
+`response_token_ids`), and training and divergence go by them. Ids that do not decode to the text beside them are another
+tokenizer's, or the text was edited: then the text counts.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from common import chat
+
+PROMPT, RESPONSES, DATE = "prompt_token_ids", "response_token_ids", "prompt_date"  # fields of a record
+
+
+@dataclass
+class Answer:
+    """A response: its text, why it ended (`stop`, `length`), how many tokens were sampled and which, where that is known."""
+
+    text: str
+    finish_reason: str | None = None
+    num_tokens: int | None = None
+    token_ids: list[int] | None = None
+
+
+def answers_of(record):
+    """The Answers of a generated record."""
+    count = len(record["responses"])
+    told = (record.get(key) or [None] * count for key in ("finish_reasons", "num_tokens", RESPONSES))
+    return [Answer(*values) for values in zip(record["responses"], *told, strict=True)]
+
+
+def are_ids(value, size=None):
+    """Whether a JSON value is a list of token ids, below `size` where that is given."""
+    return isinstance(value, list) and all(type(i) is int and 0 <= i and (size is None or i < size) for i in value)
+
+
+def common_prefix(ids, others):
+    """Number of leading tokens that two sequences share."""
+    return next((i for i, pair in enumerate(zip(ids, others)) if pair[0] != pair[1]), min(len(ids), len(others)))
+
+
+def _squeezed(text):
+    """A text without what two ways of decoding may disagree about: white space and halves of characters."""
+    return "".join(text.replace("\ufffd", "").split())
+
+
+class Encoder:
+    """Turns a record's prompt and some of its responses into token ids.
+
+    Args:
+        tokenizer: the policy's, with its chat template.
+        template_kwargs: variables for the template.
+
+    Attributes:
+        end_of_turn: the token that closes a turn of the template, or None.
+    """
+
+    def __init__(self, tokenizer, template_kwargs=None):
+        self.tokenizer, self.template_kwargs = tokenizer, template_kwargs or {}
+        self.end_of_turn = chat.end_of_turn(tokenizer, self.template_kwargs)
+        self.size = len(tokenizer)
+
+    def rendered(self, record):
+        """The prompt's token ids as the template writes them."""
+        return chat.encode(self.tokenizer, record["prompt"], True, self.template_kwargs, record.get(DATE))
+
+    def are_sampled(self, record, answers):
+        """Whether the record has the token ids of its prompt and of these answers, and they are this tokenizer's."""
+        if not are_ids(record.get(PROMPT), self.size) or not record[PROMPT]:
+            return False
+        return all(are_ids(answer.token_ids, self.size) and self._is_text(answer) for answer in answers)
+
+    def _is_text(self, answer):
+        decoded = self.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
+        return _squeezed(decoded) == _squeezed(answer.text)
+
+    def __call__(self, record, answers):
+        """(the prompt's ids, a list of each answer's, Counter).
+
+        From text, an answer ends with the template's end of turn unless it was cut off (`finish_reason` "length"), and what the
+        template writes behind that is left out. Where the last tokens of the prompt merge with a response's first, the responses
+        begin where the sequences part.
+
+        The Counter has `as_sampled`, answers by their own token ids. It says of those made from text:
+
+        - `other_ids`: they have token ids, which are not this text in this tokenizer;
+        - `retokenised`: another number of tokens was sampled;
+        - `written_otherwise`: the template would change them (strip a thought, insert a header); they are taken as they are;
+        - `never_closed`: they ended, and the template closes no turn;
+        - `prompts_merged`: prompts that share a token with a response.
+        """
+        if self.are_sampled(record, answers):
+            return list(record[PROMPT]), [list(answer.token_ids) for answer in answers], Counter(as_sampled=len(answers))
+        found = Counter(other_ids=sum(are_ids(answer.token_ids) for answer in answers) if are_ids(record.get(PROMPT)) else 0)
+        before = self._render(record, record["prompt"], True)
+        prompt, full = self._ids(before), []
+        for answer in answers:
+            text, same = self._continued(record, before, answer.text)
+            full.append(self._ids(text))
+            found["written_otherwise"] += not same
+        start = min([common_prefix(prompt, ids) for ids in full], default=len(prompt))
+        found["prompts_merged"] += start < len(prompt)
+        responses = []
+        for answer, ids in zip(answers, full, strict=True):
+            end = [] if answer.finish_reason == "length" or self.end_of_turn is None else [self.end_of_turn]
+            responses.append(ids[start:] + end)
+            found["never_closed"] += answer.finish_reason != "length" and not end
+            found["retokenised"] += answer.num_tokens is not None and answer.num_tokens != len(responses[-1])
+        return prompt[:start], responses, +found
+
+    def _render(self, record, messages, generation_prompt):
+        return chat.render(self.tokenizer, messages, generation_prompt, self.template_kwargs, record.get(DATE))
+
+    def _ids(self, text):
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _continued(self, record, before, text):
+        """(the templated prompt with the response behind it, up to its end of turn; whether the template writes the response as it is).
+
+        The template may trim a response, or put a space in front, as it will in later turns; nothing else.
+        """
+        written = self._render(record, [*record["prompt"], {"role": "assistant", "content": text}], False)
+        rest, core = written[len(before) :], text.strip()
+        at = rest.find(core)
+        if not written.startswith(before) or at < 0 or rest[:at].strip():
+            return before + text, False
+        end, behind = at + len(core), text[len(text.rstrip()) :] if core else ""
+        end += len(behind) if rest[end:].startswith(behind) else 0
+        return before + rest[:end], True
+
+
+def shown_difference(tokenizer, ids, others, width=60):
+    """Two sequences of token ids as text, from shortly before they part."""
+    start = max(0, common_prefix(ids, others) - 8)
+    return tuple(repr(tokenizer.decode(one[start:])[:width]) for one in (ids, others))
+
+
+def prompt_mismatch(encoder, record):
+    """None, or (how the prompt was sampled, how the template writes it here) as text from where they part."""
+    written = encoder.rendered(record)
+    return None if written == record[PROMPT] else shown_difference(encoder.tokenizer, record[PROMPT], written)
