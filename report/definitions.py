@@ -30,6 +30,7 @@ DEFINITIONS = {
     "by_length": ("reward by length", "Mean reward of the sampled held-out answers within bins of length. The edges are the eighths of all "
                   "iterates' lengths together; a bin with fewer than five answers is left out. Lines that lie on each other: the gain is length alone."),
     "truncated": ("cut off", "Share of the responses that hit the limit of new tokens (finish reason length)."),
+    "empty": ("empty", "Share of the responses without any text: the policy ended its turn at once. They are never chosen, but may be rejected."),
     "repetition": ("repeated", "Mean share of a response's 4-grams that stood in it before (seq-rep-4, Welleck et al. 2019, arXiv 1908.04319), on the "
                    "responses to up to 500 prompts of a seeded sample."),
     "looping": ("looping", "Share of these responses in which at least half of the 4-grams are repeated."),

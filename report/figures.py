@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from common.records import finite
+from common.records import finite, is_empty
 from report import measures
 
 QUANTITIES = ("reward", "gold", "judge")
@@ -30,7 +30,7 @@ def of_iterates(run):
         row = {"iterate": i, "seconds": iterate.metrics.get("seconds"), "versus": {}}
         for kind in ("sampled", "greedy"):
             row[kind] = of_kind(iterate, kind)
-        row |= {key: iterate.divergence.get(key) for key in ("kl", "kl_se", "kl_per_token", "estimator", "reference")}
+        row |= {key: iterate.divergence.get(key) for key in ("kl", "kl_se", "kl_per_token", "estimator", "reference", "retokenised", "responses")}
         if row["kl"] is None and run.kind == "ppo" and i in run.trainings and run.trainings[i].ppo:
             row |= {"kl": run.trainings[i].ppo[-1].get("kl"), "estimator": "k1, PPO's last rollout"}
         others = {"start": order[0] if order[0] == 0 and i else None, "previous": order[n - 1] if n else None}
@@ -74,7 +74,7 @@ def of_kind(iterate, kind):
                 found[quantity] = (mean, None, None) if error is None else (mean, mean - 1.96 * error, mean + 1.96 * error)
     answers = iterate.answers.get(kind)
     if answers is None:
-        return found | {key: written[key] for key in ("length", "truncated", "K", "prompts", "best_of_k") if written.get(key) is not None}
+        return found | {key: written[key] for key in ("length", "truncated", "empty", "K", "prompts", "best_of_k") if written.get(key) is not None}
     found |= of_answers(answers)
     if answers.K > 1:
         found["best_of"] = measures.best_of(answers.by_prompt(answers.rewards))
@@ -96,6 +96,7 @@ def of_answers(answers):
         "length": float(known.mean()) if len(known) else None,
         "length_p90": float(np.quantile(known, 0.9)) if len(known) else None,
         "truncated": float((cut == 1).mean()) if len(cut) else None,
+        "empty": sum(map(is_empty, texts)) / len(texts) if texts else None,
         "repetition": float(repeated.mean()), "looping": float((repeated >= 0.5).mean()),
         "distinct_1": measures.distinct(texts, 1), "distinct_2": measures.distinct(texts, 2), "distinct_3": measures.distinct(texts, 3),
         "different_texts": float(answers.distinct.mean()) if answers.K > 1 else None,

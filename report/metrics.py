@@ -133,6 +133,7 @@ def measure(by_id, gold=None):
     Returns:
         dict: `prompts`, `K`, `null_rewards`; `reward` and `reward_se`; `best_of_k` where K > 1 (mean over prompts of
         the largest reward); `length` (tokens of a response); `truncated` (fraction of responses that hit the limit);
+        `empty` (fraction without text);
         `gold` and `gold_se` where a gold function is given.
     """
     rewards = [[r for r in record["rewards"] if r is not None] for record in by_id.values()]
@@ -149,6 +150,8 @@ def measure(by_id, gold=None):
         found["best_of_k"] = mean_and_error(max(r) for r in rewards if r)[0]
     found["length"] = statistics.fmean(lengths) if lengths else None
     found["truncated"] = sum(reason == "length" for reason in reasons) / len(reasons) if reasons else None
+    texts = [text for record in by_id.values() for text in record["responses"]]
+    found["empty"] = sum(map(records.is_empty, texts)) / len(texts)
     if gold:
         found["gold"], found["gold_se"] = mean_and_error(prompt_means(by_id, gold).values())
     return {key: round(value, 6) if isinstance(value, float) else value for key, value in found.items()}
@@ -195,7 +198,11 @@ def format_table(iterates, width=None):
             f"{value:{sign}.{digits}f}" + (f" ±{error:.{digits}f}" if records.finite(error) else "") if records.finite(value) else "–"
         )
 
-    names = "run", "iterate", "reward", "best of K", "greedy reward", "judge", "greedy judge", "gold", "greedy gold", "length", "cut off", "KL", "seconds"
+    def silent(metrics):
+        shares = [(metrics.get(kind) or {}).get("empty") for kind in KINDS]
+        return "/".join(f"{share:.2f}" for share in shares if records.finite(share)) if any(shares) else "–"
+
+    names = "run", "iterate", "reward", "best of K", "greedy reward", "judge", "greedy judge", "gold", "greedy gold", "length", "cut off", "empty", "KL", "seconds"
     rows = [names]
     for i, m in enumerate(iterates):
         best = number(m, "sampled", "best_of_k") + (f" (K={m['sampled']['K']})" if m.get("sampled") else "")
@@ -212,6 +219,7 @@ def format_table(iterates, width=None):
                 number(m, "greedy", "gold", sign=""),
                 number(m, "sampled", "length", 1, ""),
                 number(m, "sampled", "truncated", 3, ""),
+                silent(m),
                 number(m, "divergence", "kl", 2, ""),
                 f"{m['seconds']:.0f}" if records.finite(m.get("seconds")) else "–",
             )

@@ -77,7 +77,7 @@ def tables_of(tables):
                          f"{shown(row['kl'])}" + (f" ±{row['kl_se']:.3f}" if row.get("kl_se") is not None else ""), shown(row["kl_per_token"])])  # fmt: skip
             for kind, side in (("sampled", s), ("greedy", g)):
                 more.append([*name(run), str(row["iterate"]), kind, *(shown(side.get(k), shape) for k, shape in (
-                    ("length", "tokens"), ("length_p90", "tokens"), ("truncated", "share"), ("repetition", "share"), ("looping", "share"),
+                    ("length", "tokens"), ("length_p90", "tokens"), ("truncated", "share"), ("empty", "share"), ("repetition", "share"), ("looping", "share"),
                     ("distinct_1", "fine"), ("distinct_2", "fine"), ("distinct_3", "fine"), ("different_texts", "share"), ("tied", "share"),
                     ("spread", "number"), ("length_correlation", "number"), ("null_share", "share"), ("prompts", "count")))])  # fmt: skip
             for against, other in row["versus"].items():
@@ -101,7 +101,7 @@ def tables_of(tables):
         ("judge_win", "win rate by judge")], versus)))  # fmt: skip
     found.append(("text", table("Held-out answers", [
         *lead, ("iterate", "iterate"), ("sampled", "answers"), ("length", "length"), ("length_p90", "90th percentile"), ("truncated", "cut off"),
-        ("repetition", "repeated"), ("looping", "looping"), ("distinct", "distinct-1"), ("distinct", "distinct-2"), ("distinct", "distinct-3"),
+        ("empty", "empty"), ("repetition", "repeated"), ("looping", "looping"), ("distinct", "distinct-1"), ("distinct", "distinct-2"), ("distinct", "distinct-3"),
         ("different_texts", "different"), ("tied", "ties"), ("spread", "spread"), ("length_correlation", "reward and length"), ("null_share", "null"),
         (None, "prompts")], more)))  # fmt: skip
     seen, trained, spent, sums = [], [], [], []
@@ -111,7 +111,7 @@ def tables_of(tables):
             if r:
                 seen.append([*name(run), i, shown(r["prompts"], "count"), str(r["K"]), shown(row["reward_mean"]), *(shown(r.get(k), shape) for k, shape in (
                     ("spread", "number"), ("tied", "share"), ("all_equal", "share"), ("at_top", "share"), ("null_share", "share"), ("different_texts", "share"),
-                    ("length", "tokens"), ("truncated", "share"), ("length_correlation", "number"))), shown(row["margin"]),
+                    ("length", "tokens"), ("truncated", "share"), ("empty", "share"), ("length_correlation", "number"))), shown(row["margin"]),
                     shown(row["chosen_longer"], "tokens")])  # fmt: skip
             if run.kind == "dpo":
                 trained.append([*name(run), i, shown(row["pairs"], "count"), shown(row["eval_pairs"], "count"), shown(row["loss"], "fine"),
@@ -129,7 +129,7 @@ def tables_of(tables):
     found.append(("pairs", table("Responses and pairs of each iteration", [
         *lead, ("iterate", "iteration"), (None, "prompts"), (None, "K"), ("reward", "mean reward"), ("spread", "spread"), ("tied", "ties"),
         ("all_equal", "all equal"), ("at_top", "at the largest"), ("null_share", "null"), ("different_texts", "different"), ("length", "length"),
-        ("truncated", "cut off"), ("length_correlation", "reward and length"), ("margin", "margin of pairs"), ("chosen_longer", "chosen longer by")],
+        ("truncated", "cut off"), ("empty", "empty"), ("length_correlation", "reward and length"), ("margin", "margin of pairs"), ("chosen_longer", "chosen longer by")],
         seen)))  # fmt: skip
     found.append(("training", table("The end of each training", [
         *lead, ("iterate", "iteration"), ("pairs", "pairs"), ("pairs", "held out"), ("loss", "loss"), ("accuracy", "accuracy"),

@@ -15,6 +15,7 @@ WIDER = 2.576 / 1.960  # half a normal's 99% interval, in halves of its 95% one
 class Bounds:
     length_growth: float = arg(1.5, "mean length of the sampled held-out answers, as a multiple of the start's")
     truncated: float = arg(0.1, "share of responses that hit the length limit")
+    empty: float = arg(0.02, "share of responses without text")
     looping: float = arg(0.1, "share of responses at least half of whose 4-grams stood in them before")
     tied: float = arg(0.2, "share of the pairs of different responses to a prompt that have equal rewards")
     all_equal: float = arg(0.2, "share of prompts whose rewards are all equal")
@@ -51,6 +52,8 @@ def find(run, iterates, trainings, bounds=None):
     found = [*over_optimised(iterates), *length(iterates, bounds), *judges(iterates)]
     for row in iterates:
         found += answers(row["sampled"], f"iterate {row['iterate']}, held-out answers", bounds)
+        found += silence(row["greedy"], f"iterate {row['iterate']}, greedy answers", bounds)
+        found += guessed(row, f"iterate {row['iterate']}")
         found += drift(row.get("kl"), row.get("kl_per_token"), f"iterate {row['iterate']}", bounds)
     found += variety(iterates, bounds)
     for row in trainings:
@@ -155,9 +158,17 @@ def length(iterates, bounds):
     return found
 
 
+def silence(figures, where, bounds):
+    """Answers without text."""
+    if figures.get("empty") is None or figures["empty"] <= bounds.empty:
+        return []
+    return [Trouble("empty", "Answers are empty", where, f"{percent(figures['empty'])} have no text (bound {percent(bounds.empty)})",
+                    "see what an empty answer is rewarded with, and let it be rejected (drop_empty false); lower the learning rate")]  # fmt: skip
+
+
 def answers(figures, where, bounds):
     """Troubles of one rewarded file."""
-    found = []
+    found = silence(figures, where, bounds)
 
     def check(key, bad, name, title, figure, todo):
         if figures.get(key) is not None and bad(figures[key]):
@@ -199,6 +210,15 @@ def variety(iterates, bounds):
         for row in iterates[1:]
         if start and (now := row["sampled"].get("distinct_2")) is not None and now < bounds.distinct_2 * start
     ]  # fmt: skip
+
+
+def guessed(row, where):
+    """A KL of other tokens than were sampled, for most of the answers."""
+    if not row.get("retokenised") or row["retokenised"] <= row["responses"] / 2:
+        return []
+    return [Trouble("kl_guessed", "The KL cannot be trusted", where,
+                    f"{row['retokenised']:.0f} of {row['responses']:.0f} responses were sampled in other tokens than their text gives",
+                    "generate the answers with their token ids (response_token_ids), as both generation scripts do")]  # fmt: skip
 
 
 def drift(kl, per_token, where, bounds):
