@@ -202,7 +202,10 @@ def format_table(iterates, width=None):
         shares = [(metrics.get(kind) or {}).get("empty") for kind in KINDS]
         return "/".join(f"{share:.2f}" for share in shares if records.finite(share)) if any(shares) else "–"
 
-    names = "run", "iterate", "reward", "best of K", "greedy reward", "judge", "greedy judge", "gold", "greedy gold", "length", "cut off", "empty", "KL", "seconds"
+    names = (
+        "run", "iterate", "reward", "best of K", "greedy reward", "judge", "greedy judge", "gold", "greedy gold", "length", "cut off", "empty", "KL",
+        "seconds",
+    )  # fmt: skip
     rows = [names]
     for i, m in enumerate(iterates):
         best = number(m, "sampled", "best_of_k") + (f" (K={m['sampled']['K']})" if m.get("sampled") else "")

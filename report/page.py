@@ -101,8 +101,8 @@ def tables_of(tables):
         ("judge_win", "win rate by judge")], versus)))  # fmt: skip
     found.append(("text", table("Held-out answers", [
         *lead, ("iterate", "iterate"), ("sampled", "answers"), ("length", "length"), ("length_p90", "90th percentile"), ("truncated", "cut off"),
-        ("empty", "empty"), ("repetition", "repeated"), ("looping", "looping"), ("distinct", "distinct-1"), ("distinct", "distinct-2"), ("distinct", "distinct-3"),
-        ("different_texts", "different"), ("tied", "ties"), ("spread", "spread"), ("length_correlation", "reward and length"), ("null_share", "null"),
+        ("empty", "empty"), ("repetition", "repeated"), ("looping", "looping"), ("distinct", "distinct-1"), ("distinct", "distinct-2"),
+        ("distinct", "distinct-3"), ("different_texts", "different"), ("tied", "ties"), ("spread", "spread"), ("length_correlation", "reward and length"), ("null_share", "null"),
         (None, "prompts")], more)))  # fmt: skip
     seen, trained, spent, sums = [], [], [], []
     for run, _, trainings, stages in tables:
@@ -129,7 +129,8 @@ def tables_of(tables):
     found.append(("pairs", table("Responses and pairs of each iteration", [
         *lead, ("iterate", "iteration"), (None, "prompts"), (None, "K"), ("reward", "mean reward"), ("spread", "spread"), ("tied", "ties"),
         ("all_equal", "all equal"), ("at_top", "at the largest"), ("null_share", "null"), ("different_texts", "different"), ("length", "length"),
-        ("truncated", "cut off"), ("empty", "empty"), ("length_correlation", "reward and length"), ("margin", "margin of pairs"), ("chosen_longer", "chosen longer by")],
+        ("truncated", "cut off"), ("empty", "empty"), ("length_correlation", "reward and length"), ("margin", "margin of pairs"),
+        ("chosen_longer", "chosen longer by")],
         seen)))  # fmt: skip
     found.append(("training", table("The end of each training", [
         *lead, ("iterate", "iteration"), ("pairs", "pairs"), ("pairs", "held out"), ("loss", "loss"), ("accuracy", "accuracy"),
