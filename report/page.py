@@ -102,8 +102,8 @@ def tables_of(tables):
     found.append(("text", table("Held-out answers", [
         *lead, ("iterate", "iterate"), ("sampled", "answers"), ("length", "length"), ("length_p90", "90th percentile"), ("truncated", "cut off"),
         ("empty", "empty"), ("repetition", "repeated"), ("looping", "looping"), ("distinct", "distinct-1"), ("distinct", "distinct-2"),
-        ("distinct", "distinct-3"), ("different_texts", "different"), ("tied", "ties"), ("spread", "spread"), ("length_correlation", "reward and length"), ("null_share", "null"),
-        (None, "prompts")], more)))  # fmt: skip
+        ("distinct", "distinct-3"), ("different_texts", "different"), ("tied", "ties"), ("spread", "spread"),
+        ("length_correlation", "reward and length"), ("null_share", "null"), (None, "prompts")], more)))  # fmt: skip
     seen, trained, spent, sums = [], [], [], []
     for run, _, trainings, stages in tables:
         for row in trainings:
