@@ -11,7 +11,7 @@ from pathlib import Path
 
 from common import records
 from common.cli import UserError
-from common.manifest import read_manifest, versions
+from common.manifest import generation_manifest, read_manifest, versions
 
 RESULTS = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
 
@@ -55,6 +55,13 @@ def prompts(files):
         asked = manifest_of(answers["path"]).get("inputs", {}).get("dataset_name_or_path") if answers else None
         found += [asked["path"]] if asked else []
     return list(dict.fromkeys(found))
+
+
+def system_prompts(files):
+    """System prompts that generation put before the prompts behind rewarded files, each once."""
+    made = [generation_manifest(name) or {} for name in files]
+    found = [one.get("settings", {}).get("system_prompt") for one in made]
+    return list(dict.fromkeys(filter(None, found)))
 
 
 def command(argv):
@@ -101,6 +108,8 @@ def make_card(args, settings, counts, metrics, processes):
         ("base model", chain[0]), ("iteration", len(chain)), ("previous iterates", ", ".join(chain[1:]) or "none"),
         ("reference", reference), ("rewards from", ", ".join(judges) or "not known (no manifest)"),
         ("prompts", ", ".join(asked) or "not known (no manifest)"),
+        ("chat template", f"{args.chat_template}, saved with the model" if args.chat_template else "the base model's"),
+        ("system prompt", "; ".join(system_prompts(args.train_dir)) or "none"),
     ]  # fmt: skip
     skipped = ", ".join(f"{n} {reason}" for reason, n in counts["skipped"].items()) or "none"
     left_out = ", ".join(f"{n} {reason}" for reason, n in counts["responses_left_out"].items()) or "none"

@@ -15,12 +15,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common import chat
 from common.cli import UserError
 from common.manifest import write_json
 from report import divergence
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "report/divergence.py"
+MADE = "generation/get_hf2.py"
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +32,10 @@ def models(tmp_path_factory):
     return micro.make_policy(folder / "policy", seed=1, initializer_range=0.15), micro.make_policy(folder / "reference", seed=2, initializer_range=0.15)
 
 
-def answers(path, count=9, K=4):
+def answers(path, count=9, K=4, ids=True):
     """A generated file with alike beginnings, an empty response, one cut off, several turns; returns its records."""
-    rows = []
+    rows, tokenizer = [], micro.make_tokenizer()
+    end = [chat.end_of_turn(tokenizer)]
     for i in range(count):
         prompt = [{"role": "user", "content": f"Question {i}?"}]
         if i % 3 == 2:
@@ -46,6 +49,9 @@ def answers(path, count=9, K=4):
         if i == 5:
             responses, reasons = [f"the same {i}"] * K, ["stop"] * K
         rows.append({"id": f"p{i}", "prompt": prompt, "responses": responses, "finish_reasons": reasons})
+        if ids:
+            own = [tokenizer(text, add_special_tokens=False)["input_ids"] + end * (reason == "stop") for text, reason in zip(responses, reasons)]
+            rows[-1] |= {"prompt_token_ids": chat.encode(tokenizer, prompt, True), "response_token_ids": own}
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return rows
 
@@ -179,16 +185,16 @@ def test_a_killed_one_continues(models, tmp_path, monkeypatch):
 
 def test_temperature_is_read_off_the_manifests_and_greedy_answers_are_refused(models, tmp_path):
     answers(tmp_path / "g.jsonl")
-    write_json(tmp_path / "g.manifest.json", {"settings": {"temperature": 0.6, "top_p": 0.9, "top_k": -1}, "inputs": {}})
+    write_json(tmp_path / "g.manifest.json", {"script": MADE, "settings": {"temperature": 0.6, "top_p": 0.9, "top_k": -1}, "inputs": {}})
     answers(tmp_path / "r.jsonl")
     write_json(tmp_path / "r.manifest.json", {"settings": {}, "inputs": {"dataset_name_or_path": {"path": str(tmp_path / "g.jsonl")}}})
     held = divergence.Arguments(str(tmp_path / "r.jsonl"), *map(str, models), str(tmp_path / "o.jsonl"))
     assert divergence.sampling(held) == {"temperature": 0.6, "top_p": 0.9, "top_k": -1}
-    write_json(tmp_path / "g.manifest.json", {"settings": {"temperature": 0.0}, "inputs": {}})
+    write_json(tmp_path / "g.manifest.json", {"script": MADE, "settings": {"temperature": 0.0}, "inputs": {}})
     with pytest.raises(UserError, match="sampled at temperature 0: a KL is estimated"):
         divergence.check(held)
     answers(tmp_path / "b.jsonl")
-    write_json(tmp_path / "b.manifest.json", {"settings": {"temperature": 1.0, "top_p": 0.9}, "inputs": {}})
+    write_json(tmp_path / "b.manifest.json", {"script": MADE, "settings": {"temperature": 1.0, "top_p": 0.9}, "inputs": {}})
     biased = run(*arguments(models, tmp_path / "b.jsonl", tmp_path / "biased.jsonl"))
     assert "biased" in biased.stdout and not json.loads((tmp_path / "biased.json").read_text())["exact"]
 
@@ -220,16 +226,15 @@ def test_other_vocabularies_and_longer_answers_than_the_context(models, tmp_path
     assert summary["left_out"] == 1 and summary["responses"] == 11 and "1 responses left out" in told.stdout
 
 
-def test_only_what_the_policy_wrote_counts_of_the_end_of_turn():
-    """ChatML's template writes a line break behind the end of turn, which no policy samples."""
-    tokenizer = micro.make_tokenizer("chatml")
-    from common.chat import turn_suffix
-
-    end = turn_suffix(tokenizer)
-    record = {"prompt": [{"role": "user", "content": "Hi"}], "responses": ["Yes", "No"], "finish_reasons": ["stop", "length"]}
-    prompt, responses = divergence.encode(tokenizer, record, end)
-    assert tokenizer.decode(prompt).endswith("<|im_start|>assistant\n") and len(end) == 2
-    assert [tokenizer.decode(ids) for ids in responses] == ["Yes<|im_end|>", "No"]
+def test_text_alone_is_tokenised_as_it_was_sampled_and_not_called_exact(models, tmp_path):
+    rows = answers(tmp_path / "ids.jsonl", 4)
+    del rows[0]["prompt_token_ids"], rows[0]["response_token_ids"]
+    rows[0]["num_tokens"] = [99, 9, 17, 2]  # of "Answer 0" others than were sampled
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = run(*arguments(models, tmp_path / "text.jsonl", tmp_path / "text_d.jsonl"))
+    summary = json.loads((tmp_path / "text_d.json").read_text())
+    assert (summary["from_text"], summary["exact"]) == (4, False) and "4 responses have no token ids" in told.stdout
+    assert summary["retokenised"] == sum(a != b for a, b in zip(rows[0]["num_tokens"], (9, 9, 10, 2))) and "biased" not in told.stdout
 
 
 def test_an_interrupt_ends_it_with_a_word(models, tmp_path):

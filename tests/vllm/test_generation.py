@@ -351,3 +351,40 @@ def test_bad_arguments_are_refused_at_once(tmp_path, monkeypatch, more, words):
     with pytest.raises(UserError, match=words):
         get_hf2_main(monkeypatch, *arguments(tmp_path / "p.jsonl", tmp_path / "g"), *more)
     assert not (tmp_path / "g0.jsonl").exists() and not beside(tmp_path / "g0.jsonl", ".skipped.jsonl").exists()
+
+
+def test_a_record_holds_the_tokens_that_were_read_and_sampled(tmp_path, monkeypatch, starts):
+    micro.write_prompts(tmp_path / "prompts.jsonl", 12)
+    get_hf2_main(monkeypatch, *arguments(tmp_path / "prompts.jsonl", tmp_path / "g", K=4, max_new_tokens=200, eos_ids=" ".join(map(str, range(60)))))
+    tokenizer = sampling.load_tokenizer(str(policy()), get_hf2.Arguments(model_name_or_path=""))
+    stops, reasons = set(range(60)) | set(tokenizer.all_special_ids), []
+    for record in records(tmp_path / "g0.jsonl"):
+        assert record["prompt_token_ids"] == chat.encode(tokenizer, record["prompt"], True)
+        assert record["num_tokens"] == [len(ids) for ids in record["response_token_ids"]]
+        for text, ids, reason in zip(record["responses"], record["response_token_ids"], record["finish_reasons"], strict=True):
+            reasons.append(reason)
+            if reason == "stop":  # the token that ended the answer is the last one, and only that
+                assert ids[-1] in stops and not stops & set(ids[:-1])
+                ids = ids[:-1]
+            decoded = tokenizer.decode(ids, skip_special_tokens=True)
+            assert decoded.replace("\ufffd", "") == text.replace("\ufffd", "")
+    assert "stop" in reasons
+
+
+def test_a_run_that_is_continued_on_another_day_writes_the_day_of_its_start(tmp_path, monkeypatch, starts):
+    micro.write_prompts(tmp_path / "prompts.jsonl", 3)
+    (tmp_path / "dated.jinja").write_text("{{ strftime_now('%d %b %Y') }} " + micro.TEMPLATES["llama3"])
+    args = arguments(tmp_path / "prompts.jsonl", tmp_path / "g", chat_template=tmp_path / "dated.jinja")
+    get_hf2_main(monkeypatch, *args, "--date", "2024-02-29")
+    first = records(tmp_path / "g0.jsonl")
+    tokenizer = sampling.load_tokenizer(str(policy()), get_hf2.Arguments(model_name_or_path=""))
+    assert all(record["prompt_date"] == "2024-02-29" and "29 Feb 2024" in tokenizer.decode(record["prompt_token_ids"]) for record in first)
+    lines = (tmp_path / "g0.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "g0.jsonl").unlink()
+    (tmp_path / "g0.jsonl.partial").write_text(lines[0])  # as if it had been killed then
+    manifest = read_manifest(tmp_path / "g0.jsonl") | {"complete": False}
+    beside(tmp_path / "g0.jsonl", ".manifest.json").write_text(json.dumps(manifest))
+    get_hf2_main(monkeypatch, *args)
+    assert records(tmp_path / "g0.jsonl") == first
+    get_hf2_main(monkeypatch, *args)
+    assert len(starts) == 2  # today's date is no reason to begin anew
