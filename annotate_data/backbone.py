@@ -16,7 +16,7 @@ from array import array
 from typing import NamedTuple
 
 from annotate_data.batches import WINDOW, Batches, Row, windows
-from common import chat
+from common import chat, models
 from common.cli import UserError
 from common.devices import keep_memory
 
@@ -89,20 +89,17 @@ class Backbone:
         batch_tokens=None,
         share_prompts=True,
     ):
-        import transformers
-
         self.name, self.dtype, self.attention, self.template_kwargs = name, dtype, attn_implementation, template_kwargs
         self.source = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.batches, self.model = Batches(batch_tokens), None
         self.share_prompts, self.before = share_prompts, None
         self.config = read_config(name, **self.source, what=self.what)
-        try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, **self.source)
-        except Exception as error:
-            raise UserError(f"cannot load the tokenizer of {name}: {one_line(error)}") from None
-        chat.use_template(self.tokenizer, chat_template)
-        positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        self.max_length = min(max_length, positions or max_length, self.tokenizer.model_max_length or max_length)
+        self.tokenizer = models.load_tokenizer(name, **self.source, chat_template=chat_template)
+        self.apart = models.encoding_of_length(self.config)
+        self.positions, told = models.positions(self.config), self.tokenizer.model_max_length
+        if told and told * models.stretch(self.config) == self.positions:  # the config's own length, before stretching
+            told = self.positions
+        self.max_length = min(max_length, self.positions or max_length, told or max_length)
 
     def check(self, messages):
         """Refuse a prompt whose turns the chat template does not take."""
@@ -301,7 +298,7 @@ class Backbone:
             places = [(g, k) for g in window for k in range(len(groups[g]))]
             rows = [Sequence(groups[g][k], positions[g][k]) for g, k in places]
             found = {}
-            for batch, results in self.batches.run(lambda rows: self._guarded(forward, rows), rows):
+            for batch, results in self.batches.run(lambda rows: self._guarded(forward, rows), rows, self.apart):
                 found.update(zip((places[i] for i in batch), results, strict=True))
             for g in window:
                 yield g, [found[g, k] for k in range(len(groups[g]))]
@@ -316,6 +313,8 @@ class Backbone:
         """`forward` of padded rows; MemoryError where they are too many."""
         self._check_ids(row.ids for row in rows)
         try:
+            if self.apart:  # transformers goes on with the frequencies of an earlier, longer pass; a short one ends that
+                self._in_memory(lambda: self.model.base_model(input_ids=self._padded(rows)[0][:1, :1]))
             return self._in_memory(lambda: forward(rows, *self._padded(rows)))
         except (RuntimeError, ValueError, IndexError) as error:  # the model's own code
             longest = max(len(row.ids) for row in rows)

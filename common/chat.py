@@ -12,8 +12,11 @@ def render(tokenizer, messages, generation_prompt, template_kwargs=None):
     Raises:
         UserError: the tokenizer has no template, or the template refuses the messages (no system role, say).
     """
-    if tokenizer.chat_template is None:
+    if not tokenizer.chat_template:
         raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no chat template: give one with --chat_template FILE")
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        raise UserError(f"{tokenizer.name_or_path} has the chat templates {', '.join(tokenizer.chat_template)} and none is the default: "
+                        "give one with --chat_template FILE")  # fmt: skip
     try:
         return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=generation_prompt, **(template_kwargs or {})
