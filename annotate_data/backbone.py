@@ -95,6 +95,7 @@ class Backbone:
         self.share_prompts, self.before = share_prompts, None
         self.config = read_config(name, **self.source, what=self.what)
         self.tokenizer = models.load_tokenizer(name, **self.source, chat_template=chat_template)
+        self.added = chat.added_specials(self.tokenizer)
         self.apart = models.encoding_of_length(self.config)
         self.positions, told = models.positions(self.config), self.tokenizer.model_max_length
         if told and told * models.stretch(self.config) == self.positions:  # the config's own length, before stretching
@@ -106,24 +107,23 @@ class Backbone:
         self.render([*messages, {"role": "assistant", "content": "a"}])
 
     def render(self, turns):
-        """The templated text of whole turns, without the one literal BOS that may stand in front."""
+        """The templated text of whole turns."""
         try:
-            text = chat.render(self.tokenizer, turns, False, self.template_kwargs)
+            return chat.render(self.tokenizer, turns, False, self.template_kwargs)
         except UserError as error:
             todo = "; give a template that takes them with --chat_template FILE, or leave out the turn it refuses"
             raise UserError(" ".join(str(error).split()) + (todo if self.tokenizer.chat_template else "")) from None
-        return text.removeprefix(self.tokenizer.bos_token or "")
 
     def encode(self, messages, response):
         """The `Row` of a response to `messages`, truncated on the left to `max_length`; a BOS or CLS in front stays."""
         text = self.render([*messages, {"role": "assistant", "content": response}])
-        ids = self.tokenizer(text, verbose=False)["input_ids"]
+        ids = chat.encode_for_classifier(self.tokenizer, text, self.added)
         if not ids:
             raise UserError("the chat template and the tokenizer make no token of it")
         cut = max(0, len(ids) - self.max_length)
         if cut:
             # An encoder's head reads its CLS; a tokenizer may have either, or neither.
-            keep = 1 if ids[0] in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id) else 0
+            keep = len(self.added[0]) or int(ids[0] in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id))
             ids = ids[:keep] + ids[keep + cut :]
         return Row(array("i", ids), cut)
 
