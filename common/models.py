@@ -91,6 +91,8 @@ def positions(config):
         config: transformers' config, or the mapping in a config.json.
     """
     get = _text_settings(config)
+    if get("relative_attention_num_buckets") and not get("max_position_embeddings"):
+        return None  # T5's kind, which the engine does not know: its n_positions limits nothing
     said = [get(key) for key in LENGTHS if get(key) is not None]
     said = get("model_max_length") or min(said, default=None)  # Cohere's word goes before the others
     return int(said * stretch(config)) if said else None

@@ -79,6 +79,10 @@ def test_positions_are_those_of_the_engine(name, tmp_path):
     assert engine_takes(tmp_path, expected or 10**9) and (expected is None or not engine_takes(tmp_path, expected + 1))
 
 
+def test_t5_counts_distances_and_not_positions():
+    assert models.positions({"model_type": "t5", "n_positions": 512, "relative_attention_num_buckets": 32}) is None
+
+
 def test_a_reward_models_limit_is_stretched_too(tmp_path):
     """Also where its tokenizer repeats the length from before stretching; another limit of the tokenizer stays."""
     from annotate_data.backbone import Backbone
