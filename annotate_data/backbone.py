@@ -16,7 +16,7 @@ from array import array
 from typing import NamedTuple
 
 from annotate_data.batches import WINDOW, Batches, Row, windows
-from common import chat
+from common import chat, models
 from common.cli import UserError
 from common.devices import keep_memory
 
@@ -91,45 +91,42 @@ class Backbone:
         share_prompts=True,
         date=None,
     ):
-        import transformers
-
         self.name, self.dtype, self.attention, self.template_kwargs = name, dtype, attn_implementation, template_kwargs
         self.date = date
         self.source = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.batches, self.model = Batches(batch_tokens), None
         self.share_prompts, self.before = share_prompts, None
         self.config = read_config(name, **self.source, what=self.what)
-        try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, **self.source)
-        except Exception as error:
-            raise UserError(f"cannot load the tokenizer of {name}: {one_line(error)}") from None
-        chat.use_template(self.tokenizer, chat_template)
-        positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        self.max_length = min(max_length, positions or max_length, self.tokenizer.model_max_length or max_length)
+        self.tokenizer = models.load_tokenizer(name, **self.source, chat_template=chat_template)
+        self.added = chat.added_specials(self.tokenizer)
+        self.apart = models.encoding_of_length(self.config)
+        self.positions, told = models.positions(self.config), self.tokenizer.model_max_length
+        if told and told * models.stretch(self.config) == self.positions:  # the config's own length, before stretching
+            told = self.positions
+        self.max_length = min(max_length, self.positions or max_length, told or max_length)
 
     def check(self, messages):
         """Refuse a prompt whose turns the chat template does not take."""
         self.render([*messages, {"role": "assistant", "content": "a"}])
 
     def render(self, turns):
-        """The templated text of whole turns, without the one literal BOS that may stand in front."""
+        """The templated text of whole turns."""
         try:
-            text = chat.render(self.tokenizer, turns, False, self.template_kwargs, self.date)
+            return chat.render(self.tokenizer, turns, False, self.template_kwargs, self.date)
         except UserError as error:
             todo = "; give a template that takes them with --chat_template FILE, or leave out the turn it refuses"
             raise UserError(" ".join(str(error).split()) + (todo if self.tokenizer.chat_template else "")) from None
-        return text.removeprefix(self.tokenizer.bos_token or "")
 
     def encode(self, messages, response):
         """The `Row` of a response to `messages`, truncated on the left to `max_length`; a BOS or CLS in front stays."""
         text = self.render([*messages, {"role": "assistant", "content": response}])
-        ids = self.tokenizer(text, verbose=False)["input_ids"]
+        ids = chat.encode_for_classifier(self.tokenizer, text, self.added)
         if not ids:
             raise UserError("the chat template and the tokenizer make no token of it")
         cut = max(0, len(ids) - self.max_length)
         if cut:
             # An encoder's head reads its CLS; a tokenizer may have either, or neither.
-            keep = 1 if ids[0] in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id) else 0
+            keep = len(self.added[0]) or int(ids[0] in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id))
             ids = ids[:keep] + ids[keep + cut :]
         return Row(array("i", ids), cut)
 
@@ -304,7 +301,7 @@ class Backbone:
             places = [(g, k) for g in window for k in range(len(groups[g]))]
             rows = [Sequence(groups[g][k], positions[g][k]) for g, k in places]
             found = {}
-            for batch, results in self.batches.run(lambda rows: self._guarded(forward, rows), rows):
+            for batch, results in self.batches.run(lambda rows: self._guarded(forward, rows), rows, self.apart):
                 found.update(zip((places[i] for i in batch), results, strict=True))
             for g in window:
                 yield g, [found[g, k] for k in range(len(groups[g]))]
@@ -319,6 +316,8 @@ class Backbone:
         """`forward` of padded rows; MemoryError where they are too many."""
         self._check_ids(row.ids for row in rows)
         try:
+            if self.apart:  # transformers goes on with the frequencies of an earlier, longer pass; a short one ends that
+                self._in_memory(lambda: self.model.base_model(input_ids=self._padded(rows)[0][:1, :1]))
             return self._in_memory(lambda: forward(rows, *self._padded(rows)))
         except (RuntimeError, ValueError, IndexError) as error:  # the model's own code
             longest = max(len(row.ids) for row in rows)

@@ -36,7 +36,7 @@ class Batches:
         self.tokens = max(1, tokens // 2)
         print(f"out of memory with {sequences} sequences, the longest of {longest} tokens; now {self.tokens} tokens a batch", flush=True)
 
-    def run(self, forward, rows):
+    def run(self, forward, rows, apart=None):
         """Yield (indices into `rows`, their results) batch by batch, longest first.
 
         Longest first, so that rows of a batch are alike and a batch that is too large for the memory shows at once. A
@@ -45,6 +45,7 @@ class Batches:
         Args:
             forward: list of rows → list of results; MemoryError when the batch is too large.
             rows: anything with `ids`.
+            apart: function of a row's length that must say the same of all rows of a batch, or None.
 
         Raises:
             UserError: a single sequence does not fit.
@@ -54,6 +55,8 @@ class Batches:
         while at < len(order):
             longest = max(1, len(rows[order[at]].ids))
             batch = order[at : at + max(1, self.tokens // longest)]
+            if apart:
+                batch = [i for i in batch if apart(len(rows[i].ids)) == apart(longest)]
             try:
                 results = forward([rows[i] for i in batch])
             except MemoryError:

@@ -85,6 +85,7 @@ class PairPreference(Backbone):
     def ids(self, context, a, b):
         """Token ids of the question whether `a` or `b` is the better answer."""
         text = self.render([{"role": "user", "content": f"[CONTEXT] {context} [RESPONSE A] {a} [RESPONSE B] {b} \n"}])
+        text = text.removeprefix(self.tokenizer.bos_token or "")
         return array("i", self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def encode_pair(self, messages, a, b):

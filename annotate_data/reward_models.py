@@ -1,8 +1,9 @@
 """Reward models that judge one response: which kind a model is, Bradley-Terry classifiers, ArmoRM.
 
-Both kinds see the reward model's own chat template over prompt and response, one literal BOS string stripped from the
-front, then the tokenizer's own special tokens, cut on the left. The last token is found by length: transformers looks
-for the last token that is not padding, and misses the true one where padding and end of turn are the same token.
+Both kinds see the reward model's own chat template over prompt and response, and the special tokens that its tokenizer
+adds to a text where the template did not write them: one BOS, or none where neither has it (common/chat.py). They are
+cut on the left. The last token is found by length: transformers looks for the last token that is not padding, and misses
+the true one where padding and end of turn are the same token.
 """
 
 import json

@@ -30,7 +30,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from annotate_data.reward_models import BradleyTerry
-from common import chat, cli, devices, records
+from common import chat, cli, devices, models, records
 from common.cli import UserError, arg
 
 WAYS = ("pipeline", "padded", "vllm", "shared")
@@ -98,9 +98,9 @@ def read_records(path, count):
 
 
 def templated(tokenizer, record):
-    """The text of each of a record's sequences."""
+    """The text of each of a record's sequences, as the template writes it."""
     turns = ([*record["prompt"], {"role": "assistant", "content": response}] for response in record["responses"])
-    return [chat.render(tokenizer, turn, False, {}).removeprefix(tokenizer.bos_token or "") for turn in turns]
+    return [chat.render(tokenizer, turn, False, {}) for turn in turns]
 
 
 class Way:
@@ -117,7 +117,7 @@ class Way:
         return [templated(self.tokenizer, row) for row in rows]
 
     def ids(self, texts):
-        return [self.tokenizer(group, verbose=False)["input_ids"] for group in texts]
+        return [[chat.encode_for_classifier(self.tokenizer, text) for text in group] for group in texts]
 
     def rewards(self, states):
         """Raw logits of last hidden states, the head in float32."""
@@ -142,7 +142,8 @@ class Pipeline(Way):
 
     def score(self, rows):
         texts = self.texts(rows)
-        found = self.pipe([text for group in texts for text in group], function_to_apply="none", batch_size=1)
+        bos = self.tokenizer.bos_token if chat.added_specials(self.tokenizer)[0] else None  # it adds one, so the literal one goes
+        found = self.pipe([text.removeprefix(bos or "") for group in texts for text in group], function_to_apply="none", batch_size=1)
         return regroup((entry["score"] for entry in found), texts)
 
 
@@ -221,7 +222,7 @@ def one_at_a_time(model, tokenizer, texts):
     import torch
 
     def reward(text):
-        ids = torch.tensor([tokenizer(text, verbose=False)["input_ids"]], device=model.device)
+        ids = torch.tensor([chat.encode_for_classifier(tokenizer, text)], device=model.device)
         return model.score(model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, -1]).item()
 
     return [[reward(text) for text in group] for group in texts]
@@ -293,9 +294,9 @@ def main():
         if not args.reward_name_or_path:
             make_model(made, args.seed)
         folder = args.reward_name_or_path or made
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer = models.load_tokenizer(folder)
         texts = [templated(tokenizer, record) for record in rows]
-        lengths = [len(tokenizer(text, verbose=False)["input_ids"]) for group in texts for text in group]
+        lengths = [len(chat.encode_for_classifier(tokenizer, text)) for group in texts for text in group]
         args.longest = max(lengths)
         model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
         model.eval().to("cuda" if args.gpu else "cpu")

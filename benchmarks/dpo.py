@@ -32,6 +32,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from common import models
 from common.cli import UserError, arg, parse, run
 from common.devices import prepare_threads
 from common.manifest import versions, write_json
@@ -119,12 +120,12 @@ def child(way, args, folder, at_once, row_tokens):
 
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+    from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
     from trl import DPOTrainer
 
     name, rows = str(folder / "model"), json.loads((folder / "rows.json").read_text())
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = models.load_tokenizer(name)
     talk = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print goes elsewhere
 

@@ -34,8 +34,11 @@ def render(tokenizer, messages, generation_prompt, template_kwargs=None, date=No
     Raises:
         UserError: the tokenizer has no template, or the template refuses the messages (no system role, say).
     """
-    if tokenizer.chat_template is None:
+    if not tokenizer.chat_template:
         raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no chat template: give one with --chat_template FILE")
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        raise UserError(f"{tokenizer.name_or_path} has the chat templates {', '.join(tokenizer.chat_template)} and none is the default: "
+                        "give one with --chat_template FILE")  # fmt: skip
     try:
         return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=generation_prompt, **{"strftime_now": fixed_clock(date)} | (template_kwargs or {})
@@ -57,6 +60,34 @@ def writes_date(tokenizer, template_kwargs=None):
     clock = {"strftime_now": lambda form: asked.append(form) or ""}
     render(tokenizer, [{"role": "user", "content": "a"}], True, clock | (template_kwargs or {}))
     return bool(asked)
+
+
+def added_specials(tokenizer):
+    """(token ids in front, token ids behind) that the tokenizer adds to a text by itself: BOS or CLS, and EOS or SEP."""
+    bare, whole = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
+    at = next((i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare), 0)
+    return whole[:at], whole[at + len(bare) :]
+
+
+def encode_for_classifier(tokenizer, text, added=None):
+    """Token ids of a templated text as a reward model reads it, with one BOS where the template writes it or the tokenizer adds it.
+
+    The ids are exactly what the template says. What the tokenizer adds to a text by itself is added where the template did not
+    write it; a tokenizer that adds nothing adds nothing. A second BOS in front is left out: some templates write one too many.
+
+    Args:
+        text: of `render`, with whatever BOS the template wrote.
+        added: `added_specials(tokenizer)`, where it is known.
+    """
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    front, behind = added or added_specials(tokenizer)
+    if ids[: len(front)] != front:
+        ids = front + ids
+    if behind and ids[-len(behind) :] != behind:
+        ids = ids + behind
+    while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+        ids = ids[1:]
+    return ids
 
 
 def use_template(tokenizer, path):

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from accelerate import DistributedType
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from common import chat, shared_prompts
+from common import models, shared_prompts
 from common.cli import UserError
 from dpo_iteration import adapters
 
@@ -24,15 +24,7 @@ def _one_line(error):
 
 def load_tokenizer(args):
     """The policy's tokenizer, with the chat template that `args` asks for."""
-    name = args.model_name_or_path
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=args.revision, trust_remote_code=args.trust_remote_code
-        )
-    except Exception as error:
-        raise UserError(f"cannot load the tokenizer of {name}: {_one_line(error)}") from None
-    chat.use_template(tokenizer, args.chat_template)
-    return tokenizer
+    return models.load_tokenizer(args.model_name_or_path, args.revision, args.trust_remote_code, args.chat_template)
 
 
 def prepare_cpu(threads=None):
@@ -176,18 +168,17 @@ def check_models(args, tokenizer, rows):
     longest = max(len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in every)
     if reference != name:
         try:
-            vocabulary = AutoTokenizer.from_pretrained(reference, trust_remote_code=args.trust_remote_code).get_vocab()
-        except (OSError, ValueError):  # a folder of weights alone
+            vocabulary = models.load_tokenizer(reference, commit, args.trust_remote_code).get_vocab()
+        except UserError:  # a folder of weights alone
             vocabulary = tokenizer.get_vocab()
         if vocabulary != tokenizer.get_vocab():
             raise UserError(f"{name} and {reference} have different vocabularies: one text, other tokens")
     for path, revision in {(name, args.revision), (reference, commit)}:
-        shape = load_config(path, args, revision).get_text_config()
-        if highest >= shape.vocab_size:
-            raise UserError(
-                f"the tokenizer gives token id {highest} and {path} has {shape.vocab_size} embeddings: no match"
-            )
-        positions = getattr(shape, "max_position_embeddings", None)
+        config = load_config(path, args, revision)
+        embeddings = config.get_text_config().vocab_size
+        if highest >= embeddings:
+            raise UserError(f"the tokenizer gives token id {highest} and {path} has {embeddings} embeddings: no match")
+        positions = models.positions(config)
         if positions and longest > positions:
             raise UserError(f"{path} has {positions} positions, a pair has {longest} tokens: lower --max_length")
 

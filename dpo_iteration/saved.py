@@ -8,6 +8,7 @@ is read once, one at a time, for numbers that are not finite.
 import json
 from pathlib import Path
 
+from common import models
 from common.cli import UserError
 
 
@@ -18,7 +19,7 @@ def check_saved(folder, trust_remote_code=False):
         UserError: what is wrong, by file or weight.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     folder = Path(folder)
@@ -29,7 +30,7 @@ def check_saved(folder, trust_remote_code=False):
         except Exception as error:
             raise UserError(f"the saved model {folder} has no {what} that loads: {' '.join(str(error).split())[:300]}") from None
 
-    tokenizer = load("tokenizer", AutoTokenizer.from_pretrained, str(folder))
+    tokenizer = load("tokenizer", models.load_tokenizer, str(folder))
     if not tokenizer.chat_template:
         raise UserError(f"the saved model {folder} has no chat template")
     config = load("config", AutoConfig.from_pretrained, str(folder))

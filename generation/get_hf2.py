@@ -22,6 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
+from common import models
 from common.cli import UserError, arg, check_model, convert, nearest, parse, run
 from common.devices import prepare_threads, visible_gpus
 from common.manifest import Output, with_date
@@ -107,7 +108,7 @@ def start_engine(args, limit, needed):
         return LLM(
             model=args.model_name_or_path, revision=args.revision, tokenizer_revision=args.revision,
             trust_remote_code=args.trust_remote_code, tensor_parallel_size=args.tensor_parallel_size, dtype=args.dtype,
-            max_model_len=length, enable_prefix_caching=True, generation_config="vllm",
+            **models.ENGINE_FORMATS, max_model_len=length, enable_prefix_caching=True, generation_config="vllm",
             kv_cache_memory_bytes=int(cache * 2**30) if cache else None, **options,
         )  # fmt: skip
     except Exception as error:

@@ -153,6 +153,9 @@ start_server() {
     --port "$1"
     --dtype "$dtype"
     --generation-config vllm
+    --tokenizer-mode hf # as get_hf2.py: Mistral's folders hold config, weights and tokenizer twice, and once as transformers reads them
+    --config-format hf
+    --load-format hf
   )
   if [[ -n $max_model_len ]]; then options+=(--max-model-len "$max_model_len"); fi
   if [[ -n $max_num_seqs ]]; then options+=(--max-num-seqs "$max_num_seqs"); fi

@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 from array import array
 
-from common import chat, tokens
+from common import chat, models, tokens
 from common.cli import UserError, arg, existing_file
 from common.records import read_prompts, sample_seed, shard_range
 
@@ -71,14 +71,7 @@ def check_sampling(args):
 
 def load_tokenizer(name, args):
     """The tokenizer of a model, with the chat template that `args` asks for."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=args.revision, trust_remote_code=args.trust_remote_code)
-    except Exception as error:
-        raise UserError(f"cannot load the tokenizer of {name}: {' '.join(str(error).split())[:300]}") from None
-    chat.use_template(tokenizer, args.chat_template)
-    return tokenizer
+    return models.load_tokenizer(name, args.revision, args.trust_remote_code, args.chat_template)
 
 
 def stop_ids(name, tokenizer, args):
@@ -93,14 +86,14 @@ def stop_ids(name, tokenizer, args):
 
 
 def context_length(name, args):
-    """Positions that the model was made for, or None where its config does not say."""
+    """Tokens of prompt and response that the model can take, or None where its config does not say."""
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(name, revision=args.revision, trust_remote_code=args.trust_remote_code)
     except Exception as error:
         raise UserError(f"cannot load the config of {name}: {' '.join(str(error).split())[:300]}") from None
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    return models.positions(config)
 
 
 class Prompts:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from annotate_data import get_rewards
 from annotate_data.functions import EXAMPLE
+from common import models
 from common.cli import UserError, build, check_model, nearest, read_json
 from common.devices import gpu_memory, visible_gpus
 from common.functions import function_file
@@ -46,10 +47,8 @@ def has_template(name):
 
 
 def positions(name):
-    """Positions that a local model was made for; None where its config does not say."""
-    config = local_config(name) or {}
-    shape = config.get("text_config") or config
-    return shape.get("max_position_embeddings") or shape.get("n_positions")
+    """Tokens of prompt and response that a local model can take; None where its config does not say."""
+    return models.positions(local_config(name) or {})
 
 
 def parameters(name, fallback=None):
@@ -123,17 +122,18 @@ def check_models(run, found):
     if settings.annotation.get("reward_function"):
         # Its text alone: what it imports may be in environment vllm only.
         found.attempt(function_file, settings.annotation["reward_function"], "--reward_function", EXAMPLE, True)
-    models = [("model_name_or_path", settings.model_name_or_path, settings.generation)]
-    models += [("reward_name_or_path", name, settings.annotation) for name in rewards]
+    named = [("model_name_or_path", settings.model_name_or_path, settings.generation)]
+    named += [("reward_name_or_path", name, settings.annotation) for name in rewards]
     judges = settings.eval_reward_model or []
-    models += [("eval_reward_model", name, settings.eval_annotation) for name in judges]
+    named += [("eval_reward_model", name, settings.eval_annotation) for name in judges]
     if judges and judges == rewards:
         found.problems.append(f"eval_reward_model {', '.join(judges)} is what training is rewarded by: name another one, or leave it out")
     for name in settings.report_to or ():
         if name not in TRACKERS:
             found.problems.append(f"report_to {name}: one of {', '.join(TRACKERS)} was expected{nearest(name, TRACKERS)}")
     found.attempt(check_model, settings.model_name_or_path, "model_name_or_path")
-    for key, name, own in models:
+    for key, name, own in named:
+        found.attempt(models.check_tokenizer_files, name)
         if Path(name).is_dir() and not found.attempt(has_template, name) and not own.get("chat_template"):
             found.problems.append(f"{key} {name} has no chat template: put a chat_template.jinja beside its tokenizer")
     found.attempt(gpu_groups, settings)
@@ -173,8 +173,8 @@ def check_prompts(run, found):
         if both and not settings.allow_overlap:
             where = f"the held-out set {settings.heldout_prompts}"
             found.problems.append(f"{both} prompts of {name} also stand in {where}; take them out or give --allow_overlap true")
-    models = [settings.model_name_or_path, *(settings.reward_name_or_path or [])]
-    unseen = [name for name, prompts in sets.items() if prompts is None] + [name for name in models if not Path(name).is_dir()]
+    named = [settings.model_name_or_path, *(settings.reward_name_or_path or [])]
+    unseen = [name for name, prompts in sets.items() if prompts is None] + [name for name in named if not Path(name).is_dir()]
     if unseen and not found.problems:
         found.notes.append(f"on the hub, not looked at: {', '.join(sorted(unseen))}")
     return sets

@@ -1,20 +1,18 @@
 """What train_ppo.py starts from: models, looked at before they are trusted, and prompts as token ids."""
 
-from common import chat
+from common import chat, models
 from common.cli import UserError
 from common.records import read_prompts as read_records
 from dpo_iteration.output import say
 from dpo_iteration.rows import check_bos
 
 
-def load(auto_class, name, args, weights=False, missing=(), **more):
-    """A tokenizer, or with `weights` a model in fp32; a checkpoint that lacks weights other than `missing` is refused."""
+def load(auto_class, name, args, missing=(), **more):
+    """A model in fp32; a checkpoint that lacks weights other than `missing` is refused."""
     import torch
     import transformers
 
     try:
-        if not weights:
-            return auto_class.from_pretrained(name, trust_remote_code=args.trust_remote_code)
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
         softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None)  # sdpa would leave it out in silence
         attention = args.attn_implementation or ("eager" if softcap else "sdpa")
@@ -43,13 +41,13 @@ def load_critic(args, tokenizer, scorers):
 
     vocabulary, name = tokenizer.get_vocab(), args.critic_name_or_path
     if name is None:
-        models = [s for s in scorers if type(s).__name__ == "BradleyTerry" and s.tokenizer.get_vocab() == vocabulary]
-        name = models[0].name if models else None
-    elif load(transformers.AutoTokenizer, name, args).get_vocab() != vocabulary:
+        fitting = [s for s in scorers if type(s).__name__ == "BradleyTerry" and s.tokenizer.get_vocab() == vocabulary]
+        name = fitting[0].name if fitting else None
+    elif models.load_tokenizer(name, trust_remote_code=args.trust_remote_code).get_vocab() != vocabulary:
         raise UserError(f"--critic_name_or_path {name} has another vocabulary than the policy, whose token ids it would be given; "
                         "leave it out to start from the policy")  # fmt: skip
     new_head = name is None
-    critic = load(transformers.AutoModelForSequenceClassification, name or args.model_name_or_path, args, weights=True,
+    critic = load(transformers.AutoModelForSequenceClassification, name or args.model_name_or_path, args,
                   missing={"score.weight"} if new_head else set(), num_labels=1)  # fmt: skip
     if not isinstance(getattr(critic, "score", None), torch.nn.Linear) or critic.score.out_features != 1:
         raise UserError(f"{name or args.model_name_or_path}: its classifier has no head `score` with one output to take values from")
@@ -76,8 +74,7 @@ def read_prompts(args, tokenizer, policy):
         raise UserError(f"{len(kept)} prompts ({len(skipped)} skipped as too long) for rollouts of {args.rollout_batch_size}: "
                         "lower --rollout_batch_size, raise --max_input_length, or give more prompts")  # fmt: skip
     check_bos(tokenizer, {"prompt_ids": kept[0]["ids"]})
-    shape = policy.config.get_text_config()
-    positions = getattr(shape, "max_position_embeddings", None)
+    positions = models.positions(policy.config)
     if positions and args.max_input_length + args.max_new_tokens > positions:
         raise UserError(f"{args.model_name_or_path} has {positions} positions: --max_input_length {args.max_input_length} + "
                         f"--max_new_tokens {args.max_new_tokens} are more")  # fmt: skip

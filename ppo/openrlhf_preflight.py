@@ -197,10 +197,11 @@ def differs(policy, reward):
         return f"{len(apart)} tokens of the policy have another id or none in the reward model's vocabulary (such as {sorted(apart)[0]!r})"
     turns = [{"role": role, "content": content} for role, content in PARTS]
     for count in (2, 4):
-        rendered = chat.encode(policy, turns[:count], False)
-        text = chat.render(reward, turns[:count], False).removeprefix(reward.bos_token or "")
-        if rendered != reward(text)["input_ids"]:
+        given, text = chat.encode(policy, turns[:count], False), chat.render(reward, turns[:count], False)
+        if given != reward(text, add_special_tokens=False)["input_ids"]:
             return "the chat templates of policy and reward model write the same turns differently"
+        if given != chat.encode_for_classifier(reward, text):
+            return "the reward model reads other special tokens in front or behind than the policy's template writes (BOS, CLS, EOS, SEP)"
     if len(chat.turn_suffix(policy)) != 1:
         return "the template writes more behind a turn than the token that ends it, and the reward model reads its reward there"
     return None

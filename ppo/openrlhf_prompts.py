@@ -6,23 +6,17 @@ import random
 import shutil
 from pathlib import Path
 
-from common import chat, records
+from common import chat, models, records
 from common.cli import UserError, read_json
 from common.progress import Progress
 from dpo_iteration.output import write_jsonl
 
-OURS = ("generation_config.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates")
+OURS = ("generation_config.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates", models.TEKKEN)
 
 
 def load_tokenizer(name, trust_remote_code=False, chat_template=None):
     """A model's tokenizer, with the chat template of the file `chat_template` where one is given."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except Exception as error:  # hub, file and remote code fail in many ways
-        raise UserError(f"cannot load the tokenizer of {name}: {' '.join(str(error).split())[:300]}") from None
-    chat.use_template(tokenizer, chat_template)
+    tokenizer = models.load_tokenizer(name, trust_remote_code=trust_remote_code, chat_template=chat_template)
     if not tokenizer.chat_template:
         raise UserError(f"model_name_or_path {name} has no chat template: put a chat_template.jinja beside its tokenizer or give --chat_template FILE")
     return tokenizer

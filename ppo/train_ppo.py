@@ -34,7 +34,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
 from annotate_data.get_rewards import combine, make_scorers
-from common import chat
+from common import chat, models
 from common.cli import UserError, parse, run
 from common.devices import check_processes, prepare_threads
 from common.manifest import with_date
@@ -160,9 +160,8 @@ class PPO:
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         self.args, self.accelerator, self.device = args, accelerator, accelerator.device
-        self.tokenizer = load(transformers.AutoTokenizer, args.model_name_or_path, args)
-        chat.use_template(self.tokenizer, args.chat_template)
-        self.policy = load(transformers.AutoModelForCausalLM, args.model_name_or_path, args, weights=True)
+        self.tokenizer = models.load_tokenizer(args.model_name_or_path, trust_remote_code=args.trust_remote_code, chat_template=args.chat_template)
+        self.policy = load(transformers.AutoModelForCausalLM, args.model_name_or_path, args)
         self.prompts, self.skipped = read_prompts(args, self.tokenizer, self.policy)
 
         # All sampling settings are ours: a model's generation config may hold a top_k, of which training knows nothing.

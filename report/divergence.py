@@ -116,7 +116,7 @@ class Policy(Backbone):
     def __init__(self, name, temperature, **options):
         super().__init__(name, max_length=sys.maxsize, **options)
         self.temperature = temperature
-        self.positions = getattr(self.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        self.positions = self.positions or sys.maxsize
 
     def refuse_missing(self, missing):
         if missing:

@@ -183,6 +183,11 @@ def test_tokens_and_templates_are_compared(models, tmp_path):
     grown = load_tokenizer(str(models["same"]))
     grown.add_special_tokens({"pad_token": "[PAD]"})  # as FsfairX has
     assert differs(policy, grown) is None
+    no_bos = micro.make_tokenizer(adds_bos=False)  # one file of tokenizer and template for both, as the tiny models have
+    assert differs(no_bos, no_bos) is None and differs(policy, no_bos) is None
+    silent, silent_policy = load_tokenizer(str(models["same"])), load_tokenizer(str(models["policy"]))
+    silent.chat_template = silent_policy.chat_template = silent.chat_template.replace("{{ bos_token }}", "")
+    assert "other special tokens in front" in differs(silent_policy, silent)
     chatml = load_tokenizer(str(models["chatml"]))
     assert "behind a turn" in differs(chatml, chatml)
     assert has_value_head(models["same"], "score") and has_value_head(models["policy"], "score") is False and has_value_head("org/name", "score") is None

@@ -166,8 +166,10 @@ def test_a_context_that_is_too_small_is_told_before_anything_is_loaded(settings,
     config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 60}))
     with pytest.raises(UserError, match="60 positions: generation.max_input_length 50 [+] generation.max_new_tokens 20 are more"):
         check(settings)
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 70}))
-    check(settings)
+    stretched = {"max_position_embeddings": 35, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}
+    for longer in ({"max_position_embeddings": 70}, stretched):
+        config.write_text(json.dumps(json.loads(config.read_text()) | longer))
+        check(settings)
     assert "positions" not in capsys.readouterr().err
 
 

@@ -280,6 +280,24 @@ def test_refusals_that_need_the_model(work, here, tmp_path):
     assert read_json(tmp_path / "nan.manifest.json")["complete"] is False
 
 
+def test_a_pair_may_be_as_long_as_stretched_positions(work, tmp_path):
+    from types import SimpleNamespace
+
+    from common.cli import UserError
+    from dpo_iteration.models import check_models
+
+    args = SimpleNamespace(model_name_or_path=str(tmp_path), ref_model_name_or_path=None, revision=None, trust_remote_code=False, model_init_kwargs=None)
+    rows = {"train": [{"prompt_ids": [1] * 900, "chosen_ids": [1] * 100, "rejected_ids": [1] * 124}]}
+    for factor, fits in ((2.0, True), (1.9, False)):
+        config = read_json(work / "policy" / "config.json") | {"rope_parameters": {"rope_type": "linear", "factor": factor, "rope_theta": 10000.0}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        if fits:
+            check_models(args, None, rows)
+        else:
+            with pytest.raises(UserError, match="972 positions, a pair has 1024 tokens"):
+                check_models(args, None, rows)
+
+
 def test_what_shapes_the_tokens_or_the_pass_is_an_input(work, here, tmp_path):
     """The text of a chat template, and what model_init_kwargs changes in the configuration."""
     from common.cli import UserError

@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from test_rewards import annotate, generated, model, on_cpu, read, reference  # noqa: F401
+import micro
+from test_rewards import FAMILIES, annotate, generated, model, on_cpu, read, reference  # noqa: F401
 
 from annotate_data import batches, ranks, reward_models, summary
 from common import cli, shared_prompts
@@ -29,6 +30,34 @@ def test_score_keeps_the_order(model, share):  # noqa: F811
     for i, record in enumerate(records):
         expected = [reference(model(), prompt, x) for x in record["responses"]]
         assert got[i]["rewards"] == pytest.approx(expected, abs=1e-4) and got[i]["cut"] == 0
+
+
+ENCODINGS = {  # architecture → what its frequencies depend on the longest sequence of a pass by
+    "llama": {"max_position_embeddings": 64, "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}},
+    "phi3": {"max_position_embeddings": 256, "original_max_position_embeddings": 64, "partial_rotary_factor": 1.0, "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 16, "long_factor": [4.0] * 16,
+        "original_max_position_embeddings": 64, "partial_rotary_factor": 1.0}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", ENCODINGS)
+def test_a_sequence_is_encoded_as_it_would_be_alone(architecture, tmp_path):
+    """Short and long ones of one record, beyond the length that the config says, each against a model that has seen nothing else."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    folder = micro.make_reward_model(tmp_path, FAMILIES[architecture], architecture, **ENCODINGS[architecture])
+    scorer = reward_models.BradleyTerry(str(folder))
+    scorer.load()
+    prompt, responses = [{"role": "user", "content": "q"}], ["a b", "a b " * 40, "a", "b a " * 20, "a b " * 20]
+    ids = [list(scorer.encode(prompt, response).ids) for response in responses]
+    assert scorer.max_length == 256 and max(map(len, ids)) < 256 and sorted(len(one) > 64 for one in ids) == [False, False, True, True, True]
+    [(_, found)] = list(scorer.score([{"prompt": prompt, "responses": responses}]))
+    for one, reward in zip(ids, found["rewards"], strict=True):
+        alone = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="eager").eval()
+        alone.config.pad_token_id = None
+        with torch.no_grad():
+            assert reward == pytest.approx(alone(torch.tensor([one])).logits[0, 0].item(), abs=1e-4)
 
 
 def small(rows):

@@ -100,7 +100,10 @@ def load(folder):
 
 
 def reference(folder, messages, response, max_length=None):
-    """transformers alone: one sequence, its own truncation; without a pad id it pools the very last token."""
+    """transformers alone, as FsfairX is published: one sequence, its own truncation; without a pad id it pools the very last token.
+
+    For tokenizers that add the BOS that their template writes, or have none.
+    """
     import torch
 
     tokenizer, model = load(folder)
@@ -181,11 +184,61 @@ def test_one_bos_and_the_models_own_limit(model, tmp_path):
     ids = list(scorer.encode([{"role": "user", "content": "hi"}], "yes").ids)
     assert ids.count(scorer.tokenizer.bos_token_id) == 1 and ids[0] == scorer.tokenizer.bos_token_id
     assert scorer.max_length == 512
-    tokenizer = micro.make_tokenizer(adds_bos=False)  # the convention strips the literal one: none is left
-    shutil.copytree(model(), tmp_path / "rm")
-    tokenizer.save_pretrained(tmp_path / "rm")
-    scorer = reward_models.BradleyTerry(str(tmp_path / "rm"))
-    assert tokenizer.bos_token_id not in scorer.encode([{"role": "user", "content": "hi"}], "yes").ids
+
+
+def processed(tokenizer, front=None, behind=None):
+    """`tokenizer` that adds the token `front` and the token `behind` to a text by itself, in place of what it added."""
+    from tokenizers import processors
+
+    single = " ".join(part for part in (front, "$A", behind) if part)
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (front, behind) if token]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+    return tokenizer
+
+
+BOS, TURN = "<|begin_of_text|>", "<|eot_id|>"
+WRITES = micro.TEMPLATES["llama3"]
+SILENT = WRITES.replace("{{ bos_token }}", "")
+CONVENTIONS = {  # name → (template, what the tokenizer adds in front and behind, text that must be tokenised exactly so; {} is what SILENT writes)
+    "both": (WRITES, BOS, None, BOS + "{}"),
+    "template alone": (WRITES, None, None, BOS + "{}"),
+    "tokenizer alone": (SILENT, BOS, None, BOS + "{}"),
+    "neither, though there is one": (SILENT, None, None, "{}"),
+    "twice": ("{{ bos_token }}" + WRITES, None, None, BOS + "{}"),
+    "twice, and the tokenizer": ("{{ bos_token }}" + WRITES, BOS, None, BOS + "{}"),
+    "CLS and SEP": (SILENT, "<|end_of_text|>", "<|pad|>", "<|end_of_text|>{}<|pad|>"),
+    "an end that the template writes": (WRITES, BOS, TURN, BOS + "{}"),
+    "an end alone": (SILENT, None, "<|end_of_text|>", "{}<|end_of_text|>"),
+}
+
+
+@pytest.mark.parametrize("name", CONVENTIONS)
+def test_one_bos_and_what_the_tokenizer_adds_once(name, model, tmp_path):
+    """What the template says, and what the tokenizer adds where the template did not; a BOS in the user's own text stays."""
+    import torch
+
+    template, front, behind, expected = CONVENTIONS[name]
+    folder, tokenizer = shutil.copytree(model(), tmp_path / "rm"), processed(micro.make_tokenizer(), front, behind)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(template)
+    scorer = reward_models.BradleyTerry(str(folder))
+    prompt, response = [{"role": "user", "content": f"say {BOS} twice"}], f"{BOS} and {BOS}"
+    turns = [*prompt, {"role": "assistant", "content": response}]
+    plain = tokenizer.apply_chat_template(turns, tokenize=False, chat_template=SILENT)
+    ids = tokenizer(expected.replace("{}", plain), add_special_tokens=False)["input_ids"]
+    assert list(scorer.encode(prompt, response).ids) == ids and ids.count(tokenizer.bos_token_id) == 3 + (BOS in expected)
+    if name in ("both", "template alone", "neither, though there is one"):
+        assert ids == tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+    scorer.load()
+    [(_, found)] = list(scorer.score([{"prompt": prompt, "responses": [response]}]))
+    network = load(model())[1]
+    with torch.no_grad():
+        assert found["rewards"] == pytest.approx([network(torch.tensor([ids])).logits[0, 0].item()], abs=1e-4)
+    scorer.max_length = 30
+    short = list(scorer.encode(prompt, response).ids)
+    keeps = front is not None or BOS in expected
+    assert len(short) == 30 and short == ids[:keeps] + ids[len(ids) - 30 + keeps :]
 
 
 def test_records_of_other_tools_and_several_files(model, tmp_path, monkeypatch):
