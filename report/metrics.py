@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import cli, manifest, records
 from common.cli import UserError, arg
-from common.functions import load_function
+from common.functions import as_number, load_function
 
 KINDS = ("sampled", "greedy")
 JUDGED = {f"judge_{kind}": kind for kind in KINDS}
@@ -54,7 +54,7 @@ def gold_scores(record, gold):
     scores = []
     for response in record["responses"]:
         try:
-            score = float(gold(record["prompt"], response))
+            score = as_number(gold(record["prompt"], response))
         except Exception as error:
             raise UserError(f"the gold function fails on {record['id']}: {type(error).__name__}: {error}") from None
         if not math.isfinite(score):
