@@ -50,8 +50,7 @@ settings="$("$driver" loop/run.py setup "$config" "${options[@]}")"
 eval "$settings"
 hold "$run_dir" loop
 set_up "$setup_command"
-settings="$("$driver" loop/run.py prepare "$config" "${options[@]}")"
-eval "$settings"
+settle "$config"
 [ "$stage" = 0.4 ] || [ "$first" -le $((iterations * 4 + 4)) ] || fail 2 "--stage $stage: there are $iterations iterations"
 [ "$check" = no ] || exit 0
 [ -n "$left" ] || say "every stage of $run_dir is done, nothing is left to do" >&2
@@ -78,5 +77,4 @@ for ((i = 0; i <= iterations; i++)); do
   done
   [ -z "$keep_iterates" ] || [ "$dry_run" = yes ] || [ "$number" -gt "$last" ] || "$driver" loop/run.py prune "$run_dir" "$i"
 done
-[ "$dry_run" = yes ] || "$driver" report/run_metrics.py --run "$run_dir"
-[ "$dry_run" = yes ] || [ ! -f "$run_dir/report/index.html" ] || say "the page of this run: $run_dir/report/index.html" >&2
+conclude

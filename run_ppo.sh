@@ -51,8 +51,7 @@ settings="$("$driver" ppo/run.py setup "$config" "${options[@]}")"
 eval "$settings"
 hold "$run_dir" "PPO run"
 set_up "$setup_command"
-settings="$("$driver" ppo/run.py prepare "$config" "${options[@]}")"
-eval "$settings"
+settle "$config"
 [ "$check" = no ] || exit 0
 [ -n "$left" ] || say "every stage of $run_dir is done, nothing is left to do" >&2
 
@@ -80,5 +79,4 @@ for name in 0.evaluate 1.train 1.evaluate; do
     do_stage "${name%%.*}" "${name#*.}"
   fi
 done
-[ "$dry_run" = yes ] || "$driver" report/run_metrics.py --run "$run_dir"
-[ "$dry_run" = yes ] || [ ! -f "$run_dir/report/index.html" ] || say "the page of this run: $run_dir/report/index.html" >&2
+conclude
