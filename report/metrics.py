@@ -118,6 +118,19 @@ def prompt_means(by_id, gold=None):
     return means
 
 
+def same_answers(before, after):
+    """Share of an iterate's answers that are word for word those of another, in the same place of the same prompt.
+
+    Args:
+        before, after: `{id: responses}`.
+
+    Returns:
+        a share of the answers to the prompts that both have; None without such prompts.
+    """
+    pairs = [pair for key, texts in after.items() if key in before for pair in zip(before[key], texts, strict=False)]
+    return sum(old == new for old, new in pairs) / len(pairs) if pairs else None
+
+
 def mean_and_error(values):
     """Mean, and its standard error over prompts (None for fewer than two)."""
     values = list(values)
