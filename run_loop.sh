@@ -7,11 +7,13 @@
 #
 #   --dry_run                 print each command, so that it can be pasted and run by hand
 #   --check                   check settings, paths, GPUs, memory, disk, templates; then stop
+#   --num_gpus 8 --gpu_memory_gib 80    behind --check or --dry_run: plan for GPUs that are elsewhere
 #   --stage I.S               start at stage S of iteration I: 1 generate, 2 annotate, 3 train, 4 evaluate
 #   --stop_stage I.S          stop behind that stage; a bare S means iteration 1, 0.4 evaluates the start
 #
 # A second start continues: what is finished is skipped, what was cut off is taken up where it stopped. Relative paths in a
-# YAML and in --key value are from this file's folder. --dry_run and --check too make the environments and run the setup command.
+# YAML and in --key value are from this file's folder. --dry_run and --check too make the environments;
+# they write nothing into the run and do not run the setup command.
 
 set -euo pipefail
 caller="$PWD"

@@ -4,6 +4,7 @@
 it could not look at; functions of the user's own are called once, on a made-up response.
 """
 
+import math
 import os
 import re
 import shutil
@@ -32,6 +33,7 @@ SPEEDS = {  # dense bf16 TFLOPS and TB/s of memory, by the makers' data sheets, 
 }  # fmt: skip
 TRAIN_SHARE, SCORE_SHARE = 0.35, 0.45  # of the peak that training and scoring reach
 SAMPLED_TOKENS = 2500 * 8e9 / 2.0  # tokens/s × parameters of one engine with some hundred sequences, for each TB/s of memory
+LEAST_MOVE = 2e-5  # learning rate × steps; Adam moves no weight further. The recipe's is 1.6e-4, and half a bf16 step at a weight of 0.02 is 6e-5
 RESPONSE_TOKENS, PROMPT_TOKENS = 350, 200  # mean lengths of the recipe's data
 
 
@@ -258,6 +260,30 @@ def check_disk(run, found, gib, what, instead):
         found.problems.append(f"about {gib:.0f} GiB of disk are needed in {run.settings.run_dir} and {free:.0f} are free; {instead}")
 
 
+def check_learning(run, asked, sets, found):
+    """Note a training that can hardly change the policy: few steps at a small rate, or bf16 where there is no GPU.
+
+    Args:
+        asked: (arguments, more settings) of run_dpo.py for iteration 1.
+        sets: as `check_prompts` returns.
+    """
+    args, _ = asked
+    counts = [len(sets[name]) for name in run.settings.prompts if sets.get(name)]
+    if counts:
+        pairs = round(min(counts) * args.pairs_per_prompt * (1 - args.eval_fraction))
+        per_step = run_dpo.halved(run_dpo.pairs_per_step(args, processes(run.settings)), pairs, args, processes(run.settings))
+        steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(pairs / per_step) * args.num_train_epochs)
+        move = steps * args.learning_rate
+        if move < LEAST_MOVE:
+            found.notes.append(
+                f"warning: this run will hardly learn: an iteration of {min(counts)} prompts has at most {steps} optimizer steps, and at learning_rate "
+                f"{args.learning_rate:g} they move a weight by {move:.0e} at most, which bf16 rounds away; raise --training_args.learning_rate "
+                f"(5e-7 is for 8 billion parameters and some hundred steps) or num_train_epochs, or give more prompts"
+            )
+    if args.bf16 and not gpus_of(run.settings):
+        found.notes.append("warning: bf16 on a CPU is slow, and what training changes is rounded when the policy is saved: give --training_args.bf16 false")
+
+
 def summary(run):
     """How many processes of what will be at work."""
     generators = "API servers" if run.settings.generation_backend == "servers" else "generation processes"
@@ -297,6 +323,8 @@ def check(run):
     gpus, count = check_gpus(run, found)
     if count and method is not None:
         describe(run, count, method, gpus, sum(len(p) for p in sets.values() if p) or None, asked[0] if asked else None, found)
+    if asked and not found.problems:
+        check_learning(run, asked, sets, found)
     conclude(run, left, found, summary(run) if not found.problems else "")
     return left
 

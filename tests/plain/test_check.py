@@ -231,3 +231,24 @@ def test_hours_follow_the_gpu(machine, capsys):
     assert fast[1] == pytest.approx(slow[1] * 312 / 989) and fast[0] == pytest.approx(slow[0] * 2.0 / 3.35)
     machine("NVIDIA X1000", 81559, 8)
     assert "an estimate for A100s: nothing is known here of the NVIDIA X1000" in capsys.readouterr().err
+
+
+def test_a_run_that_cannot_learn_is_told(config, models, monkeypatch, capsys):
+    monkeypatch.setattr(settings, "visible_gpus", lambda: [])
+    few = {"training": "configs/training.yaml", "generation": {"K": 4, "max_input_length": 128, "max_new_tokens": 32}}
+    checked(yaml.safe_load(config(**few).read_text()), monkeypatch)
+    told = capsys.readouterr().err
+    assert "this run will hardly learn: an iteration of 40 prompts has at most 10 optimizer steps, and at learning_rate 5e-07" in told
+    assert "bf16 on a CPU is slow" in told
+    checked(yaml.safe_load(config(**few, training_args={"learning_rate": 3e-4, "bf16": False}).read_text()), monkeypatch)
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_the_readmes_own_loop_can_learn(config, monkeypatch, capsys):
+    """The YAML under "Bring your own", with models and prompts that are here."""
+    monkeypatch.setattr(settings, "visible_gpus", lambda: [])
+    [text] = [block for block in re.findall("```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL) if "run_dir: runs/mine" in block]
+    here = yaml.safe_load(config().read_text())
+    own = yaml.safe_load(text) | {key: here[key] for key in ("run_dir", "model_name_or_path", "reward_name_or_path", "prompts", "heldout_prompts")}
+    checked(own, monkeypatch)
+    assert "warning" not in capsys.readouterr().err and own["without_gpu"]
