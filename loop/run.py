@@ -416,7 +416,8 @@ def main():
     if name not in commands:
         raise UserError(f"unknown command {name!r}{nearest(name, commands)}; see the top of loop/run.py")
     if name == "prepare":
-        prepare(sys.argv[2], sys.argv[3:])
+        settings_dir, *rest = sys.argv[2:] if sys.argv[2:3] not in ([], ["-h"], ["--help"]) else ["", "--help"]
+        prepare(settings_dir, rest)
     elif name == "setup":
         setup(Run, __doc__, sys.argv[2:])
     elif name == "todo":

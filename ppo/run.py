@@ -201,7 +201,8 @@ def main():
     elif name not in commands:
         raise UserError(f"unknown command {name!r}{nearest(name, commands)}; see the top of ppo/run.py")
     elif name == "prepare":
-        prepare(sys.argv[2], sys.argv[3:])
+        settings_dir, *rest = sys.argv[2:] if sys.argv[2:3] not in ([], ["-h"], ["--help"]) else ["", "--help"]
+        prepare(settings_dir, rest)
     elif name == "plan":
         plan(sys.argv[2:])
     elif name == "setup":

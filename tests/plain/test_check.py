@@ -27,12 +27,20 @@ def drive(script, *arguments, **environment):
     return done
 
 
+def make_model(folder, architecture, **config):
+    """What is looked at before anything runs: a model's config and template, without weights."""
+    folder.mkdir()
+    shape = {"model_type": "llama", "architectures": [architecture], "num_labels": 1, "hidden_size": 64, "num_attention_heads": 2, "max_position_embeddings": 512}
+    (folder / "config.json").write_text(json.dumps(shape | config))
+    (folder / "chat_template.jinja").write_text(micro.TEMPLATES["llama3"])
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Folder of micro models, prompts and a reward function."""
+    """Folder of models, prompts and functions."""
     folder = tmp_path_factory.mktemp("models")
-    micro.make_policy(folder / "policy")
-    micro.make_reward_model(folder / "reward")
+    make_model(folder / "policy", "LlamaForCausalLM")
+    make_model(folder / "reward", "LlamaForSequenceClassification")
     micro.write_prompts(folder / "prompts.jsonl", 40)
     (folder / "heldout.jsonl").write_text('{"prompt": "And this?", "number": 7}\n')
     (folder / "mine.py").write_text("""
@@ -180,13 +188,14 @@ def test_which_models_write(tmp_path, names, writes):
     more = {"auto_map": {"AutoModelForCausalLM": "modeling.X"}} if writes == "auto_map" else {}
     (tmp_path / "config.json").write_text(json.dumps({"architectures": names} | more))
     if writes:
-        return check_policy(tmp_path)
-    with pytest.raises(UserError, match=f"is a {names[0]}, which writes no text"):
         check_policy(tmp_path)
+    else:
+        with pytest.raises(UserError, match=f"is a {names[0]}, which writes no text"):
+            check_policy(tmp_path)
 
 
 def test_head_sizes_of_the_cpu_build(config, tmp_path, monkeypatch):
-    micro.make_policy(tmp_path / "small", head_dim=16)
+    make_model(tmp_path / "small", "LlamaForCausalLM", num_attention_heads=4)
     monkeypatch.setattr(settings, "visible_gpus", lambda: [])
     with pytest.raises(UserError, match="attention heads of size 16"):
         checked(yaml.safe_load(config(model_name_or_path=str(tmp_path / "small")).read_text()), monkeypatch)
@@ -252,3 +261,25 @@ def test_the_readmes_own_loop_can_learn(config, monkeypatch, capsys):
     own = yaml.safe_load(text) | {key: here[key] for key in ("run_dir", "model_name_or_path", "reward_name_or_path", "prompts", "heldout_prompts")}
     checked(own, monkeypatch)
     assert "warning" not in capsys.readouterr().err and own["without_gpu"]
+
+
+def test_a_run_of_some_stages_ends_well(tmp_path):
+    """Without an evaluation there is no table to print; with one there is. `driver` stands in for the environment's Python."""
+    command = f"set -euo pipefail; source ./envs.sh; source loop/stages.sh; run_dir={tmp_path}; driver=echo; conclude; echo ended"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout == "ended\n" and "has been evaluated yet, so there is no table" in done.stderr, done.stderr
+    (tmp_path / "iter0").mkdir()
+    (tmp_path / "iter0" / "metrics.json").write_text("{}")
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == [f"report/run_metrics.py --run {tmp_path}", "ended"], done.stderr
+
+
+def test_the_settings_are_read_with_nothing_but_pyyaml(config):
+    """As a bare Python does before any environment is made."""
+    for script in ("loop/run.py", "ppo/run.py"):
+        program = ("import sys, runpy; sys.argv = sys.argv[1:]; heavy = {'numpy', 'torch', 'transformers', 'jinja2', 'aiohttp', 'datasets'}\n"
+                   "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+                   "finally: print(sorted(heavy & set(sys.modules)), file=sys.stderr)")  # fmt: skip
+        given = [config()] if "loop" in script else ["configs/ppo_tiny.yaml"]
+        done = subprocess.run([sys.executable, "-c", program, script, "setup", *map(str, given)], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and done.stderr == "[]\n", done.stderr

@@ -351,3 +351,24 @@ def test_bad_arguments_are_refused_at_once(tmp_path, monkeypatch, more, words):
     with pytest.raises(UserError, match=words):
         get_hf2_main(monkeypatch, *arguments(tmp_path / "p.jsonl", tmp_path / "g"), *more)
     assert not (tmp_path / "g0.jsonl").exists() and not beside(tmp_path / "g0.jsonl", ".skipped.jsonl").exists()
+
+
+def test_the_head_sizes_are_those_of_the_cpu_build():
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    assert tuple(CPUAttentionBackend.get_supported_head_sizes()) == get_hf2.CPU_HEAD_SIZES
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("size, works", [(16, False), (48, False), (80, True)])
+def test_a_head_size_that_is_refused_does_not_work(tmp_path, size, works):
+    """The engine itself, started in a process of its own, with the refusal and without."""
+    model, prompts, output = micro.make_policy(tmp_path / "model", head_dim=size), tmp_path / "prompts.jsonl", tmp_path / "out"
+    micro.write_prompts(prompts, 2)
+    given = ["--model_name_or_path", model, "--dataset_name_or_path", prompts, "--output_dir", output, "--K", 1, "--max_new_tokens", 4, "--kv_cache_gib", 0.25]
+    for program in ("", "get_hf2.check_head_size = lambda name: None; "):
+        command = f"import sys; sys.path.insert(0, '{ROOT}'); from generation import get_hf2; from common.cli import run; {program}run(get_hf2.main)"
+        done = subprocess.run([sys.executable, "-c", command, *map(str, given)], capture_output=True, text=True, check=False)
+        assert (done.returncode == 0) == works, done.stderr[-2000:]
+        if not works:
+            assert ("Unsupported CPU attention" if program else f"attention heads of size {size}") in done.stderr
