@@ -24,7 +24,6 @@ from dpo_iteration.settings import reason_for_trl
 from generation import get_hf2
 from loop.settings import gpu_groups, gpus_of, processes
 from loop.try_function import made_up, try_function
-from report.metrics import load_gold
 from report.run_metrics import TRACKERS
 
 # For the estimates, per GPU. Assumed, not measured here; the README says how the sums are made.
@@ -135,12 +134,12 @@ def check_models(run, found):
         if getattr(settings, key) is not None and getattr(settings, key) < 1:
             raise UserError(f"{key} {getattr(settings, key)} must be at least 1")
     if settings.gold_function:
-        found.attempt(load_gold, settings.gold_function)
+        found.attempt(function_file, settings.gold_function, "--gold_function", EXAMPLE, True)
     rewards = settings.reward_name_or_path or []
     if not rewards and not settings.annotation.get("reward_function"):
         found.problems.append("reward_name_or_path names no reward model, and annotation has no reward_function")
     if settings.annotation.get("reward_function"):
-        # Its text alone: what it imports may be in environment vllm only.
+        # The texts alone: what they import may be in another environment, and what they print would reach the driver.
         found.attempt(function_file, settings.annotation["reward_function"], "--reward_function", EXAMPLE, True)
     models = [("model_name_or_path", settings.model_name_or_path, settings.generation)]
     models += [("reward_name_or_path", name, settings.annotation) for name in rewards]

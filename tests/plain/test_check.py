@@ -30,8 +30,8 @@ def drive(script, *arguments, **environment):
 def make_model(folder, architecture, **config):
     """What is looked at before anything runs: a model's config and template, without weights."""
     folder.mkdir()
-    shape = {"model_type": "llama", "architectures": [architecture], "num_labels": 1, "hidden_size": 64, "num_attention_heads": 2, "max_position_embeddings": 512}
-    (folder / "config.json").write_text(json.dumps(shape | config))
+    shape = {"model_type": "llama", "num_labels": 1, "hidden_size": 64, "num_attention_heads": 2, "max_position_embeddings": 512}
+    (folder / "config.json").write_text(json.dumps({"architectures": [architecture]} | shape | config))
     (folder / "chat_template.jinja").write_text(micro.TEMPLATES["llama3"])
 
 
@@ -44,8 +44,9 @@ def models(tmp_path_factory):
     micro.write_prompts(folder / "prompts.jsonl", 40)
     (folder / "heldout.jsonl").write_text('{"prompt": "And this?", "number": 7}\n')
     (folder / "mine.py").write_text("""
+print("exit 3")
 def good(messages, response, record):
-    print("left=nothing")
+    print("exit 4")
     return record["number"] - len(response)
 def gold(messages, response): return 1
 def none(messages, response): pass
