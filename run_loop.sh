@@ -7,11 +7,13 @@
 #
 #   --dry_run                 print each command, so that it can be pasted and run by hand
 #   --check                   check settings, paths, GPUs, memory, disk, templates; then stop
+#   --num_gpus 8 --gpu_memory_gib 80    behind --check or --dry_run: plan for GPUs that are elsewhere
 #   --stage I.S               start at stage S of iteration I: 1 generate, 2 annotate, 3 train, 4 evaluate
 #   --stop_stage I.S          stop behind that stage; a bare S means iteration 1, 0.4 evaluates the start
 #
 # A second start continues: what is finished is skipped, what was cut off is taken up where it stopped. Relative paths in a
-# YAML and in --key value are from this file's folder. --dry_run and --check too make the environments and run the setup command.
+# YAML and in --key value are from this file's folder. --dry_run and --check too make the environments;
+# they write nothing into the run and do not run the setup command.
 
 set -euo pipefail
 caller="$PWD"
@@ -50,8 +52,7 @@ settings="$("$driver" loop/run.py setup "$config" "${options[@]}")"
 eval "$settings"
 hold "$run_dir" loop
 set_up "$setup_command"
-settings="$("$driver" loop/run.py prepare "$config" "${options[@]}")"
-eval "$settings"
+settle "$config"
 [ "$stage" = 0.4 ] || [ "$first" -le $((iterations * 4 + 4)) ] || fail 2 "--stage $stage: there are $iterations iterations"
 [ "$check" = no ] || exit 0
 [ -n "$left" ] || say "every stage of $run_dir is done, nothing is left to do" >&2
@@ -78,5 +79,4 @@ for ((i = 0; i <= iterations; i++)); do
   done
   [ -z "$keep_iterates" ] || [ "$dry_run" = yes ] || [ "$number" -gt "$last" ] || "$driver" loop/run.py prune "$run_dir" "$i"
 done
-[ "$dry_run" = yes ] || "$driver" report/run_metrics.py --run "$run_dir"
-[ "$dry_run" = yes ] || [ ! -f "$run_dir/report/index.html" ] || say "the page of this run: $run_dir/report/index.html" >&2
+conclude

@@ -7,12 +7,13 @@
 #
 #   --dry_run                 print each command, so that it can be pasted and run by hand
 #   --check                   check settings, paths, GPUs, disk, templates; then stop
+#   --num_gpus 8 --gpu_memory_gib 80    behind --check or --dry_run: plan for GPUs that are elsewhere
 #   --stage STAGE             start at 0.evaluate (the start), 1.train or 1.evaluate
 #   --stop_stage STAGE        stop behind that stage
 #
 # A second start continues: what is finished is skipped, what was cut off is taken up where it stopped. Relative paths in a
-# YAML and in --key value are from this file's folder. --dry_run and --check too make the environments vllm and rlhflow and
-# run the setup command; OpenRLHF's own environment, ppo_train, is made for training alone.
+# YAML and in --key value are from this file's folder. --dry_run and --check too make the environments vllm and rlhflow;
+# they write nothing into the run and do not run the setup command. OpenRLHF's own environment, ppo_train, is made for training alone.
 
 set -euo pipefail
 caller="$PWD"
@@ -51,8 +52,7 @@ settings="$("$driver" ppo/run.py setup "$config" "${options[@]}")"
 eval "$settings"
 hold "$run_dir" "PPO run"
 set_up "$setup_command"
-settings="$("$driver" ppo/run.py prepare "$config" "${options[@]}")"
-eval "$settings"
+settle "$config"
 [ "$check" = no ] || exit 0
 [ -n "$left" ] || say "every stage of $run_dir is done, nothing is left to do" >&2
 
@@ -80,5 +80,4 @@ for name in 0.evaluate 1.train 1.evaluate; do
     do_stage "${name%%.*}" "${name#*.}"
   fi
 done
-[ "$dry_run" = yes ] || "$driver" report/run_metrics.py --run "$run_dir"
-[ "$dry_run" = yes ] || [ ! -f "$run_dir/report/index.html" ] || say "the page of this run: $run_dir/report/index.html" >&2
+conclude

@@ -4,7 +4,7 @@ import copy
 import inspect
 
 from annotate_data.backbone import BadRecord, one_line
-from common.functions import load_function
+from common.functions import as_number, load_function
 
 EXAMPLE = "tiny/task.py:gold_score"
 
@@ -33,6 +33,16 @@ class RewardFunction:
         self.name, self.function = spec, load_function(spec, "--reward_function", EXAMPLE)
         self.with_record = takes_record(self.function)
 
+    def hint(self):
+        """What to write instead of a function of TRL's form, `f(completions, **kwargs)`; empty for others."""
+        try:
+            parameters = inspect.signature(self.function).parameters
+        except (TypeError, ValueError):
+            return ""
+        name = self.name.rpartition(":")[2]
+        ours = f"; its parameters are those of TRL's reward functions, here it is called for one response: def {name}(messages, response) → number"
+        return ours if "completions" in parameters else ""
+
     def check(self, messages):
         """Takes all turns; what the function refuses it refuses itself."""
 
@@ -49,7 +59,7 @@ class RewardFunction:
             more = [others] if self.with_record else []
             try:
                 # A copy for each call: what a function does to its arguments must not reach the next.
-                rewards = [float(self.function(*copy.deepcopy([record["prompt"], response, *more]))) for response in record["responses"]]
+                rewards = [as_number(self.function(*copy.deepcopy([record["prompt"], response, *more]))) for response in record["responses"]]
             except (Exception, SystemExit) as error:
-                raise BadRecord(index, f"the reward function {self.name} fails: {one_line(error)}") from None
+                raise BadRecord(index, f"the reward function {self.name} fails: {one_line(error)}{self.hint()}") from None
             yield index, {"rewards": rewards, "cut": 0}

@@ -20,6 +20,7 @@ import sys
 import time
 import types
 import typing
+from collections.abc import Hashable
 from pathlib import Path
 
 # What a script may miss when it is started in another environment than its own.
@@ -77,6 +78,19 @@ def check_model(name, what="--model_name_or_path"):
         raise UserError(f"{what} {name}: no such folder in {path.parent}/" + (f"; there is {near}" if near else ""))
 
 
+def check_policy(name, what="--model_name_or_path"):
+    """Refuse as `check_model` does, and a local model whose config says that it writes no text: a reward model, an encoder."""
+    check_model(name, what)
+    path = Path(name) / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    kinds = [str(kind) for kind in config.get("architectures") or []]
+    # LlamaForSequenceClassification, LlamaForRewardModelWithGating, BertForMaskedLM; MistralModel, which has no head. Code that
+    # comes with a model (auto_map) may call its classes what it likes.
+    silent = [k for k in kinds if re.search(r"For(?!CausalLM|ConditionalGeneration)[A-Z]", k) or re.search(r"(?<!LMHead)Model$", k)]
+    if kinds and silent == kinds and "AutoModelForCausalLM" not in (config.get("auto_map") or {}):
+        raise UserError(f"{what} {name} is a {silent[0]}, which writes no text: give a causal language model (a reward model goes to reward_name_or_path)")
+
+
 def read_json(path):
     """The mapping in a JSON file of a model folder; anything else is an error."""
     try:
@@ -94,7 +108,7 @@ def read_yaml(path, what="YAML file"):
 
     path = existing_file(path, what)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if values is None:
@@ -102,6 +116,26 @@ def read_yaml(path, what="YAML file"):
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold `key: value` lines, it holds a {type(values).__name__}")
     return values
+
+
+def load_yaml(text):
+    """As `yaml.safe_load`, which takes a key's last value where it is given twice; here that is a YAMLError with both lines."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            seen = {}
+            for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+                if key.tag == "tag:yaml.org,2002:merge":  # `<<: *defaults`: the mapping's own keys are to win
+                    continue
+                name, line = self.construct_object(key, deep=True), key.start_mark.line + 1
+                if isinstance(name, Hashable):
+                    if name in seen:
+                        raise yaml.YAMLError(f"{name!r} is given twice, in lines {seen[name]} and {line}: keep one of them")
+                    seen[name] = line
+            return super().construct_mapping(node, deep)
+
+    return yaml.load(text, Loader)
 
 
 def _unwrap(hint):
@@ -238,7 +272,7 @@ def _scalar(text):
     import yaml
 
     try:
-        return yaml.safe_load(text)
+        return load_yaml(text)
     except yaml.YAMLError:
         return text
 

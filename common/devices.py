@@ -39,6 +39,15 @@ def gpu_memory():
     return min(sizes, default=None)
 
 
+def gpu_name():
+    """What the first GPU is called, such as "NVIDIA H100 80GB HBM3", or None."""
+    if not visible_gpus():
+        return None
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    return next((line.strip() for line in answer.stdout.splitlines() if line.strip()), None)
+
+
 def check_processes():
     """Refuse more launched processes than GPUs, before torch touches one. Without a GPU any number may run on the CPU.
 

@@ -1,6 +1,7 @@
 """Functions of the user's own, named as `path.py:name`."""
 
 import ast
+import contextlib
 import importlib.util
 import inspect
 import sys
@@ -37,6 +38,15 @@ def defined_names(path):
     names |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     names |= {alias.asname or alias.name for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
     return None if "*" in names or "__getattr__" in names else names
+
+
+def as_number(value):
+    """What a function of the user's own returned, as a float; a TypeError that shows it where it is no number. May be NaN."""
+    if not isinstance(value, (str, bytes, bytearray)):  # float() would read a text
+        with contextlib.suppress(TypeError, ValueError):
+            return float(value)
+    shown = " ".join(repr(value).split())
+    raise TypeError(f"it returned {shown if len(shown) <= 40 else shown[:40] + '…'}, a number was expected")
 
 
 def load_function(spec, option, example):

@@ -10,6 +10,9 @@ from common.cli import UserError, read_yaml
 
 GIB = 2**30
 RESERVED = 2 * GIB  # a GPU: CUDA's context, NCCL's buffers, gaps between blocks. Assumed, not measured
+USABLE = 0.95  # share of what a GPU reports that a plan may fill: what is left is for what the sums do not know. Assumed, not measured
+# GiB that nvidia-smi reports of cards sold with 16, 24 and 48 GB whose error correction takes a sixteenth of it (T4; A10, L4; A40, L40S)
+REPORTED = {16: 15.0, 24: 22.5, 48: 45.0}
 METHODS = ("ddp", "zero2", "zero3", "fsdp2", "zero3_offload")  # configs/METHOD.yaml, the fastest first
 WHOLE = ("ddp", "zero2")  # those that hold the weights whole: the only ones for weights in 4 bits
 FOUR_BITS = 0.6  # bytes a weight, with its scales
@@ -241,6 +244,23 @@ def recommend(shape, processes, memory, global_batch_size, max_length, **how):
     return None
 
 
+def usable(gib):
+    """Bytes that a plan may fill of a GPU of `gib` GiB, as sold or as reported."""
+    return USABLE * REPORTED.get(gib, gib) * GIB
+
+
+def remedy(args, shape, processes, memory, **how):
+    """What would make training fit into `memory` bytes a GPU, none of it in use already; `args` as run_dpo.py's, `how` as `need`'s."""
+    found = recommend(shape, processes, memory, args.global_batch_size, args.max_length, **how)
+    if found:
+        step = "" if args.global_batch_size % (found[1] * processes) == 0 else f" and a global_batch_size that divides by {processes}"
+        return f"take configs/{found[0]}.yaml with per_device_train_batch_size {found[1]}{step}"
+    others = ["more or larger GPUs", f"a max_length below {args.max_length}"]
+    others += [] if args.gradient_checkpointing else ["gradient_checkpointing true"]
+    others += ["LoRA (configs/training_lora.yaml)"] if not args.use_peft else [] if args.load_in_4bit else ["QLoRA (configs/training_qlora.yaml)"]
+    return f"no configuration fits: take {', '.join(others[:-1])} or {others[-1]}"
+
+
 def report(args, gpus, memory_gib):
     """The lines that `--check true` prints: what each method needs on `gpus` GPUs of `memory_gib` GiB, and which to take.
 
@@ -262,7 +282,7 @@ def report(args, gpus, memory_gib):
     frozen = FOUR_BITS if args.load_in_4bit else None
     pairs, length = args.per_device_train_batch_size, args.max_length
     lines += [
-        f"{name}: {shape.parameters / 1e9:.2f} billion parameters; {gpus} GPUs of {memory_gib:.0f} GiB",
+        f"{name}: {shape.parameters / 1e9:.2f} billion parameters; {gpus} GPUs of {memory_gib:.0f} GiB, {usable(memory_gib) / GIB:.0f} of which may be filled",
         f"GiB a GPU, pairs at once: {pairs}, of 2 × {length} tokens; {'bf16' if args.bf16 else 'fp32'}, gradient checkpointing "
         f"{'on' if args.gradient_checkpointing else 'off'}; {RESERVED / GIB:.0f} GiB are added for CUDA",
         "in all: the larger of training (states, buffers, activations) and the pass of the reference before it",
@@ -273,15 +293,10 @@ def report(args, gpus, memory_gib):
             found = need(method, shape, gpus, pairs, length, trainable=trainable, frozen=frozen if trainable else None, **how)
             numbers = f"{found.states / GIB:9.1f}{found.buffers / GIB:9.1f}{found.activations / GIB:13.1f}"
             numbers += f"{found.reference / GIB:11.1f}{found.total / GIB:9.1f}"
-            fits = "fits" if found.total <= memory_gib * GIB else "does not fit"
+            fits = "fits" if found.total <= usable(memory_gib) else "does not fit"
             moved = f", {found.cpu / GIB:.0f} GiB of the machines' memory" if found.cpu else ""
             kind = (", QLoRA" if frozen else ", LoRA") if trainable else ""
             lines.append(f"{method + kind:20}{numbers}  {fits}{moved}")
     lines.append(f"LoRA of rank {rank or 16} on all linear layers trains {few / 1e6:.0f} million parameters")
     how |= {"trainable": few, "frozen": frozen} if rank else {}
-    found = recommend(shape, gpus, memory_gib * GIB, args.global_batch_size, length, **how)
-    if found is None:
-        lines.append("nothing fits: take more or larger GPUs, a smaller max_length, gradient_checkpointing or LoRA")
-    else:
-        lines.append(f"take configs/{found[0]}.yaml with per_device_train_batch_size {found[1]}, --num_processes {gpus}")
-    return lines
+    return [*lines, f"{remedy(args, shape, gpus, usable(memory_gib), **how)}; --num_processes {gpus}"]

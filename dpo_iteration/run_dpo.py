@@ -37,6 +37,7 @@ NOT_SHAPING = {
     "global_batch_size", "cpu_threads", "share_prompts", "max_row_tokens", "reference_cache", "check", "num_gpus", "gpu_memory_gib",
     "model_size_b",
 }  # fmt: skip
+LEAST_STEPS = 4  # optimizer steps that a pass over the pairs has at least, as far as the batch can be halved
 # Settings that came later: left out of the manifest where they change nothing, so that older models stay complete.
 LATER = {"pairs_per_prompt": 1, "margin_scale": 0.0, "margin_weight": 0.0, "use_peft": False}
 
@@ -87,7 +88,8 @@ class Arguments:
     max_steps: int = arg(-1, "optimizer steps, in place of num_train_epochs; -1 is off")
     per_device_train_batch_size: int = arg(1, "pairs per process in one forward pass")
     per_device_eval_batch_size: int = arg(1, "pairs per process in one forward pass of the evaluation")
-    global_batch_size: int = arg(128, "pairs per optimizer step over all processes; the accumulation follows")
+    global_batch_size: int = arg(128, "pairs per optimizer step over all processes; the accumulation follows. Halved where a pass over "
+                                      f"the pairs would have fewer than {LEAST_STEPS} steps")  # fmt: skip
     gradient_accumulation_steps: int | None = arg(None, "forward passes per step, in place of global_batch_size")
     share_prompts: bool | None = arg(None, "packed rows in which chosen and rejected share their prompt; None: where it can be")
     max_row_tokens: int | None = arg(None, "tokens of a packed row; None: as many as padded pairs may take, "
@@ -180,7 +182,10 @@ def train(args, extra, selection, settings, inputs, started):
     check_bos(tokenizer, rows["train"][0])
     models.check_models(args, tokenizer, rows)
 
-    per_step = settings["pairs_per_step"]
+    per_step = halved(settings["pairs_per_step"], len(rows["train"]), args, launched())
+    if per_step < settings["pairs_per_step"]:
+        say(f"note: {len(rows['train'])} pairs are few for steps of {settings['pairs_per_step']}: {per_step} pairs per optimizer step")
+        args.global_batch_size = per_step
     sharing, steps = packing.batches(args, extra, rows, per_step)
     if steps["train"]:
         args.gradient_accumulation_steps = steps["train"].accumulation
@@ -294,6 +299,17 @@ def pairs_per_step(args, processes):
     if args.gradient_accumulation_steps is None:
         return args.global_batch_size
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+
+
+def halved(per_step, pairs, args, processes):
+    """Pairs per optimizer step for so many training pairs: `per_step`, halved until a pass over them has LEAST_STEPS steps.
+
+    What does not divide by the pairs of one forward pass on all processes is not halved, nor is an accumulation that was given.
+    """
+    unit = 2 * args.per_device_train_batch_size * processes
+    while args.gradient_accumulation_steps is None and pairs < LEAST_STEPS * per_step and per_step % unit == 0:
+        per_step //= 2
+    return per_step
 
 
 def accumulate(args, processes):

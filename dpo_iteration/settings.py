@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from common.cli import UserError, arg, check_model, existing_file
+from common.cli import UserError, arg, check_policy, existing_file
 from common.manifest import beside
 from dpo_iteration import adapters
 
@@ -170,7 +170,7 @@ def check_paths(args):
         name = getattr(args, key)
         if name is None:
             continue
-        check_model(name, f"--{key}")
+        check_policy(name, f"--{key}")
         if Path(name).resolve() == Path(args.output_dir).resolve():
             raise UserError(f"--output_dir {args.output_dir} is --{key} itself; choose another")
 

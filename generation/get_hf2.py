@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
 from common import models
-from common.cli import UserError, arg, check_model, convert, nearest, parse, run
+from common.cli import UserError, arg, check_policy, convert, nearest, parse, read_json, run
 from common.devices import prepare_threads, visible_gpus
 from common.manifest import Output, with_date
 from common.progress import Progress, duration
@@ -43,6 +43,7 @@ class Arguments(sampling.SamplingArguments):
     jobs: list[dict] = arg([], "several data sets for one engine start (YAML only)")
 
 
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # that attention of vLLM 0.32's CPU build computes; a test asks it
 HOW = {"tensor_parallel_size", "gpu_memory_utilization", "kv_cache_gib", "max_num_seqs", "jobs"}  # not what
 IN_ENGINE = 4  # sequences that the engine holds, decoding or waiting, per slot; enough that no slot ever waits for us
 FIRST = 256  # prompts that are tokenised before the engine starts; the others while it decodes
@@ -68,6 +69,18 @@ def shaping(job):
     return settings, inputs | {"chat_template": job.chat_template}
 
 
+def check_head_size(name):
+    """Refuse a local model whose attention heads have a size that vLLM cannot compute without a GPU."""
+    path = Path(name) / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    shape = config.get("text_config") or config
+    hidden, heads = shape.get("hidden_size") or shape.get("n_embd"), shape.get("num_attention_heads") or shape.get("n_head")
+    size = shape.get("head_dim") or (hidden // heads if hidden and heads else None)
+    if size and size not in CPU_HEAD_SIZES and not shape.get("kv_lora_rank"):  # latent attention has a kernel of its own
+        sizes = ", ".join(map(str, CPU_HEAD_SIZES))
+        raise UserError(f"{name} has attention heads of size {size}, and vLLM has no kernel for it without a GPU: there it takes sizes {sizes}")
+
+
 def check(args, jobs):
     """Refuse what cannot work before the engine is imported."""
     for job in jobs:
@@ -78,8 +91,10 @@ def check(args, jobs):
         raise UserError("--tensor_parallel_size, --max_num_seqs and --my_world_size must be at least 1")
     if not 0 <= args.local_index < args.my_world_size:
         raise UserError(f"--local_index {args.local_index} must be from 0 to --my_world_size minus 1 ({args.my_world_size - 1})")
-    check_model(args.model_name_or_path)
+    check_policy(args.model_name_or_path)
     gpus = visible_gpus()
+    if not gpus:
+        check_head_size(args.model_name_or_path)
     if gpus and args.tensor_parallel_size > len(gpus):
         raise UserError(f"--tensor_parallel_size {args.tensor_parallel_size}, but this process sees {len(gpus)} GPUs; see CUDA_VISIBLE_DEVICES")
 

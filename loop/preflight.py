@@ -1,9 +1,12 @@
 """What can be known before an hour is spent: settings, paths, GPUs, memory, disk, templates, vocabularies, overlap.
 
-`check(run)` prints what it found and refuses what cannot work, all problems at once. Models and data on the hub are looked
-at where the hub answers; where not, it says what was left unchecked.
+`check(run)` prints what it found and refuses what cannot work, all problems at once. Of models and data on the hub it says what
+it could not look at; functions of the user's own are called once, on a made-up response.
 """
 
+import math
+import os
+import re
 import shutil
 import sys
 from array import array
@@ -12,22 +15,25 @@ from pathlib import Path
 from annotate_data import get_rewards
 from annotate_data.functions import EXAMPLE
 from common import models
-from common.cli import UserError, build, check_model, nearest, read_json
-from common.devices import gpu_memory, visible_gpus
+from common.cli import UserError, build, check_policy, nearest, read_json
+from common.devices import gpu_memory, gpu_name
 from common.functions import function_file
 from common.progress import duration
 from common.records import read_prompts, record_id
 from dpo_iteration import memory, run_dpo
 from dpo_iteration.settings import reason_for_trl
 from generation import get_hf2
-from loop.settings import gpu_groups, processes
-from report.metrics import load_gold
+from loop.settings import gpu_groups, gpus_of, processes
+from loop.try_function import made_up, try_function
 from report.run_metrics import TRACKERS
 
-# For the estimates, per GPU of the A100/H100 class. Assumed, not measured here; the README says how the sums are made.
-PEAK_FLOPS = 312e12  # dense bf16 of an A100; an H100 has three times as much
+# For the estimates, per GPU. Assumed, not measured here; the README says how the sums are made.
+SPEEDS = {  # dense bf16 TFLOPS and TB/s of memory, by the makers' data sheets, for what nvidia-smi calls so
+    "A100": (312, 2.0), "H100": (989, 3.35), "H200": (989, 4.8), "L40S": (362, 0.86), "A10": (125, 0.6), "4090": (165, 1.0),
+}  # fmt: skip
 TRAIN_SHARE, SCORE_SHARE = 0.35, 0.45  # of the peak that training and scoring reach
-SAMPLED_TOKENS = 2500 * 8e9  # tokens/s × parameters of one engine with some hundred sequences
+SAMPLED_TOKENS = 2500 * 8e9 / 2.0  # tokens/s × parameters of one engine with some hundred sequences, for each TB/s of memory
+LEAST_MOVE = 2e-5  # learning rate × steps; Adam moves no weight further. The recipe's is 1.6e-4, and half a bf16 step at a weight of 0.02 is 6e-5
 RESPONSE_TOKENS, PROMPT_TOKENS = 350, 200  # mean lengths of the recipe's data
 
 
@@ -62,22 +68,34 @@ def parameters(name, fallback=None):
     return fallback * 1e9 if fallback else None
 
 
-def estimate(count, prompts, samples, epochs, gpus):
-    """Seconds of generation, annotation and training of one iteration; see the constants on top."""
+def speed_of(name):
+    """(key of SPEEDS, whether the GPU called `name` is one of those): an A100 stands in for others."""
+    known = next((key for key in SPEEDS if re.search(rf"\b{key}\b", name or "")), None)
+    return known or "A100", known is not None
+
+
+def estimate(count, prompts, samples, epochs, gpus, kind="A100"):
+    """Seconds of generation, annotation and training of one iteration on GPUs of a `kind` of SPEEDS; see the constants on top."""
+    peak, memory_speed = SPEEDS[kind][0] * 1e12, SPEEDS[kind][1]
     tokens = prompts * samples * RESPONSE_TOKENS
     scored = prompts * samples * (PROMPT_TOKENS + RESPONSE_TOKENS)
     trained = prompts * (PROMPT_TOKENS + 2 * RESPONSE_TOKENS)  # chosen and rejected share their prompt
     return (
-        tokens * count / SAMPLED_TOKENS / gpus,
-        2 * count * scored / (PEAK_FLOPS * SCORE_SHARE) / gpus,
+        tokens * count / (SAMPLED_TOKENS * memory_speed) / gpus,
+        2 * count * scored / (peak * SCORE_SHARE) / gpus,
         # FLOPs a parameter and token: forward and backward 6, recomputed activations 2; the reference's forward 2, once
-        (8 * epochs + 2) * count * trained / (PEAK_FLOPS * TRAIN_SHARE) / gpus,
+        (8 * epochs + 2) * count * trained / (peak * TRAIN_SHARE) / gpus,
     )
+
+
+def is_on_hub(name):
+    """Whether a prompt set's name is no file or folder here, nor meant to be one."""
+    return not Path(name).exists() and not name.endswith((".jsonl", ".json", ".csv", ".parquet"))
 
 
 def local_prompts(name, generation):
     """Hashes of a local prompt set's prompts, 8 bytes each; None for a set on the hub."""
-    if not Path(name).exists() and not name.endswith((".jsonl", ".json", ".csv", ".parquet")):
+    if is_on_hub(name):
         return None
     key, split = generation.get("dataset_key"), generation.get("dataset_split", "train")
     return array("Q", (int(record_id(record["prompt"]), 16) for record in read_prompts(name, key, split)))
@@ -115,12 +133,12 @@ def check_models(run, found):
         if getattr(settings, key) is not None and getattr(settings, key) < 1:
             raise UserError(f"{key} {getattr(settings, key)} must be at least 1")
     if settings.gold_function:
-        found.attempt(load_gold, settings.gold_function)
+        found.attempt(function_file, settings.gold_function, "--gold_function", EXAMPLE, True)
     rewards = settings.reward_name_or_path or []
     if not rewards and not settings.annotation.get("reward_function"):
         found.problems.append("reward_name_or_path names no reward model, and annotation has no reward_function")
     if settings.annotation.get("reward_function"):
-        # Its text alone: what it imports may be in environment vllm only.
+        # The texts alone: what they import may be in another environment, and what they print would reach the driver.
         found.attempt(function_file, settings.annotation["reward_function"], "--reward_function", EXAMPLE, True)
     named = [("model_name_or_path", settings.model_name_or_path, settings.generation)]
     named += [("reward_name_or_path", name, settings.annotation) for name in rewards]
@@ -131,11 +149,17 @@ def check_models(run, found):
     for name in settings.report_to or ():
         if name not in TRACKERS:
             found.problems.append(f"report_to {name}: one of {', '.join(TRACKERS)} was expected{nearest(name, TRACKERS)}")
-    found.attempt(check_model, settings.model_name_or_path, "model_name_or_path")
+    found.attempt(check_policy, settings.model_name_or_path, "model_name_or_path")
+    if not gpus_of(settings):
+        found.attempt(get_hf2.check_head_size, settings.model_name_or_path)
     for key, name, own in named:
         found.attempt(models.check_tokenizer_files, name)
         if Path(name).is_dir() and not found.attempt(has_template, name) and not own.get("chat_template"):
             found.problems.append(f"{key} {name} has no chat template: put a chat_template.jinja beside its tokenizer")
+        if not Path(name).is_dir():
+            size = f"; its size is taken to be model_size_b {settings.model_size_b}" if key == "model_name_or_path" and settings.model_size_b else ""
+            found.notes.append(f"on the hub, not looked at: {key} {name}: whether it is there and is of the right kind, its weights, chat template, "
+                               f"vocabulary, positions{size}")  # fmt: skip
     found.attempt(gpu_groups, settings)
     found.attempt(run.check_sampling)
     found.attempt(check_positions, run, found)
@@ -146,6 +170,41 @@ def check_models(run, found):
         asked = found.attempt(lambda: build(get_rewards.Arguments, run.judging([("generated", "judged")]), "eval_annotation"))
         if asked:
             found.attempt(get_rewards.check, asked)
+
+
+def check_functions(run, found):
+    """Call the run's own functions on a made-up response to the first prompt of each set whose answers they are to judge."""
+    settings = run.settings
+    sets, heldout = [*dict.fromkeys(settings.prompts), settings.heldout_prompts], [settings.heldout_prompts]
+    vllm = Path(os.environ.get("RLHF_VLLM_ENV", "")) / "bin" / "python"  # of the environment that annotation runs in
+    asked = [("annotation.reward_function", "reward", settings.annotation.get("reward_function"), sets, vllm)]
+    asked += [("eval_annotation.reward_function", "reward", settings.eval_annotation.get("reward_function"), heldout, vllm)]
+    asked += [("gold_function", "gold", settings.gold_function, heldout, Path(sys.executable))]
+    for key, kind, spec, names, python in asked:
+        records = {name: first_prompt(name, run) for name in names if spec}
+        for name, record in records.items():
+            if record is None:
+                found.notes.append(f"{key} {spec} was not tried on {name}, which is on the hub")
+            elif not python.is_file():
+                found.notes.append(f"{key} {spec} was not tried: environment vllm, in which it will run, is not there yet")
+                break
+            else:
+                try:
+                    told = try_function(kind, spec, [made_up(record)], str(python))
+                except TimeoutError as error:
+                    found.notes.append(f"{key}: {error}; it was not waited for")
+                    break
+                if told:
+                    found.problems.append(f"{key}, tried on a made-up response to the first prompt of {name}: {told}")
+                    break
+
+
+def first_prompt(name, run):
+    """The first record of a local prompt set, None for a set on the hub."""
+    generation = run.settings.generation | (run.settings.heldout if name == run.settings.heldout_prompts else {})
+    if is_on_hub(name):
+        return None
+    return next(iter(read_prompts(name, generation.get("dataset_key"), generation.get("dataset_split", "train"), generation.get("system_prompt"))), None)
 
 
 def check_positions(run, found):
@@ -173,16 +232,16 @@ def check_prompts(run, found):
         if both and not settings.allow_overlap:
             where = f"the held-out set {settings.heldout_prompts}"
             found.problems.append(f"{both} prompts of {name} also stand in {where}; take them out or give --allow_overlap true")
-    named = [settings.model_name_or_path, *(settings.reward_name_or_path or [])]
-    unseen = [name for name, prompts in sets.items() if prompts is None] + [name for name in named if not Path(name).is_dir()]
+    unseen = [name for name, prompts in sets.items() if prompts is None]
     if unseen and not found.problems:
-        found.notes.append(f"on the hub, not looked at: {', '.join(sorted(unseen))}")
+        found.notes.append(f"on the hub, not looked at: {', '.join(unseen)}: whether they are there, their columns, their number of prompts, and whether "
+                           "held-out prompts stand among the others")  # fmt: skip
     return sets
 
 
 def check_gpus(run, found):
     """Refuse more processes than GPUs, and a large model without any; returns (visible GPUs, parameters of the policy or None)."""
-    settings, gpus = run.settings, visible_gpus()
+    settings, gpus = run.settings, gpus_of(run.settings)
     if gpus and processes(settings) > len(gpus):
         found.problems.append(f"num_processes {processes(settings)}, but {len(gpus)} GPUs are visible")
     count = parameters(settings.model_name_or_path, settings.model_size_b)
@@ -195,15 +254,39 @@ def check_disk(run, found, gib, what, instead):
     """Refuse less room than `gib` GiB where the run lies; `instead` says what to do."""
     folder = run.folder.absolute()
     free = shutil.disk_usage(next(p for p in [folder, *folder.parents] if p.exists())).free / 2**30
-    found.notes.append(f"disk: about {gib:.1f} GiB for {what}, {free:.0f} GiB are free")
-    if gib > free:
+    found.notes.append(f"disk: about {gib:.1f} GiB for {what}, {free:.0f} GiB are free{' here' if run.settings.num_gpus else ''}")
+    if gib > free and not run.settings.num_gpus:  # a plan is for another machine
         found.problems.append(f"about {gib:.0f} GiB of disk are needed in {run.settings.run_dir} and {free:.0f} are free; {instead}")
+
+
+def check_learning(run, asked, sets, found):
+    """Note a training that can hardly change the policy: few steps at a small rate, or bf16 where there is no GPU.
+
+    Args:
+        asked: (arguments, more settings) of run_dpo.py for iteration 1.
+        sets: as `check_prompts` returns.
+    """
+    args, _ = asked
+    counts = [len(sets[name]) for name in run.settings.prompts if sets.get(name)]
+    if counts:
+        pairs = round(min(counts) * args.pairs_per_prompt * (1 - args.eval_fraction))
+        per_step = run_dpo.halved(run_dpo.pairs_per_step(args, processes(run.settings)), pairs, args, processes(run.settings))
+        steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(pairs / per_step) * args.num_train_epochs)
+        move = steps * args.learning_rate
+        if move < LEAST_MOVE:
+            found.notes.append(
+                f"warning: this run will hardly learn: an iteration of {min(counts)} prompts has at most {steps} optimizer steps, and at learning_rate "
+                f"{args.learning_rate:g} they move a weight by {move:.0e} at most, which bf16 rounds away; raise --training_args.learning_rate "
+                f"(5e-7 is for 8 billion parameters and some hundred steps) or num_train_epochs, or give more prompts"
+            )
+    if args.bf16 and not gpus_of(run.settings):
+        found.notes.append("warning: bf16 on a CPU is slow, and what training changes is rounded when the policy is saved: give --training_args.bf16 false")
 
 
 def summary(run):
     """How many processes of what will be at work."""
     generators = "API servers" if run.settings.generation_backend == "servers" else "generation processes"
-    where = "GPUs" if visible_gpus() else "CPU"
+    where = "GPUs" if gpus_of(run.settings) else "CPU"
     return f"{len(gpu_groups(run.settings))} {generators}, {processes(run.settings)} training processes, {where}"
 
 
@@ -223,7 +306,7 @@ def check(run):
         raise UserError(f"keep_iterates {settings.keep_iterates} must be at least 1")
     check_models(run, found)
     method = found.attempt(memory.method_of, settings.accelerate_config)
-    training = found.attempt(run.training, 1)
+    training, asked = found.attempt(run.training, 1), None
     if training is not None:
         asked = found.attempt(run_dpo.arguments, training, settings.training)
         if asked:
@@ -238,38 +321,56 @@ def check(run):
         found.notes.append(f"{settings.iterations} iterations take turns over {len(settings.prompts)} prompt sets; the samples differ, the prompts repeat")
     gpus, count = check_gpus(run, found)
     if count and method is not None:
-        describe(run, count, method, gpus, sum(len(p) for p in sets.values() if p) or None, training or {}, found)
-    found.tell("" if found.problems else summary(run))
+        describe(run, count, method, gpus, sum(len(p) for p in sets.values() if p) or None, asked[0] if asked else None, found)
+    if asked and not found.problems:
+        check_learning(run, asked, sets, found)
+    conclude(run, left, found, summary(run) if not found.problems else "")
     return left
 
 
-def training_memory(name, count, method, world, training):
-    """Bytes a GPU of the larger of training and the reference's pass, as `run_dpo.py --check true` says. `training`: arguments."""
+def conclude(run, left, found, summary):
+    """Try the run's functions where something is left to do, and tell what was found."""
+    if left and not found.problems:
+        check_functions(run, found)
+    if found.problems and run.planning and run.settings.setup_command and not Path(run.settings.model_name_or_path).exists():
+        found.problems.append(f"what is missing may be what the setup command makes, which --check and --dry_run do not run: {run.settings.setup_command}")
+    found.tell(summary)
+
+
+def check_memory(run, count, method, args, found):
+    """Tell what training takes of a GPU, as `run_dpo.py --check true` does, and refuse what does not fit. `args`: of run_dpo.py."""
+    name, world, there = run.settings.model_name_or_path, processes(run.settings), run.settings.gpu_memory_gib or gpu_memory()
     shape = memory.shape_of(name) if Path(name).is_dir() else memory.shape_like(count / 1e9)
-    args = build(run_dpo.Arguments, {k: v for k, v in training.items() if k in run_dpo.Arguments.__dataclass_fields__}, "training")
     few, frozen = (shape.lora(args.lora_r), memory.FOUR_BITS if args.load_in_4bit else None) if args.use_peft else (None, None)
     how = {"checkpointing": args.gradient_checkpointing, "bf16": args.bf16, "trainable": few, "frozen": frozen}
-    return memory.need(method, shape, world, args.per_device_train_batch_size, args.max_length, **how).total
+    needed = memory.need(method, shape, world, args.per_device_train_batch_size, args.max_length, **how).total
+    if not there:
+        found.notes.append(f"training: {method} over {world} processes takes about {needed / memory.GIB:.0f} GiB a GPU")
+        return
+    limit = memory.usable(there)
+    has = f"a GPU has {there:.0f}, {limit / memory.GIB:.0f} of which may be filled"
+    found.notes.append(f"training: {method} over {world} processes takes about {needed / memory.GIB:.0f} GiB a GPU; {has}")
+    if needed > limit:
+        found.problems.append(f"training needs about {needed / memory.GIB:.0f} GiB a GPU by {run.settings.accelerate_config} with per_device_train_batch_size "
+                              f"{args.per_device_train_batch_size}, and {has}; {memory.remedy(args, shape, world, limit, **how)}")  # fmt: skip
 
 
-def describe(run, count, method, gpus, local_size, training, found):
-    """Memory, disk and hours against what there is, as notes; what certainly does not fit as problems."""
-    settings, world = run.settings, processes(run.settings)
-    there = gpu_memory()
-    if gpus:
-        needed = training_memory(settings.model_name_or_path, count, method, world, training) / memory.GIB
-        found.notes.append(f"training: {method} over {world} processes takes about {needed:.0f} GiB a GPU; a GPU has {there or 0:.0f}")
-        if there and needed > there * 0.95:
-            instead = "configs/zero3.yaml, configs/training_lora.yaml or more GPUs"
-            found.problems.append(f"training needs about {needed:.0f} GiB a GPU and a GPU has {there:.0f}; take {instead}")
+def describe(run, count, method, gpus, local_size, args, found):
+    """Memory, disk and hours against what there is, as notes; what certainly does not fit as problems. `args`: of run_dpo.py, or None."""
+    settings = run.settings
+    if gpus and args is not None:
+        check_memory(run, count, method, args, found)
     # An iterate in 2 bytes a parameter (4 on the CPU); while training, DeepSpeed's checkpoint of 14 bytes at most.
     kept = settings.iterations if settings.keep_iterates is None else settings.keep_iterates
-    disk = (kept * (2 if gpus else 4) + (14 if training.get("save_steps") else 0)) * count / 2**30
+    disk = (kept * (2 if gpus else 4) + (14 if args and args.save_steps else 0)) * count / 2**30
     check_disk(run, found, disk, f"{kept} iterates", "see keep_iterates")
     if gpus:
         prompts = local_size / len(settings.prompts) if local_size else 20000
-        parts = estimate(count, prompts, settings.generation.get("K", 8), float(training.get("num_train_epochs", 2)), len(gpus))
+        name = gpu_name() if settings.num_gpus is None else None
+        kind, known = speed_of(name)
+        whose = f"{kind}s" if known or not name else f"A100s: nothing is known here of the {name}"
+        parts = estimate(count, prompts, settings.generation.get("K", 8), args.num_train_epochs if args else 2, len(gpus), kind)
         found.notes.append(
             f"time: about {duration(sum(parts) * settings.iterations)} in all; an iteration of {prompts:.0f} prompts: generation {duration(parts[0])}, "
-            f"annotation {duration(parts[1])}, training {duration(parts[2])} (estimate for A100s, see the README)"
+            f"annotation {duration(parts[1])}, training {duration(parts[2])} (an estimate for {whose}; see the README)"
         )

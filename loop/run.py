@@ -1,6 +1,6 @@
 """What run_loop.sh needs thought for: what each stage of a run reads and writes, and what is left to do.
 
-    python loop/run.py prepare configs/loop_tiny.yaml [--key value …]     check, write RUN/loop.yaml, print variables
+    python loop/run.py prepare RUN configs/loop_tiny.yaml [--key value …]  check, write RUN/loop.yaml, print variables
     python loop/run.py todo RUN ITERATION STAGE                           print the steps left, write their YAML
     python loop/run.py prune RUN ITERATION                                delete weights that `keep_iterates` lets go
 
@@ -8,6 +8,9 @@ A run's folder holds `loop.yaml` (the settings, resolved), `iter0/` (held-out an
 `iter1/`, `iter2/`, …: `generated.jsonl`, `rewarded.jsonl`, `pairs.jsonl`, `model/`, `heldout_*.jsonl`, `metrics.json`,
 `logs/`, and one YAML per stage, from which each command can be run by hand. The evaluation of an iterate also samples the
 next iteration's responses, since both need the same engine.
+
+For a dry run another folder stands in place of RUN above: what is written goes there, and nothing into the run. With '' in its
+place `prepare` only checks.
 """
 
 import dataclasses
@@ -22,13 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any fol
 from annotate_data import get_rewards
 from common.chat import parse_date
 from common.cli import UserError, build, nearest, parse, read_yaml, run
-from common.devices import visible_gpus
 from common.manifest import difference, read_manifest, write_yaml
 from dpo_iteration import run_dpo
 from generation import gen_hf, get_hf2
 from generation.sampling import check_sampling, context_length
 from loop import preflight
-from loop.settings import CLIENT, LoopSettings, gpu_groups, processes
+from loop.settings import CLIENT, LoopSettings, gpu_groups, gpus_of, processes
 from report import divergence
 
 STAGES = ("generate", "annotate", "train", "evaluate")
@@ -40,8 +42,8 @@ class Run:
     Settings = LoopSettings
     example = "bash run_loop.sh configs/loop_tiny.yaml"  # what a machine without GPUs can do
 
-    def __init__(self, settings):
-        self.settings, self.folder = settings, Path(settings.run_dir)
+    def __init__(self, settings, planning=False):
+        self.settings, self.folder, self.planning = settings, Path(settings.run_dir), planning
         path = self.folder / "loop.yaml"
         before = read_yaml(path).get("date") if settings.date is None and path.is_file() else None
         settings.date = settings.date or before or str(parse_date(None))
@@ -273,14 +275,15 @@ class Run:
         args, extra = run_dpo.arguments(self.training(i), self.settings.training)
         return self.is_done(args.output_dir, *run_dpo.shaping(args, extra, processes(self.settings)))
 
-    def steps(self, i, stage):
-        """What is left of a stage; writes the YAML of each step beside its outputs.
+    def steps(self, i, stage, settings_dir=None):
+        """What is left of a stage; writes the YAML of each step into `settings_dir`/iterI, by default the run's own folder.
 
         Returns:
             (steps out of generate, serve, annotate, judge, divergence, train, metrics; list of (shard prefix, merged file) to merge, or
             of (client's YAML, answers) to ask servers for).
         """
-        folder = self.folder / f"iter{i}"
+        settings_dir = Path(settings_dir or self.folder)
+        folder = settings_dir / f"iter{i}"
         folder.mkdir(parents=True, exist_ok=True)
         left, jobs, answers = [], [], []
         ahead = i + 1 if stage == "evaluate" and "generate" in self.stages(i + 1) else None
@@ -290,7 +293,8 @@ class Run:
             if jobs and ahead:
                 jobs += self.unfinished_jobs(model, [self.responses_job(ahead)])
         if jobs and self.settings.generation_backend == "servers":
-            answers = [(str(Path(job["output_dir"]).with_suffix(".yaml")), job["output_dir"]) for job in jobs]
+            outputs = [Path(job["output_dir"]) for job in jobs]
+            answers = [(str(settings_dir / path.parent.name / f"{path.stem}.yaml"), str(path)) for path in outputs]
             for job, (path, _) in zip(jobs, answers):
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
                 write_yaml(path, self.client(model, job))
@@ -339,9 +343,9 @@ def shard_prefix(merged, world):
     return str(path.parent / "shards" / f"{path.stem}.of{world}.")
 
 
-def load(run_dir, kind=Run):
-    """The run, of class `kind`, whose settings stand in RUN/loop.yaml."""
-    return kind(build(kind.Settings, read_yaml(Path(run_dir) / "loop.yaml", "run (its loop.yaml)"), f"{run_dir}/loop.yaml"))
+def load(settings_dir, kind=Run):
+    """The run, of class `kind`, whose settings stand in `settings_dir`/loop.yaml: the run's own folder, but for a dry run."""
+    return kind(build(kind.Settings, read_yaml(Path(settings_dir) / "loop.yaml", "run (its loop.yaml)"), f"{settings_dir}/loop.yaml"))
 
 
 def setup(kind, description, argv):
@@ -349,35 +353,47 @@ def setup(kind, description, argv):
     settings = parse(kind.Settings, description, argv)
     if not settings.run_dir.strip():
         raise UserError("run_dir is empty; name a folder, for example --run_dir runs/mine")
-    if not settings.without_gpu and not visible_gpus():
-        raise UserError(f"this run needs GPUs and none is visible here; the same on tiny models: {kind.example}")
+    if not settings.without_gpu and not gpus_of(settings):
+        raise UserError(
+            f"this run needs GPUs and none is visible here: `without_gpu: true` in its YAML (or --without_gpu true) lets it use the CPU, which is for "
+            f"small models; to plan it for GPUs elsewhere: --check --num_gpus 8 --gpu_memory_gib 80; the same on tiny models: {kind.example}"
+        )
     print(f"run_dir={shlex.quote(settings.run_dir)}\nsetup_command={shlex.quote(settings.setup_command or '')}")
     return settings
 
 
-def settle(current, left):
-    """Write loop.yaml, now that all checks have passed, and print what the steps of both drivers need."""
+def settle(current, left, settings_dir):
+    """Write `settings_dir`/loop.yaml, now that all checks have passed, and print what the steps of both drivers need."""
     settings = current.settings
-    current.folder.mkdir(parents=True, exist_ok=True)
-    write_yaml(current.folder / "loop.yaml", dataclasses.asdict(settings))
+    if settings_dir:
+        Path(settings_dir).mkdir(parents=True, exist_ok=True)
+        write_yaml(Path(settings_dir) / "loop.yaml", dataclasses.asdict(settings))
     groups = " ".join(shlex.quote(group) for group in gpu_groups(settings))
     print(f"judge={'yes' if settings.eval_reward_model else 'no'}\nreport={'yes' if settings.report else 'no'}")
     print(f"trackers=({' '.join(shlex.quote(name) for name in settings.report_to or ())})")
     print(f"processes={processes(settings)}\ngpu_groups=({groups})\nleft='{' '.join(left)}'\ngold_function={shlex.quote(settings.gold_function or '')}")
 
 
-def prepare(argv):
+def prepare(settings_dir, argv):
     """Check everything that can be known now, write loop.yaml, and print what run_loop.sh needs as shell variables."""
     settings = parse(LoopSettings, __doc__, argv)
-    current = Run(settings)
-    settle(current, preflight.check(current))
+    current = Run(settings, planning=is_planning(settings, settings_dir))
+    settle(current, preflight.check(current), settings_dir)
     print(f"iterations={settings.iterations}\nkeep_iterates={'' if settings.keep_iterates is None else settings.keep_iterates}")
     print(f"accelerate_config={shlex.quote(settings.accelerate_config)}")
 
 
-def todo(current, i, stage):
+def is_planning(settings, settings_dir):
+    """Whether nothing is to run (--check, --dry_run); refuses other GPUs than those that are here where something is."""
+    planning = not settings_dir or Path(settings_dir).resolve() != Path(settings.run_dir).resolve()
+    if not planning and (settings.num_gpus or settings.gpu_memory_gib):
+        raise UserError("num_gpus and gpu_memory_gib are for --check and --dry_run: a run takes the GPUs that it sees (CUDA_VISIBLE_DEVICES)")
+    return planning
+
+
+def todo(current, i, stage, settings_dir):
     """Print what is left of a stage as shell variables."""
-    steps, answers = current.steps(i, stage)
+    steps, answers = current.steps(i, stage, settings_dir)
     print(f"steps=({' '.join(steps)})")
     print(f"answers=({' '.join(shlex.quote(word) for pair in answers for word in pair)})")
     if "serve" in steps:
@@ -413,11 +429,12 @@ def main():
     if name not in commands:
         raise UserError(f"unknown command {name!r}{nearest(name, commands)}; see the top of loop/run.py")
     if name == "prepare":
-        prepare(sys.argv[2:])
+        settings_dir, *rest = sys.argv[2:] if sys.argv[2:3] not in ([], ["-h"], ["--help"]) else ["", "--help"]
+        prepare(settings_dir, rest)
     elif name == "setup":
         setup(Run, __doc__, sys.argv[2:])
     elif name == "todo":
-        todo(load(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+        todo(load(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[2])
     else:
         prune(sys.argv[2], int(sys.argv[3]))
 

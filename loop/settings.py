@@ -36,6 +36,8 @@ class RunSettings:
     report_to: list[str] | None = arg(None, f"log each iterate's figures there, one run for the loop: {', '.join(TRACKERS)}")
     num_shards: int | None = arg(None, "generation processes; None: one per group of tensor_parallel_size GPUs, 1 without a GPU")
     num_processes: int | None = arg(None, "annotation and training processes; None: one per GPU, 1 without a GPU")
+    num_gpus: int | None = arg(None, "with --check or --dry_run: GPUs to plan for; None: those that are visible")
+    gpu_memory_gib: float | None = arg(None, "with --check or --dry_run: GiB of each; None: what the visible ones have")
     without_gpu: bool = arg(False, "this run may use the CPU where there is no GPU (small models only)")
     setup_command: str | None = arg(None, "run once in environment rlhflow before anything else; must be quick when there is nothing to do")
     gold_function: str | None = arg(None, "path.py:name of gold(messages, response) → score, where the task has one")
@@ -59,14 +61,19 @@ class LoopSettings(RunSettings):
     sections = RunSettings.sections | {"training_args": run_dpo.Arguments}
 
 
+def gpus_of(settings):
+    """Names of the run's GPUs: the visible ones, or as many as a plan is asked for."""
+    return visible_gpus() if settings.num_gpus is None else [str(k) for k in range(settings.num_gpus)]
+
+
 def processes(settings):
     """Annotation and training processes."""
-    return settings.num_processes or max(1, len(visible_gpus()))
+    return settings.num_processes or max(1, len(gpus_of(settings)))
 
 
 def gpu_groups(settings):
     """CUDA_VISIBLE_DEVICES of each generation process; one empty string per process on the CPU."""
-    gpus, size = visible_gpus(), build(get_hf2.Arguments, settings.generation | {"model_name_or_path": "-"}, "generation").tensor_parallel_size
+    gpus, size = gpus_of(settings), build(get_hf2.Arguments, settings.generation | {"model_name_or_path": "-"}, "generation").tensor_parallel_size
     if not gpus:
         return [""] * (settings.num_shards or 1)
     groups = [",".join(gpus[k : k + size]) for k in range(0, len(gpus) - size + 1, size)]

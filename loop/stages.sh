@@ -10,7 +10,11 @@
 #   refuse_early KIND     what can be refused before any environment is made
 #   hold RUN_DIR KIND     one driver at a time; what was started ends with it
 #   set_up COMMAND        the settings' setup command
+#   settle CONFIG         check everything, and write the settings down
 #   do_stage I NAME       what is left of one stage
+#   conclude              the table, and where the page is
+#
+# --check and --dry_run hold nothing, stop nothing and write nothing into the run; a dry run's settings go into a temporary folder.
 
 log_lines="${log_lines:-15}" # lines of a failed stage's log that are shown
 
@@ -55,17 +59,20 @@ read_arguments() { # ARGUMENTS…: the config, our own flags, and --key value fo
   [ "$first" -le "$last" ] || fail 2 "--stage $stage comes behind --stop_stage $stop_stage"
 }
 
-refuse_early() { # KIND (loop, ppo): no such config, or one that needs GPUs where there is none
-  local tiny="bash run_$1.sh configs/$1_tiny.yaml"
+refuse_early() { # KIND (loop, ppo): what the settings alone show, by any Python here that can read them
+  local python
   [ -f "$config" ] || fail 2 "no such config: $config; there are: $(echo "configs/$1"_*.yaml)"
-  if [ "$(count_gpus)" -eq 0 ] && ! grep -Eiq '^without_gpu: *(true|yes|1)' "$config" && [[ " ${options[*]-} " != *" --without_gpu"* ]]; then
-    fail 2 "$config needs GPUs and none is visible here; the same $([ "$1" = ppo ] || echo "$1 ")on tiny models: $tiny"
-  fi
+  for python in "$(env_prefix rlhflow)/bin/python" python3 python; do
+    if "$python" -c 'import sys, yaml; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      "$python" "$thinker" setup "$config" "${options[@]}" >/dev/null || exit
+      return 0
+    fi
+  done # without one, the same is said behind the making of environments
 }
 
 # What $thinker prints is evaluated into these.
 judge=no report=no trackers=()
-run_dir='' setup_command='' processes=1 gpu_groups=() gold_function='' left='' steps=() answers=() serving='' server_settings=() ports=()
+run_dir='' settings_dir='' setup_command='' processes=1 gpu_groups=() gold_function='' left='' steps=() answers=() serving='' server_settings=() ports=()
 
 # ---- One driver at a time holds a run's folder -----------------------------------------------------------------------
 
@@ -83,7 +90,20 @@ stop_started() { # end what this run started, and what a killed driver of this r
   done
 }
 
+writes() { [ "$check$dry_run" = nono ]; } # whether this start may write into the run
+
+can_write() { # PATH: whether it, or the folder that it would be made in, can be written; writes nothing
+  local path="$1"
+  while [ ! -e "$path" ] && [ ! -L "$path" ]; do path="$(dirname "$path")"; done
+  [ -d "$path" ] && [ -w "$path" ]
+}
+
 hold() { # RUN_DIR KIND: until this script ends, however it does
+  if ! writes; then
+    can_write "$1" || fail 2 "cannot write $1; give another --run_dir"
+    exec {lock}</dev/null # nothing to hold
+    return 0
+  fi
   mkdir -p "$1" 2>/dev/null || fail 2 "cannot write $1; give another --run_dir"
   exec {lock}>"$1/.lock"
   flock -n "$lock" || fail 2 "another $2 is at work in $1; wait for it, stop it, or give another --run_dir"
@@ -95,9 +115,18 @@ hold() { # RUN_DIR KIND: until this script ends, however it does
 }
 
 set_up() { # COMMAND: such as building the tiny models; quick where there is nothing to do
-  [ -n "$1" ] || return 0
+  [ -n "$1" ] && writes || return 0
   env RLHF_RUN="$RUN_MARK" bash -c "$1" >&2 {lock}>&- & # stdout is for commands and the table
   wait "$!" || fail 2 "the setup command failed: $1"
+}
+
+settle() { # CONFIG: check everything that can be known now, write the settings down, and ask what is left
+  local text
+  if [ "$check" = yes ]; then settings_dir=''
+  elif [ "$dry_run" = yes ]; then settings_dir="$(mktemp -d "${TMPDIR:-/tmp}/rlhf-dry-run.XXXXXX")"
+  else settings_dir="$run_dir"; fi
+  text="$(RLHF_VLLM_ENV="$(env_prefix vllm)" "$driver" "$thinker" prepare "$settings_dir" "$1" "${options[@]}")"
+  eval "$text"
 }
 
 # ---- Running a command -----------------------------------------------------------------------------------------------
@@ -223,8 +252,8 @@ refresh_report() { # a page that cannot be made ends nothing
 }
 
 do_stage() { # ITERATION NAME
-  local began folder="$run_dir/iter$1" logs="$run_dir/iter$1/logs" name="$2" text step
-  text="$("$driver" "$thinker" todo "$run_dir" "$1" "$2")"
+  local began folder="$run_dir/iter$1" yamls="$settings_dir/iter$1" logs="$run_dir/iter$1/logs" name="$2" text step
+  text="$("$driver" "$thinker" todo "$settings_dir" "$1" "$2")"
   eval "$text"
   [ "${#steps[@]}" -gt 0 ] || return 0
   if [ "$dry_run" = yes ]; then
@@ -241,12 +270,12 @@ do_stage() { # ITERATION NAME
   began=$SECONDS
   for step in "${steps[@]}"; do
     case "$step" in
-      generate) generate "$folder/$name.yaml" ;;
+      generate) generate "$yamls/$name.yaml" ;;
       serve) serve ;;
-      annotate) annotate "$folder/$([ "$name" = evaluate ] && echo evaluate_rewards || echo annotate).yaml" ;;
-      judge) annotate "$folder/evaluate_judge.yaml" judge ;;
-      divergence) divergence "$folder/divergence.yaml" ;;
-      train) train "$folder/train.yaml" ;;
+      annotate) annotate "$yamls/$([ "$name" = evaluate ] && echo evaluate_rewards || echo annotate).yaml" ;;
+      judge) annotate "$yamls/evaluate_judge.yaml" judge ;;
+      divergence) divergence "$yamls/divergence.yaml" ;;
+      train) train "$yamls/train.yaml" ;;
       metrics) metrics "$1" ;;
     esac
   done
@@ -255,4 +284,14 @@ do_stage() { # ITERATION NAME
     "$1" "$2" "$((SECONDS - began))" -1 >>"$run_dir/stages.jsonl"
   say "iteration $1, $2: $((SECONDS - began)) s"
   refresh_report
+}
+
+conclude() { # the table where an iterate has been evaluated, and the page
+  [ "$dry_run" = no ] || { printf '# the settings that these commands read are in %s\n' "$settings_dir"; return 0; }
+  if [ -n "$(find "$run_dir" -maxdepth 2 -path '*/iter*/metrics.json' 2>/dev/null)" ]; then
+    "$driver" report/run_metrics.py --run "$run_dir"
+  else
+    say "no iterate of $run_dir has been evaluated yet, so there is no table" >&2
+  fi
+  [ ! -f "$run_dir/report/index.html" ] || say "the page of this run: $run_dir/report/index.html" >&2
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from annotate_data import arguments as annotation
 from annotate_data.functions import EXAMPLE
-from common.cli import UserError, arg, build, check_model, existing_file
+from common.cli import UserError, arg, build, check_model, check_policy, existing_file
 from common.functions import function_file
 from dpo_iteration.output import launched
 
@@ -172,9 +172,9 @@ def check_paths(args):
         raise UserError("--dataset_name_or_path names no prompts")
     if args.chat_template:
         existing_file(args.chat_template, "chat template")
-    for key in ("model_name_or_path", "critic_name_or_path"):
-        if getattr(args, key) is not None:
-            check_model(getattr(args, key), f"--{key}")
+    check_policy(args.model_name_or_path)
+    if args.critic_name_or_path is not None:
+        check_model(args.critic_name_or_path, "--critic_name_or_path")
     for name in (args.model_name_or_path, args.critic_name_or_path, *(args.reward_name_or_path or [])):
         if name and Path(name).resolve() == Path(args.output_dir).resolve():
             raise UserError(f"--output_dir {args.output_dir} is the model {name} itself; choose another")

@@ -1,12 +1,12 @@
 """What run_ppo.sh needs thought for: the settings of a PPO run, what each stage reads and writes, and what is left to do.
 
-    python ppo/run.py prepare configs/ppo_tiny.yaml [--key value …]     check, write RUN/loop.yaml, print variables
+    python ppo/run.py prepare RUN configs/ppo_tiny.yaml [--key value …] check, write RUN/loop.yaml, print variables
     python ppo/run.py todo RUN ITERATION STAGE                          print the steps left, write their YAML
     python ppo/run.py plan CONFIG --openrlhf.num_gpus 8 --openrlhf.gpu_memory_gib 80    what OpenRLHF would do on GPUs that need not be here
 
 A PPO run is a run of one iteration: `iter0/` holds the held-out answers of the starting policy, `iter1/` the model that PPO
 trains, its held-out answers and `train.yaml`, from which either backend can be started by hand. Evaluation, folders and
-manifests are those of the loop (loop/run.py), so that report/metrics.py shows both alike.
+manifests are those of the loop (loop/run.py), so that report/metrics.py shows both alike; so is what stands in place of RUN.
 """
 
 import dataclasses
@@ -18,10 +18,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
 from common.cli import UserError, arg, nearest, parse, run
-from common.devices import visible_gpus
 from loop import preflight
-from loop.run import Run, load, settle, setup, todo
-from loop.settings import RunSettings, processes
+from loop.run import Run, is_planning, load, settle, setup, todo
+from loop.settings import RunSettings, gpus_of, processes
 from ppo import train_ppo
 
 BACKENDS = {"openrlhf": "ppo.run_openrlhf", "small": "ppo.train_ppo"}
@@ -32,6 +31,7 @@ SHARED = {
     "annotation": {"reward_type": "reward_type", "reward_function": "reward_function", "reward_weights": "reward_weights",
                    "chat_template": "reward_chat_template", "max_length": "reward_max_length"},
 }  # fmt: skip
+OF_PLAN = ("model_size_b", "num_gpus", "gpu_memory_gib")  # of the run, and of the backend that places models on GPUs
 # What would make training's prompts or rewards others than evaluation's: refused where a backend has no such key.
 NEEDED = {"generation": ("system_prompt", "template_kwargs", "eos_ids", "top_k", "revision"), "annotation": ("chat_template", "template_kwargs", "revision")}
 
@@ -58,7 +58,7 @@ class PPORun(Run):
         """openrlhf or small."""
         if self.settings.backend != "auto":
             return self.settings.backend
-        return "openrlhf" if visible_gpus() else "small"
+        return "openrlhf" if gpus_of(self.settings) else "small"
 
     @property
     def module(self):
@@ -88,10 +88,9 @@ class PPORun(Run):
             if foreign:
                 raise UserError(f"ppo: {', '.join(foreign)} for backend {other} alone; leave that out with backend {self.backend}")
         shared = {ours: value for name, keys in SHARED.items() for key, value in getattr(settings, name).items() if (ours := keys.get(key)) in known}
-        if settings.model_size_b and "model_size_b" in known:
-            shared["model_size_b"] = settings.model_size_b
         if "date" in known:
             shared.setdefault("date", settings.date)
+        shared |= {key: value for key in OF_PLAN if key in known and (value := getattr(settings, key))}
         return decided | shared | chosen
 
     def left_out(self):
@@ -159,7 +158,7 @@ def check(current):
     elif count and args:  # OpenRLHF's of policy and value model, 14 bytes a parameter each; old ones go before a new one is written
         kept = 2 * 14 * args.save_total_limit if args.save_steps and not args.lora_r else 0
         preflight.check_disk(current, found, (4 + kept) * count / 2**30, "the model and checkpoints", "see ppo.save_total_limit")
-    found.tell("" if found.problems else f"{preflight.summary(current)}, backend {current.backend}")
+    preflight.conclude(current, left, found, "" if found.problems else f"{preflight.summary(current)}, backend {current.backend}")
     return left
 
 
@@ -180,10 +179,11 @@ def check_backend(current, args, found):
         found.problems.append(f"ppo.batch_size {args.batch_size} does not divide by {world} processes × ppo.micro_batch_size {args.micro_batch_size}")
 
 
-def prepare(argv):
+def prepare(settings_dir, argv):
     """Check everything that can be known now, write loop.yaml, and print what run_ppo.sh needs as shell variables."""
-    current = PPORun(parse(PPOSettings, __doc__, argv))
-    settle(current, check(current))
+    settings = parse(PPOSettings, __doc__, argv)
+    current = PPORun(settings, planning=is_planning(settings, settings_dir))
+    settle(current, check(current), settings_dir)
 
 
 def plan(argv):
@@ -203,17 +203,18 @@ def main():
     elif name not in commands:
         raise UserError(f"unknown command {name!r}{nearest(name, commands)}; see the top of ppo/run.py")
     elif name == "prepare":
-        prepare(sys.argv[2:])
+        settings_dir, *rest = sys.argv[2:] if sys.argv[2:3] not in ([], ["-h"], ["--help"]) else ["", "--help"]
+        prepare(settings_dir, rest)
     elif name == "plan":
         plan(sys.argv[2:])
     elif name == "setup":
         current = PPORun(setup(PPORun, __doc__, sys.argv[2:]))
-        if current.backend == "openrlhf" and not visible_gpus():
+        if current.backend == "openrlhf" and not gpus_of(current.settings):
             raise UserError("backend openrlhf needs GPUs and none is visible here; --backend small, or on tiny models: " + PPORun.example
                             + "; for a plan only: python ppo/run.py plan …")
         print(f"backend={current.backend}")
     else:
-        todo(load(sys.argv[2], PPORun), int(sys.argv[3]), sys.argv[4])
+        todo(load(sys.argv[2], PPORun), int(sys.argv[3]), sys.argv[4], sys.argv[2])
 
 
 if __name__ == "__main__":

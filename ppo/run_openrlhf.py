@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
-from common.cli import UserError, check_model, parse, read_json, run
+from common.cli import UserError, check_model, check_policy, parse, read_json, run
 from common.devices import prepare_threads, visible_gpus
 from common.manifest import beside, difference, fingerprint, read_manifest, versions, with_date, write_json
 from common.progress import duration
@@ -170,7 +170,7 @@ def plan(args):
     from ppo.openrlhf_prompts import load_tokenizer
 
     notes, tokenizer = [], None
-    check_model(args.model_name_or_path, "model_name_or_path")
+    check_policy(args.model_name_or_path, "model_name_or_path")
     for name in args.reward_name_or_path or []:
         check_model(name, "reward_name_or_path")
     if not args.dry_run:

@@ -95,7 +95,7 @@ def check(args):
     """Refuse what cannot work before anything heavy is imported."""
     cli.existing_file(args.dataset_name_or_path, "generated file")
     for name in ("model_name_or_path", "ref_model_name_or_path"):
-        cli.check_model(getattr(args, name), f"--{name}")
+        cli.check_policy(getattr(args, name), f"--{name}")
     for name in ("chunk_records", "batch_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1")

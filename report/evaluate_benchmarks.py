@@ -68,7 +68,7 @@ def model_of(args):
     if args.run is None:
         if args.output_dir is None:
             raise UserError("--output_dir is missing: the folder for the results")
-        cli.check_model(args.model_name_or_path)
+        cli.check_policy(args.model_name_or_path)
         return args.model_name_or_path, Path(args.output_dir)
     if args.iterate is None or args.iterate < 0:
         raise UserError("--iterate is missing: which iterate of the run, 0 for the start")

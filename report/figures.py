@@ -12,6 +12,7 @@ import numpy as np
 
 from common.records import finite, is_empty
 from report import measures
+from report.metrics import same_answers
 
 QUANTITIES = ("reward", "gold", "judge")
 
@@ -111,9 +112,13 @@ def compare(before, after, kind):
 
     Returns:
         dict: for each quantity both have, `NAME` (difference, low, high), `NAME_win` (win rate, low, high) and `counts` of
-        greedy wins, ties and losses by reward; `lc_win`, the length-controlled win rate by reward.
+        greedy wins, ties and losses by reward; `lc_win`, the length-controlled win rate by reward; `same`, the share of equal
+        answers among those whose texts are kept.
     """
     found = {}
+    if kind in before.answers and kind in after.answers:
+        texts = [{record["id"]: record["responses"] for record in iterate.answers[kind].kept} for iterate in (before, after)]
+        found["same"] = same_answers(*texts)
     for quantity in QUANTITIES:
         pair = values_of(before, kind, quantity), values_of(after, kind, quantity)
         if not all(pair):

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import cli, manifest, records
 from common.cli import UserError, arg
-from common.functions import load_function
+from common.functions import as_number, load_function
 
 KINDS = ("sampled", "greedy")
 JUDGED = {f"judge_{kind}": kind for kind in KINDS}
@@ -54,7 +54,7 @@ def gold_scores(record, gold):
     scores = []
     for response in record["responses"]:
         try:
-            score = float(gold(record["prompt"], response))
+            score = as_number(gold(record["prompt"], response))
         except Exception as error:
             raise UserError(f"the gold function fails on {record['id']}: {type(error).__name__}: {error}") from None
         if not math.isfinite(score):
@@ -116,6 +116,19 @@ def prompt_means(by_id, gold=None):
         if values:
             means[key] = statistics.fmean(values)
     return means
+
+
+def same_answers(before, after):
+    """Share of an iterate's answers that are word for word those of another, in the same place of the same prompt.
+
+    Args:
+        before, after: `{id: responses}`.
+
+    Returns:
+        a share of the answers to the prompts that both have; None without such prompts.
+    """
+    pairs = [pair for key, texts in after.items() if key in before for pair in zip(before[key], texts, strict=False)]
+    return sum(old == new for old, new in pairs) / len(pairs) if pairs else None
 
 
 def mean_and_error(values):

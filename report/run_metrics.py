@@ -7,7 +7,8 @@ In:  a run's folder, as run_loop.sh and run_ppo.sh leave it, finished or not.
 Out: `metrics.json` and `metrics.csv` there, what the trackers were told in `trackers.json`, and the run's table in the terminal.
 
 A row's names are flat: `iterate`; what metrics.json of the iterate has of the answers, as `sampled_reward`, `greedy_gold`,
-`judge_sampled_reward`, …; `…_win_rate` against the start (below), with its standard error; `kl`, `kl_se`, `kl_per_token`, `k3`,
+`judge_sampled_reward`, …; `…_win_rate` against the start (below), with its standard error; `…_same`, the share of the answers
+that are word for word the previous iterate's; `kl`, `kl_se`, `kl_per_token`, `k3`,
 `k3_se` of divergence.json; `train_…` of the training's manifest; `seconds`, and `generate_seconds`, `annotate_seconds`,
 `train_seconds`, `evaluate_seconds` of stages.jsonl. What is not known is null, and an empty cell.
 
@@ -36,6 +37,7 @@ from common.records import finite
 from report import metrics
 from report.hide import hidden
 from report.metrics import read_object
+from report.troubles import NOTHING_LEARNED, Bounds
 
 TRACKERS = ("wandb", "tensorboard", "trackio")
 PROJECT = "online-rlhf"  # WANDB_PROJECT, TRACKIO_PROJECT stand in place of it
@@ -85,14 +87,19 @@ def rows(folder):
 
     from report.measures import wins
 
-    iterates, made, start = metrics.read_run(folder), [], {}
+    iterates, made, start, texts = metrics.read_run(folder), [], {}, {}
     seconds = stage_seconds(folder)
     for place, found in iterates:
         row = {"iterate": found["iterate"]}
         for kind, values in metrics.measured(found):
             row |= flat(values, f"{kind}_")
             path = place / (found.get("files") or {}).get(kind, "-")
-            held = {key: record["rewards"] for key, record in metrics.read_rewarded(path).items()} if path.is_file() else {}
+            records = metrics.read_rewarded(path) if path.is_file() else {}
+            held = {key: record["rewards"] for key, record in records.items()}
+            answers = {key: [hash(text) for text in record["responses"]] for key, record in records.items()}
+            if kind in metrics.KINDS and (same := metrics.same_answers(texts.get(kind, {}), answers)) is not None:
+                row[f"{kind}_same"] = round(same, 6)
+            texts[kind] = answers
             rewards = {key: numpy.array(some) for key, values in held.items() if (some := [value for value in values if value is not None])}
             if found["iterate"] == 0:
                 start[kind] = rewards
@@ -193,6 +200,14 @@ def log(folder, made, report_to):
         write_json(path, states)
 
 
+def alike(made):
+    """Lines: which iterates answer as the one before did, as the page warns of."""
+    for before, row in zip(made, made[1:]):
+        shares = [same for kind in metrics.KINDS if (same := row.get(f"{kind}_same")) is not None]
+        if shares and max(shares) >= Bounds().same_answers:
+            yield f"warning: iterate {row['iterate']} answers as iterate {before['iterate']} did, {max(shares):.0%} word for word: {NOTHING_LEARNED}"
+
+
 def main():
     args = cli.parse(Arguments, __doc__)
     for name in args.report_to or ():
@@ -202,6 +217,8 @@ def main():
     save(args.run, made)
     log(args.run, made, args.report_to or ())
     print(metrics.table(args.run, args.gold_function))
+    for line in alike(made):
+        print(line)
 
 
 if __name__ == "__main__":

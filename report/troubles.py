@@ -8,6 +8,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import arg
 
+NOTHING_LEARNED = ("training changes too little: raise learning_rate, take more optimizer steps (a smaller batch, more epochs or prompts), and on the "
+                   "CPU bf16 false; the training's log says how many steps there were")  # fmt: skip
 WIDER = 2.576 / 1.960  # half a normal's 99% interval, in halves of its 95% one
 
 
@@ -26,6 +28,7 @@ class Bounds:
     accuracy: float = arg(0.5, "accuracy on the pairs held out from training; 0.5 is chance")
     different_texts: float = arg(0.5, "mean share of different texts among the K responses to a prompt")
     distinct_2: float = arg(0.5, "distinct 2-grams of the sampled held-out answers, as a share of the start's")
+    same_answers: float = arg(0.95, "share of the held-out answers that are word for word the previous iterate's")
     null_share: float = arg(0.01, "share of rewards that are null")
     entropy: float = arg(0.1, "PPO's entropy at the end, as a share of its start's")
 
@@ -49,7 +52,7 @@ def find(run, iterates, trainings, bounds=None):
         bounds: Bounds.
     """
     bounds = bounds or Bounds()
-    found = [*over_optimised(iterates), *length(iterates, bounds), *judges(iterates)]
+    found = [*alike(iterates, bounds), *over_optimised(iterates), *length(iterates, bounds), *judges(iterates)]
     for row in iterates:
         found += answers(row["sampled"], f"iterate {row['iterate']}, held-out answers", bounds)
         found += silence(row["greedy"], f"iterate {row['iterate']}, greedy answers", bounds)
@@ -81,6 +84,20 @@ def falls(triple):
 
 def _shown(triple):
     return f"{triple[0]:+.3f} [{triple[1]:+.3f}, {triple[2]:+.3f}]"
+
+
+def alike(iterates, bounds):
+    """Iterates that answer as the one before did: training has changed nothing that shows."""
+    found = []
+    for row in iterates:
+        versus = row["versus"].get("previous") or {}
+        shares = {kind: same for kind in ("sampled", "greedy") if (same := (versus.get(kind) or {}).get("same")) is not None}
+        if shares and max(shares.values()) >= bounds.same_answers:
+            figure = ", ".join(f"{percent(share)} of the {kind} answers" for kind, share in shares.items())
+            found.append(Trouble("alike", "The iterate answers as the one before did", f"iterate {row['iterate']} against iterate {versus['iterate']}",
+                                 f"word for word the same: {figure} (bound {percent(bounds.same_answers)})",
+                                 NOTHING_LEARNED))  # fmt: skip
+    return found
 
 
 def over_optimised(iterates):

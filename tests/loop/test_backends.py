@@ -109,7 +109,8 @@ def test_a_dry_run_prints_servers_clients_and_the_end(tmp_path):
         assert part in lines[0]
     assert lines[1].split()[-3:] == ["--ports", "8100", "8101"] and lines[4].split()[-2:] == ["stop", f"{tmp_path}/run/servers"]
     assert f"register_server.sh {tmp_path}/run/iter1/model" in lines[5]
-    asked = yaml.safe_load((tmp_path / "run/iter0/heldout_greedy.generated.yaml").read_text())
+    assert lines[1].split("gen_hf.py ")[1].split()[0].endswith("/iter0/heldout_sampled.generated.yaml") and not (tmp_path / "run").exists()
+    asked = yaml.safe_load(Path(lines[2].split("gen_hf.py ")[1].split()[0]).read_text())
     assert asked["concurrency"] == 3 and asked["K"] == 1 and asked["temperature"] == 0 and "dtype" not in asked and "kv_cache_gib" not in asked
 
 

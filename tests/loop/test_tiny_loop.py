@@ -168,7 +168,7 @@ def test_more_iterations_can_be_given(finished):
     planned = loop("--run_dir", folder, "--iterations", 4, "--dry_run")
     assert planned.returncode == 0, planned.stderr
     assert "# iteration 4, train" in planned.stdout and "# iteration 3" not in planned.stdout
-    assert "run_dpo.py" in planned.stdout and f"{folder}/iter4/train.yaml" in planned.stdout
+    assert "run_dpo.py" in planned.stdout and "/iter4/train.yaml" in planned.stdout
     loop("--run_dir", folder)  # back to three
 
 
@@ -244,9 +244,10 @@ def test_a_stopped_loop_leaves_nothing_running_and_continues(finished, tmp_path,
         assert marked(folder)
     else:
         assert driver.returncode == 128 + how and "to continue: bash run_loop.sh" in said.read_text() and not marked(folder)
-    planned = loop("--run_dir", folder, "--check")
-    assert planned.returncode == 0, planned.stderr
-    assert not marked(folder)
+    planned = loop("--run_dir", folder, "--check")  # looks only, and stops nothing
+    assert planned.returncode == 0 and bool(marked(folder)) == (how == signal.SIGKILL), planned.stderr
+    started = loop("--run_dir", folder, "--stage", "9.1")  # refused, but by then the folder is held
+    assert started.returncode == 2 and "there are 3 iterations" in started.stderr and not marked(folder), started.stderr
 
 
 def test_problems_are_found_before_anything_runs(tmp_path):

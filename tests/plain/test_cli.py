@@ -167,3 +167,21 @@ def test_help_and_a_closed_pipe(repo):
 @pytest.fixture
 def repo(request):
     return request.config.rootpath
+
+
+@pytest.mark.parametrize("text, named", [
+    ("a: 1\nb:\n  - {c: 1, c: 2}\n", "'c' is given twice, in lines 3 and 3"),
+    ("a: 1\n'a': 2\n", "'a' is given twice, in lines 1 and 2"),
+    ("on: 1\ntrue: 2\n", "True is given twice"),
+    ("base: &base {a: 1}\nmine: {<<: *base, a: 2, b: 3}\n", None),
+    ("one: {a: 1}\ntwo: {a: 2}\n", None),
+    ("{a: 1}: 2\n", "found unhashable key"),
+])  # fmt: skip
+def test_a_key_given_twice(tmp_path, text, named):
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    if named is None:
+        assert len(read_yaml(path)) == 2
+    else:
+        with pytest.raises(UserError, match=f"a.yaml is not valid YAML: .*{named}"):
+            read_yaml(path)

@@ -11,6 +11,7 @@ import yaml
 
 from common.cli import UserError, build
 from generation import get_hf2
+from loop import settings as run_settings
 from ppo import run as ppo_run
 from ppo import train_ppo
 from ppo.run import PPORun, PPOSettings
@@ -24,7 +25,7 @@ TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 def at_the_root(monkeypatch):
     """Paths in a YAML are from the project's folder; no GPU, whatever the machine has."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(ppo_run, "visible_gpus", lambda: [])
+    monkeypatch.setattr(run_settings, "visible_gpus", lambda: [])
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ def test_placement_goes_to_openrlhf_alone(settings):
     ("auto", 0, "small"), ("auto", 2, "openrlhf"), ("small", 2, "small"), ("openrlhf", 2, "openrlhf"), ("openrlhf", 0, "openrlhf"),
 ])  # fmt: skip
 def test_which_backend(settings, monkeypatch, backend, gpus, taken):
-    monkeypatch.setattr(ppo_run, "visible_gpus", lambda: [str(i) for i in range(gpus)])
+    monkeypatch.setattr(run_settings, "visible_gpus", lambda: [str(i) for i in range(gpus)])
     assert made(settings | {"backend": backend}).backend == taken
 
 
@@ -196,11 +197,7 @@ def test_all_problems_are_told_at_once(settings, capsys, tmp_path):
 
 
 def test_more_processes_than_gpus(settings, monkeypatch):
-    from loop import preflight
-    from loop import settings as run_settings
-
-    for module in (ppo_run, run_settings, preflight):
-        monkeypatch.setattr(module, "visible_gpus", lambda: ["0", "1"])
+    monkeypatch.setattr(run_settings, "visible_gpus", lambda: ["0", "1"])
     with pytest.raises(UserError, match="num_processes 4, but 2 GPUs are visible"):
         check(settings | {"num_processes": 4})
 
@@ -218,7 +215,7 @@ def test_overrides_and_shell_variables(settings, tmp_path):
     begun = command("setup", config)
     assert dict(word.split("=", 1) for word in shlex.split(begun.stdout)) == {
         "run_dir": str(tmp_path / "a run"), "setup_command": "echo 'it'", "backend": "small"}  # fmt: skip
-    ready = command("prepare", config, "--ppo.kl_coef", "0.1", "--ppo.learning_rate", "1e-5", "--prompts", tmp_path / "two.jsonl")
+    ready = command("prepare", tmp_path / "a run", config, "--ppo.kl_coef", "0.1", "--ppo.learning_rate", "1e-5", "--prompts", tmp_path / "two.jsonl")
     assert ready.returncode == 0 and "left='0.evaluate 1.train 1.evaluate'" in ready.stdout, ready.stderr
     written = yaml.safe_load((tmp_path / "a run/loop.yaml").read_text())
     assert written["ppo"] == settings["ppo"] | {"kl_coef": 0.1, "learning_rate": "1e-5"} and written["prompts"] == [str(tmp_path / "two.jsonl")]

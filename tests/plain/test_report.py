@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -417,3 +418,25 @@ def test_a_run_goes_on_when_it_cannot_be_summed_up():
     for bad, said in (("run_metrics.py", "went on"), ("metrics.py", "failed")):
         done = subprocess.run(["bash", "-c", f"bad={bad}\n{script}"], cwd=ROOT, capture_output=True, text=True, timeout=20)
         assert done.stdout.splitlines()[-1] == said, done.stdout + done.stderr
+
+
+def test_an_iterate_that_answers_as_the_one_before_is_named(tmp_path):
+    """On the page and in the terminal; a few equal answers are no matter."""
+    folder = runs.make_run(tmp_path / "run", iterations=2)
+    for path in folder.glob("iter*/metrics.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {kind: {"reward": 0.0} for kind in ("sampled", "greedy")}))
+    assert "alike" not in names(folder)
+    for kind in ("sampled", "greedy"):
+        shutil.copy(folder / f"iter1/heldout_{kind}.rewarded.jsonl", folder / f"iter2/heldout_{kind}.rewarded.jsonl")
+    run, iterates, trainings = read(folder)
+    [trouble] = [t for t in troubles.find(run, iterates, trainings) if t.name == "alike"]
+    assert trouble.where == "iterate 2 against iterate 1" and "100.0% of the sampled answers, 100.0% of the greedy answers" in trouble.figure
+    [line] = run_metrics.alike(run_metrics.rows(folder))
+    assert line.startswith("warning: iterate 2 answers as iterate 1 did, 100% word for word: training changes too little: raise learning_rate")
+    path = folder / "iter2/heldout_sampled.rewarded.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows[:10]:  # of 60: beyond the bound
+        row["responses"] = [text + " now" for text in row["responses"]]
+    runs.write(path, rows)
+    (folder / "iter2/heldout_greedy.rewarded.jsonl").unlink()
+    assert "alike" not in names(folder) and not list(run_metrics.alike(run_metrics.rows(folder)))

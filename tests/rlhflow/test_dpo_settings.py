@@ -12,7 +12,7 @@ import training
 import yaml
 from training import ROOT
 
-from common.cli import UserError, convert, parse
+from common.cli import UserError, build, convert, parse
 from common.manifest import fingerprint
 from dpo_iteration import packing, run_dpo, settings
 from dpo_iteration.run_dpo import Arguments
@@ -287,3 +287,12 @@ def test_a_checkpoint_of_another_number_of_processes_is_refused(files, monkeypat
     monkeypatch.setattr(sys, "argv", ["run_dpo.py", *files])
     with pytest.raises(UserError, match="num_processes was 2 and is now 1"):
         run_dpo.main()
+
+
+@pytest.mark.parametrize("pairs, given, processes, expected", [
+    (20000, {}, 8, 128), (512, {}, 8, 128), (511, {}, 8, 64), (40, {}, 1, 8), (40, {"per_device_train_batch_size": 16}, 1, 16), (3, {}, 1, 1),
+    (40, {"gradient_accumulation_steps": 128}, 1, 128), (40, {"global_batch_size": 6}, 1, 6), (40, {}, 8, 8), (40, {}, 3, 128),
+])  # fmt: skip
+def test_few_pairs_get_smaller_steps(pairs, given, processes, expected):
+    args = build(run_dpo.Arguments, {"model_name_or_path": "a/b", "train_dir": ["x"], "output_dir": "y"} | given)
+    assert run_dpo.halved(run_dpo.pairs_per_step(args, processes), pairs, args, processes) == expected

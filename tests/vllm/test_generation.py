@@ -355,7 +355,7 @@ def test_bad_arguments_are_refused_at_once(tmp_path, monkeypatch, more, words):
 
 def test_a_record_holds_the_tokens_that_were_read_and_sampled(tmp_path, monkeypatch, starts):
     micro.write_prompts(tmp_path / "prompts.jsonl", 12)
-    get_hf2_main(monkeypatch, *arguments(tmp_path / "prompts.jsonl", tmp_path / "g", K=4, max_new_tokens=200, eos_ids=" ".join(map(str, range(60)))))
+    get_hf2_main(monkeypatch, *arguments(tmp_path / "prompts.jsonl", tmp_path / "g", K=4, max_new_tokens=200), "--eos_ids", *map(str, range(60)))
     tokenizer = sampling.load_tokenizer(str(policy()), get_hf2.Arguments(model_name_or_path=""))
     stops, reasons = set(range(60)) | set(tokenizer.all_special_ids), []
     for record in records(tmp_path / "g0.jsonl"):
@@ -388,3 +388,24 @@ def test_a_run_that_is_continued_on_another_day_writes_the_day_of_its_start(tmp_
     assert records(tmp_path / "g0.jsonl") == first
     get_hf2_main(monkeypatch, *args)
     assert len(starts) == 2  # today's date is no reason to begin anew
+
+
+def test_the_head_sizes_are_those_of_the_cpu_build():
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    assert tuple(CPUAttentionBackend.get_supported_head_sizes()) == get_hf2.CPU_HEAD_SIZES
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("size, works", [(16, False), (48, False), (80, True)])
+def test_a_head_size_that_is_refused_does_not_work(tmp_path, size, works):
+    """The engine itself, started in a process of its own, with the refusal and without."""
+    model, prompts, output = micro.make_policy(tmp_path / "model", head_dim=size), tmp_path / "prompts.jsonl", tmp_path / "out"
+    micro.write_prompts(prompts, 2)
+    given = ["--model_name_or_path", model, "--dataset_name_or_path", prompts, "--output_dir", output, "--K", 1, "--max_new_tokens", 4, "--kv_cache_gib", 0.25]
+    for program in ("", "get_hf2.check_head_size = lambda name: None; "):
+        command = f"import sys; sys.path.insert(0, '{ROOT}'); from generation import get_hf2; from common.cli import run; {program}run(get_hf2.main)"
+        done = subprocess.run([sys.executable, "-c", command, *map(str, given)], capture_output=True, text=True, check=False)
+        assert (done.returncode == 0) == works, done.stderr[-2000:]
+        if not works:
+            assert ("Unsupported CPU attention" if program else f"attention heads of size {size}") in done.stderr
