@@ -51,7 +51,7 @@ class Arguments:
     chat_template: str | None = arg(None, "file with a jinja chat template to use instead of the tokenizer's")
     template_kwargs: dict = arg({}, 'arguments of the template, JSON: \'{"enable_thinking": false}\'')
 
-    train_dir: list[str] = arg(help="rewarded records, JSON Lines: one file or several (past iterations)")
+    train_dir: list[str] = arg(help="rewarded records, JSON Lines: one file or several (past iterations)", metavar="FILE")
     output_dir: str = arg(help="folder of the trained model")
     pairs_path: str | None = arg(None, "where the chosen pairs are written; None is OUTPUT_DIR.pairs.jsonl")
     overwrite: bool = arg(False, "start anew where an output exists or is half done")
@@ -113,6 +113,11 @@ class Arguments:
     num_gpus: int | None = arg(None, "with check: GPUs over all machines; None: those that are visible")
     gpu_memory_gib: float | None = arg(None, "with check: GiB of a GPU; None: that of the visible ones")
     model_size_b: float | None = arg(None, "with check: billions of parameters, where the model's config is out of reach")
+
+
+def known_arguments():
+    """`Arguments` with the settings of TRL that are passed on."""
+    return with_passthrough(Arguments)
 
 
 def tokenize(selection, tokenizer, args):
@@ -310,7 +315,7 @@ def accumulate(args, processes):
 
 def main():
     started = time.time()
-    args, extra = _checked(parse(with_passthrough(Arguments), __doc__))
+    args, extra = _checked(parse(known_arguments(), __doc__))
     if args.check:
         for line in memory.report(args, args.num_gpus or len(visible_gpus()), args.gpu_memory_gib or gpu_memory()):
             say(f"check: {line}")

@@ -1,4 +1,4 @@
-"""Generate K responses per prompt with a vLLM engine in this process: one process per GPU or group of GPUs.
+r"""Generate K responses per prompt with a vLLM engine in this process: one process per GPU or group of GPUs.
 
 In:  prompts (hub name, save_to_disk folder, .jsonl, .json, .parquet, .csv) and a policy.
 Out: `--output_dir` is a prefix: shard i writes `PREFIXi.jsonl`, with `id`, `prompt`, `responses`, `finish_reasons`,

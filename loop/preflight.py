@@ -11,7 +11,7 @@ from pathlib import Path
 
 from annotate_data import get_rewards
 from annotate_data.functions import EXAMPLE
-from common.cli import UserError, build, check_model, nearest, read_json
+from common.cli import UserError, build, check_model, existing_file, nearest, read_json
 from common.devices import gpu_memory, visible_gpus
 from common.functions import function_file
 from common.progress import duration
@@ -76,10 +76,12 @@ def estimate(count, prompts, samples, epochs, gpus):
     )
 
 
-def local_prompts(name, generation):
-    """Hashes of a local prompt set's prompts, 8 bytes each; None for a set on the hub."""
+def local_prompts(name, generation, others=()):
+    """Hashes of a local prompt set's prompts, 8 bytes each; None for a set on the hub. `others` are the sets that have another part."""
     if not Path(name).exists() and not name.endswith((".jsonl", ".json", ".csv", ".parquet")):
         return None
+    if not Path(name).exists():
+        existing_file(name, "prompt set", others)
     key, split = generation.get("dataset_key"), generation.get("dataset_split", "train")
     return array("Q", (int(record_id(record["prompt"]), 16) for record in read_prompts(name, key, split)))
 
@@ -112,6 +114,7 @@ class Findings:
 def check_models(run, found):
     """Look at what every run has: the policy, the reward models, templates, the gold function, and the arguments of evaluation."""
     settings = run.settings
+    found.problems.extend(settings.problems)
     for key in ("num_shards", "num_processes"):
         if getattr(settings, key) is not None and getattr(settings, key) < 1:
             raise UserError(f"{key} {getattr(settings, key)} must be at least 1")
@@ -165,8 +168,8 @@ def check_prompts(run, found):
         dict name → hashes of its prompts, None for a set on the hub; the held-out set is the last.
     """
     settings = run.settings
-    sets = {name: found.attempt(local_prompts, name, settings.generation) for name in settings.prompts}
-    sets[settings.heldout_prompts] = found.attempt(local_prompts, settings.heldout_prompts, settings.generation | settings.heldout)
+    sets = {name: found.attempt(local_prompts, name, settings.generation, [settings.heldout_prompts]) for name in settings.prompts}
+    sets[settings.heldout_prompts] = found.attempt(local_prompts, settings.heldout_prompts, settings.generation | settings.heldout, settings.prompts)
     heldout = set(sets[settings.heldout_prompts] or [])
     for name in dict.fromkeys(settings.prompts):
         both = sum(prompt in heldout for prompt in sets[name] or [])

@@ -41,7 +41,9 @@ class RunSettings:
     allow_overlap: bool = arg(False, "accept prompts that stand in both the training and the held-out sets")
     model_size_b: float | None = arg(None, "billions of parameters, for --check's estimates where the hub is not reached")
 
-    sections = {"generation": get_hf2.Arguments, "annotation": get_rewards.Arguments}  # for whom `--K 4` should have been --generation.K
+    sections = {"generation": get_hf2.Arguments, "annotation": get_rewards.Arguments, "heldout": get_hf2.Arguments,
+                "eval_annotation": get_rewards.Arguments}  # see common/cli.py # fmt: skip
+    problems = ()
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -55,7 +57,7 @@ class LoopSettings(RunSettings):
     accelerate_config: str = arg("configs/zero2.yaml", "accelerate's YAML for training")
     keep_iterates: int | None = arg(None, "keep the weights of the last so many iterates; None: of all")
 
-    sections = RunSettings.sections | {"training_args": run_dpo.Arguments}
+    sections = RunSettings.sections | {"training_args": run_dpo.known_arguments}
 
 
 def processes(settings):

@@ -22,7 +22,7 @@ from common.devices import visible_gpus
 from loop import preflight
 from loop.run import Run, load, settle, setup, todo
 from loop.settings import RunSettings, processes
-from ppo import train_ppo
+from ppo import openrlhf_arguments, train_ppo
 
 BACKENDS = {"openrlhf": "ppo.run_openrlhf", "small": "ppo.train_ppo"}
 # What `generation` and `annotation` say for evaluation holds for training too, unless `ppo` says otherwise: key there → key of a backend.
@@ -37,6 +37,11 @@ NEEDED = {"generation": ("system_prompt", "template_kwargs", "eos_ids", "top_k",
 
 
 @dataclasses.dataclass(kw_only=True)
+class OfEither(train_ppo.Arguments, openrlhf_arguments.Arguments):
+    """What `ppo` may hold: a key that is not the chosen backend's is refused in `training`, with the reason."""
+
+
+@dataclasses.dataclass(kw_only=True)
 class PPOSettings(RunSettings):
     prompts: list[str] = arg(help="prompt sets; PPO trains on all of them together")
     backend: str = arg("auto", "openrlhf (GPUs), small (ppo/train_ppo.py) or auto: openrlhf where GPUs are visible, else small", ["auto", *BACKENDS])
@@ -44,7 +49,7 @@ class PPOSettings(RunSettings):
     openrlhf: dict = arg({}, "more arguments of ppo/run_openrlhf.py: placement on the GPUs; the small backend takes no notice")
 
     iterations = 1  # not a setting: what PPO trains is iterate 1
-    sections = RunSettings.sections | {"ppo": train_ppo.Arguments}
+    sections = RunSettings.sections | {"ppo": OfEither, "openrlhf": openrlhf_arguments.Arguments}
 
 
 class PPORun(Run):
