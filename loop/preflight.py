@@ -11,7 +11,8 @@ from pathlib import Path
 
 from annotate_data import get_rewards
 from annotate_data.functions import EXAMPLE
-from common.cli import UserError, build, check_model, existing_file, nearest, read_json
+from common import trackers
+from common.cli import UserError, build, check_model, existing_file, read_json
 from common.devices import gpu_memory, visible_gpus
 from common.functions import function_file
 from common.progress import duration
@@ -21,7 +22,6 @@ from dpo_iteration.settings import reason_for_trl
 from generation import get_hf2
 from loop.settings import gpu_groups, processes
 from report.metrics import load_gold
-from report.run_metrics import TRACKERS
 
 # For the estimates, per GPU of the A100/H100 class. Assumed, not measured here; the README says how the sums are made.
 PEAK_FLOPS = 312e12  # dense bf16 of an A100; an H100 has three times as much
@@ -132,9 +132,7 @@ def check_models(run, found):
     models += [("eval_reward_model", name, settings.eval_annotation) for name in judges]
     if judges and judges == rewards:
         found.problems.append(f"eval_reward_model {', '.join(judges)} is what training is rewarded by: name another one, or leave it out")
-    for name in settings.report_to or ():
-        if name not in TRACKERS:
-            found.problems.append(f"report_to {name}: one of {', '.join(TRACKERS)} was expected{nearest(name, TRACKERS)}")
+    found.attempt(trackers.check, settings.report_to, "report_to", trackers.FIGURES)
     found.attempt(check_model, settings.model_name_or_path, "model_name_or_path")
     for key, name, own in models:
         if Path(name).is_dir() and not found.attempt(has_template, name) and not own.get("chat_template"):

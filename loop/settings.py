@@ -3,11 +3,11 @@
 import dataclasses
 
 from annotate_data import get_rewards
+from common import trackers
 from common.cli import UserError, arg, build
 from common.devices import visible_gpus
 from dpo_iteration import run_dpo
 from generation import get_hf2
-from report.run_metrics import TRACKERS
 
 CLIENT = ("concurrency", "timeout", "retries", "give_up_after")  # what `servers` may set of generation/gen_hf.py
 
@@ -32,7 +32,9 @@ class RunSettings:
     eval_annotation: dict = arg({}, "arguments of annotate_data/get_rewards.py for `eval_reward_model`")
     divergence: bool = arg(True, "estimate each iterate's KL to the starting policy from its held-out answers (report/divergence.py)")
     report: bool = arg(True, "make RUN/report/index.html anew after each stage")
-    report_to: list[str] | None = arg(None, f"log each iterate's figures there, one run for the loop: {', '.join(TRACKERS)}")
+    report_to: list[str] | None = arg(None, f"log each iterate's figures there, one run for the loop: {', '.join(trackers.FIGURES)}")
+    project: str | None = arg(None, f"project at the trackers; None: as their variables say (WANDB_PROJECT, …), else {trackers.PROJECT}")
+    run_name: str | None = arg(None, "name of the run at the trackers; None: that of its folder")
     num_shards: int | None = arg(None, "generation processes; None: one per group of tensor_parallel_size GPUs, 1 without a GPU")
     num_processes: int | None = arg(None, "annotation and training processes; None: one per GPU, 1 without a GPU")
     without_gpu: bool = arg(False, "this run may use the CPU where there is no GPU (small models only)")

@@ -1,13 +1,13 @@
 """The arguments of train_ppo.py: what they are, what shapes the model, what is refused before torch is imported."""
 
 import dataclasses
-import importlib.util
 import math
 import os
 from pathlib import Path
 
 from annotate_data import arguments as annotation
 from annotate_data.functions import EXAMPLE
+from common import trackers
 from common.cli import UserError, arg, build, check_model, existing_file
 from common.functions import function_file
 from dpo_iteration.output import launched
@@ -16,7 +16,7 @@ from dpo_iteration.output import launched
 NOT_SHAPING = {
     "model_name_or_path", "critic_name_or_path", "reward_name_or_path", "dataset_name_or_path", "chat_template", "output_dir",
     "overwrite", "trust_remote_code", "attn_implementation", "micro_batch_size", "gradient_checkpointing", "cpu_threads",
-    "save_steps", "save_total_limit", "keep_checkpoints", "logging_steps", "report_to", "run_name",
+    "save_steps", "save_total_limit", "keep_checkpoints", "logging_steps", "report_to", "project", "run_name",
 }  # fmt: skip
 
 
@@ -82,8 +82,9 @@ class Arguments:
     save_total_limit: int = arg(2, "checkpoints kept while training")
     keep_checkpoints: bool = arg(False, "keep checkpoints, with the value model, once the model is saved")
     logging_steps: int = arg(1, "rollouts between lines of progress")
-    report_to: list[str] = arg(["none"], "none, wandb, tensorboard, trackio: one or several")
-    run_name: str | None = arg(None, "name of the run for report_to")
+    report_to: list[str] = arg(["none"], f"trackers, one or several: none, {', '.join(trackers.FIGURES)}")
+    project: str | None = arg(None, f"project of the run at the trackers; None: as their variables say (WANDB_PROJECT, …), else {trackers.PROJECT}")
+    run_name: str | None = arg(None, "name of the run at the trackers")
 
 
 def arguments(values, where=""):
@@ -143,11 +144,7 @@ def check(args):
     check_samples(args, args.reward_type)
     if args.lr_scheduler_type == "constant" and args.warmup_steps:
         raise UserError("--lr_scheduler_type constant has no warm-up: take constant_with_warmup, or --warmup_steps 0")
-    for tool in args.report_to:
-        if tool not in ("none", "wandb", "tensorboard", "trackio"):
-            raise UserError(f"--report_to {tool}: expected none, wandb, tensorboard or trackio")
-        if tool != "none" and importlib.util.find_spec(tool) is None:
-            raise UserError(f"--report_to {tool}: it is not installed here; pip install {tool}, or --report_to none")
+    trackers.check(args.report_to, known=trackers.FIGURES)
     for kind in ("DEEPSPEED", "FSDP"):
         if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
             raise UserError(f"this PPO holds whole models on each process, {kind} would cut them up: launch it with configs/ddp.yaml")

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 
+from common import trackers
 from common.cli import UserError, arg, build, existing_file
 from common.functions import function_file
 from ppo.openrlhf_command import SCHEDULERS
@@ -14,7 +15,7 @@ from ppo.openrlhf_reward import check as check_rewards
 NOT_SHAPING = {
     "model_name_or_path", "reward_name_or_path", "critic_name_or_path", "dataset_name_or_path", "chat_template", "reward_chat_template", "output_dir",
     "overwrite", "trust_remote_code", "save_steps", "save_total_limit", "save_hf", "save_critic", "logging_steps", "report_to", "run_name",
-    "keep_checkpoints", "wandb_project", "num_gpus", "gpus_per_node", "gpu_memory_gib", "machine_memory_gib", "ray_address", "colocate", "num_engines",
+    "keep_checkpoints", "project", "num_gpus", "gpus_per_node", "gpu_memory_gib", "machine_memory_gib", "ray_address", "colocate", "num_engines",
     "tensor_parallel_size", "gpu_memory_utilization", "enforce_eager", "zero_stage", "offload", "packing", "max_tokens_per_gpu",
     "micro_batch_size", "attn_implementation", "model_size_b", "reward_size_b", "reward_gpus", "reward_batch_tokens", "patched_lora",
     "dry_run", "gradient_checkpointing", "kl_target", "kl_horizon", "value_coef", "whiten_rewards", "whiten_advantages", "bf16",
@@ -86,8 +87,8 @@ class Arguments:
     keep_checkpoints: bool = arg(False, "keep checkpoints and optimizer states once the model is saved")
     logging_steps: int = arg(1, "rollouts between log entries")
     report_to: list[str] = arg(["tensorboard"], "tensorboard (always written), wandb (key from WANDB_API_KEY)")
-    run_name: str | None = arg(None, "name of the run for report_to")
-    wandb_project: str = arg("ppo", "project of the run on W&B")
+    project: str | None = arg(None, f"project of the run on W&B; None: as WANDB_PROJECT says, else {trackers.PROJECT}")
+    run_name: str | None = arg(None, "name of the run on W&B")
 
     num_gpus: int | None = arg(None, "GPUs over all nodes; None: those visible, or of the Ray cluster")
     gpus_per_node: int | None = arg(None, "GPUs of a node; None: as found")
@@ -166,7 +167,7 @@ def check(args):
         raise UserError("lr_scheduler_type constant has no warm-up: take constant_with_warmup, or warmup_steps 0")
     if args.save_total_limit < 2:
         raise UserError(f"save_total_limit {args.save_total_limit}: 2 at least, OpenRLHF deletes an old checkpoint before the new one is whole")
-    for tool in args.report_to:
+    for tool in args.report_to:  # into its own environment, so that what is installed here says nothing
         if tool not in ("none", "tensorboard", "wandb"):
             raise UserError(f"report_to {tool}: OpenRLHF reports to tensorboard (always) and wandb")
     if "wandb" in args.report_to and not os.environ.get("WANDB_API_KEY"):
