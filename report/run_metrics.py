@@ -26,6 +26,7 @@ import os
 import secrets
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ from common.manifest import write_json
 from common.records import finite
 from report import metrics
 from report.hide import hidden
+from report.make_report import warnings_of
 from report.metrics import read_object
 
 DIVERGENCE = ("kl", "kl_se", "kl_per_token", "k3", "k3_se", "k3_per_token")
@@ -216,6 +218,22 @@ def main():
     save(args.run, made)
     log(args.run, made, args.report_to or settings_of(Path(args.run)).get("report_to"))
     print(metrics.table(args.run, args.gold_function))
+    for line in warnings(args.run):
+        print(line)
+
+
+def warnings(folder):
+    """Lines that say how many warnings the run's page has, which, and where it is; none where no page was made."""
+    page = Path(folder) / "report" / "index.html"
+    try:
+        listed = json.loads(warnings_of(page).read_text(encoding="utf-8"))
+        titles = Counter(entry["title"] for entry in listed)
+    except (OSError, ValueError, KeyError, TypeError):  # no page, or one that somebody else has made
+        return []
+    if not listed:
+        return [f"no warnings; the page: {page}"]
+    told = [f"  {title} ({n} times)" if n > 1 else f"  {title}" for title, n in titles.items()]
+    return [f"{count(len(listed), 'warning')}, with what to try on the page {page}:", *told]
 
 
 if __name__ == "__main__":
