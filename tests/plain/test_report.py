@@ -79,14 +79,21 @@ def test_stages_say_what_was_working(tmp_path):
     assert rows[1, "train"]["gpu_hours"] == pytest.approx(8 * 12 / 3600)
 
 
-def test_durations_in_logs_are_read_back(tmp_path):
-    from common.progress import duration
-
-    for seconds in (0, 9, 60, 95, 3600, 7380):
-        (tmp_path / "a.log").write_text(f"$ x\nsampled 10 tokens in {duration(seconds)}, 1 tokens/s\nscored 3 records (9 responses) in 2s, 1 responses/s\n")
-        assert run_data.worked_seconds(tmp_path / "a.log") == seconds + 2
-    (tmp_path / "a.log").write_text("a model said: sampled 10 tokens in 5s\n")
-    assert run_data.worked_seconds(tmp_path / "a.log") is None
+def test_work_is_that_of_the_files_that_a_stage_made(tmp_path):
+    """The next iteration's responses belong to the evaluation, unless their own stage made them."""
+    folder = runs.make_run(tmp_path / "run")
+    runs.write_json(folder / "iter2/generated.manifest.json", {"counts": {"engine_seconds": 5.0}})
+    runs.write_json(folder / "iter2/rewarded.manifest.json", {"counts": {"scoring_seconds": 2.5}})
+    runs.write_json(folder / "iter1/heldout_greedy.judged.manifest.json", {"counts": {"scoring_seconds": 0.5}})
+    assert run_data.read_run(folder).work[1, "evaluate"] == 15 + 5 + 2.5 + 0.5
+    with open(folder / "stages.jsonl", "a") as file:
+        file.write('{"iteration": 2, "stage": "generate", "seconds": 10}\n')
+    work = run_data.read_run(folder).work
+    assert work[1, "evaluate"] == 15 + 2.5 + 0.5 and work[2, "generate"] == 5 and work[2, "evaluate"] == 15
+    (folder / "iter1/heldout_sampled.generated.manifest.json").unlink()
+    runs.write_json(folder / "iter2/heldout_sampled.rewarded.manifest.json", {"counts": {"scoring_seconds": "4"}})
+    work = run_data.read_run(folder).work
+    assert work[1, "evaluate"] is None and work[2, "evaluate"] is None
 
 
 def test_damaged_lines_are_counted_and_named(tmp_path):
