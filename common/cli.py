@@ -38,6 +38,20 @@ class UserError(Exception):
     """What is wrong and what to do, in one line; shown without a traceback."""
 
 
+class UserErrors(UserError):
+    """Several of them, a line each."""
+
+    def __init__(self, problems):
+        super().__init__("\nerror: ".join(problems))
+        self.problems = problems
+
+
+def refuse(problems):
+    """Raise what is wrong, all at once; nothing where there is nothing."""
+    if problems:
+        raise UserErrors(problems) if len(problems) > 1 else UserError(problems[0])
+
+
 def arg(default=dataclasses.MISSING, help="", choices=None, metavar=None):
     """A dataclass field with its help text; without a default it is required. Lists and dicts may be defaults.
 

@@ -97,8 +97,8 @@ class Findings:
         try:
             return function(*args)
         except UserError as error:
-            if str(error) not in self.problems:  # two stages may be asked the same
-                self.problems.append(str(error))
+            told = getattr(error, "problems", [str(error)])
+            self.problems.extend(problem for problem in told if problem not in self.problems)  # two stages may be asked the same
             return None
 
     def tell(self, summary):

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import micro
 import pytest
@@ -94,15 +93,19 @@ def test_names_of_the_hub_and_lineage(tmp_path, monkeypatch):
 
 
 def test_the_command_is_the_one_that_was_typed(tmp_path):
-    """Under accelerate and alone; a shell above that was told the same in one word is no launcher of ours."""
+    """Alone, and under a launcher that is installed as accelerate is (test_run_dpo.py has accelerate itself). A shell above, which was
+    told all in one word, is none."""
     script = tmp_path / "run_dpo.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom dpo_iteration import card\n"
                       "print('typed:', card.command(sys.argv, card.launcher(sys.argv)))\n")  # fmt: skip
-    accelerate = [Path(sys.executable).parent / "accelerate", "launch", "--config_file", "configs/ddp.yaml", "--num_processes", "1", "--cpu"]
+    accelerate = [tmp_path / "bin" / "accelerate", "launch", "--config_file", "configs/ddp.yaml"]
+    accelerate[0].parent.mkdir()
+    accelerate[0].write_text(f"#!{sys.executable}\nimport subprocess, sys\nsubprocess.run([sys.executable, *sys.argv[4:]])\n")
+    accelerate[0].chmod(0o755)
     alone, launched = ([sys.executable, script], "python"), ([*accelerate, script], f"accelerate {' '.join(map(str, accelerate[1:]))}")
     for command, shown in (alone, launched):
         words = [*map(str, command), "a.yaml", "--hub_token", "secret", "--run_name", "two words"]
-        done = subprocess.run(["bash", "-c", f"{shlex.join(words)}; true"], cwd=ROOT, capture_output=True, text=True, timeout=200)
+        done = subprocess.run(["bash", "-c", f"{shlex.join(words)}; true"], cwd=ROOT, capture_output=True, text=True, timeout=100)
         line = next((line for line in done.stdout.splitlines() if line.startswith("typed: ")), done.stderr)
         assert line == f"typed: {shown} dpo_iteration/run_dpo.py a.yaml --hub_token … --run_name 'two words'"
     assert card.launcher(["run_dpo.py", "of", "nobody"]) == []
