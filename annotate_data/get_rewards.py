@@ -288,11 +288,13 @@ def main():
     scored, responses, seconds = (sum(column) for column in list(zip(*ran, strict=True))[:3])
     facts = {key: value for *_, found in ran for key, value in found.items()}
     rate = responses / max(seconds, 1e-9)
+    total = sum(job.N * job.K for job in jobs if not job.output.complete)
     for job in jobs:
         if job.output.complete:
             print(f"{job.target}: complete already")
         else:
-            more = {"processes": world.size, "sequences_per_second": round(rate, 1)}
+            own = seconds * job.N * job.K / max(total, 1)  # of this start; files that are scored together share it
+            more = {"processes": world.size, "sequences_per_second": round(rate, 1), "scoring_seconds": round(own, 1)}
             tell(job, finish(job, scorers, args.reward_weights, facts | more))
     print(f"scored {scored} records ({responses} responses) in {progress.duration(seconds)}, {rate:.1f} responses/s")
 

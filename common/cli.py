@@ -4,6 +4,10 @@ A script declares its arguments as a dataclass and calls `parse`. Values come fr
 an optional positional YAML file, then from `--key value`; the last one wins. An unknown key is an error that names
 the nearest known one. `run` turns a `UserError` into one line on stderr and exit status 2.
 
+A class whose mappings are another script's arguments says so by `sections`: their keys and values are looked at where they are read,
+so that a message names the place where they were written. What is wrong is left out of them and stands in `problems` of the instance,
+to be told with all else.
+
 Only the standard library is imported here (and PyYAML, where a YAML file is given), so that `--help` and a wrong
 argument are answered before anything heavy is loaded.
 """
@@ -35,34 +39,69 @@ class UserError(Exception):
     """What is wrong and what to do, in one line; shown without a traceback."""
 
 
-def arg(default=dataclasses.MISSING, help="", choices=None):
-    """A dataclass field with its help text; without a default it is required. Lists and dicts may be defaults."""
-    metadata = {"help": help, "choices": choices}
+class UserErrors(UserError):
+    """Several of them, a line each."""
+
+    def __init__(self, problems):
+        super().__init__("\nerror: ".join(problems))
+        self.problems = problems
+
+
+def refuse(problems):
+    """Raise what is wrong, all at once; nothing where there is nothing."""
+    if problems:
+        raise UserErrors(problems) if len(problems) > 1 else UserError(problems[0])
+
+
+def arg(default=dataclasses.MISSING, help="", choices=None, metavar=None):
+    """A dataclass field with its help text; without a default it is required. Lists and dicts may be defaults.
+
+    `metavar` names the value in `--help` where its type and key do not tell (see `_metavar`).
+    """
+    metadata = {"help": help, "choices": choices, "metavar": metavar}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def nearest(word, known):
-    """`, did you mean …?` for the nearest known word, or the empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else ""
+def count(number, one, many=None):
+    """`1 response`, `2 responses`, `0 processes`."""
+    if many is None:
+        many = f"{one}es" if one.endswith(("s", "x", "ch", "sh")) else f"{one}s"
+    return f"{number} {one if number == 1 else many}"
 
 
-def existing_file(path, what="file"):
-    """`path` as a Path if it is a file; otherwise an error that offers the nearest existing one."""
+def nearest(word, known, lead=""):
+    """`, did you mean …?` for the nearest known word, whatever its case, or the empty string; `lead` is put in front of it."""
+    names = {name.casefold(): name for name in known}
+    close = difflib.get_close_matches(word.casefold(), list(names), n=1, cutoff=0.5)
+    return f", did you mean {lead + names[close[0]]!r}?" if close else ""
+
+
+def existing_file(path, what="file", besides=()):
+    """`path` as a Path if it is a file; otherwise an error that offers what may have been meant.
+
+    That is a file of the same name in a folder beside, else one of a like name in its folder, else the folder's files of its kind.
+    `besides` are files that cannot be meant, since they have another part already.
+    """
     path = Path(path)
     if path.is_file():
         return path
     if path.is_dir():
         raise UserError(f"{what} {path} is a folder, a file was expected")
-    folders = {path.parent}
+    taken = {Path(name).resolve() for name in besides}
+
+    def files(folder):
+        return sorted(f for f in folder.iterdir() if f.is_file() and f.resolve() not in taken) if folder.is_dir() else []
+
+    around = [path.parent]
     if path.parent.parent.is_dir():  # ./config/x.yaml for ./configs/x.yaml
-        folders |= {f for f in path.parent.parent.iterdir() if f.is_dir()}
-    candidates = {str(f): f for folder in folders if folder.is_dir() for f in folder.iterdir() if f.is_file()}
-    same = [c for c, f in sorted(candidates.items()) if f.name == path.name or f.stem == path.stem]
-    near = same or difflib.get_close_matches(str(path), list(candidates), n=1, cutoff=0.6)
-    raise UserError(f"no such {what}: {path}" + (f"; there is {near[0]}" if near else ""))
+        around += sorted(f for f in path.parent.parent.iterdir() if f.is_dir())
+    own = {f.stem: f for f in files(path.parent) if f.suffix == path.suffix or not path.suffix}
+    near = [f for folder in around for f in files(folder) if f.name == path.name or f.stem == path.stem]
+    near = near[:1] or [own[stem] for stem in difflib.get_close_matches(path.stem, list(own), n=1, cutoff=0.6)] or list(own.values())[:5]
+    there = f"; there {'is' if len(near) == 1 else 'are'} {', '.join(map(str, near))}" if near else ""
+    raise UserError(f"no such {what}: {path}{there}")
 
 
 def check_model(name, what="--model_name_or_path"):
@@ -192,6 +231,25 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """The docstring as it is written, and lists as `NAME ...`."""
+
+    def _format_args(self, action, default_metavar):
+        return f"{action.metavar} ..." if action.nargs == "*" else super()._format_args(action, default_metavar)
+
+
+def _metavar(name, kind, choices):
+    """What `--help` calls a value, by its type and, for text, by its key."""
+    if kind in (bool, int, float, dict):
+        return {bool: "true|false", int: "N", float: "X", dict: "JSON"}[kind]
+    if choices and len(shown := "|".join(map(str, choices))) <= 40:
+        return shown
+    ends = {"_or_path": "NAME_OR_PATH", "prompts": "NAME_OR_PATH", "_function": "FILE.py:NAME", "template": "FILE", "config": "FILE", "sampled": "FILE",
+            "greedy": "FILE", "dir": "PATH", "path": "PATH", "cache": "PATH", "run": "PATH", "runs": "PATH", "_url": "URL", "command": "COMMAND",
+            "_prompt": "TEXT"}  # fmt: skip
+    return next((called for end, called in ends.items() if name.endswith(end)), "NAME")
+
+
 def parse(cls, description, argv=None, yaml_positional=True):
     """An instance of the dataclass `cls` from defaults, YAML and command line.
 
@@ -207,7 +265,7 @@ def parse(cls, description, argv=None, yaml_positional=True):
     argv = sys.argv[1:] if argv is None else argv
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = _Parser(description=description, formatter_class=_Help, allow_abbrev=False)
     if yaml_positional:
         parser.add_argument("config", nargs="?", help="YAML file with any of the keys below; the command line wins")
     for name, field in fields.items():
@@ -217,9 +275,10 @@ def parse(cls, description, argv=None, yaml_positional=True):
             default = "" if field.default_factory is dataclasses.MISSING else field.default_factory()
         choices = f" ({', '.join(map(str, field.metadata['choices']))})" if field.metadata["choices"] else ""
         shown = field.metadata["help"] + choices + (f" [{default}]" if default not in ("", None, [], {}) else "")
-        options = {"help": shown.replace("%", "%%"), "default": argparse.SUPPRESS, "metavar": name.split("_")[-1].upper()}
+        options = {"help": shown.replace("%", "%%"), "default": argparse.SUPPRESS, "metavar": field.metadata["metavar"]}
+        options["metavar"] = options["metavar"] or _metavar(name, item if kind is list else kind, field.metadata["choices"])
         if kind is bool:
-            options |= {"nargs": "?", "const": True, "metavar": "true|false"}
+            options |= {"nargs": "?", "const": True}
         elif kind is list:
             options |= {"nargs": "*"}
         parser.add_argument(f"--{name}", **options)
@@ -229,18 +288,76 @@ def parse(cls, description, argv=None, yaml_positional=True):
         key = unknown[0].split("=")[0]
         if not key.startswith("--"):
             raise UserError(f"unexpected argument {key!r}; arguments are --key value, see --help")
-        # A class with `sections` (name of a mapping → a dataclass) is told where else the key stands.
-        inner = [f"--{name}.{key[2:]}" for name, kind in getattr(cls, "sections", {}).items() if key[2:] in kind.__dataclass_fields__]
-        raise UserError(f"unknown argument {key}" + (f", did you mean {' or '.join(inner)}?" if inner else nearest(key, [f"--{name}" for name in fields])))
+        raise UserError(f"unknown argument {key}{_meant(cls, key[2:], '--')}")
     values = vars(namespace)
     config = values.pop("config", None)
-    merged = {}
+    merged, problems = {}, []
     if config is not None:
         merged = {key: convert(f"{key} in {config}", value, hints[key]) for key, value in known(cls, read_yaml(config), config).items()}
+        for name in _sections(cls).keys() & merged.keys():
+            merged[name] = _right(cls, name, merged[name], problems, "{name}.{key} in " + str(config), "unknown key {key!r} in {name} of " + str(config))
     merged |= {key: convert(f"--{key}", _listed(value), hints[key]) for key, value in values.items()}
+    for name in _sections(cls).keys() & values.keys():  # JSON
+        merged[name] = _right(cls, name, merged[name], problems)
     for name, key, value in dotted:  # --generation.K 4
-        merged[name] = {**merged.get(name, {}), key: value}
-    return build(cls, merged)
+        given = _right(cls, name, {key: value}, problems) if name in _sections(cls) else {key: value}
+        merged[name] = {**merged.get(name, {}), **given}
+    made = build(cls, merged)
+    if _sections(cls):
+        made.problems = problems
+    return made
+
+
+def _sections(cls):
+    """{name of a mapping: the dataclass of its keys, or a function that returns it} of a class that says so by `sections`."""
+    return getattr(cls, "sections", {})
+
+
+def _fields(kind):
+    return (kind if isinstance(kind, type) else kind()).__dataclass_fields__
+
+
+def _meant(cls, key, lead="", section=None):
+    """`, did you mean …?` for an unknown key: the same word in another case or another section, else the nearest one where it stood.
+
+    Args:
+        cls: the dataclass. section: name of its mapping in which the key stood. lead: `--` for a key of the command line.
+    """
+    prefix, own = ("", cls.__dataclass_fields__) if section is None else (f"{section}.", _fields(_sections(cls)[section]))
+    if key.casefold() not in {name.casefold() for name in own}:
+        places = {cls: ("", cls.__dataclass_fields__)}
+        for name, kind in _sections(cls).items():
+            places.setdefault(kind, (f"{name}.", _fields(kind)))  # of two sections of one kind the first is meant
+        found = [f"{lead}{place}{name}" for place, names in places.values() for name in names if name.casefold() == key.casefold()]
+        if found:
+            return f", did you mean {' or '.join(found)}?"
+    return nearest(key, own, f"{lead}{prefix if lead else ''}")
+
+
+def _right(cls, name, values, problems, called="--{name}.{key}", unknown="unknown argument --{name}.{key}"):
+    """What a section's dataclass would accept of the mapping `values`; of the rest it is said in `problems` where it was written.
+
+    Args:
+        name: of the section. called, unknown: patterns of what a key is called, and of what is said of an unknown one.
+    """
+    kind = _sections(cls)[name] if isinstance(_sections(cls)[name], type) else _sections(cls)[name]()
+    hints, right = typing.get_type_hints(kind), {}
+    for key, value in values.items():
+        words = {"name": name, "key": str(key)}
+        try:
+            if key not in hints:
+                raise UserError(unknown.format(**words) + _meant(cls, str(key), "--" if called.startswith("--") else "", name))
+            _check_choice(kind, key, convert(called.format(**words), value, hints[key]), called.format(**words))
+            right[key] = value
+        except UserError as error:
+            problems.append(str(error))
+    return right
+
+
+def _check_choice(kind, key, value, called):
+    choices = kind.__dataclass_fields__[key].metadata["choices"]
+    if choices and value not in choices:
+        raise UserError(f"{called}: {value!r} is not one of {', '.join(map(str, choices))}")
 
 
 def _split_dotted(argv, mappings):
@@ -282,7 +399,7 @@ def known(cls, values, where):
     fields = {f.name for f in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
-            raise UserError(f"unknown key {key!r} in {where}{nearest(str(key), fields)}")
+            raise UserError(f"unknown key {key!r} in {where}{_meant(cls, str(key))}")
     return values
 
 
@@ -299,9 +416,8 @@ def build(cls, values, where=""):
     for name, field in fields.items():
         if field.default is required and field.default_factory is required and name not in merged:
             raise UserError(f"missing --{name}{place}: {field.metadata['help']}")
-        choices = field.metadata["choices"]
-        if choices and name in merged and merged[name] not in choices:
-            raise UserError(f"{name}{place}: {merged[name]!r} is not one of {', '.join(map(str, choices))}")
+        if name in merged:
+            _check_choice(cls, name, merged[name], f"{name}{place}")
     return cls(**merged)
 
 

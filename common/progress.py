@@ -32,10 +32,19 @@ class Progress:
             self.bar.update(items)
         elif self.enabled and time.monotonic() - self.last >= self.every:
             self.last = time.monotonic()
-            rate = (self.count - self.first) / max(self.last - self.start, 1e-9)
-            left = duration((self.total - self.count) / rate) if rate > 0 else "?"
+            seconds = max(self.last - self.start, 1e-9)
+            rate = (self.count - self.first) / seconds
+            how = f"{rate:.1f}/s, {duration((self.total - self.count) / rate)} left" if rate > 0 else f"none finished in {duration(seconds)}"
             tail = f", {note}" if note else ""
-            print(f"{self.what}: {self.count}/{self.total} {self.unit}, {rate:.1f}/s, {left} left{tail}", flush=True)
+            print(f"{self.what}: {self.count}/{self.total} {self.unit}, {how}{tail}", flush=True)
+
+    def tick(self):
+        """A sign of life where nothing may finish for long, since much is worked on at once: the line that is due, or the bar's clock."""
+        if self.bar is None:
+            self.update(0)
+        elif time.monotonic() - self.last >= 1:
+            self.last = time.monotonic()
+            self.bar.refresh()
 
     def close(self):
         """End the bar; returns the seconds since the start."""

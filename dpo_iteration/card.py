@@ -4,6 +4,7 @@ Metadata as the hub reads it: base model, held-out results, tags. Names of local
 them for its own; they stand in the text.
 """
 
+import os
 import re
 import shlex
 import sys
@@ -64,11 +65,40 @@ def system_prompts(files):
     return list(dict.fromkeys(filter(None, found)))
 
 
-def command(argv):
-    """The command line that can be shown: the script by its short name, without the token."""
+def words_of(pid):
+    """The command line of a process."""
+    return [os.fsdecode(word) for word in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]]
+
+
+def launcher(argv, pid=None):
+    """What was typed in front of a script and its arguments `argv`: [`accelerate`, `launch`, …], [`python`], ….
+
+    A launcher does not tell its processes how it was called, so the command lines are read of this process and of those above it that
+    were given the same script and arguments; the outermost is what was typed. [] where the system has no /proc.
+    """
+    found, pid = [], pid or os.getpid()
+    try:
+        while pid > 1:
+            words = words_of(pid)
+            before = words[: max(0, len(words) - len(argv))]
+            if not before or words[len(before) + 1 :] != argv[1:] or Path(words[len(before)]).name != Path(argv[0]).name:
+                break
+            found = before
+            pid = int(re.search(r"^PPid:\s*(\d+)", Path(f"/proc/{pid}/status").read_text(errors="replace"), re.MULTILINE)[1])
+    except OSError:  # another user's, or gone
+        pass
+    if not found:
+        return []
+    name, *more = [re.sub(r"^python[\d.]*$", "python", Path(found[0]).name), *found[1:]]
+    installed = name == "python" and more and Path(more[0]).parent.name == "bin"  # accelerate itself is a script that python runs
+    return [Path(more[0]).name, *more[1:]] if installed else [name, *more]
+
+
+def command(argv, before=()):
+    """The command line that can be shown: what stood `before` the script, the script by its short name, without the token."""
     words = [re.sub(r"^--hub_token=.*", "--hub_token=…", word) for word in argv[1:]]
     words = ["…" if before == "--hub_token" else word for before, word in zip(["", *words], words)]
-    return shlex.join(["dpo_iteration/run_dpo.py", *words]).replace("'…'", "…").replace("'--hub_token=…'", "--hub_token=…")
+    return shlex.join([*before, "dpo_iteration/run_dpo.py", *words]).replace("'…'", "…").replace("'--hub_token=…'", "--hub_token=…")
 
 
 def table(head, rows):
@@ -147,7 +177,7 @@ Of the last log line while training, and of all held-out pairs at the end.
 Trained by {processes} process{"es" if processes > 1 else ""}:
 
 ```sh
-{command(sys.argv)}
+{command(sys.argv, launcher(sys.argv))}
 ```
 
 ## Versions

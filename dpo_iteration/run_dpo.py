@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
+from common import trackers
 from common.cli import UserError, arg, build, parse, run
 from common.devices import check_processes, gpu_memory, prepare_threads, visible_gpus
 from common.progress import Progress
@@ -32,7 +33,7 @@ from dpo_iteration.settings import QUIET, check, check_paths, given, reason_for_
 # Settings that do not shape the model: where it goes, what is shown, and what the inputs' fingerprints cover.
 NOT_SHAPING = {
     "train_dir", "output_dir", "pairs_path", "model_name_or_path", "ref_model_name_or_path", "trust_remote_code",
-    "overwrite", "report_to", "run_name", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
+    "overwrite", "report_to", "project", "run_name", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
     "keep_checkpoints", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
     "global_batch_size", "cpu_threads", "share_prompts", "max_row_tokens", "reference_cache", "check", "num_gpus", "gpu_memory_gib",
     "model_size_b",
@@ -52,7 +53,7 @@ class Arguments:
     chat_template: str | None = arg(None, "file with a jinja chat template to use instead of the tokenizer's")
     template_kwargs: dict = arg({}, 'arguments of the template, JSON: \'{"enable_thinking": false}\'')
 
-    train_dir: list[str] = arg(help="rewarded records, JSON Lines: one file or several (past iterations)")
+    train_dir: list[str] = arg(help="rewarded records, JSON Lines: one file or several (past iterations)", metavar="FILE")
     output_dir: str = arg(help="folder of the trained model")
     pairs_path: str | None = arg(None, "where the chosen pairs are written; None is OUTPUT_DIR.pairs.jsonl")
     overwrite: bool = arg(False, "start anew where an output exists or is half done")
@@ -109,13 +110,19 @@ class Arguments:
     save_steps: int = arg(0, "optimizer steps between checkpoints; 0 writes none")
     save_total_limit: int = arg(2, "checkpoints kept while training")
     keep_checkpoints: bool = arg(False, "keep checkpoints and optimizer states once the model is saved")
-    report_to: list[str] = arg(["none"], "none, wandb, tensorboard, trackio: one or several")
-    run_name: str | None = arg(None, "name of the run for report_to")
+    report_to: list[str] = arg(["none"], f"trackers, one or several: none, {', '.join(trackers.MODULES)}")
+    project: str | None = arg(None, f"project of the run at the trackers; None: as their variables say (WANDB_PROJECT, …), else {trackers.PROJECT}")
+    run_name: str | None = arg(None, "name of the run at the trackers")
 
     check: bool = arg(False, "print how much memory each configs/*.yaml needs and which to take, and stop")
     num_gpus: int | None = arg(None, "with check: GPUs over all machines; None: those that are visible")
     gpu_memory_gib: float | None = arg(None, "with check: GiB of a GPU; None: that of the visible ones")
     model_size_b: float | None = arg(None, "with check: billions of parameters, where the model's config is out of reach")
+
+
+def known_arguments():
+    """`Arguments` with the settings of TRL that are passed on."""
+    return with_passthrough(Arguments)
 
 
 def tokenize(selection, tokenizer, args):
@@ -327,7 +334,7 @@ def accumulate(args, processes):
 
 def main():
     started = time.time()
-    args, extra = _checked(parse(with_passthrough(Arguments), __doc__))
+    args, extra = _checked(parse(known_arguments(), __doc__))
     if args.check:
         for line in memory.report(args, args.num_gpus or len(visible_gpus()), args.gpu_memory_gib or gpu_memory()):
             say(f"check: {line}")

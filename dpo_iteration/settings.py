@@ -14,6 +14,7 @@ from pathlib import Path
 
 import yaml
 
+from common import trackers
 from common.cli import UserError, arg, check_policy, existing_file
 from common.manifest import beside
 from dpo_iteration import adapters
@@ -44,7 +45,7 @@ REFUSED = {  # settings of DPOConfig that this script decides itself, or that ca
 QUIET = {  # settings of DPOConfig that shape no weight: a run may go on with others
     "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "dataloader_persistent_workers", "ddp_timeout",
     "disable_tqdm", "include_num_input_tokens_seen", "log_level", "log_level_replica", "log_on_each_node", "logging_first_step",
-    "logging_strategy", "torch_empty_cache_steps", "trackio_space_id", "project", "use_cache",
+    "logging_strategy", "torch_empty_cache_steps", "trackio_space_id", "use_cache",
 }  # fmt: skip
 OF_LOADING = {  # what model_init_kwargs must leave to settings of ours
     "dtype": "bf16 weights alone do not move; see --bf16", "torch_dtype": "bf16 weights alone do not move; see --bf16",
@@ -144,11 +145,7 @@ def check(args, extra):
     check_loss(args)
     check_numbers(args)
     adapters.check(args, extra)
-    for tool in args.report_to:
-        if tool not in ("none", "wandb", "tensorboard", "trackio"):
-            raise UserError(f"--report_to {tool}: expected none, wandb, tensorboard or trackio")
-        if tool != "none" and importlib.util.find_spec(tool) is None:
-            raise UserError(f"--report_to {tool}: it is not installed here; pip install {tool}, or --report_to none")
+    trackers.check(args.report_to)
     from_file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") != "none"
     if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" and not from_file:
         if os.environ.get("ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL", "false").lower() != "true":
@@ -224,6 +221,7 @@ def training_config(args, extra, arguments, has_eval):
         "save_strategy": "steps" if args.save_steps else "no", "save_steps": args.save_steps or 500,
         "use_cpu": not torch.cuda.is_available(), "dataloader_pin_memory": torch.cuda.is_available(),
         "disable_tqdm": True, "logging_nan_inf_filter": False, "precompute_ref_log_probs": True,
+        "report_to": trackers.chosen(args.report_to) or "none", "project": trackers.name_project(args.report_to, args.project),
     }  # fmt: skip
     try:
         return DPOConfig(**values | extra)

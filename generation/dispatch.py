@@ -318,6 +318,7 @@ class Run:
                 while not feeding.done() or self.fresh or self.again or any(s.in_flight for s in self.servers):
                     self.changed.clear()
                     self.hand_out()
+                    self.progress.tick()
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(LOOK):
                             await self.changed.wait()

@@ -1,4 +1,4 @@
-"""Generate K responses per prompt by asking OpenAI-compatible vLLM servers, as `register_server.sh` starts them.
+r"""Generate K responses per prompt by asking OpenAI-compatible vLLM servers, as `register_server.sh` starts them.
 
 In:  prompts (hub name, save_to_disk folder, .jsonl, .json, .parquet, .csv) and the ports of servers of one model.
 Out: `--output_dir`, a JSON Lines file with `id`, `prompt`, `responses`, `finish_reasons`, `num_tokens`, the token

@@ -1,4 +1,4 @@
-"""Generate K responses per prompt with a vLLM engine in this process: one process per GPU or group of GPUs.
+r"""Generate K responses per prompt with a vLLM engine in this process: one process per GPU or group of GPUs.
 
 In:  prompts (hub name, save_to_disk folder, .jsonl, .json, .parquet, .csv) and a policy.
 Out: `--output_dir` is a prefix: shard i writes `PREFIXi.jsonl`, with `id`, `prompt`, `responses`, `finish_reasons`,
@@ -18,6 +18,7 @@ import itertools
 import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
@@ -140,11 +141,11 @@ def answer(llm, requests, window, progress):
         progress: Progress.
 
     Returns:
-        number of tokens sampled.
+        Counter: output → number of tokens sampled for it.
     """
     from vllm import SamplingParams
 
-    requests, waiting, held, tokens = iter(requests), {}, 0, 0
+    requests, waiting, held, tokens = iter(requests), {}, 0, Counter()
     more = True
     while more or waiting:
         while more and held < window:
@@ -155,6 +156,7 @@ def answer(llm, requests, window, progress):
                 [name] = llm.enqueue([{"prompt_token_ids": item.token_ids}], SamplingParams(**fields), use_tqdm=False)
                 waiting[name.split("-")[0]] = (output, item)
                 held += fields["n"]
+        progress.tick()
         for result in llm.llm_engine.step() if waiting else []:
             if not result.finished:
                 continue
@@ -166,8 +168,8 @@ def answer(llm, requests, window, progress):
                 raise UserError(f"the engine gave up on prompt {item.record['id']} ({reasons}); start the same command again")
             ids = [list(sample.token_ids) for sample in samples]
             output.append(sampling.answered(item, [sample.text for sample in samples], reasons, ids))
-            tokens += sum(map(len, ids))
-            progress.update(1, f"{tokens / max(time.monotonic() - progress.start, 1e-9):.0f} tokens/s")
+            tokens[output] += sum(map(len, ids))
+            progress.update(1, f"{tokens.total() / max(time.monotonic() - progress.start, 1e-9):.0f} tokens/s")
     return tokens
 
 
@@ -206,17 +208,18 @@ def main():
         for job, prompts, stops in work
         for item in sampling.by_prefix(prompts, FIRST)
     )
-    first, tokens, seconds = next(requests, None), 0, 0.0
+    first, tokens, seconds = next(requests, None), Counter(), 0.0
     if first is not None:
         llm = start_engine(args, limit, max(job.max_input_length + job.max_new_tokens for job, _, _ in work))
         progress = Progress(left, "generate", "prompts")
         slots = llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
         tokens = answer(llm, itertools.chain([first], requests), IN_ENGINE * slots, progress)
         seconds = progress.close()
+    total = tokens.total()
     for _, prompts, _ in work:
-        prompts.finish(seconds)
-    if tokens:
-        print(f"sampled {tokens} tokens in {duration(seconds)}, {tokens / seconds:.0f} tokens/s")
+        prompts.finish(seconds * tokens[prompts.output] / max(total, 1))
+    if total:
+        print(f"sampled {total} tokens in {duration(seconds)}, {total / seconds:.0f} tokens/s")
 
 
 if __name__ == "__main__":

@@ -110,6 +110,9 @@ def common_manifest(paths):
             )
     counts = {"prompts": first["counts"]["prompts"]}
     counts |= {key: sum(m["counts"][key] for _, _, m in known) for key in ("records", "skipped")}
+    # Shards run side by side, so the longest one's seconds are the whole's.
+    if worked := [m["counts"]["engine_seconds"] for _, _, m in known if "engine_seconds" in m["counts"]]:
+        counts["engine_seconds"] = max(worked)
     if len(known) == len(paths) and counts["records"] + counts["skipped"] != counts["prompts"]:
         raise UserError(
             f"the shards hold {counts['records']} records and skipped {counts['skipped']}, "
@@ -122,7 +125,7 @@ def common_manifest(paths):
         "settings": {k: v for k, v in first["settings"].items() if k not in SHARD},
         "inputs": first["inputs"],
         "counts": counts,
-        "seconds": max(m.get("seconds", 0.0) for _, _, m in known),  # shards run side by side
+        "seconds": max(m.get("seconds", 0.0) for _, _, m in known),
         "versions": first.get("versions", {}),
     }, manifests
 

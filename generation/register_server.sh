@@ -21,7 +21,7 @@ max_num_seqs="${max_num_seqs:-}"                        # responses decoded at o
 revision="${revision:-}"                                # branch, tag or commit of a model on the hub
 trust_remote_code="${trust_remote_code:-no}"            # yes: run Python code that comes with the model
 deadline="${deadline:-1800}"                            # seconds until all servers must answer
-stop_seconds="${stop_seconds:-30}"                      # seconds to end in peace before a server is killed
+stop_seconds="${stop_seconds:-30}"                      # grace period before SIGKILL, seconds
 state_dir="${state_dir:-./data/servers}"                # which processes were started
 log_dir="${log_dir:-$state_dir}"                        # server_PORT.log
 python="${python:-python}"                              # of the environment `vllm`
@@ -225,6 +225,9 @@ model="${1:-}"
 case "$model" in
   "" | -h | --help)
     sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"
+    echo
+    # The variables, from the lines that set them.
+    sed -nE 's/^[a-z_]+="\$\{([A-Za-z_]+):-([^}]*)\}" +# (.*)$/\1=\2\t\3/p' "$0" | awk -F '\t' '{ printf "  %-34s %s\n", $1, $2 }'
     [[ -n $model ]] || fail "no MODEL given: a hub name or a folder"
     exit 0
     ;;

@@ -139,7 +139,7 @@ class Prompts:
             yield Item(record | self.dated, token_ids, sample_seed(self.args.seed, self.args.iteration, record["id"]))
 
     def finish(self, seconds):
-        """Complete the output and say what was read, written and skipped."""
+        """Complete the output and say what was read, written and skipped. `seconds`: what sampling it took, of the start that ends here."""
         output, records = self.output, len(self.order)
         counts = {"prompts": self.count, "records": records, "skipped": output.skipped, "engine_seconds": round(seconds, 1)}
         output.finish((f"{number:016x}" for number in self.order), counts)

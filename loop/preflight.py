@@ -14,18 +14,17 @@ from pathlib import Path
 
 from annotate_data import get_rewards
 from annotate_data.functions import EXAMPLE
-from common import models
-from common.cli import UserError, build, check_policy, nearest, read_json
+from common import models, trackers
+from common.cli import UserError, build, check_policy, existing_file, read_json
 from common.devices import gpu_memory, gpu_name
 from common.functions import function_file
 from common.progress import duration
-from common.records import read_prompts, record_id
+from common.records import is_local, read_prompts, record_id
 from dpo_iteration import memory, run_dpo
 from dpo_iteration.settings import reason_for_trl
 from generation import get_hf2
 from loop.settings import gpu_groups, gpus_of, processes
 from loop.try_function import made_up, try_function
-from report.run_metrics import TRACKERS
 
 # For the estimates, per GPU. Assumed, not measured here; the README says how the sums are made.
 SPEEDS = {  # dense bf16 TFLOPS and TB/s of memory, by the makers' data sheets, for what nvidia-smi calls so
@@ -88,15 +87,12 @@ def estimate(count, prompts, samples, epochs, gpus, kind="A100"):
     )
 
 
-def is_on_hub(name):
-    """Whether a prompt set's name is no file or folder here, nor meant to be one."""
-    return not Path(name).exists() and not name.endswith((".jsonl", ".json", ".csv", ".parquet"))
-
-
-def local_prompts(name, generation):
-    """Hashes of a local prompt set's prompts, 8 bytes each; None for a set on the hub."""
-    if is_on_hub(name):
+def local_prompts(name, generation, others=()):
+    """Hashes of a local prompt set's prompts, 8 bytes each; None for a set on the hub. `others` are the sets that have another part."""
+    if not is_local(name):
         return None
+    if not Path(name).exists():
+        existing_file(name, "prompt set", others)
     key, split = generation.get("dataset_key"), generation.get("dataset_split", "train")
     return array("Q", (int(record_id(record["prompt"]), 16) for record in read_prompts(name, key, split)))
 
@@ -112,8 +108,8 @@ class Findings:
         try:
             return function(*args)
         except UserError as error:
-            if str(error) not in self.problems:  # two stages may be asked the same
-                self.problems.append(str(error))
+            told = getattr(error, "problems", [str(error)])
+            self.problems.extend(problem for problem in told if problem not in self.problems)  # two stages may be asked the same
             return None
 
     def tell(self, summary):
@@ -129,6 +125,7 @@ class Findings:
 def check_models(run, found):
     """Look at what every run has: the policy, the reward models, templates, the gold function, and the arguments of evaluation."""
     settings = run.settings
+    found.problems.extend(settings.problems)
     for key in ("num_shards", "num_processes"):
         if getattr(settings, key) is not None and getattr(settings, key) < 1:
             raise UserError(f"{key} {getattr(settings, key)} must be at least 1")
@@ -146,9 +143,7 @@ def check_models(run, found):
     named += [("eval_reward_model", name, settings.eval_annotation) for name in judges]
     if judges and judges == rewards:
         found.problems.append(f"eval_reward_model {', '.join(judges)} is what training is rewarded by: name another one, or leave it out")
-    for name in settings.report_to or ():
-        if name not in TRACKERS:
-            found.problems.append(f"report_to {name}: one of {', '.join(TRACKERS)} was expected{nearest(name, TRACKERS)}")
+    found.attempt(trackers.check, settings.report_to, "report_to", trackers.FIGURES)
     found.attempt(check_policy, settings.model_name_or_path, "model_name_or_path")
     if not gpus_of(settings):
         found.attempt(get_hf2.check_head_size, settings.model_name_or_path)
@@ -202,7 +197,7 @@ def check_functions(run, found):
 def first_prompt(name, run):
     """The first record of a local prompt set, None for a set on the hub."""
     generation = run.settings.generation | (run.settings.heldout if name == run.settings.heldout_prompts else {})
-    if is_on_hub(name):
+    if not is_local(name):
         return None
     return next(iter(read_prompts(name, generation.get("dataset_key"), generation.get("dataset_split", "train"), generation.get("system_prompt"))), None)
 
@@ -224,8 +219,8 @@ def check_prompts(run, found):
         dict name → hashes of its prompts, None for a set on the hub; the held-out set is the last.
     """
     settings = run.settings
-    sets = {name: found.attempt(local_prompts, name, settings.generation) for name in settings.prompts}
-    sets[settings.heldout_prompts] = found.attempt(local_prompts, settings.heldout_prompts, settings.generation | settings.heldout)
+    sets = {name: found.attempt(local_prompts, name, settings.generation, [settings.heldout_prompts]) for name in settings.prompts}
+    sets[settings.heldout_prompts] = found.attempt(local_prompts, settings.heldout_prompts, settings.generation | settings.heldout, settings.prompts)
     heldout = set(sets[settings.heldout_prompts] or [])
     for name in dict.fromkeys(settings.prompts):
         both = sum(prompt in heldout for prompt in sets[name] or [])

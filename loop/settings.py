@@ -3,11 +3,11 @@
 import dataclasses
 
 from annotate_data import get_rewards
+from common import trackers
 from common.cli import UserError, arg, build
 from common.devices import visible_gpus
 from dpo_iteration import run_dpo
 from generation import get_hf2
-from report.run_metrics import TRACKERS
 
 CLIENT = ("concurrency", "timeout", "retries", "give_up_after")  # what `servers` may set of generation/gen_hf.py
 
@@ -33,7 +33,9 @@ class RunSettings:
     eval_annotation: dict = arg({}, "arguments of annotate_data/get_rewards.py for `eval_reward_model`")
     divergence: bool = arg(True, "estimate each iterate's KL to the starting policy from its held-out answers (report/divergence.py)")
     report: bool = arg(True, "make RUN/report/index.html anew after each stage")
-    report_to: list[str] | None = arg(None, f"log each iterate's figures there, one run for the loop: {', '.join(TRACKERS)}")
+    report_to: list[str] | None = arg(None, f"log each iterate's figures there, one run for the loop: {', '.join(trackers.FIGURES)}")
+    project: str | None = arg(None, f"project at the trackers; None: as their variables say (WANDB_PROJECT, …), else {trackers.PROJECT}")
+    run_name: str | None = arg(None, "name of the run at the trackers; None: that of its folder")
     num_shards: int | None = arg(None, "generation processes; None: one per group of tensor_parallel_size GPUs, 1 without a GPU")
     num_processes: int | None = arg(None, "annotation and training processes; None: one per GPU, 1 without a GPU")
     num_gpus: int | None = arg(None, "with --check or --dry_run: GPUs to plan for; None: those that are visible")
@@ -44,7 +46,9 @@ class RunSettings:
     allow_overlap: bool = arg(False, "accept prompts that stand in both the training and the held-out sets")
     model_size_b: float | None = arg(None, "billions of parameters, for --check's estimates where the hub is not reached")
 
-    sections = {"generation": get_hf2.Arguments, "annotation": get_rewards.Arguments}  # for whom `--K 4` should have been --generation.K
+    sections = {"generation": get_hf2.Arguments, "annotation": get_rewards.Arguments, "heldout": get_hf2.Arguments,
+                "eval_annotation": get_rewards.Arguments}  # see common/cli.py # fmt: skip
+    problems = ()
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -58,7 +62,7 @@ class LoopSettings(RunSettings):
     accelerate_config: str = arg("configs/zero2.yaml", "accelerate's YAML for training")
     keep_iterates: int | None = arg(None, "keep the weights of the last so many iterates; None: of all")
 
-    sections = RunSettings.sections | {"training_args": run_dpo.Arguments}
+    sections = RunSettings.sections | {"training_args": run_dpo.known_arguments}
 
 
 def gpus_of(settings):

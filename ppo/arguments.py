@@ -1,14 +1,14 @@
 """The arguments of train_ppo.py: what they are, what shapes the model, what is refused before torch is imported."""
 
 import dataclasses
-import importlib.util
 import math
 import os
 from pathlib import Path
 
 from annotate_data import arguments as annotation
 from annotate_data.functions import EXAMPLE
-from common.cli import UserError, arg, build, check_model, check_policy, existing_file
+from common import trackers
+from common.cli import UserError, arg, build, check_model, check_policy, count, existing_file, refuse
 from common.functions import function_file
 from dpo_iteration.output import launched
 
@@ -16,7 +16,7 @@ from dpo_iteration.output import launched
 NOT_SHAPING = {
     "model_name_or_path", "critic_name_or_path", "reward_name_or_path", "dataset_name_or_path", "chat_template", "output_dir",
     "overwrite", "trust_remote_code", "attn_implementation", "micro_batch_size", "gradient_checkpointing", "cpu_threads",
-    "save_steps", "save_total_limit", "keep_checkpoints", "logging_steps", "report_to", "run_name",
+    "save_steps", "save_total_limit", "keep_checkpoints", "logging_steps", "report_to", "project", "run_name",
 }  # fmt: skip
 
 
@@ -84,8 +84,9 @@ class Arguments:
     save_total_limit: int = arg(2, "checkpoints kept while training")
     keep_checkpoints: bool = arg(False, "keep checkpoints, with the value model, once the model is saved")
     logging_steps: int = arg(1, "rollouts between lines of progress")
-    report_to: list[str] = arg(["none"], "none, wandb, tensorboard, trackio: one or several")
-    run_name: str | None = arg(None, "name of the run for report_to")
+    report_to: list[str] = arg(["none"], f"trackers, one or several: none, {', '.join(trackers.FIGURES)}")
+    project: str | None = arg(None, f"project of the run at the trackers; None: as their variables say (WANDB_PROJECT, …), else {trackers.PROJECT}")
+    run_name: str | None = arg(None, "name of the run at the trackers")
 
 
 def arguments(values, where=""):
@@ -112,47 +113,86 @@ def scoring(args):
     return annotation.Arguments("", "", **{key: getattr(args, key) for key in shared})
 
 
-def check(args):
+def check(args, world=None):
     """Refuse what cannot work before torch is imported.
 
+    Args:
+        world: processes that will train; None: those that were launched.
+
     Raises:
-        UserError: names the setting.
+        UserError: names the settings, all at once.
     """
+    problems = []
     if not args.reward_name_or_path and not args.reward_function:
-        raise UserError("nothing scores a response: give --reward_name_or_path or --reward_function")
+        problems.append("nothing scores a response: give --reward_name_or_path or --reward_function")
     counts = ("max_input_length", "max_new_tokens", "generation_batch_size", "rollout_batch_size", "samples_per_prompt", "batch_size",
               "micro_batch_size", "ppo_epochs", "kl_horizon", "logging_steps", "save_total_limit", "max_rollouts")  # fmt: skip
     for key in (*counts, "temperature", "num_episodes", "learning_rate", "critic_learning_rate", "clip", "value_clip", "kl_target", "value_coef"):
         if getattr(args, key) is not None and not 0 < getattr(args, key) < math.inf:
-            raise UserError(f"--{key} {getattr(args, key)} must be above 0")
+            problems.append(f"--{key} {getattr(args, key)} must be above 0")
     for key in ("kl_coef", "warmup_steps", "weight_decay", "max_grad_norm", "missing_eos_penalty", "save_steps", "seed"):
         if not 0 <= getattr(args, key) < math.inf:
-            raise UserError(f"--{key} {getattr(args, key)} must not be negative")
+            problems.append(f"--{key} {getattr(args, key)} must not be negative")
     for key in ("gamma", "gae_lambda", "top_p"):
         if not 0 <= getattr(args, key) <= 1 or (key == "top_p" and not args.top_p):
-            raise UserError(f"--{key} {getattr(args, key)} must be {'above' if key == 'top_p' else 'from'} 0 and at most 1")
+            problems.append(f"--{key} {getattr(args, key)} must be {'above' if key == 'top_p' else 'from'} 0 and at most 1")
     if args.kl_target and not args.kl_coef:
-        raise UserError("--kl_target steers kl_coef by a factor: give a --kl_coef above 0 to start from")
-    responses, world = args.rollout_batch_size * args.samples_per_prompt, launched()
-    if responses % args.batch_size:
-        raise UserError(f"a rollout has {responses} responses (--rollout_batch_size {args.rollout_batch_size} × --samples_per_prompt "
-                        f"{args.samples_per_prompt}), which does not divide into steps of --batch_size {args.batch_size}")  # fmt: skip
-    if args.batch_size % (args.micro_batch_size * world):
-        raise UserError(f"--batch_size {args.batch_size} does not divide by {world} processes × --micro_batch_size {args.micro_batch_size}")
+        problems.append("--kl_target steers kl_coef by a factor: give a --kl_coef above 0 to start from")
+    problems += check_batches(args, world or launched())
     if args.generation_batch_size < args.samples_per_prompt:
-        raise UserError(f"--generation_batch_size {args.generation_batch_size} is below --samples_per_prompt {args.samples_per_prompt}, "
+        problems.append(f"--generation_batch_size {args.generation_batch_size} is below --samples_per_prompt {args.samples_per_prompt}, "
                         "which are sampled together")  # fmt: skip
-    check_samples(args, args.reward_type)
+    try:
+        check_samples(args, args.reward_type)
+    except UserError as error:
+        problems.append(str(error))
     if args.lr_scheduler_type == "constant" and args.warmup_steps:
-        raise UserError("--lr_scheduler_type constant has no warm-up: take constant_with_warmup, or --warmup_steps 0")
-    for tool in args.report_to:
-        if tool not in ("none", "wandb", "tensorboard", "trackio"):
-            raise UserError(f"--report_to {tool}: expected none, wandb, tensorboard or trackio")
-        if tool != "none" and importlib.util.find_spec(tool) is None:
-            raise UserError(f"--report_to {tool}: it is not installed here; pip install {tool}, or --report_to none")
+        problems.append("--lr_scheduler_type constant has no warm-up: take constant_with_warmup, or --warmup_steps 0")
+    try:
+        trackers.check(args.report_to, known=trackers.FIGURES)
+    except UserError as error:
+        problems.append(str(error))
     for kind in ("DEEPSPEED", "FSDP"):
         if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
-            raise UserError(f"this PPO holds whole models on each process, {kind} would cut them up: launch it with configs/ddp.yaml")
+            problems.append(f"this PPO holds whole models on each process, {kind} would cut them up: launch it with configs/ddp.yaml")
+    refuse(problems)
+
+
+def check_batches(args, world, prompts=None):
+    """What is wrong with the sizes of rollouts and steps, and sizes that fit together.
+
+    Args:
+        world: processes that train. prompts: how many there are, where that is known.
+    """
+    if min(args.rollout_batch_size, args.samples_per_prompt, args.batch_size, args.micro_batch_size) < 1:
+        return []  # told already
+    problems, responses = [], args.rollout_batch_size * args.samples_per_prompt
+    if prompts is not None and prompts < args.rollout_batch_size:
+        problems.append(f"{prompts} prompts are fewer than a rollout takes: lower --rollout_batch_size {args.rollout_batch_size}, or give more")
+    elif responses % args.batch_size:
+        problems.append(f"a rollout has {responses} responses (--rollout_batch_size {args.rollout_batch_size} × --samples_per_prompt "
+                        f"{args.samples_per_prompt}), which does not divide into steps of --batch_size {args.batch_size}")  # fmt: skip
+    if args.batch_size % (args.micro_batch_size * world):
+        problems.append(f"--batch_size {args.batch_size} does not divide by {count(world, 'process')} × --micro_batch_size {args.micro_batch_size}")
+    if problems and (sizes := fitting(args, world, prompts)):
+        problems[-1] += f"; these fit together: {' '.join(f'--{key} {value}' for key, value in sizes.items())}"
+    return problems
+
+
+def fitting(args, world, prompts=None):
+    """{key: value} of sizes near those of `args` that divide; {} where there are none.
+
+    A rollout is made smaller where there are fewer prompts: by a quarter at most, if that will do, and so that passes are large.
+    """
+    most = min(args.rollout_batch_size, prompts or args.rollout_batch_size)
+    found = {}
+    for rollout in range(1 if most < args.rollout_batch_size else most, most + 1):
+        responses = rollout * args.samples_per_prompt
+        batch = next((n for n in range(min(args.batch_size, responses), 0, -1) if responses % n == 0 and n % world == 0), None)
+        if batch:
+            micro = next(n for n in range(min(args.micro_batch_size, batch // world), 0, -1) if batch // world % n == 0)
+            found[rollout >= most - most // 4, micro, rollout] = {"rollout_batch_size": rollout, "batch_size": batch, "micro_batch_size": micro}
+    return found[max(found)] if found else {}
 
 
 def check_samples(args, kinds):

@@ -4,7 +4,8 @@ import dataclasses
 import math
 import os
 
-from common.cli import UserError, arg, build, existing_file
+from common import trackers
+from common.cli import UserError, arg, build, existing_file, refuse
 from common.functions import function_file
 from ppo.openrlhf_command import SCHEDULERS
 from ppo.openrlhf_reward import RewardArguments
@@ -14,7 +15,7 @@ from ppo.openrlhf_reward import check as check_rewards
 NOT_SHAPING = {
     "model_name_or_path", "reward_name_or_path", "critic_name_or_path", "dataset_name_or_path", "chat_template", "reward_chat_template", "output_dir",
     "overwrite", "trust_remote_code", "save_steps", "save_total_limit", "save_hf", "save_critic", "logging_steps", "report_to", "run_name",
-    "keep_checkpoints", "wandb_project", "num_gpus", "gpus_per_node", "gpu_memory_gib", "machine_memory_gib", "ray_address", "colocate", "num_engines",
+    "keep_checkpoints", "project", "num_gpus", "gpus_per_node", "gpu_memory_gib", "machine_memory_gib", "ray_address", "colocate", "num_engines",
     "tensor_parallel_size", "gpu_memory_utilization", "enforce_eager", "zero_stage", "offload", "packing", "max_tokens_per_gpu",
     "micro_batch_size", "attn_implementation", "model_size_b", "reward_size_b", "reward_gpus", "reward_batch_tokens", "patched_lora",
     "dry_run", "gradient_checkpointing", "kl_target", "kl_horizon", "value_coef", "whiten_rewards", "whiten_advantages", "bf16",
@@ -89,8 +90,8 @@ class Arguments:
     keep_checkpoints: bool = arg(False, "keep checkpoints and optimizer states once the model is saved")
     logging_steps: int = arg(1, "rollouts between log entries")
     report_to: list[str] = arg(["tensorboard"], "tensorboard (always written), wandb (key from WANDB_API_KEY)")
-    run_name: str | None = arg(None, "name of the run for report_to")
-    wandb_project: str = arg("ppo", "project of the run on W&B")
+    project: str | None = arg(None, f"project of the run on W&B; None: as WANDB_PROJECT says, else {trackers.PROJECT}")
+    run_name: str | None = arg(None, "name of the run on W&B")
 
     num_gpus: int | None = arg(None, "GPUs over all nodes; None: those visible, or of the Ray cluster")
     gpus_per_node: int | None = arg(None, "GPUs of a node; None: as found")
@@ -134,56 +135,61 @@ def check(args):
     """Refuse numbers outside their range, what OpenRLHF cannot do, and what has no effect.
 
     Raises:
-        UserError: names the setting.
+        UserError: names the settings, all at once.
     """
+    problems = []
     positive = ("max_input_length", "max_new_tokens", "temperature", "num_episodes", "rollout_batch_size", "samples_per_prompt", "batch_size",
                 "micro_batch_size", "ppo_epochs", "learning_rate", "critic_learning_rate", "clip", "value_clip", "reward_clip", "logging_steps",
                 "max_rollouts", "num_gpus", "gpus_per_node", "num_engines", "tensor_parallel_size", "max_tokens_per_gpu", "model_size_b",
                 "reward_size_b", "gpu_memory_gib", "machine_memory_gib", "reward_max_length", "gpu_memory_utilization")  # fmt: skip
     for key in positive:
         if getattr(args, key) is not None and not 0 < getattr(args, key) < math.inf:
-            raise UserError(f"{key} {getattr(args, key)} must be above 0 and finite")
+            problems.append(f"{key} {getattr(args, key)} must be above 0 and finite")
     for key in ("warmup_steps", "weight_decay", "max_grad_norm", "kl_coef", "missing_eos_penalty", "save_steps", "critic_only_rollouts", "lora_r"):
         if not 0 <= getattr(args, key) < math.inf:
-            raise UserError(f"{key} {getattr(args, key)} must not be negative, and finite")
+            problems.append(f"{key} {getattr(args, key)} must not be negative, and finite")
     for key in ("top_p", "gamma", "gae_lambda", "gpu_memory_utilization"):
         if getattr(args, key) is not None and not 0 <= getattr(args, key) <= 1:
-            raise UserError(f"{key} {getattr(args, key)} must be from 0 to 1")
+            problems.append(f"{key} {getattr(args, key)} must be from 0 to 1")
     if not args.top_p:
-        raise UserError("top_p 0.0 leaves no token to sample (vLLM refuses it): above 0 and at most 1")
+        problems.append("top_p 0.0 leaves no token to sample (vLLM refuses it): above 0 and at most 1")
     if not 0 <= args.seed < 2**32:
-        raise UserError(f"seed {args.seed} must be from 0 to {2**32 - 1}, as numpy takes it")
+        problems.append(f"seed {args.seed} must be from 0 to {2**32 - 1}, as numpy takes it")
     if args.reward_gpus not in (None, 0, 1):
-        raise UserError(f"reward_gpus {args.reward_gpus} must be 0 or 1: our server scores on one GPU")
+        problems.append(f"reward_gpus {args.reward_gpus} must be 0 or 1: our server scores on one GPU")
     if args.kl_target is not None:
-        raise UserError("kl_target: OpenRLHF's adaptive coefficient aims at nats a token and is forgotten at every resume; leave it out and set kl_coef")
+        problems.append("kl_target: OpenRLHF's adaptive coefficient aims at nats a token and is forgotten at every resume; leave it out and set kl_coef")
     if args.value_coef is not None:
-        raise UserError("value_coef has no effect: OpenRLHF's value model has an optimizer of its own; leave it out and set critic_learning_rate")
+        problems.append("value_coef has no effect: OpenRLHF's value model has an optimizer of its own; leave it out and set critic_learning_rate")
     if args.whiten_rewards:
-        raise UserError("whiten_rewards true: OpenRLHF does not whiten rewards; give --whiten_rewards false")
+        problems.append("whiten_rewards true: OpenRLHF does not whiten rewards; give --whiten_rewards false")
     if not args.whiten_advantages:
-        raise UserError("whiten_advantages false: OpenRLHF always whitens advantages under GAE; give --whiten_advantages true")
+        problems.append("whiten_advantages false: OpenRLHF always whitens advantages under GAE; give --whiten_advantages true")
     if not args.bf16:
-        raise UserError("bf16 false: OpenRLHF trains in bf16 or fp16 beside fp32 master weights; give --bf16 true")
+        problems.append("bf16 false: OpenRLHF trains in bf16 or fp16 beside fp32 master weights; give --bf16 true")
     if args.lr_scheduler_type == "constant" and args.warmup_steps:
-        raise UserError("lr_scheduler_type constant has no warm-up: take constant_with_warmup, or warmup_steps 0")
+        problems.append("lr_scheduler_type constant has no warm-up: take constant_with_warmup, or warmup_steps 0")
     if args.save_total_limit < 2:
-        raise UserError(f"save_total_limit {args.save_total_limit}: 2 at least, OpenRLHF deletes an old checkpoint before the new one is whole")
-    for tool in args.report_to:
+        problems.append(f"save_total_limit {args.save_total_limit}: 2 at least, OpenRLHF deletes an old checkpoint before the new one is whole")
+    for tool in args.report_to:  # into its own environment, so that what is installed here says nothing
         if tool not in ("none", "tensorboard", "wandb"):
-            raise UserError(f"report_to {tool}: OpenRLHF reports to tensorboard (always) and wandb")
+            problems.append(f"report_to {tool}: OpenRLHF reports to tensorboard (always) and wandb")
     if "wandb" in args.report_to and not os.environ.get("WANDB_API_KEY"):
-        raise UserError("report_to wandb: export WANDB_API_KEY first (a key among the arguments would be printed and kept)")
+        problems.append("report_to wandb: export WANDB_API_KEY first (a key among the arguments would be printed and kept)")
     if "wandb" in args.report_to and args.ray_address:
-        raise UserError("report_to wandb: a Ray cluster that runs already does not see our WANDB_API_KEY; leave it out, TensorBoard's files are always written")
+        problems.append("report_to wandb: a Ray cluster that runs already does not see our WANDB_API_KEY; leave it out, TensorBoard's files are always written")
     if args.lora_r and not args.patched_lora:
-        raise UserError(
+        problems.append(
             "lora_r: OpenRLHF 0.11.2 hands the adapters' own names to vLLM, which ends at the first hand-over of weights (its issues 991, 1081, "
             "1349); train all parameters (lora_r 0; offload true saves memory), or say --patched_lora true for a patched OpenRLHF"
         )
-    check_reward(args)
-    if args.chat_template:
-        existing_file(args.chat_template, "chat template")
+    try:
+        check_reward(args)
+        if args.chat_template:
+            existing_file(args.chat_template, "chat template")
+    except UserError as error:
+        problems.append(str(error))
+    refuse(problems)
 
 
 def check_reward(args):

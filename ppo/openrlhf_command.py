@@ -10,8 +10,10 @@ What was read in its source and decides the shape of a command:
 """
 
 import math
+import os
 from dataclasses import dataclass
 
+from common import trackers
 from common.cli import UserError
 
 MODULE = "openrlhf.cli.train_ppo_ray"
@@ -233,7 +235,7 @@ def flags(args, placement, reward, paths, prompts, resume=False):
     add("logger.wandb.run_name", args.run_name or "ppo")
     if "wandb" in args.report_to:
         add("logger.wandb.key", WANDB_PLACEHOLDER)
-        add("logger.wandb.project", args.wandb_project)
+        add("logger.wandb.project", args.project or os.environ.get("WANDB_PROJECT") or trackers.PROJECT)
     add("eval.steps", -1)
     taken = {name for name, _ in found}
     for name, value in args.extra_flags.items():

@@ -13,6 +13,7 @@ from common.cli import UserError
 from common.manifest import beside, fingerprint, read_manifest, versions, write_json
 from common.progress import Progress, duration
 from common.records import as_json, dumps, finite
+from common.trackers import Figures
 from dpo_iteration.output import checkpoints, is_main, launched, remove_checkpoints, say, write_jsonl
 from dpo_iteration.saved import check_saved
 
@@ -116,13 +117,12 @@ class Log:
     """One line of figures for each rollout: in the log file, to the trackers, and on the terminal."""
 
     def __init__(self, ppo, settings, trackers):
-        self.ppo, self.trackers, self.path = ppo, trackers, beside(ppo.args.output_dir, ".log.jsonl")
+        self.ppo, self.path = ppo, beside(ppo.args.output_dir, ".log.jsonl")
         self.entries = read_log(self.path, ppo.done)
         if is_main():
             write_jsonl(self.path, self.entries)  # what came after the checkpoint comes again
-        if trackers:
-            named = {tool: {"name": ppo.args.run_name} for tool in ("wandb", "trackio") if ppo.args.run_name}
-            ppo.accelerator.init_trackers("ppo", {key: str(value) for key, value in settings.items()}, init_kwargs=named)
+        shown = {key: str(value) for key, value in settings.items()}
+        self.trackers = [Figures(name, ppo.args.output_dir, shown, ppo.args.project, ppo.args.run_name) for name in trackers if is_main()]
         self.progress = Progress(ppo.rollouts, "ppo", "rollouts", done=ppo.done, enabled=is_main() and sys.stderr.isatty())
 
     def add(self, figures, seconds):
@@ -133,8 +133,8 @@ class Log:
         if is_main():
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(dumps(as_json(self.entries[-1])) + "\n")
-        if self.trackers:
-            ppo.accelerator.log(figures | {f"seconds/{key}": value for key, value in seconds.items()}, step=number)
+        for tracker in self.trackers:
+            tracker.log(figures | {f"seconds/{key}": value for key, value in seconds.items()}, number)
         note = (f"reward {figures['reward']:.3f}, kl {figures['kl']:.2f}, entropy {figures['entropy']:.2f}, length {figures['response_length']:.1f}, "
                 f"cut {figures['truncated_fraction']:.2f}, clipped {figures['clip_fraction']:.3f}, explained {figures['explained_variance']:.2f}")  # fmt: skip
         progress.update(1, note)
@@ -144,8 +144,8 @@ class Log:
 
     def close(self):
         self.progress.close()
-        if self.trackers:
-            self.ppo.accelerator.end_training()
+        for tracker in self.trackers:
+            tracker.close()
 
 
 def finish(ppo, entries, start_seconds, started):

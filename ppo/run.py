@@ -17,11 +17,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
-from common.cli import UserError, arg, nearest, parse, run
+from common.cli import UserError, arg, build, nearest, parse, refuse, run
 from loop import preflight
 from loop.run import Run, is_planning, load, settle, setup, todo
 from loop.settings import RunSettings, gpus_of, processes
-from ppo import train_ppo
+from ppo import arguments, openrlhf_arguments, train_ppo
 
 BACKENDS = {"openrlhf": "ppo.run_openrlhf", "small": "ppo.train_ppo"}
 # What `generation` and `annotation` say for evaluation holds for training too, unless `ppo` says otherwise: key there → key of a backend.
@@ -37,6 +37,11 @@ NEEDED = {"generation": ("system_prompt", "template_kwargs", "eos_ids", "top_k",
 
 
 @dataclasses.dataclass(kw_only=True)
+class OfEither(train_ppo.Arguments, openrlhf_arguments.Arguments):
+    """What `ppo` may hold: a key that is not the chosen backend's is refused in `training`, with the reason."""
+
+
+@dataclasses.dataclass(kw_only=True)
 class PPOSettings(RunSettings):
     prompts: list[str] = arg(help="prompt sets; PPO trains on all of them together")
     backend: str = arg("auto", "openrlhf (GPUs), small (ppo/train_ppo.py) or auto: openrlhf where GPUs are visible, else small", ["auto", *BACKENDS])
@@ -44,7 +49,7 @@ class PPOSettings(RunSettings):
     openrlhf: dict = arg({}, "more arguments of ppo/run_openrlhf.py: placement on the GPUs; the small backend takes no notice")
 
     iterations = 1  # not a setting: what PPO trains is iterate 1
-    sections = RunSettings.sections | {"ppo": train_ppo.Arguments}
+    sections = RunSettings.sections | {"ppo": OfEither, "openrlhf": openrlhf_arguments.Arguments}
 
 
 class PPORun(Run):
@@ -102,8 +107,12 @@ class PPORun(Run):
 
     def arguments(self):
         """The backend's arguments as it reads them, checked as far as can be before anything is loaded."""
-        where = "ppo and openrlhf" if self.backend == "openrlhf" else "ppo"
-        return self.ask(self.module.arguments, self.training(1), where)
+        return self.ask(self.module.arguments, self.training(1), self.where)
+
+    @property
+    def where(self):
+        """The sections that hold the backend's arguments, for messages."""
+        return "ppo and openrlhf" if self.backend == "openrlhf" else "ppo"
 
     def ask(self, function, *args):
         """What a function of the backend returns; where it refuses and names its flags (`--offload`), those of run_ppo.sh instead."""
@@ -120,7 +129,7 @@ class PPORun(Run):
         try:
             return function(*args)
         except UserError as error:
-            raise UserError(re.sub(r"--(\w+)", name, str(error))) from None
+            refuse([re.sub(r"--(\w+)", name, problem) for problem in getattr(error, "problems", [str(error)])])
 
     def is_trained(self, i):
         args = self.arguments()
@@ -142,14 +151,18 @@ def check(current):
     preflight.check_models(current, found)
     for name, key in current.left_out():
         found.problems.append(f"{name}: PPO (backend {current.backend}) would train without {key}, which evaluation uses; leave it out")
-    args = found.attempt(current.arguments)
+    # What has the right types is looked at further, so that all that is wrong is told at once.
+    args = found.attempt(lambda: build(current.module.Arguments, current.training(1), current.where))
+    before = len(found.problems)
+    if args:
+        found.attempt(current.ask, current.module.check, args, *([processes(settings)] if current.backend == "small" else []))
+    right = args is not None and len(found.problems) == before
     left = None if found.problems else found.attempt(current.stages_left)
-    if args and (left is None or "1.train" in left):
-        check_backend(current, args, found)
     sets = preflight.check_prompts(current, found)
     there = None if None in sets.values() else sum(len(sets[name]) for name in settings.prompts)
-    if args and there is not None and there < args.rollout_batch_size:
-        found.problems.append(f"{there} prompts are fewer than a rollout takes: lower ppo.rollout_batch_size {args.rollout_batch_size}, or give more")
+    check_rollouts(current, args, there, found)
+    if right and (left is None or "1.train" in left):
+        check_backend(current, args, found)
     _, count = preflight.check_gpus(current, found)
     if count and args and current.backend == "small":
         # The model; while training, checkpoints of policy and value model with Adam's two states, in 4 bytes each.
@@ -160,6 +173,23 @@ def check(current):
         preflight.check_disk(current, found, (4 + kept) * count / 2**30, "the model and checkpoints", "see ppo.save_total_limit")
     preflight.conclude(current, left, found, "" if found.problems else f"{preflight.summary(current)}, backend {current.backend}")
     return left
+
+
+def check_rollouts(current, args, prompts, found):
+    """Refuse fewer prompts than a rollout takes, with sizes that fit together in place of what was said of the sizes without them."""
+    if args is None or prompts is None or not 0 <= prompts < args.rollout_batch_size:
+        return
+    if current.backend == "openrlhf":  # its sizes follow from where it is placed, see its plan
+        found.problems.append(f"{prompts} prompts are fewer than a rollout takes: lower --ppo.rollout_batch_size {args.rollout_batch_size}, or give more")
+        return
+
+    def sizes(*given):
+        return current.ask(lambda: refuse(arguments.check_batches(args, processes(current.settings), *given)))
+
+    before = preflight.Findings()
+    before.attempt(sizes)
+    found.problems = [problem for problem in found.problems if problem not in before.problems]
+    found.attempt(sizes, prompts)
 
 
 def check_backend(current, args, found):
@@ -174,9 +204,6 @@ def check_backend(current, args, found):
     if limit and args.max_input_length + args.max_new_tokens > limit:
         found.problems.append(f"the policy has {limit} positions: generation.max_input_length {args.max_input_length} + generation.max_new_tokens "
                               f"{args.max_new_tokens} are more")  # fmt: skip
-    world = processes(current.settings)
-    if args.batch_size % (args.micro_batch_size * world):
-        found.problems.append(f"ppo.batch_size {args.batch_size} does not divide by {world} processes × ppo.micro_batch_size {args.micro_batch_size}")
 
 
 def prepare(settings_dir, argv):

@@ -34,7 +34,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
 from annotate_data.get_rewards import combine, make_scorers
-from common import chat, models
+from common import chat, models, trackers
 from common.cli import UserError, parse, run
 from common.devices import check_processes, prepare_threads
 from common.manifest import with_date
@@ -420,18 +420,17 @@ def train(args, settings, inputs, started):
 
     from dpo_iteration.models import prepare_cpu
 
-    gpu, trackers = torch.cuda.is_available(), [tool for tool in args.report_to if tool != "none"]
+    gpu = torch.cuda.is_available()
     if not gpu:
         say("note: no GPU found, training on the CPU in float32")
         prepare_cpu(args.cpu_threads)
-    precision, folder = "bf16" if args.bf16 and gpu else "no", Path(args.output_dir, "runs")
-    accelerator = Accelerator(mixed_precision=precision, log_with=trackers or None, project_dir=folder)
+    accelerator = Accelerator(mixed_precision="bf16" if args.bf16 and gpu else "no")
     accelerator.wait_for_everyone()  # every rank has looked at what is there; now rank 0 may write
     ppo = PPO(args, accelerator)
     begin(ppo, settings, inputs)
     say(f"{len(ppo.prompts)} prompts, {len(ppo.skipped)} skipped; {ppo.rollouts} rollouts of {args.rollout_batch_size} × {args.samples_per_prompt} "
         f"responses, {args.ppo_epochs} passes over each in steps of {args.batch_size}; responses end with {sorted(ppo.stops)}")  # fmt: skip
-    log, ready = Log(ppo, settings, trackers), time.time()
+    log, ready = Log(ppo, settings, trackers.chosen(args.report_to)), time.time()
     for number in range(ppo.done + 1, ppo.rollouts + 1):
         begun = time.monotonic()
         rows, seconds = ppo.rollout(number)

@@ -58,7 +58,7 @@ DEFINITIONS = {
                 "entropy (nats per token), share clipped, losses of policy and critic, and the variance of returns that the critic explains."),
     "seconds": ("seconds", "Wall clock of a finished stage as the driver measured it, summed over its starts. A stage that was killed left no time: "
                 "what it spent is not in the sum. Evaluation of iterate i also samples and scores the next iteration's responses."),
-    "work": ("working", "Seconds in which responses were sampled or scored (from the summaries in the logs, whole seconds; of shards side by side the "
+    "work": ("working", "Seconds in which responses were sampled or scored (by their manifests; of shards side by side the "
              "longest) or optimizer and evaluation steps were made (the trainer's run times; PPO: its rollouts)."),
     "waiting": ("waiting", "Share of a stage's seconds that was not working: starting Python and engines, loading models, the reference's pass, merging, "
                 "saving. It does not see a GPU that idles within those working seconds."),

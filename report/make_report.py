@@ -1,7 +1,8 @@
 """Write one HTML page about a run, or several side by side: rewards, win rates, length, drift, training, time, samples.
 
 In:  the folders of runs (run_loop.sh, run_ppo.sh), finished or not.
-Out: one file that opens without a network, in light and dark; what a run has not got is named on it.
+Out: one file that opens without a network, in light and dark; what a run has not got is named on it. Beside it `….warnings.json`, its
+     warnings.
 
     python report/make_report.py runs/tiny                                              # runs/tiny/report/index.html
     python report/make_report.py runs/tiny runs/ppo_tiny --output_dir report/index.html
@@ -9,6 +10,7 @@ Out: one file that opens without a network, in light and dark; what a run has no
 Files are read line by line and texts are kept of a seeded sample only, so that memory does not follow the run's size.
 """
 
+import dataclasses
 import os
 import sys
 from dataclasses import dataclass
@@ -17,7 +19,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import cli
-from common.cli import UserError, arg
+from common.cli import UserError, arg, count
+from common.manifest import write_json
 
 
 @dataclass
@@ -82,7 +85,14 @@ def make(args):
     temporary = target.with_name(target.name + ".tmp")
     temporary.write_text(text, encoding="utf-8", errors="replace", newline="\n")  # half a surrogate pair in a setting or a name
     os.replace(temporary, target)
-    return target, [(run.name, trouble) for run, listed in found for trouble in listed], [(run.name, text) for run in runs for text in run.missing]
+    warned = [(run.name, trouble) for run, listed in found for trouble in listed]
+    write_json(warnings_of(target), [{"run": name} | dataclasses.asdict(trouble) for name, trouble in warned])
+    return target, warned, [(run.name, text) for run in runs for text in run.missing]
+
+
+def warnings_of(target):
+    """The file beside a page that lists its warnings, for who does not look at pages: the terminal at a run's end."""
+    return target.with_name(f"{target.stem}.warnings.json")
 
 
 def main():
@@ -93,7 +103,7 @@ def main():
         print(f"warning: {name}, {trouble.where}: {trouble.title.lower()}: {trouble.figure}")
     for name, text in missing:
         print(f"not there: {name}: {text}")
-    print(f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB) from {len(args.runs)} run{'s' * (len(args.runs) > 1)}, {len(warned)} warnings")
+    print(f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB) from {count(len(args.runs), 'run')}, {count(len(warned), 'warning')}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import hashlib
 import heapq
 import json
 import math
-import re
 import sys
 from array import array
 from collections import Counter
@@ -287,41 +286,36 @@ def read_pairs(path, iteration, ids):
     return marks, np.array(margins), float(np.mean(longer)) if longer else None
 
 
-# Last lines of get_hf2.py, gen_hf.py and get_rewards.py, with common/progress.py's durations.
-WORKED = re.compile(r"^(?:sampled \d+ tokens|scored \d+ records \(\d+ responses\)) in (?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?\b")
-
-
-def worked_seconds(log):
-    """Seconds that a log's summaries say were spent on sampling or scoring, summed over its starts; None without one."""
-    total, found = 0, False
-    try:
-        with open(log, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                match = WORKED.match(line)
-                if match:
-                    hours, minutes, seconds = (int(part or 0) for part in match.groups())
-                    total, found = total + hours * 3600 + minutes * 60 + seconds, True
-    except OSError:
-        return None
-    return total if found else None
-
-
-def stage_work(folder, iteration, stage, training):
-    """Seconds of a stage in which responses, rewards or optimizer steps were made; None where no log tells."""
-    logs = folder / f"iter{iteration}" / "logs"
+def stage_work(run, iteration, stage):
+    """Seconds of a stage in which responses, rewards or optimizer steps were made, by the manifests; None where they do not tell."""
     if stage == "train":
+        training = run.trainings.get(iteration)
         if training is None:
             return None
         if training.ppo:
             return sum(entry["seconds"].get("all", 0) for entry in training.ppo) or None
         parts = [training.manifest.get("metrics", {}).get(key) for key in ("train_runtime", "eval_runtime")]
         return sum(p for p in parts if finite(p)) or None
-    shards = [worked_seconds(log) for log in logs.glob(f"{stage}.*.log") if log.name.split(".")[1].isdigit() or log.name.split(".")[1] == "client"]
-    shards = [s for s in shards if s is not None]
-    scored = worked_seconds(logs / f"{stage}.rewards.log")
-    parts = ([max(shards)] if shards else []) + ([scored] if scored is not None else [])
-    needed = {"generate": bool(shards), "annotate": scored is not None}.get(stage, bool(shards) and scored is not None)
-    return sum(parts) if needed else None
+    held, asked, more = f"iter{iteration}/heldout_", [], []
+    if stage == "evaluate":
+        asked = [f"{held}{kind}.{what}" for kind in KINDS for what in ("generated", "rewarded")]
+        more = [f"{held}{kind}.judged" for kind in KINDS]
+        # The next iteration's responses, unless a stage of their own made them.
+        own = {(entry.get("iteration"), entry.get("stage")) for entry in run.stages}
+        ahead = {"generated": "generate", "rewarded": "annotate"}
+        more += [f"iter{iteration + 1}/{what}" for what, maker in ahead.items() if (iteration + 1, maker) not in own]
+    elif stage in ("generate", "annotate"):
+        asked = [f"iter{iteration}/{'generated' if stage == 'generate' else 'rewarded'}"]
+    seconds = {name: spent(run.folder / f"{name}.manifest.json") for name in (*asked, *more)}
+    if not asked or None in [seconds[name] for name in asked]:
+        return None
+    return sum(value for value in seconds.values() if value is not None)
+
+
+def spent(path):
+    """Seconds that a manifest says were spent on sampling or scoring its file; None without one."""
+    counts = as_manifest(read_object(path)).get("counts", {})
+    return next((counts[key] for key in ("engine_seconds", "scoring_seconds") if key in counts), None)
 
 
 def numbers_of(folder):
@@ -360,7 +354,7 @@ def read_run(folder, gold_function=None, seed=0, keep=KEEP_TEXTS, gold=True):
     for i in numbers_of(folder):
         _read_iteration(run, i, gold_function, seed, keep, gold)
     for iteration, stage in {(s["iteration"], s["stage"]) for s in run.stages}:
-        run.work[iteration, stage] = stage_work(folder, iteration, stage, run.trainings.get(iteration))
+        run.work[iteration, stage] = stage_work(run, iteration, stage)
     _name_missing(run)
     return run
 

@@ -1,4 +1,4 @@
-"""All figures of a run, one row an iterate: `metrics.json` and `metrics.csv` in the run's folder, and W&B, TensorBoard or trackio.
+"""All figures of a run, one row an iterate: `metrics.json` and `metrics.csv` in the run's folder, and the trackers of transformers.
 
     python report/run_metrics.py --run runs/tiny
     python report/run_metrics.py --run runs/tiny --report_to tensorboard
@@ -15,7 +15,9 @@ that are word for word the previous iterate's; `kl`, `kl_se`, `kl_per_token`, `k
 A win rate is the share of comparisons that the iterate's answer wins against the start's to the same prompt, ties half: all K × K
 pairs of sampled answers, the one pair of greedy ones; averaged over prompts. By the reward model; with `judge_` by the second one.
 
-A tracker gets one run for the whole loop, with iterations as steps: RUN/trackers.json remembers which, and what it was told.
+A tracker gets one run for the whole loop, with iterations as steps: RUN/trackers.json remembers which, and what it was told, so that no
+step is logged twice. The run's settings `project` and `run_name` name it; without them the tracker's own variable (WANDB_PROJECT) and
+the run's folder do.
 """
 
 import csv
@@ -25,29 +27,30 @@ import os
 import secrets
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import cli, manifest
-from common.cli import UserError, arg
+from common import cli, manifest, trackers
+from common.cli import arg, count
 from common.manifest import write_json
 from common.records import finite
 from report import metrics
 from report.hide import hidden
+from report.make_report import warnings_of
 from report.metrics import read_object
 from report.troubles import NOTHING_LEARNED, Bounds
 
-TRACKERS = ("wandb", "tensorboard", "trackio")
-PROJECT = "online-rlhf"  # WANDB_PROJECT, TRACKIO_PROJECT stand in place of it
 DIVERGENCE = ("kl", "kl_se", "kl_per_token", "k3", "k3_se", "k3_per_token")
 
 
 @dataclass
 class Arguments:
     run: str = arg(help="a run's folder")
-    report_to: list[str] | None = arg(None, help=f"trackers to log the rows to, out of {', '.join(TRACKERS)}")
+    report_to: list[str] = arg([], help=f"trackers to log the rows to: none, {', '.join(trackers.FIGURES)}; not given: the run's own report_to")
     gold_function: str | None = arg(None, help="FILE.py:NAME for the intervals under the table; None: the run's own")
 
 
@@ -132,20 +135,21 @@ def save(folder, made):
         os.replace(temporary, path)
 
 
-def to_wandb(folder, state, new):
+def to_wandb(folder, state, new, names):
     """One run of W&B, taken up again by its id."""
     import wandb
 
+    trackers.name_project(["wandb"], names["project"])
     state.setdefault("id", secrets.token_hex(4))
     settings = wandb.Settings(init_timeout=60, console="off", silent=True)
-    run = wandb.init(project=os.environ.get("WANDB_PROJECT", PROJECT), id=state["id"], resume="allow", name=folder.resolve().name,
-                     dir=str(folder), config=settings_of(folder), settings=settings)  # fmt: skip
+    run = wandb.init(project=os.environ["WANDB_PROJECT"], id=state["id"], resume="allow", name=names["run_name"], dir=str(folder),
+                     config=settings_of(folder), settings=settings)  # fmt: skip
     for row in new:
         run.log(scalars(row), step=row["iterate"])
     run.finish()
 
 
-def to_tensorboard(folder, state, new):
+def to_tensorboard(folder, state, new, names):
     """Event files in RUN/tensorboard."""
     from torch.utils.tensorboard import SummaryWriter
 
@@ -155,15 +159,23 @@ def to_tensorboard(folder, state, new):
                 writer.add_scalar(key, value, row["iterate"])
 
 
-def to_trackio(folder, state, new):
+def to_trackio(folder, state, new, names):
     """One run of trackio, taken up again by its name."""
     import trackio
 
-    state.setdefault("name", f"{folder.resolve().name}-{int(time.time())}")
-    trackio.init(project=os.environ.get("TRACKIO_PROJECT", PROJECT), name=state["name"], resume="allow", config=settings_of(folder))
+    state.setdefault("name", f"{names['run_name']}-{int(time.time())}")
+    trackio.init(project=trackers.name_project(["trackio"], names["project"]), name=state["name"], resume="allow", config=settings_of(folder))
     for row in new:
         trackio.log(scalars(row), step=row["iterate"])
     trackio.finish()
+
+
+def to_another(name, folder, state, new, names):
+    """Any other tracker, by the callback of transformers; mlflow, comet_ml and swanlab take up the same run."""
+    figures = trackers.Figures(name, folder, settings_of(folder), names["project"], names["run_name"], state)
+    for row in new:
+        figures.log(scalars(row), row["iterate"])
+    figures.close()
 
 
 def scalars(row):
@@ -175,29 +187,35 @@ def settings_of(folder):
     import yaml
 
     try:
-        return hidden(yaml.safe_load((folder / "loop.yaml").read_text(encoding="utf-8")) or {})
+        found = yaml.safe_load((folder / "loop.yaml").read_text(encoding="utf-8"))
+        return hidden(found) if isinstance(found, dict) else {}
     except (OSError, yaml.YAMLError):
         return {}
 
 
 def log(folder, made, report_to):
-    """Tell each tracker of `report_to` the rows that it was not told yet. One that fails is a note, never an error."""
-    folder = Path(folder)
-    path = folder / "trackers.json"
+    """Tell each tracker of `report_to` the rows that it was not told yet, and say so. One that fails is a note, never an error.
+
+    What each was told stands in RUN/trackers.json, so that no row is logged twice.
+    """
+    folder, ours = Path(folder), {"wandb": to_wandb, "tensorboard": to_tensorboard, "trackio": to_trackio}
+    path, settings = folder / "trackers.json", settings_of(folder)
+    names = {"project": settings.get("project"), "run_name": settings.get("run_name") or folder.resolve().name}
     states = read_object(path)
-    for name in report_to:
+    for name in trackers.chosen(report_to):
         state = states.setdefault(name, {})
         told = state.setdefault("iterates", [])
         new = [row for row in made if row["iterate"] not in told]
-        if not new:
-            continue
-        try:
-            {"wandb": to_wandb, "tensorboard": to_tensorboard, "trackio": to_trackio}[name](folder, state, new)
-        except Exception as error:  # no network, no login, not installed
-            print(f"note: {name} was not told of this run: {type(error).__name__}: {' '.join(str(error).split())[:200]}", flush=True)
-            continue
-        state["iterates"] = [*told, *(row["iterate"] for row in new)]
-        write_json(path, states)
+        if new:
+            try:
+                ours.get(name, partial(to_another, name))(folder, state, new, names)
+            except Exception as error:  # no network, no login, not installed
+                print(f"note: {name} was not told of this run: {type(error).__name__}: {' '.join(str(error).split())[:200]}", flush=True)
+                continue
+            state["iterates"] = [*told, *(row["iterate"] for row in new)]
+            write_json(path, states)
+        before = f", {count(len(told), 'iterate')} had been logged before" if told else ""
+        print(f"{name}: logged {count(len(new), 'iterate')}{before}", flush=True)
 
 
 def alike(made):
@@ -210,15 +228,27 @@ def alike(made):
 
 def main():
     args = cli.parse(Arguments, __doc__)
-    for name in args.report_to or ():
-        if name not in TRACKERS:
-            raise UserError(f"--report_to {name}: one of {', '.join(TRACKERS)} was expected")
+    trackers.check(args.report_to, known=trackers.FIGURES)
     made = rows(args.run)
     save(args.run, made)
-    log(args.run, made, args.report_to or ())
+    log(args.run, made, args.report_to or settings_of(Path(args.run)).get("report_to"))
     print(metrics.table(args.run, args.gold_function))
-    for line in alike(made):
+    for line in warnings(args.run) or alike(made):  # the page warns of the same
         print(line)
+
+
+def warnings(folder):
+    """Lines that say how many warnings the run's page has, which, and where it is; none where no page was made."""
+    page = Path(folder) / "report" / "index.html"
+    try:
+        listed = json.loads(warnings_of(page).read_text(encoding="utf-8"))
+        titles = Counter(entry["title"] for entry in listed)
+    except (OSError, ValueError, KeyError, TypeError):  # no page, or one that somebody else has made
+        return []
+    if not listed:
+        return [f"no warnings; the page: {page}"]
+    told = [f"  {title} ({n} times)" if n > 1 else f"  {title}" for title, n in titles.items()]
+    return [f"{count(len(listed), 'warning')}, with what to try on the page {page}:", *told]
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from common.cli import arg
 
 NOTHING_LEARNED = ("training changes too little: raise learning_rate, take more optimizer steps (a smaller batch, more epochs or prompts), and on the "
                    "CPU bf16 false; the training's log says how many steps there were")  # fmt: skip
+PENALTY = "choose pairs with a length penalty (choose_type max_min_p with length_penalty)"
 WIDER = 2.576 / 1.960  # half a normal's 99% interval, in halves of its 95% one
 
 
@@ -35,13 +36,16 @@ class Bounds:
 
 @dataclass
 class Trouble:
-    """`name` tells the kind; `where` the iterate or iteration; `figure` is what was found, `bound` what was expected."""
+    """`name` tells the kind; `where` the iterate or iteration; `figure` is what was found, with what was expected.
+
+    `todo` is what to try: a list of texts, and of (trait, text) for runs with that trait alone (see `traits`); `find` makes one text of it.
+    """
 
     name: str
     title: str
     where: str
     figure: str
-    todo: str
+    todo: str | list
 
 
 def find(run, iterates, trainings, bounds=None):
@@ -65,7 +69,23 @@ def find(run, iterates, trainings, bounds=None):
     found += collapse(trainings, bounds)
     for i, entry in sorted(run.trainings.items()):
         found += ppo(entry.ppo, f"iteration {i}", bounds, any(row["iterate"] == i and row.get("kl") is not None for row in iterates))
+    known = traits(run)
+    for trouble in found:
+        trouble.todo = advice(trouble.todo, known)
     return found
+
+
+def traits(run):
+    """What decides which advice fits: dpo or ppo, and whether a reward model scores (model) or a function alone (function)."""
+    annotation = run.settings.get("annotation")
+    function = isinstance(annotation, dict) and annotation.get("reward_function") and not run.settings.get("reward_name_or_path")
+    return {run.kind, "function" if function else "model"}
+
+
+def advice(parts, known):
+    """`a, b, or c` of the parts that fit the traits `known`."""
+    fitting = [part if isinstance(part, str) else part[1] for part in parts if isinstance(part, str) or part[0] in known]
+    return ", ".join(fitting[:-1]) + (", or " if len(fitting) > 1 else "") + fitting[-1]
 
 
 def percent(share):
@@ -103,8 +123,8 @@ def alike(iterates, bounds):
 def over_optimised(iterates):
     """Reward up while gold, a second judge, or the share of prompts that are won falls, against the previous iterate, the start, or
     the best before: a fall in small steps, each of which may be chance."""
-    todo = ("stop at the iterate before, lower the learning rate or raise beta (PPO: kl_coef), train fewer steps an iteration, or "
-            "use a stronger reward model or several")  # fmt: skip
+    todo = ["stop at the iterate before", "lower the learning rate", ("dpo", "raise beta"), ("ppo", "raise kl_coef"), ("dpo", "train fewer steps an iteration"),
+            ("ppo", "train fewer rollouts"), ("model", "use a stronger reward model or several"), ("function", "change the reward function")]  # fmt: skip
     found = []
     for row in iterates:
         seen = set()
@@ -124,7 +144,7 @@ def over_optimised(iterates):
                     seen.add("win")
                     figure = f"{kind} answers: reward {_shown(versus['reward'])}, win rate {percent(win[0])} [{percent(win[1])}, {percent(win[2])}]"
                     found.append(Trouble("win_rate_falls", "The mean reward rises while most prompts are lost", _against(row, against), figure,
-                                         "a few answers carry the mean: read those with the largest rewards, and mend the reward model there"))  # fmt: skip
+                                         ["a few answers carry the mean: read those with the largest rewards, and mend the reward there"]))  # fmt: skip
     written = [(row, row["sampled"].get("reward"), row["sampled"].get("gold")) for row in iterates]
     for (_, reward, gold), (row, reward_now, gold_now) in zip(written, written[1:]):  # answers gone, averages left
         if row["versus"].get("previous", {}).get("sampled") or None in (reward, gold, reward_now, gold_now) or None in (*gold, *gold_now):
@@ -148,9 +168,10 @@ def judges(iterates):
         versus = (row["versus"].get("start") or {}).get("sampled") or {}
         judge = versus.get("judge")
         if rises(versus.get("reward")) and judge and judge[1] is not None and judge[1] <= 0 and not falls(judge):
-            found.append(Trouble("only_training_reward", "Only the training reward model sees the gain", f"iterate {row['iterate']} against the start",
+            found.append(Trouble("only_training_reward", "Only the training reward sees the gain", f"iterate {row['iterate']} against the start",
                                  f"reward {_shown(versus['reward'])}, second judge {_shown(judge)}",
-                                 "read the held-out answers side by side; train with both reward models, or with more varied preferences"))  # fmt: skip
+                                 ["read the held-out answers side by side", "train with both rewards",
+                                  ("dpo", "train with more varied preferences")]))  # fmt: skip
     return found
 
 
@@ -163,15 +184,20 @@ def length(iterates, bounds):
         if start and now and now > bounds.length_growth * start:
             found.append(Trouble("length_growth", "The answers grow", f"iterate {row['iterate']}",
                                  f"{now:.1f} tokens, {now / start:.2f} times the start's {start:.1f} (bound {bounds.length_growth})",
-                                 "choose pairs with a length penalty (choose_type max_min_p with length_penalty) or weigh length down in the loss "
-                                 "(ld_alpha); look at the win rate at equal length"))  # fmt: skip
+                                 ["look at the win rate at equal length", ("dpo", PENALTY),
+                                  ("dpo", "weigh length down in the loss (ld_alpha)"), ("ppo", "correct the reward for length")]))  # fmt: skip
     for row in iterates[-1:]:
         versus = (row["versus"].get("start") or {}).get("sampled") or {}
-        rate = versus.get("lc_win")
-        if rises(versus.get("reward")) and rate and rate[1] <= 0.5:
-            found.append(Trouble("length_only", "The gain may be length alone", f"iterate {row['iterate']} against the start",
-                                 f"win rate {percent(versus['reward_win'][0])}, at equal length {percent(rate[0])} [{percent(rate[1])}, {percent(rate[2])}]",
-                                 "the reward model likes long answers: choose pairs with a length penalty, or correct the reward for length"))  # fmt: skip
+        rate, now = versus.get("lc_win"), row["sampled"].get("length")
+        if rises(versus.get("reward")) and rate and rate[1] <= 0.5 and start and now and now != start:
+            longer = now > start
+            title, taste = ("The gain may be length alone", "long") if longer else ("The gain may be brevity alone", "short")
+            found.append(Trouble("length_only", title, f"iterate {row['iterate']} against the start",
+                                 f"{start:.1f} → {now:.1f} tokens; win rate {percent(versus['reward_win'][0])}, at equal length {percent(rate[0])} "
+                                 f"[{percent(rate[1])}, {percent(rate[2])}]",
+                                 [f"see whether the reward likes {taste} answers for their length", ("model", "correct the reward for length"),
+                                  ("function", "change the reward function if that is not meant"),
+                                  *([("dpo", PENALTY)] if longer else [])]))  # fmt: skip
     return found
 
 
@@ -193,27 +219,30 @@ def answers(figures, where, bounds):
 
     check("truncated", lambda x: x > bounds.truncated, "truncated", "Many answers are cut off",
           lambda x: f"{percent(x)} hit the length limit (bound {percent(bounds.truncated)})",
-          "raise max_new_tokens, leave cut answers out of the pairs (drop_truncated), or see why the policy does not end")  # fmt: skip
+          ["raise max_new_tokens", ("dpo", "leave cut answers out of the pairs (drop_truncated)"), ("ppo", "set missing_eos_penalty"),
+           "see why the policy does not end"])  # fmt: skip
     check("looping", lambda x: x > bounds.looping, "looping", "Many answers repeat themselves",
           lambda x: f"{percent(x)} consist of repetition for half or more (bound {percent(bounds.looping)})",
-          "lower the learning rate; a reward model that likes this needs repeated answers among its negatives")  # fmt: skip
+          ["lower the learning rate", ("model", "train the reward model with repeated answers among its negatives"),
+           ("function", "take something off for repetition in the reward function")])  # fmt: skip
     if figures.get("K", 0) > 1:
         check("tied", lambda x: x > bounds.tied, "ties", "Many rewards are ties",
               lambda x: f"{percent(x)} of the pairs of different answers to a prompt have equal rewards (bound {percent(bounds.tied)})",
-              "the reward cannot tell them apart: use a finer one, or leave such pairs out with min_margin")  # fmt: skip
+              ["the reward cannot tell them apart: use a finer one", ("dpo", "leave such pairs out with min_margin")])  # fmt: skip
         check("all_equal", lambda x: x > bounds.all_equal, "collapsed", "A prompt's rewards are often all equal",
               lambda x: f"in {percent(x)} of the prompts (bound {percent(bounds.all_equal)})",
-              "these prompts teach nothing: raise the temperature or K, and see whether the reward model still tells answers apart")  # fmt: skip
+              ["these prompts teach nothing: raise the temperature", ("dpo", "raise K"), "see whether the reward still tells answers apart"])  # fmt: skip
         check("different_texts", lambda x: x < bounds.different_texts, "few_distinct", "Few different answers",
               lambda x: f"on average {percent(x)} of a prompt's {figures['K']} answers differ (bound {percent(bounds.different_texts)})",
-              "raise the temperature or top_p, or go back to an iterate that still varies")  # fmt: skip
+              ["raise the temperature or top_p", "go back to an iterate that still varies"])  # fmt: skip
     for key, end in (("at_top", "largest"), ("at_bottom", "smallest")):
         check(key, lambda x: figures.get("responses", 0) >= 20 and x > bounds.at_end, "saturated", "The rewards are saturated",
               lambda x, end=end: f"{percent(x)} equal the {end} reward of the file (bound {percent(bounds.at_end)})",
-              "the scale is used up: use harder prompts, or a reward without a ceiling (the logit instead of a probability)")  # fmt: skip
+              ["the scale is used up: use harder prompts", "a reward without a ceiling (the logit instead of a probability)"])  # fmt: skip
     check("null_share", lambda x: x > bounds.null_share, "null_rewards", "Rewards are missing",
           lambda x: f"{percent(x)} of the rewards are null (bound {percent(bounds.null_share)})",
-          "see the skipped files and the log of annotation; answers that are too long for the reward model are the usual cause")  # fmt: skip
+          [("model", "see the skipped files and the log of annotation: answers that are too long for the reward model are the usual cause"),
+           ("function", "see the log of annotation: the reward function gives none or NaN for these answers")])  # fmt: skip
     return found
 
 
@@ -223,7 +252,7 @@ def variety(iterates, bounds):
     return [
         Trouble("few_distinct", "The answers become alike", f"iterate {row['iterate']}",
                 f"distinct 2-grams {now:.4f}, {now / start:.2f} times the start's {start:.4f} (bound {bounds.distinct_2})",
-                "look at the answers side by side; lower the learning rate or raise beta")  # fmt: skip
+                ["look at the answers side by side", "lower the learning rate", ("dpo", "raise beta"), ("ppo", "raise kl_coef")])  # fmt: skip
         for row in iterates[1:]
         if start and (now := row["sampled"].get("distinct_2")) is not None and now < bounds.distinct_2 * start
     ]  # fmt: skip
@@ -245,7 +274,7 @@ def drift(kl, per_token, where, bounds):
     figure = f"{kl:.1f} nats per response (bound {bounds.kl:g})" if kl is not None else ""
     figure += f", {per_token:.2f} per token (bound {bounds.kl_per_token:g})" if per_token is not None else ""
     return [Trouble("kl", "The policy is far from the reference", where, figure.strip(", "),
-                    "raise beta (PPO: kl_coef or kl_target), lower the learning rate, or train fewer steps")]  # fmt: skip
+                    [("dpo", "raise beta"), ("ppo", "raise kl_coef, or set kl_target"), "lower the learning rate", "train fewer steps"])]  # fmt: skip
 
 
 def training(row, bounds):
@@ -254,10 +283,10 @@ def training(row, bounds):
     if row.get("eval_accuracy") is not None and row["eval_accuracy"] < bounds.accuracy:
         count = f" of {row['eval_pairs']} pairs" if row.get("eval_pairs") else ""
         found.append(Trouble("eval_accuracy", "Accuracy on held-out pairs is below chance", where, f"{percent(row['eval_accuracy'])}{count}",
-                             "chosen and rejected may be swapped, or the pairs be noise: read them, raise min_margin, lower the learning rate"))  # fmt: skip
+                             ["read the pairs: chosen and rejected may be swapped, or be noise", "raise min_margin", "lower the learning rate"]))  # fmt: skip
     if row.get("not_finite"):
         found.append(Trouble("not_finite", "Training met numbers that are not finite", where, f"{row['not_finite']} entries of its log",
-                             "lower the learning rate, train in bfloat16 rather than float16, or look for broken records"))  # fmt: skip
+                             ["lower the learning rate", "train in bfloat16 rather than float16", "look for broken records"]))  # fmt: skip
     return found
 
 
@@ -267,7 +296,7 @@ def collapse(trainings, bounds):
     return [
         Trouble("collapsed", "The rewards of a prompt have drawn together", f"iteration {i}, training responses",
                 f"their spread is {spread:.4f}, {spread / known[0][1]:.2f} times the first iteration's (bound {bounds.spread})",
-                "there is little left to prefer: raise the temperature, use harder prompts, or stop here")  # fmt: skip
+                ["there is little left to prefer: raise the temperature", "use harder prompts", "stop here"])  # fmt: skip
         for i, spread in known[1:]
         if known[0][1] > 0 and spread < bounds.spread * known[0][1]
     ]  # fmt: skip
@@ -284,10 +313,10 @@ def ppo(log, where, bounds, kl_known):
     if isinstance(last.get("truncated_fraction"), (int, float)) and last["truncated_fraction"] > bounds.truncated:
         found.append(Trouble("truncated", "Many answers are cut off", f"{where}, PPO's last rollout",
                              f"{percent(last['truncated_fraction'])} hit the length limit (bound {percent(bounds.truncated)})",
-                             "raise max_new_tokens, or set missing_eos_penalty"))  # fmt: skip
+                             ["raise max_new_tokens", "set missing_eos_penalty"]))  # fmt: skip
     entropies = [entry["entropy"] for entry in log if isinstance(entry.get("entropy"), (int, float))]
     if len(entropies) > 1 and entropies[0] > 0 and entropies[-1] < bounds.entropy * entropies[0]:
         found.append(Trouble("entropy", "The policy has become nearly certain", f"{where}, PPO",
                              f"entropy {entropies[0]:.3f} → {entropies[-1]:.3f} nats per token (bound {bounds.entropy} of the start)",
-                             "raise kl_coef, lower the learning rate, or train fewer passes over a rollout"))  # fmt: skip
+                             ["raise kl_coef", "lower the learning rate", "train fewer passes over a rollout"]))  # fmt: skip
     return found

@@ -103,8 +103,9 @@ def make_run(folder, iterations=2, upto=None, kind="dpo", plan=None, training=No
             write_json(own / "divergence.json", {"kl": kl(i), "kl_se": 0.1, "kl_per_token": kl(i) / 32, "estimator": "k1"})
         write_json(own / "metrics.json", {"gold_function": values["gold_function"], "seconds": 30.0, "files": {
             "sampled": "heldout_sampled.rewarded.jsonl", "greedy": "heldout_greedy.rewarded.jsonl"}})  # fmt: skip
-        (own / "logs" / "evaluate.0.log").write_text("$ 'python' 'x'\nsampled 9000 tokens in 10s, 900 tokens/s\n")
-        (own / "logs" / "evaluate.rewards.log").write_text("$ 'python' 'x'\nscored 120 records (300 responses) in 5s, 60.0 responses/s\n")
+        for kind_of, sampled, scored in (("sampled", 6.0, 4.0), ("greedy", 4.0, 1.0)):
+            write_json(own / f"heldout_{kind_of}.generated.manifest.json", {"complete": True, "counts": {"engine_seconds": sampled}})
+            write_json(own / f"heldout_{kind_of}.rewarded.manifest.json", {"complete": True, "counts": {"scoring_seconds": scored}})
         stages.append({"iteration": i, "stage": "evaluate", "seconds": 30, "finished": f"2026-01-01T00:0{i}:30+0000"})
     write(folder / "stages.jsonl", stages)
     return folder

@@ -1,13 +1,17 @@
 """Arguments: YAML below the command line, types, and errors that say what to do."""
 
+import ast
 import dataclasses
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
-from common.cli import UserError, arg, existing_file, parse, read_yaml
+from common.cli import UserError, arg, count, existing_file, parse, read_yaml
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -64,6 +68,62 @@ def test_refusals(argv, words):
     message = refusal("--model", "m", *argv)
     for word in words:
         assert word in message
+
+
+@dataclasses.dataclass(kw_only=True)
+class Training:
+    beta: float = arg(0.1, "tie to the reference")
+    way: str = arg("new", "which", choices=["new", "all"])
+
+
+@dataclasses.dataclass(kw_only=True)
+class Sampling:
+    K: int = arg(8, "responses per prompt")
+    train_dir: list[str] = arg([], "files", metavar="FILE")
+
+
+@dataclasses.dataclass(kw_only=True)
+class Settings:
+    rounds: int = arg(1, "rounds")
+    generation: dict = arg({}, "of sampling")
+    heldout: dict = arg({}, "of sampling, too")
+    training_args: dict = arg({}, "of training")
+
+    sections = {"generation": Sampling, "heldout": Sampling, "training_args": lambda: Training}
+
+
+@pytest.mark.parametrize("text, argv, told", [
+    ("", ["--training_args.betta", "1"], "unknown argument --training_args.betta, did you mean '--training_args.beta'?"),
+    ("", ["--training_args", '{"betta": 1}'], "unknown argument --training_args.betta, did you mean '--training_args.beta'?"),
+    ("training_args: {betta: 1}", [], "unknown key 'betta' in training_args of {}, did you mean 'beta'?"),
+    ("", ["--training_args.beta", "small"], "--training_args.beta: 'small' is not a float"),
+    ("training_args: {beta: small}", [], "training_args.beta in {}: 'small' is not a float"),
+    ("training_args: {way: old}", [], "training_args.way in {}: 'old' is not one of new, all"),
+    ("generation: {k: 4}", [], "unknown key 'k' in generation of {}, did you mean 'K'?"),
+    ("generation: {beta: 4}", [], "unknown key 'beta' in generation of {}, did you mean training_args.beta?"),
+    ("heldout: {rounds: 4}", [], "unknown key 'rounds' in heldout of {}, did you mean rounds?"),
+    ("heldout: {zzz: 4}", [], "unknown key 'zzz' in heldout of {}"),
+])  # fmt: skip
+def test_what_is_wrong_in_a_section_is_said_where_it_was_written(tmp_path, text, argv, told):
+    config = tmp_path / "c.yaml"
+    config.write_text(text + "\nrounds: 3\n")
+    got = parse(Settings, "", [str(config), *argv])
+    assert got.problems == [told.format(config)] and (got.rounds, got.generation, got.heldout, got.training_args) == (3, {}, {}, {})
+
+
+def test_all_that_is_wrong_in_sections_is_told_and_what_is_right_is_kept(tmp_path):
+    got = parse(Settings, "", ["--generation.k", "4", "--generation.K", "2", "--training_args.betta", "1", "--training_args.beta", "0.2"])
+    assert len(got.problems) == 2 and got.generation == {"K": 2} and got.training_args == {"beta": 0.2}
+
+
+@pytest.mark.parametrize("key, meant", [("K", "generation.K"), ("k", "generation.K"), ("Beta", "training_args.beta"), ("Rounds", "'rounds'")])
+def test_a_key_outside_its_section_is_told_the_section(tmp_path, key, meant):
+    config = tmp_path / "c.yaml"
+    config.write_text(f"{key}: 4\n")
+    for argv, lead in (([str(config)], ""), ([f"--{key}", "4"], "--")):
+        with pytest.raises(UserError) as caught:
+            parse(Settings, "", argv)
+        assert str(caught.value).endswith(f", did you mean {meant[:1] + lead + meant[1:] if meant[0] == chr(39) else lead + meant}?"), str(caught.value)
 
 
 def test_a_missing_argument_says_what_it_is():
@@ -185,3 +245,58 @@ def test_a_key_given_twice(tmp_path, text, named):
     else:
         with pytest.raises(UserError, match=f"a.yaml is not valid YAML: .*{named}"):
             read_yaml(path)
+
+
+def test_a_missing_file_is_offered_what_can_be_meant(tmp_path):
+    for name in ("mine/prompts.jsonl", "mine/heldout.jsonl", "mine/notes.txt", "other/gen_7_2_all.jsonl", "other/base.yaml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+
+    def refused(name, *besides):
+        with pytest.raises(UserError) as caught:
+            existing_file(tmp_path / name, besides=besides)
+        return str(caught.value).split(str(tmp_path / name), 1)[1].replace(f"{tmp_path}/", "")
+
+    assert refused("mine/heldot.jsonl") == "; there is mine/heldout.jsonl"
+    assert refused("mine/nothing.jsonl") == "; there are mine/heldout.jsonl, mine/prompts.jsonl"  # neither is alike
+    assert refused("mine/nothing.jsonl", tmp_path / "mine/prompts.jsonl") == "; there is mine/heldout.jsonl"
+    assert refused("mine/prompt.jsonl", tmp_path / "mine/prompts.jsonl") == "; there is mine/heldout.jsonl"
+    assert refused("othr/base.yaml") == refused("mine/base.yml") == "; there is other/base.yaml"
+    assert refused("data/gen_data.jsonl") == ""
+
+
+def test_values_are_called_by_their_meaning(capsys):
+    with pytest.raises(SystemExit):
+        parse(Sampling, "", ["--help"])
+    said = capsys.readouterr().out
+    assert "--K N " in said and "--train_dir FILE ..." in said
+    with pytest.raises(SystemExit):
+        parse(Arguments, "", ["--help"])
+    said = capsys.readouterr().out
+    for shown in ("--model NAME", "--lr X", "--packed [true|false]", "--ports N ...", "--more JSON", "--mode a|b"):
+        assert f"  {shown} " in said or f"  {shown}\n" in said, said
+
+
+def scripts():
+    return [path for path in sorted(ROOT.glob("*/*.py")) if "__main__" in path.read_text(encoding="utf-8") and path.parent.name != "tests"]
+
+
+def test_help_prints_each_scripts_text_as_it_is_written():
+    """A backslash at a line's end would join the lines of an example, were the docstring not raw."""
+    assert len(scripts()) > 20
+    for path in scripts():
+        text = path.read_text(encoding="utf-8")
+        assert ast.get_docstring(ast.parse(text), clean=False) == text.split('"""')[1], path
+
+
+def test_help_of_a_script_shows_its_example_in_lines():
+    done = subprocess.run([sys.executable, ROOT / "generation/get_hf2.py", "--help"], capture_output=True, text=True, check=True)
+    assert " \\\n        --dataset_name_or_path" in done.stdout
+
+
+@pytest.mark.parametrize("number, one, many, text", [
+    (1, "response", None, "1 response"), (2, "response", None, "2 responses"), (0, "process", None, "0 processes"), (1, "process", None, "1 process"),
+    (2, "entry", "entries", "2 entries"), (3, "prompt is", "prompts are", "3 prompts are"),
+])  # fmt: skip
+def test_counts_agree_with_their_nouns(number, one, many, text):
+    assert count(number, one, many) == text

@@ -82,12 +82,14 @@ def test_every_prompt_once_and_in_order(folder, count, world):
 
 def test_manifest_and_skipped_stand_for_the_whole(three):
     slow = read_manifest(three / "gen1.jsonl")
-    write_json(three / "gen1.manifest.json", slow | {"seconds": 99.5})
+    write_json(three / "gen1.manifest.json", slow | {"seconds": 99.5, "counts": slow["counts"] | {"engine_seconds": 12.5}})
+    last = read_manifest(three / "gen2.jsonl")
+    write_json(three / "gen2.manifest.json", last | {"counts": last["counts"] | {"engine_seconds": 3.0}})
     assert merge(three, 3, output="new/folder/gen.json").returncode == 0
     path = three / "new/folder/gen.json"
     made = read_manifest(path)
     assert ids(path) == ["id0", "id1", "id3", "id4", "id6"]
-    assert made["complete"] and made["counts"] == {"prompts": 7, "records": 5, "skipped": 2} and made["seconds"] == 99.5
+    assert made["complete"] and made["counts"] == {"prompts": 7, "records": 5, "skipped": 2, "engine_seconds": 12.5} and made["seconds"] == 99.5
     assert difference(made, SETTINGS, {"dataset_name_or_path": three / "prompts.jsonl"}) is None
     assert "K was 2" in difference(made, SETTINGS | {"K": 3}, {})
     skipped = [json.loads(line)["id"] for line in beside(path, ".skipped.jsonl").read_text().splitlines()]

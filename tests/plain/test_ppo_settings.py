@@ -4,6 +4,7 @@ import json
 import shlex
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ import yaml
 from common.cli import UserError, build
 from generation import get_hf2
 from loop import settings as run_settings
+from ppo import arguments, train_ppo
 from ppo import run as ppo_run
-from ppo import train_ppo
 from ppo.run import PPORun, PPOSettings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,7 +140,7 @@ def test_what_is_right_passes_and_says_so(settings, capsys):
     ({"ppo": {"dataset_name_or_path": ["x"]}}, "give prompts"),
     ({"ppo": {"seed": 1}}, "seed is the run's own; give seed"),
     ({"ppo": {"missing_eos_penalty": -1.0}}, "missing_eos_penalty -1.0 must not be negative"),
-    ({"ppo": {"batch_size": 32, "rollout_batch_size": 32}}, "25 prompts are fewer than a rollout takes: lower ppo.rollout_batch_size 32"),
+    ({"ppo": {"batch_size": 32, "rollout_batch_size": 32}}, "25 prompts are fewer than a rollout takes: lower --ppo.rollout_batch_size 32"),
     ({"ppo": {"missing_eos_penalty": -1.0}, "backend": "openrlhf"}, "missing_eos_penalty -1.0 must not be negative"),
     ({"ppo": {"generation_batch_size": 8}, "backend": "openrlhf"}, "generation_batch_size for backend small alone"),
     ({"ppo": {"reward_clip": 8}}, "ppo: reward_clip for backend openrlhf alone; leave that out with backend small"),
@@ -160,6 +161,40 @@ def test_wrong_set_ups_are_named(settings, capsys, wrong, named):
     with pytest.raises(UserError) as refused:
         check(settings | wrong)
     assert named in capsys.readouterr().err + str(refused.value)
+
+
+def test_a_set_that_is_not_there_is_not_mistaken_for_one_that_has_another_part(settings, capsys, tmp_path):
+    with pytest.raises(UserError) as refused:
+        check(settings | {"heldout_prompts": str(tmp_path / "nothing.jsonl"), "prompts": [str(tmp_path / "tow.jsonl"), settings["prompts"][0]]})
+    told = capsys.readouterr().err + str(refused.value)
+    assert f"no such prompt set: {tmp_path}/nothing.jsonl; there are {tmp_path}/heldout.jsonl, {tmp_path}/two.jsonl" in told
+    assert f"no such prompt set: {tmp_path}/tow.jsonl; there is {tmp_path}/two.jsonl" in told
+
+
+def test_all_that_is_wrong_is_told_at_once_with_sizes_that_fit(settings, capsys):
+    """The sizes of a small set: each was refused after the other had been mended."""
+    wrong = {"rollout_batch_size": 128, "batch_size": 128, "micro_batch_size": 8, "clip": 0, "top_p": 2, "report_to": ["wanbd"]}
+    with pytest.raises(UserError) as refused:
+        check(settings | {"ppo": wrong, "num_processes": 1})
+    told = capsys.readouterr().err + str(refused.value)
+    for problem in ("--ppo.clip 0.0 must be above 0", "top_p 2.0", "report_to wanbd"):
+        assert problem in told
+    sizes = "--ppo.rollout_batch_size 24 --ppo.batch_size 24 --ppo.micro_batch_size 8"
+    assert f"25 prompts are fewer than a rollout takes: lower --ppo.rollout_batch_size 128, or give more; these fit together: {sizes}" in told
+    check(settings | {"ppo": {"rollout_batch_size": 24, "batch_size": 24, "micro_batch_size": 8}, "num_processes": 1})  # what was offered
+
+
+@pytest.mark.parametrize("sizes, world, prompts", [((128, 1, 128, 8), 1, 40), ((128, 4, 128, 8), 3, 50), ((30, 1, 128, 8), 2, None), ((7, 1, 128, 8), 1, 7),
+                                                    ((1024, 1, 128, 8), 8, 11), ((5, 1, 8, 8), 8, 5)])  # fmt: skip
+def test_sizes_that_are_offered_fit(sizes, world, prompts):
+    keys = ("rollout_batch_size", "samples_per_prompt", "batch_size", "micro_batch_size")
+    args = types.SimpleNamespace(**dict(zip(keys, sizes)))
+    assert arguments.check_batches(args, world, prompts)
+    offered = arguments.fitting(args, world, prompts)
+    assert bool(offered) == (min(sizes[0], prompts or sizes[0]) * sizes[1] >= world)
+    if offered:
+        vars(args).update(offered)
+        assert arguments.check_batches(args, world, prompts) == [] and args.rollout_batch_size <= (prompts or sizes[0])
 
 
 def test_a_context_that_is_too_small_is_told_before_anything_is_loaded(settings, capsys, tmp_path):

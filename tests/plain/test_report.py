@@ -80,14 +80,21 @@ def test_stages_say_what_was_working(tmp_path):
     assert rows[1, "train"]["gpu_hours"] == pytest.approx(8 * 12 / 3600)
 
 
-def test_durations_in_logs_are_read_back(tmp_path):
-    from common.progress import duration
-
-    for seconds in (0, 9, 60, 95, 3600, 7380):
-        (tmp_path / "a.log").write_text(f"$ x\nsampled 10 tokens in {duration(seconds)}, 1 tokens/s\nscored 3 records (9 responses) in 2s, 1 responses/s\n")
-        assert run_data.worked_seconds(tmp_path / "a.log") == seconds + 2
-    (tmp_path / "a.log").write_text("a model said: sampled 10 tokens in 5s\n")
-    assert run_data.worked_seconds(tmp_path / "a.log") is None
+def test_work_is_that_of_the_files_that_a_stage_made(tmp_path):
+    """The next iteration's responses belong to the evaluation, unless their own stage made them."""
+    folder = runs.make_run(tmp_path / "run")
+    runs.write_json(folder / "iter2/generated.manifest.json", {"counts": {"engine_seconds": 5.0}})
+    runs.write_json(folder / "iter2/rewarded.manifest.json", {"counts": {"scoring_seconds": 2.5}})
+    runs.write_json(folder / "iter1/heldout_greedy.judged.manifest.json", {"counts": {"scoring_seconds": 0.5}})
+    assert run_data.read_run(folder).work[1, "evaluate"] == 15 + 5 + 2.5 + 0.5
+    with open(folder / "stages.jsonl", "a") as file:
+        file.write('{"iteration": 2, "stage": "generate", "seconds": 10}\n')
+    work = run_data.read_run(folder).work
+    assert work[1, "evaluate"] == 15 + 2.5 + 0.5 and work[2, "generate"] == 5 and work[2, "evaluate"] == 15
+    (folder / "iter1/heldout_sampled.generated.manifest.json").unlink()
+    runs.write_json(folder / "iter2/heldout_sampled.rewarded.manifest.json", {"counts": {"scoring_seconds": "4"}})
+    work = run_data.read_run(folder).work
+    assert work[1, "evaluate"] is None and work[2, "evaluate"] is None
 
 
 def test_damaged_lines_are_counted_and_named(tmp_path):
@@ -159,6 +166,41 @@ def _length(i):
 )
 def test_planted_trouble_is_named(tmp_path, name, more):
     assert name in names(runs.make_run(tmp_path / "run", **more))
+
+
+def test_advice_fits_the_direction_and_what_scores(tmp_path):
+    """A gain by length, by brevity, with a reward function, and in a run of PPO, which has no pairs to choose."""
+    found = {}
+    for name, step in (("long", 2), ("short", -2)):
+        plan = [{"shift": 0.0, "gold": 0.5, "words": 40 + step * i, "reward_of_length": math.copysign(0.1, step)} for i in range(3)]
+        run, iterates, trainings = read(runs.make_run(tmp_path / name, prompts=100, plan=plan.__getitem__), gold=False)
+        for what, settings in ((name, {}), (f"{name} function", {"annotation": {"reward_function": "f.py:f"}}), (f"{name} ppo", {"backend": "small"})):
+            run.settings = settings
+            [found[what]] = [t for t in troubles.find(run, iterates, trainings) if t.name == "length_only"]
+    assert "length alone" in found["long"].title and "likes long answers" in found["long"].todo and "length_penalty" in found["long"].todo
+    assert "brevity alone" in found["short"].title and "likes short answers" in found["short"].todo and "penalty" not in found["short"].todo
+    assert "correct the reward for length" in found["long"].todo and "change the reward function" not in found["long"].todo
+    assert "change the reward function" in found["long function"].todo and "reward model" not in found["long function"].todo
+    assert "pairs" not in found["long ppo"].todo
+    assert " 4" in found["short"].figure and "→" in found["short"].figure
+
+
+@pytest.mark.parametrize("known, text", [({"dpo", "model"}, "a, b, or d"), ({"ppo", "model"}, "a, or d"), ({"ppo", "function"}, "a, c, or d")])
+def test_advice_is_what_fits_a_run(known, text):
+    assert troubles.advice(["a", ("dpo", "b"), ("function", "c"), "d"], known) == text
+
+
+def test_the_terminal_says_how_many_warnings_there_are_and_where(tmp_path):
+    folder = runs.make_run(tmp_path / "run", kl=lambda i: 40.0 * i)
+    assert run_metrics.warnings(folder) == []
+    make_report.make(make_report.Arguments(runs=[str(folder)]))
+    lines, page = run_metrics.warnings(folder), folder / "report" / "index.html"
+    assert lines[0] == f"2 warnings, with what to try on the page {page}:" and lines[1:] == ["  The policy is far from the reference (2 times)"]
+    assert page.read_text().count('<li data-name="') == 2
+    make_report.make(make_report.Arguments(runs=[str(folder)], bounds={"kl": 1000, "kl_per_token": 100}))
+    assert run_metrics.warnings(folder) == [f"no warnings; the page: {page}"]
+    (folder / "report" / "index.warnings.json").write_text("{half")
+    assert run_metrics.warnings(folder) == []
 
 
 def test_shrinking_spread_is_a_collapse(tmp_path):

@@ -236,6 +236,11 @@ def test_lines_of_progress_as_the_project_writes_them(capsys):
     found = state.progress_line([line for line in capsys.readouterr().out.splitlines()])
     assert (found["what"], found["done"], found["total"], found["unit"]) == ("rewards", 6, 60, "records")
     assert found["rate"].endswith("records/s") and found["left"] and "12 responses" in found["note"]
+    Progress(60, "generate", "prompts", every=0.0).tick()
+    found = state.progress_line([line := capsys.readouterr().out.strip()])
+    assert line == "generate: 0/60 prompts, none finished in 0s" and (found["done"], found["rate"], found["left"]) == (0, "", "")
+    Progress(60, "generate", "prompts").tick()  # not due yet
+    assert capsys.readouterr().out == ""
     assert state.progress_line(["a model said: generate: 1/2", json.dumps({"x": 1})]) is None
 
 

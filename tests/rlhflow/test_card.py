@@ -3,7 +3,9 @@
 import http.server
 import json
 import re
+import shlex
 import shutil
+import subprocess
 import sys
 import threading
 
@@ -88,6 +90,25 @@ def test_names_of_the_hub_and_lineage(tmp_path, monkeypatch):
     assert card.on_hub("owner/sft") and not card.on_hub("models/iter1") and not card.on_hub("./a/b") and not card.on_hub("a/b/c")
     (tmp_path / "models" / "iter2.manifest.json").write_text("{torn")
     assert card.ancestry("models/iter2") == ["models/iter2"]
+
+
+def test_the_command_is_the_one_that_was_typed(tmp_path):
+    """Alone, and under a launcher that is installed as accelerate is (test_run_dpo.py has accelerate itself). A shell above, which was
+    told all in one word, is none."""
+    script = tmp_path / "run_dpo.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom dpo_iteration import card\n"
+                      "print('typed:', card.command(sys.argv, card.launcher(sys.argv)))\n")  # fmt: skip
+    accelerate = [tmp_path / "bin" / "accelerate", "launch", "--config_file", "configs/ddp.yaml"]
+    accelerate[0].parent.mkdir()
+    accelerate[0].write_text(f"#!{sys.executable}\nimport subprocess, sys\nsubprocess.run([sys.executable, *sys.argv[4:]])\n")
+    accelerate[0].chmod(0o755)
+    alone, launched = ([sys.executable, script], "python"), ([*accelerate, script], f"accelerate {' '.join(map(str, accelerate[1:]))}")
+    for command, shown in (alone, launched):
+        words = [*map(str, command), "a.yaml", "--hub_token", "secret", "--run_name", "two words"]
+        done = subprocess.run(["bash", "-c", f"{shlex.join(words)}; true"], cwd=ROOT, capture_output=True, text=True, timeout=100)
+        line = next((line for line in done.stdout.splitlines() if line.startswith("typed: ")), done.stderr)
+        assert line == f"typed: {shown} dpo_iteration/run_dpo.py a.yaml --hub_token … --run_name 'two words'"
+    assert card.launcher(["run_dpo.py", "of", "nobody"]) == []
 
 
 def test_the_command_does_not_show_the_token():

@@ -134,7 +134,7 @@ def test_settings_of_trl_are_passed_on_with_their_types(files, tmp_path):
         (["--model_init_kwargs", '{"attn_implementation": "eager"}'], "give --attn_implementation"),
         (["--model_init_kwargs", '{"quantization_config": {}}'], "--load_in_4bit true"),
         (["--dataloader_drop_last", "true"], "the pairs that are left"),
-        (["--report_to", "tensorbord"], "expected none, wandb"),
+        (["--report_to", "tensorbord"], "one of none, wandb"),
         (["--train_dir", "rewardet.jsonl"], "there is rewarded.jsonl"),
         (["--train_dir", "policy"], "is a folder"),
         (["--chat_template", "none.jinja"], "no such chat template"),

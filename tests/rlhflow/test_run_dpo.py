@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -178,8 +179,11 @@ def test_zero2_on_two_processes(work, single):
 
 
 def test_zero3_on_two_processes_leaves_a_loadable_model(work):
-    done = start(*argv(work, "zero3", "--max_steps", "2", "--learning_rate", "1e-3"), launcher=launch("zero3"))
+    words = argv(work, "zero3", "--max_steps", "2", "--learning_rate", "1e-3")
+    done = start(*words, launcher=launch("zero3"))
+    typed = ["python", "-m", "accelerate.commands.launch", *map(str, launch("zero3")), "dpo_iteration/run_dpo.py", *words]
     assert done.returncode == 0, done.stdout + done.stderr
+    assert shlex.join(typed) in (work / "zero3" / "README.md").read_text()
     model, _ = loads_and_answers(work / "zero3", torch.bfloat16)
     assert moved(model.state_dict(), load_file(work / "policy" / "model.safetensors")) > 1e-4
     assert steps(work / "zero3")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)

@@ -101,14 +101,21 @@ def test_a_run_that_has_not_changed_is_left_as_it_is(run):
     assert [row["iterate"] for row in rows] == [0, 2] and rows[1]["kl"] is None
 
 
-def test_tensorboard_reads_the_iterations_as_steps(run):
+def test_tensorboard_reads_the_iterations_as_steps(run, monkeypatch, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    def save(*more):
+        monkeypatch.setattr(sys, "argv", ["run_metrics.py", "--run", str(run), *more])
+        run_metrics.main()
+        return capsys.readouterr().out
+
     (run / "iter2/metrics.json").rename(run / "later.json")
-    save(run, "--report_to", "tensorboard")
+    save("--report_to", "tensorboard")
     (run / "later.json").rename(run / "iter2/metrics.json")
-    save(run, "--report_to", "tensorboard")
-    save(run, "--report_to", "tensorboard")  # nothing new
+    (run / "loop.yaml").write_text("seed: 7\nreport_to: [tensorboard]\n")  # what a driver's start at a finished run leaves
+    assert "tensorboard: logged 1 iterate, 2 iterates had been logged before\n" in save()
+    assert "tensorboard: logged 0 iterates, 3 iterates had been logged before\n" in save()
+    assert "tensorboard" not in save("--report_to", "none")
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     rows = json.loads((run / "metrics.json").read_text())["iterates"]
@@ -135,18 +142,22 @@ def wandb_records(data):
 
 
 def test_wandb_offline_is_one_run(run):
-    environment = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    environment = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_PROJECT": "of the environment"}
+    (run / "loop.yaml").write_text("seed: 7\nproject: nights\nrun_name: the first\n")
     out = save(run, "--report_to", "wandb", **environment)
     assert "note:" not in out, out
     states = json.loads((run / "trackers.json").read_text())
     assert states["wandb"]["iterates"] == [0, 1, 2]
     [folder] = (run / "wandb").glob("offline-run-*")
     assert folder.name.endswith(states["wandb"]["id"])
-    steps = {}
+    steps, named = {}, []
     for record in wandb_records(next(folder.glob("*.wandb")).read_bytes()):
+        if record.WhichOneof("record_type") == "run":
+            named.append((record.run.project, record.run.display_name))
         if record.WhichOneof("record_type") == "history":
             items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
             steps[items["_step"]] = items
+    assert set(named) == {("nights", "the first")}
     rows = json.loads((run / "metrics.json").read_text())["iterates"]
     assert {step: [items[key] for key in ("sampled_reward", "kl")] for step, items in steps.items()} == {
         row["iterate"]: [row["sampled_reward"], row["kl"]] for row in rows
@@ -166,7 +177,7 @@ def test_a_tracker_that_fails_is_a_note(run, monkeypatch, capsys):
 
 
 def test_refusals(run):
-    for arguments, named in (((), "missing --run"), (("--run", run, "--report_to", "wanbd"), "one of wandb")):
+    for arguments, named in (((), "missing --run"), (("--run", run, "--report_to", "wanbd"), "one of none, wandb")):
         process = subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, check=False)
         assert process.returncode == 2 and named in process.stderr and process.stderr.count("\n") == 1, process.stderr
 

@@ -1,6 +1,7 @@
 """generation/gen_hf.py against a mock server that refuses, hangs, breaks off and comes back."""
 
 import asyncio
+import functools
 import gc
 import signal
 import socket
@@ -184,6 +185,15 @@ def test_work_is_shared_bounded_ordered_and_explicit(folder, monkeypatch, capsys
     assert "complete, nothing to do" in capsys.readouterr().out
     with pytest.raises(UserError, match="top_p was 1.0 and is now 0.5"):
         client(monkeypatch, folder, [a, b], "--max_new_tokens", "500", "--top_p", "0.5")
+
+
+def test_a_client_whose_prompts_are_all_in_work_says_that_it_lives(folder, monkeypatch, capsys):
+    """All of them finish at the end, together."""
+    monkeypatch.setattr(gen_hf, "Progress", functools.partial(gen_hf.Progress, every=0.2))
+    with Mock(pause=1.0) as server:
+        client(monkeypatch, folder, [server])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("generate: 0/30 prompts, none finished in ")]
+    assert 2 <= len(lines) <= 6, lines
 
 
 @pytest.mark.parametrize("what", [

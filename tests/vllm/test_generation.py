@@ -100,6 +100,8 @@ def test_every_prompt_once_whatever_the_number_of_shards(tmp_path, monkeypatch, 
         ]
         subprocess.run([*command, "--num_datasets", str(world)], check=True, capture_output=True)
         merged[world] = (tmp_path / f"{world}.jsonl").read_bytes()
+        seconds = [read_manifest(tmp_path / f"w{world}_{i}.jsonl")["counts"]["engine_seconds"] for i in range(world)]
+        assert read_manifest(tmp_path / f"{world}.jsonl")["counts"]["engine_seconds"] == max(seconds)
     assert merged[1] == merged[2] == merged[8]
     got = records(tmp_path / "1.jsonl")
     assert [(r["number"], r["prompt"]) for r in got] == [(r["number"], r["context_messages"]) for r in rows]
@@ -246,6 +248,8 @@ def test_greedy_and_sampled_jobs_share_one_start(tmp_path, monkeypatch, starts):
     assert [len(r["responses"]) for r in records(tmp_path / "greedy0.jsonl")] == [1] * 2
     get_hf2_main(monkeypatch, *arguments(tmp_path / "p.jsonl", tmp_path / "alone", K=4))
     assert (tmp_path / "alone0.jsonl").read_bytes() == (tmp_path / "sampled0.jsonl").read_bytes()
+    spent = [read_manifest(tmp_path / f"{name}0.jsonl")["counts"]["engine_seconds"] for name in ("sampled", "greedy")]
+    assert spent[0] >= spent[1] and spent[0] > 0  # one engine's seconds, shared out by tokens
     settings = read_manifest(tmp_path / "greedy0.jsonl")["settings"]
     assert settings["temperature"] == 0 and settings["K"] == 1 and "jobs" not in settings
     get_hf2_main(monkeypatch, config)

@@ -176,7 +176,7 @@ def test_left_truncation_keeps_bos(architecture, keeps, model, tmp_path, monkeyp
     row = scorer.encode(rows[0]["prompt"], "x" * 500)
     assert len(row.ids) == 60 and row.cut > 400 and (row.ids[0] == scorer.tokenizer.bos_token_id) == keeps
     counts = json.loads((tmp_path / "out.manifest.json").read_text())["counts"]
-    assert 0 < counts["truncated"] <= 8
+    assert 0 < counts["truncated"] <= 8 and counts["scoring_seconds"] >= 0
 
 
 def test_one_bos_and_the_models_own_limit(model, tmp_path):
