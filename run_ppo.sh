@@ -11,8 +11,8 @@
 #   --stop_stage STAGE        stop behind that stage
 #
 # A second start continues: what is finished is skipped, what was cut off is taken up where it stopped. Relative paths in a
-# YAML and in --key value are from this file's folder. --dry_run and --check too make the environments vllm and rlhflow and
-# run the setup command; OpenRLHF's own environment, ppo_train, is made for training alone.
+# YAML and in --key value are from this file's folder. --dry_run and --check make no environment, and run the setup command.
+# OpenRLHF's own environment, ppo_train, is made for training alone.
 
 set -euo pipefail
 caller="$PWD"
@@ -38,14 +38,9 @@ ordinal() { # STAGE → a number that orders stages; the loop's numbers are unde
 read_arguments "$@"
 refuse_early ppo
 
-# ---- Environments ----------------------------------------------------------------------------------------------------
-
-make_envs vllm rlhflow # generation and annotation of the held-out prompts; the small PPO, metrics, and this script's thinking
-use_env rlhflow
-driver="$(command -v python)" # the Python of rlhflow, also while another environment is active
-
 # ---- Settings, and what is left to do --------------------------------------------------------------------------------
 
+start_thinking
 backend=''
 settings="$("$driver" ppo/run.py setup "$config" "${options[@]}")"
 eval "$settings"
@@ -53,8 +48,9 @@ hold "$run_dir" "PPO run"
 set_up "$setup_command"
 settings="$("$driver" ppo/run.py prepare "$config" "${options[@]}")"
 eval "$settings"
-[ "$check" = no ] || exit 0
-[ -n "$left" ] || say "every stage of $run_dir is done, nothing is left to do" >&2
+needed=(vllm rlhflow) # generation and annotation of the held-out prompts; the small PPO and metrics
+[ "$backend" = small ] || [[ " $left " != *" 1.train "* ]] || needed+=(ppo_train) # made when it is trained
+make_ready "${needed[@]}"
 
 # ---- The three stages ------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import functools
+import itertools
 import os
 import shutil
 import subprocess
@@ -23,10 +24,9 @@ def visible_gpus():
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if not present or chosen is None:
         return present
-    names = [name.strip() for name in chosen.split(",") if name.strip()]
-    # As CUDA does: a number that no GPU has hides itself and what stands behind it.
-    end = next((i for i, name in enumerate(names) if name.lstrip("-").isdigit() and name not in present), len(names))
-    return names[:end]
+    names = [name.strip() for name in chosen.split(",")]
+    # As CUDA does: what names no GPU hides itself and what stands behind it. count_gpus in envs.sh has the same rule.
+    return list(itertools.takewhile(lambda name: name.startswith(("GPU-", "MIG-")) or (name.isdecimal() and int(name) < len(present)), names))
 
 
 def gpu_memory():

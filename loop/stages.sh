@@ -8,8 +8,10 @@
 #
 #   read_arguments "$@"   → config, options, dry_run, check, first, last
 #   refuse_early KIND     what can be refused before any environment is made
+#   start_thinking        find `driver`, the Python of rlhflow that $thinker runs on
 #   hold RUN_DIR KIND     one driver at a time; what was started ends with it
 #   set_up COMMAND        the settings' setup command
+#   make_ready NAME…      environments for what is left; --check ends here, and --dry_run makes none
 #   do_stage I NAME       what is left of one stage
 
 log_lines="${log_lines:-15}" # lines of a failed stage's log that are shown
@@ -63,6 +65,46 @@ refuse_early() { # KIND (loop, ppo): no such config, or one that needs GPUs wher
   fi
 }
 
+# ---- Environments: --check, --dry_run and a finished run make none ---------------------------------------------------
+
+start_thinking() { # enter rlhflow, one of older requirements if need be; made only where a start finds none at all
+  local found status=0
+  found="$(find_env rlhflow older)" || status=$?
+  [ "$status" -lt 2 ] || exit "$status"
+  if [ "$status" -eq 1 ]; then
+    [ "$check$dry_run" = nono ] || { no_env rlhflow; exit 2; }
+    make_envs vllm rlhflow || exit
+    found="${env_made[rlhflow]}"
+  fi
+  enter_env "$found"
+  driver="$(command -v python)" # also while another environment is active
+}
+
+check_envs() { # NAME…: in --check, what a start would make and what this machine lacks for it
+  local name status
+  for name in "$@"; do
+    status=0
+    find_env "$name" >/dev/null || status=$?
+    [ "$status" -lt 2 ] || return 2
+    [ "$status" -eq 0 ] || no_env "$name" foreign || return
+    [ "$status" -eq 0 ] || echo "check: environment $name is not made yet, a start makes it from $(basename "$(env_requirements "$name")")" >&2
+  done
+  check_machine "$@"
+}
+
+make_ready() { # NAME…: those of the stages that are left
+  if [ "$check" = yes ]; then
+    check_envs "$@" || exit 2
+    exit 0
+  fi
+  [ -n "$left" ] || say "every stage of $run_dir is done, nothing is left to do" >&2
+  [ -n "$left" ] && [ "$dry_run" = no ] || return 0
+  check_machine "$@" || exit 2
+  make_envs vllm rlhflow || exit 2
+  use_env rlhflow
+  driver="$(command -v python)"
+}
+
 # What $thinker prints is evaluated into these.
 judge=no report=no trackers=()
 run_dir='' setup_command='' processes=1 gpu_groups=() gold_function='' left='' steps=() answers=() serving='' server_settings=() ports=()
@@ -103,13 +145,15 @@ set_up() { # COMMAND: such as building the tiny models; quick where there is not
 # ---- Running a command -----------------------------------------------------------------------------------------------
 
 enter() { # ENVIRONMENT: switch, or print how
-  local prefix
-  if [ "$dry_run" = yes ]; then
-    prefix="$(env_prefix "$1")"
-    [ -n "$prefix" ] || printf 'bash -c "source ./envs.sh; make_envs %s"\n' "$1"
-    if with_conda; then echo "conda activate $1"; else printf 'source %q\n' "${prefix:-$envs_dir/$1}/bin/activate"; fi
-  else
+  local found
+  if [ "$dry_run" = no ]; then
     use_env "$1"
+  elif ! found="$(find_env "$1")"; then
+    echo "source ./envs.sh; make_envs $1; use_env $1"
+  elif with_conda; then
+    echo "conda activate ${found%%$'\t'*}; export PYTHONNOUSERSITE=1"
+  else
+    printf 'source %q\n' "${found#*$'\t'}/bin/activate"
   fi
 }
 
