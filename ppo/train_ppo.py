@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any fol
 from annotate_data.get_rewards import combine, make_scorers
 from common import chat
 from common.cli import UserError, parse, run
-from common.devices import check_processes, prepare_threads
+from common.devices import check_processes, check_torch, prepare_threads
 from common.records import sample_seed
 from dpo_iteration.output import is_complete, is_main, say
 from ppo.arguments import Arguments, arguments, check, check_paths, check_samples, scoring, shaping  # noqa: F401 (arguments: for ppo/run.py)
@@ -415,6 +415,7 @@ class PPO:
 
 def train(args, settings, inputs, started):
     """Load, learn, save: what needs torch."""
+    check_torch()
     import torch
     from accelerate import Accelerator
 
