@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any fol
 
 from annotate_data import get_rewards
 from common.cli import UserError, build, nearest, parse, read_yaml, run
-from common.devices import visible_gpus
+from common.devices import none_visible, visible_gpus
 from common.manifest import difference, read_manifest, write_yaml
 from dpo_iteration import run_dpo
 from generation import gen_hf, get_hf2
@@ -337,7 +337,7 @@ def setup(kind, description, argv):
     if not settings.run_dir.strip():
         raise UserError("run_dir is empty; name a folder, for example --run_dir runs/mine")
     if not settings.without_gpu and not visible_gpus():
-        raise UserError(f"this run needs GPUs and none is visible here; the same on tiny models: {kind.example}")
+        raise UserError(f"this run needs GPUs and {none_visible()}; the same on tiny models: {kind.example}")
     print(f"run_dir={shlex.quote(settings.run_dir)}\nsetup_command={shlex.quote(settings.setup_command or '')}")
     return settings
 
