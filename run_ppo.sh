@@ -61,7 +61,7 @@ train() { # YAML
       failed training $? "$logs/train.log"
     return
   fi
-  [ "$dry_run" = yes ] || make_envs ppo_train
+  [ "$dry_run" = yes ] || make_for_run ppo_train
   enter ppo_train
   run "$logs/train.log" python ppo/run_openrlhf.py "$1" || failed training $? "$logs/train.log"
   [ "$dry_run" = no ] || "$driver" ppo/run_openrlhf.py "$1" --dry_run true | sed 's/^/# /' # what that would start

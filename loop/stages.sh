@@ -100,9 +100,15 @@ make_ready() { # NAME…: those of the stages that are left
   [ -n "$left" ] || say "every stage of $run_dir is done, nothing is left to do" >&2
   [ -n "$left" ] && [ "$dry_run" = no ] || return 0
   check_machine "$@" || exit 2
-  make_envs vllm rlhflow || exit 2
+  make_for_run vllm rlhflow
   use_env rlhflow
   driver="$(command -v python)"
+}
+
+make_for_run() { # NAME…: as `run`, a signal is answered at once, and what was started ends with this script
+  (exec {lock}>&-; export RLHF_RUN="$RUN_MARK"; make_envs "$@") &
+  wait "$!" || exit 2
+  make_envs "$@" # which finds them now
 }
 
 # What $thinker prints is evaluated into these.

@@ -400,7 +400,10 @@ def test_requirements_that_others_include_are_in_their_stamp(venv):
 
 # ---- What the drivers do -------------------------------------------------------------------------------------------------
 
-DRIVER = f"caller=$PWD; again=; source {ROOT}/loop/stages.sh; run_dir=somewhere; {{}}; start_thinking; echo $driver; left='{{}}'; make_ready vllm rlhflow"
+DRIVER = (
+    f"cd {ROOT}; caller=$PWD; again='the same'; source loop/stages.sh; {{}}; start_thinking; echo $driver; "
+    "hold $FOLDER/run loop; run_dir=$FOLDER/run; left='{}'; make_ready vllm rlhflow"
+)
 
 
 def thinking(shell):
@@ -431,6 +434,26 @@ def test_a_finished_run_makes_no_environment(shell):
     assert good(done).split() == [python] and "nothing is left to do" in done.stderr and shell.made() == ["rlhflow"]
     begun = good(shell(DRIVER.format("true", "1.generate") + "; echo $driver")).splitlines()
     assert begun[0] == python and begun[-1] != python and len(shell.made()) == 3
+
+
+def test_a_driver_that_is_ended_ends_its_installs(venv):
+    """At once, and the run's folder is free again."""
+    thinking(venv)
+    venv.requirements.write_text("slow\n")
+    process = subprocess.Popen(venv.command(DRIVER.format("true", "1.generate")), env=venv.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (venv.folder / "begun").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.terminate()
+    assert "terminated; to continue: the same" in process.communicate(timeout=30)[1] and process.returncode == 143
+    assert subprocess.run(["flock", "-n", venv.folder / "run/.lock", "true"], check=False).returncode == 0
+
+
+def test_a_dry_run_of_the_benchmarks_makes_no_environment(shell):
+    told = refused(shell, f"bash {ROOT}/report/evaluate_benchmarks.sh --run runs/mine --iterate 1 --dry_run")
+    assert "there is no environment lm_eval" in told and "make_envs lm_eval" in told
+    shown = shell(f"bash {ROOT}/report/evaluate_benchmarks.sh --help", PYTHON=sys.executable)
+    assert "--iterate" in good(shown) and not shell.made()
 
 
 def test_a_start_from_nothing_makes_both_first(shell):
