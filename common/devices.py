@@ -90,8 +90,8 @@ def check_torch():
     what = f"nvidia-smi shows {len(gpus)} GPU{'s' * (len(gpus) > 1)}, and torch sees none"
     on_purpose = "to work on the CPU on purpose, put CUDA_VISIBLE_DEVICES= in front"
     if cuda is None:
-        raise UserError(f"{what}: torch {version} of {sys.executable} is a build for the CPU; make the environment on this machine "
-                        f"(source envs.sh; make_envs vllm rlhflow); {on_purpose}")  # fmt: skip
+        raise UserError(f"{what}: torch {version} of {sys.executable} is a build for the CPU; enter the environment of this machine (source envs.sh; "
+                        f"make_envs vllm rlhflow; use_env …), or make this one anew where pip finds builds for CUDA; {on_purpose}")  # fmt: skip
     driver, oldest = driver_version(), OLDEST_DRIVER.get(int(cuda.split(".")[0]))
     needs = f"which needs driver {oldest} or newer (or NVIDIA's cuda-compat package on data-centre GPUs)" if oldest else ""
     said = f" ({' '.join(reason.split())[:160]})" if reason else ""

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import micro
@@ -11,11 +12,11 @@ import training
 
 from annotate_data import get_rewards
 from common import devices
-from common.cli import UserError
+from common.cli import UserError, build
 from dpo_iteration import run_dpo
 from generation import get_hf2
 from ppo import openrlhf_reward, train_ppo
-from report import divergence
+from report import divergence, evaluate_benchmarks
 
 ROOT = Path(__file__).resolve().parents[2]
 OLD = "The NVIDIA driver on your system is too old (found version 12080). Please update your GPU driver."
@@ -90,3 +91,23 @@ def test_every_script_asks_before_it_loads_a_model(tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match="torch sees none"):
             start()
+
+
+@pytest.mark.parametrize("set_before", [None, "1"])
+def test_vllm_starts_without_nvcc(monkeypatch, set_before):
+    """It would compile a sampler at its start that seeded requests never use. vllm is a stand-in: GPUs are needed to see the real one."""
+    name = "VLLM_USE_FLASHINFER_SAMPLER"
+    monkeypatch.setitem(os.environ, name, "")
+    monkeypatch.delenv(name)
+    if set_before:
+        monkeypatch.setenv(name, set_before)
+    seen = []
+    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=lambda **options: seen.append(os.environ[name])))
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "WARNING")  # so that it is put back
+    for module in (get_hf2, devices):
+        monkeypatch.setattr(module, "visible_gpus", lambda: ["0"])
+    monkeypatch.setattr(get_hf2, "check_torch", lambda: None)
+    assert evaluate_benchmarks.variables([]) == ({} if set_before else {name: "0"})
+    given = {"model_name_or_path": "policy", "dataset_name_or_path": "prompts", "output_dir": "out"}
+    get_hf2.start_engine(build(get_hf2.Arguments, given, "generation"), None, 100)
+    assert seen == [set_before or "0"]
