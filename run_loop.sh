@@ -12,8 +12,8 @@
 #   --stop_stage I.S          stop behind that stage; a bare S means iteration 1, 0.4 evaluates the start
 #
 # A second start continues: what is finished is skipped, what was cut off is taken up where it stopped. Relative paths in a
-# YAML and in --key value are from this file's folder. --dry_run and --check too make the environments;
-# they write nothing into the run and do not run the setup command.
+# YAML and in --key value are from this file's folder. --dry_run and --check make no environment, write nothing into the
+# run and do not run the setup command.
 
 set -euo pipefail
 caller="$PWD"
@@ -39,14 +39,9 @@ ordinal() { # I.S or S → a number that orders stages
 read_arguments "$@"
 refuse_early loop
 
-# ---- Environments ----------------------------------------------------------------------------------------------------
-
-make_envs vllm rlhflow
-use_env rlhflow
-driver="$(command -v python)" # the Python of rlhflow, also while another environment is active
-
 # ---- Settings, and what is left to do --------------------------------------------------------------------------------
 
+start_thinking
 iterations=0 accelerate_config='' keep_iterates=''
 settings="$("$driver" loop/run.py setup "$config" "${options[@]}")"
 eval "$settings"
@@ -54,8 +49,7 @@ hold "$run_dir" loop
 set_up "$setup_command"
 settle "$config"
 [ "$stage" = 0.4 ] || [ "$first" -le $((iterations * 4 + 4)) ] || fail 2 "--stage $stage: there are $iterations iterations"
-[ "$check" = no ] || exit 0
-[ -n "$left" ] || say "every stage of $run_dir is done, nothing is left to do" >&2
+make_ready vllm rlhflow
 
 # ---- The loop --------------------------------------------------------------------------------------------------------
 

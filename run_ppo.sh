@@ -12,8 +12,8 @@
 #   --stop_stage STAGE        stop behind that stage
 #
 # A second start continues: what is finished is skipped, what was cut off is taken up where it stopped. Relative paths in a
-# YAML and in --key value are from this file's folder. --dry_run and --check too make the environments vllm and rlhflow;
-# they write nothing into the run and do not run the setup command. OpenRLHF's own environment, ppo_train, is made for training alone.
+# YAML and in --key value are from this file's folder. --dry_run and --check make no environment, write nothing into the
+# run and do not run the setup command. OpenRLHF's own environment, ppo_train, is made for training alone.
 
 set -euo pipefail
 caller="$PWD"
@@ -39,22 +39,18 @@ ordinal() { # STAGE → a number that orders stages; the loop's numbers are unde
 read_arguments "$@"
 refuse_early ppo
 
-# ---- Environments ----------------------------------------------------------------------------------------------------
-
-make_envs vllm rlhflow # generation and annotation of the held-out prompts; the small PPO, metrics, and this script's thinking
-use_env rlhflow
-driver="$(command -v python)" # the Python of rlhflow, also while another environment is active
-
 # ---- Settings, and what is left to do --------------------------------------------------------------------------------
 
+start_thinking
 backend=''
 settings="$("$driver" ppo/run.py setup "$config" "${options[@]}")"
 eval "$settings"
 hold "$run_dir" "PPO run"
 set_up "$setup_command"
 settle "$config"
-[ "$check" = no ] || exit 0
-[ -n "$left" ] || say "every stage of $run_dir is done, nothing is left to do" >&2
+needed=(vllm rlhflow) # generation and annotation of the held-out prompts; the small PPO and metrics
+[ "$backend" = small ] || [[ " $left " != *" 1.train "* ]] || needed+=(ppo_train) # made when it is trained
+make_ready "${needed[@]}"
 
 # ---- The three stages ------------------------------------------------------------------------------------------------
 
@@ -65,7 +61,7 @@ train() { # YAML
       failed training $? "$logs/train.log"
     return
   fi
-  [ "$dry_run" = yes ] || make_envs ppo_train
+  [ "$dry_run" = yes ] || make_for_run ppo_train
   enter ppo_train
   run "$logs/train.log" python ppo/run_openrlhf.py "$1" || failed training $? "$logs/train.log"
   [ "$dry_run" = no ] || "$driver" ppo/run_openrlhf.py "$1" --dry_run true | sed 's/^/# /' # what that would start

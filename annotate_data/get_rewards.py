@@ -276,6 +276,7 @@ def main():
         return
     jobs = [Job(source, target, *survey(source, args.K)) for source, target in zip(sources, targets, strict=True)]
 
+    devices.check_torch()
     world = World()
     scorers = world.together(lambda: make_scorers(args))
     world.together(lambda: check_turns(scorers, jobs))

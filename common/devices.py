@@ -3,11 +3,25 @@
 import contextlib
 import ctypes
 import functools
+import itertools
+import json
 import os
 import shutil
 import subprocess
+import sys
 
 from common.cli import UserError
+
+# The oldest NVIDIA driver for builds of a CUDA version. envs.sh asks for that of CUDA 13 before it installs anything.
+OLDEST_DRIVER = {12: 525, 13: 580}
+ASK_TORCH = """import json, torch
+reason = ""
+if not torch.cuda.is_available():
+    try:
+        torch.cuda.init()
+    except Exception as error:
+        reason = str(error)
+print(json.dumps([torch.cuda.is_available(), torch.__version__, torch.version.cuda, reason]))"""
 
 
 @functools.cache
@@ -16,17 +30,16 @@ def visible_gpus():
     if shutil.which("nvidia-smi") is None:
         return []
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=True).stdout
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False).stdout
     except (OSError, subprocess.SubprocessError):
         return []
     present = [str(i) for i, line in enumerate(line for line in listed.splitlines() if line.startswith("GPU "))]
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if not present or chosen is None:
         return present
-    names = [name.strip() for name in chosen.split(",") if name.strip()]
-    # As CUDA does: a number that no GPU has hides itself and what stands behind it.
-    end = next((i for i, name in enumerate(names) if name.lstrip("-").isdigit() and name not in present), len(names))
-    return names[:end]
+    names = [name.strip() for name in chosen.split(",")]
+    # As CUDA does: what names no GPU hides itself and what stands behind it. count_gpus in envs.sh has the same rule.
+    return list(itertools.takewhile(lambda name: name.startswith(("GPU-", "MIG-")) or (name.isdecimal() and int(name) < len(present)), names))
 
 
 def gpu_memory():
@@ -61,6 +74,53 @@ def check_processes():
             f"{processes} processes were launched and {len(gpus)} GPUs are visible; "
             f"give `accelerate launch` --num_processes {len(gpus)} (or num_processes in its config file)"
         )
+
+
+def check_torch():
+    """Refuse to go on where GPUs are visible and torch sees none: an 8B model would train on the CPU.
+
+    torch is asked in a process of its own, since asking starts CUDA and what is forked afterwards (vLLM's engine) could not use it.
+    CUDA_VISIBLE_DEVICES= and accelerate's --cpu mean the CPU on purpose.
+
+    Raises:
+        UserError: the driver's version and the remedy.
+    """
+    gpus = visible_gpus()
+    if not gpus or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        return
+    asked = {key: value for key, value in os.environ.items() if key != "PYTORCH_NVML_BASED_CUDA_CHECK"}  # that counts without starting CUDA
+    answer = subprocess.run([sys.executable, "-c", ASK_TORCH], env=asked, capture_output=True, text=True, check=False)
+    try:
+        sees, version, cuda, reason = json.loads(answer.stdout.splitlines()[-1])
+    except (ValueError, IndexError):
+        return  # no torch, or a broken one: the script itself will say so
+    if sees:
+        return
+    what = f"nvidia-smi shows {len(gpus)} GPU{'s' * (len(gpus) > 1)}, and torch sees none"
+    on_purpose = "to work on the CPU on purpose, put CUDA_VISIBLE_DEVICES= in front"
+    if cuda is None:
+        raise UserError(f"{what}: torch {version} of {sys.executable} is a build for the CPU; enter the environment of this machine (source envs.sh; "
+                        f"make_envs vllm rlhflow; use_env …), or make this one anew where pip finds builds for CUDA; {on_purpose}")  # fmt: skip
+    driver, oldest = driver_version(), OLDEST_DRIVER.get(int(cuda.split(".")[0]))
+    needs = f"which needs driver {oldest} or newer (or NVIDIA's cuda-compat package on data-centre GPUs)" if oldest else ""
+    said = f" ({' '.join(reason.split())[:160]})" if reason else ""
+    raise UserError(f"{what}: the driver is {driver or 'unknown'}, torch {version} is built for CUDA {cuda}, {needs}{said}; {on_purpose}")
+
+
+def driver_version():
+    """Version of NVIDIA's driver, such as "580.65.06"; None where nvidia-smi does not tell."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return lines[0] if lines and lines[0][0].isdigit() else None
+
+
+def none_visible():
+    """Why no GPU is visible, in words."""
+    amd = shutil.which("nvidia-smi") is None and (shutil.which("rocm-smi") or os.path.exists("/dev/kfd"))
+    return "the GPUs here are AMD's, and the pinned builds are for NVIDIA only" if amd else "none is visible here"
 
 
 def prepare_threads():

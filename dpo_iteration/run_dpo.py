@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any fol
 
 from common import trackers
 from common.cli import UserError, arg, build, parse, run
-from common.devices import check_processes, gpu_memory, prepare_threads, visible_gpus
+from common.devices import check_processes, check_torch, gpu_memory, prepare_threads, visible_gpus
 from common.progress import Progress
 from dpo_iteration import adapters, hub, memory
 from dpo_iteration.output import checkpoints, finish, is_complete, is_main, launched, prepare_output, remove_checkpoints, say
@@ -165,6 +165,7 @@ def check_pairs(selection, args):
 def train(args, extra, selection, settings, inputs, started):
     """Tokenise, compute the reference, load, train, evaluate, save: what needs torch."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL sends a ping from every start
+    check_torch()
     import torch
 
     from dpo_iteration import models

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any fol
 
 from common import models
 from common.cli import UserError, arg, check_policy, convert, nearest, parse, read_json, run
-from common.devices import prepare_threads, visible_gpus
+from common.devices import check_torch, prepare_threads, visible_gpus
 from common.manifest import Output, with_date
 from common.progress import Progress, duration
 from generation import sampling
@@ -102,7 +102,10 @@ def check(args, jobs):
 
 def start_engine(args, limit, needed):
     """The vLLM engine, with room for `needed` tokens of prompt and response."""
+    check_torch()
     on_cpu = not visible_gpus()
+    # Our requests are seeded and never use that sampler, but vLLM would compile it at its start, and die without nvcc.
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR" if on_cpu else "WARNING")  # on the CPU a page of what it lacks
     if on_cpu:
         # vLLM's own binding goes by NUMA nodes, so that several shards would share the same cores.

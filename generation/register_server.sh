@@ -163,7 +163,8 @@ start_server() {
   if [[ $trust_remote_code == yes ]]; then options+=(--trust-remote-code); fi
   if [[ -n $cache_bytes ]]; then options+=(--kv-cache-memory-bytes "$cache_bytes"); fi
   if [[ -n $2 ]]; then
-    environment+=(CUDA_VISIBLE_DEVICES="$2")
+    # As get_hf2.py does: that sampler is compiled at the start, and dies without nvcc; seeded requests never use it.
+    environment+=(CUDA_VISIBLE_DEVICES="$2" VLLM_USE_FLASHINFER_SAMPLER="${VLLM_USE_FLASHINFER_SAMPLER:-0}")
     options+=(--tensor-parallel-size "$tensor_parallel_size" --gpu-memory-utilization "$gpu_memory_utilization")
   else
     # As get_hf2.py does: a seeded request must not be split over two steps on a CPU, so whole prompts in one step.

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any fol
 from annotate_data import get_rewards
 from common.chat import parse_date
 from common.cli import UserError, build, nearest, parse, read_yaml, run
+from common.devices import none_visible
 from common.manifest import difference, read_manifest, write_yaml
 from dpo_iteration import run_dpo
 from generation import gen_hf, get_hf2
@@ -355,7 +356,7 @@ def setup(kind, description, argv):
         raise UserError("run_dir is empty; name a folder, for example --run_dir runs/mine")
     if not settings.without_gpu and not gpus_of(settings):
         raise UserError(
-            f"this run needs GPUs and none is visible here: `without_gpu: true` in its YAML (or --without_gpu true) lets it use the CPU, which is for "
+            f"this run needs GPUs and {none_visible()}: `without_gpu: true` in its YAML (or --without_gpu true) lets it use the CPU, which is for "
             f"small models; to plan it for GPUs elsewhere: --check --num_gpus 8 --gpu_memory_gib 80; the same on tiny models: {kind.example}"
         )
     print(f"run_dir={shlex.quote(settings.run_dir)}\nsetup_command={shlex.quote(settings.setup_command or '')}")

@@ -8,9 +8,11 @@
 #
 #   read_arguments "$@"   → config, options, dry_run, check, first, last
 #   refuse_early KIND     what can be refused before any environment is made
+#   start_thinking        find `driver`, the Python of rlhflow that $thinker runs on
 #   hold RUN_DIR KIND     one driver at a time; what was started ends with it
 #   set_up COMMAND        the settings' setup command
 #   settle CONFIG         check everything, and write the settings down
+#   make_ready NAME…      environments for what is left; --check ends here, and --dry_run makes none
 #   do_stage I NAME       what is left of one stage
 #   conclude              the table, and where the page is
 #
@@ -68,6 +70,52 @@ refuse_early() { # KIND (loop, ppo): what the settings alone show, by any Python
       return 0
     fi
   done # without one, the same is said behind the making of environments
+}
+
+# ---- Environments: --check, --dry_run and a finished run make none ---------------------------------------------------
+
+start_thinking() { # enter rlhflow, one of older requirements if need be; made only where a start finds none at all
+  local found status=0
+  found="$(find_env rlhflow older)" || status=$?
+  [ "$status" -lt 2 ] || exit "$status"
+  if [ "$status" -eq 1 ]; then
+    [ "$check$dry_run" = nono ] || { no_env rlhflow; exit 2; }
+    make_envs vllm rlhflow || exit
+    found="${env_made[rlhflow]}"
+  fi
+  enter_env "$found"
+  driver="$(command -v python)" # also while another environment is active
+}
+
+check_envs() { # NAME…: in --check, what a start would make and what this machine lacks for it
+  local name status
+  for name in "$@"; do
+    status=0
+    find_env "$name" >/dev/null || status=$?
+    [ "$status" -lt 2 ] || return 2
+    [ "$status" -eq 0 ] || no_env "$name" foreign || return
+    [ "$status" -eq 0 ] || echo "check: environment $name is not made yet, a start makes it from $(basename "$(env_requirements "$name")")" >&2
+  done
+  check_machine "$@"
+}
+
+make_ready() { # NAME…: those of the stages that are left
+  if [ "$check" = yes ]; then
+    check_envs "$@" || exit 2
+    exit 0
+  fi
+  [ -n "$left" ] || say "every stage of $run_dir is done, nothing is left to do" >&2
+  [ -n "$left" ] && [ "$dry_run" = no ] || return 0
+  check_machine "$@" || exit 2
+  make_for_run vllm rlhflow
+  use_env rlhflow
+  driver="$(command -v python)"
+}
+
+make_for_run() { # NAME…: as `run`, a signal is answered at once, and what was started ends with this script
+  (exec {lock}>&-; export RLHF_RUN="$RUN_MARK"; make_envs "$@") &
+  wait "$!" || exit 2
+  make_envs "$@" # which finds them now
 }
 
 # What $thinker prints is evaluated into these.
@@ -132,13 +180,15 @@ settle() { # CONFIG: check everything that can be known now, write the settings 
 # ---- Running a command -----------------------------------------------------------------------------------------------
 
 enter() { # ENVIRONMENT: switch, or print how
-  local prefix
-  if [ "$dry_run" = yes ]; then
-    prefix="$(env_prefix "$1")"
-    [ -n "$prefix" ] || printf 'bash -c "source ./envs.sh; make_envs %s"\n' "$1"
-    if with_conda; then echo "conda activate $1"; else printf 'source %q\n' "${prefix:-$envs_dir/$1}/bin/activate"; fi
-  else
+  local found
+  if [ "$dry_run" = no ]; then
     use_env "$1"
+  elif ! found="$(find_env "$1")"; then
+    echo "source ./envs.sh; make_envs $1; use_env $1"
+  elif with_conda; then
+    echo "conda activate ${found%%$'\t'*}; export PYTHONNOUSERSITE=1"
+  else
+    printf 'source %q\n' "${found#*$'\t'}/bin/activate"
   fi
 }
 

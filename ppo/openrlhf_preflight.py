@@ -135,6 +135,29 @@ def count_gpus(args):
     return wanted, args.gpus_per_node or a_node, size
 
 
+def check_cores(args, gpus):
+    """Refuse fewer cores than Ray places a run on: one for each GPU and one for the trainer, or it waits for ever; one for Ray itself."""
+    cores = len(os.sched_getaffinity(0))
+    if not args.ray_address and cores < gpus + 2:
+        raise UserError(f"OpenRLHF on {gpus} GPUs needs {gpus + 2} CPU cores and this process may use {cores}: ask for more (Slurm: --cpus-per-task), "
+                        "or give --num_gpus fewer")  # fmt: skip
+
+
+def check_ray(args):
+    """Refuse a Ray cluster that the environment names and the settings do not: OpenRLHF would join it, whoever's it is.
+
+    Returns:
+        notes, of a cluster that a file of `ray start` names: it may be long dead.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    if args.ray_address:
+        return []
+    if address:
+        raise UserError(f"RAY_ADDRESS is {address}: OpenRLHF would join that cluster; give --ray_address {address} to use it, or unset RAY_ADDRESS")
+    found = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+    return [f"{found} names a Ray cluster on this machine, which OpenRLHF would join: `ray stop` ends it if nobody needs it"] if found.exists() else []
+
+
 def machine_memory(args):
     """Bytes of a node's main memory; None where it is another machine's and not given."""
     if args.machine_memory_gib:

@@ -140,7 +140,12 @@ class Rewards:
     def _check_device(self, scorer):
         import torch
 
-        if not hasattr(scorer, "config") or self.args.allow_cpu or torch.cuda.is_available():
+        from common.devices import check_torch
+
+        if not hasattr(scorer, "config") or self.args.allow_cpu:
+            return
+        check_torch()
+        if torch.cuda.is_available():
             return
         from dpo_iteration.memory import shape_of
 

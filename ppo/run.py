@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
 from common.cli import UserError, arg, build, nearest, parse, refuse, run
+from common.devices import none_visible
 from loop import preflight
 from loop.run import Run, is_planning, load, settle, setup, todo
 from loop.settings import RunSettings, gpus_of, processes
@@ -237,7 +238,7 @@ def main():
     elif name == "setup":
         current = PPORun(setup(PPORun, __doc__, sys.argv[2:]))
         if current.backend == "openrlhf" and not gpus_of(current.settings):
-            raise UserError("backend openrlhf needs GPUs and none is visible here; --backend small, or on tiny models: " + PPORun.example
+            raise UserError(f"backend openrlhf needs GPUs and {none_visible()}; --backend small, or on tiny models: " + PPORun.example
                             + "; for a plan only: python ppo/run.py plan …")
         print(f"backend={current.backend}")
     else:

@@ -177,9 +177,12 @@ def plan(args):
         if not args.ignore_versions:
             preflight.check_versions()
         preflight.check_writable(work_folder(args))
+        notes += preflight.check_ray(args)
         if args.reward_url:
             preflight.check_address(args.reward_url)
     gpus, a_node, size = preflight.count_gpus(args)
+    if not args.dry_run:
+        preflight.check_cores(args, gpus)
     prepare_threads()
     try:
         tokenizer = load_tokenizer(args.model_name_or_path, args.trust_remote_code, args.chat_template)
@@ -219,8 +222,8 @@ def show(command, environment):
             lines.append(line)
             line = []
         line.append(shlex.quote(word))
-    head = "".join(f"{key}={shlex.quote(value)} " for key, value in environment.items())
-    return head + " \\\n  ".join(" ".join(words) for words in [*lines, line])
+    head = " ".join(f"{key}={shlex.quote(value)}" for key, value in environment.items())
+    return (f"{head} \\\n" if head else "") + " \\\n  ".join(" ".join(words) for words in [*lines, line])
 
 
 def prepare(args, found, settings, inputs):
@@ -306,7 +309,11 @@ def finish(args, paths, counts, seconds):
 def environment(args, found):
     """Variables that the command needs beside the environment that is there; no secrets."""
     gpus = visible_gpus()
-    needed = {"RAY_ADDRESS": args.ray_address} if args.ray_address else {}
+    # The sampler that vLLM would compile at its start is one that seeded requests never use. DeepSpeed refuses to compile its optimizer
+    # where the toolkit is of another minor version than torch's, which does no harm.
+    needed = {key: value for key, value in {"VLLM_USE_FLASHINFER_SAMPLER": "0", "DS_SKIP_CUDA_CHECK": "1"}.items() if key not in os.environ}
+    if args.ray_address:
+        needed["RAY_ADDRESS"] = args.ray_address
     if not args.ray_address and found.placement.all_gpus < len(gpus):
         needed["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[: found.placement.all_gpus])
     if found.kind == "function":

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any fol
 from annotate_data.get_rewards import combine, make_scorers
 from common import chat, models, trackers
 from common.cli import UserError, parse, run
-from common.devices import check_processes, prepare_threads
+from common.devices import check_processes, check_torch, prepare_threads
 from common.manifest import with_date
 from common.records import sample_seed
 from dpo_iteration.output import is_complete, is_main, say
@@ -415,6 +415,7 @@ class PPO:
 
 def train(args, settings, inputs, started):
     """Load, learn, save: what needs torch."""
+    check_torch()
     import torch
     from accelerate import Accelerator
 

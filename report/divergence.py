@@ -328,6 +328,7 @@ def main():
     how = sampling(args)
     facts = {"reference": args.ref_model_name_or_path, "model": args.model_name_or_path, **how,
              "exact": how["top_p"] >= 1 and how["top_k"] in (-1, 0)}  # fmt: skip
+    devices.check_torch()
     world = World()
     started = time.monotonic()
     output = world.together(lambda: manifest.Output(args.output_dir, SCRIPT, settings, inputs, args.overwrite) if world.rank == 0 else None)

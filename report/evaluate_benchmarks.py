@@ -144,6 +144,16 @@ def figures(path):
     }
 
 
+def variables(words):
+    """What the harness's command needs beside the environment that is there; what is set there stays."""
+    needed = {"HF_ALLOW_CODE_EVAL": "1"} if "--confirm_run_unsafe_code" in words else {}
+    if devices.visible_gpus():  # both as generation/get_hf2.py does: no nvcc is needed, and on the CPU one process
+        vllm = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
+    else:
+        vllm = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    return needed | {key: value for key, value in vllm.items() if key not in os.environ}
+
+
 def evaluate(args, words, folder, tasks):
     """Run the harness for one group, if it was not run for just this; its results."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -153,13 +163,11 @@ def evaluate(args, words, folder, tasks):
         return figures(newest_results(folder))
     mark.unlink(missing_ok=True)
     log = folder / "lm_eval.log"
-    environment = os.environ | ({"HF_ALLOW_CODE_EVAL": "1"} if "--confirm_run_unsafe_code" in words else {})
-    if not devices.visible_gpus():  # as generation/get_hf2.py does
-        environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | environment
+    devices.check_torch()
     print(f"{', '.join(tasks)} … (log: {log})", flush=True)
     began = time.time()
     with open(log, "ab") as stream:
-        status = subprocess.run(words, stdout=stream, stderr=subprocess.STDOUT, env=environment, check=False).returncode
+        status = subprocess.run(words, stdout=stream, stderr=subprocess.STDOUT, env=os.environ | variables(words), check=False).returncode
     results = newest_results(folder)
     if status or results is None or results.stat().st_mtime < began - 1:
         lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
@@ -182,7 +190,7 @@ def main():
         print(f"note: {', '.join(left_out)} left out: they run code that the model writes; --run_code true allows it")
     if args.dry_run:
         for words, *_ in planned:
-            print(("HF_ALLOW_CODE_EVAL=1 " if "--confirm_run_unsafe_code" in words else "") + shlex.join(words))
+            print("".join(f"{key}={value} " for key, value in variables(words).items()) + shlex.join(words))
         return
     found = {}
     for words, folder, tasks in planned:

@@ -9,6 +9,11 @@
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$root/envs.sh"
-make_envs lm_eval
+case " $* " in
+  *" -h "* | *" --help "*) exec "$(find_python)" "$root/report/evaluate_benchmarks.py" --help ;;
+  *" --dry_run false "*) make_envs lm_eval ;;
+  *" --dry_run"*) ;; # makes no environment
+  *) make_envs lm_eval ;;
+esac
 use_env lm_eval
 exec python "$root/report/evaluate_benchmarks.py" "$@"

@@ -141,6 +141,8 @@ def install(source, folder):
         info = folder / f"{package.replace('-', '_')}-{version}.dist-info"
         info.mkdir(parents=True)
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+    # A machine with GPUs has more cores than the tests'.
+    (folder / "sitecustomize.py").write_text("import os\nos.sched_getaffinity = lambda pid: set(range(16))\n")
     for name in ("openrlhf", "openrlhf/cli", "openrlhf/utils"):
         (folder / name).mkdir(exist_ok=True)
         (folder / name / "__init__.py").write_text("")

@@ -16,7 +16,7 @@ import yaml
 
 from common.cli import UserError
 from dpo_iteration.memory import GIB, shape_like
-from ppo import openrlhf_arguments
+from ppo import openrlhf_arguments, run_openrlhf
 from ppo import openrlhf_preflight as preflight
 from ppo.openrlhf_command import Paths, Reward, accumulation, check_batches, flags, optimizer_steps, words
 from ppo.openrlhf_placement import needs, place
@@ -287,6 +287,39 @@ def test_ray_clusters(monkeypatch):
         preflight.cluster_gpus("127.0.0.1:1")
 
 
+def test_a_ray_cluster_that_nobody_asked_for(monkeypatch, tmp_path):
+    monkeypatch.setenv("RAY_ADDRESS", "somebodys:6379")
+    with pytest.raises(UserError, match="RAY_ADDRESS is somebodys:6379: .* --ray_address somebodys:6379 to use it, or unset"):
+        preflight.check_ray(arguments())
+    assert preflight.check_ray(arguments(ray_address="ours:6379")) == []
+    monkeypatch.delenv("RAY_ADDRESS")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    assert preflight.check_ray(arguments()) == []
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray/ray_current_cluster").write_text("10.0.0.1:6379")
+    assert "ray stop" in preflight.check_ray(arguments())[0]
+
+
+def test_too_few_cores_for_ray(monkeypatch):
+    """Ray waits for ever for a core that is not there."""
+    monkeypatch.setattr(preflight.os, "sched_getaffinity", lambda pid: set(range(8)))
+    with pytest.raises(UserError, match="on 8 GPUs needs 10 CPU cores and this process may use 8: .* --cpus-per-task"):
+        preflight.check_cores(arguments(), 8)
+    preflight.check_cores(arguments(), 6)
+    preflight.check_cores(arguments(ray_address="head:6379"), 8)
+
+
+def test_what_openrlhfs_engines_and_optimizer_need(monkeypatch):
+    """vLLM starts without nvcc; DeepSpeed compiles with any CUDA 13. What is set already stays."""
+    monkeypatch.setattr(run_openrlhf, "visible_gpus", lambda: ["0"])
+    plan = SimpleNamespace(placement=SimpleNamespace(all_gpus=1), kind="local")
+    monkeypatch.delenv("VLLM_USE_FLASHINFER_SAMPLER", raising=False)
+    monkeypatch.setenv("DS_SKIP_CUDA_CHECK", "0")
+    found = run_openrlhf.environment(arguments(), plan)
+    assert found == {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
+    assert run_openrlhf.show(["python", "-m", "m", "--a", "b c"], found) == "VLLM_USE_FLASHINFER_SAMPLER=0 \\\npython -m m \\\n  --a 'b c'"
+
+
 def fake_gpus(folder, count, gib=80):
     """An nvidia-smi that lists so many GPUs."""
     smi = folder / "bin" / "nvidia-smi"
@@ -309,8 +342,9 @@ def test_a_dry_run_prints_the_command_without_secrets_and_writes_nothing(tmp_pat
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.replace(" \\\n", "\n").splitlines()
-    assert lines[0] == "python -m openrlhf.cli.train_ppo_ray" and all(line.startswith("  --") for line in lines[1:])
-    parsed = openrlhf_stub.captured(source, shlex.split(" ".join(lines[1:])), monkeypatch)
+    assert lines[:2] == ["VLLM_USE_FLASHINFER_SAMPLER=0 DS_SKIP_CUDA_CHECK=1", "python -m openrlhf.cli.train_ppo_ray"]
+    assert all(line.startswith("  --") for line in lines[2:])
+    parsed = openrlhf_stub.captured(source, shlex.split(" ".join(lines[2:])), monkeypatch)
     assert parsed.ckpt.output_dir == str(tmp_path / "out dir" / "model.work" / "model") and parsed.vllm.num_engines == 8
     assert "s3cret" not in done.stdout + done.stderr and not (tmp_path / "out dir").exists()
     assert "8 engines × 1 GPUs" in done.stderr and "is assumed" in done.stderr
@@ -324,7 +358,7 @@ def test_a_plan_for_gpus_that_are_elsewhere(tmp_path, source, monkeypatch):
     env = fake_gpus(tmp_path, 0)
     done = subprocess.run([*command, "8"], capture_output=True, text=True, env=env)
     assert done.returncode == 0 and "8 GPUs on one node" in done.stderr and not (tmp_path / "run").exists(), done.stderr
-    parsed = openrlhf_stub.captured(source, shlex.split(done.stdout.replace("\\\n", " "))[3:], monkeypatch)
+    parsed = openrlhf_stub.captured(source, shlex.split(done.stdout.partition("train_ppo_ray ")[2].replace("\\\n", " ")), monkeypatch)
     assert parsed.actor.num_gpus_per_node == 8 and parsed.vllm.num_engines == 8
     few = subprocess.run([*command, "2"], capture_output=True, text=True, env=env)
     assert few.returncode == 2 and "--openrlhf.offload true" in few.stderr and "4 GPUs of 80 GiB" in few.stderr, few.stderr

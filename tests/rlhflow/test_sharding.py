@@ -133,7 +133,7 @@ def test_two_machines_train_what_one_process_trains(work, alone, tmp_path, confi
     slurm = {
         "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "here[1-2]", "SLURM_SUBMIT_DIR": str(ROOT),
         "accelerate_config": f"configs/{config}.yaml", "gpus_per_node": "1", "main_port": str(port),
-        "envs_dir": str(tmp_path / "envs"), "env_manager": "venv", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+        "envs_dir": str(tmp_path / "envs"), "env_manager": "venv", "own_envs": "yes", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     hidden = ("CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     env = {key: value for key, value in os.environ.items() if key not in hidden} | slurm

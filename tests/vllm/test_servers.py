@@ -29,7 +29,7 @@ STUB = r"""
 import http.server, json, os, subprocess, sys, time
 options = dict(zip(sys.argv[1::2], sys.argv[2::2])) if "--enforce-eager" not in sys.argv else {}
 port, model = int(sys.argv[sys.argv.index("--port") + 1]), sys.argv[sys.argv.index("--model") + 1]
-keep = {k: os.environ.get(k) for k in ("CUDA_VISIBLE_DEVICES", "VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS")}
+keep = {k: os.environ.get(k) for k in ("CUDA_VISIBLE_DEVICES", "VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS", "VLLM_USE_FLASHINFER_SAMPLER")}
 open(f"stub_{port}.json", "w").write(json.dumps({"argv": sys.argv[1:], "env": keep}))
 child = subprocess.Popen(["sleep", "1000"])  # as the engine is a child of the API server
 how = os.environ.get("STUB", "")
@@ -202,7 +202,8 @@ def test_a_port_in_use_is_named_with_its_model(stub):
 
 
 def test_groups_of_gpus(stub, monkeypatch):
-    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)  # an engine in this process has set it
+    for name in ("VLLM_CPU_OMP_THREADS_BIND", "VLLM_USE_FLASHINFER_SAMPLER"):
+        monkeypatch.delenv(name, raising=False)  # an engine in this process has set it
     tools = stub.folder / "tools"
     tools.mkdir()
     (tools / "nvidia-smi").write_text('#!/bin/sh\nfor i in 0 1 2 3; do echo "GPU $i: none (UUID: x)"; done\n')
@@ -213,6 +214,7 @@ def test_groups_of_gpus(stub, monkeypatch):
     for port, devices in ((stub.port, "0,1"), (stub.port + 1, "2,3")):
         made = json.loads((stub.folder / f"stub_{port}.json").read_text())
         assert made["env"]["CUDA_VISIBLE_DEVICES"] == devices and made["env"]["VLLM_CPU_OMP_THREADS_BIND"] is None
+        assert made["env"]["VLLM_USE_FLASHINFER_SAMPLER"] == "0"  # or it is compiled at the start, and there may be no nvcc
         assert (
             "--tensor-parallel-size 2 --gpu-memory-utilization 0.5" in " ".join(made["argv"])
             and "--enforce-eager" not in made["argv"]
