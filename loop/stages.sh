@@ -12,6 +12,8 @@
 #   set_up COMMAND        the settings' setup command
 #   do_stage I NAME       what is left of one stage
 
+source common/lock.sh
+
 log_lines="${log_lines:-15}" # lines of a failed stage's log that are shown
 
 say() { printf '[%(%H:%M:%S)T] %s\n' -1 "$*"; }
@@ -85,8 +87,7 @@ stop_started() { # end what this run started, and what a killed driver of this r
 
 hold() { # RUN_DIR KIND: until this script ends, however it does
   mkdir -p "$1" 2>/dev/null || fail 2 "cannot write $1; give another --run_dir"
-  exec {lock}>"$1/.lock"
-  flock -n "$lock" || fail 2 "another $2 is at work in $1; wait for it, stop it, or give another --run_dir"
+  lock_file "$1/.lock" || fail 2 "another $2 is at work in $1; wait for it, stop it, or give another --run_dir"
   RUN_MARK="$(cd "$1" && pwd -P)" # what we start carries it in its environment, so that exactly that can be stopped
   trap stop_started EXIT
   trap 'trap - INT; printf "\nstopped; to continue: %s\n" "$again" >&2; exit 130' INT

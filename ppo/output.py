@@ -1,6 +1,5 @@
 """What train_ppo.py writes: its manifest and log, checkpoints from which a killed run continues, and the model."""
 
-import fcntl
 import json
 import os
 import pickle
@@ -9,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from common import locks
 from common.cli import UserError
 from common.manifest import beside, fingerprint, read_manifest, versions, write_json
 from common.progress import Progress, duration
@@ -22,14 +22,9 @@ def lock_output(args):
     folder = Path(args.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(beside(folder, ".lock"), "w")
+        return locks.hold(beside(folder, ".lock"), f"training into {folder}")
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}; give another --output_dir") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"another process is training into {folder}; wait for it or stop it first") from None
-    return lock
 
 
 def begin(ppo, settings, inputs):

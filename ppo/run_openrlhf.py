@@ -11,7 +11,6 @@ last checkpoint when the same command is started again. W&B: export WANDB_API_KE
 """
 
 import dataclasses
-import fcntl
 import os
 import shlex
 import shutil
@@ -21,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
+from common import locks
 from common.cli import UserError, check_model, parse, read_json, run
 from common.devices import prepare_threads, visible_gpus
 from common.manifest import beside, difference, fingerprint, read_manifest, versions, write_json
@@ -320,12 +320,7 @@ def locked(args):
     Raises:
         UserError: another process has it.
     """
-    lock = open(beside(args.output_dir, ".lock"), "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"another process is training into {args.output_dir}; wait for it or stop it first") from None
-    return lock
+    return locks.hold(beside(args.output_dir, ".lock"), f"training into {args.output_dir}")
 
 
 def start(args, found, settings, inputs):
