@@ -57,6 +57,17 @@ def prompts(files):
     return list(dict.fromkeys(found))
 
 
+def sampling_stops(args):
+    """Token ids that `--eos_ids` gave when this policy's responses were sampled, where manifests tell."""
+    found = set()
+    for name in args.train_dir:
+        answers = manifest_of(name).get("inputs", {}).get("dataset_name_or_path")
+        made = manifest_of(answers["path"]) if answers else {}
+        if made.get("inputs", {}).get("model_name_or_path", {}).get("path") == args.model_name_or_path:
+            found |= set(made["settings"].get("eos_ids") or [])
+    return sorted(found)
+
+
 def command(argv):
     """The command line that can be shown: the script by its short name, without the token."""
     words = [re.sub(r"^--hub_token=.*", "--hub_token=…", word) for word in argv[1:]]
@@ -127,7 +138,7 @@ RLHF ([arXiv 2405.07863](https://arxiv.org/abs/2405.07863)).
 
 ## Results
 
-Of the last log line while training, and of all held-out pairs at the end.
+Of the last log line while training{f" up to step {metrics['step']}, whose weights these are" if "step" in metrics else ""}, and of all held-out pairs.
 
 {table(["", "training", "held out"], results)}
 

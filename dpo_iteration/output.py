@@ -83,6 +83,7 @@ def prepare_output(args, selection, settings, inputs):
     if args.overwrite:
         remove_checkpoints(folder.glob("checkpoint-*"))
         shutil.rmtree(folder / adapters.FOLDER, ignore_errors=True)  # without LoRA nothing would replace it
+    beside(folder, ".trainer_state.json").unlink(missing_ok=True)  # of a training before this one
     marks = {key: fingerprint(name) for key, name in inputs.items() if name is not None}
     manifest = {"script": "dpo_iteration/run_dpo.py", "complete": False, "settings": settings, "inputs": marks}
     manifest["num_processes"] = launched()

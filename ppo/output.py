@@ -14,7 +14,7 @@ from common.manifest import beside, fingerprint, read_manifest, versions, write_
 from common.progress import Progress, duration
 from common.records import as_json, dumps, finite
 from dpo_iteration.output import checkpoints, is_main, launched, remove_checkpoints, say, write_jsonl
-from dpo_iteration.saved import check_saved
+from dpo_iteration.saved import check_saved, copy_companions
 
 
 def lock_output(args):
@@ -159,8 +159,9 @@ def finish(ppo, entries, start_seconds, started):
     if ppo.accelerator.mixed_precision == "bf16":
         ppo.policy.to(torch.bfloat16)
     ppo.policy.save_pretrained(folder)
-    ppo.generation_config.to_json_file(folder / "generation_config.json")  # unchecked: some published ones fail transformers' check
+    write_json(folder / "generation_config.json", ppo.generation_config)
     ppo.tokenizer.save_pretrained(folder)
+    copy_companions(args.model_name_or_path, folder)
     check_saved(folder, args.trust_remote_code)
     counts = {"prompts": len(ppo.prompts), "skipped": len(ppo.skipped), "rollouts": ppo.done}
     counts["responses"] = ppo.done * args.rollout_batch_size * args.samples_per_prompt

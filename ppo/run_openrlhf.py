@@ -256,7 +256,7 @@ def prepare(args, found, settings, inputs):
 
 def place_model(args, paths):
     """Make the folder that OpenRLHF left a plain model with our tokenizer and generation config, and rename it to `output_dir`."""
-    from dpo_iteration.saved import check_saved
+    from dpo_iteration.saved import check_saved, copy_companions, store_once
 
     made, target = Path(paths.model), Path(args.output_dir)
     if args.lora_r:
@@ -279,8 +279,8 @@ def place_model(args, paths):
     for file in Path(paths.policy).iterdir():
         if not file.is_symlink():  # tokenizer, template, generation config
             shutil.copyfile(file, made / file.name)
-    for file in Path(paths.policy).glob("*.py"):  # code that came with the model
-        shutil.copyfile(file, made / file.name)
+    copy_companions(paths.policy, made)
+    store_once(made, args.trust_remote_code)
     check_saved(made, args.trust_remote_code)
     if target.is_dir():
         shutil.rmtree(target)
