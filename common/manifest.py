@@ -12,7 +12,6 @@ name, the manifest is completed, and the data file is renamed into place last: i
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -21,7 +20,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-from common import records
+from common import locks, records
 from common.chat import parse_date
 from common.cli import UserError
 from common.index import Index
@@ -237,13 +236,9 @@ class Output:
             raise UserError(f"--output_dir {path} is a folder, a file name was expected (for example {path}/data.jsonl)")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.partial, "ab")
+            self._lock = locks.hold(self.partial, f"writing {path}")
         except OSError as error:
             raise UserError(f"cannot write {self.partial}: {error.strerror}; give another --output_dir") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another process is writing {path}; wait for it or stop it first") from None
         if overwrite:
             self._discard()
         self.manifest = read_manifest(path)

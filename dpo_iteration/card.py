@@ -65,6 +65,15 @@ def system_prompts(files):
     return list(dict.fromkeys(filter(None, found)))
 
 
+def sampling_stops(args):
+    """Token ids that `--eos_ids` gave when this policy's responses were sampled, where manifests tell."""
+    found = set()
+    for made in filter(None, map(generation_manifest, args.train_dir)):
+        if made["inputs"].get("model_name_or_path", {}).get("path") == args.model_name_or_path:
+            found |= set(made["settings"].get("eos_ids") or [])
+    return sorted(found)
+
+
 def words_of(pid):
     """The command line of a process."""
     return [os.fsdecode(word) for word in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]]
@@ -166,7 +175,7 @@ RLHF ([arXiv 2405.07863](https://arxiv.org/abs/2405.07863)).
 
 ## Results
 
-Of the last log line while training, and of all held-out pairs at the end.
+Of the last log line while training{f" up to step {metrics['step']}, whose weights these are" if "step" in metrics else ""}, and of all held-out pairs.
 
 {table(["", "training", "held out"], results)}
 

@@ -85,6 +85,13 @@ class IterativeDPOTrainer(DPOTrainer):
     def create_model_card(self, *args, **kwargs):
         """None: ours is written at the end (card.py)."""
 
+    def _save(self, output_dir=None, state_dict=None):
+        """As the Trainer does, tied weights once: DeepSpeed and FSDP hand over copies of them, which pass for weights of their own."""
+        for copied, source in getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", {}).items():
+            if state_dict and copied in state_dict and source in state_dict and state_dict[copied].equal(state_dict[source]):
+                state_dict[copied] = state_dict[source]  # transformers leaves out what is the same tensor
+        super()._save(output_dir, state_dict)
+
     # Batches
 
     def loader(self, split):

@@ -113,6 +113,20 @@ def _kept_weight(method, bf16):
     return 2 if bf16 and method.startswith("zero") else 4
 
 
+def checkpoint_bytes(args, trained):
+    """Bytes of the checkpoints that are on the disk at once: those that are kept, and the next, written before the oldest goes.
+
+    Args:
+        args: of run_dpo.py.
+        trained: parameters that are trained: all, or LoRA's.
+    """
+    if not args.save_steps:
+        return 0
+    # DeepSpeed's are the largest: weights twice (once for transformers), fp32 master weights, Adam's two moments in fp32.
+    weight = 2 if args.bf16 else 4
+    return (args.save_total_limit + 1) * (2 * weight + 12) * trained
+
+
 def states(method, parameters, processes, trainable=None, bf16=True, frozen=None):
     """(bytes a GPU, bytes of all processes on the CPU) of weights, gradients and optimizer states.
 

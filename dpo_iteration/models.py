@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from common import models, shared_prompts
 from common.cli import UserError
-from dpo_iteration import adapters
+from common.manifest import beside, write_json
+from dpo_iteration import adapters, card, saved
 
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -200,15 +201,12 @@ class Source:
 
     tokenizer: object
     config: object
-    generation_config: object
+    generation_config: dict
 
     @classmethod
     def of(cls, policy, tokenizer, args):
         """Remember the three; set the policy's special tokens, which the Trainer else does with a warning."""
-        try:
-            generation_config = GenerationConfig.from_pretrained(args.model_name_or_path, revision=args.revision)
-        except OSError:  # the source has none: the one that transformers makes up goes with the model
-            generation_config = None
+        generation_config = saved.generation_config(args.model_name_or_path, tokenizer, args.revision, card.sampling_stops(args))
         source = cls(copy.deepcopy(tokenizer), copy.deepcopy(policy.config), generation_config)
         policy.generation_config = GenerationConfig(**{key: getattr(tokenizer, key) for key in TOKENS})
         for key in TOKENS:
@@ -226,9 +224,9 @@ class Source:
             for key in (*TOKENS, "use_cache"):
                 setattr(model.config, key, getattr(self.config, key, None))
             trainer.save_model(str(folder), _internal_call=True)  # else it pushes to the hub what is not whole yet
-        trainer.save_state()
         if trainer.args.should_save:
+            trainer.state.save_to_json(str(beside(folder, ".trainer_state.json")))  # what was logged is no part of the model
             self.tokenizer.save_pretrained(folder)  # the trainer's own may have been given a pad token
-            if self.generation_config is not None:  # unchecked: some published ones do not pass transformers' own check
-                self.generation_config.to_json_file(folder / "generation_config.json")
+            write_json(folder / "generation_config.json", self.generation_config)
+            saved.copy_companions(args.model_name_or_path, folder, args.revision)
             (folder / "training_args.bin").unlink(missing_ok=True)

@@ -1,13 +1,12 @@
 """The output of a training: is it there, may it be continued, and what stands beside the model."""
 
-import fcntl
 import json
 import os
 import shutil
 import time
 from pathlib import Path
 
-from common import records
+from common import locks, records
 from common.cli import UserError
 from common.manifest import beside, difference, fingerprint, read_manifest, versions, write_json, writing
 from common.progress import duration
@@ -78,17 +77,13 @@ def prepare_output(args, selection, settings, inputs):
     """Rank 0: lock the output, clear what `--overwrite` gives up, write the pairs and an unfinished manifest."""
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = open(beside(folder, ".lock"), "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"another process is training into {folder}; wait for it or stop it first") from None
-    os.register_at_fork(after_in_child=lock.close)  # a dataloader's worker would hold it beyond our death
+    lock = locks.hold(beside(folder, ".lock"), f"training into {folder}")
     if is_complete(args, settings, inputs):
         raise UserError(f"another process has finished {folder} meanwhile; there is nothing left to do")
     if args.overwrite:
         remove_checkpoints(folder.glob("checkpoint-*"))
         shutil.rmtree(folder / adapters.FOLDER, ignore_errors=True)  # without LoRA nothing would replace it
+    beside(folder, ".trainer_state.json").unlink(missing_ok=True)  # of a training before this one
     marks = {key: fingerprint(name) for key, name in inputs.items() if name is not None}
     manifest = {"script": "dpo_iteration/run_dpo.py", "complete": False, "settings": settings, "inputs": marks}
     manifest["num_processes"] = launched()

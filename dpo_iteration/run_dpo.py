@@ -244,12 +244,7 @@ def train(args, extra, selection, settings, inputs, started):
     # The Trainer counts passes as if each had per_device_train_batch_size pairs.
     before = int(saved[-1].name.split("-")[1]) / -(-len(rows["train"]) // per_step) if saved else 0.0
     metrics["train_samples_per_second"] = (trainer.state.epoch - before) * len(rows["train"]) / metrics["train_runtime"]
-    logged = next((entry for entry in reversed(trainer.state.log_history) if "rewards/margins" in entry and "loss" in entry), {})
-    metrics |= {"loss": metrics["train_loss"]} | {key: logged[key] for key in ("loss", "rewards/accuracies", "rewards/margins") if key in logged}
-    if data["eval"]:
-        last = trainer.state.log_history[-2:]  # an evaluation at the last step stands before the summary
-        done = [entry for entry in last if "eval_loss" in entry and entry["step"] == trainer.state.global_step]
-        metrics |= {k: v for k, v in done[0].items() if k.startswith("eval_")} if done else trainer.evaluate()
+    metrics |= {"loss": metrics["train_loss"]} | figures(trainer)
     source.save(trainer, args)
     if is_main():
         check_saved(args.output_dir, args.trust_remote_code)
@@ -261,6 +256,21 @@ def train(args, extra, selection, settings, inputs, started):
         if config.push_to_hub:
             hub.push(trainer, args.output_dir)
     PartialState().destroy_process_group()
+
+
+def figures(trainer):
+    """Figures of the weights that are there to be saved: of the last step, or of the best checkpoint, which `load_best_model_at_end` has loaded."""
+    state, step = trainer.state, trainer.state.global_step
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
+        step = int(Path(state.best_model_checkpoint).name.split("-")[1])  # best_global_step may be one that was not saved
+        say(f"the model is that of step {step} of {state.global_step}, the best by {trainer.args.metric_for_best_model} of those saved")
+    so_far = [entry for entry in state.log_history if entry["step"] <= step]
+    logged = next((entry for entry in reversed(so_far) if "rewards/margins" in entry and "loss" in entry), {})
+    found = {"step": step} | {key: logged[key] for key in ("loss", "rewards/accuracies", "rewards/margins") if key in logged}
+    if trainer.eval_dataset is not None:
+        done = [entry for entry in so_far if "eval_loss" in entry and entry["step"] == step]
+        found |= {key: value for key, value in done[-1].items() if key.startswith("eval_")} if done else trainer.evaluate()
+    return found
 
 
 def count_tokens_with(args):

@@ -1,4 +1,4 @@
-"""A last look at a saved model, before its manifest says complete: would the next iteration load it?
+"""A trained model's folder: what goes into it beside the weights, and a last look at it: would the next iteration load it?
 
 The files' headers go through transformers' own loader on a device without memory, so that names and shapes are compared as
 a load would (experts that a file holds one by one, a head that shares the embedding), without a second model. Each weight
@@ -6,10 +6,60 @@ is read once, one at a time, for numbers that are not finite.
 """
 
 import json
+import os
+import shutil
 from pathlib import Path
 
-from common import models
-from common.cli import UserError
+from common import chat, models
+from common.cli import UserError, read_json
+from common.manifest import write_json
+
+# What a policy's folder holds beside weights, configs and tokenizer, and its next reader needs: the processors of images, audio
+# and video, the tokenizer in Mistral's own format, and code of the model's own.
+COMPANIONS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "tekken.json")
+
+
+def companion(source, name, revision=None):
+    """The local path of a file of a model's folder, or of a hub model (fetched); None where it has none."""
+    from transformers.utils import cached_file
+
+    missing = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
+    found = cached_file(str(source), name, revision=revision, **missing)
+    return Path(found) if found else None
+
+
+def copy_companions(source, folder, revision=None):
+    """Copy into a trained model's folder what its policy's has for its readers and training left out.
+
+    Args:
+        source: folder or hub name of the policy.
+    """
+    local = Path(source)
+    code = sorted(local.glob("*.py")) if local.is_dir() else []  # a hub model's config names the hub as its code's place
+    for path in [*(companion(source, name, revision) for name in COMPANIONS), *code]:
+        if path is not None and not (Path(folder) / path.name).exists():
+            shutil.copyfile(path, Path(folder) / path.name)
+
+
+def generation_config(source, tokenizer, revision=None, stops=()):
+    """The policy's generation_config.json as a dict (the tokenizer's special tokens where it has none), with every token that ends a response.
+
+    Other programs stop at what it names; without the template's end of turn they would go on into the next turn.
+
+    Args:
+        stops: token ids that ended responses beside those of generation config, tokenizer and template.
+    """
+    path = companion(source, "generation_config.json", revision)
+    values = read_json(path) if path else {}
+    before = values.get("eos_token_id")
+    known = list(before) if isinstance(before, list) else [before] if before is not None else []
+    values["eos_token_id"] = known + [token for token in chat.stop_token_ids(tokenizer, known, stops) if token not in known]
+    if not isinstance(before, list) and len(values["eos_token_id"]) == 1:
+        [values["eos_token_id"]] = values["eos_token_id"]
+    for key in ("bos_token_id", "pad_token_id"):
+        if getattr(tokenizer, key) is not None:
+            values.setdefault(key, getattr(tokenizer, key))
+    return values
 
 
 def check_saved(folder, trust_remote_code=False):
@@ -50,6 +100,48 @@ def check_saved(folder, trust_remote_code=False):
     for names, how in ((found["missing_keys"], "lacks"), (found["unexpected_keys"], "has too many:"), (wrong_shapes, "has in another shape:")):
         if names:
             raise UserError(f"the saved model {folder} {how} {some(names)}")
+
+
+def store_once(folder, trust_remote_code=False):
+    """Take second copies of tied weights out of a folder that another program saved: DeepSpeed hands them over as weights of their own.
+
+    A live engine that has loaded such a copy keeps it when it is given weights without one.
+    """
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder, index, places = Path(folder), Path(folder, "model.safetensors.index.json"), {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as stored:
+            places |= dict.fromkeys(stored.keys(), file)
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        tied = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).all_tied_weights_keys
+
+    def read(name):
+        with safe_open(places[name], "pt") as stored:
+            return stored.get_tensor(name)
+
+    def called(name):
+        """Names in the files: those of some architectures (Gemma 3) begin otherwise than the model's."""
+        return [stored for stored in places if stored.split(".")[-2:] == name.split(".")[-2:]]
+
+    for copied, source in ((copied, source) for target, origin in tied.items() for copied in called(target) for source in called(origin)):
+        if copied == source or not {copied, source} <= set(places) or not read(copied).equal(read(source)):
+            continue  # a head of its own
+        file, temporary = places.pop(copied), folder / ".once.tmp"
+        weights = {name: weight for name, weight in load_file(file).items() if name != copied}
+        if weights:
+            save_file(weights, temporary, {"format": "pt"})
+            os.replace(temporary, file)
+        else:
+            file.unlink()
+        if index.is_file():
+            listed = json.loads(index.read_text(encoding="utf-8"))
+            listed["weight_map"].pop(copied, None)
+            write_json(index, listed)
 
 
 def read_weights(folder):

@@ -14,7 +14,6 @@ import bisect
 import codecs
 import contextlib
 import dataclasses
-import fcntl
 import itertools
 import json
 import os
@@ -27,6 +26,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
+from common import locks
 from common.cli import UserError, arg, parse, run
 from common.index import Index
 from common.manifest import beside, fingerprint, read_manifest, same_content, write_json, writing
@@ -262,12 +262,7 @@ def main():
         random.Random(args.shuffle_seed).shuffle(places)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(f"{output}.tmp")
-    with writing(temporary), open(temporary, "ab") as target:
-        try:
-            fcntl.flock(target, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another process is writing {output}; wait for it or stop it first") from None
-        target.truncate(0)
+    with locks.hold(temporary, f"writing {output}"), writing(temporary), open(temporary, "wb") as target:
         write_merged(target, paths, places)
         output.unlink(missing_ok=True)  # from here on the old file's manifest would not fit it
         merge_skipped(output, paths)

@@ -28,6 +28,7 @@ python="${python:-python}"                              # of the environment `vl
 cpu_bind="${VLLM_CPU_OMP_THREADS_BIND:-nobind}"         # vLLM's own choice would pin every server to the same cores
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+source "$root/common/lock.sh"
 pids=()
 ports=()
 
@@ -288,8 +289,8 @@ cache_bytes=""
 if [[ -n $kv_cache_gib ]]; then cache_bytes="$(awk -v gib="$kv_cache_gib" 'BEGIN { printf "%d", gib * 2^30 }')"; fi
 
 mkdir -p "$state_dir" "$log_dir" 2>/dev/null || fail "cannot write $state_dir or $log_dir; give another state_dir=… and log_dir=…"
-exec {lock}>"$state_dir/.lock" # of starts only: servers do not hold it, and stop ends a start that is at work
-flock -w 5 "$lock" || fail "another start is at work in $state_dir:" \
+# Of starts only: servers do not hold it, and stop ends a start that is at work.
+lock_file "$state_dir/.lock" 5 || fail "another start is at work in $state_dir:" \
   "wait for it, end it with: bash $0 stop $state_dir, or give another state_dir=… and port=…"
 for ((i = 0; i < servers; i++)); do check_port $((port + i)); done
 probe="$("$python" -c 'import json, sys; print(json.dumps({"model": sys.argv[1], "prompt": [0], "max_tokens": 1}))' "$model")"

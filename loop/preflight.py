@@ -355,10 +355,14 @@ def describe(run, count, method, gpus, local_size, args, found):
     settings = run.settings
     if gpus and args is not None:
         check_memory(run, count, method, args, found)
-    # An iterate in 2 bytes a parameter (4 on the CPU); while training, DeepSpeed's checkpoint of 14 bytes at most.
+    # An iterate in 2 bytes a parameter (4 on the CPU), and what training keeps meanwhile.
     kept = settings.iterations if settings.keep_iterates is None else settings.keep_iterates
-    disk = (kept * (2 if gpus else 4) + (14 if args and args.save_steps else 0)) * count / 2**30
-    check_disk(run, found, disk, f"{kept} iterates", "see keep_iterates")
+    name, trained = settings.model_name_or_path, count
+    if args and args.use_peft:
+        trained = (memory.shape_of(name) if Path(name).is_dir() else memory.shape_like(count / 1e9)).lora(args.lora_r)
+    disk = (kept * (2 if gpus else 4) * count + (memory.checkpoint_bytes(args, trained) if args else 0)) / 2**30
+    what = f"{kept} iterates" + (f" and {args.save_total_limit + 1} checkpoints" if args and args.save_steps else "")
+    check_disk(run, found, disk, what, "see keep_iterates, save_steps and save_total_limit")
     if gpus:
         prompts = local_size / len(settings.prompts) if local_size else 20000
         name = gpu_name() if settings.num_gpus is None else None

@@ -18,6 +18,8 @@
 #
 # --check and --dry_run hold nothing, stop nothing and write nothing into the run; a dry run's settings go into a temporary folder.
 
+source common/lock.sh
+
 log_lines="${log_lines:-15}" # lines of a failed stage's log that are shown
 
 say() { printf '[%(%H:%M:%S)T] %s\n' -1 "$*"; }
@@ -153,8 +155,7 @@ hold() { # RUN_DIR KIND: until this script ends, however it does
     return 0
   fi
   mkdir -p "$1" 2>/dev/null || fail 2 "cannot write $1; give another --run_dir"
-  exec {lock}>"$1/.lock"
-  flock -n "$lock" || fail 2 "another $2 is at work in $1; wait for it, stop it, or give another --run_dir"
+  lock_file "$1/.lock" || fail 2 "another $2 is at work in $1; wait for it, stop it, or give another --run_dir"
   RUN_MARK="$(cd "$1" && pwd -P)" # what we start carries it in its environment, so that exactly that can be stopped
   trap stop_started EXIT
   trap 'trap - INT; printf "\nstopped; to continue: %s\n" "$again" >&2; exit 130' INT

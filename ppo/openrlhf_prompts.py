@@ -7,9 +7,11 @@ import shutil
 from pathlib import Path
 
 from common import chat, models, records
-from common.cli import UserError, read_json
+from common.cli import UserError
+from common.manifest import write_json
 from common.progress import Progress
 from dpo_iteration.output import write_jsonl
+from dpo_iteration.saved import generation_config
 
 OURS = ("generation_config.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates", models.TEKKEN)
 
@@ -99,15 +101,7 @@ def prepare_policy(args, tokenizer, folder):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     tokenizer.save_pretrained(folder)
-    path = source / "generation_config.json"
-    config = read_json(path) if path.is_file() else {}
-    stops = chat.stop_token_ids(tokenizer, config.get("eos_token_id"))
-    config |= {"eos_token_id": stops}
-    for key, value in (("bos_token_id", tokenizer.bos_token_id), ("pad_token_id", tokenizer.pad_token_id)):
-        if value is not None:
-            config.setdefault(key, value)
-    (folder / "generation_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "generation_config.json", generation_config(source, tokenizer))
     for file in source.iterdir():
         if file.is_file() and not (folder / file.name).exists() and file.name not in OURS and file.name != "README.md":
             os.symlink(file.resolve(), folder / file.name)
-    return stops

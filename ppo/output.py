@@ -1,6 +1,5 @@
 """What train_ppo.py writes: its manifest and log, checkpoints from which a killed run continues, and the model."""
 
-import fcntl
 import json
 import os
 import pickle
@@ -9,13 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+from common import locks
 from common.cli import UserError
 from common.manifest import beside, fingerprint, read_manifest, versions, write_json
 from common.progress import Progress, duration
 from common.records import as_json, dumps, finite
 from common.trackers import Figures
 from dpo_iteration.output import checkpoints, is_main, launched, remove_checkpoints, say, write_jsonl
-from dpo_iteration.saved import check_saved
+from dpo_iteration.saved import check_saved, copy_companions
 
 
 def lock_output(args):
@@ -23,14 +23,9 @@ def lock_output(args):
     folder = Path(args.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(beside(folder, ".lock"), "w")
+        return locks.hold(beside(folder, ".lock"), f"training into {folder}")
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}; give another --output_dir") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"another process is training into {folder}; wait for it or stop it first") from None
-    return lock
 
 
 def begin(ppo, settings, inputs):
@@ -164,8 +159,9 @@ def finish(ppo, entries, start_seconds, started):
     if ppo.accelerator.mixed_precision == "bf16":
         ppo.policy.to(torch.bfloat16)
     ppo.policy.save_pretrained(folder)
-    ppo.generation_config.to_json_file(folder / "generation_config.json")  # unchecked: some published ones fail transformers' check
+    write_json(folder / "generation_config.json", ppo.generation_config)
     ppo.tokenizer.save_pretrained(folder)
+    copy_companions(args.model_name_or_path, folder)
     check_saved(folder, args.trust_remote_code)
     counts = {"prompts": len(ppo.prompts), "skipped": len(ppo.skipped), "rollouts": ppo.done}
     counts["responses"] = ppo.done * args.rollout_batch_size * args.samples_per_prompt

@@ -11,7 +11,6 @@ last checkpoint when the same command is started again. W&B: export WANDB_API_KE
 """
 
 import dataclasses
-import fcntl
 import os
 import shlex
 import shutil
@@ -21,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
+from common import locks
 from common.cli import UserError, check_model, check_policy, parse, read_json, run
 from common.devices import prepare_threads, visible_gpus
 from common.manifest import beside, difference, fingerprint, read_manifest, versions, with_date, write_json
@@ -259,7 +259,7 @@ def prepare(args, found, settings, inputs):
 
 def place_model(args, paths):
     """Make the folder that OpenRLHF left a plain model with our tokenizer and generation config, and rename it to `output_dir`."""
-    from dpo_iteration.saved import check_saved
+    from dpo_iteration.saved import check_saved, copy_companions, store_once
 
     made, target = Path(paths.model), Path(args.output_dir)
     if args.lora_r:
@@ -282,8 +282,8 @@ def place_model(args, paths):
     for file in Path(paths.policy).iterdir():
         if not file.is_symlink():  # tokenizer, template, generation config
             shutil.copyfile(file, made / file.name)
-    for file in Path(paths.policy).glob("*.py"):  # code that came with the model
-        shutil.copyfile(file, made / file.name)
+    copy_companions(paths.policy, made)
+    store_once(made, args.trust_remote_code)
     check_saved(made, args.trust_remote_code)
     if target.is_dir():
         shutil.rmtree(target)
@@ -327,12 +327,7 @@ def locked(args):
     Raises:
         UserError: another process has it.
     """
-    lock = open(beside(args.output_dir, ".lock"), "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"another process is training into {args.output_dir}; wait for it or stop it first") from None
-    return lock
+    return locks.hold(beside(args.output_dir, ".lock"), f"training into {args.output_dir}")
 
 
 def start(args, found, settings, inputs):

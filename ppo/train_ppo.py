@@ -39,6 +39,7 @@ from common.cli import UserError, parse, run
 from common.devices import check_processes, check_torch, prepare_threads
 from common.manifest import with_date
 from common.records import sample_seed
+from dpo_iteration import saved
 from dpo_iteration.output import is_complete, is_main, say
 from ppo.arguments import Arguments, arguments, check, check_paths, check_samples, scoring, shaping  # noqa: F401 (arguments: for ppo/run.py)
 from ppo.inputs import load, load_critic, read_prompts, without_dropout
@@ -165,8 +166,8 @@ class PPO:
         self.prompts, self.skipped = read_prompts(args, self.tokenizer, self.policy)
 
         # All sampling settings are ours: a model's generation config may hold a top_k, of which training knows nothing.
-        self.generation_config = self.policy.generation_config  # goes with the trained model as it came
-        self.stops = set(chat.stop_token_ids(self.tokenizer, self.generation_config.eos_token_id))
+        self.stops = set(chat.stop_token_ids(self.tokenizer, self.policy.generation_config.eos_token_id))
+        self.generation_config = saved.generation_config(args.model_name_or_path, self.tokenizer)  # goes with the trained model
         self.pad = next(t for t in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if t is not None)
         self.policy.generation_config = transformers.GenerationConfig(
             do_sample=True, temperature=args.temperature, top_p=args.top_p, top_k=0, max_new_tokens=args.max_new_tokens,

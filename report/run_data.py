@@ -398,7 +398,7 @@ def _read_iteration(run, i, gold_function, seed, keep, gold):
     if (path / "pairs.jsonl").is_file():
         ids = {record["id"] for record in training.answers.kept} if training.answers else set()
         training.pairs, training.margins, training.longer = read_pairs(path / "pairs.jsonl", i, ids)
-    state = path / "model" / "trainer_state.json"
+    state = path / "model.trainer_state.json"
     if not state.is_file():  # in the middle of training: the last checkpoint's
         state = max(path.glob("model/checkpoint-*/trainer_state.json"), key=lambda p: written_at(p) or 0, default=state)
     history = read_object(state, run.missing, f"iter{i}'s trainer_state.json").get("log_history")
@@ -437,7 +437,7 @@ def _name_missing(run):
             run.missing.append(f"the {' and '.join(absent)} held-out answers of iterate {i}, so no intervals from them")
         training = run.trainings.get(i)
         if i and run.kind == "dpo" and training and not training.history:
-            run.missing.append(f"the trainer's log of iteration {i} (iter{i}/model/trainer_state.json)")
+            run.missing.append(f"the trainer's log of iteration {i} (iter{i}/model.trainer_state.json)")
         if i and run.kind == "ppo" and training and not training.ppo:
             run.missing.append(f"PPO's log (iter{i}/model.log.jsonl)")
     if run.iterates and not any(iterate.divergence for iterate in run.iterates.values()) and not any(t.ppo for t in run.trainings.values()):

@@ -71,6 +71,8 @@ def is_held(folder):
     """Whether a driver holds the run's lock; None where that cannot be seen. Takes no lock itself, which would turn a driver away."""
     try:
         mark = os.stat(folder / ".lock")
+        if mark.st_size:  # common/lock.sh: the file system refuses locks
+            return None
         wanted = f"{os.major(mark.st_dev):02x}:{os.minor(mark.st_dev):02x}:{mark.st_ino}"
         locks = Path("/proc/locks").read_text(encoding="ascii").splitlines()
     except (OSError, ValueError):

@@ -82,7 +82,7 @@ def make_run(folder, iterations=2, upto=None, kind="dpo", plan=None, training=No
                                       "chosen_num_tokens": row["num_tokens"][best], "rejected_num_tokens": row["num_tokens"][worst],
                                       "margin": row["rewards"][best] - row["rewards"][worst], "source": str(own / "rewarded.jsonl")})  # fmt: skip
                 write(own / "pairs.jsonl", pairs)
-                write_json(own / "model" / "trainer_state.json", {"log_history": history(accuracy=accuracy)})
+                write_json(own / "model.trainer_state.json", {"log_history": history(accuracy=accuracy)})
                 manifest |= {"metrics": {"train_runtime": 6.0, "num_tokens": 6000, "loss": 0.5, "rewards/accuracies": 0.9,
                                          "eval_rewards/accuracies": accuracy}, "counts": {"train_pairs": 50, "eval_pairs": 10}}  # fmt: skip
             else:

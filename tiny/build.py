@@ -22,7 +22,6 @@ into a folder that is renamed when whole, so an interrupted build is built again
 """
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
@@ -32,8 +31,12 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
+
 import demonstrations
 import task
+
+from common import locks
 
 ITERATIONS = 3
 PROMPTS_PER_ITERATION = 225
@@ -238,11 +241,10 @@ def main() -> None:
         refuse(f"{target} holds something that was not built here; name another --output_dir or remove it")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(target.with_name(f".{target.name}.lock"), "w")
+        lock = locks.hold(target.with_name(f".{target.name}.lock"), f"building {target}", wait=True)
     except OSError as problem:
         refuse(f"cannot write beside {target}: {problem.strerror}; name another --output_dir")
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # dies with the process
         if read_stamp(target) == wanted and all(path.is_dir() for path in missing):
             print(f"{target} was built meanwhile (seed {args.seed})")
             return

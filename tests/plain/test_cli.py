@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from common import cli
 from common.cli import UserError, arg, count, existing_file, parse, read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -300,3 +301,127 @@ def test_help_of_a_script_shows_its_example_in_lines():
 ])  # fmt: skip
 def test_counts_agree_with_their_nouns(number, one, many, text):
     assert count(number, one, many) == text
+
+
+# What a library says where a package is missing: the text as it comes, and what to install.
+MISSING = [
+    (ModuleNotFoundError("No module named 'flash_attn'", name="flash_attn.ops"), "pip install flash-attn"),
+    (ModuleNotFoundError("No module named 'google'", name="google.protobuf"), "pip install protobuf"),
+    (ModuleNotFoundError("No module named 'surely_not_there'", name="surely_not_there.part"), "pip install what brings surely_not_there.part"),
+    (ModuleNotFoundError("No module named 'common.nothing'", name="common.nothing"), ""),  # a bug of ours
+    (ImportError("cannot import name 'Cache' from 'json'"), ""),
+    (ImportError("This modeling file requires the following packages that were not found in your environment: einops, sure_not. "
+                 "Run `pip install einops sure_not`"),
+     "pip install einops"),
+    (ImportError("\nLlamaTokenizer requires the SentencePiece library but it was not found in your environment. Check out the instructions"),
+     "pip install sentencepiece"),
+    (ImportError("FlashAttention2 has been toggled on, but it cannot be used due to the following error: the package flash_attn seems to be not installed."),
+     "pip install flash-attn"),
+    (ImportError("You need to install `bitsandbytes` in order to use bitsandbytes optimizers: `pip install -U bitsandbytes`"), "pip install bitsandbytes"),
+    (ValueError("Couldn't instantiate the backend tokenizer. You need to have sentencepiece or tiktoken installed"), "pip install sentencepiece tiktoken"),
+    (ValueError("the CUDA kernels require more memory"), ""),
+    (RuntimeError("mistral-common is not installed"), "pip install mistral-common"),
+]  # fmt: skip
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    """As if none of the optional packages were installed; the others are as they are."""
+    there = cli.is_there
+    monkeypatch.setattr(cli, "is_there", lambda module: module not in cli.OPTIONAL and there(module))
+
+
+@pytest.mark.parametrize(("error", "remedy"), MISSING, ids=lambda value: str(value)[:40])
+def test_a_missing_package_is_one_line(error, remedy, bare, capsys):
+    assert cli.missing_packages(error) == remedy
+
+    def wrapped():
+        try:
+            raise error
+        except Exception:
+            raise UserError("cannot load this/model") from None
+
+    with pytest.raises(SystemExit) as ended:
+        cli.run(wrapped)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.count("\n") == 1 and said.startswith("error: cannot load this/model") and said.endswith(remedy + "\n")
+
+    def bare_error():
+        raise error
+
+    if isinstance(error, ImportError) and remedy:
+        with pytest.raises(SystemExit) as ended:
+            cli.run(bare_error)
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and said.count("\n") == 1 and said.startswith("error: ") and remedy in said
+    else:
+        with pytest.raises(type(error)):
+            cli.run(bare_error)
+
+
+def test_packages_that_are_there_are_not_asked_for():
+    assert cli.missing_packages(ImportError("requires the yaml library: `pip install yaml`")) == ""
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    cli.check_model(str(folder))
+    return folder
+
+
+def sharded(folder, *there):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}}')
+    for name in there:
+        (folder / name).write_bytes(b"weights")
+
+
+def adapter(folder):
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+    (folder / "adapter_model.safetensors").write_bytes(b"adapter")
+    (folder / "model.safetensors").unlink()
+
+
+def checkpoint(folder, *states):
+    (folder / "model.safetensors").unlink()
+    for name in ("training_args.bin", "rng_state_0.pth", *states):
+        (folder / name).write_bytes(b"")
+
+
+@pytest.mark.parametrize(("change", "told"), [
+    (adapter, r"is an adapter \(LoRA\), no model: merge it into owner/base first"),
+    (lambda f: (adapter(f), (f / "config.json").unlink()), r"is an adapter \(LoRA\), no model: merge it into owner/base first"),
+    (lambda f: (f / "adapter_config.json").write_text("{}"), "holds a whole model and an adapter"),
+    (lambda f: (f / "config.json").unlink(), "without config.json"),
+    (lambda f: checkpoint(f, "global_step20"), "without whole weights; .*zero_to_fp32.py"),
+    (lambda f: checkpoint(f, "pytorch_model_fsdp_0"), "without whole weights; .*accelerate merge-weights"),
+    (lambda f: sharded(f, "model-2-of-2.safetensors"), "lacks 1 of the 2 files of its weights, model-1-of-2.safetensors for one"),
+    (lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"), "git lfs pull"),
+])  # fmt: skip
+def test_what_is_no_whole_model_is_called_what_it_is(model, change, told):
+    change(model)
+    with pytest.raises(UserError, match=told) as error:
+        cli.check_model(str(model), "--reward_name_or_path")
+    assert str(error.value).startswith(f"--reward_name_or_path {model}") and "\n" not in str(error.value)
+
+
+def test_whole_models_pass_and_what_only_has_a_config_is_left_to_the_loader(model):
+    sharded(model, "model-1-of-2.safetensors", "model-2-of-2.safetensors")
+    (model / "global_step20").mkdir()
+    cli.check_model(str(model))
+    without = model.parent / "config"  # a plan may be made from it, and gen_hf.py wants its tokenizer only
+    without.mkdir()
+    (without / "config.json").write_text("{}")
+    cli.check_model(str(without))
+
+
+def test_the_adapter_that_training_leaves_names_its_merged_model(model):
+    own = model / "adapter"
+    own.mkdir()
+    (own / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=f"is an adapter .*: give {model}, into which it is merged"):
+        cli.check_model(str(own))

@@ -42,6 +42,7 @@ def models(tmp_path_factory):
             "chatml": micro.make_reward_model(folder / "chatml", "chatml"), "armorm": micro.make_armorm(folder / "armorm"),
             "pairs": micro.make_pair_preference(folder / "pair-preference-model-x"), "prompts": folder / "prompts.jsonl"}  # fmt: skip
     micro.write_prompts(made["prompts"], 26)
+    (made["policy"] / "preprocessor_config.json").write_text("{}")
     (folder / "mine.py").write_text(FUNCTION)
     return made | {"function": f"{folder / 'mine.py'}:length"}
 
@@ -306,7 +307,7 @@ def check_output(runs, models):
     config = json.loads((runs.model / "config.json").read_text())
     assert config.get("use_cache", True) and config["pad_token_id"] == json.loads((models["policy"] / "config.json").read_text())["pad_token_id"]
     assert AutoModelForCausalLM.from_pretrained(runs.model).generation_config.eos_token_id
-    assert not any(file.is_symlink() for file in runs.model.iterdir())
+    assert not any(file.is_symlink() for file in runs.model.iterdir()) and (runs.model / "preprocessor_config.json").is_file()
     assert not (runs.work / "checkpoints").exists() and (runs.work / "prompts.jsonl").is_file() and (runs.work / "openrlhf.log").is_file()
     return manifest
 

@@ -383,8 +383,8 @@ def test_the_command(tmp_path):
     ("iter1/divergence.json", {"kl": "x", "kl_se": [1], "kl_per_token": 10**400}),
     ("iter1/model.manifest.json", {"counts": 7, "versions": 10**400, "metrics": {"loss": [1], "num_tokens": 5, "train_runtime": {"a": 1}}}),
     ("iter1/model.manifest.json", {"counts": {"eval_pairs": "x<b>"}, "num_processes": "two"}),
-    ("iter1/model/trainer_state.json", {"log_history": -1}),
-    ("iter1/model/trainer_state.json", {"log_history": [{"step": "x", "loss": 0.5}, {"step": float("nan"), "loss": [1]}, 3]}),
+    ("iter1/model.trainer_state.json", {"log_history": -1}),
+    ("iter1/model.trainer_state.json", {"log_history": [{"step": "x", "loss": 0.5}, {"step": float("nan"), "loss": [1]}, 3]}),
 ])  # fmt: skip
 def test_values_of_another_type_are_passed_over(tmp_path, file, change):
     folder = runs.make_run(tmp_path / "run", prompts=6)
@@ -435,8 +435,8 @@ def test_one_prompt_with_more_answers_does_not_stand_for_all():
 
 def test_in_the_middle_of_training_the_last_checkpoints_log_is_read(tmp_path):
     folder = runs.make_run(tmp_path / "run", prompts=6)
-    state = folder / "iter2/model/trainer_state.json"
-    (folder / "iter2/model/checkpoint-20").mkdir()
+    state = folder / "iter2/model.trainer_state.json"
+    (folder / "iter2/model/checkpoint-20").mkdir(parents=True)
     state.rename(folder / "iter2/model/checkpoint-20/trainer_state.json")
     run, _, _ = read(folder)
     assert run.trainings[2].history == run.trainings[1].history != []

@@ -38,7 +38,7 @@ def argv(work, name, *more):
 
 
 def losses(folder):
-    return [entry["loss"] for entry in read_json(folder / "trainer_state.json")["log_history"] if "loss" in entry]
+    return [entry["loss"] for entry in read_json(f"{folder}.trainer_state.json")["log_history"] if "loss" in entry]
 
 
 def added(folder):
@@ -133,6 +133,7 @@ def test_chosen_modules_a_tied_head_and_another_reference(work, here, tmp_path):
     assert len(delta) == 4 and all(key.split(".")[-2] in ("q_proj", "down_proj") for key in delta)
     is_merged(tmp_path, "some", 1e-6)
     loads(tmp_path / "some", torch.float32)
+    assert "lm_head.weight" not in load_file(tmp_path / "some" / "model.safetensors")
     assert abs(losses(tmp_path / "some")[0] - math.log(2)) > 1e-6  # another model than the policy
 
 

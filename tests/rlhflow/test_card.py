@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import micro
 import pytest
@@ -19,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from training import ROOT, SMALL, read_json, start
 
 from common.cli import UserError
-from dpo_iteration import card, run_dpo
-from dpo_iteration.saved import check_saved
+from dpo_iteration import card, run_dpo, saved
+from dpo_iteration.saved import check_saved, store_once
 
 FEW = "--bf16 false --max_steps 2 --eval_fraction 0.25 --save_steps 1 --beta 0.2".split()
 
@@ -167,6 +168,121 @@ def test_a_spoiled_model_is_refused_by_what_is_wrong(work, tmp_path, change, mes
 )  # fmt: skip
 def test_whole_models_pass_whatever_their_files_call_the_weights(tmp_path, family, architecture, more):
     check_saved(micro.make_policy(tmp_path / "model", family, architecture, **more))
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3], ids=["one file", "with others", "a shard of its own"])
+def test_the_second_copy_of_a_tied_weight_is_taken_out(tmp_path, shards):
+    """As DeepSpeed's users save it; a head that differs, or whose config is not tied, stays."""
+    model = micro.make_policy(tmp_path / "model", tie_word_embeddings=True)
+    whole = load_file(model / "model.safetensors")
+
+    def save(head):
+        for file in model.glob("model*"):
+            file.unlink()
+        parts = [{"lm_head.weight": head}, {}, {}]
+        for i, (name, weight) in enumerate(whole.items()):
+            parts[i % shards][name] = weight.clone()
+        if shards == 3:
+            parts[1] |= {name: weight for name, weight in parts[0].items() if name != "lm_head.weight"}
+            parts[0] = {"lm_head.weight": head}
+        parts, places = [part for part in parts if part], {}
+        for i, part in enumerate(parts, 1):
+            file = "model.safetensors" if shards == 1 else f"model-{i:05}-of-{len(parts):05}.safetensors"
+            save_file(part, model / file, {"format": "pt"})
+            places |= dict.fromkeys(part, file)
+        if shards > 1:
+            (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+    def stored():
+        return {name: weight for file in model.glob("*.safetensors") for name, weight in load_file(file).items()}
+
+    save(whole["model.embed_tokens.weight"].clone())
+    store_once(model)
+    found = stored()
+    assert set(found) == set(whole) and all(found[name].equal(whole[name]) for name in whole)
+    check_saved(model)
+    save(whole["model.embed_tokens.weight"] + 1)
+    store_once(model)
+    assert "lm_head.weight" in stored()
+    config = read_json(model / "config.json")
+    (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    save(whole["model.embed_tokens.weight"].clone())
+    store_once(model)
+    assert "lm_head.weight" in stored()
+
+
+def test_a_tied_weight_is_known_under_the_names_of_its_files(tmp_path):
+    """Gemma 3 with its image part: `language_model.lm_head.weight` in the file, `lm_head.weight` in the model."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = {"vocab_size": 288, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    image = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text | {"head_dim": 16}, vision_config=image, mm_tokens_per_image=4))
+    model.save_pretrained(tmp_path / "once")
+    model.save_pretrained(tmp_path / "twice", state_dict={name: weight.clone() for name, weight in model.state_dict().items()})
+    once, twice = (set(load_file(tmp_path / name / "model.safetensors")) for name in ("once", "twice"))
+    assert twice - once == {"language_model.lm_head.weight"}
+    store_once(tmp_path / "twice")
+    assert set(load_file(tmp_path / "twice" / "model.safetensors")) == once
+
+
+# What goes with a model.
+
+
+def test_a_processor_loads_from_a_trained_folder_as_from_its_start(tmp_path):
+    """A real one, of audio, since those of images want torchvision here."""
+    from transformers import AutoProcessor, AutoTokenizer, Qwen2AudioProcessor, WhisperFeatureExtractor
+
+    start, made = micro.make_policy(tmp_path / "start"), tmp_path / "made"
+    Qwen2AudioProcessor(feature_extractor=WhisperFeatureExtractor(), tokenizer=AutoTokenizer.from_pretrained(start)).save_pretrained(start)
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json", "tekken.json", "modeling_mine.py"):
+        (start / name).write_text(f"{{}} # {name}")
+    for name in ("trainer_state.json", "README.md", "params.json", "consolidated.safetensors", "adapter_config.json"):
+        (start / name).write_text("not this")
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    tokenizer.save_pretrained(made)
+    (made / "modeling_mine.py").write_text("# transformers' own copy")
+    written = {file.name for file in made.iterdir()}
+    saved.copy_companions(start, made)
+    added = {"processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "tekken.json"}
+    assert {file.name for file in made.iterdir()} == written | added
+    assert (made / "modeling_mine.py").read_text() == "# transformers' own copy"
+    for name in ("tekken.json", "preprocessor_config.json"):
+        assert (made / name).read_text() == (start / name).read_text()
+        (start / name).unlink(), (made / name).unlink()
+    before, after = AutoProcessor.from_pretrained(start), AutoProcessor.from_pretrained(made)
+    assert type(after) is type(before) and after.to_dict() == before.to_dict() and after.chat_template == before.chat_template
+
+
+@pytest.mark.parametrize(("family", "before", "more", "expected"), [
+    ("llama3", None, [], ["<|end_of_text|>", "<|eot_id|>"]),
+    ("llama3", "<|end_of_text|>", [], ["<|end_of_text|>", "<|eot_id|>"]),
+    ("llama3", ["<|eot_id|>"], ["<|start_header_id|>"], ["<|eot_id|>", "<|end_of_text|>", "<|start_header_id|>"]),
+    ("gemma", "<eos>", [], ["<eos>", "<end_of_turn>"]),
+    ("chatml", "<|im_end|>", [], "<|im_end|>"),
+])  # fmt: skip
+def test_the_generation_config_names_every_stop(tmp_path, family, before, more, expected):
+    tokenizer = micro.make_tokenizer(family)
+    ids = tokenizer.convert_tokens_to_ids
+    if before is not None:
+        values = {"eos_token_id": ids(before), "temperature": 0.6, "of_a_later_version": 1}
+        (tmp_path / "generation_config.json").write_text(json.dumps(values))
+    found = saved.generation_config(tmp_path, tokenizer, stops=ids(more))
+    assert found["eos_token_id"] == ids(expected) and found["pad_token_id"] == tokenizer.pad_token_id
+    if before is not None:
+        assert found["temperature"] == 0.6 and found["of_a_later_version"] == 1
+
+
+def test_the_stops_that_were_given_when_sampling_are_found(tmp_path):
+    def manifest(name, inputs, **settings):
+        marks = {key: {"path": str(path)} for key, path in inputs.items()}
+        (tmp_path / f"{name}.manifest.json").write_text(json.dumps({"settings": settings, "inputs": marks}))
+
+    for i, policy in enumerate(("mine", "another")):
+        manifest(f"rewarded{i}", {"dataset_name_or_path": tmp_path / f"generated{i}.jsonl"})
+        manifest(f"generated{i}", {"model_name_or_path": policy}, eos_ids=[i + 7])
+    files = [str(tmp_path / f"{name}.jsonl") for name in ("rewarded0", "rewarded1", "without")]
+    assert card.sampling_stops(SimpleNamespace(train_dir=files, model_name_or_path="mine")) == [7]
 
 
 def test_a_model_that_fails_the_check_is_not_complete(work, monkeypatch):

@@ -1,6 +1,7 @@
 """The memory that `--check true` foretells, against published numbers, DeepSpeed's estimators and what torch really keeps."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,6 +84,14 @@ def test_four_bits_are_held_whole(llama):
     how = {"trainable": few, "frozen": FOUR_BITS}
     assert need("ddp", llama, 1, 1, 2048, **how).total < 16 * GIB < need("ddp", llama, 1, 1, 2048, trainable=few).total
     assert recommend(llama, 1, 24 * GIB, 128, 2048, **how)[0] in WHOLE and recommend(llama, 1, 4 * GIB, 128, 2048, **how) is None
+
+
+def test_checkpoints_are_counted_as_they_are_kept():
+    """Two that are kept and the one being written, 16 bytes a parameter; test_sharding.py weighs a real one."""
+    args = SimpleNamespace(save_steps=10, save_total_limit=2, bf16=True)
+    assert memory.checkpoint_bytes(args, 8e9) == 3 * 16 * 8e9
+    args.save_steps = 0
+    assert memory.checkpoint_bytes(args, 8e9) == 0
 
 
 def test_the_pass_of_the_reference_counts(llama):

@@ -28,7 +28,8 @@ FUNCTION = "def letters(messages, response):\n    return response.count('a') - 0
 def work(tmp_path_factory):
     """A folder with models, prompts and a reward function. Micro models are random, so a response seldom ends by itself."""
     folder = tmp_path_factory.mktemp("ppo")
-    micro.make_policy(folder / "policy")
+    policy = micro.make_policy(folder / "policy", tie_word_embeddings=True)
+    (policy / "preprocessor_config.json").write_text("{}")
     micro.make_reward_model(folder / "rm")
     micro.make_reward_model(folder / "rm_chatml", family="chatml")
     micro.write_prompts(folder / "prompts.jsonl", 12)
@@ -377,7 +378,9 @@ def test_what_a_run_leaves(work, undisturbed):
     assert read_json(undisturbed / "generation_config.json") == read_json(work / "policy" / "generation_config.json")
     assert read_json(undisturbed / "config.json") == read_json(work / "policy" / "config.json")
     assert GenerationConfig.from_pretrained(undisturbed).eos_token_id == model.generation_config.eos_token_id
+    assert (undisturbed / "preprocessor_config.json").is_file()
     before, after = weights(work / "policy"), weights(undisturbed)
+    assert set(after) == set(before) and "lm_head.weight" not in after  # a tied head is no weight of its own
     assert max((after[name] - before[name]).abs().max() for name in before) > 1e-3
     manifest = read_json(work / "undisturbed.manifest.json")
     assert manifest["complete"] and manifest["script"] == "ppo/train_ppo.py" and manifest["settings"]["clip"] == 0.2

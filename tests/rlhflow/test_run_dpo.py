@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 def work(tmp_path_factory):
     """A folder with a policy and rewarded answers."""
     folder = tmp_path_factory.mktemp("dpo")
-    micro.make_policy(folder / "policy")
+    policy = micro.make_policy(folder / "policy")
+    (policy / "preprocessor_config.json").write_text("{}")
     training.write_rewarded(folder / "rewarded.jsonl")
     return folder
 
@@ -43,7 +44,7 @@ def argv(work, name, *more):
 
 
 def steps(folder):
-    return [entry for entry in read_json(folder / "trainer_state.json")["log_history"] if "loss" in entry]
+    return [entry for entry in read_json(f"{folder}.trainer_state.json")["log_history"] if "loss" in entry]
 
 
 def moved(weights, source):
@@ -81,7 +82,8 @@ def test_the_model_is_whole(work, single):
     )
     before, after = (read_json(work / name / "config.json") for name in ("policy", "single"))
     assert {k: v for k, v in after.items() if before.get(k) != v} == {"dtype": "bfloat16"}
-    assert not (work / "single" / "training_args.bin").exists()
+    assert (work / "single" / "preprocessor_config.json").is_file()
+    assert not [f for f in (work / "single").iterdir() if f.name.startswith(("train", "optimizer", "scheduler", "all_results", "rng"))]
 
 
 def test_step_zero_loss_is_ln_2_and_each_step_is_logged(work, single):
@@ -111,7 +113,7 @@ def test_what_is_written_and_said(work, single):
     assert manifest["counts"]["eval_pairs"] == split.count("eval") > 0
     assert manifest["counts"]["train_pairs"] == split.count("train") > 0
     assert manifest["metrics"]["train_samples_per_second"] == pytest.approx(
-        read_json(work / "single" / "trainer_state.json")["epoch"] * split.count("train") / manifest["metrics"]["train_runtime"]
+        read_json(work / "single.trainer_state.json")["epoch"] * split.count("train") / manifest["metrics"]["train_runtime"]
     )
     assert manifest["settings"]["beta"] == 0.1 and manifest["settings"]["loss_type"] == ["sigmoid"]
     assert {"train_loss", "eval_loss", "eval_rewards/accuracies", "rewards/margins"} <= set(manifest["metrics"])
@@ -167,7 +169,7 @@ def test_zero2_on_two_processes(work, single):
     assert pairs[0] == pairs[1]  # whatever the number of processes
     # Accumulation × processes pairs a step, however they are packed: the launcher's configuration does not change that.
     in_epoch = math.ceil(read_json(work / "zero2.manifest.json")["counts"]["train_pairs"] / (2 * 2))
-    assert read_json(work / "zero2" / "trainer_state.json")["epoch"] == pytest.approx(3 / in_epoch)
+    assert read_json(work / "zero2.trainer_state.json")["epoch"] == pytest.approx(3 / in_epoch)
     assert done.stdout.count("no GPU found") == 1 and "shm_comm" not in done.stdout  # said once, nothing compiled
 
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
@@ -179,13 +181,17 @@ def test_zero2_on_two_processes(work, single):
 
 
 def test_zero3_on_two_processes_leaves_a_loadable_model(work):
-    words = argv(work, "zero3", "--max_steps", "2", "--learning_rate", "1e-3")
+    """And a tied one: the pieces come together as copies, the head's among them, which the start does not have."""
+    before = load_file(micro.make_policy(work / "tied", tie_word_embeddings=True) / "model.safetensors")
+    words = argv(work, "zero3", "--model_name_or_path", work / "tied", "--max_steps", "2", "--learning_rate", "1e-3")
     done = start(*words, launcher=launch("zero3"))
-    typed = ["python", "-m", "accelerate.commands.launch", *map(str, launch("zero3")), "dpo_iteration/run_dpo.py", *words]
+    typed = ["python", "-m", "accelerate.commands.launch", *map(str, launch("zero3")), "dpo_iteration/run_dpo.py", *map(str, words)]
     assert done.returncode == 0, done.stdout + done.stderr
     assert shlex.join(typed) in (work / "zero3" / "README.md").read_text()
     model, _ = loads_and_answers(work / "zero3", torch.bfloat16)
-    assert moved(model.state_dict(), load_file(work / "policy" / "model.safetensors")) > 1e-4
+    after = load_file(work / "zero3" / "model.safetensors")
+    assert set(after) == set(before) and "lm_head.weight" not in after and moved(after, before) > 1e-4
+    assert model.lm_head.weight is model.model.embed_tokens.weight
     assert steps(work / "zero3")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
@@ -343,8 +349,28 @@ def test_a_checkpoint_that_cannot_be_read_says_which_and_what_to_do(work, here, 
 
 def test_the_last_step_is_evaluated_once(work, here):
     here(argv(work, "once", *"--bf16 false --max_steps 2 --eval_fraction 0.25 --eval_steps 1 --logging_first_step true".split()))
-    evaluated = [entry["step"] for entry in read_json(work / "once" / "trainer_state.json")["log_history"] if "eval_loss" in entry]
+    evaluated = [entry["step"] for entry in read_json(work / "once.trainer_state.json")["log_history"] if "eval_loss" in entry]
     assert evaluated == [1, 2] and math.isfinite(read_json(work / "once.manifest.json")["metrics"]["eval_loss"])
+
+
+@pytest.mark.parametrize("save_steps", [1, 2])
+def test_the_figures_are_those_of_the_weights_that_are_saved(work, here, capfd, save_steps):
+    """The highest loss is called the best: that of step 1. Where only every second step is saved, it is gone, and the last step's weights stay."""
+    more = f"--bf16 false --max_steps 4 --eval_fraction 0.25 --eval_steps 1 --save_steps {save_steps} --save_total_limit 9 --learning_rate 2e-3"
+    best, name = "--load_best_model_at_end true --metric_for_best_model eval_loss --greater_is_better true", f"best{save_steps}"
+    here(argv(work, name, *more.split(), *best.split(), "--keep_checkpoints"))
+    history, metrics = read_json(work / f"{name}.trainer_state.json")["log_history"], read_json(work / f"{name}.manifest.json")["metrics"]
+    step = {1: 1, 2: 4}[save_steps]
+    weights = load_file(work / name / "model.safetensors")
+    at = {int(f.name.split("-")[1]): moved(weights, load_file(f / "model.safetensors")) for f in (work / name).glob("checkpoint-*")}
+    assert [number for number, distance in at.items() if distance == 0] == [step] and len(at) == 4 // save_steps
+    [evaluated] = [entry for entry in history if "eval_loss" in entry and entry["step"] == step]
+    [logged] = [entry for entry in history if "loss" in entry and entry["step"] == step]
+    assert metrics["step"] == step and metrics["eval_loss"] == evaluated["eval_loss"] and metrics["loss"] == logged["loss"]
+    assert metrics["eval_rewards/margins"] == evaluated["eval_rewards/margins"] and metrics["rewards/margins"] == logged["rewards/margins"]
+    said, text = capfd.readouterr().out, (work / name / "README.md").read_text()
+    assert ("the model is that of step 1 of 4" in said) == (step == 1) and f"held out: loss {evaluated['eval_loss']:.4f}" in said
+    assert f"| {evaluated['eval_loss']:.4f} |" in text and f"up to step {step}," in text
 
 
 def test_a_lock_dies_with_its_process_though_a_worker_lives(work, tmp_path):

@@ -11,6 +11,7 @@ import socket
 import stat
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import micro
 import pytest
@@ -20,13 +21,15 @@ from safetensors.torch import load_file
 from training import ROOT, SMALL, read_json, start
 from transformers import AutoModelForCausalLM
 
+from dpo_iteration import memory
+
 EXACT = "--bf16 false --learning_rate 1e-3 --max_steps 3 --gradient_checkpointing true --save_steps 3 --keep_checkpoints".split()
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharding")
-    micro.make_policy(folder / "policy")
+    micro.make_policy(folder / "policy", tie_word_embeddings=True)  # what is gathered holds the head as if it were a weight of its own
     training.write_rewarded(folder / "rewarded.jsonl")
     return folder
 
@@ -36,7 +39,7 @@ def train(work, name, *more, config=None, processes=2):
     launcher = ["--config_file", ROOT / "configs" / f"{config}.yaml", "--num_processes", processes] if config else []
     done = start(ROOT / "configs" / "training.yaml", *paths, *SMALL, *more, launcher=launcher)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done, [entry for entry in read_json(work / name / "trainer_state.json")["log_history"] if "loss" in entry]
+    return done, [entry for entry in read_json(work / f"{name}.trainer_state.json")["log_history"] if "loss" in entry]
 
 
 def weights(folder, dtype):
@@ -44,7 +47,7 @@ def weights(folder, dtype):
     _, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(loading.values()), loading
     found = load_file(folder / "model.safetensors")
-    assert {weight.dtype for weight in found.values()} == {dtype}
+    assert {weight.dtype for weight in found.values()} == {dtype} and "lm_head.weight" not in found
     return found
 
 
@@ -93,6 +96,7 @@ def test_fsdp2_in_bf16_has_fp32_weights_and_unrounded_log_probabilities(work):
     source = load_file(work / "policy" / "model.safetensors")
     master = torch.load(work / "bf16" / "checkpoint-3" / "pytorch_model_fsdp.bin")
     assert {weight.dtype for weight in master.values()} == {torch.float32}
+    assert master.pop("lm_head.weight").equal(master["model.embed_tokens.weight"])  # still one weight, in two copies
     assert 1e-8 < furthest(master, source) < 1e-5  # three steps of at most 5e-7 each, which bf16 weights could not hold
 
 
@@ -144,4 +148,8 @@ def test_two_machines_train_what_one_process_trains(work, alone, tmp_path, confi
     assert done.returncode == 0, done.stdout + done.stderr
     assert read_json(work / f"machines_{config}.manifest.json")["num_processes"] == 2
     assert proof(config, out / "checkpoint-3").exists()
+    size = sum(file.stat().st_size for file in (out / "checkpoint-3").rglob("*") if file.is_file())
+    count = sum(weight.numel() for weight in load_file(out / "model.safetensors").values())
+    said = memory.checkpoint_bytes(SimpleNamespace(save_steps=3, save_total_limit=0, bf16=False), count)
+    assert 0.7 * said < size < 1.1 * said, (size, said)  # FSDP2 has one set of weights less
     assert furthest(weights(out, torch.float32), alone[0]) < 1e-5

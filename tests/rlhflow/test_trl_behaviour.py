@@ -33,7 +33,7 @@ def train(here, work, name, *more, policy="policy", data="rewarded.jsonl"):
     paths = {"model_name_or_path": policy, "train_dir": data, "output_dir": name}
     where = [part for key, value in paths.items() for part in (f"--{key}", str(work / value))]
     here([str(ROOT / "configs" / "training.yaml"), *where, *SMALL, *FLOAT32, *map(str, more)])
-    log = read_json(work / name / "trainer_state.json")["log_history"]
+    log = read_json(work / f"{name}.trainer_state.json")["log_history"]
     assert math.isfinite(log[-1].get("train_loss", math.nan)) or math.isfinite(log[-1]["eval_loss"])
     before, after = (load_file(work / folder / "model.safetensors") for folder in (policy, name))
     return before, after, log

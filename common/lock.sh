@@ -1,0 +1,32 @@
+# shellcheck shell=bash
+# A lock on a file, to be sourced. `common/locks.py` is the same for Python.
+
+# lock_file FILE [SECONDS]: hold FILE until this script ends, its descriptor is then $lock; fails where another process has it.
+#
+# flock(1) ends with 1 where another process has the lock. Anything else means that there are no locks here (Lustre mounted
+# without -o flock, NFS without its lock service): that is no other process. The file then says who came last, which keeps
+# two processes of one machine apart.
+lock_file() {
+  local said status=0 host='' boot='' pid='' start='' me how=(-n)
+  [ "$#" -lt 2 ] || how=(-w "$2")
+  exec {lock}>>"$1"
+  said="$(flock "${how[@]}" "$lock" 2>&1)" || status=$?
+  case "$status" in
+    0) : >"$1" ;; # not empty: somebody works there without a lock
+    1) return 1 ;;
+    *)
+      read -r host boot pid start <"$1" || true
+      me="$(uname -n) $(</proc/sys/kernel/random/boot_id)"
+      if [ "$host $boot" = "$me" ] && [ "$pid" != "$$" ] && [ "$(_started "$pid")" = "$start" ]; then return 1; fi
+      echo "$me $$ $(_started "$$")" >"$1"
+      echo "note: the file system of $(dirname "$1") refuses locks (${said##*: }): nothing will stop a second start on another machine" >&2 ;;
+  esac
+}
+
+# _started PID: ticks after boot at which it started; empty where it is gone.
+_started() {
+  local line fields
+  { read -r line <"/proc/$1/stat"; } 2>/dev/null || return 0
+  read -r -a fields <<<"${line##*) }"
+  [ "${fields[0]}" = Z ] || echo "${fields[19]}"
+}
