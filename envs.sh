@@ -186,7 +186,8 @@ check_machine() { # NAME…: refuse what their GPU builds cannot run on, all rea
     command -v "${compiler%% *}" >/dev/null || command -v clang >/dev/null ||
       problems+=("no C compiler is here, and Triton compiles GPU kernels when they are first used: install gcc")
     if ! with_conda; then # conda's Python brings its headers
-      python="$(find_python)" || return
+      python="$(env_prefix rlhflow)"
+      if [ -n "$python" ]; then python="$python/bin/python"; else python="$(find_python)" || return; fi
       "$python" -c 'import os, sysconfig
 scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
 raise SystemExit(not os.path.isfile(os.path.join(sysconfig.get_path("include", scheme), "Python.h")))' ||
@@ -251,6 +252,7 @@ claim_env() { # LABEL REQUIREMENTS PID → a name that no environment has, marke
 
 install_env() { # NAME REQUIREMENTS: make it; output to the log
   local name="$1" requirements="$2" prefix python pip
+  local -x PIP_USER=0 PIP_REQUIRE_VIRTUALENV=0 # what a user's pip may be told to do everywhere
   if with_conda; then
     conda create -y -n "$name" "python=$python_version" pip || return
     prefix="$(env_folder "$name")"

@@ -280,7 +280,9 @@ def place_model(args, paths):
             config[key] = start[key]
     write_json(made / "config.json", config)
     for file in Path(paths.policy).iterdir():
-        if not file.is_symlink():  # tokenizer, template, generation config
+        if file.is_dir() and not file.is_symlink():  # additional_chat_templates
+            shutil.copytree(file, made / file.name, dirs_exist_ok=True)
+        elif not file.is_symlink():  # tokenizer, template, generation config
             shutil.copyfile(file, made / file.name)
     copy_companions(paths.policy, made)
     store_once(made, args.trust_remote_code)

@@ -160,6 +160,8 @@ def test_a_failed_install_leaves_what_was_there(shell):
     assert failed.returncode != 0 and "ERROR: no matching distribution" in failed.stderr
     assert "environment vllm could not be made" in failed.stderr and "vllm.log" in failed.stderr
     assert shell.made() == ["vllm"] and not list(shell.marks.glob("*.making"))
+    program(shell.bin / "df", "#!/bin/sh\necho Filesystem 1024-blocks Used Available\necho /dev/x 100 100 0 100% /\n")
+    assert "is full" in shell("make_envs vllm").stderr
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
@@ -363,7 +365,7 @@ def test_compiler_and_headers(venv):
     (venv.bin / "clang").unlink()
     only = venv.folder / "few"  # a PATH with neither compiler
     only.mkdir()
-    for tool in ("bash", "dirname", "awk", "sed", "tr", "readlink", "basename"):
+    for tool in ("bash", "dirname", "awk", "sed", "tr", "readlink", "basename", "cat", "sha256sum", "cut"):
         (only / tool).symlink_to(next(path for folder in os.environ["PATH"].split(":") if (path := Path(folder) / tool).exists()))
     told = refused(venv, "check_machine vllm", NO_HEADERS="yes", PATH=f"{venv.bin}:{only}")
     assert told.count("\n") == 2 and "no C compiler" in told and "has no Python.h" in told

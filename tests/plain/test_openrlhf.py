@@ -320,6 +320,21 @@ def test_what_openrlhfs_engines_and_optimizer_need(monkeypatch):
     assert run_openrlhf.show(["python", "-m", "m", "--a", "b c"], found) == "VLLM_USE_FLASHINFER_SAMPLER=0 \\\npython -m m \\\n  --a 'b c'"
 
 
+def test_a_tokenizer_of_several_templates_comes_along(monkeypatch, tmp_path):
+    import dpo_iteration.saved
+
+    monkeypatch.setattr(dpo_iteration.saved, "check_saved", lambda *args: None)
+    for name in ("policy", "made"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    (tmp_path / "made/model.safetensors").write_text("")
+    (tmp_path / "policy/additional_chat_templates").mkdir()
+    (tmp_path / "policy/additional_chat_templates/rag.jinja").write_text("rag")
+    args = arguments(output_dir=str(tmp_path / "out"))
+    run_openrlhf.place_model(args, SimpleNamespace(model=str(tmp_path / "made"), policy=str(tmp_path / "policy")))
+    assert (tmp_path / "out/additional_chat_templates/rag.jinja").read_text() == "rag"
+
+
 def fake_gpus(folder, count, gib=80):
     """An nvidia-smi that lists so many GPUs."""
     smi = folder / "bin" / "nvidia-smi"
