@@ -349,6 +349,11 @@ def reason_against(model):
     return ""
 
 
+def is_rotary(model):
+    """Whether all that it knows of positions is their distances: moved on together they give the same but for rounding."""
+    return bool(_rope_types(model.config))
+
+
 def _rope_types(config):
     """Kinds of rotary encoding in a config, which holds one for all layers or one for each kind of layer."""
     found = set()
@@ -380,7 +385,7 @@ def prepare(model, example=None):
     reason = reason_against(model)
     if reason:
         raise Unsupported(reason)
-    before = model.config._attn_implementation
+    before = model.own_attention = model.config._attn_implementation
     expected = _one_at_a_time(model.base_model, example) if example else None
     model.set_attn_implementation(NAME)
     if example:
@@ -394,6 +399,16 @@ def prepare(model, example=None):
             model.set_attn_implementation(before)
             raise Unsupported(f"its states differ by {apart:.2g} from those of one sequence at a time (at most {limit:g} is rounding)")
     return before
+
+
+@contextlib.contextmanager
+def own_attention(model):
+    """Let a prepared model compute with the attention that it had before, for a while: padded batches, as any model takes them."""
+    model.set_attn_implementation(model.own_attention)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(NAME)
 
 
 @torch.no_grad()
