@@ -231,6 +231,8 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
     if shared_prompts.ids.shape[1] != query.shape[2]:
         raise Unsupported("its attention sees another number of tokens than there are")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if query.dtype != value.dtype:  # autocast over fp32 weights: rotary positions made query and key fp32, value is half
+        query, key = query.to(value.dtype), key.to(value.dtype)
     narrow = module is shared_prompts.only_last
     if uses_varlen(query, softcap):
         made = _attend_all(query, key, value, scaling, sliding_window, shared_prompts, narrow)
@@ -251,7 +253,12 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
 def uses_varlen(query, softcap):
     """Whether torch's variable-length attention computes this: flash kernels, so CUDA and half precision, no soft-cap."""
     half = query.dtype in (torch.bfloat16, torch.float16)
-    return query.is_cuda and half and not softcap and query.shape[-1] <= 256 and torch.cuda.get_device_capability()[0] >= 8
+    return on_gpu(query) and half and not softcap and query.shape[-1] <= 256 and torch.cuda.get_device_capability()[0] >= 8
+
+
+def on_gpu(tensor):
+    """Whether torch's CUDA kernels compute with it; a function, so that a test can take their branches without a GPU."""
+    return tensor.is_cuda
 
 
 def _attend_all(query, key, value, scaling, window, packed, narrow):
@@ -272,6 +279,7 @@ def _attend_all(query, key, value, scaling, window, packed, narrow):
     return varlen_attn(query.contiguous(), key, value, starts_q, starts_k, most_q, most_k, scale=scaling, window_size=(left, 0), enable_gqa=grouped)[None]
 
 
+@torch.inference_mode(False)  # see `_mask`
 def _layout(packed, narrow, device):
     """(columns of all spans' keys [K], where queries [S + 1] and keys [S + 1] of a span start, the longest of each)."""
     columns, queries, keys = [], [0], [0]
@@ -294,11 +302,11 @@ def _attend(query, key, value, scaling, window, softcap, masks):
         return weights.to(value.dtype) @ value.repeat_interleave(repeats, 1)
     if length in (1, total) and not window:
         mask = None
-    elif query.is_cuda and not window:
+    elif on_gpu(query) and not window:
         mask = causal_lower_right(length, total)
     else:
         mask = _mask(length, total, window, query, masks)
-    if query.is_cuda and repeats > 1 and (window or query.dtype == torch.float32):
+    if on_gpu(query) and repeats > 1 and (window or query.dtype == torch.float32):
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)  # only flash kernels group heads
     return scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=mask is None and length > 1, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
@@ -341,6 +349,11 @@ def reason_against(model):
     return ""
 
 
+def is_rotary(model):
+    """Whether all that it knows of positions is their distances: moved on together they give the same but for rounding."""
+    return bool(_rope_types(model.config))
+
+
 def _rope_types(config):
     """Kinds of rotary encoding in a config, which holds one for all layers or one for each kind of layer."""
     found = set()
@@ -372,7 +385,7 @@ def prepare(model, example=None):
     reason = reason_against(model)
     if reason:
         raise Unsupported(reason)
-    before = model.config._attn_implementation
+    before = model.own_attention = model.config._attn_implementation
     expected = _one_at_a_time(model.base_model, example) if example else None
     model.set_attn_implementation(NAME)
     if example:
@@ -386,6 +399,16 @@ def prepare(model, example=None):
             model.set_attn_implementation(before)
             raise Unsupported(f"its states differ by {apart:.2g} from those of one sequence at a time (at most {limit:g} is rounding)")
     return before
+
+
+@contextlib.contextmanager
+def own_attention(model):
+    """Let a prepared model compute with the attention that it had before, for a while: padded batches, as any model takes them."""
+    model.set_attn_implementation(model.own_attention)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(NAME)
 
 
 @torch.no_grad()

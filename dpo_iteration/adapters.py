@@ -92,6 +92,17 @@ def loading(args):
     return {"quantization_config": quantization}
 
 
+def without_packing(model):
+    """Keep bitsandbytes from packing 4-bit weights anew for CPUs with AVX512-BF16, at a layer's first pass in evaluation.
+
+    That layout computes in bf16 whatever was asked for, has no gradient when training goes on with the same weights, and
+    cannot hold widths that are no multiples of the block size.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def keep_fp32(trainer):
     """Back to fp32 with the adapters that TRL turned into bf16 (QLoRA's): small steps would round away.
 

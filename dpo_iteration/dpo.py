@@ -18,11 +18,10 @@ from trl.trainer import dpo_trainer
 
 from common.cli import UserError
 from common.progress import Progress, duration
-from common.shared_prompts import NAME, Unsupported, only_wanted, prepare
+from common.shared_prompts import only_wanted, prepare
 from dpo_iteration.losses import Pairs, Settings, pair_losses
-from dpo_iteration.packing import NUMBERS, PaddedCollator, Rows, collate_packed, score
+from dpo_iteration.packing import NUMBERS, PaddedCollator, Rows, check_packing, collate_packed, score
 
-TOLERANCE, HALF_TOLERANCE = 1e-4, 0.03  # of a log-probability a token, packed against padded; halves round by layout
 OF_PAIRS = (
     "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
     "tokens/chosen", "tokens/rejected",
@@ -46,7 +45,7 @@ class IterativeDPOTrainer(DPOTrainer):
 
     def __init__(self, *args, rows, steps, eval_steps, sharing, margin_scale=0.0, **kwargs):
         self.rows, self.batching, self.sharing = rows, {"train": steps, "eval": eval_steps}, sharing
-        self.attention, self.checked, self.built = None, False, False
+        self.checked, self.built = False, False
         self.sums = {"train": None, "eval": None}
         with without_hash():
             super().__init__(*args, **kwargs)
@@ -59,7 +58,7 @@ class IterativeDPOTrainer(DPOTrainer):
         if sharing:
             base = self.accelerator.unwrap_model(self.model)
             base = base.get_base_model() if hasattr(base, "get_base_model") else base
-            self.attention = prepare(base)
+            prepare(base)
             only_wanted(base.base_model)
             self.policy = base
 
@@ -110,6 +109,7 @@ class IterativeDPOTrainer(DPOTrainer):
         """On the device, and numbers as they are: under DeepSpeed with bf16 the Trainer rounds every float of a batch to bf16,
         which moves a log-probability of -300 by up to 1."""
         exact = {key: inputs[key].to(self.args.device) for key in NUMBERS if key in inputs}
+        exact |= {key: inputs.pop(key) for key in ("pairs",) if key in inputs}  # lists, which it would walk through
         return super()._prepare_inputs(inputs) | exact
 
     # The loss
@@ -118,7 +118,7 @@ class IterativeDPOTrainer(DPOTrainer):
         if "scale" not in inputs:
             return super()._compute_loss(model, inputs, return_outputs)
         if self.sharing and not self.checked:
-            self.check_packing(model, inputs)
+            self.check_policy(model, inputs)
         scored = score(model, inputs)
         pairs = Pairs(scored.chosen, scored.rejected, inputs["ref_chosen_logps"], inputs["ref_rejected_logps"],
                       scored.chosen_tokens, scored.rejected_tokens, inputs["margin"])  # fmt: skip
@@ -127,41 +127,13 @@ class IterativeDPOTrainer(DPOTrainer):
         loss = (losses * inputs["scale"]).sum()
         return (loss, scored.outputs) if return_outputs else loss
 
-    def check_packing(self, model, inputs):
-        """Compute the first row's pairs padded too, one by one, and stop where the two differ by more than rounding."""
-        self.checked = True
-        training = model.training
-        model.eval()  # dropout would differ from pass to pass
-        pads, device = PaddedCollator(self.processing_class.pad_token_id), inputs["scale"].device
-        with torch.no_grad():
-            try:
-                packed = score(model, inputs)
-            except Unsupported as error:
-                raise UserError(f"prompts cannot be shared with this model ({error}): give --share_prompts false") from None
-            row, worst = inputs["row"].to("cpu"), 0.0
-            sequences = [row.ids[0, columns].tolist() for columns in row.columns()]
-            # Under ZeRO-3 every pass needs all processes, which may have other numbers of pairs.
-            count = int(self.accelerator.gather(torch.tensor([len(inputs["scale"])], device=device)).max())
-            self.policy.set_attn_implementation(self.attention)
-            for p in [min(p, len(inputs["scale"]) - 1) for p in range(count)]:
-                chosen, rejected = sequences[2 * p : 2 * p + 2]
-                tokens = [int(packed.chosen_tokens[p]), int(packed.rejected_tokens[p])]
-                prompt = len(chosen) - tokens[0]
-                pair = {"prompt_ids": chosen[:prompt], "chosen_ids": chosen[prompt:], "rejected_ids": rejected[prompt:]}
-                batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in pads([pair]).items()}
-                padded = score(model, batch)
-                for ours, theirs, n in zip((packed.chosen[p], packed.rejected[p]), (padded.chosen[0], padded.rejected[0]), tokens):
-                    worst = max(worst, float(abs(ours - theirs)) / n)
-            self.policy.set_attn_implementation(NAME)
-        model.train(training)
+    def check_policy(self, model, inputs):
+        """Hold the first row against padded passes; dropout, which would differ from pass to pass, is off meanwhile."""
+        self.checked, training = True, model.training
+        model.eval()
         half = self.args.bf16 or self.policy.dtype != torch.float32
-        limit = HALF_TOLERANCE if half else TOLERANCE
-        worst = float(self.accelerator.gather(torch.tensor([worst], device=device)).max())
-        if not worst <= limit:
-            raise UserError(f"packed rows give log-probabilities that differ from the padded ones by {worst:.2g} a token "
-                            f"(at most {limit:g} is rounding): give --share_prompts false")  # fmt: skip
-        if self.accelerator.is_main_process:
-            print(f"the first row was computed padded, too: at most {worst:.1e} a token apart", flush=True)
+        check_packing(model, self.policy, inputs, self.processing_class.pad_token_id, half, "policy")
+        model.train(training)
 
     # What is logged
 

@@ -97,6 +97,7 @@ def load_model(name, args, config, revision=None):
         some = ", ".join(sorted(loading["missing_keys"])[:3])
         raise UserError(f"{name} lacks the weights {some}: it is no whole causal language model")
     without_dropout(model, args)
+    adapters.without_packing(model)
     if getattr(model, "hf_quantizer", None) is not None and not args.load_in_4bit:
         raise UserError(f"{name} is quantised: give the model it was made from, with --use_peft true --load_in_4bit true")
     return model

@@ -15,16 +15,20 @@ from dataclasses import dataclass, field
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
+from accelerate.utils import gather
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from common.cli import UserError
-from common.shared_prompts import pack, packed_tokens, shared
+from common.shared_prompts import Unsupported, is_rotary, own_attention, pack, packed_tokens, shared
 from dpo_iteration import models
 from dpo_iteration.output import launched, say
 from dpo_iteration.settings import reason_for_trl
 
 IGNORED = -100
 NUMBERS = ("scale", "margin", "ref_chosen_logps", "ref_rejected_logps")  # of a pair, beside its tokens
+# `check_packing`, in rounding's root mean square over tokens: a response of n tokens may be off by ALL + FEW / √n of it.
+ALL, FEW = 3.0, 6.0
+ROUNDING = {True: 0.02, False: 3e-5}  # at least so much (a few tokens may round less by luck), in bf16 or fp16, and in fp32
 
 
 def both(row):
@@ -202,7 +206,7 @@ def collate_packed(rows):
     Returns:
         `input_ids` [1, T]; `row`, a Packed whose `wanted` columns [n] have a next token in a response; `next_ids` [1, n], that
         token; `owner` [n], whose log-probability it is: 3p of pair p's chosen response, 3p + 1 of its rejected one, 3p + 2 of
-        both; `numbers`. `tokens`: what the two sequences of each pair have in all.
+        both; `numbers`. `tokens`: what the two sequences of each pair have in all. `pairs`: the rows as they were given.
     """
     groups = [both(row) for row in rows]
     packed = pack(groups, labelled=True)
@@ -219,7 +223,7 @@ def collate_packed(rows):
     packed.wanted = torch.tensor(wanted)
     return {
         "input_ids": packed.ids, "row": packed, "next_ids": torch.tensor([next_ids]), "owner": torch.tensor(owner),
-        "tokens": sum(len(ids) for group in groups for ids in group), **numbers(rows),
+        "tokens": sum(len(ids) for group in groups for ids in group), "pairs": rows, **numbers(rows),
     }  # fmt: skip
 
 
@@ -273,7 +277,8 @@ def score(model, batch, ld_alpha=None):
 def _score_padded(model, batch, ld_alpha):
     mask = batch["completion_mask"].bool()
     labels = batch["input_ids"].masked_fill(~mask, IGNORED)
-    outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, labels=labels, fused_lm_head=True)
+    places = {"position_ids": batch["position_ids"]} if "position_ids" in batch else {}  # not every model takes them
+    outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, labels=labels, fused_lm_head=True, **places)
     mask, logps = mask[:, 1:], outputs.log_probs
     tokens = mask.sum(1)
     if ld_alpha is not None:
@@ -281,3 +286,58 @@ def _score_padded(model, batch, ld_alpha):
         logps = torch.where(mask.cumsum(1) > shorter[:, None], ld_alpha * logps, logps)
     rows = torch.arange(len(mask), device=mask.device)[:, None] < len(mask) // 2
     return Scored(*logps.sum(1).chunk(2), *tokens.to(logps.dtype).chunk(2), outputs, mask & rows, mask & ~rows)
+
+
+@torch.no_grad()
+def check_packing(model, base, batch, pad_token_id, half, name):
+    """Compute a packed row's pairs padded too, one by one, and stop where a response differs by more than rounding.
+
+    What rounding does to this model is measured on the same tokens: the padded pass is made once more with all positions moved
+    on by one, which rotary encodings do not see but for rounding. On all ranks, with `batch` of their own.
+
+    Args:
+        model: as it is called, in evaluation; `base`: the prepared model in it.
+        half: whether it computes in bf16 or fp16.
+        name: what it is called in what is said.
+
+    Raises:
+        UserError: its packed rows are not what its padded ones are.
+    """
+    pads, pairs, device = PaddedCollator(pad_token_id), batch["pairs"], batch["scale"].device
+    try:
+        packed = of_responses(batch, score(model, batch))
+    except Unsupported as error:
+        raise UserError(f"prompts cannot be shared with the {name} ({error}): give --share_prompts false") from None
+    # Under ZeRO-3 every pass needs all processes, which may have other numbers of pairs.
+    count = int(gather(torch.tensor([len(pairs)], device=device)).max())
+    apart, moved = [], []
+    with own_attention(base):
+        for p in [min(p, len(pairs) - 1) for p in range(count)]:
+            padded = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in pads([pairs[p]]).items()}
+            theirs = of_responses(padded, score(model, padded))
+            for ours, other in zip(packed[2 * p : 2 * p + 2], theirs, strict=True):
+                difference = ours - other if len(ours) == len(other) else torch.full_like(other, torch.inf)
+                apart.append(difference.where(other.isfinite(), 0.0))  # what is no number anyway is told where it is used
+            if is_rotary(base):
+                padded["position_ids"] = torch.arange(1, padded["input_ids"].shape[1] + 1, device=device).expand_as(padded["input_ids"])
+                moved += [one - other for one, other in zip(of_responses(padded, score(model, padded)), theirs, strict=True)]
+    moved = torch.cat([*moved, torch.zeros(0, device=device)])
+    squares, tokens = gather(torch.stack([moved.square().sum(), torch.tensor(float(len(moved)), device=device)])[None]).sum(0).tolist()
+    rounding = max(ROUNDING[half], (squares / tokens) ** 0.5) if tokens else 5 * ROUNDING[half]
+    found = [(one.square().mean().sqrt(), rounding * (ALL + FEW / len(one) ** 0.5)) for one in (*apart, torch.cat(apart))]
+    found = gather(torch.tensor(found, device=device))  # [responses, 2]: distance, bound
+    distance, limit = found[(found[:, 0] / found[:, 1]).nan_to_num(torch.inf).argmax()].tolist()
+    if not distance <= limit:
+        raise UserError(f"packed rows give log-probabilities of the {name} that differ from the padded ones by {distance:.2g} a token "
+                        f"(at most {limit:.2g} is rounding in such a response): give --share_prompts false")  # fmt: skip
+    say(f"{name}: the first row was computed padded, too: at most {distance:.1e} a token apart, rounding is up to {limit:.1e}")
+
+
+def of_responses(batch, scored):
+    """The log-probabilities of each response's tokens, [tokens] in fp32: chosen and rejected of the first pair, of the second, …"""
+    values = scored.outputs.log_probs.float()
+    if "row" in batch:
+        owner = batch["owner"]
+        return [values[0, (owner == 3 * p + whose) | (owner == 3 * p + 2)] for p in range(len(batch["scale"])) for whose in (0, 1)]
+    masks = scored.of_chosen | scored.of_rejected
+    return [values[i, masks[i]] for p in range(len(values) // 2) for i in (p, p + len(values) // 2)]

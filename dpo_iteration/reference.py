@@ -14,6 +14,7 @@ import gc
 import hashlib
 import json
 import os
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -32,7 +33,7 @@ from common.progress import Progress, duration
 from common.shared_prompts import Unsupported, only_wanted, prepare
 from dpo_iteration import models
 from dpo_iteration.output import say
-from dpo_iteration.packing import PaddedCollator, Rows, Steps, collate_packed, row_tokens, score
+from dpo_iteration.packing import PaddedCollator, Rows, Steps, check_packing, collate_packed, row_tokens, score
 
 SAVE_EVERY = 2000  # pairs, about: what a killed pass does again at most
 LIBRARIES = ("torch", "transformers", "trl")
@@ -186,13 +187,23 @@ def _passes(rows, load, sharing, budget, at_once, pad_token_id, autocast, ld_alp
     steps = Steps(costs, SAVE_EVERY, budget if sharing else None, at_once, state.num_processes, state.process_index)
     collate = collate_packed if sharing else PaddedCollator(pad_token_id)
     model, data, batches = load(), Rows(rows), iter(steps)
-    device = "cuda" if state.device.type == "cuda" else state.device.type
+    base = getattr(model, "module", model)  # in DeepSpeed's engine
+
+    def batch_of(keys):
+        return {k: v.to(state.device) if isinstance(v, torch.Tensor) else v for k, v in collate([data[key] for key in keys]).items()}
+
+    def casting():
+        return torch.autocast(state.device.type, autocast) if autocast else nullcontext()
+
+    if sharing:  # before the pass is paid for
+        with casting():
+            check_packing(model, base, batch_of(next(iter(steps))), pad_token_id, bool(autocast) or base.dtype != torch.float32, "reference")
     for step in steps.steps(0):
         values = torch.zeros(len(rows), 2, device=state.device)
         for _ in range(steps.accumulation):
             keys = next(batches)
-            batch = {k: v.to(state.device) if isinstance(v, torch.Tensor) else v for k, v in collate([data[key] for key in keys]).items()}
-            with torch.no_grad(), torch.autocast(device, autocast) if autocast else nullcontext():
+            batch = batch_of(keys)
+            with torch.no_grad(), casting():
                 try:
                     scored = score(model, batch, ld_alpha)
                 except Unsupported as error:
@@ -201,7 +212,9 @@ def _passes(rows, load, sharing, budget, at_once, pad_token_id, autocast, ld_alp
                 if scale:  # a row without a pair holds another's
                     values[i, 0], values[i, 1] = chosen, rejected
         yield step, reduce(values, "sum")
-    del model
+    del model, base
+    if "deepspeed.runtime.zero.parameter_offload" in sys.modules:  # keeps every ZeRO-3 model in a list of its own
+        sys.modules["deepspeed.runtime.zero.parameter_offload"].FWD_MODULE_STACK.clear()
     gc.collect()
     if state.device.type == "cuda":
         torch.cuda.empty_cache()

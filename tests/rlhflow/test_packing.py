@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from trl import DPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
+from common import shared_prompts
 from common.shared_prompts import only_wanted, prepare
 from dpo_iteration.losses import Pairs, Settings, pair_losses
 from dpo_iteration.packing import PaddedCollator, Rows, Steps, collate_packed, columns_of, fill, score
@@ -154,6 +155,41 @@ def test_log_probabilities_and_gradients_are_those_of_one_sequence_at_a_time(arc
     loss(scored.chosen, scored.rejected).backward()
     for name, weight in model.named_parameters():
         assert (weight.grad - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-7, name
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2", "mistral"])
+@pytest.mark.parametrize("capability", [7, 8])
+def test_a_gpus_branches_under_autocast(architecture, capability, monkeypatch):
+    """fp32 weights and bf16 autocast, as configs/ddp.yaml has it: rotary positions leave query and key in fp32, value is bf16.
+
+    A CPU takes a GPU's branches here: below capability 8 a call for each span with torch's causal bias, else the kernel for
+    all spans, which runs on GPUs only: it refuses mixed dtypes, and so does its stand-in.
+    """
+
+    def kernel(query, key, value, starts_q, starts_k, *_, scale, window_size, enable_gqa):
+        calls.append(query.dtype)
+        assert query.dtype == key.dtype == value.dtype == torch.bfloat16
+        made = []
+        for a, b, c, d in zip(starts_q, starts_q[1:], starts_k, starts_k[1:], strict=False):
+            may = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))
+            may = may.triu(d - c - (b - a) - window_size[0]) if window_size[0] >= 0 else may
+            q, k, v = (one.transpose(0, 1)[None] for one in (query[a:b], key[c:d], value[c:d]))
+            made.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, may, scale=scale, enable_gqa=enable_gqa)[0])
+        return torch.cat(made, 1).transpose(0, 1)
+
+    model, rows, calls = make_model(architecture), [row | {"scale": 1.0} for row in make_rows(5)], []
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        padded = score(model, PaddedCollator(0)(rows))
+    monkeypatch.setattr(shared_prompts, "on_gpu", lambda tensor: True)
+    monkeypatch.setattr(shared_prompts, "varlen_attn", kernel)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability, 0))
+    with torch.autocast("cpu", torch.bfloat16):
+        packed = score(shared(model), collate_packed(rows))
+    (packed.chosen - packed.rejected).sum().backward()
+    assert bool(calls) == (capability == 8 and architecture != "gemma2")  # its soft-cap has no kernel
+    for ours, theirs, tokens in ((packed.chosen, padded.chosen, packed.chosen_tokens), (packed.rejected, padded.rejected, packed.rejected_tokens)):
+        assert ((ours - theirs).abs() <= 0.02 * tokens + 0.3 * tokens.sqrt()).all()
+    assert all(weight.grad is not None and weight.grad.dtype == torch.float32 for weight in model.parameters())
 
 
 def test_padded_batches_give_the_same_and_so_do_their_metrics():

@@ -308,6 +308,29 @@ def test_a_ratio_off_one_stops_the_run(work):
         it.check_start(figures | {"kl": 0.5})
 
 
+@pytest.mark.parametrize("spread", [2.0, 8.0])
+def test_in_bf16_rounding_passes_and_dropout_does_not(work, spread):
+    """A policy whose attention is far from even and whose logits are large rounds far; its passes differ from rollout to step."""
+    it = make(work, precision="bf16", max_new_tokens=12, micro_batch_size=3)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for policy in (it.policy, it.reference):
+            for name, weight in policy.named_parameters():
+                if weight.ndim == 2:
+                    weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name))) * (0.2 if "proj" in name else 1.0))
+            policy.lm_head.weight.mul_(spread / 8)
+    rows, _ = it.rollout(1)
+    data, figures = it.advantages(rows)
+    it.check_start(figures)
+    it.learn(rows, data, 1)
+    for layer in it.policy.model.layers:
+        layer.self_attn.attention_dropout = 0.2  # as transformers' attention takes it in training
+    rows, _ = it.rollout(2)
+    data, _ = it.advantages(rows)
+    with pytest.raises(UserError, match="ratio of the first step is off 1 by"):
+        it.learn(rows, data, 2)
+
+
 def test_an_unfinished_number_stops_the_run_before_the_weights(work):
     it = make(work)
     rows, _ = it.rollout(1)

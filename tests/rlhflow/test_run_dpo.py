@@ -160,8 +160,11 @@ def launch(config, *more):
 
 def test_zero2_on_two_processes(work, single):
     more = "--max_steps 3 --save_steps 3 --keep_checkpoints --eval_fraction 0.25".split()
-    done = start(*argv(work, "zero2", *more), launcher=launch("zero2"))
+    words = argv(work, "zero2", *more)
+    done = start(*words, launcher=launch("zero2"))
     assert done.returncode == 0, done.stdout + done.stderr
+    typed = ["python", "-m", "accelerate.commands.launch", *map(str, launch("zero2")), "dpo_iteration/run_dpo.py", *map(str, words)]
+    assert shlex.join(typed) in (work / "zero2" / "README.md").read_text()
     loads_and_answers(work / "zero2", torch.bfloat16)
     logged = steps(work / "zero2")
     assert logged[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and len(logged) == 3
@@ -183,11 +186,11 @@ def test_zero2_on_two_processes(work, single):
 def test_zero3_on_two_processes_leaves_a_loadable_model(work):
     """And a tied one: the pieces come together as copies, the head's among them, which the start does not have."""
     before = load_file(micro.make_policy(work / "tied", tie_word_embeddings=True) / "model.safetensors")
-    words = argv(work, "zero3", "--model_name_or_path", work / "tied", "--max_steps", "2", "--learning_rate", "1e-3")
-    done = start(*words, launcher=launch("zero3"))
-    typed = ["python", "-m", "accelerate.commands.launch", *map(str, launch("zero3")), "dpo_iteration/run_dpo.py", *map(str, words)]
+    more = ["--model_name_or_path", work / "tied", "--max_steps", "2", "--learning_rate", "1e-3"]
+    done = start(*argv(work, "zero3", *more), launcher=launch("zero3"), script=ROOT / "tests" / "rlhflow" / "launched.py")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert shlex.join(typed) in (work / "zero3" / "README.md").read_text()
+    kept = re.findall(r"of the reference (\d+) of (\d+) parts are kept", done.stdout)
+    assert len(kept) == 2 and all(int(some) == 0 < int(every) for some, every in kept)  # memory.py counts on it
     model, _ = loads_and_answers(work / "zero3", torch.bfloat16)
     after = load_file(work / "zero3" / "model.safetensors")
     assert set(after) == set(before) and "lm_head.weight" not in after and moved(after, before) > 1e-4

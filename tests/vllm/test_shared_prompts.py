@@ -302,7 +302,11 @@ def test_attention_goes_through_the_layout(architecture, fresh, monkeypatch):
             model(input_ids=packed.ids)
 
 
-def test_one_pass_for_scoring_does_not_spoil_the_row_for_training(fresh):
+@pytest.mark.parametrize("one_call", [False, True])
+def test_one_pass_for_scoring_does_not_spoil_the_row_for_training(fresh, monkeypatch, one_call):
+    if one_call:
+        monkeypatch.setattr(shared_prompts, "uses_varlen", lambda query, softcap: True)
+        monkeypatch.setattr(shared_prompts, "varlen_attn", varlen)
     model = fresh()
     prepare(model)
     packed = pack(GROUPS)
