@@ -33,8 +33,12 @@ class RewardFunction:
         self.name, self.function = spec, load_function(spec, "--reward_function", EXAMPLE)
         self.with_record = takes_record(self.function)
 
-    def check(self, messages):
+    def check(self, messages, tools=None):
         """Takes all turns; what the function refuses it refuses itself."""
+
+    def left_out(self, messages, tools=None):
+        """Nothing: a function is given the messages as they are, and the tools in `record`."""
+        return []
 
     def load(self):
         """Nothing: the function is there already."""

@@ -4,29 +4,53 @@ Every function takes a loaded tokenizer (transformers' `PreTrainedTokenizerBase`
 """
 
 from common.cli import UserError
+from common.messages import CALLS
+
+ROLES = ("system", "developer", "user", "assistant")  # of which a conversation without tools is made
 
 
-def render(tokenizer, messages, generation_prompt, template_kwargs=None):
-    """The templated text. `messages` is a list of `{"role", "content"}`.
+def render(tokenizer, messages, generation_prompt, template_kwargs=None, tools=None):
+    """The templated text. `messages` is a list of `{"role", "content", …}`, `tools` a list of JSON schemas.
 
     Raises:
         UserError: the tokenizer has no template, or the template refuses the messages (no system role, say).
     """
     if tokenizer.chat_template is None:
         raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no chat template: give one with --chat_template FILE")
+    given = (template_kwargs or {}) | ({"tools": tools} if tools else {})
     try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generation_prompt, **(template_kwargs or {})
-        )
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt, **given)
     except Exception as error:  # a template raises what it likes through jinja
         roles = ", ".join(message["role"] for message in messages)
-        raise UserError(f"the chat template of {tokenizer.name_or_path} refuses the turns ({roles}): {error}") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"the chat template of {tokenizer.name_or_path} refuses the turns ({roles}): {reason}") from None
 
 
-def encode(tokenizer, messages, generation_prompt, template_kwargs=None):
+def encode(tokenizer, messages, generation_prompt, template_kwargs=None, tools=None):
     """Token ids of the templated messages. The template writes BOS itself, so none is added: exactly what it says."""
-    text = render(tokenizer, messages, generation_prompt, template_kwargs)
+    text = render(tokenizer, messages, generation_prompt, template_kwargs, tools)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def left_out(tokenizer, messages, generation_prompt, template_kwargs=None, tools=None):
+    """What the template leaves out of a prompt's tools, in words: some of `tools`, `tool_calls`, `function_call`, `tool turns`.
+
+    A template that was made without tools takes no notice of them, and the model is asked about calls that it never sees.
+    """
+    parts = {"tools": (messages, None)} if tools else {}
+    for key in CALLS:
+        if any(message.get(key) for message in messages):
+            parts[key] = ([{k: v for k, v in message.items() if k != key} for message in messages], tools)
+    if any(message["role"] not in ROLES for message in messages):
+        parts["tool turns"] = ([message for message in messages if message["role"] in ROLES], tools)
+    whole, found = render(tokenizer, messages, generation_prompt, template_kwargs, tools) if parts else "", []
+    for part, (others, kept) in parts.items():
+        try:
+            if render(tokenizer, others, generation_prompt, template_kwargs, kept) == whole:
+                found.append(part)
+        except UserError:
+            pass  # it is needed
+    return found
 
 
 def use_template(tokenizer, path):

@@ -38,14 +38,14 @@ class PairTokenizer:
         self.end_of_turn = chat.turn_suffix(tokenizer, self.template_kwargs)
         self.counts = Counter()
 
-    def encode(self, messages, generation_prompt):
-        return chat.encode(self.tokenizer, messages, generation_prompt, self.template_kwargs)
+    def encode(self, messages, generation_prompt, tools=None):
+        return chat.encode(self.tokenizer, messages, generation_prompt, self.template_kwargs, tools)
 
     def __call__(self, pair):
         """(row or None, reason or None): a pair whose sides are empty or equal as tokens teaches nothing."""
         try:
-            prompt = self.encode(pair["prompt"], True)
-            full = {side: self.encode(pair["prompt"] + pair[side], False) for side in SIDES}
+            prompt = self.encode(pair["prompt"], True, pair.get("tools"))
+            full = {side: self.encode(pair["prompt"] + pair[side], False, pair.get("tools")) for side in SIDES}
         except UserError as error:
             raise UserError(f"{pair.get('source', 'pair')} record {pair['id']}: {error}") from None
         # As in TRL: where the template renders the prompt alone differently, the response begins where they part.

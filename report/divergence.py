@@ -116,9 +116,9 @@ def encode(tokenizer, record, end_of_turn, template_kwargs=None):
     Args:
         end_of_turn: what the template writes behind a response (common/chat.py: turn_suffix); only its first token is the policy's.
     """
-    prompt = chat.encode(tokenizer, record["prompt"], True, template_kwargs)
+    prompt = chat.encode(tokenizer, record["prompt"], True, template_kwargs, record.get("tools"))
     turns = [[*record["prompt"], {"role": "assistant", "content": response}] for response in record["responses"]]
-    full = [chat.encode(tokenizer, messages, False, template_kwargs) for messages in turns]
+    full = [chat.encode(tokenizer, messages, False, template_kwargs, record.get("tools")) for messages in turns]
     # Where the template renders the prompt alone differently, the responses begin where they part, as in training.
     start = min(next((i for i, pair in enumerate(zip(prompt, ids)) if pair[0] != pair[1]), min(len(prompt), len(ids))) for ids in full)
     reasons, responses = record.get("finish_reasons") or [None] * len(full), []
