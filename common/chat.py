@@ -9,14 +9,19 @@ from common.messages import CALLS
 ROLES = ("system", "developer", "user", "assistant")  # of which a conversation without tools is made
 
 
+def need_template(tokenizer):
+    """Refuse a tokenizer that has no chat template: no prompt's fault."""
+    if tokenizer.chat_template is None:
+        raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no chat template: give one with --chat_template FILE")
+
+
 def render(tokenizer, messages, generation_prompt, template_kwargs=None, tools=None):
     """The templated text. `messages` is a list of `{"role", "content", …}`, `tools` a list of JSON schemas.
 
     Raises:
         UserError: the tokenizer has no template, or the template refuses the messages (no system role, say).
     """
-    if tokenizer.chat_template is None:
-        raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no chat template: give one with --chat_template FILE")
+    need_template(tokenizer)
     given = (template_kwargs or {}) | ({"tools": tools} if tools else {})
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt, **given)

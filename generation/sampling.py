@@ -138,6 +138,7 @@ class Prompts:
         Raises:
             UserError: there is one and `bad_prompts` is refuse, or the whole file holds no other.
         """
+        chat.need_template(self.tokenizer)
         usable, bad, silent = self.count == 0, [], {}
         for number, record in enumerate(read_prompts_of(self.args)):
             mine = number in self.shard

@@ -71,6 +71,7 @@ def rendered_prompts(args, tokenizer, bad, template_kwargs=None):
     Records that hold no prompt, or one that the template refuses, become entries of the skipped file in the list `bad`; where
     `bad_prompts` is refuse, the first is an error. What the template leaves out of prompts' tools is told.
     """
+    chat.need_template(tokenizer)
     silent = {}
     for name in args.dataset_name_or_path:
         for number, record in enumerate(read_records(name, args.dataset_key, args.dataset_split, keep_bad=True), 1):
@@ -113,7 +114,7 @@ def read_prompts(args, tokenizer, policy):
         else:
             kept.append(record | {"ids": ids})
     if len(kept) < args.rollout_batch_size:
-        left = f"{len(long)} skipped as too long" + (f", {len(bad)} that cannot be used" if bad else "")
+        left = f"{len(long)} skipped as too long" + (f", {len(bad)} that cannot be used, such as {bad[0]['reason']}" if bad else "")
         raise UserError(f"{len(kept)} prompts ({left}) for rollouts of {args.rollout_batch_size}: "
                         "lower --rollout_batch_size, raise --max_input_length, or give more prompts")  # fmt: skip
     check_bos(tokenizer, {"prompt_ids": kept[0]["ids"]})
