@@ -3,7 +3,8 @@
 A scorer, of whatever kind, is
 
     name             how it is called in `reward_parts`
-    check(messages)  refuses turns that it cannot take; needs no weights
+    check(messages, tools)     refuses turns that it cannot take; needs no weights
+    left_out(messages, tools)  what of a prompt's tools it does not see, in words
     load(), unload() the weights, on this process's device
     score(records)   yields (index into `records`, {"rewards": K floats, "cut": truncated sequences, …}), as each is done
 
@@ -105,21 +106,25 @@ class Backbone:
             told = self.positions
         self.max_length = min(max_length, self.positions or max_length, told or max_length)
 
-    def check(self, messages):
+    def check(self, messages, tools=None):
         """Refuse a prompt whose turns the chat template does not take."""
-        self.render([*messages, {"role": "assistant", "content": "a"}])
+        self.render([*messages, {"role": "assistant", "content": "a"}], tools)
 
-    def render(self, turns):
+    def left_out(self, messages, tools=None):
+        """What the chat template leaves out of a prompt's tools; see common/chat.py."""
+        return chat.left_out(self.tokenizer, [*messages, {"role": "assistant", "content": "a"}], False, self.template_kwargs, tools)
+
+    def render(self, turns, tools=None):
         """The templated text of whole turns."""
         try:
-            return chat.render(self.tokenizer, turns, False, self.template_kwargs, self.date)
+            return chat.render(self.tokenizer, turns, False, self.template_kwargs, tools, self.date)
         except UserError as error:
             todo = "; give a template that takes them with --chat_template FILE, or leave out the turn it refuses"
             raise UserError(" ".join(str(error).split()) + (todo if self.tokenizer.chat_template else "")) from None
 
-    def encode(self, messages, response):
+    def encode(self, messages, response, tools=None):
         """The `Row` of a response to `messages`, truncated on the left to `max_length`; a BOS or CLS in front stays."""
-        text = self.render([*messages, {"role": "assistant", "content": response}])
+        text = self.render([*messages, {"role": "assistant", "content": response}], tools)
         ids = chat.encode_for_classifier(self.tokenizer, text, self.added)
         if not ids:
             raise UserError("the chat template and the tokenizer make no token of it")
@@ -135,7 +140,7 @@ class Backbone:
         groups, cuts = [], []
         for index, record in enumerate(records):
             try:
-                rows = [self.encode(record["prompt"], response) for response in record["responses"]]
+                rows = [self.encode(record["prompt"], response, record.get("tools")) for response in record["responses"]]
             except UserError as error:
                 raise BadRecord(index, str(error)) from None
             groups.append([row.ids for row in rows])

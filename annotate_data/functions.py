@@ -43,8 +43,12 @@ class RewardFunction:
         ours = f"; its parameters are those of TRL's reward functions, here it is called for one response: def {name}(messages, response) → number"
         return ours if "completions" in parameters else ""
 
-    def check(self, messages):
+    def check(self, messages, tools=None):
         """Takes all turns; what the function refuses it refuses itself."""
+
+    def left_out(self, messages, tools=None):
+        """Nothing: a function is given the messages as they are, and the tools in `record`."""
+        return []
 
     def load(self):
         """Nothing: the function is there already."""

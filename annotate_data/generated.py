@@ -22,22 +22,23 @@ def read_generated(path):
             if field not in record:
                 raise UserError(f"{where} has no `{field}`{cli.nearest(field, record)}; it has {', '.join(record)}")
         prompt, responses = records.to_messages(record["prompt"], where), record["responses"]
+        tools = records.to_tools(record.get("tools"), where)
         if not isinstance(responses, list) or not responses or not all(isinstance(r, str) for r in responses):
             raise UserError(f"{where}: `responses` must be a list of texts, it is {str(responses)[:60]}")
         for field in ("finish_reasons", "num_tokens", tokens.RESPONSES):
             if isinstance(record.get(field), list) and len(record[field]) != len(responses):
                 raise UserError(f"{where} has {len(responses)} responses and {len(record[field])} {field}")
         if not isinstance(record.get("id"), str):
-            made = identify(prompt)
+            made = identify(prompt, tools)
             record = {"id": made} | record | {"id": made} | ({"source_id": record["id"]} if "id" in record else {})
-        yield {key: value for key, value in record.items() if key not in ADDED} | {"prompt": prompt}
+        yield {key: value for key, value in record.items() if key not in ADDED} | {"prompt": prompt} | ({"tools": tools} if tools else {})
 
 
 def survey(path, wanted_k=None):
     """Read a generated file once and refuse what is wrong with it, before a model is loaded.
 
     Returns:
-        (number of records, K, dict of the roles of a prompt's turns → number of the first record that has them).
+        (number of records, K, dict of the roles of a prompt's turns → number, messages and tools of the first record that has them).
 
     Raises:
         UserError: as `read_generated`; NaN, an id that stands twice, K that differs within the file or from `wanted_k`.
@@ -58,7 +59,7 @@ def survey(path, wanted_k=None):
         K = K or len(record["responses"])
         if len(record["responses"]) != K:
             odd, first_odd = odd + 1, first_odd or (record["id"], len(record["responses"]))
-        roles.setdefault(tuple(message["role"] for message in record["prompt"]), count)
+        roles.setdefault(tuple(message["role"] for message in record["prompt"]), (count, record["prompt"], record.get("tools")))
     if odd:
         whence = f"--K is {K}" if wanted_k else f"the first record of {path} has {K} responses"
         todo = "leave --K out to take the data's" if wanted_k else "put them in files of their own"

@@ -33,6 +33,7 @@ from annotate_data.reward_models import ArmoRM, BradleyTerry, kind_of
 from annotate_data.summary import Summary
 from common import cli, devices, manifest, progress, records
 from common.cli import UserError
+from common.messages import text_of
 from common.records import is_empty
 
 LARGEST = 1e100  # of a reward
@@ -47,7 +48,7 @@ class Job:
     target: Path
     N: int  # records
     K: int  # responses each
-    roles: dict  # roles of a prompt's turns → the first record that has them
+    roles: dict  # roles of a prompt's turns → number, messages and tools of the first record that has them
     output: manifest.Output | None = None  # rank 0 only
 
 
@@ -64,15 +65,31 @@ def make_scorers(args):
     return scorers + ([RewardFunction(args.reward_function)] if args.reward_function else [])
 
 
-def check_turns(scorers, jobs):
-    """Refuse turns that a scorer's chat template does not take, naming the first record that has them."""
+def check_turns(scorers, jobs, loud=True):
+    """Look at the first record of each kind of turns before any weights are loaded.
+
+    Where a scorer's chat template takes none, that is an error; where it takes some, the others' records are told, whose
+    rewards will be null. So is what it does not see of tools.
+    """
     for scorer in scorers:
+        refused, taken, silent = [], 0, {}
         for job in jobs:
-            for roles, number in job.roles.items():
+            for number, prompt, tools in job.roles.values():
+                where = f"{job.source} record {number}"
                 try:
-                    scorer.check([{"role": role, "content": "a"} for role in roles])
+                    scorer.check(prompt, tools)
                 except UserError as error:
-                    raise UserError(f"{job.source} record {number}: {error}") from None
+                    refused.append(f"{where}: {error}")
+                    continue
+                taken += 1
+                for part in scorer.left_out(prompt, tools):
+                    silent.setdefault(part, where)
+        if refused and not taken:
+            raise UserError(refused[0])
+        if loud and refused:
+            print(f"warning: records that {scorer.name} cannot read get rewards of null, such as {refused[0]}", flush=True)
+        for part, where in silent.items() if loud else ():
+            print(f"warning: {scorer.name} does not see the {part} of prompts such as {where}", flush=True)
 
 
 def take_over(job):
@@ -120,7 +137,7 @@ def chunks(job, done, size):
 
 def work(record):
     """Characters that a scorer reads of a record."""
-    prompt = sum(len(message["content"]) for message in record["prompt"])
+    prompt = sum(len(text_of(message)) for message in record["prompt"])
     return sum(prompt + len(response) for response in record["responses"])
 
 
@@ -143,22 +160,44 @@ def score(scorer, number, jobs, done, world, args, bar):
 
 
 def score_chunk(scorer, number, job, mine, file, world, bar):
-    """Score this rank's records of a chunk, longest first."""
-    try:
-        for index, entry in scorer.score([record for _, record in mine]):
-            entry = {"id": number * job.N + mine[index][0]} | entry
-            entry["rewards"] = [rounded(x) for x in entry["rewards"]]
-            if "pairs" in entry:
-                entry["pairs"] = [[None if p is None else round(p, 6) for p in row] for row in entry["pairs"]]
-            if file is None:
-                job.output.append(entry)
-            else:
-                with manifest.writing(file.name):
-                    file.write((records.dumps(entry) + "\n").encode())
-                    file.flush()
-            bar.update(1)
-    except BadRecord as error:
-        raise UserError(f"{job.source} record {mine[error.index][0] + 1}: {error}") from None
+    """Score this rank's records of a chunk, longest first; one that a reward model cannot read gets rewards of null."""
+
+    def save(index, entry):
+        entry = {"id": number * job.N + index} | entry
+        entry["rewards"] = [rounded(x) for x in entry["rewards"]]
+        if "pairs" in entry:
+            entry["pairs"] = [[None if p is None else round(p, 6) for p in row] for row in entry["pairs"]]
+        if file is None:
+            job.output.append(entry)
+        else:
+            with manifest.writing(file.name):
+                file.write((records.dumps(entry) + "\n").encode())
+                file.flush()
+        bar.update(1)
+
+    left = dict(mine)
+    for index, record in mine:
+        try:
+            scorer.check(record["prompt"], record.get("tools"))
+        except UserError as error:
+            save(index, refusal(left.pop(index), error))
+    while left:
+        asked = list(left)
+        try:
+            for place, entry in scorer.score(list(left.values())):
+                save(asked[place], entry)
+                del left[asked[place]]
+        except BadRecord as error:
+            if isinstance(scorer, RewardFunction):  # its author can mend it, and what is scored is saved
+                raise UserError(f"{job.source} record {asked[error.index] + 1}: {error}") from None
+            save(asked[error.index], refusal(left.pop(asked[error.index]), error))
+        else:
+            break
+
+
+def refusal(record, error):
+    """What is saved of a record that a scorer cannot read."""
+    return {"rewards": [None] * len(record["responses"]), "cut": 0, "refused": str(error)}
 
 
 def rounded(reward):
@@ -177,7 +216,7 @@ def combine(parts, weights):
 def rewarded(job, scorers, weights, counts):
     """Yield the output's lines in the input's order; fills `counts` on the way."""
     order = (s * job.N + i for i in range(job.N) for s in range(len(scorers)))
-    saved, summary, nulls, cut = map(json.loads, job.output.saved(order)), Summary(), 0, 0
+    saved, summary, nulls, cut, refused = map(json.loads, job.output.saved(order)), Summary(), 0, 0, 0
     empty = 0
     for record in read_generated(job.source):
         entries = [next(saved) for _ in scorers]
@@ -191,11 +230,12 @@ def rewarded(job, scorers, weights, counts):
         nulls += record["rewards"].count(None)
         empty += sum(is_empty(text) for text in record["responses"])
         cut += sum(entry["cut"] for entry in entries)
+        refused += any("refused" in entry for entry in entries)
         lengths = record.get("num_tokens")
         known = isinstance(lengths, list) and all(isinstance(n, (int, float)) for n in lengths)
         summary.add(record["rewards"], lengths if known else None)
         yield (records.dumps(record) + "\n").encode("utf-8")
-    counts |= {"null_rewards": nulls, "truncated": cut, "empty": empty} | summary.figures()
+    counts |= {"null_rewards": nulls, "truncated": cut, "empty": empty, "refused": refused} | summary.figures()
 
 
 def finish(job, scorers, weights, facts):
@@ -222,6 +262,8 @@ def tell(job, counts):
         f"{shown['length_correlation']} overall",
         flush=True,
     )
+    if counts["refused"]:
+        print(f"warning: {counts['refused']} records have rewards of null because a scorer cannot read their prompts", flush=True)
 
 
 def run_scorer(scorer, number, jobs, done, world, args):
@@ -279,7 +321,7 @@ def main():
     devices.check_torch()
     world = World()
     scorers = world.together(lambda: make_scorers(args))
-    world.together(lambda: check_turns(scorers, jobs))
+    world.together(lambda: check_turns(scorers, jobs, loud=world.rank == 0))
     mine_to_open = zip(jobs, shaped, strict=True) if world.rank == 0 else ()
     opened = world.together(lambda: [open_output(job, args, len(scorers), *shape) for job, shape in mine_to_open])
     done = world.gather(opened)[0]

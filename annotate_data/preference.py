@@ -12,6 +12,7 @@ the place of a response does not count.
 """
 
 import functools
+import json
 import math
 from array import array
 
@@ -19,13 +20,18 @@ from annotate_data.backbone import Backbone, BadRecord
 from annotate_data.ranking import rank
 from annotate_data.reward_models import kind_of
 from common.cli import UserError
+from common.messages import CALLS, text_of
 
 TOGETHER = 2048  # sequences that are in memory at once
 
 
 def context_of(messages):
-    """The conversation as the model reads it. A system turn is written as a user's: the model was trained on no other."""
-    turns = [f"\n<turn> {'assistant' if m['role'] == 'assistant' else 'user'}\n {m['content']}" for m in messages]
+    """The conversation as the model reads it. A system turn is written as a user's: the model was trained on no other.
+
+    Tool calls are written as JSON behind a turn's text.
+    """
+    texts = [" ".join(filter(None, [text_of(m), *(json.dumps(m[key], ensure_ascii=False) for key in CALLS if m.get(key))])) for m in messages]
+    turns = [f"\n<turn> {'assistant' if m['role'] == 'assistant' else 'user'}\n {text}" for m, text in zip(messages, texts, strict=True)]
     return "\n" + "".join(turns) + "\n"
 
 
@@ -66,9 +72,13 @@ class PairPreference(Backbone):
             raise UserError(f'{name}: its tokenizer has no single tokens for "A" and "B", so it is no pair-preference model')
         self.letters = [ids[0] for ids in letters]
 
-    def check(self, messages):
+    def check(self, messages, tools=None):
         """Refuse a chat template that does not take a user turn; the prompt's own turns are mere text to this model."""
         self.ids("", "a", "b")
+
+    def left_out(self, messages, tools=None):
+        """The definitions of tools, for which its format has no place."""
+        return ["tools"] if tools else []
 
     def load(self):
         import transformers

@@ -6,6 +6,9 @@ Every function takes a loaded tokenizer (transformers' `PreTrainedTokenizerBase`
 import datetime
 
 from common.cli import UserError
+from common.messages import CALLS
+
+ROLES = ("system", "developer", "user", "assistant")  # of which a conversation without tools is made
 
 
 def parse_date(text):
@@ -22,35 +25,41 @@ def fixed_clock(date):
     return midnight.strftime
 
 
-def render(tokenizer, messages, generation_prompt, template_kwargs=None, date=None):
-    """The templated text.
-
-    Args:
-        messages: list of `{"role", "content"}`.
-        generation_prompt: whether the beginning of the assistant's turn is written behind them.
-        template_kwargs: variables for the template.
-        date: the day that a template is given which asks for today's, YYYY-MM-DD; None is today.
-
-    Raises:
-        UserError: the tokenizer has no template, or the template refuses the messages (no system role, say).
-    """
+def need_template(tokenizer):
+    """Refuse a tokenizer that has no chat template: no prompt's fault."""
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no chat template: give one with --chat_template FILE")
     if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
         raise UserError(f"{tokenizer.name_or_path} has the chat templates {', '.join(tokenizer.chat_template)} and none is the default: "
                         "give one with --chat_template FILE")  # fmt: skip
+
+
+def render(tokenizer, messages, generation_prompt, template_kwargs=None, tools=None, date=None):
+    """The templated text.
+
+    Args:
+        messages: list of `{"role", "content", …}`.
+        generation_prompt: whether the beginning of the assistant's turn is written behind them.
+        template_kwargs: variables for the template.
+        tools: list of JSON schemas of functions that the assistant may call.
+        date: the day that a template is given which asks for today's, YYYY-MM-DD; None is today.
+
+    Raises:
+        UserError: the tokenizer has no template, or the template refuses the messages (no system role, say).
+    """
+    need_template(tokenizer)
+    given = {"strftime_now": fixed_clock(date)} | (template_kwargs or {}) | ({"tools": tools} if tools else {})
     try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generation_prompt, **{"strftime_now": fixed_clock(date)} | (template_kwargs or {})
-        )
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt, **given)
     except Exception as error:  # a template raises what it likes through jinja
         roles = ", ".join(message["role"] for message in messages)
-        raise UserError(f"the chat template of {tokenizer.name_or_path} refuses the turns ({roles}): {error}") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"the chat template of {tokenizer.name_or_path} refuses the turns ({roles}): {reason}") from None
 
 
-def encode(tokenizer, messages, generation_prompt, template_kwargs=None, date=None):
+def encode(tokenizer, messages, generation_prompt, template_kwargs=None, tools=None, date=None):
     """Token ids of the templated messages. The template writes BOS itself, so none is added: exactly what it says."""
-    text = render(tokenizer, messages, generation_prompt, template_kwargs, date)
+    text = render(tokenizer, messages, generation_prompt, template_kwargs, tools, date)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -88,6 +97,27 @@ def encode_for_classifier(tokenizer, text, added=None):
     while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
         ids = ids[1:]
     return ids
+
+
+def left_out(tokenizer, messages, generation_prompt, template_kwargs=None, tools=None):
+    """What the template leaves out of a prompt's tools, in words: some of `tools`, `tool_calls`, `function_call`, `tool turns`.
+
+    A template that was made without tools takes no notice of them, and the model is asked about calls that it never sees.
+    """
+    parts = {"tools": (messages, None)} if tools else {}
+    for key in CALLS:
+        if any(message.get(key) for message in messages):
+            parts[key] = ([{k: v for k, v in message.items() if k != key} for message in messages], tools)
+    if any(message["role"] not in ROLES for message in messages):
+        parts["tool turns"] = ([message for message in messages if message["role"] in ROLES], tools)
+    whole, found = render(tokenizer, messages, generation_prompt, template_kwargs, tools) if parts else "", []
+    for part, (others, kept) in parts.items():
+        try:
+            if render(tokenizer, others, generation_prompt, template_kwargs, kept) == whole:
+                found.append(part)
+        except UserError:
+            pass  # it is needed
+    return found
 
 
 def use_template(tokenizer, path):

@@ -64,7 +64,7 @@ class Encoder:
 
     def rendered(self, record):
         """The prompt's token ids as the template writes them."""
-        return chat.encode(self.tokenizer, record["prompt"], True, self.template_kwargs, record.get(DATE))
+        return chat.encode(self.tokenizer, record["prompt"], True, self.template_kwargs, record.get("tools"), record.get(DATE))
 
     def are_sampled(self, record, answers):
         """Whether the record has the token ids of its prompt and of these answers, and they are this tokenizer's."""
@@ -111,7 +111,7 @@ class Encoder:
         return prompt[:start], responses, +found
 
     def _render(self, record, messages, generation_prompt):
-        return chat.render(self.tokenizer, messages, generation_prompt, self.template_kwargs, record.get(DATE))
+        return chat.render(self.tokenizer, messages, generation_prompt, self.template_kwargs, record.get("tools"), record.get(DATE))
 
     def _ids(self, text):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from common import tokens
 from common.cli import UserError
-from common.records import Identifier, dumps, finite, is_empty, read_jsonl, record_id, to_messages
+from common.records import Identifier, dumps, finite, is_empty, read_jsonl, record_id, to_messages, to_tools
 
 CHOOSE_TYPES = ("max_min", "max_max", "max_random", "random", "max_min_p")
 PER_RESPONSE = ("responses", "rewards", "finish_reasons", "num_tokens", tokens.RESPONSES)  # K entries each
@@ -64,8 +64,9 @@ def read_rewarded(paths):
                 if key in record and len(record[key]) != len(record["responses"]):
                     counts = f"{len(record['responses'])} responses and {len(record[key])} {key}"
                     raise UserError(f"{where} has {counts}; generate and annotate it again")
-            messages = to_messages(record["prompt"], where)
-            yield record | {"id": str(record.get("id") or identify(messages)), "prompt": messages}, str(path)
+            messages, tools = to_messages(record["prompt"], where), to_tools(record.get("tools"), where)
+            own = {"id": str(record.get("id") or identify(messages, tools)), "prompt": messages} | ({"tools": tools} if tools else {})
+            yield record | own, str(path)
 
 
 def usable_responses(record, drop_truncated=False, drop_empty=False):

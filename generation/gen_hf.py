@@ -1,6 +1,6 @@
 r"""Generate K responses per prompt by asking OpenAI-compatible vLLM servers, as `register_server.sh` starts them.
 
-In:  prompts (hub name, save_to_disk folder, .jsonl, .json, .parquet, .csv) and the ports of servers of one model.
+In:  prompts (hub name, a data set's folder, .jsonl, .json, .parquet, .csv) and the ports of servers of one model.
 Out: `--output_dir`, a JSON Lines file with `id`, `prompt`, `responses`, `finish_reasons`, `num_tokens`, the token
      ids that were read and sampled, and the prompt's other fields, in the order of the prompt file.
 
@@ -45,7 +45,7 @@ HOW = {"ports", "hosts", "concurrency", "timeout", "retries", "give_up_after"}  
 
 async def check_tokenizer(session, server, model, args, tokenizer, item):
     """Refuse a tokenizer that encodes a prompt otherwise than the served model's own."""
-    text = chat.render(tokenizer, item.record["prompt"], True, args.template_kwargs, args.date)
+    text = chat.render(tokenizer, item.record["prompt"], True, args.template_kwargs, item.record.get("tools"), args.date)
     body = {"model": model, "prompt": text, "add_special_tokens": False}
     try:
         answer = await ask(session, f"{server.url}/tokenize", body, 60.0)
@@ -105,6 +105,7 @@ async def generate(args):
         tokenizer = sampling.load_tokenizer(args.tokenizer, args)
         stops = sampling.stop_ids(args.tokenizer, tokenizer, args)
         prompts = sampling.Prompts(args, tokenizer, output, limit, count)
+        prompts.check()
         left = prompts.size - len(output.done)
         if output.done:
             print(f"continuing: {len(output.done)} records are there, {left} to do")

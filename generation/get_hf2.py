@@ -1,6 +1,6 @@
 r"""Generate K responses per prompt with a vLLM engine in this process: one process per GPU or group of GPUs.
 
-In:  prompts (hub name, save_to_disk folder, .jsonl, .json, .parquet, .csv) and a policy.
+In:  prompts (hub name, a data set's folder, .jsonl, .json, .parquet, .csv) and a policy.
 Out: `--output_dir` is a prefix: shard i writes `PREFIXi.jsonl`, with `id`, `prompt`, `responses`, `finish_reasons`,
      `num_tokens`, the token ids that the engine read and sampled, and the prompt's other fields. `merge_data.py` puts the shards together.
 
@@ -203,6 +203,8 @@ def main():
         tokenizer = tokenizers[job.chat_template]
         stops = sampling.stop_ids(job.model_name_or_path, tokenizer, job)
         work.append((job, sampling.Prompts(job, tokenizer, output, limit, count, job.local_index, job.my_world_size), stops))
+    for _, prompts, _ in work:
+        prompts.check()
     left = sum(prompts.size for _, prompts, _ in work) - saved
     if saved:
         print(f"continuing: {saved} records are there, {left} to do")

@@ -10,16 +10,22 @@ from array import array
 
 from common import chat, models, tokens
 from common.cli import UserError, arg, existing_file
-from common.records import read_prompts, sample_seed, shard_range
+from common.manifest import beside
+from common.messages import text_of
+from common.records import BadRecord, read_prompts, sample_seed, shard_range
+
+SHOWN = 3  # bad prompts that are told in full; all are listed
 
 
 @dataclasses.dataclass(kw_only=True)
 class SamplingArguments:
     """Arguments of both generation scripts; each field's `help` is what `--help` shows."""
 
-    dataset_name_or_path: str | None = arg(None, "prompts: hub name, save_to_disk folder, .jsonl, .json, .parquet, .csv")
-    dataset_key: str | None = arg(None, "column of the prompts (the first of context_messages, messages, prompt)")
-    dataset_split: str = arg("train", "split of a hub data set or save_to_disk folder")
+    dataset_name_or_path: str | None = arg(None, "prompts: hub name or NAME:CONFIG, a data set's folder, .jsonl, .json, .parquet, .csv")
+    dataset_key: str | None = arg(None, "column of the prompts (the first of context_messages, messages, prompt, conversations)")
+    dataset_split: str = arg("train", "split of a data set; a file has none")
+    bad_prompts: str = arg("skip", "what becomes of a record that holds no prompt or one that the chat template refuses: it is "
+                           "skipped and listed, or the run is refused", ["skip", "refuse"])  # fmt: skip
     output_dir: str | None = arg(None, "where the answers go; see the top of this help")
     K: int = arg(8, "responses per prompt")
     temperature: float = arg(1.0, "sampling temperature; 0 is greedy and takes K 1")
@@ -40,7 +46,9 @@ class SamplingArguments:
 
 
 # Settings that do not shape the answers: where they go, how they are computed. All others stand in the manifest.
-NOT_SHAPING = {"overwrite", "output_dir", "dataset_name_or_path", "model_name_or_path", "tokenizer", "chat_template", "trust_remote_code"}
+NOT_SHAPING = {
+    "overwrite", "output_dir", "dataset_name_or_path", "model_name_or_path", "tokenizer", "chat_template", "trust_remote_code", "bad_prompts",
+}  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -116,9 +124,51 @@ class Prompts:
         self.args, self.tokenizer, self.output, self.count = args, tokenizer, output, count
         self.longest = min(args.max_input_length, limit - 1) if limit else args.max_input_length
         self.shard = shard_range(count, index, world)
-        self.size, self.order, self.literal = len(self.shard), array("Q"), 0
+        self.size, self.order, self.literal, self.bad = len(self.shard), array("Q"), 0, 0
         self.specials = chat.literal_specials(tokenizer)
         self.dated = {tokens.DATE: args.date} if chat.writes_date(tokenizer, args.template_kwargs) else {}
+
+    def check(self):
+        """Render every prompt of this shard, before anything heavy is started, and tell of those that cannot be used.
+
+        Raises:
+            UserError: there is one and `bad_prompts` is refuse, or the whole file holds no other.
+        """
+        chat.need_template(self.tokenizer)
+        usable, bad, silent = self.count == 0, [], {}
+        for number, record in enumerate(read_prompts_of(self.args)):
+            mine = number in self.shard
+            if usable and not mine:
+                if number >= self.shard.stop:
+                    break
+                continue
+            error = self.reason_against(record, number, silent if mine else {})
+            usable = usable or error is None
+            if mine and error is not None:
+                bad.append(str(error) if len(bad) < SHOWN else None)
+        if not usable:
+            raise UserError(f"{self.args.dataset_name_or_path} holds no prompt that can be used; the first: {(bad or [error])[0]}")
+        if bad and self.args.bad_prompts == "refuse":
+            more = f"; {len(bad) - 1} more prompts cannot be used" if len(bad) > 1 else ""
+            raise UserError(f"{bad[0]}{more}; mend or remove, or give --bad_prompts skip")
+        if bad:
+            print(f"warning: {len(bad)} of {self.size} prompts cannot be used and are skipped, for example: {'; '.join(filter(None, bad))}", flush=True)
+        for part, (first, total) in silent.items():
+            print(f"warning: the chat template leaves out the {part} of {total} prompts, so the policy does not see them; the first: {first}", flush=True)
+
+    def reason_against(self, record, number, silent):
+        """A UserError that says why a prompt cannot be used, or None; counts in `silent` what the template leaves out of it."""
+        if isinstance(record, BadRecord) or record["id"] in self.output.done:
+            return record if isinstance(record, BadRecord) else None
+        kwargs, where = self.args.template_kwargs, f"{self.args.dataset_name_or_path} record {number + 1}"
+        try:
+            chat.render(self.tokenizer, record["prompt"], True, kwargs, record.get("tools"), self.args.date)
+        except UserError as error:
+            return UserError(f"{where}: {error}")
+        for part in chat.left_out(self.tokenizer, record["prompt"], True, kwargs, record.get("tools")):
+            first, total = silent.get(part, (where, 0))
+            silent[part] = (first, total + 1)
+        return None
 
     def __iter__(self):
         """Yield the items that are to be answered, in file order."""
@@ -127,16 +177,27 @@ class Prompts:
                 break
             if number < self.shard.start:
                 continue
+            if isinstance(record, BadRecord):
+                self.skip_bad(record.id, record)
+                continue
             if record["id"] in self.output.done:
                 self.order.append(int(record["id"], 16))
                 continue
-            token_ids = chat.encode(self.tokenizer, record["prompt"], True, self.args.template_kwargs, self.args.date)
-            self.literal += any(s in m["content"] for m in record["prompt"] for s in self.specials)
+            try:
+                token_ids = chat.encode(self.tokenizer, record["prompt"], True, self.args.template_kwargs, record.get("tools"), self.args.date)
+            except UserError as error:
+                self.skip_bad(record["id"], f"{self.args.dataset_name_or_path} record {number + 1}: {error}")
+                continue
+            self.literal += any(s in text_of(m) for m in record["prompt"] for s in self.specials)
             if len(token_ids) > self.longest:
                 self.output.skip(record["id"], f"prompt has {len(token_ids)} tokens, more than {self.longest}")
                 continue
             self.order.append(int(record["id"], 16))
             yield Item(record | self.dated, token_ids, sample_seed(self.args.seed, self.args.iteration, record["id"]))
+
+    def skip_bad(self, prompt_id, reason):
+        self.bad += 1
+        self.output.skip(prompt_id, str(reason))
 
     def finish(self, seconds):
         """Complete the output and say what was read, written and skipped. `seconds`: what sampling it took, of the start that ends here."""
@@ -145,19 +206,26 @@ class Prompts:
         output.finish((f"{number:016x}" for number in self.order), counts)
         if self.literal:
             print(f"note: {self.literal} prompts hold the text of a special token; it is kept as the template tokenises it")
-        if output.skipped:
-            print(f"note: {output.skipped} prompts are longer than {self.longest} tokens and are skipped")
+        if output.skipped > self.bad:
+            print(f"note: {output.skipped - self.bad} prompts are longer than {self.longest} tokens and are skipped")
+        if self.bad:
+            print(f"warning: {self.bad} prompts cannot be used and are skipped; {beside(output.path, '.skipped.jsonl')} says why")
         print(f"read {self.count} prompts, wrote {records} records to {output.path}, skipped {output.skipped}")
 
 
 def read_prompts_of(args):
-    """The prompt records that `args` name."""
-    return read_prompts(args.dataset_name_or_path, args.dataset_key, args.dataset_split, args.system_prompt)
+    """The prompt records that `args` name, with a `BadRecord` in place of each that holds no prompt."""
+    return read_prompts(args.dataset_name_or_path, args.dataset_key, args.dataset_split, args.system_prompt, keep_bad=True)
 
 
 def count_prompts(args):
-    """Number of prompts; reads them all, so that a bad record is refused before anything heavy is loaded."""
-    return sum(1 for _ in read_prompts_of(args))
+    """Number of prompts, bad ones too; reads them all, so that a bad record is refused before anything heavy is loaded."""
+    count = 0
+    for record in read_prompts_of(args):
+        if isinstance(record, BadRecord) and args.bad_prompts == "refuse":
+            raise UserError(f"{record}; mend or remove it, or give --bad_prompts skip")
+        count += 1
+    return count
 
 
 def by_prefix(items, first, later=4096):

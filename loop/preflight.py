@@ -14,12 +14,12 @@ from pathlib import Path
 
 from annotate_data import get_rewards
 from annotate_data.functions import EXAMPLE
-from common import models, trackers
+from common import chat, models, trackers
 from common.cli import UserError, build, check_policy, existing_file, read_json
 from common.devices import gpu_memory, gpu_name
 from common.functions import function_file
 from common.progress import duration
-from common.records import is_local, read_prompts, record_id
+from common.records import BadRecord, is_local, read_prompts, record_id, with_system
 from dpo_iteration import memory, run_dpo
 from dpo_iteration.settings import reason_for_trl
 from generation import get_hf2
@@ -87,14 +87,73 @@ def estimate(count, prompts, samples, epochs, gpus, kind="A100"):
     )
 
 
-def local_prompts(name, generation, others=()):
-    """Hashes of a local prompt set's prompts, 8 bytes each; None for a set on the hub. `others` are the sets that have another part."""
+class Template:
+    """The chat template of a local model folder, for `chat.render`, without the seconds that loading a tokenizer takes."""
+
+    def __init__(self, folder, path=None):
+        folder = Path(folder)
+        config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+        tokens = {key: value.get("content") if isinstance(value, dict) else value for key, value in config.items() if key.endswith("_token")}
+        self.tokens = {key: value for key, value in tokens.items() if isinstance(value, str)}
+        self.name_or_path, self.chat_template = str(folder), config.get("chat_template")
+        for file in (folder / "chat_template.json", folder / "chat_template.jinja"):
+            if file.is_file():
+                self.chat_template = read_json(file).get("chat_template") if file.suffix == ".json" else file.read_text(encoding="utf-8")
+        chat.use_template(self, path)
+
+    def apply_chat_template(self, messages, tokenize=False, **given):
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        [text], _ = render_jinja_template([messages], chat_template=self.chat_template, **(self.tokens | given))
+        return text
+
+
+def template_of(name, generation):
+    """The template that writes the prompts, or None where the model or several templates of it are out of reach."""
+    if not Path(name).is_dir() or not (generation.get("chat_template") or has_template(name)):
+        return None
+    template = Template(name, generation.get("chat_template"))
+    return template if isinstance(template.chat_template, str) else None
+
+
+def local_prompts(name, generation, template=None, notes=None, others=()):
+    """Hashes of a local prompt set's prompts, 8 bytes each; None for a set on the hub.
+
+    Args:
+        name: the set.
+        generation: settings that say how its prompts are read and written.
+        template: Template that must take them, or None.
+        notes: list that gets a line where prompts cannot be used and will be skipped.
+        others: the sets that have another part, which a wrong name is not meant for.
+
+    Raises:
+        UserError: the set cannot be read, none of its prompts can be used, or one cannot and `bad_prompts` is refuse.
+    """
     if not is_local(name):
         return None
     if not Path(name).exists():
         existing_file(name, "prompt set", others)
     key, split = generation.get("dataset_key"), generation.get("dataset_split", "train")
-    return array("Q", (int(record_id(record["prompt"]), 16) for record in read_prompts(name, key, split)))
+    hashes, bad, first = array("Q"), 0, None
+    for number, record in enumerate(read_prompts(name, key, split, keep_bad=True), 1):
+        try:
+            if isinstance(record, BadRecord):
+                raise record
+            if template is not None:
+                messages = with_system(record["prompt"], generation.get("system_prompt"))
+                try:
+                    chat.render(template, messages, True, generation.get("template_kwargs"), record.get("tools"))
+                except UserError as error:
+                    raise UserError(f"{name} record {number}: {error}") from None
+        except UserError as error:
+            bad, first = bad + 1, first or error
+            continue
+        hashes.append(int(record_id(record["prompt"], tools=record.get("tools")), 16))
+    if bad and (not hashes or generation.get("bad_prompts") == "refuse"):
+        raise UserError(f"{first}" + (f"; {bad - 1} more prompts of {name} cannot be used" if bad > 1 else ""))
+    if bad and notes is not None:
+        notes.append(f"{bad} prompts of {name} cannot be used and will be skipped, the first: {first}")
+    return hashes
 
 
 class Findings:
@@ -219,8 +278,12 @@ def check_prompts(run, found):
         dict name → hashes of its prompts, None for a set on the hub; the held-out set is the last.
     """
     settings = run.settings
-    sets = {name: found.attempt(local_prompts, name, settings.generation, [settings.heldout_prompts]) for name in settings.prompts}
-    sets[settings.heldout_prompts] = found.attempt(local_prompts, settings.heldout_prompts, settings.generation | settings.heldout, settings.prompts)
+    own = dict.fromkeys(settings.prompts, settings.generation)
+    own[settings.heldout_prompts] = settings.generation | settings.heldout  # the last, also where it is a training set too
+    sets = {}
+    for name, generation in own.items():
+        template = found.attempt(template_of, settings.model_name_or_path, generation)
+        sets[name] = found.attempt(local_prompts, name, generation, template, found.notes, own.keys() - {name})
     heldout = set(sets[settings.heldout_prompts] or [])
     for name in dict.fromkeys(settings.prompts):
         both = sum(prompt in heldout for prompt in sets[name] or [])

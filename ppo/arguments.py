@@ -16,7 +16,7 @@ from dpo_iteration.output import launched
 NOT_SHAPING = {
     "model_name_or_path", "critic_name_or_path", "reward_name_or_path", "dataset_name_or_path", "chat_template", "output_dir",
     "overwrite", "trust_remote_code", "attn_implementation", "micro_batch_size", "gradient_checkpointing", "cpu_threads",
-    "save_steps", "save_total_limit", "keep_checkpoints", "logging_steps", "report_to", "project", "run_name",
+    "save_steps", "save_total_limit", "keep_checkpoints", "logging_steps", "report_to", "project", "run_name", "bad_prompts",
 }  # fmt: skip
 
 
@@ -36,9 +36,10 @@ class Arguments:
     system_prompt: str | None = arg(None, "put before every prompt that has no system turn")
     date: str | None = arg(None, "day for a template that writes today's, YYYY-MM-DD; None: that of the first start")
 
-    dataset_name_or_path: list[str] = arg(help="prompts, one set or several: hub name, save_to_disk folder, .jsonl, .json, …")
-    dataset_key: str | None = arg(None, "column of the prompts (the first of context_messages, messages, prompt)")
-    dataset_split: str = arg("train", "split of a hub data set or save_to_disk folder")
+    dataset_name_or_path: list[str] = arg(help="prompts, one set or several: hub name, a data set's folder, .jsonl, .json, …")
+    dataset_key: str | None = arg(None, "column of the prompts (the first of context_messages, messages, prompt, conversations)")
+    dataset_split: str = arg("train", "split of a data set; a file has none")
+    bad_prompts: str = arg("skip", "records that hold no prompt, or one that a chat template refuses: skip and list them, or refuse", ["skip", "refuse"])
     output_dir: str = arg(help="folder of the trained model")
     overwrite: bool = arg(False, "start anew where an output exists or is half done")
     seed: int = arg(42, "seed of sampling and of the order of prompts and responses")

@@ -19,7 +19,7 @@ NOT_SHAPING = {
     "tensor_parallel_size", "gpu_memory_utilization", "enforce_eager", "zero_stage", "offload", "packing", "max_tokens_per_gpu",
     "micro_batch_size", "attn_implementation", "model_size_b", "reward_size_b", "reward_gpus", "reward_batch_tokens", "patched_lora",
     "dry_run", "gradient_checkpointing", "kl_target", "kl_horizon", "value_coef", "whiten_rewards", "whiten_advantages", "bf16",
-    "reward_backend", "ignore_versions",
+    "reward_backend", "ignore_versions", "bad_prompts",
 }  # fmt: skip
 
 
@@ -41,8 +41,9 @@ class Arguments:
     reward_backend: str = arg("auto", "OpenRLHF's own reward model (the policy's tokens), or our server; auto: ours where tokens or "
                               "template differ", ["auto", "local", "server"])  # fmt: skip
     dataset_name_or_path: list[str] = arg(help="prompt sets: files, folders or hub names; one set of them all")
-    dataset_key: str | None = arg(None, "column of the prompts; None: context_messages, messages or prompt")
-    dataset_split: str = arg("train", "split of hub data sets")
+    dataset_key: str | None = arg(None, "column of the prompts; None: context_messages, messages, prompt or conversations")
+    dataset_split: str = arg("train", "split of data sets; a file has none")
+    bad_prompts: str = arg("skip", "records that hold no prompt, or one that the chat template refuses: skip and list them, or refuse", ["skip", "refuse"])
     output_dir: str = arg(help="folder of the trained model")
     overwrite: bool = arg(False, "start anew where an output exists or is half done")
     seed: int = arg(42, "seed of the prompts' choice, sampling and training")

@@ -6,12 +6,12 @@ import random
 import shutil
 from pathlib import Path
 
-from common import chat, models, records
+from common import models, records
 from common.cli import UserError
 from common.manifest import write_json
-from common.progress import Progress
 from dpo_iteration.output import write_jsonl
 from dpo_iteration.saved import generation_config
+from ppo.inputs import rendered_prompts
 
 OURS = ("generation_config.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates", models.TEKKEN)
 
@@ -25,24 +25,18 @@ def load_tokenizer(name, trust_remote_code=False, chat_template=None):
 
 
 def read_all(args, tokenizer):
-    """(records to write, skipped): every prompt of all sets in order; too long ones and literal twins are named in `skipped`."""
-    kept, skipped, seen = [], [], set()
-    progress = Progress(len(args.dataset_name_or_path), "prompts", "sets")
-    for name in args.dataset_name_or_path:
-        for record in records.read_prompts(name, args.dataset_key, args.dataset_split, args.system_prompt):
-            messages = record.pop("prompt")
-            text = chat.render(tokenizer, messages, True, args.template_kwargs, args.date)
-            tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-            if tokens > args.max_input_length:
-                skipped.append({"id": record["id"], "reason": "too long", "tokens": tokens})
-                continue
-            key = record["id"] if record["id"] not in seen else f"{record['id']}-{len(seen)}"  # the same prompt in two sets
-            seen.add(key)
-            # In the label as text: the reward functions' record, which OpenRLHF hands through untouched.
-            kept.append({"prompt": text, "label": records.dumps(record | {"id": key, "prompt": messages})})
-        progress.update()
-    progress.close()
-    return kept, skipped
+    """(records to write, skipped): every prompt of all sets in order; too long ones and those that cannot be used are named in `skipped`."""
+    kept, skipped, bad, seen = [], [], [], set()
+    for record, text in rendered_prompts(args, tokenizer, bad):
+        tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        if tokens > args.max_input_length:
+            skipped.append({"id": record["id"], "reason": "too long", "tokens": tokens})
+            continue
+        key = record["id"] if record["id"] not in seen else f"{record['id']}-{len(seen)}"  # the same prompt in two sets
+        seen.add(key)
+        # In the label as text: the reward functions' record, which OpenRLHF hands through untouched.
+        kept.append({"prompt": text, "label": records.dumps(record | {"id": key})})
+    return kept, [{"id": entry["id"], "reason": "cannot be used", "detail": entry["reason"]} for entry in bad] + skipped
 
 
 def whole_rollouts(args, kept):

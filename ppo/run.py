@@ -27,8 +27,8 @@ from ppo import arguments, openrlhf_arguments, train_ppo
 BACKENDS = {"openrlhf": "ppo.run_openrlhf", "small": "ppo.train_ppo"}
 # What `generation` and `annotation` say for evaluation holds for training too, unless `ppo` says otherwise: key there → key of a backend.
 SHARED = {
-    "generation": {key: key for key in ("dataset_key", "dataset_split", "chat_template", "template_kwargs", "system_prompt", "date", "trust_remote_code",
-                                        "max_input_length", "max_new_tokens", "temperature", "top_p")},
+    "generation": {key: key for key in ("dataset_key", "dataset_split", "bad_prompts", "chat_template", "template_kwargs", "system_prompt", "date",
+                                        "trust_remote_code", "max_input_length", "max_new_tokens", "temperature", "top_p")},
     "annotation": {"reward_type": "reward_type", "reward_function": "reward_function", "reward_weights": "reward_weights",
                    "chat_template": "reward_chat_template", "max_length": "reward_max_length"},
 }  # fmt: skip

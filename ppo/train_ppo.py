@@ -42,7 +42,7 @@ from common.records import sample_seed
 from dpo_iteration import saved
 from dpo_iteration.output import is_complete, is_main, say
 from ppo.arguments import Arguments, arguments, check, check_paths, check_samples, scoring, shaping  # noqa: F401 (arguments: for ppo/run.py)
-from ppo.inputs import load, load_critic, read_prompts, without_dropout
+from ppo.inputs import load, load_critic, read_prompts, scorable_prompts, without_dropout
 from ppo.output import Log, begin, finish, lock_output, save
 
 OFF_BY_ROUNDING = {"no": 1e-3, "bf16": 0.1}  # of a log-probability before anything was learned, mean over tokens, by precision
@@ -179,10 +179,9 @@ class PPO:
         threads = torch.get_num_threads()
         self.scorers = make_scorers(scoring(args))
         check_samples(args, [type(scorer).__name__ for scorer in self.scorers])
-        turns = {tuple(message["role"] for message in record["prompt"]): record["prompt"] for record in self.prompts}
+        self.prompts, refused = scorable_prompts(args, self.scorers, self.prompts)
+        self.skipped += refused
         for scorer in self.scorers:
-            for prompt in turns.values():
-                scorer.check(prompt)
             scorer.load()
         torch.set_num_threads(threads)
         self.critic = load_critic(args, self.tokenizer, self.scorers)

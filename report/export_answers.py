@@ -54,10 +54,9 @@ def instruction_of(record, where):
         UserError: it has several turns, or a system prompt, which the judge would not see.
     """
     roles = [message["role"] for message in record["prompt"]]
-    if roles != ["user"]:
-        raise UserError(
-            f"{where} has the turns {', '.join(roles)}, and these formats hold one user turn: leave such prompts out with --skip_multi_turn true"
-        )
+    if roles != ["user"] or record.get("tools"):
+        turns = f"the turns {', '.join(roles)}{' and tools' if record.get('tools') else ''}"
+        raise UserError(f"{where} has {turns}, and these formats hold one user turn: leave such prompts out with --skip_multi_turn true")
     return record["prompt"][0]["content"]
 
 

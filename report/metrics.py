@@ -98,7 +98,7 @@ def read_rewarded(path):
         sizes = len(record["responses"]), len(record["rewards"])
         if sizes[0] != sizes[1]:
             raise UserError(f"{path} record {number} has {sizes[0]} responses and {sizes[1]} rewards")
-        made = identify(record["prompt"])
+        made = identify(record["prompt"], records.to_tools(record.get("tools"), where))
         record = {"id": made} | record
         if not isinstance(record["id"], (str, int)):
             raise UserError(f"{where}: `id` is {str(record['id'])[:40]!r}, a text was expected")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.messages import CALLS, text_of
 from common.records import finite
 from report.run_data import sample_hash
 
@@ -26,9 +27,10 @@ def short(value):
 
 
 def turns(prompt):
-    """Messages as [role, text, …] lists; a string is a user's turn."""
+    """Messages as [role, text, …] lists, tool calls as JSON behind the text; a string is a user's turn."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return [[str(m.get("role", "")), *cut(str(m.get("content", "")))] for m in messages]
+    calls = [[json.dumps(m[key], ensure_ascii=False) for key in CALLS if m.get(key)] for m in messages]
+    return [[str(m.get("role", "")), *cut("\n".join(filter(None, [str(text_of(m)), *more])))] for m, more in zip(messages, calls, strict=True)]
 
 
 def responses(record, most=None, judged=None):

@@ -62,6 +62,22 @@ def test_every_kind_passes_the_check_before_the_run(settings, tmp_path, capsys):
         assert get_rewards.shaping(args, "a") == get_rewards.shaping(args, "a")
 
 
+def test_prompts_that_the_template_refuses_are_told_by_the_check(settings, tmp_path, capsys):
+    refusing = "{% for m in messages %}{{ raise_exception('not this') if m.content == 'bad' else bos_token + m.content }}{% endfor %}"
+    (tmp_path / "policy" / "chat_template.jinja").write_text(refusing)
+    (tmp_path / "policy" / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "<s>"}, "chat_template": "another"}))
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("good", "bad", 5, "fine")))
+    run = settings("bt")
+    preflight.check(run)
+    noted = capsys.readouterr().err
+    assert "2 prompts of" in noted and "train.jsonl record 2: the chat template of" in noted and "not this" in noted
+    run.settings.generation["bad_prompts"] = "refuse"
+    assert "train.jsonl record 2: the chat template" in (refused := told(run, capsys)) and "1 more prompts" in refused
+    run.settings.generation["bad_prompts"] = "skip"
+    (tmp_path / "heldout.jsonl").write_text(json.dumps({"prompt": "bad"}) + "\n")
+    assert "heldout.jsonl record 1: the chat template" in told(run, capsys)
+
+
 @pytest.mark.parametrize("models, annotation, named", [
     (("policy",), {}, "is a LlamaForCausalLM, as a policy is"),
     (("odd",), {}, "InternLM2ForRewardModel; known are"),

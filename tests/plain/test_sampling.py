@@ -4,10 +4,12 @@ import json
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
+from common.cli import UserError
 from common.manifest import Output, beside
 from generation import sampling
 
@@ -58,6 +60,52 @@ def test_what_is_done_is_not_tokenised_again_and_the_order_stays(prompts, tmp_pa
     assert "1 prompts hold the text of a special token" in capsys.readouterr().out
 
 
+def test_a_bad_prompt_costs_that_prompt(prompts, tmp_path, monkeypatch, capsys):
+    """The template refuses record 3; record 5 holds no prompt. Both are named before anything is answered, and listed."""
+    render = Tokenizer.apply_chat_template
+    monkeypatch.setattr(Tokenizer, "apply_chat_template", lambda self, m, **k: render(self, m) if m[-1]["content"] != "c" else 1 / 0)
+    texts = ["a", "b", "c", "d", 5, "f"]
+    found, output = prompts(texts)
+    found.check()
+    assert "2 of 6 prompts" in (told := capsys.readouterr().out) and "p.jsonl record 3: the chat template" in told and "record 5: a prompt is" in told
+    for item in found:
+        output.append(sampling.answered(item, ["x"], ["stop"], [1]))
+    found.finish(1.0)
+    rows, skipped = ([json.loads(line) for line in (tmp_path / name).read_text().splitlines()] for name in ("out0.jsonl", "out0.skipped.jsonl"))
+    assert [row["prompt"][-1]["content"] for row in rows] == ["a", "b", "d", "f"]
+    assert [entry["reason"].split(":")[0].rsplit("/", 1)[-1] for entry in skipped] == ["p.jsonl record 3", "p.jsonl record 5"]
+    assert "longer" not in (told := capsys.readouterr().out) and "2 prompts cannot be used" in told
+
+
+def test_a_bad_prompt_ends_the_run_where_that_is_asked_for(prompts, monkeypatch):
+    monkeypatch.setattr(Tokenizer, "apply_chat_template", lambda self, m, **k: m[-1]["content"] if m[-1]["content"] != "c" else 1 / 0)
+    found, _ = prompts(["a", "c", "c"], bad_prompts="refuse")
+    with pytest.raises(UserError, match="record 2: .* refuses the turns .* 1 more prompts .*--bad_prompts skip"):
+        found.check()
+    with pytest.raises(UserError, match="record 2: a prompt is .*--bad_prompts skip"):
+        Path(found.args.dataset_name_or_path).write_text('{"prompt": "a"}\n{"prompt": 7}\n')
+        sampling.count_prompts(found.args)
+
+
+def test_a_file_without_any_good_prompt_is_an_error_and_a_shard_without_one_is_not(prompts, monkeypatch):
+    monkeypatch.setattr(Tokenizer, "apply_chat_template", lambda self, m, **k: m[-1]["content"] if m[-1]["content"] != "c" else 1 / 0)
+    with pytest.raises(UserError, match="holds no prompt that can be used; the first: .*record 1: the chat template"):
+        prompts(["c"] * 4)[0].check()
+    with pytest.raises(UserError, match="holds no prompt that can be used; the first of 2: .*record 1: "):
+        prompts([1, 2])
+    for texts, index in ((["c", "c", "a", "a"], 0), (["a", "a", "c", "c"], 1)):
+        found, output = prompts(texts, index, 2)
+        found.check()
+        assert list(found) == [] and output.skipped == 2
+
+
+def test_tools_that_the_template_leaves_out_are_told(prompts, tmp_path, capsys):
+    found, _ = prompts(["a", "b"])
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "tools": [{"type": "function"}]}\n')
+    found.check()
+    assert "leaves out the tools of 1 prompts" in (told := capsys.readouterr().out) and "record 2" in told
+
+
 def test_shards_share_out_every_prompt(prompts):
     texts = [f"text {i % 7}" for i in range(23)]
     seen = [item.record["id"] for k in range(4) for item in prompts(texts, k, 4)[0]]
@@ -87,7 +135,7 @@ def test_a_bad_record_is_refused_before_anything_is_loaded_or_written(tmp_path, 
     (model / "config.json").write_text("{}")
     options = ["--model_name_or_path"] if script == "get_hf2.py" else ["--tokenizer"]
     command = [sys.executable, "-X", "importtime", str(ROOT / "generation" / script), *options, str(model)]
-    command += ["--dataset_name_or_path", str(tmp_path / "p.jsonl"), "--output_dir", str(tmp_path / "out")]
+    command += ["--dataset_name_or_path", str(tmp_path / "p.jsonl"), "--output_dir", str(tmp_path / "out"), "--bad_prompts", "refuse"]
     end = subprocess.run(command, capture_output=True, text=True, check=False)
     assert end.returncode == 2 and "record 2: a prompt is a string or a list of messages" in end.stderr
     assert "transformers" not in end.stderr and sorted(p.name for p in tmp_path.iterdir()) == ["model", "p.jsonl"]

@@ -80,6 +80,21 @@ def engine_vocabulary():
     return sampling.load_tokenizer(str(policy()), sampling.SamplingArguments())
 
 
+def test_a_prompt_that_the_template_refuses_is_met_before_the_engine_starts(starts, tmp_path, monkeypatch, capsys):
+    refusing = "{% for m in messages if m.content == 'bad' %}{{ raise_exception('not this') }}{% endfor %}" + micro.TEMPLATES["llama3"]
+    (tmp_path / "t.jinja").write_text(refusing)
+    source = write(tmp_path / "p.jsonl", "a", "b", "bad", "c")
+    argv = arguments(source, tmp_path / "out", chat_template=tmp_path / "t.jinja")
+    with pytest.raises(UserError, match="p.jsonl record 3: the chat template .* not this"):
+        get_hf2_main(monkeypatch, *argv, "--bad_prompts", "refuse")
+    assert starts == []
+    get_hf2_main(monkeypatch, *argv)
+    assert len(starts) == 1 and [r["prompt"][-1]["content"] for r in records(tmp_path / "out0.jsonl")] == ["a", "b", "c"]
+    [skipped] = records(beside(tmp_path / "out0.jsonl", ".skipped.jsonl"))
+    assert "p.jsonl record 3" in skipped["reason"] and read_manifest(tmp_path / "out0.jsonl")["counts"]["skipped"] == 1
+    assert "warning: 1 of 4 prompts cannot be used" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("count", [1, 7, 103])
 def test_every_prompt_once_whatever_the_number_of_shards(tmp_path, monkeypatch, starts, count):
     rows = micro.write_prompts(tmp_path / "p.jsonl", count)

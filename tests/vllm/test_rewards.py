@@ -362,10 +362,10 @@ def test_two_processes_agree_with_one(model, tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.glob("two*")) == ["two.jsonl", "two.manifest.json"]
 
     # one bad record meets one rank only: its error is told once, by rank 0
-    write(tmp_path / "bad.jsonl", [r | {"prompt": [{"role": "system", "content": "s"}, *r["prompt"]]} if i == 4 else r
-                                   for i, r in enumerate(generated(tmp_path / "bad.jsonl", 6, 1))])  # fmt: skip
+    generated(tmp_path / "bad.jsonl", 6, 1)
+    (tmp_path / "f.py").write_text("def score(messages, response, record):\n    return 1 / (record['id'] != 'r4')\n")
     arguments = ["--dataset_name_or_path", tmp_path / "bad.jsonl", "--output_dir", tmp_path / "bad_out.jsonl"]
-    code, out, err = outcome(launch(*arguments, "--reward_name_or_path", model("mistral"), processes=2))
+    code, out, err = outcome(launch(*arguments, "--reward_function", f"{tmp_path / 'f.py'}:score", processes=2))
     assert code != 0 and len(re.findall("^error: .*bad.jsonl record 5: ", err, re.M)) == 1
 
 
