@@ -27,7 +27,7 @@ from dpo_iteration import run_dpo
 from generation import gen_hf, get_hf2
 from generation.sampling import check_sampling, context_length
 from loop import preflight
-from loop.settings import CLIENT, LoopSettings, gpu_groups, processes
+from loop.settings import CLIENT, LoopSettings, gpu_groups, processes, refuse_other_kind
 from report import divergence
 
 STAGES = ("generate", "annotate", "train", "evaluate")
@@ -336,6 +336,7 @@ def setup(kind, description, argv):
     settings = parse(kind.Settings, description, argv)
     if not settings.run_dir.strip():
         raise UserError("run_dir is empty; name a folder, for example --run_dir runs/mine")
+    refuse_other_kind(settings)
     if not settings.without_gpu and not visible_gpus():
         raise UserError(f"this run needs GPUs and none is visible here; the same on tiny models: {kind.example}")
     print(f"run_dir={shlex.quote(settings.run_dir)}\nsetup_command={shlex.quote(settings.setup_command or '')}")
