@@ -4,6 +4,7 @@
 at where the hub answers; where not, it says what was left unchecked.
 """
 
+import re
 import shutil
 import sys
 from array import array
@@ -83,7 +84,10 @@ def local_prompts(name, generation, others=()):
     if not Path(name).exists():
         existing_file(name, "prompt set", others)
     key, split = generation.get("dataset_key"), generation.get("dataset_split", "train")
-    return array("Q", (int(record_id(record["prompt"]), 16) for record in read_prompts(name, key, split)))
+    try:
+        return array("Q", (int(record_id(record["prompt"]), 16) for record in read_prompts(name, key, split)))
+    except UserError as error:  # a script's flags are keys of the section here
+        raise UserError(re.sub(r"--(dataset_\w+)", r"--generation.\1", str(error))) from None
 
 
 class Findings:

@@ -198,9 +198,13 @@ def differs(policy, reward):
     turns = [{"role": role, "content": content} for role, content in PARTS]
     for count in (2, 4):
         rendered = chat.encode(policy, turns[:count], False)
-        text = chat.render(reward, turns[:count], False).removeprefix(reward.bos_token or "")
-        if rendered != reward(text)["input_ids"]:
+        text = chat.render(reward, turns[:count], False)
+        ids = reward(text.removeprefix(reward.bos_token or ""))["input_ids"]
+        if rendered != ids and text != chat.render(policy, turns[:count], False):
             return "the chat templates of policy and reward model write the same turns differently"
+        if rendered != ids:
+            bos = rendered[1:] == ids or ids[1:] == rendered
+            return f"policy and reward model read the same text as other tokens{': one with a BOS in front, the other without' if bos else ''}"
     if len(chat.turn_suffix(policy)) != 1:
         return "the template writes more behind a turn than the token that ends it, and the reward model reads its reward there"
     return None

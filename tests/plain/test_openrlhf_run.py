@@ -154,6 +154,16 @@ def test_the_server_answers_as_openrlhf_asks(models, monkeypatch):
     server.server_close()
 
 
+def test_a_server_that_is_stopped_does_not_speak_of_continuing(models):
+    """It is stopped at the end of every successful training."""
+    command = [sys.executable, ROOT / "ppo/serve_reward.py", "--policy", models["policy"], "--reward_function", models["function"], "--port", "0"]
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
+        first = server.stdout.readline()
+        server.send_signal(signal.SIGINT)
+        rest = server.stdout.read()
+    assert first.startswith("serving ") and rest == "the reward server was stopped\n" and server.returncode == 130, first + rest
+
+
 def test_what_cannot_be_a_reward_is_refused(models, monkeypatch, tmp_path):
     with pytest.raises(UserError, match="compares responses"):
         Rewards(reward_arguments(models, reward_name_or_path=[str(models["pairs"])])).load()
@@ -180,6 +190,10 @@ def test_tokens_and_templates_are_compared(models, tmp_path):
     other = load_tokenizer(str(models["same"]))
     other.chat_template = other.chat_template.replace("\n\n", "\n")
     assert "write the same turns differently" in differs(policy, other)
+    bare = load_tokenizer(str(models["same"]))
+    bare.add_bos_token = False
+    bare._tokenizer.post_processor = None
+    assert differs(policy, bare) == "policy and reward model read the same text as other tokens: one with a BOS in front, the other without"
     grown = load_tokenizer(str(models["same"]))
     grown.add_special_tokens({"pad_token": "[PAD]"})  # as FsfairX has
     assert differs(policy, grown) is None

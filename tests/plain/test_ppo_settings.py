@@ -189,6 +189,13 @@ def test_a_set_that_is_not_there_is_not_mistaken_for_one_that_has_another_part(s
     assert f"no such prompt set: {tmp_path}/tow.jsonl; there is {tmp_path}/two.jsonl" in told
 
 
+def test_a_column_that_is_not_there_is_named_by_its_key_in_the_run(settings, capsys):
+    with pytest.raises(UserError) as refused:
+        check(settings | {"generation": settings["generation"] | {"dataset_key": "promt"}})
+    assert "has no promt, did you mean 'prompt'?" in (told := capsys.readouterr().err + str(refused.value))
+    assert "--generation.dataset_key" in told and " --dataset_key" not in told
+
+
 def test_all_that_is_wrong_is_told_at_once_with_sizes_that_fit(settings, capsys):
     """The sizes of a small set: each was refused after the other had been mended."""
     wrong = {"rollout_batch_size": 128, "batch_size": 128, "micro_batch_size": 8, "clip": 0, "top_p": 2, "report_to": ["wanbd"]}
