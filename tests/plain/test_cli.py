@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import re
 import subprocess
 import sys
 import textwrap
@@ -282,3 +283,13 @@ def test_help_of_a_script_shows_its_example_in_lines():
 ])  # fmt: skip
 def test_counts_agree_with_their_nouns(number, one, many, text):
     assert count(number, one, many) == text
+
+
+def test_help_of_the_servers_lists_every_variable_with_its_default():
+    script = ROOT / "generation/register_server.sh"
+    head = script.read_text(encoding="utf-8").split("root=")[0]
+    variables = re.findall(r'^\w+="\$\{(\w+):-(.*?)\}"', head, re.MULTILINE)
+    done = subprocess.run(["bash", script, "--help"], capture_output=True, text=True, check=True)
+    assert len(variables) > 15
+    for name, default in variables:
+        assert re.search(rf"^  {name}={re.escape(default)} +\w", done.stdout, re.MULTILINE), name
