@@ -309,7 +309,7 @@ def _no_prompt(record, key, where):
 def sample_seed(run_seed, iteration, prompt_id, spacing=1024):
     """A prompt's sampling seed: a hash of run seed, iteration and prompt id, a multiple of `spacing` below 2**62.
 
-    The engine gives the i-th of n samples the seed + i, so seeds are spaced by more than any K (facts §2).
+    The engine gives the i-th of n samples the seed + i, so seeds are spaced by more than any K.
     """
     digest = hashlib.sha256(f"{run_seed}/{iteration}/{prompt_id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") % (2**62 // spacing) * spacing

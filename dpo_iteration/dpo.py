@@ -1,7 +1,7 @@
 """The DPO trainer: TRL's, fed with packed rows that share their prompts, on the losses of losses.py.
 
-TRL 1.16 is pinned exactly because `_prepare_dataset`, `_precompute_ref_logps`, `_compute_loss`, `_set_signature_columns_if_needed`,
-`_metrics` and the name `hash_module` in its module are private. What losses.py does not have (losses that depend on which pairs
+TRL 1.16 is pinned exactly because `_prepare_dataset`, `_precompute_ref_logps`, `_compute_loss`, `_total_train_tokens` and the name
+`hash_module` in its module are private. What losses.py does not have (losses that depend on which pairs
 share a pass, f-divergences, WPO, LD-DPO, the auxiliary loss of mixtures of experts) is TRL's own computation, padded.
 """
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from common import locks, records
-from common.cli import UserError
+from common.cli import UserError, count
 from common.manifest import beside, difference, fingerprint, read_manifest, versions, write_json, writing
 from common.progress import duration
 from dpo_iteration import adapters, card
@@ -129,12 +129,12 @@ def finish(args, selection, metrics, seconds):
     write_json(beside(args.output_dir, ".manifest.json"), manifest)
     reasons = ", ".join(f"{n} {reason}" for reason, n in counts["skipped"].items())
     skipped = f"{len(selection.skipped)}" + (f" ({reasons})" if reasons else "")
-    print(f"read {counts['records']} records, wrote {counts['pairs']} pairs to {pairs_path(args)}, skipped {skipped}")
+    print(f"read {count(counts['records'], 'record')}, wrote {count(counts['pairs'], 'pair')} to {pairs_path(args)}, skipped {skipped}")
     for name, what in NOTES.items():
         if counts.get(name):
             print(f"note: {counts[name]} {what}")
     for reason, n in counts["responses_left_out"].items():
-        print(f"note: {n} responses left out: {reason}")
+        print(f"note: {count(n, 'response')} left out: {reason}")
     for prefix, name in (("", "train"), ("eval_", "held out")):
         keys = ("loss", "rewards/accuracies", "rewards/margins")
         loss, accuracy, margin = (metrics.get(f"{prefix}{key}") for key in keys)

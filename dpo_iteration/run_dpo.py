@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
 from common import trackers
-from common.cli import UserError, arg, build, parse, run
+from common.cli import UserError, arg, build, count, parse, run
 from common.devices import check_processes, check_torch, gpu_memory, prepare_threads, visible_gpus
 from common.progress import Progress
 from dpo_iteration import adapters, hub, memory
@@ -157,7 +157,7 @@ def check_pairs(selection, args):
     if not training:
         raise UserError(f"all {len(selection.pairs)} pairs are held out: lower --eval_fraction {args.eval_fraction}")
     if training < world:
-        raise UserError(f"{training} training pairs for {world} processes ({read}): give --num_processes {training}")
+        raise UserError(f"{count(training, 'training pair')} for {count(world, 'process')} ({read}): give --num_processes {training}")
     if args.eval_fraction and training == len(selection.pairs):
         say(f"note: no pair is held out by --eval_fraction {args.eval_fraction}, so there will be no evaluation")
 
@@ -337,7 +337,7 @@ def accumulate(args, processes):
     at_once = args.per_device_train_batch_size * processes
     if args.global_batch_size % at_once:
         raise UserError(
-            f"--global_batch_size {args.global_batch_size} does not divide by {processes} processes × "
+            f"--global_batch_size {args.global_batch_size} does not divide by {count(processes, 'process')} × "
             f"--per_device_train_batch_size {args.per_device_train_batch_size}; change one of them"
         )
     args.gradient_accumulation_steps = args.global_batch_size // at_once

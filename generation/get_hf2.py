@@ -118,7 +118,7 @@ def start_engine(args, limit, needed):
     length = min(needed, limit or needed)
     options = {"gpu_memory_utilization": args.gpu_memory_utilization}
     if on_cpu:
-        # A seeded request must not be split over two steps there (facts §2), hence whole prompts in one step.
+        # A seeded request must not be split over two steps there, hence whole prompts in one step.
         options = {"enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": max(length, 4096)}
     if args.max_num_seqs is not None:
         options["max_num_seqs"] = args.max_num_seqs

@@ -134,8 +134,15 @@ def local_prompts(name, generation, template=None, notes=None, others=()):
     if not Path(name).exists():
         existing_file(name, "prompt set", others)
     key, split = generation.get("dataset_key"), generation.get("dataset_split", "train")
+    try:
+        return _hashes(name, read_prompts(name, key, split, keep_bad=True), generation, template, notes)
+    except UserError as error:  # a script's flags are keys of the section here
+        raise UserError(re.sub(r"--(dataset_\w+)", r"--generation.\1", str(error))) from None
+
+
+def _hashes(name, found, generation, template, notes):
     hashes, bad, first = array("Q"), 0, None
-    for number, record in enumerate(read_prompts(name, key, split, keep_bad=True), 1):
+    for number, record in enumerate(found, 1):
         try:
             if isinstance(record, BadRecord):
                 raise record
@@ -150,7 +157,7 @@ def local_prompts(name, generation, template=None, notes=None, others=()):
             continue
         hashes.append(int(record_id(record["prompt"], tools=record.get("tools")), 16))
     if bad and (not hashes or generation.get("bad_prompts") == "refuse"):
-        raise UserError(f"{first}" + (f"; {bad - 1} more prompts of {name} cannot be used" if bad > 1 else ""))
+        raise UserError(str(first) + (f"; {bad - 1} more prompts of {name} cannot be used" if bad > 1 else ""))
     if bad and notes is not None:
         notes.append(f"{bad} prompts of {name} cannot be used and will be skipped, the first: {first}")
     return hashes

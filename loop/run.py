@@ -31,7 +31,7 @@ from dpo_iteration import run_dpo
 from generation import gen_hf, get_hf2
 from generation.sampling import check_sampling, context_length
 from loop import preflight
-from loop.settings import CLIENT, LoopSettings, gpu_groups, gpus_of, processes
+from loop.settings import CLIENT, LoopSettings, gpu_groups, gpus_of, processes, refuse_other_kind
 from report import divergence
 
 STAGES = ("generate", "annotate", "train", "evaluate")
@@ -354,6 +354,7 @@ def setup(kind, description, argv):
     settings = parse(kind.Settings, description, argv)
     if not settings.run_dir.strip():
         raise UserError("run_dir is empty; name a folder, for example --run_dir runs/mine")
+    refuse_other_kind(settings)
     if not settings.without_gpu and not gpus_of(settings):
         raise UserError(
             f"this run needs GPUs and {none_visible()}: `without_gpu: true` in its YAML (or --without_gpu true) lets it use the CPU, which is for "

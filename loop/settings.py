@@ -1,10 +1,11 @@
 """The settings of a run, and how its stages are spread over the GPUs there are."""
 
 import dataclasses
+from pathlib import Path
 
 from annotate_data import get_rewards
 from common import trackers
-from common.cli import UserError, arg, build
+from common.cli import UserError, arg, build, read_yaml
 from common.devices import visible_gpus
 from dpo_iteration import run_dpo
 from generation import get_hf2
@@ -68,6 +69,20 @@ class LoopSettings(RunSettings):
 def gpus_of(settings):
     """Names of the run's GPUs: the visible ones, or as many as a plan is asked for."""
     return visible_gpus() if settings.num_gpus is None else [str(k) for k in range(settings.num_gpus)]
+
+
+def refuse_other_kind(settings):
+    """Refuse a folder that holds a run of the other driver, by that name and not by settings that differ.
+
+    Raises:
+        UserError: RUN/loop.yaml is of run_ppo.sh and `settings` of run_loop.sh, or the reverse.
+    """
+    path = Path(settings.run_dir) / "loop.yaml"
+    if not path.is_file():
+        return
+    held, names = "backend" in read_yaml(path), {True: "PPO (run_ppo.sh)", False: "DPO (run_loop.sh)"}
+    if held != hasattr(settings, "backend"):
+        raise UserError(f"{settings.run_dir} holds a run of {names[held]}, this would be one of {names[not held]}: give another --run_dir")
 
 
 def processes(settings):

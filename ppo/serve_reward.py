@@ -127,7 +127,11 @@ def main():
     server.server_activate()  # only now: who can connect gets a reward
     names = ", ".join(scorer.name for scorer in batcher.rewards.scorers)
     print(f"serving {names} at http://{args.host}:{server.server_port}/get_reward after {time.monotonic() - started:.0f}s", flush=True)
-    server.serve_forever()
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:  # by whom it was started for, or Ctrl-C; there is nothing to continue
+        print("the reward server was stopped", flush=True)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import re
 import subprocess
 import sys
 import textwrap
@@ -425,3 +426,13 @@ def test_the_adapter_that_training_leaves_names_its_merged_model(model):
     (own / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match=f"is an adapter .*: give {model}, into which it is merged"):
         cli.check_model(str(own))
+
+
+def test_help_of_the_servers_lists_every_variable_with_its_default():
+    script = ROOT / "generation/register_server.sh"
+    head = script.read_text(encoding="utf-8").split("root=")[0]
+    variables = re.findall(r'^\w+="\$\{(\w+):-(.*?)\}"', head, re.MULTILINE)
+    done = subprocess.run(["bash", script, "--help"], capture_output=True, text=True, check=True)
+    assert len(variables) > 15
+    for name, default in variables:
+        assert re.search(rf"^  {name}={re.escape(default)} +\w", done.stdout, re.MULTILINE), name

@@ -156,7 +156,7 @@ def test_wandb_is_switched_on_without_the_key_in_the_command(source, monkeypatch
 
 
 def test_the_real_validation_is_what_runs(source, monkeypatch):
-    """A command without engines, with packing, dies there as facts say: the harness is no parser of our own."""
+    """A command without engines, with packing, dies there: the harness is no parser of our own."""
     with pytest.raises(TypeError):
         openrlhf_stub.captured(source, ["--actor.model_name_or_path", "a", "--reward.model_name_or_path", "b", "--ds.packing_samples"], monkeypatch)
     with pytest.raises(AttributeError, match="split"):
@@ -225,20 +225,19 @@ def test_what_is_offered_fits_then():
     placed(arguments(), 4), placed(arguments(), 2, 141), placed(arguments(offload=True), 1, 141)
 
 
-def test_states_are_those_of_the_facts():
-    """192 GB of master weights and moments for policy and value model of 8 billion, on one GPU without sleeping roles."""
+def test_without_sleeping_roles_a_gpu_holds_a_model_with_all_its_states():
+    """Weights, gradients, master weights and moments of a model of 8 billion parameters, 16 bytes each."""
     args = arguments(zero_stage=2)
     one = shape_like(8.0)
     shares = {"actor": one, "ref": None, "critic": one, "reward": None}
     placement = placed(arguments(**SMALL, colocate=False), 4, billions=0.5)
-    assert 2 * 12 * one.parameters == pytest.approx(192e9)
     apart = needs(placement, shares, 1, args.gradient_checkpointing)[0]
     assert apart > 16 * one.parameters  # one GPU holds policy or value model with all states
 
 
 def test_a_model_beyond_one_gpu_gets_engines_of_several():
     found = placed(arguments(), 16, 80, billions=32, reward=True)
-    assert (found.tensor_parallel, found.engines, found.zero_stage) == (4, 4, 3) or (found.tensor_parallel, found.engines) == (2, 8)
+    assert (found.tensor_parallel, found.engines, found.zero_stage) == (2, 8, 3)
 
 
 def test_without_flash_attention_nothing_is_packed():

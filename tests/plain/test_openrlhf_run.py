@@ -155,6 +155,16 @@ def test_the_server_answers_as_openrlhf_asks(models, monkeypatch):
     server.server_close()
 
 
+def test_a_server_that_is_stopped_does_not_speak_of_continuing(models):
+    """It is stopped at the end of every successful training."""
+    command = [sys.executable, ROOT / "ppo/serve_reward.py", "--policy", models["policy"], "--reward_function", models["function"], "--port", "0"]
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
+        first = server.stdout.readline()
+        server.send_signal(signal.SIGINT)
+        rest = server.stdout.read()
+    assert first.startswith("serving ") and rest == "the reward server was stopped\n" and server.returncode == 130, first + rest
+
+
 def test_what_cannot_be_a_reward_is_refused(models, monkeypatch, tmp_path):
     with pytest.raises(UserError, match="compares responses"):
         Rewards(reward_arguments(models, reward_name_or_path=[str(models["pairs"])])).load()
@@ -181,6 +191,10 @@ def test_tokens_and_templates_are_compared(models, tmp_path):
     other = load_tokenizer(str(models["same"]))
     other.chat_template = other.chat_template.replace("\n\n", "\n")
     assert "write the same turns differently" in differs(policy, other)
+    bare = load_tokenizer(str(models["same"]))
+    bare.add_bos_token = False
+    bare._tokenizer.post_processor = None
+    assert differs(policy, bare) == "policy and reward model read the same text as other tokens: one with a BOS in front, the other without"
     grown = load_tokenizer(str(models["same"]))
     grown.add_special_tokens({"pad_token": "[PAD]"})  # as FsfairX has
     assert differs(policy, grown) is None
@@ -391,16 +405,9 @@ def test_wrong_set_ups_are_one_line_and_leave_nothing(runs, models, tmp_path):
         assert done.returncode == 2 and len(errors) == 1 and expected[name] in errors[0], (name, done.stderr)
 
 
-def test_arguments_are_what_the_contract_says():
-    """Shared keys of both backends, and settings that shape the model told from those that do not."""
-    shared = """model_name_or_path reward_name_or_path reward_type reward_function reward_weights dataset_name_or_path dataset_key dataset_split output_dir
-    overwrite seed trust_remote_code chat_template max_input_length max_new_tokens temperature top_p num_episodes max_rollouts rollout_batch_size
-    samples_per_prompt batch_size micro_batch_size ppo_epochs learning_rate critic_learning_rate lr_scheduler_type warmup_steps weight_decay
-    max_grad_norm kl_coef kl_target kl_horizon kl_estimator gamma gae_lambda clip value_clip value_coef missing_eos_penalty whiten_rewards
-    whiten_advantages bf16 gradient_checkpointing save_steps save_total_limit logging_steps report_to run_name keep_checkpoints""".split()
-    fields = openrlhf_arguments.Arguments.__dataclass_fields__
-    assert set(shared) <= set(fields) and set(fields) >= openrlhf_arguments.NOT_SHAPING
+def test_what_shapes_the_model_is_told_from_what_does_not():
     args = openrlhf_arguments.arguments({"model_name_or_path": "a/b", "reward_name_or_path": "c/d", "dataset_name_or_path": "p.jsonl", "output_dir": "o"})
     settings, inputs = run_openrlhf.shaping(args)
-    assert {"kl_coef", "batch_size", "seed", "max_new_tokens"} <= set(settings) and not {"num_gpus", "output_dir", "micro_batch_size"} & set(settings)
+    assert {"kl_coef", "batch_size", "seed", "max_new_tokens"} <= set(settings)
+    assert not {"num_gpus", "report_to", "project", "output_dir", "micro_batch_size"} & set(settings)
     assert inputs["reward_name_or_path 1"] == "c/d" and inputs["dataset_name_or_path 1"] == "p.jsonl"

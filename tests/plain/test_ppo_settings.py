@@ -1,5 +1,6 @@
 """The settings of a PPO run: every configs/ppo_*.yaml against its backend, what goes to train.yaml, and what is refused."""
 
+import dataclasses
 import json
 import shlex
 import subprocess
@@ -12,6 +13,7 @@ import yaml
 
 from common.cli import UserError, build
 from generation import get_hf2
+from loop import run as loop_run
 from loop import settings as run_settings
 from ppo import arguments, train_ppo
 from ppo import run as ppo_run
@@ -163,12 +165,36 @@ def test_wrong_set_ups_are_named(settings, capsys, wrong, named):
     assert named in capsys.readouterr().err + str(refused.value)
 
 
+def test_a_folder_of_the_other_kind_of_run_is_called_that(settings, tmp_path, monkeypatch, capsys):
+    """By both drivers, before anything is held, built or written."""
+    dpo = {"run_dir": str(tmp_path / "dpo"), "model_name_or_path": "a/b", "prompts": ["p"], "heldout_prompts": "h", "without_gpu": True}
+    for kind, values, name in ((PPORun, settings, "ppo"), (loop_run.Run, dpo, "dpo")):
+        Path(values["run_dir"]).mkdir()
+        Path(values["run_dir"], "loop.yaml").write_text(yaml.safe_dump(dataclasses.asdict(build(kind.Settings, values))))
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(values))
+    for kind, name, other, held, wanted in ((PPORun, "ppo", "dpo", "DPO (run_loop.sh)", "PPO (run_ppo.sh)"),
+                                            (loop_run.Run, "dpo", "ppo", "PPO (run_ppo.sh)", "DPO (run_loop.sh)")):  # fmt: skip
+        own, others = ({"dpo": dpo, "ppo": settings}[which]["run_dir"] for which in (name, other))
+        with pytest.raises(UserError) as refused:
+            loop_run.setup(kind, "", [str(tmp_path / f"{name}.yaml"), "--run_dir", others])
+        assert str(refused.value) == f"{others} holds a run of {held}, this would be one of {wanted}: give another --run_dir"
+        loop_run.setup(kind, "", [str(tmp_path / f"{name}.yaml")])
+        assert f"run_dir={own}" in capsys.readouterr().out
+
+
 def test_a_set_that_is_not_there_is_not_mistaken_for_one_that_has_another_part(settings, capsys, tmp_path):
     with pytest.raises(UserError) as refused:
         check(settings | {"heldout_prompts": str(tmp_path / "nothing.jsonl"), "prompts": [str(tmp_path / "tow.jsonl"), settings["prompts"][0]]})
     told = capsys.readouterr().err + str(refused.value)
     assert f"no such prompt set: {tmp_path}/nothing.jsonl; there are {tmp_path}/heldout.jsonl, {tmp_path}/two.jsonl" in told
     assert f"no such prompt set: {tmp_path}/tow.jsonl; there is {tmp_path}/two.jsonl" in told
+
+
+def test_a_column_that_is_not_there_is_named_by_its_key_in_the_run(settings, capsys):
+    with pytest.raises(UserError) as refused:
+        check(settings | {"generation": settings["generation"] | {"dataset_key": "promt"}})
+    assert "has no promt, did you mean 'prompt'?" in (told := capsys.readouterr().err + str(refused.value))
+    assert "--generation.dataset_key" in told and " --dataset_key" not in told
 
 
 def test_all_that_is_wrong_is_told_at_once_with_sizes_that_fit(settings, capsys):

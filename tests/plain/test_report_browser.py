@@ -5,7 +5,6 @@ not downloaded.
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -276,18 +275,3 @@ def test_60000_prompts(browser, tmp_path):
     context.close()
     print(f"{target.stat().st_size / 1e6:.1f} MB, {megabytes:.0f} MB of memory, {seconds:.2f} s of the page's thread")
     assert target.stat().st_size < 15e6 and megabytes < 500 and seconds < 3
-
-
-def test_screenshots(browser, html):
-    """Written where SCREENSHOTS says, to be looked at: `SCREENSHOTS=shots bash tests/run.sh tests/plain/test_report_browser.py`."""
-    folder = os.environ.get("SCREENSHOTS")
-    if not folder:
-        pytest.skip("SCREENSHOTS is not set")
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    phone = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
-    for name, options in (("light", {}), ("dark", {"color_scheme": "dark"}), ("phone", phone)):
-        opened = Seen(browser, html, **options)
-        opened.scroll()
-        opened.page.evaluate("scrollTo({top: 0, behavior: 'instant'})")
-        opened.page.screenshot(path=f"{folder}/{name}.png", full_page=True)
-        opened.context.close()

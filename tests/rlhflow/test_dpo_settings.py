@@ -83,15 +83,6 @@ def test_fields_read_from_source_are_those_of_the_class():
     assert set(settings.config_fields()) == {f.name for f in dataclasses.fields(DPOConfig)}
 
 
-def test_losses_are_those_of_trl():
-    import inspect
-
-    from trl.trainer.dpo_trainer import DPOTrainer
-
-    source = inspect.getsource(DPOTrainer._compute_loss)
-    assert all(f'loss_type == "{name}"' in source for name in settings.LOSSES)
-
-
 def test_settings_of_trl_are_passed_on_with_their_types(files, tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text(

@@ -376,7 +376,7 @@ def test_a_record_holds_the_tokens_that_were_read_and_sampled(tmp_path, monkeypa
     micro.write_prompts(tmp_path / "prompts.jsonl", 12)
     get_hf2_main(monkeypatch, *arguments(tmp_path / "prompts.jsonl", tmp_path / "g", K=4, max_new_tokens=200), "--eos_ids", *map(str, range(60)))
     tokenizer = sampling.load_tokenizer(str(policy()), get_hf2.Arguments(model_name_or_path=""))
-    stops, reasons = set(range(60)) | set(tokenizer.all_special_ids), []
+    stops, reasons = set(sampling.stop_ids(str(policy()), tokenizer, get_hf2.Arguments(model_name_or_path="", eos_ids=list(range(60))))), []
     for record in records(tmp_path / "g0.jsonl"):
         assert record["prompt_token_ids"] == chat.encode(tokenizer, record["prompt"], True)
         assert record["num_tokens"] == [len(ids) for ids in record["response_token_ids"]]
