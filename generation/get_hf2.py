@@ -44,7 +44,7 @@ class Arguments(sampling.SamplingArguments):
     jobs: list[dict] = arg([], "several data sets for one engine start (YAML only)")
 
 
-CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # that attention of vLLM 0.32's CPU build computes; a test asks it
+CPU_HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # that vLLM 0.32's CPU build has a kernel for; a test asks it
 HOW = {"tensor_parallel_size", "gpu_memory_utilization", "kv_cache_gib", "max_num_seqs", "jobs"}  # not what
 IN_ENGINE = 4  # sequences that the engine holds, decoding or waiting, per slot; enough that no slot ever waits for us
 FIRST = 256  # prompts that are tokenised before the engine starts; the others while it decodes

@@ -116,9 +116,6 @@ def compare(before, after, kind):
         answers among those whose texts are kept.
     """
     found = {}
-    if kind in before.answers and kind in after.answers:
-        texts = [{record["id"]: record["responses"] for record in iterate.answers[kind].kept} for iterate in (before, after)]
-        found["same"] = same_answers(*texts)
     for quantity in QUANTITIES:
         pair = values_of(before, kind, quantity), values_of(after, kind, quantity)
         if not all(pair):
@@ -137,6 +134,9 @@ def compare(before, after, kind):
             # lengths of the responses that have a reward, so that both lists are aligned
             lengths = [a.by_prompt(np.where(np.isfinite(a.rewards), a.lengths.astype(float), np.nan)) for a in answers]
             found["lc_win"] = measures.length_controlled_win_rate(old, new, *lengths)
+    if found and kind in before.answers and kind in after.answers:
+        texts = [{record["id"]: record["responses"] for record in iterate.answers[kind].kept} for iterate in (before, after)]
+        found["same"] = same_answers(*texts)
     return found
 
 

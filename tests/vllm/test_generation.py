@@ -410,13 +410,26 @@ def test_a_run_that_is_continued_on_another_day_writes_the_day_of_its_start(tmp_
 
 
 def test_the_head_sizes_are_those_of_the_cpu_build():
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+    """The kernels' own answer; the backend's list of sizes lacks 48, which works."""
+    import torch
+    import vllm._custom_ops as ops
 
-    assert tuple(CPUAttentionBackend.get_supported_head_sizes()) == get_hf2.CPU_HEAD_SIZES
+    def has_kernel(size):
+        try:
+            ops.cpu_attn_get_scheduler_metadata(
+                num_reqs=1, num_heads=2, num_kv_heads=1, head_dim=size, seq_lens=torch.tensor([4], dtype=torch.int32), dtype=torch.float32,
+                query_start_loc=torch.tensor([0, 4], dtype=torch.int32), causal=True, sliding_window_size=-1, isa="vec16", enable_kv_split=True,
+            )  # fmt: skip
+        except RuntimeError as error:
+            assert "Unsupported CPU attention configuration" in str(error)
+            return False
+        return True
+
+    assert tuple(size for size in range(1, 577) if has_kernel(size)) == get_hf2.CPU_HEAD_SIZES
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("size, works", [(16, False), (48, False), (80, True)])
+@pytest.mark.parametrize("size, works", [(16, False), (48, True)])
 def test_a_head_size_that_is_refused_does_not_work(tmp_path, size, works):
     """The engine itself, started in a process of its own, with the refusal and without."""
     model, prompts, output = micro.make_policy(tmp_path / "model", head_dim=size), tmp_path / "prompts.jsonl", tmp_path / "out"
