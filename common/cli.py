@@ -492,7 +492,7 @@ def missing_packages(error):
         elif isinstance(error, ImportError) or (isinstance(error, (ValueError, RuntimeError)) and "install" in text):
             words = re.search(r"packages that were not found in your environment: ([\w.\-, ]+?)\. ", text)  # of a model's own code
             names = words[1].split(", ") if words else re.findall(r"(?:pip install |need to install )(?:-U )?`?([A-Za-z][\w.\-]*)", text)
-            said = text.lower().replace("-", "_")
+            said = text.lower().replace("-", "_").replace("flashattention2", "flash_attn")
             names += [name for name in OPTIONAL if re.search(rf"\b{re.escape(name.lower().rpartition('.')[2])}\b", said)]
         for name in names:
             module = next((module for module, pip in OPTIONAL.items() if name in (module, pip) or name.startswith(module + ".")), None)

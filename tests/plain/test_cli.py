@@ -316,7 +316,8 @@ MISSING = [
      "pip install einops"),
     (ImportError("\nLlamaTokenizer requires the SentencePiece library but it was not found in your environment. Check out the instructions"),
      "pip install sentencepiece"),
-    (ImportError("FlashAttention2 has been toggled on, but it cannot be used due to the following error: the package flash_attn seems to be not installed."),
+    (ImportError("FlashAttention2 has been toggled on, but it cannot be used due to the following error: "
+                 "the package for FlashAttention2 doesn't seem to be installed."),
      "pip install flash-attn"),
     (ImportError("You need to install `bitsandbytes` in order to use bitsandbytes optimizers: `pip install -U bitsandbytes`"), "pip install bitsandbytes"),
     (ValueError("Couldn't instantiate the backend tokenizer. You need to have sentencepiece or tiktoken installed"), "pip install sentencepiece tiktoken"),
