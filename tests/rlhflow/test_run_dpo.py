@@ -178,11 +178,8 @@ def test_zero2_on_two_processes(work, single):
 
 
 def test_zero3_on_two_processes_leaves_a_loadable_model(work):
-    script = ROOT / "tests" / "rlhflow" / "launched.py"
-    done = start(*argv(work, "zero3", "--max_steps", "2", "--learning_rate", "1e-3"), launcher=launch("zero3"), script=script)
+    done = start(*argv(work, "zero3", "--max_steps", "2", "--learning_rate", "1e-3"), launcher=launch("zero3"))
     assert done.returncode == 0, done.stdout + done.stderr
-    kept = re.findall(r"of the reference (\d+) of (\d+) parts are kept", done.stdout)
-    assert len(kept) == 2 and all(int(some) == 0 < int(every) for some, every in kept)  # memory.py counts on it
     model, _ = loads_and_answers(work / "zero3", torch.bfloat16)
     assert moved(model.state_dict(), load_file(work / "policy" / "model.safetensors")) > 1e-4
     assert steps(work / "zero3")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
