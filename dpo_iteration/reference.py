@@ -14,7 +14,6 @@ import gc
 import hashlib
 import json
 import os
-import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -213,8 +212,6 @@ def _passes(rows, load, sharing, budget, at_once, pad_token_id, autocast, ld_alp
                     values[i, 0], values[i, 1] = chosen, rejected
         yield step, reduce(values, "sum")
     del model, base
-    if "deepspeed.runtime.zero.parameter_offload" in sys.modules:  # keeps every ZeRO-3 model in a list of its own
-        sys.modules["deepspeed.runtime.zero.parameter_offload"].FWD_MODULE_STACK.clear()
     gc.collect()
     if state.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -187,10 +187,8 @@ def test_zero3_on_two_processes_leaves_a_loadable_model(work):
     """And a tied one: the pieces come together as copies, the head's among them, which the start does not have."""
     before = load_file(micro.make_policy(work / "tied", tie_word_embeddings=True) / "model.safetensors")
     more = ["--model_name_or_path", work / "tied", "--max_steps", "2", "--learning_rate", "1e-3"]
-    done = start(*argv(work, "zero3", *more), launcher=launch("zero3"), script=ROOT / "tests" / "rlhflow" / "launched.py")
+    done = start(*argv(work, "zero3", *more), launcher=launch("zero3"))
     assert done.returncode == 0, done.stdout + done.stderr
-    kept = re.findall(r"of the reference (\d+) of (\d+) parts are kept", done.stdout)
-    assert len(kept) == 2 and all(int(some) == 0 < int(every) for some, every in kept)  # memory.py counts on it
     model, _ = loads_and_answers(work / "zero3", torch.bfloat16)
     after = load_file(work / "zero3" / "model.safetensors")
     assert set(after) == set(before) and "lm_head.weight" not in after and moved(after, before) > 1e-4
