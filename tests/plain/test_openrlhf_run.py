@@ -256,6 +256,7 @@ class Runs:
         patch.setenv("PYTHONPATH", str(stub))
         patch.syspath_prepend(str(stub))
         patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody is there: what is asked on this machine does not go through it
         self.work = folder / "iter1" / "model.work"
 
     def command(self, **more):
