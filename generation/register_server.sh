@@ -286,7 +286,7 @@ fi
 ((port >= 1 && port + servers <= 65536)) || fail "port=$port with servers=$servers: ports go from 1 to 65535"
 threads=$((cores / servers > 0 ? cores / servers : 1))
 cache_bytes=""
-if [[ -n $kv_cache_gib ]]; then cache_bytes="$(awk -v gib="$kv_cache_gib" 'BEGIN { printf "%d", gib * 2^30 }')"; fi
+if [[ -n $kv_cache_gib ]]; then cache_bytes="$(LC_ALL=C awk -v gib="$kv_cache_gib" 'BEGIN { printf "%d", gib * 2^30 }')"; fi
 
 mkdir -p "$state_dir" "$log_dir" 2>/dev/null || fail "cannot write $state_dir or $log_dir; give another state_dir=… and log_dir=…"
 # Of starts only: servers do not hold it, and stop ends a start that is at work.

@@ -82,6 +82,7 @@ def reward_server(settings, folder, gpus, patience=1800):
     with open(log, "wb") as file:
         command = [sys.executable, script, str(folder / "reward.yaml")]
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # http_proxy knows nothing of this machine
     try:
         end = time.monotonic() + patience
         while True:
@@ -89,7 +90,7 @@ def reward_server(settings, folder, gpus, patience=1800):
                 reason = next((line for line in reversed(last_lines(log)) if line.startswith("error: ")), " | ".join(last_lines(log, 3)))
                 raise UserError(f"the reward server does not run ({reason.removeprefix('error: ')}); its log is {log}")
             with contextlib.suppress(urllib.error.URLError, OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                direct.open(f"http://127.0.0.1:{port}/health", timeout=5).close()
                 break
             time.sleep(0.2)
         yield f"http://127.0.0.1:{port}/get_reward"

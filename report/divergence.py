@@ -11,7 +11,9 @@ Out: `divergence.jsonl`, a line a prompt: `id`, and for each of its K responses 
 With r = log π(token) − log π_ref(token) at each token of a response, in nats:
 
     kl   Σ r, averaged over a prompt's responses, then over prompts (k1 of http://joschu.net/blog/kl-approx.html, unbiased)
-    k3   Σ (exp(−r) − 1 + r), averaged alike: as unbiased, never negative, mostly of smaller variance
+    k3   Σ (exp(−r) − 1 + r), averaged alike: as unbiased, never negative, mostly of smaller variance. Null, with the reason
+         (`k3_null`), in bf16 and fp16: rounding that moves r by e adds about e²/2 a token, always upwards, which may be more than
+         the KL of a small step; in kl it cancels out. `--dtype float32` gives it
 
 `…_se` are standard errors over prompts, `…_per_token` the sums over all tokens by their number.
 
@@ -45,6 +47,8 @@ from common.records import dumps
 from common.tokens import Encoder, answers_of
 
 SCRIPT = "report/divergence.py"
+HALVES = ("bfloat16", "float16")
+K3_NULL = "computed in bf16 or fp16, whose rounding would add to it; --dtype float32 gives it"
 
 
 @dataclass
@@ -222,24 +226,33 @@ def summarise(entries, facts):
             continue
         ratios = [entry["logps"][i] - entry["ref_logps"][i] for i in known]
         kl.append(statistics.fmean(ratios))
-        k3.append(statistics.fmean(entry["k3"][i] for i in known))
         responses, tokens = responses + len(known), tokens + sum(entry["tokens"][i] for i in known)
-        total, total_k3 = total + sum(ratios), total_k3 + sum(entry["k3"][i] for i in known)
-    found = dict(zip(("kl", "kl_se", "k3", "k3_se"), (*mean_and_error(kl), *mean_and_error(k3))))
-    found |= {"kl_per_token": total / tokens if tokens else None, "k3_per_token": total_k3 / tokens if tokens else None}
+        total += sum(ratios)
+        values = [entry["k3"][i] for i in known]
+        if None not in values:
+            k3.append(statistics.fmean(values))
+            total_k3 += sum(values)
+    rounded = len(k3) < len(kl)
+    found = dict(zip(("kl", "kl_se", "k3", "k3_se"), (*mean_and_error(kl), *((None, None) if rounded else mean_and_error(k3)))))
+    found |= {"kl_per_token": total / tokens if tokens else None, "k3_per_token": total_k3 / tokens if tokens and not rounded else None}
     found = {key: None if value is None else round(value, 6) for key, value in found.items()}
+    facts = facts | ({"k3_null": K3_NULL} if rounded else {})
     return found | {"estimator": "k1", "prompts": len(kl), "responses": responses, "tokens": tokens} | facts
 
 
-def combine(record, policy, reference):
-    """The output's record: sums over each response's tokens of what the two models say (lists of lists, None where left out)."""
+def combine(record, policy, reference, rounded=False):
+    """The output's record: sums over each response's tokens of what the two models say (lists of lists, None where left out).
+
+    `rounded`: whether one of them was computed in half precision, so that there is no k3.
+    """
     entry = {"id": record["id"], "tokens": [], "logps": [], "ref_logps": [], "k3": []}
     for ours, theirs in zip(policy, reference, strict=True):
         values = (None,) * 4
         if ours is not None:
             ratios = [a - b for a, b in zip(ours, theirs, strict=True)]
             # Beyond 700 exp overflows; such a response says enough with what it has.
-            values = len(ours), sum(ours), sum(theirs), sum(math.exp(min(-r, 700.0)) - 1 + r for r in ratios)
+            k3 = None if rounded else sum(math.exp(min(-r, 700.0)) - 1 + r for r in ratios)
+            values = len(ours), sum(ours), sum(theirs), k3
         for key, value in zip(("tokens", "logps", "ref_logps", "k3"), values):
             entry[key].append(round(value, 6) if isinstance(value, float) else value)
     return entry
@@ -261,7 +274,8 @@ def run_model(policy, number, N, done, world, output, args, tokenizer, limit):
     """Save the log-probabilities that one model (number 0 the policy, 1 the reference) gives to what is not done.
 
     An entry of record i has the id number · N + i, `logps`, K lists of floats, null for a response that is left out, and
-    `retokenised` and `from_text`, numbers of responses. Ranks share out each chunk; rank 0 saves it.
+    `retokenised` and `from_text`, numbers of responses, and `dtype`, in which it was computed. Ranks share out each chunk; rank 0
+    saves it.
     """
     left = [i for i in range(N) if number * N + i not in done]
     if not left:
@@ -288,7 +302,7 @@ def run_model(policy, number, N, done, world, output, args, tokenizer, limit):
             except UserError as error:
                 raise UserError(f"{args.dataset_name_or_path} record {i + 1}: {' '.join(str(error).split())}") from None
             known = [k for k, ids in enumerate(responses) if ids and len(prompt) + len(ids) <= limit and prompt]
-            facts = {"retokenised": made["retokenised"], "from_text": len(responses) - made["as_sampled"]}
+            facts = {"retokenised": made["retokenised"], "from_text": len(responses) - made["as_sampled"], "dtype": policy.dtype}
             entries.append({"id": number * N + i, "logps": [None] * len(responses)} | facts)
             if known:
                 groups.append((prompt, [responses[k] for k in known]))
@@ -367,7 +381,7 @@ def finish(args, output, N, facts, seconds, processes):
             counts["left_out"] += ours["logps"].count(None)
             for key in ("retokenised", "from_text"):
                 counts[key] += ours[key]
-            yield combine(record, ours["logps"], theirs["logps"])
+            yield combine(record, ours["logps"], theirs["logps"], not {ours["dtype"], theirs["dtype"]}.isdisjoint(HALVES))
 
     counts = {}
     summary = summarise(entries(), facts) | counts | {"seconds": round(seconds, 1)}

@@ -34,7 +34,8 @@ def reward_of(args, record):
         return module.reward_func([query], [record["prompt"]], [record["label"]])["rewards"]
     body = json.dumps({"query": [query], "prompts": [record["prompt"]], "labels": [record["label"]]}).encode()
     request = urllib.request.Request(urls[0], body, {"Content-Type": "application/json"})
-    return json.load(urllib.request.urlopen(request, timeout=60))["rewards"]
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # its aiohttp does not look for proxies
+    return json.load(direct.open(request, timeout=60))["rewards"]
 
 
 def train(args):

@@ -144,6 +144,30 @@ def test_of_a_model_to_itself_it_is_nothing(models, tmp_path):
     assert summary["kl"] == summary["k3"] == 0.0 and summary["responses"] == 36
 
 
+def test_in_bf16_k3_is_rounding_and_not_shown(models, tmp_path, monkeypatch):
+    """Equal weights on both sides, computed in other layouts: kl is nothing within its error, k3 would be something, always above 0."""
+    torch.set_num_threads(1)
+    answers(tmp_path / "answers.jsonl", 3)
+    ids = torch.randint(3, 250, (6, 60), generator=torch.Generator().manual_seed(0)).tolist()
+    groups, found = [(prompt[:20], [prompt[20:40], prompt[40:]]) for prompt in ids], []
+    strong = micro.make_policy(tmp_path / "strong", num_hidden_layers=6, initializer_range=0.4)
+    for share in (True, False):
+        policy = divergence.Policy(str(strong), 1.0, dtype="bfloat16", share_prompts=share)
+        policy.load()
+        with torch.no_grad():
+            found.append([value for _, group in sorted(policy.logps(groups)) for one in group for value in one])
+    ratios = [a - b for a, b in zip(*found, strict=True)]
+    mean, error = divergence.mean_and_error(ratios)
+    k3, k3_error = divergence.mean_and_error([math.exp(-r) - 1 + r for r in ratios])
+    assert abs(mean) < 5 * error and k3 > 2 * k3_error
+    given = arguments(models, tmp_path / "answers.jsonl", tmp_path / "d.jsonl", "--dtype", "bfloat16")
+    monkeypatch.setattr(sys, "argv", ["divergence.py", *map(str, given)])
+    divergence.main()
+    summary, entries = json.loads((tmp_path / "d.json").read_text()), [json.loads(line) for line in (tmp_path / "d.jsonl").read_text().splitlines()]
+    assert summary["k3"] is summary["k3_se"] is summary["k3_per_token"] is None and "--dtype float32" in summary["k3_null"]
+    assert summary["kl"] is not None and summary["kl_se"] > 0 and {value for entry in entries for value in entry["k3"]} == {None}
+
+
 def test_two_processes_find_what_one_finds(models, tmp_path):
     answers(tmp_path / "answers.jsonl", 13)
     run(*arguments(models, tmp_path / "answers.jsonl", tmp_path / "one.jsonl", "--chunk_records", 5))
