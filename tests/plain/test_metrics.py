@@ -67,7 +67,7 @@ def test_measure_against_plain_sums(tmp_path):
         "prompts": 40, "K": 4, "null_rewards": 5, "reward": sum(means) / 39, "reward_se": spread / math.sqrt(39),
         "best_of_k": sum(map(max, finite)) / 39, "length": sum(n for r in rows for n in r["num_tokens"]) / 160,
         "truncated": sum(f == "length" for r in rows for f in r["finish_reasons"]) / 160,
-        "gold": sum(gold) / 40, "gold_se": statistics.stdev(gold) / math.sqrt(40),
+        "empty": 0.0, "gold": sum(gold) / 40, "gold_se": statistics.stdev(gold) / math.sqrt(40),
     }  # fmt: skip
     assert got == pytest.approx(expected, abs=1e-6)
 
@@ -76,7 +76,7 @@ def test_measure_says_none_for_what_the_file_does_not_tell(tmp_path):
     write(tmp_path / "g.jsonl", [{"prompt": "q", "responses": ["a"], "rewards": [2.0]}])
     got = metrics.measure(metrics.read_rewarded(tmp_path / "g.jsonl"))
     none = {"reward_se": None, "length": None, "truncated": None}
-    assert got == {"prompts": 1, "K": 1, "null_rewards": 0, "reward": 2.0} | none  # and no best of one
+    assert got == {"prompts": 1, "K": 1, "null_rewards": 0, "reward": 2.0, "empty": 0.0} | none  # and no best of one
 
 
 def test_bootstrap_interval_is_that_of_the_normal():

@@ -1,6 +1,7 @@
 """The settings of a PPO run: every configs/ppo_*.yaml against its backend, what goes to train.yaml, and what is refused."""
 
 import dataclasses
+import datetime
 import json
 import shlex
 import subprocess
@@ -74,6 +75,7 @@ def test_the_tiny_run_is_comparable_with_the_tiny_loop():
 def test_the_tiny_run_trains_as_the_yaml_for_use_by_hand():
     by_hand = train_ppo.arguments(yaml.safe_load((ROOT / "configs/train_ppo_tiny.yaml").read_text()))
     run = PPORun(build(PPOSettings, yaml.safe_load((ROOT / "configs/ppo_tiny.yaml").read_text())))
+    by_hand.date = run.settings.date  # resolved by each at its start
     assert train_ppo.shaping(run.arguments()) == train_ppo.shaping(by_hand)
 
 
@@ -87,17 +89,19 @@ def test_training_gets_what_evaluation_says_unless_ppo_says_otherwise(settings):
         "dataset_name_or_path": settings["prompts"], "output_dir": f"{settings['run_dir']}/iter1/model", "seed": 42,
         "dataset_key": "prompt", "max_input_length": 50, "max_new_tokens": 20, "temperature": 0.9, "top_p": 1.0, "kl_coef": 0.3,
         "reward_function": "my.py:score", "reward_weights": [1, 2], "batch_size": 8, "rollout_batch_size": 8, "bf16": False,
+        "date": str(datetime.date.today()),
     }  # fmt: skip
 
 
 def test_each_backend_gets_what_it_knows(settings):
-    """A reward model's own template and length have keys in one backend only; template_kwargs in the other."""
+    """A reward model's own template and length have keys in one backend only."""
     settings["annotation"] = {"chat_template": "my.jinja", "max_length": 300, "template_kwargs": {}}
     settings["generation"]["template_kwargs"] = {"enable_thinking": False}
     small, other = made(settings), made(settings | {"backend": "openrlhf"})
     assert small.training(1)["template_kwargs"] == {"enable_thinking": False} and "reward_chat_template" not in small.training(1)
     assert other.training(1)["reward_chat_template"] == "my.jinja" and other.training(1)["reward_max_length"] == 300
-    assert list(small.left_out()) == [("annotation", "chat_template")] and list(other.left_out()) == [("generation", "template_kwargs")]
+    assert other.training(1)["template_kwargs"] == {"enable_thinking": False}
+    assert list(small.left_out()) == [("annotation", "chat_template")] and list(other.left_out()) == []
 
 
 def test_placement_goes_to_openrlhf_alone(settings):
@@ -148,8 +152,8 @@ def test_what_is_right_passes_and_says_so(settings, capsys):
     ({"ppo": {"reward_clip": 8}}, "ppo: reward_clip for backend openrlhf alone; leave that out with backend small"),
     ({"ppo": {"clip": 0}}, "clip 0.0 must be above 0"),
     ({"ppo": {"batch_size": 8, "micro_batch_size": 4, "rollout_batch_size": 8}, "num_processes": 3}, "ppo.batch_size 8 does not divide by 3 processes"),
-    ({"generation": {"system_prompt": "Be brief."}}, "generation: PPO (backend small) would train without system_prompt"),
-    ({"heldout": {"system_prompt": "Be brief."}}, "would train without system_prompt"),
+    ({"generation": {"eos_ids": [1]}}, "generation: PPO (backend small) would train without eos_ids"),
+    ({"heldout": {"top_k": 5}}, "would train without top_k"),
     ({"annotation": {"chat_template": "x.jinja"}}, "annotation: PPO (backend small) would train without chat_template"),
     ({"generation": {"temprature": 1}}, "did you mean 'temperature'"),
     ({"reward_name_or_path": None}, "names no reward model"),

@@ -115,7 +115,7 @@ def test_what_shapes_a_reward_and_what_an_earlier_version_wrote():
     """One Bradley-Terry model has the settings that its manifests always had; everything new is noted unless default."""
     plain = build(get_rewards.Arguments, {"dataset_name_or_path": "a", "output_dir": "b"})
     settings, inputs = get_rewards.shaping(plain, "a")
-    assert set(settings) == {"max_length", "dtype", "revision", "template_kwargs"}
+    assert set(settings) == {"max_length", "dtype", "revision", "template_kwargs", "date"}
     assert inputs == {"dataset_name_or_path": "a", "reward_name_or_path": "sfairXC/FsfairX-LLaMA3-RM-v0.1", "chat_template": None}
     more = build(get_rewards.Arguments, {"dataset_name_or_path": "a", "output_dir": "b", "ranking": "tournament", "batch_tokens": 5})
     assert get_rewards.shaping(more, "a")[0] == settings | {"ranking": "tournament"}

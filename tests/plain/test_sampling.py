@@ -45,13 +45,13 @@ def test_what_is_done_is_not_tokenised_again_and_the_order_stays(prompts, tmp_pa
     found, output = prompts(texts, max_input_length=5)
     items = list(found)
     assert [item.record["prompt"][-1]["content"] for item in items] == ["b", "c", "b", "<s>"]
-    output.append(sampling.answered(items[2], ["x"], ["stop"], [1]))
+    output.append(sampling.answered(items[2], ["x"], ["stop"], [[1]]))
     del output, found.output
     found, output = prompts(texts, max_input_length=5)
     left = list(found)
     assert [item.record["id"] for item in left] == [items[k].record["id"] for k in (0, 1, 3)] and output.skipped == 1
     for item in reversed(left):
-        output.append(sampling.answered(item, ["y"], ["stop"], [1]))
+        output.append(sampling.answered(item, ["y"], ["stop"], [[1]]))
     found.finish(1.0)
     rows = [json.loads(line) for line in (tmp_path / "out0.jsonl").read_text().splitlines()]
     assert [(row["prompt"][-1]["content"], row["responses"]) for row in rows] == [("b", ["y"]), ("c", ["y"]), ("b", ["x"]), ("<s>", ["y"])]
@@ -69,7 +69,7 @@ def test_a_bad_prompt_costs_that_prompt(prompts, tmp_path, monkeypatch, capsys):
     found.check()
     assert "2 of 6 prompts" in (told := capsys.readouterr().out) and "p.jsonl record 3: the chat template" in told and "record 5: a prompt is" in told
     for item in found:
-        output.append(sampling.answered(item, ["x"], ["stop"], [1]))
+        output.append(sampling.answered(item, ["x"], ["stop"], [[1]]))
     found.finish(1.0)
     rows, skipped = ([json.loads(line) for line in (tmp_path / name).read_text().splitlines()] for name in ("out0.jsonl", "out0.skipped.jsonl"))
     assert [row["prompt"][-1]["content"] for row in rows] == ["a", "b", "d", "f"]
@@ -146,5 +146,5 @@ def test_the_wrong_environment_is_named(tmp_path):
     bare = [sys.executable, "-S", "-c", code.format("vllm"), str(ROOT)]  # -S: without the packages of this environment
     end = subprocess.run(bare, capture_output=True, text=True, check=False)
     assert end.returncode == 2 and end.stderr.startswith("error: ") and "no package vllm" in end.stderr and "use_env" in end.stderr
-    other = subprocess.run([*bare[:3], code.format("nowhere"), str(ROOT)], capture_output=True, text=True, check=False)
+    other = subprocess.run([*bare[:3], code.format("common.nowhere"), str(ROOT)], capture_output=True, text=True, check=False)
     assert other.returncode == 1 and "Traceback" in other.stderr  # a bug stays a bug
