@@ -211,10 +211,22 @@ def _passes(rows, load, sharing, budget, at_once, pad_token_id, autocast, ld_alp
                 if scale:  # a row without a pair holds another's
                     values[i, 0], values[i, 1] = chosen, rejected
         yield step, reduce(values, "sum")
+    let_go(base)
     del model, base
     gc.collect()
     if state.device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def let_go(model):
+    """Free the weights of a model that ZeRO-3 has partitioned, whoever still holds the model.
+
+    DeepSpeed keeps every model that it has run, in a list of its module and in the cache of one of its methods.
+    """
+    for parameter in model.parameters():
+        if hasattr(parameter, "ds_tensor"):
+            for tensor in (parameter.ds_tensor, parameter):
+                tensor.data = tensor.data.new_empty(0)
 
 
 def ready(model, config, sharing):

@@ -187,8 +187,10 @@ def test_zero3_on_two_processes_leaves_a_loadable_model(work):
     """And a tied one: the pieces come together as copies, the head's among them, which the start does not have."""
     before = load_file(micro.make_policy(work / "tied", tie_word_embeddings=True) / "model.safetensors")
     more = ["--model_name_or_path", work / "tied", "--max_steps", "2", "--learning_rate", "1e-3"]
-    done = start(*argv(work, "zero3", *more), launcher=launch("zero3"))
+    done = start(*argv(work, "zero3", *more), launcher=launch("zero3"), script=ROOT / "tests" / "rlhflow" / "launched.py")
     assert done.returncode == 0, done.stdout + done.stderr
+    size, kept = (list(map(int, re.findall(said, done.stdout))) for said in (r"reference has (\d+) bytes", r"of the reference (\d+) bytes are kept"))
+    assert min(size) > 5e4 and kept == [0, 0]  # memory.py counts the larger of reference and policy
     model, _ = loads_and_answers(work / "zero3", torch.bfloat16)
     after = load_file(work / "zero3" / "model.safetensors")
     assert set(after) == set(before) and "lm_head.weight" not in after and moved(after, before) > 1e-4

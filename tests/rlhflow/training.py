@@ -32,8 +32,8 @@ def write_rewarded(path, count=24, seed=0, K=4, **change):
     return rows
 
 
-def start(*argv, launcher=(), cwd=None, **environment):
-    """The finished process of `run_dpo.py ARGV`, or of `accelerate launch LAUNCHER run_dpo.py ARGV`."""
+def start(*argv, launcher=(), cwd=None, script=SCRIPT, **environment):
+    """The finished process of `run_dpo.py ARGV`, or of `accelerate launch LAUNCHER run_dpo.py ARGV`; `script`: in its place."""
     program = ["-m", "accelerate.commands.launch", *map(str, launcher)] if launcher else []
     hidden = ("CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     env = (
@@ -41,7 +41,7 @@ def start(*argv, launcher=(), cwd=None, **environment):
         | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         | environment
     )
-    command = [sys.executable, *program, SCRIPT, *map(str, argv)]
+    command = [sys.executable, *program, str(script), *map(str, argv)]
     return subprocess.run(command, cwd=cwd or ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
