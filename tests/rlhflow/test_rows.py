@@ -216,6 +216,20 @@ def test_a_prompt_is_dated_by_the_day_of_its_sampling():
         chat.parse_date("29.2.2024")
 
 
+def test_what_is_asked_of_a_template_needs_no_turns_that_it_refuses():
+    """A system turn that must be there or that alone is dated, line breaks that are added tokens, content in parts."""
+    tokenizer = micro.make_tokenizer("chatml")
+    plain, end = tokenizer.chat_template, tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tokenizer.chat_template = "{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}{{ strftime_now('%d') }}" + plain
+    assert chat.writes_date(tokenizer) and chat.end_of_turn(tokenizer) == end
+    tokenizer.chat_template = plain.replace("<|im_end|>", "\n<|im_end|>")
+    tokenizer.add_tokens(["\n"])
+    assert chat.end_of_turn(tokenizer) == end and chat.stop_token_ids(tokenizer) == [end]
+    tokenizer.chat_template = plain.replace("m.content", "m.content[0].text")
+    with pytest.raises(UserError, match="leaves out the text of a turn"):
+        chat.end_of_turn(tokenizer)
+
+
 def test_a_long_response_is_cut_on_the_right():
     tokenizer = micro.make_tokenizer()
     whole, _ = PairTokenizer(tokenizer, 500, 400)(make_pair())
