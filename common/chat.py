@@ -87,7 +87,7 @@ def encode_for_classifier(tokenizer, text, added=None):
     """
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     front, behind = added or added_specials(tokenizer)
-    if ids[: len(front)] != front:
+    if ids[: len(front)] != front and not text.lstrip().startswith("".join(tokenizer.convert_ids_to_tokens(front))):
         ids = front + ids
     if behind and ids[-len(behind) :] != behind:
         ids = ids + behind
