@@ -185,7 +185,7 @@ class Backbone:
         except Exception as error:
             raise UserError(f"cannot load the {self.what} {self.name}: {one_line(error)}") from None
         self.refuse_missing(report["missing_keys"])
-        self.left_out = report["unexpected_keys"]
+        self.unplaced = report["unexpected_keys"]
         self.attention = self.attention or getattr(self.model.config, "_attn_implementation", None)
         embeddings = getattr(self.model.base_model, "embeddings", None)
         places, first = getattr(embeddings, "position_embeddings", None), getattr(embeddings, "padding_idx", None)

@@ -70,7 +70,7 @@ class BradleyTerry(Backbone):
         import transformers
 
         self.load_weights(transformers.AutoModelForSequenceClassification)
-        heads = [key for key in self.left_out if key.split(".")[0] in ("score", "classifier", "v_head", "value_head", "reward_head")]
+        heads = [key for key in self.unplaced if key.split(".")[0] in ("score", "classifier", "v_head", "value_head", "reward_head")]
         if heads == ["score.bias"]:
             print(f"note: {self.name}: its score.bias has no place in its architecture; rewards are off by that constant")
         elif heads:

@@ -63,12 +63,9 @@ def encode(tokenizer, messages, generation_prompt, template_kwargs=None, tools=N
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def writes_date(tokenizer, template_kwargs=None):
-    """Whether the template asks for today's date."""
-    asked = []
-    clock = {"strftime_now": lambda form: asked.append(form) or ""}
-    render(tokenizer, [{"role": "user", "content": "a"}], True, clock | (template_kwargs or {}))
-    return bool(asked)
+def writes_date(tokenizer):
+    """Whether the template may ask for today's date; some do for a system turn or tools alone."""
+    return "strftime_now" in str(tokenizer.chat_template)
 
 
 def added_specials(tokenizer):
@@ -90,7 +87,7 @@ def encode_for_classifier(tokenizer, text, added=None):
     """
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     front, behind = added or added_specials(tokenizer)
-    if ids[: len(front)] != front:
+    if ids[: len(front)] != front and not text.lstrip().startswith("".join(tokenizer.convert_ids_to_tokens(front))):
         ids = front + ids
     if behind and ids[-len(behind) :] != behind:
         ids = ids + behind
@@ -131,16 +128,27 @@ def use_template(tokenizer, path):
 def turn_suffix(tokenizer, template_kwargs=None):
     """Token ids that the template writes behind an assistant's text (Llama-3: `<|eot_id|>`; ChatML: `<|im_end|>\\n`)."""
     mark = "Zebra"
-    text = render(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}], False, template_kwargs)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
+    try:
+        text = render(tokenizer, turns, False, template_kwargs)
+    except UserError as error:
+        try:  # some templates want a system turn
+            text = render(tokenizer, [{"role": "system", "content": "a"}, *turns], False, template_kwargs)
+        except UserError:
+            raise error from None
+    if mark not in text:
+        raise UserError(f"the chat template of {tokenizer.name_or_path} leaves out the text of a turn (it may be for content in parts): "
+                        "give one for text with --chat_template FILE")  # fmt: skip
     return tokenizer(text[text.rindex(mark) + len(mark) :], add_special_tokens=False)["input_ids"]
 
 
 def end_of_turn(tokenizer, template_kwargs=None):
     """The token with which the template closes an assistant's turn, or None (GLM's do not: the next turn's role closes it).
 
-    It is the last token that a policy samples. What the template writes behind it (ChatML's newline) is nobody's choice.
+    It is the last token that a policy samples. What the template writes behind it (ChatML's newline) is nobody's choice. White
+    space that is an added token (Gemma's line breaks) closes nothing: answers are full of it.
     """
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip())}
     return next((token for token in turn_suffix(tokenizer, template_kwargs) if token in special), None)
 
 

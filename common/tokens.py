@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from common import chat
 
 PROMPT, RESPONSES, DATE = "prompt_token_ids", "response_token_ids", "prompt_date"  # fields of a record
+BROKEN = "\ufffd"  # what a tokenizer writes for bytes that make no character
 
 
 @dataclass
@@ -31,9 +32,9 @@ def answers_of(record):
     return [Answer(*values) for values in zip(record["responses"], *told, strict=True)]
 
 
-def are_ids(value, size=None):
-    """Whether a JSON value is a list of token ids, below `size` where that is given."""
-    return isinstance(value, list) and all(type(i) is int and 0 <= i and (size is None or i < size) for i in value)
+def are_ids(value):
+    """Whether a JSON value is a list of token ids."""
+    return isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)
 
 
 def common_prefix(ids, others):
@@ -41,9 +42,24 @@ def common_prefix(ids, others):
     return next((i for i, pair in enumerate(zip(ids, others)) if pair[0] != pair[1]), min(len(ids), len(others)))
 
 
-def _squeezed(text):
-    """A text without what two ways of decoding may disagree about: white space and halves of characters."""
-    return "".join(text.replace("\ufffd", "").split())
+def is_decoded(text, decoded):
+    """Whether an engine's text is what token ids decode to, whatever two ways of decoding may disagree about.
+
+    That is white space and bytes that make no character. An engine decodes token by token and has written a character before
+    such bytes come; decoded at once, a run of byte tokens with them may be nothing but U+FFFD. So those stand for any text.
+    """
+    text, decoded = ("".join(one.split()) for one in (text.replace(BROKEN, ""), decoded))
+    first, *others = decoded.split(BROKEN)
+    if not others:
+        return text == decoded
+    if not text.startswith(first):
+        return False
+    at = len(first)
+    for part in others[:-1]:
+        at = text.find(part, at) + len(part)
+        if at < len(part):
+            return False
+    return text.endswith(others[-1]) and len(text) - len(others[-1]) >= at
 
 
 class Encoder:
@@ -60,7 +76,7 @@ class Encoder:
     def __init__(self, tokenizer, template_kwargs=None):
         self.tokenizer, self.template_kwargs = tokenizer, template_kwargs or {}
         self.end_of_turn = chat.end_of_turn(tokenizer, self.template_kwargs)
-        self.size = len(tokenizer)
+        self.size = max(tokenizer.get_vocab().values()) + 1
 
     def rendered(self, record):
         """The prompt's token ids as the template writes them."""
@@ -68,13 +84,21 @@ class Encoder:
 
     def are_sampled(self, record, answers):
         """Whether the record has the token ids of its prompt and of these answers, and they are this tokenizer's."""
-        if not are_ids(record.get(PROMPT), self.size) or not record[PROMPT]:
+        prompt = record.get(PROMPT)
+        if not are_ids(prompt) or not prompt or max(prompt) >= self.size:
             return False
-        return all(are_ids(answer.token_ids, self.size) and self._is_text(answer) for answer in answers)
+        return all(are_ids(answer.token_ids) and self._is_text(answer) for answer in answers)
 
     def _is_text(self, answer):
-        decoded = self.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
-        return _squeezed(decoded) == _squeezed(answer.text)
+        if is_decoded(answer.text, self._text(answer.token_ids)):
+            return True
+        # The engine leaves the token that ended a response out of its text, be it a special token or a word.
+        return answer.finish_reason != "length" and is_decoded(answer.text, self._text(answer.token_ids[:-1]))
+
+    def _text(self, ids):
+        # A model may have embeddings beyond its tokenizer's vocabulary, for round numbers: sampled, they are no text.
+        known = [i for i in ids if i < self.size]
+        return self.tokenizer.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def __call__(self, record, answers):
         """(the prompt's ids, a list of each answer's, Counter).

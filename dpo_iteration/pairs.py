@@ -75,7 +75,7 @@ def usable_responses(record, drop_truncated=False, drop_empty=False):
     reasons = record.get("finish_reasons") or [None] * len(record["responses"])
     ids = record.get(tokens.RESPONSES) or [None] * len(record["responses"])
     for i, (text, reward, finish, sampled) in enumerate(zip(record["responses"], record["rewards"], reasons, ids)):
-        what = tuple(sampled) if tokens.are_ids(sampled) else text  # texts may be equal where control tokens differ
+        what = text, tuple(sampled) if tokens.are_ids(sampled) else None  # texts may be equal where control tokens differ
         if not isinstance(text, str) or (drop_empty and is_empty(text)):
             left_out["empty response"] += 1
         elif not finite(reward):

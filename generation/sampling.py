@@ -126,7 +126,7 @@ class Prompts:
         self.shard = shard_range(count, index, world)
         self.size, self.order, self.literal, self.bad = len(self.shard), array("Q"), 0, 0
         self.specials = chat.literal_specials(tokenizer)
-        self.dated = {tokens.DATE: args.date} if chat.writes_date(tokenizer, args.template_kwargs) else {}
+        self.dated = {tokens.DATE: args.date} if chat.writes_date(tokenizer) else {}
 
     def check(self):
         """Render every prompt of this shard, before anything heavy is started, and tell of those that cannot be used.

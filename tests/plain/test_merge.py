@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "generation" / "merge_data.py"
 SETTINGS = {"K": 2, "seed": 42}
 
 
-def shard(folder, index, world, count=7, settings=SETTINGS, skip=()):
+def shard(folder, index, world, count=7, settings=SETTINGS, skip=(), more=None):
     """Shard `index` as get_hf2.py leaves it: prompts are numbered, those in `skip` are listed as skipped."""
     inputs = {"dataset_name_or_path": folder / "prompts.jsonl"}
     output = Output(
@@ -24,7 +24,7 @@ def shard(folder, index, world, count=7, settings=SETTINGS, skip=()):
     mine = [i for i in shard_range(count, index, world)]
     kept = [i for i in mine if i not in skip]
     for i in reversed(kept):
-        output.append({"id": f"id{i}", "responses": [f"\u2028{i}", ""]})
+        output.append({"id": f"id{i}", "responses": [f"\u2028{i}", ""]} | (more or {}))
     for i in mine:
         if i in skip:
             output.skip(f"id{i}", "too long")
@@ -149,6 +149,17 @@ def test_settings_inputs_and_prompt_counts_must_agree(folder):
     (folder / "prompts.jsonl").write_text("others")
     shard(folder, 1, 2)
     refused(merge(folder, 2), "dataset_name_or_path", "different files")
+
+
+def test_shards_of_two_days_agree_where_no_prompt_is_dated(folder):
+    for dated in (False, True):
+        for index in range(2):
+            shard(folder, index, 2, settings=SETTINGS | {"date": f"2026-01-0{index + 1}"}, more={"prompt_date": "x"} if dated else {})
+        done = merge(folder, 2, output=f"merged{dated}.jsonl")
+        assert (done.returncode == 0) != dated, done.stderr
+        for path in folder.glob("gen*"):
+            path.unlink()
+    assert "date '2026-01-01'" in done.stderr
 
 
 def test_damage_is_found(three):

@@ -113,6 +113,8 @@ def test_responses_of_equal_text_and_other_tokens_are_two():
     pair, _, left_out = make_pair(row)
     assert indices(pair) == (1, 0) and left_out == {"repeated response": 1}
     assert pair["chosen_token_ids"] == [1, 3] and pair["rejected_token_ids"] == [1, 2] and "response_token_ids" not in pair
+    for ids in ([[], []], [[7], [7]]):  # of another tool, or of texts that were edited
+        assert indices(make_pair(record([1.0, 2.0], ["a", "b"], response_token_ids=ids))[0]) == (1, 0)
 
 
 def test_drop_truncated():

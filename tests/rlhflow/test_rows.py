@@ -1,15 +1,19 @@
 """Pairs as token ids: equal to TRL's where nothing is cut, end of turn and truncation."""
 
+import random
 from types import SimpleNamespace
 
 import micro
 import pytest
 from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 from trl import DPOTrainer
 
 from common import chat
 from common.cli import UserError
 from common.manifest import write_json
+from common.tokens import Answer, is_decoded
 from dpo_iteration.rows import PairTokenizer, check_bos, show_pair
 
 CONVERSATIONS = [
@@ -141,6 +145,52 @@ def test_token_ids_that_are_not_the_text_give_way_to_it():
         assert to_row.counts["other_ids"] == (1 if True in changed.get("chosen_token_ids", []) else 2)
 
 
+def byte_tokens():
+    """A tokenizer of SentencePiece's kind, whose characters are all written as bytes: `<0xE6>`."""
+    vocab = {"<unk>": 0} | {f"<0x{i:02X}>": i + 1 for i in range(256)}
+    raw = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
+    raw.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", eos_token="</s>")
+    tokenizer.chat_template = micro.TEMPLATES["phi"]
+    return tokenizer
+
+
+def engine_text(tokenizer, ids, ended):
+    """What vLLM 0.32 writes of sampled ids: token by token (v1/engine/detokenizer.py), without the one that ended them."""
+    stream, text = decoders.DecodeStream(skip_special_tokens=True), ""
+    for token in ids[:-1] if ended else ids:
+        try:
+            text += stream.step(tokenizer._tokenizer, token) or ""
+        except Exception as error:
+            if "Invalid prefix" not in str(error):
+                raise
+            stream = decoders.DecodeStream(skip_special_tokens=True)
+            text += stream.step(tokenizer._tokenizer, token) or ""
+    return text
+
+
+@pytest.mark.parametrize("make", [micro.make_tokenizer, byte_tokens])
+def test_what_an_engine_sampled_is_known_as_such_whatever_it_is(make):
+    """Also characters cut at the length limit, bytes that make none, rows beyond the vocabulary, and a word as the end."""
+    tokenizer, rng = make(), random.Random(0)
+    to_row = PairTokenizer(tokenizer, 500, 400)
+    prompt, words = to_row.encoder.rendered(make_pair()), [tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("do not", "数字", "🙂", "é.")]
+    for _ in range(300):
+        ids = [token for _ in range(rng.randrange(5)) for token in (rng.choice(words) if rng.random() < 0.7 else [rng.randrange(len(tokenizer) + 20)])]
+        ids = ids[: rng.randrange(12)] + [rng.choice([*words[0], tokenizer.eos_token_id, len(tokenizer) + 1, *words[1][:1]])]
+        ended = rng.random() < 0.5
+        answer = Answer(engine_text(tokenizer, ids, ended), "stop" if ended else "length", len(ids), ids)
+        assert to_row.encoder.are_sampled({"prompt_token_ids": prompt}, [answer]), (ids, answer)
+
+
+@pytest.mark.parametrize("text, decoded, same", [
+    ("🙂 a", "🙂a", True), ("数N", "\ufffd\ufffd\ufffdN", True), ("", "\ufffd", True), ("aNb", "a\ufffdN\ufffdb", True),
+    ("a", "b", False), ("aN", "a\ufffdM", False), ("ab", "a\ufffdb\ufffdb", False), ("xa", "a\ufffd", False), ("a", "a\ufffda", False),
+])  # fmt: skip
+def test_bytes_that_make_no_character_stand_for_any_text(text, decoded, same):
+    assert is_decoded(text, decoded) == same
+
+
 def test_a_prompt_that_is_written_otherwise_than_it_was_sampled_is_refused(tmp_path):
     tokenizer = micro.make_tokenizer("chatml")
     pair = sampled(tokenizer, CONVERSATIONS[0], ("Good", "Bad"), [chat.end_of_turn(tokenizer)], {"enable_thinking": False})
@@ -164,6 +214,20 @@ def test_a_prompt_is_dated_by_the_day_of_its_sampling():
     assert PairTokenizer(tokenizer, 500, 400)(pair)[0]["prompt_ids"] == prompt
     with pytest.raises(UserError, match="YYYY-MM-DD"):
         chat.parse_date("29.2.2024")
+
+
+def test_what_is_asked_of_a_template_needs_no_turns_that_it_refuses():
+    """A system turn that must be there or that alone is dated, line breaks that are added tokens, content in parts."""
+    tokenizer = micro.make_tokenizer("chatml")
+    plain, end = tokenizer.chat_template, tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tokenizer.chat_template = "{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}{{ strftime_now('%d') }}" + plain
+    assert chat.writes_date(tokenizer) and chat.end_of_turn(tokenizer) == end
+    tokenizer.chat_template = plain.replace("<|im_end|>", "\n<|im_end|>")
+    tokenizer.add_tokens(["\n"])
+    assert chat.end_of_turn(tokenizer) == end and chat.stop_token_ids(tokenizer) == [end]
+    tokenizer.chat_template = plain.replace("m.content", "m.content[0].text")
+    with pytest.raises(UserError, match="leaves out the text of a turn"):
+        chat.end_of_turn(tokenizer)
 
 
 def test_a_long_response_is_cut_on_the_right():

@@ -206,6 +206,7 @@ CONVENTIONS = {  # name → (template, what the tokenizer adds in front and behi
     "neither, though there is one": (SILENT, None, None, "{}"),
     "twice": ("{{ bos_token }}" + WRITES, None, None, BOS + "{}"),
     "twice, and the tokenizer": ("{{ bos_token }}" + WRITES, BOS, None, BOS + "{}"),
+    "behind white space": ("\n" + WRITES, BOS, None, "\n" + BOS + "{}"),
     "CLS and SEP": (SILENT, "<|end_of_text|>", "<|pad|>", "<|end_of_text|>{}<|pad|>"),
     "an end that the template writes": (WRITES, BOS, TURN, BOS + "{}"),
     "an end alone": (SILENT, None, "<|end_of_text|>", "{}<|end_of_text|>"),
