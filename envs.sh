@@ -14,6 +14,8 @@
 # altered or removed: a run, another checkout or another machine may use it. An install that was cut off is cleared away.
 # An environment that this file did not make is never altered, and used only with own_envs=yes.
 
+[ -n "${BASH_VERSION:-}" ] || { echo "error: envs.sh is for bash: start bash first" >&2; return 2; }
+
 envs_root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 envs_dir="${envs_dir:-$envs_root/.envs}"     # virtual environments and install logs
 case "$envs_dir" in /*) ;; *) envs_dir="$PWD/$envs_dir" ;; esac
@@ -303,8 +305,12 @@ make_env() { # NAME
     { envs_error "environment $name is not made yet, and $envs_dir cannot be written; say envs_dir=/another/folder"; return 2; }
   log="$envs_dir/$label.log" status=0
   (
-    # Where the file system has no locks, the mark keeps two from making one and the same.
-    flock 9 2>/dev/null || true
+    flock -n 9 2>/dev/null || status=$?
+    if [ "$status" -eq 1 ]; then # anything else: the file system has no locks, and the mark keeps two from making one and the same
+      echo "waiting for another process, which makes environment $label (log: $log)" >&2
+      flock 9
+    fi
+    status=0
     ! find_env "$name" >/dev/null || exit 0 # another process has made it while this one waited
     maker="$BASHPID"
     own="$(claim_env "$label" "$requirements" "$maker")" || exit

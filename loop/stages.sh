@@ -66,7 +66,7 @@ read_arguments() { # ARGUMENTS…: the config, our own flags, and --key value fo
 refuse_early() { # KIND (loop, ppo): what the settings alone show, by any Python here that can read them
   local python
   [ -f "$config" ] || fail 2 "no such config: $config; there are: $(echo "configs/$1"_*.yaml)"
-  for python in "$(env_prefix rlhflow)/bin/python" python3 python; do
+  for python in "$(env_prefix rlhflow 2>/dev/null)/bin/python" python3 python; do # start_thinking says what is wrong with them
     if "$python" -c 'import sys, yaml; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
       "$python" "$thinker" setup "$config" "${options[@]}" >/dev/null || exit
       return 0
@@ -81,6 +81,7 @@ start_thinking() { # enter rlhflow, one of older requirements if need be; made o
   found="$(find_env rlhflow older)" || status=$?
   [ "$status" -lt 2 ] || exit "$status"
   if [ "$status" -eq 1 ]; then
+    [ "$check" = no ] || check_machine vllm rlhflow || true # told before gigabytes are installed
     [ "$check$dry_run" = nono ] || { no_env rlhflow; exit 2; }
     make_envs vllm rlhflow || exit
     found="${env_made[rlhflow]}"

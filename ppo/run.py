@@ -13,6 +13,7 @@ import dataclasses
 import importlib
 import re
 import sys
+import typing
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
@@ -37,9 +38,21 @@ OF_PLAN = ("model_size_b", "num_gpus", "gpu_memory_gib")  # of the run, and of t
 NEEDED = {"generation": ("system_prompt", "template_kwargs", "eos_ids", "top_k", "revision"), "annotation": ("chat_template", "template_kwargs", "revision")}
 
 
-@dataclasses.dataclass(kw_only=True)
-class OfEither(train_ppo.Arguments, openrlhf_arguments.Arguments):
-    """What `ppo` may hold: a key that is not the chosen backend's is refused in `training`, with the reason."""
+def of_either(*backends):
+    """What `ppo` may hold, as a dataclass: every key of a backend, with the values that any of them takes.
+
+    A key or value that is not the chosen backend's is refused where its own arguments are built, with the reason.
+    """
+    found = {}
+    for backend in backends:
+        hints = typing.get_type_hints(backend)
+        for name, field in backend.__dataclass_fields__.items():
+            hint, choices = hints[name], field.metadata["choices"]
+            if name in found:
+                other, others = found[name]
+                hint, choices = hint if hint == other else other | hint, [*dict.fromkeys([*others, *choices])] if others and choices else None
+            found[name] = hint, choices
+    return dataclasses.make_dataclass("OfEither", [(name, hint, arg(None, choices=choices)) for name, (hint, choices) in found.items()], kw_only=True)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -50,7 +63,7 @@ class PPOSettings(RunSettings):
     openrlhf: dict = arg({}, "more arguments of ppo/run_openrlhf.py: placement on the GPUs; the small backend takes no notice")
 
     iterations = 1  # not a setting: what PPO trains is iterate 1
-    sections = RunSettings.sections | {"ppo": OfEither, "openrlhf": openrlhf_arguments.Arguments}
+    sections = RunSettings.sections | {"ppo": of_either(train_ppo.Arguments, openrlhf_arguments.Arguments), "openrlhf": openrlhf_arguments.Arguments}
 
 
 class PPORun(Run):
@@ -217,6 +230,7 @@ def prepare(settings_dir, argv):
 def plan(argv):
     """Print where OpenRLHF would put what, and its command; on a machine without GPUs, for so many as are asked for."""
     settings = parse(PPOSettings, __doc__, argv)
+    refuse(settings.problems)
     settings.backend = "openrlhf"
     current = PPORun(settings)
     module, args = current.module, dataclasses.replace(current.arguments(), dry_run=True)

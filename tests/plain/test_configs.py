@@ -7,12 +7,13 @@ import pytest
 import yaml
 
 from annotate_data import get_rewards
-from common.cli import build
+from common.cli import build, parse
 from dpo_iteration import run_dpo
 from generation import gen_hf, get_hf2, merge_data
 from loop.run import Run
 from loop.settings import LoopSettings
 from ppo import run_openrlhf, train_ppo
+from ppo.run import PPORun, PPOSettings
 from report import divergence, evaluate_benchmarks, export_answers, metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,6 +34,22 @@ def test_a_loop_config_is_accepted_by_every_stage(path, monkeypatch):
         run_dpo.arguments(run.training(i))
     assert (ROOT / run.settings.accelerate_config).is_file()
     assert f"configs/{path.name}" in path.read_text() or "bash run_loop.sh\n" in path.read_text()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("ppo_*.yaml")), ids=lambda p: p.stem)
+def test_a_ppo_config_is_accepted_as_it_is_read(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    settings = parse(PPOSettings, "", [str(path), "--backend", "openrlhf" if "8b" in path.stem else "small"])
+    assert settings.problems == []
+    PPORun(settings).arguments()
+
+
+def test_a_key_of_both_backends_takes_the_values_of_either(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for key, value in (("lr_scheduler_type", "polynomial"), ("num_episodes", "0.5"), ("value_coef", "null")):
+        assert parse(PPOSettings, "", ["configs/ppo_tiny.yaml", f"--ppo.{key}", value]).problems == []
+    wrong = parse(PPOSettings, "", ["configs/ppo_tiny.yaml", "--ppo.lr_scheduler_type", "cosin", "--ppo.kl_estimator", "k4"])
+    assert [problem.partition(":")[0] for problem in wrong.problems] == ["--ppo.lr_scheduler_type", "--ppo.kl_estimator"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("training*.yaml")), ids=lambda p: p.stem)

@@ -24,7 +24,7 @@ case "$1 $2" in
     printf 'export VIRTUAL_ENV=%q\nPATH="$VIRTUAL_ENV/bin:$PATH"\n' "$3" >"$3/bin/activate" ;;
   "-m pip") echo "${FLASH_ATTN_CUDA_ARCHS-} $*" >>"$FOLDER/pip"
     requirements="$*"; requirements="${requirements##* -r }"
-    ! grep -qs slow "$requirements" || { touch "$FOLDER/begun"; sleep 60; }
+    ! grep -qs slow "$requirements" || { touch "$FOLDER/begun"; exec sleep 60; }
     ! grep -qs no-such "$requirements" || { echo "ERROR: no matching distribution"; exit 1; } ;;
   "-c import os, sysconfig"*) [ -z "${NO_HEADERS-}" ] ;;
 esac
@@ -117,6 +117,12 @@ def venv(tmp_path):
 @pytest.fixture
 def conda(tmp_path):
     return Shell("conda", tmp_path)
+
+
+def test_another_shell_is_told():
+    told = subprocess.run(["sh", "-c", f". {ROOT}/envs.sh; echo $?"], capture_output=True, text=True, check=False)
+    if "bash" not in os.path.realpath("/bin/sh"):
+        assert told.stdout == "2\n" and told.stderr == "error: envs.sh is for bash: start bash first\n"
 
 
 def test_made_once_then_used(shell):
@@ -221,6 +227,12 @@ def test_two_at_once_make_it_once(shell):
     assert both.count("making environment") == 1 and shell.made() == ["vllm"]
 
 
+def test_waiting_for_another_process_is_told(venv):
+    held = "(flock 9; touch $FOLDER/held; sleep 0.5) 9>>$envs_dir/vllm.lock"
+    waited = venv(f"mkdir -p $envs_dir; {held} & while [ ! -e $FOLDER/held ]; do sleep 0.02; done; make_envs vllm")
+    assert "making environment vllm" in good(waited) and waited.stderr.count("waiting for another process, which makes environment vllm") == 1
+
+
 def test_two_at_once_where_the_file_system_has_no_locks(shell):
     """Lustre without -o flock. Two may be made then, and each is whole."""
     program(shell.bin / "flock", "#!/bin/sh\necho 'flock: 9: Function not implemented' >&2\nexit 65\n")
@@ -274,8 +286,10 @@ def test_a_folder_that_cannot_be_written(venv):
 
 def test_conda_is_asked_for_and_not_there(venv):
     for lines in ("make_envs vllm", "use_env vllm", "env_prefix vllm"):
-        refused = venv(f"{lines} || exit $?", env_manager="conda")
-        assert refused.returncode == 2 and "there is no conda command" in refused.stderr and "env_manager=venv" in refused.stderr
+        told = refused(venv, lines, env_manager="conda")
+        assert "there is no conda command" in told and "env_manager=venv" in told
+    told = refused(venv, f"cd {ROOT}; bash run_loop.sh configs/loop_tiny.yaml --check", env_manager="conda")
+    assert told.count("\n") == 1
     assert not venv.envs.exists()
 
 
@@ -428,6 +442,9 @@ def test_a_check_says_what_the_machine_lacks(venv):
     thinking(venv)
     venv.gpus(driver="535.1")
     assert "driver is 535.1" in venv(DRIVER.format("check=yes", "1.generate")).stderr and venv.made() == ["rlhflow"]
+    # Also where there is no environment yet: before somebody makes one.
+    told = venv(DRIVER.format("check=yes", "1.generate"), envs_dir=f"{venv.folder}/none").stderr
+    assert "driver is 535.1" in told and told.splitlines()[-1].startswith("error: there is no environment rlhflow")
 
 
 def test_a_finished_run_makes_no_environment(shell):
