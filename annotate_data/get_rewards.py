@@ -253,7 +253,7 @@ def finish(job, scorers, weights, facts):
 def tell(job, counts):
     shown = {key: "n/a" if counts[key] is None else f"{counts[key]:.3f}" for key in Summary().figures()}
     print(
-        f"read {counts['read']} records of {job.K} responses from {job.source}, "
+        f"read {cli.count(counts['read'], 'record')} of {cli.count(job.K, 'response')} from {job.source}, "
         f"wrote {counts['written']} to {job.target}, skipped 0; "
         f"{counts['null_rewards']} rewards are null, {counts['truncated']} sequences were cut on the left, {counts['empty']} responses are empty\n"
         f"  reward: mean {shown['reward_mean']}, best of {job.K} {shown['best_of_k']}, worst {shown['worst_of_k']}, "

@@ -16,6 +16,7 @@ from annotate_data import get_rewards
 from annotate_data.functions import EXAMPLE
 from common import chat, models, trackers
 from common.cli import UserError, build, check_policy, existing_file, read_json
+from common.cli import count as counted
 from common.devices import gpu_memory, gpu_name
 from common.functions import function_file
 from common.progress import duration
@@ -274,8 +275,9 @@ def check_positions(run, found):
     jobs = get_hf2.split_jobs(build(get_hf2.Arguments, run.generation(0, run.jobs(0)), "generation"))
     prompt, response = max(((job.max_input_length, job.max_new_tokens) for job in jobs), key=sum)
     if limit and prompt + response > limit:
-        found.notes.append(f"the policy has {limit} positions, max_input_length {prompt} + max_new_tokens {response} are more: a response to a "
-                           f"prompt of more than {max(0, limit - response)} tokens is cut off where they end")  # fmt: skip
+        found.notes.append(f"the policy has {limit} positions, max_input_length {prompt} + max_new_tokens {response} are more: "
+                           + (f"a response to a prompt of more than {limit - response} tokens is cut off where they end" if limit > response else
+                              "lower generation.max_new_tokens, or every response may be cut off where they end"))  # fmt: skip
 
 
 def check_prompts(run, found):
@@ -350,9 +352,9 @@ def check_learning(run, asked, sets, found):
 
 def summary(run):
     """How many processes of what will be at work."""
-    generators = "API servers" if run.settings.generation_backend == "servers" else "generation processes"
+    generators = "API server" if run.settings.generation_backend == "servers" else "generation process"
     where = "GPUs" if gpus_of(run.settings) else "CPU"
-    return f"{len(gpu_groups(run.settings))} {generators}, {processes(run.settings)} training processes, {where}"
+    return f"{counted(len(gpu_groups(run.settings)), generators)}, {counted(processes(run.settings), 'training process')}, {where}"
 
 
 def check(run):
@@ -440,6 +442,6 @@ def describe(run, count, method, gpus, local_size, args, found):
         whose = f"{kind}s" if known or not name else f"A100s: nothing is known here of the {name}"
         parts = estimate(count, prompts, settings.generation.get("K", 8), args.num_train_epochs if args else 2, len(gpus), kind)
         found.notes.append(
-            f"time: about {duration(sum(parts) * settings.iterations)} in all; an iteration of {prompts:.0f} prompts: generation {duration(parts[0])}, "
-            f"annotation {duration(parts[1])}, training {duration(parts[2])} (an estimate for {whose}; see the README)"
+            f"time: about {duration(sum(parts) * settings.iterations)} in all without evaluations; an iteration of {prompts:.0f} prompts: "
+            f"generation {duration(parts[0])}, annotation {duration(parts[1])}, training {duration(parts[2])} (an estimate for {whose}; see the README)"
         )

@@ -3,8 +3,8 @@ r"""Measure an iterate on held-out prompts, and compare iterates.
 In:  rewarded held-out files: `responses`, `rewards`, `num_tokens`, `finish_reasons` (annotate_data/get_rewards.py).
 Out: a JSON file of metrics for the sampled and the greedy answers, or the table of a run, or of several, in the terminal.
 
-    python report/metrics.py --sampled runs/tiny/iter1/heldout_sampled.jsonl \
-        --greedy runs/tiny/iter1/heldout_greedy.jsonl --output_dir runs/tiny/iter1/metrics.json
+    python report/metrics.py --sampled runs/tiny/iter1/heldout_sampled.rewarded.jsonl \
+        --greedy runs/tiny/iter1/heldout_greedy.rewarded.jsonl --output_dir runs/tiny/iter1/metrics.json
     python report/metrics.py --run runs/tiny
     python report/metrics.py --runs runs/tiny runs/ppo_tiny
 

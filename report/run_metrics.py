@@ -222,8 +222,8 @@ def alike(made):
     """Lines: which iterates answer as the one before did, as the page warns of."""
     for before, row in zip(made, made[1:]):
         shares = [same for kind in metrics.KINDS if (same := row.get(f"{kind}_same")) is not None]
-        if shares and max(shares) >= Bounds().same_answers:
-            yield f"warning: iterate {row['iterate']} answers as iterate {before['iterate']} did, {max(shares):.0%} word for word: {NOTHING_LEARNED}"
+        if shares and min(shares) >= Bounds().same_answers:
+            yield f"warning: iterate {row['iterate']} answers as iterate {before['iterate']} did, {min(shares):.0%} word for word: {NOTHING_LEARNED}"
 
 
 def main():

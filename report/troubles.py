@@ -8,8 +8,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import arg
 
-NOTHING_LEARNED = ("training changes too little: raise learning_rate, take more optimizer steps (a smaller batch, more epochs or prompts), and on the "
-                   "CPU bf16 false; the training's log says how many steps there were")  # fmt: skip
+NOTHING_LEARNED = "training changes too little (its log says how many steps there were)"
 PENALTY = "choose pairs with a length penalty (choose_type max_min_p with length_penalty)"
 WIDER = 2.576 / 1.960  # half a normal's 99% interval, in halves of its 95% one
 
@@ -112,11 +111,12 @@ def alike(iterates, bounds):
     for row in iterates:
         versus = row["versus"].get("previous") or {}
         shares = {kind: same for kind in ("sampled", "greedy") if (same := (versus.get(kind) or {}).get("same")) is not None}
-        if shares and max(shares.values()) >= bounds.same_answers:
+        if shares and min(shares.values()) >= bounds.same_answers:  # few answers may be alike by themselves, greedy ones above all
             figure = ", ".join(f"{percent(share)} of the {kind} answers" for kind, share in shares.items())
             found.append(Trouble("alike", "The iterate answers as the one before did", f"iterate {row['iterate']} against iterate {versus['iterate']}",
                                  f"word for word the same: {figure} (bound {percent(bounds.same_answers)})",
-                                 NOTHING_LEARNED))  # fmt: skip
+                                 [NOTHING_LEARNED, "raise learning_rate", "take more optimizer steps: a smaller batch, more epochs or prompts",
+                                  "on the CPU bf16 false"]))  # fmt: skip
     return found
 
 
@@ -206,7 +206,7 @@ def silence(figures, where, bounds):
     if figures.get("empty") is None or figures["empty"] <= bounds.empty:
         return []
     return [Trouble("empty", "Answers are empty", where, f"{percent(figures['empty'])} have no text (bound {percent(bounds.empty)})",
-                    "see what an empty answer is rewarded with, and let it be rejected (drop_empty false); lower the learning rate")]  # fmt: skip
+                    ["see what an empty answer is rewarded with", ("dpo", "let it be rejected (drop_empty false)"), "lower the learning rate"])]  # fmt: skip
 
 
 def answers(figures, where, bounds):
@@ -264,7 +264,7 @@ def guessed(row, where):
         return []
     return [Trouble("kl_guessed", "The KL cannot be trusted", where,
                     f"{row['retokenised']:.0f} of {row['responses']:.0f} responses were sampled in other tokens than their text gives",
-                    "generate the answers with their token ids (response_token_ids), as both generation scripts do")]  # fmt: skip
+                    ["generate the answers with their token ids (response_token_ids), as both generation scripts do"])]  # fmt: skip
 
 
 def drift(kl, per_token, where, bounds):

@@ -190,7 +190,7 @@ def test_printed_commands_run_by_hand(untrained, tmp_path):
 
 def test_check_says_what_is_there_and_makes_nothing(built, tmp_path):
     told = ppo("--run_dir", tmp_path / "run", "--check")
-    assert told.returncode == 0 and told.stdout == "" and "check: 1 generation processes, 1 training processes, CPU, backend small" in told.stderr, told.stderr
+    assert told.returncode == 0 and told.stdout == "" and "check: 1 generation process, 1 training process, CPU, backend small" in told.stderr, told.stderr
     assert not (tmp_path / "run").exists()
 
 

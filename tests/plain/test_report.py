@@ -474,7 +474,8 @@ def test_an_iterate_that_answers_as_the_one_before_is_named(tmp_path):
     [trouble] = [t for t in troubles.find(run, iterates, trainings) if t.name == "alike"]
     assert trouble.where == "iterate 2 against iterate 1" and "100.0% of the sampled answers, 100.0% of the greedy answers" in trouble.figure
     [line] = run_metrics.alike(run_metrics.rows(folder))
-    assert line.startswith("warning: iterate 2 answers as iterate 1 did, 100% word for word: training changes too little: raise learning_rate")
+    assert line.startswith("warning: iterate 2 answers as iterate 1 did, 100% word for word: training changes too little")
+    assert ", raise learning_rate, " in trouble.todo
     path = folder / "iter2/heldout_sampled.rewarded.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows[:10]:  # of 60: beyond the bound
@@ -482,3 +483,18 @@ def test_an_iterate_that_answers_as_the_one_before_is_named(tmp_path):
     runs.write(path, rows)
     (folder / "iter2/heldout_greedy.rewarded.jsonl").unlink()
     assert "alike" not in names(folder) and not list(run_metrics.alike(run_metrics.rows(folder)))
+
+
+def test_empty_answers_and_a_kl_of_other_tokens_are_warned_of(tmp_path):
+    folder = runs.make_run(tmp_path / "run", iterations=1)
+    path = folder / "iter1/heldout_greedy.rewarded.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows[:6]:
+        row["responses"] = [" \n" for _ in row["responses"]]
+    runs.write(path, rows)
+    runs_kl = {"kl": 0.5, "kl_se": 0.1, "kl_per_token": 0.01, "retokenised": 40, "responses": 60, "exact": False}
+    (folder / "iter1/divergence.json").write_text(json.dumps(runs_kl))
+    run, iterates, trainings = read(folder)
+    found = {t.name: t for t in troubles.find(run, iterates, trainings)}
+    assert "10.0% have no text" in found["empty"].figure and "greedy" in found["empty"].where and "drop_empty" in found["empty"].todo
+    assert "40 of 60 responses" in found["kl_guessed"].figure and "response_token_ids" in found["kl_guessed"].todo
