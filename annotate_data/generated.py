@@ -26,8 +26,11 @@ def read_generated(path):
         if not isinstance(responses, list) or not responses or not all(isinstance(r, str) for r in responses):
             raise UserError(f"{where}: `responses` must be a list of texts, it is {str(responses)[:60]}")
         for field in ("finish_reasons", "num_tokens", tokens.RESPONSES):
-            if isinstance(record.get(field), list) and len(record[field]) != len(responses):
-                raise UserError(f"{where} has {len(responses)} responses and {len(record[field])} {field}")
+            values = record.get(field)
+            if not isinstance(values, list | None):
+                raise UserError(f"{where}: `{field}` must be a list with an entry for each response")
+            if values is not None and len(values) != len(responses):
+                raise UserError(f"{where} has {len(responses)} responses and {len(values)} {field}")
         if not isinstance(record.get("id"), str):
             made = identify(prompt, tools)
             record = {"id": made} | record | {"id": made} | ({"source_id": record["id"]} if "id" in record else {})

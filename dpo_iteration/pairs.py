@@ -59,9 +59,11 @@ def read_rewarded(paths):
             if "rewards" not in record:
                 raise UserError(f"{where} has no `rewards`: run annotate_data/get_rewards.py on it first")
             for key in PER_RESPONSE:
-                if not isinstance(record.get(key, []), list):
+                if key not in ("responses", "rewards") and record.get(key) is None:
+                    continue  # absent, or null as a table's missing cell
+                if not isinstance(record[key], list):
                     raise UserError(f"{where}: `{key}` must be a list with an entry for each response")
-                if key in record and len(record[key]) != len(record["responses"]):
+                if len(record[key]) != len(record["responses"]):
                     counts = f"{len(record['responses'])} responses and {len(record[key])} {key}"
                     raise UserError(f"{where} has {counts}; generate and annotate it again")
             messages, tools = to_messages(record["prompt"], where), to_tools(record.get("tools"), where)

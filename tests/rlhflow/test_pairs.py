@@ -198,6 +198,13 @@ def test_malformed_records_are_refused_by_file_and_number(tmp_path, change, mess
     assert f"{path} record 2" in str(caught.value)
 
 
+def test_null_stands_for_what_is_not_known(tmp_path):
+    """A table that the records went through has a cell for every field."""
+    unknown = dict.fromkeys(("finish_reasons", "num_tokens", "response_token_ids", "prompt_token_ids"))
+    [pair] = select_pairs([write(tmp_path / "a.jsonl", [record([1.0, 0.0]) | unknown])]).pairs
+    assert indices(pair) == (0, 1) and pair["chosen_finish_reason"] is None and "chosen_token_ids" not in pair
+
+
 def test_a_string_prompt_and_a_missing_id_are_taken(tmp_path):
     row = record([1.0, 0.0]) | {"prompt": "hello"}
     del row["id"]

@@ -9,7 +9,7 @@ from annotate_data import get_rewards
 from annotate_data.backbone import Backbone
 from annotate_data.generated import read_generated, survey
 from annotate_data.preference import context_of
-from common import chat, records
+from common import chat, records, tokens
 from common.cli import UserError
 from common.manifest import Output
 from dpo_iteration.output import write_jsonl
@@ -17,7 +17,7 @@ from dpo_iteration.pairs import select_pairs
 from dpo_iteration.rows import PairTokenizer
 from generation import sampling
 from ppo import inputs, openrlhf_prompts
-from report import divergence, samples
+from report import samples
 
 # Written for these tests in the shape of Qwen2.5's and its kin: definitions in front, calls and results in turns of their own.
 TEMPLATE = (
@@ -65,7 +65,7 @@ def test_every_stage_renders_the_same_prompt(policy, tokenizer, prompts, tmp_pat
     found.check()
     [item] = found
     assert item.token_ids == ids
-    output.append(sampling.answered(item, RESPONSES, ["stop"] * 2, [1, 1]))
+    output.append(sampling.answered(item, RESPONSES, ["stop"] * 2, [tokenizer(f"{text}<|im_end|>")["input_ids"] for text in RESPONSES]))
     found.finish(1.0)
     # annotation: what a reward model reads
     [record] = read_generated(tmp_path / "gen.jsonl")
@@ -81,14 +81,15 @@ def test_every_stage_renders_the_same_prompt(policy, tokenizer, prompts, tmp_pat
     [pair] = select_pairs([tmp_path / "rewarded.jsonl"]).pairs
     write_jsonl(tmp_path / "pairs.jsonl", [pair])
     [pair] = records.read_jsonl(tmp_path / "pairs.jsonl")
-    row, _ = PairTokenizer(tokenizer, 2000, 2000)(pair)
-    assert row["prompt_ids"] == ids and [tokenizer.decode(row["prompt_ids"] + row[f"{side}_ids"]) for side in ("rejected", "chosen")] == whole
+    for given in (pair, {key: value for key, value in pair.items() if not key.endswith("token_ids")}):  # as sampled, and from text
+        row, _ = PairTokenizer(tokenizer, 2000, 2000)(given)
+        written = [tokenizer.decode(row["prompt_ids"] + row[f"{side}_ids"]) for side in ("rejected", "chosen")]
+        assert row["prompt_ids"] == ids and written == [text.removesuffix("\n") for text in whole]
     # divergence, PPO and the page
-    assert divergence.encode(tokenizer, record, chat.turn_suffix(tokenizer))[0] == ids
-    asked = inputs.rendered_prompts(type("Args", (), {"dataset_name_or_path": [prompts], "dataset_key": None, "dataset_split": "train"}), tokenizer, [])
-    assert [text for _, text in asked] == [wanted]
-    more = {"dataset_name_or_path": [prompts], "dataset_key": None, "dataset_split": "train", "max_input_length": 2000}
-    [entry], _ = openrlhf_prompts.read_all(type("Args", (), more), tokenizer)
+    assert tokens.Encoder(tokenizer)(record, tokens.answers_of(record))[0] == ids
+    args = sampling.SamplingArguments(dataset_name_or_path=[prompts], max_input_length=2000)
+    assert [text for _, text in inputs.rendered_prompts(args, tokenizer, [])] == [wanted]
+    [entry], _ = openrlhf_prompts.read_all(args, tokenizer)
     label = json.loads(entry["label"])
     assert entry["prompt"] == wanted and label["prompt"] == TALK and label["tools"] == TOOLS
     assert samples.turns(TALK)[1] == ["assistant", json.dumps(CALL)]
@@ -126,8 +127,8 @@ def test_a_record_that_a_reward_model_refuses_costs_that_record(tmp_path, monkey
 def test_ppo_leaves_out_what_it_cannot_use(tokenizer, tmp_path, capsys):
     talks = [[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}, {"role": "robot", "content": "c"}], TALK]
     write_jsonl(tmp_path / "p.jsonl", [{"messages": talk} for talk in talks])
-    more = {"dataset_name_or_path": [str(tmp_path / "p.jsonl")], "dataset_key": None, "dataset_split": "train", "rollout_batch_size": 1}
-    args, bad = type("Args", (), more | {"bad_prompts": "skip"}), []
+    args, bad = sampling.SamplingArguments(dataset_name_or_path=[str(tmp_path / "p.jsonl")], bad_prompts="skip"), []
+    args.rollout_batch_size = 1
     kept = [record for record, _ in inputs.rendered_prompts(args, tokenizer, bad)]
     assert [record["prompt"] for record in kept] == [talks[0], TALK] and "record 2: the last turn" in bad[0]["reason"]
     assert "1 prompts cannot be used" in capsys.readouterr().err

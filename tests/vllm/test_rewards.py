@@ -267,6 +267,7 @@ def test_bad_input_is_refused_before_the_model(model, tmp_path, monkeypatch):
     changes = [
         ({"responses": ["a"], "finish_reasons": ["stop"], "num_tokens": [1]}, "1 of 6 records"),
         ({"num_tokens": [1, 2]}, "record 3 has 4 responses and 2 num_tokens"),
+        ({"finish_reasons": "stop"}, "record 3: `finish_reasons` must be a list"),
         ({"responses": "text"}, "record 3: `responses` must be"),
         ({"responses": ["a", None, "b", "c"]}, "record 3: `responses` must be"),
         ({"id": "r0"}, "record 3 has the id 'r0' of record 1"),
