@@ -98,7 +98,7 @@ def test_check_and_dry_run_write_nothing_into_a_run(config, tmp_path):
     named = re.search("^# the settings that these commands read are in (.+)$", asked.stdout, re.MULTILINE)[1]
     [training] = [line for line in asked.stdout.splitlines() if "run_dpo.py" in line and "/iter5/" in line]
     given = yaml.safe_load(Path(shlex.split(training)[-1]).read_text())
-    assert training.split()[-1] == f"{named}/iter5/train.yaml" and given["beta"] == 0.2 and given["output_dir"] == f"{run}/iter5/model"
+    assert shlex.split(training)[-1] == f"{named}/iter5/train.yaml" and given["beta"] == 0.2 and given["output_dir"] == f"{run}/iter5/model"
 
 
 def test_check_may_look_at_a_run_that_is_at_work(config, tmp_path):
@@ -266,7 +266,7 @@ def test_the_readmes_own_loop_can_learn(config, monkeypatch, capsys):
 
 def test_a_run_of_some_stages_ends_well(tmp_path):
     """Without an evaluation there is no table to print; with one there is. `driver` stands in for the environment's Python."""
-    command = f"set -euo pipefail; source ./envs.sh; source loop/stages.sh; run_dir={tmp_path}; driver=echo; conclude; echo ended"
+    command = f"set -euo pipefail; source ./envs.sh; source loop/stages.sh; run_dir={shlex.quote(str(tmp_path))}; driver=echo; conclude; echo ended"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout == "ended\n" and "has been evaluated yet, so there is no table" in done.stderr, done.stderr
     (tmp_path / "iter0").mkdir()
