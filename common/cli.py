@@ -266,7 +266,7 @@ def convert(name, value, hint):
             raise ValueError
         return str(value)
     except (ValueError, KeyError):
-        wanted = {"dict": "a mapping (JSON on the command line)", "bool": "true or false", "int": "a whole number"}
+        wanted = {"dict": "a mapping (JSON on the command line)", "bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text"}
         raise UserError(f"{name}: {value!r} is not {wanted.get(kind.__name__, f'a {kind.__name__}')}") from None
 
 
@@ -363,19 +363,26 @@ def _fields(kind):
 
 def _meant(cls, key, lead="", section=None):
     """`, did you mean …?` for an unknown key: the same word in another case or another section, else the nearest one where it stood.
+    A key of another driver's (`elsewhere` of the class: key → its command) is called that.
 
     Args:
         cls: the dataclass. section: name of its mapping in which the key stood. lead: `--` for a key of the command line.
     """
+    other = getattr(cls, "elsewhere", {}).get(key.partition(".")[0]) if section is None else None
+    if other:
+        return f", which is a key of another kind of run: {other}"
     prefix, own = ("", cls.__dataclass_fields__) if section is None else (f"{section}.", _fields(_sections(cls)[section]))
     if key.casefold() not in {name.casefold() for name in own}:
         places = {cls: ("", cls.__dataclass_fields__)}
         for name, kind in _sections(cls).items():
             places.setdefault(kind, (f"{name}.", _fields(kind)))  # of two sections of one kind the first is meant
-        found = [f"{lead}{place}{name}" for place, names in places.values() for name in names if name.casefold() == key.casefold()]
+        taken = {f"{name}.{given}" for name, keys in getattr(cls, "decided", {}).items() for given in keys}  # not to be given there
+        found = [f"{place}{name}" for place, names in places.values() for name in names if name.casefold() == key.casefold()]
+        found = [lead + place for place in found if place not in taken]
         if found:
             return f", did you mean {' or '.join(found)}?"
-    return nearest(key, own, f"{lead}{prefix if lead else ''}")
+    flags = getattr(cls, "driver_flags", ()) if lead and section is None else ()
+    return nearest(key, [*own, *flags], f"{lead}{prefix if lead else ''}")
 
 
 def _right(cls, name, values, problems, called="--{name}.{key}", unknown="unknown argument --{name}.{key}"):

@@ -24,7 +24,7 @@ from common.records import BadRecord, is_local, read_prompts, record_id, with_sy
 from dpo_iteration import memory, run_dpo
 from dpo_iteration.settings import reason_for_trl
 from generation import get_hf2
-from loop.settings import gpu_groups, gpus_of, processes
+from loop.settings import decided, gpu_groups, gpus_of, processes
 from loop.try_function import made_up, try_function
 
 # For the estimates, per GPU. Assumed, not measured here; the README says how the sums are made.
@@ -193,6 +193,7 @@ def check_models(run, found):
     """Look at what every run has: the policy, the reward models, templates, the gold function, and the arguments of evaluation."""
     settings = run.settings
     found.problems.extend(settings.problems)
+    found.problems.extend(decided(settings))
     for key in ("num_shards", "num_processes"):
         if getattr(settings, key) is not None and getattr(settings, key) < 1:
             raise UserError(f"{key} {getattr(settings, key)} must be at least 1")
@@ -372,6 +373,8 @@ def check(run):
     if settings.keep_iterates is not None and settings.keep_iterates < 1:
         raise UserError(f"keep_iterates {settings.keep_iterates} must be at least 1")
     check_models(run, found)
+    if run.settings.generation.get("K") == 1:
+        found.problems.append("generation.K 1 leaves no pairs to train on: 2 responses a prompt are the least, 8 are usual")
     method = found.attempt(memory.method_of, settings.accelerate_config)
     training, asked = found.attempt(run.training, 1), None
     if training is not None:

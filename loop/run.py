@@ -15,6 +15,7 @@ place `prepare` only checks.
 
 import dataclasses
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -160,7 +161,10 @@ class Run:
         jobs = self.jobs(0)
         args = build(get_hf2.Arguments, self.generation(0, jobs), "generation")
         for job in get_hf2.split_jobs(args):
-            check_sampling(job)
+            try:
+                check_sampling(job)
+            except UserError as error:  # a script's flags are keys of the section here
+                raise UserError(re.sub(r"--(\w+)", r"--generation.\1", str(error))) from None
         self.check_servers(jobs)
 
     def check_servers(self, jobs):

@@ -12,6 +12,18 @@ from generation import get_hf2
 
 CLIENT = ("concurrency", "timeout", "retries", "give_up_after")  # what `servers` may set of generation/gen_hf.py
 
+# Keys of the sections that the run decides: what they said would be passed over.
+DECIDED = {
+    "generation": ("model_name_or_path", "dataset_name_or_path", "output_dir", "jobs", "iteration", "seed", "local_index", "my_world_size"),
+    "annotation": ("reward_name_or_path", "dataset_name_or_path", "output_dir", "K"),
+    "training_args": ("model_name_or_path", "ref_model_name_or_path", "train_dir", "output_dir", "pairs_path", "seed", "reference_cache"),
+}  # fmt: skip
+DECIDED |= {"heldout": DECIDED["generation"], "eval_annotation": DECIDED["annotation"]}
+INSTEAD = {
+    "output_dir": "run_dir", "dataset_name_or_path": "prompts and heldout_prompts", "K": "generation.K", "ref_model_name_or_path": "reference",
+    "train_dir": "prompts and train_on", "local_index": "num_shards", "my_world_size": "num_shards",
+}  # fmt: skip
+
 
 @dataclasses.dataclass(kw_only=True)
 class RunSettings:
@@ -49,6 +61,8 @@ class RunSettings:
 
     sections = {"generation": get_hf2.Arguments, "annotation": get_rewards.Arguments, "heldout": get_hf2.Arguments,
                 "eval_annotation": get_rewards.Arguments}  # see common/cli.py # fmt: skip
+    driver_flags = ("check", "dry_run", "stage", "stop_stage")  # of the driver, for what a wrong flag may have meant
+    decided = DECIDED
     problems = ()
 
 
@@ -64,6 +78,17 @@ class LoopSettings(RunSettings):
     keep_iterates: int | None = arg(None, "keep the weights of the last so many iterates; None: of all")
 
     sections = RunSettings.sections | {"training_args": run_dpo.known_arguments}
+    elsewhere = dict.fromkeys(("backend", "ppo", "openrlhf"), "bash run_ppo.sh")
+
+
+def decided(settings):
+    """What is wrong with sections that name what the run decides, a line each."""
+    for section, keys in DECIDED.items():
+        for key in keys:
+            if (getattr(settings, section, None) or {}).get(key) is not None:
+                instead = "eval_reward_model" if (section, key) == ("eval_annotation", "reward_name_or_path") else INSTEAD.get(key, key)
+                named = set(instead.replace(" and ", ".").split(".")) & settings.__dataclass_fields__.keys()
+                yield f"{section}.{key} is what the run itself decides: " + (f"leave it out and give {instead}" if named else "leave it out")
 
 
 def gpus_of(settings):

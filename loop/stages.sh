@@ -64,8 +64,12 @@ read_arguments() { # ARGUMENTS…: the config, our own flags, and --key value fo
 }
 
 refuse_early() { # KIND (loop, ppo): what the settings alone show, by any Python here that can read them
-  local python
-  [ -f "$config" ] || fail 2 "no such config: $config; there are: $(echo "configs/$1"_*.yaml)"
+  local python near
+  if [ ! -f "$config" ]; then
+    near=("${config%.*}".y*ml) # a folder's own, of that name
+    [ -f "${near[0]}" ] || near=("configs/$1"_*.yaml)
+    fail 2 "no such config: $config; there $([ "${#near[@]}" -gt 1 ] && echo are || echo is): ${near[*]}"
+  fi
   for python in "$(env_prefix rlhflow 2>/dev/null)/bin/python" python3 python; do # start_thinking says what is wrong with them
     if "$python" -c 'import sys, yaml; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
       "$python" "$thinker" setup "$config" "${options[@]}" >/dev/null || exit

@@ -22,7 +22,7 @@ from common.cli import UserError, arg, build, nearest, parse, refuse, run
 from common.devices import none_visible
 from loop import preflight
 from loop.run import Run, is_planning, load, settle, setup, todo
-from loop.settings import RunSettings, gpus_of, processes
+from loop.settings import LoopSettings, RunSettings, gpus_of, processes
 from ppo import arguments, openrlhf_arguments, train_ppo
 
 BACKENDS = {"openrlhf": "ppo.run_openrlhf", "small": "ppo.train_ppo"}
@@ -64,6 +64,7 @@ class PPOSettings(RunSettings):
 
     iterations = 1  # not a setting: what PPO trains is iterate 1
     sections = RunSettings.sections | {"ppo": of_either(train_ppo.Arguments, openrlhf_arguments.Arguments), "openrlhf": openrlhf_arguments.Arguments}
+    elsewhere = dict.fromkeys(LoopSettings.__dataclass_fields__.keys() - RunSettings.__dataclass_fields__.keys(), "bash run_loop.sh")
 
 
 class PPORun(Run):

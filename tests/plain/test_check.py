@@ -98,7 +98,7 @@ def test_check_and_dry_run_write_nothing_into_a_run(config, tmp_path):
     named = re.search("^# the settings that these commands read are in (.+)$", asked.stdout, re.MULTILINE)[1]
     [training] = [line for line in asked.stdout.splitlines() if "run_dpo.py" in line and "/iter5/" in line]
     given = yaml.safe_load(Path(shlex.split(training)[-1]).read_text())
-    assert training.split()[-1] == f"{named}/iter5/train.yaml" and given["beta"] == 0.2 and given["output_dir"] == f"{run}/iter5/model"
+    assert shlex.split(training)[-1] == f"{named}/iter5/train.yaml" and given["beta"] == 0.2 and given["output_dir"] == f"{run}/iter5/model"
 
 
 def test_check_may_look_at_a_run_that_is_at_work(config, tmp_path):
@@ -266,7 +266,7 @@ def test_the_readmes_own_loop_can_learn(config, monkeypatch, capsys):
 
 def test_a_run_of_some_stages_ends_well(tmp_path):
     """Without an evaluation there is no table to print; with one there is. `driver` stands in for the environment's Python."""
-    command = f"set -euo pipefail; source ./envs.sh; source loop/stages.sh; run_dir={tmp_path}; driver=echo; conclude; echo ended"
+    command = f"set -euo pipefail; source ./envs.sh; source loop/stages.sh; run_dir={shlex.quote(str(tmp_path))}; driver=echo; conclude; echo ended"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout == "ended\n" and "has been evaluated yet, so there is no table" in done.stderr, done.stderr
     (tmp_path / "iter0").mkdir()
@@ -284,3 +284,28 @@ def test_the_settings_are_read_with_nothing_but_pyyaml(config):
         given = [config()] if "loop" in script else ["configs/ppo_tiny.yaml"]
         done = subprocess.run([sys.executable, "-c", program, script, "setup", *map(str, given)], cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0 and done.stderr == "[]\n", done.stderr
+
+
+def test_what_the_run_decides_is_not_passed_over(config, monkeypatch, capsys):
+    """A seed or a folder in a section would change nothing, and another K in annotation would end the run behind an hour of sampling."""
+    monkeypatch.setattr(settings, "visible_gpus", lambda: [])
+    given = {"generation": {"K": 1, "seed": 3}, "annotation": {"K": 4}, "training_args": {"output_dir": "x"}}
+    with pytest.raises(UserError, match="^generation.K 1 leaves no pairs to train on"):
+        checked(yaml.safe_load(config(**given).read_text()), monkeypatch)
+    told = [line.partition(" is what the run itself decides: leave it out and give ") for line in capsys.readouterr().err.splitlines()]
+    assert [(key, instead) for key, _, instead in told] == [
+        ("error: generation.seed", "seed"), ("error: annotation.K", "generation.K"), ("error: training_args.output_dir", "run_dir")]  # fmt: skip
+
+
+@pytest.mark.parametrize("script, given, told", [
+    ("run_loop.sh", ["configs/ppo_tiny.yaml"], "unknown key 'backend' in configs/ppo_tiny.yaml, which is a key of another kind of run: bash run_ppo.sh"),
+    ("run_ppo.sh", ["configs/loop_tiny.yaml"], "which is a key of another kind of run: bash run_loop.sh"),
+    ("run_loop.sh", ["--ppo.kl_coef", "1"], "unknown argument --ppo.kl_coef, which is a key of another kind of run: bash run_ppo.sh"),
+    ("run_loop.sh", ["--chekc"], "unknown argument --chekc, did you mean '--check'?"),
+    ("run_loop.sh", ["--K", "4"], "unknown argument --K, did you mean --generation.K?"),
+    ("run_loop.sh", ["configs/loop_tiny.yaml", "--generation.K", "0", "--check"], "error: --generation.K 0: a number of responses"),
+    ("run_loop.sh", ["configs/loop_tiny.yml"], "no such config: configs/loop_tiny.yml; there is: configs/loop_tiny.yaml"),
+])  # fmt: skip
+def test_typos_name_what_was_meant(script, given, told):
+    done = drive(script, *given)
+    assert done.returncode == 2 and told in done.stderr, done.stderr

@@ -60,7 +60,7 @@ def test_types(argv, field, value):
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--lr", "fast"], ["--lr", "'fast'", "float"]), (["--steps", "1.5"], ["--steps", "whole number"]),
+    (["--lr", "fast"], ["--lr", "'fast'", "a number"]), (["--steps", "1.5"], ["--steps", "whole number"]),
     (["--packed", "perhaps"], ["true or false"]), (["--ports", "a"], ["--ports", "'a'"]), (["--more", "[1]"], ["mapping"]),
     (["--more", "{"], ["mapping"]), (["--mode", "c"], ["'c'", "a, b"]), (["--step", "3"], ["--step", "did you mean '--steps'"]),
     (["--stepz=3"], ["--stepz", "'--steps'"]), (["--zzzzzz", "3"], ["unknown argument --zzzzzz"]), (["--steps"], ["--steps"]),
@@ -98,8 +98,8 @@ class Settings:
     ("", ["--training_args.betta", "1"], "unknown argument --training_args.betta, did you mean '--training_args.beta'?"),
     ("", ["--training_args", '{"betta": 1}'], "unknown argument --training_args.betta, did you mean '--training_args.beta'?"),
     ("training_args: {betta: 1}", [], "unknown key 'betta' in training_args of {}, did you mean 'beta'?"),
-    ("", ["--training_args.beta", "small"], "--training_args.beta: 'small' is not a float"),
-    ("training_args: {beta: small}", [], "training_args.beta in {}: 'small' is not a float"),
+    ("", ["--training_args.beta", "small"], "--training_args.beta: 'small' is not a number"),
+    ("training_args: {beta: small}", [], "training_args.beta in {}: 'small' is not a number"),
     ("training_args: {way: old}", [], "training_args.way in {}: 'old' is not one of new, all"),
     ("generation: {k: 4}", [], "unknown key 'k' in generation of {}, did you mean 'K'?"),
     ("generation: {beta: 4}", [], "unknown key 'beta' in generation of {}, did you mean training_args.beta?"),

@@ -191,6 +191,11 @@ def test_an_install_that_was_cut_off_is_cleared_away(shell, how):
     assert shell.made() == ["vllm"] and not (shell.envs / "vllm/half").exists() and not (shell.marks / "vllm.making").exists()
 
 
+def quoted(path):
+    """As bash's `printf %q` writes it."""
+    return str(path).replace(" ", "\\ ")
+
+
 def children(pid):
     """Process ids below a process, itself not included."""
     try:
@@ -228,8 +233,8 @@ def test_two_at_once_make_it_once(shell):
 
 
 def test_waiting_for_another_process_is_told(venv):
-    held = "(flock 9; touch $FOLDER/held; sleep 0.5) 9>>$envs_dir/vllm.lock"
-    waited = venv(f"mkdir -p $envs_dir; {held} & while [ ! -e $FOLDER/held ]; do sleep 0.02; done; make_envs vllm")
+    held = '(flock 9; touch "$FOLDER/held"; sleep 0.5) 9>>"$envs_dir/vllm.lock"'
+    waited = venv(f'mkdir -p "$envs_dir"; {held} & while [ ! -e "$FOLDER/held" ]; do sleep 0.02; done; make_envs vllm')
     assert "making environment vllm" in good(waited) and waited.stderr.count("waiting for another process, which makes environment vllm") == 1
 
 
@@ -408,7 +413,7 @@ def test_requirements_that_others_include_are_in_their_stamp(venv):
     stamps = []
     for text in ("# nothing\n", "# something else\n", "# nothing\n"):
         venv.requirements.write_text(text)
-        both = venv(f"env_stamp {venv.requirements}; env_stamp {venv.folder}/more.txt; sha256sum <{venv.requirements}").stdout.split()
+        both = venv(f"env_stamp '{venv.requirements}'; env_stamp '{venv.folder}/more.txt'; sha256sum <'{venv.requirements}'").stdout.split()
         assert both[0] == both[4] and both[1::2][:2] == ["requirements.txt", "more.txt"]
         stamps.append(both[2])
     assert stamps[0] == stamps[2] != stamps[1]
@@ -418,7 +423,8 @@ def test_requirements_that_others_include_are_in_their_stamp(venv):
 
 DRIVER = (
     f"cd {ROOT}; caller=$PWD; again='the same'; source loop/stages.sh; {{}}; start_thinking; echo $driver; "
-    "hold $FOLDER/run loop; run_dir=$FOLDER/run; left='{}'; make_ready vllm rlhflow"
+    'hold "$FOLDER/run" loop; run_dir="$FOLDER/run"; '
+    "left='{}'; make_ready vllm rlhflow"
 )
 
 
@@ -434,7 +440,7 @@ def test_check_and_dry_run_make_no_environment(shell, mode):
     assert "there is no environment rlhflow" in refused(shell, DRIVER.format(mode, "1.generate")) and not (shell.folder / "pip").exists()
     python = thinking(shell)
     done = shell(DRIVER.format(mode, "1.generate"))
-    assert good(done).split() == [python] and shell.made() == ["rlhflow"]
+    assert good(done).splitlines() == [python] and shell.made() == ["rlhflow"]
     assert ("environment vllm is not made yet, a start makes it from requirements.txt" in done.stderr) == (mode == "check=yes")
 
 
@@ -450,7 +456,7 @@ def test_a_check_says_what_the_machine_lacks(venv):
 def test_a_finished_run_makes_no_environment(shell):
     python = thinking(shell)
     done = shell(DRIVER.format("true", ""))
-    assert good(done).split() == [python] and "nothing is left to do" in done.stderr and shell.made() == ["rlhflow"]
+    assert good(done).splitlines() == [python] and "nothing is left to do" in done.stderr and shell.made() == ["rlhflow"]
     begun = good(shell(DRIVER.format("true", "1.generate") + "; echo $driver")).splitlines()
     assert begun[0] == python and begun[-1] != python and len(shell.made()) == 3
 
@@ -484,5 +490,5 @@ def test_dry_runs_print_how_to_enter(shell):
     lines = f"{DRIVER.format('dry_run=yes', '1.generate')}; enter rlhflow; enter vllm"
     good(shell("make_envs rlhflow"))
     out = good(shell(lines)).splitlines()
-    assert out[1] == ("conda activate rlhflow; export PYTHONNOUSERSITE=1" if shell.manager == "conda" else f"source {shell.envs}/rlhflow/bin/activate")
+    assert out[1] == ("conda activate rlhflow; export PYTHONNOUSERSITE=1" if shell.manager == "conda" else f"source {quoted(shell.envs)}/rlhflow/bin/activate")
     assert out[2] == "source ./envs.sh; make_envs vllm; use_env vllm"

@@ -5,6 +5,7 @@ import fcntl
 import json
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -378,7 +379,7 @@ def test_a_reward_model_with_other_tokens_is_served_beside_it(runs, models):
     first = json.loads((runs.work / "prompts.jsonl").read_text().split("\n")[0])
     rewards = Rewards(reward_arguments(models, reward_name_or_path=[str(models["chatml"])])).load()
     assert reward == pytest.approx(rewards([first["prompt"] + "a STUB answer.<|eot_id|>"], [first["prompt"]], [first["label"]])[0], abs=2e-5)
-    assert "--critic.model_name_or_path " + str(runs.work / "policy") in done.stdout
+    assert "--critic.model_name_or_path " + shlex.quote(str(runs.work / "policy")) in done.stdout
     counts = check_output(runs, models)["counts"]
     assert counts["prompts"] == 24 - 24 % 4 or counts["prompts"] < 26
     assert counts["rollouts"] == counts["prompts"] // 4 * 2

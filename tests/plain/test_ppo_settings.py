@@ -183,7 +183,7 @@ def test_a_folder_of_the_other_kind_of_run_is_called_that(settings, tmp_path, mo
             loop_run.setup(kind, "", [str(tmp_path / f"{name}.yaml"), "--run_dir", others])
         assert str(refused.value) == f"{others} holds a run of {held}, this would be one of {wanted}: give another --run_dir"
         loop_run.setup(kind, "", [str(tmp_path / f"{name}.yaml")])
-        assert f"run_dir={own}" in capsys.readouterr().out
+        assert f"run_dir={shlex.quote(own)}" in capsys.readouterr().out
 
 
 def test_a_set_that_is_not_there_is_not_mistaken_for_one_that_has_another_part(settings, capsys, tmp_path):
