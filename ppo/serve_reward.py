@@ -126,8 +126,8 @@ def main():
     server.RequestHandlerClass = handler(batcher)
     server.server_activate()  # only now: who can connect gets a reward
     names = ", ".join(scorer.name for scorer in batcher.rewards.scorers)
-    print(f"serving {names} at http://{args.host}:{server.server_port}/get_reward after {time.monotonic() - started:.0f}s", flush=True)
     try:
+        print(f"serving {names} at http://{args.host}:{server.server_port}/get_reward after {time.monotonic() - started:.0f}s", flush=True)
         server.serve_forever()
     except KeyboardInterrupt:  # by whom it was started for, or Ctrl-C; there is nothing to continue
         print("the reward server was stopped", flush=True)

@@ -137,7 +137,7 @@ def check(values):
 
 def test_what_is_right_passes_and_says_so(settings, capsys):
     assert check(settings) == ["0.evaluate", "1.train", "1.evaluate"]
-    assert "1 training processes, CPU, backend small" in capsys.readouterr().err
+    assert "1 training process, CPU, backend small" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("wrong, named", [
