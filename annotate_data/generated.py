@@ -27,9 +27,9 @@ def read_generated(path):
             raise UserError(f"{where}: `responses` must be a list of texts, it is {str(responses)[:60]}")
         for field in ("finish_reasons", "num_tokens", tokens.RESPONSES):
             values = record.get(field)
-            if not isinstance(values, list | None):
+            if isinstance(values, str | dict):  # a number is another tool's field of that name
                 raise UserError(f"{where}: `{field}` must be a list with an entry for each response")
-            if values is not None and len(values) != len(responses):
+            if isinstance(values, list) and len(values) != len(responses):
                 raise UserError(f"{where} has {len(responses)} responses and {len(values)} {field}")
         if not isinstance(record.get("id"), str):
             made = identify(prompt, tools)

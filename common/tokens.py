@@ -28,7 +28,8 @@ class Answer:
 def answers_of(record):
     """The Answers of a generated record."""
     count = len(record["responses"])
-    told = (record.get(key) or [None] * count for key in ("finish_reasons", "num_tokens", RESPONSES))
+    found = (record.get(key) for key in ("finish_reasons", "num_tokens", RESPONSES))
+    told = (values if isinstance(values, list) and values else [None] * count for values in found)
     return [Answer(*values) for values in zip(record["responses"], *told, strict=True)]
 
 
