@@ -4,6 +4,7 @@ Metadata as the hub reads it: base model, held-out results, tags. Names of local
 them for its own; they stand in the text.
 """
 
+import contextlib
 import os
 import re
 import shlex
@@ -58,18 +59,26 @@ def prompts(files):
     return list(dict.fromkeys(found))
 
 
+def generations(files):
+    """The manifests of the generations behind rewarded files, where they are there and whole."""
+    for name in files:
+        with contextlib.suppress(UserError):
+            made = generation_manifest(name)
+            if made:
+                yield made
+
+
 def system_prompts(files):
     """System prompts that generation put before the prompts behind rewarded files, each once."""
-    made = [generation_manifest(name) or {} for name in files]
-    found = [one.get("settings", {}).get("system_prompt") for one in made]
+    found = [made["settings"].get("system_prompt") for made in generations(files)]
     return list(dict.fromkeys(filter(None, found)))
 
 
 def sampling_stops(args):
     """Token ids that `--eos_ids` gave when this policy's responses were sampled, where manifests tell."""
     found = set()
-    for made in filter(None, map(generation_manifest, args.train_dir)):
-        if made["inputs"].get("model_name_or_path", {}).get("path") == args.model_name_or_path:
+    for made in generations(args.train_dir):
+        if args.model_name_or_path in [mark["path"] for mark in made["inputs"].values()]:  # an engine's policy, or the servers'
             found |= set(made["settings"].get("eos_ids") or [])
     return sorted(found)
 

@@ -274,15 +274,16 @@ def test_the_generation_config_names_every_stop(tmp_path, family, before, more, 
 
 
 def test_the_stops_that_were_given_when_sampling_are_found(tmp_path):
-    def manifest(name, inputs, **settings):
+    def manifest(name, inputs, script="generation/get_hf2.py", **settings):
         marks = {key: {"path": str(path)} for key, path in inputs.items()}
-        (tmp_path / f"{name}.manifest.json").write_text(json.dumps({"settings": settings, "inputs": marks}))
+        (tmp_path / f"{name}.manifest.json").write_text(json.dumps({"script": script, "settings": settings, "inputs": marks}))
 
     for i, policy in enumerate(("mine", "another")):
-        manifest(f"rewarded{i}", {"dataset_name_or_path": tmp_path / f"generated{i}.jsonl"})
+        manifest(f"rewarded{i}", {"dataset_name_or_path": tmp_path / f"generated{i}.jsonl"}, script="annotate_data/get_rewards.py")
         manifest(f"generated{i}", {"model_name_or_path": policy}, eos_ids=[i + 7])
-    files = [str(tmp_path / f"{name}.jsonl") for name in ("rewarded0", "rewarded1", "without")]
-    assert card.sampling_stops(SimpleNamespace(train_dir=files, model_name_or_path="mine")) == [7]
+    manifest("served", {"tokenizer": "mine", "model": "mine"}, script="generation/gen_hf.py", eos_ids=[5])
+    files = [str(tmp_path / f"{name}.jsonl") for name in ("rewarded0", "rewarded1", "served", "without")]
+    assert card.sampling_stops(SimpleNamespace(train_dir=files, model_name_or_path="mine")) == [5, 7]
 
 
 def test_a_model_that_fails_the_check_is_not_complete(work, monkeypatch):
