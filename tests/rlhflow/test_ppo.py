@@ -149,7 +149,7 @@ def test_padding_changes_nothing(work):
 
 def test_sampling_follows_the_log_probabilities(work):
     """One token of one prompt, 2048 times: frequencies against the probabilities that are trained on, at a temperature."""
-    model = AutoModelForCausalLM.from_pretrained(work / "policy")
+    model = AutoModelForCausalLM.from_pretrained(micro.make_policy(work / "untied"))
     with torch.no_grad():
         model.lm_head.weight.mul_(25)  # far from uniform
     model.generation_config.update(do_sample=True, top_k=3, repetition_penalty=3.0)  # the model's own taste must not matter
