@@ -371,6 +371,10 @@ def _meant(cls, key, lead="", section=None):
     other = getattr(cls, "elsewhere", {}).get(key.partition(".")[0]) if section is None else None
     if other:
         return f", which is a key of another kind of run: {other}"
+    head, dot, tail = key.partition(".")
+    if dot and section is None:  # --generaton.K
+        close = difflib.get_close_matches(head, list(_sections(cls)), n=1, cutoff=0.5)
+        return f", did you mean '{lead}{close[0]}.{tail}'?" if close else ""
     prefix, own = ("", cls.__dataclass_fields__) if section is None else (f"{section}.", _fields(_sections(cls)[section]))
     if key.casefold() not in {name.casefold() for name in own}:
         places = {cls: ("", cls.__dataclass_fields__)}
