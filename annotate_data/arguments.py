@@ -1,4 +1,6 @@
-"""The arguments of get_rewards.py: what they are, what shapes a reward, what is refused before anything is read."""
+"""The arguments of get_rewards.py: what they are, what shapes a reward, what is refused before anything is
+read.
+"""
 
 import math
 from dataclasses import dataclass
@@ -21,31 +23,60 @@ class Arguments:
     reward_name_or_path: list[str] | None = arg(
         None, help=f"reward model, or several: folder or hub name; without a function {DEFAULT_MODEL}"
     )
-    reward_type: list[str] = arg(["auto"], help=f"auto or {', '.join(KINDS)}; one for all models or one for each")
+    reward_type: list[str] = arg(
+        ["auto"], help=f"auto or {', '.join(KINDS)}; one for all models or one for each"
+    )
     reward_function: str | None = arg(None, help="FILE.py:NAME, f(messages, response[, record]) → number")
-    reward_weights: list[float] | None = arg(None, help="one for each model, then the function's; the sum is the reward")
+    reward_weights: list[float] | None = arg(
+        None, help="one for each model, then the function's; the sum is the reward"
+    )
     ranking: str = arg("round_robin", "how a pair-preference model compares K responses", tuple(RANKINGS))
     save_pair_probabilities: bool = arg(False, help="keep a pair-preference model's K×K probabilities")
     max_length: int = arg(4096, help="tokens of a sequence, at most the model's limit; the left is cut")
     batch_tokens: int | None = arg(
-        None, help="tokens of a forward pass; None: 16384 on a GPU, 2048 without; halved by itself when memory runs out"
+        None,
+        help=(
+            "tokens of a forward pass; None: 16384 on a GPU, 2048 without; halved by itself when memory "
+            "runs out"
+        ),
     )
-    share_prompts: bool = arg(True, help="compute a prompt once for its K responses, where the architecture allows it")
+    share_prompts: bool = arg(
+        True, help="compute a prompt once for its K responses, where the architecture allows it"
+    )
     chunk_records: int = arg(1024, help="records that are read, sorted by length and shared out together")
-    dtype: str = arg("auto", "auto is bfloat16 on a GPU, float32 without", ("auto", "float32", "bfloat16", "float16"))
+    dtype: str = arg(
+        "auto", "auto is bfloat16 on a GPU, float32 without", ("auto", "float32", "bfloat16", "float16")
+    )
     attn_implementation: str = arg("auto", help="auto is flash_attention_2 where installed (GPU), else sdpa")
     revision: str | None = arg(None, help="branch, tag or commit of a hub model")
     chat_template: str | None = arg(None, help="jinja file in place of the reward model's own chat template")
     template_kwargs: dict = arg({}, help='variables for the template, {"name": value}')
-    date: str | None = arg(None, "day for a template that writes today's, YYYY-MM-DD; None: that of the answers, else of the first start")
+    date: str | None = arg(
+        None,
+        "day for a template that writes today's, YYYY-MM-DD; None: that of the answers, else of the first "
+        "start",
+    )
     trust_remote_code: bool = arg(False, help="run Python code that comes with the model")
     overwrite: bool = arg(False, help="start anew, whatever is there")
 
 
 # Settings that change a reward; the others change speed and rounding only.
 SHAPING = ("max_length", "dtype", "revision", "template_kwargs", "date")
-NEWER = ("reward_type", "reward_function", "reward_weights", "ranking", "save_pair_probabilities")  # noted unless default
-MODEL = (*SHAPING, "chat_template", "trust_remote_code", "attn_implementation", "batch_tokens", "share_prompts")
+NEWER = (
+    "reward_type",
+    "reward_function",
+    "reward_weights",
+    "ranking",
+    "save_pair_probabilities",
+)  # noted unless default
+MODEL = (
+    *SHAPING,
+    "chat_template",
+    "trust_remote_code",
+    "attn_implementation",
+    "batch_tokens",
+    "share_prompts",
+)
 
 
 def names(args):
@@ -60,7 +91,9 @@ def types(args):
 
 
 def dated(args):
-    """`args` with a date: the one that the first output was begun with, else that of its answers, else today's."""
+    """`args` with a date: the one that the first output was begun with, else that of its answers, else
+    today's.
+    """
     made = manifest.generation_manifest(args.dataset_name_or_path[0])
     return manifest.with_date(args, args.output_dir[0], made and made["settings"].get("date"))
 
@@ -74,19 +107,26 @@ def shaping(args, source):
     for n, name in enumerate(names(args), 1):
         inputs["reward_name_or_path" + (f" {n}" if n > 1 else "")] = name
     if args.reward_function:
-        inputs["reward_function"] = str(functions.function_file(args.reward_function, "--reward_function", EXAMPLE)[0])
+        inputs["reward_function"] = str(
+            functions.function_file(args.reward_function, "--reward_function", EXAMPLE)[0]
+        )
     return settings, inputs
 
 
 def check_ranking(args, kinds):
     """Refuse settings of pair-preference models where none is among the `kinds`."""
-    given = [f"--{name}" for name in ("ranking", "save_pair_probabilities") if getattr(args, name) not in ("round_robin", False)]
+    given = [
+        f"--{name}"
+        for name in ("ranking", "save_pair_probabilities")
+        if getattr(args, name) not in ("round_robin", False)
+    ]
     if given and "pair_preference" not in kinds:
         raise UserError(f"{given[0]} is for pair-preference models, and none is given")
 
 
 def check(args):
-    """Refuse what is known to be wrong without reading data or loading a model; used by loop/preflight.py too.
+    """Refuse what is known to be wrong without reading data or loading a model; used by loop/preflight.py
+    too.
 
     Raises:
         UserError: names the argument.
@@ -98,19 +138,32 @@ def check(args):
     models, kinds = names(args), types(args)
     parts = [*models, *([args.reward_function] if args.reward_function else [])]
     if len(set(parts)) < len(parts):
-        raise UserError(f"a reward model is named twice: {', '.join(parts)}; a weight of its own does the same")
+        raise UserError(
+            f"a reward model is named twice: {', '.join(parts)}; a weight of its own does the same"
+        )
     for kind in args.reward_type:
         if kind not in ("auto", *KINDS):
-            raise UserError(f"--reward_type {kind} is not one of auto, {', '.join(KINDS)}{cli.nearest(kind, KINDS)}")
+            raise UserError(
+                f"--reward_type {kind} is not one of auto, {', '.join(KINDS)}{cli.nearest(kind, KINDS)}"
+            )
     if len(kinds) != len(models) and args.reward_type != ["auto"]:
-        raise UserError(f"{len(args.reward_type)} in --reward_type for {len(models)} reward models: one for all or one each")
+        raise UserError(
+            f"{len(args.reward_type)} in --reward_type for {len(models)} reward models: one for all or one "
+            "each"
+        )
     weights = args.reward_weights
     if len(parts) > 1 and not weights:
-        raise UserError(f"{len(parts)} scorers need --reward_weights, a number for each of {', '.join(parts)}")
+        raise UserError(
+            f"{len(parts)} scorers need --reward_weights, a number for each of {', '.join(parts)}"
+        )
     if weights is not None and len(weights) != len(parts):
-        raise UserError(f"{len(weights)} numbers in --reward_weights for {len(parts)} scorers ({', '.join(parts)})")
+        raise UserError(
+            f"{len(weights)} numbers in --reward_weights for {len(parts)} scorers ({', '.join(parts)})"
+        )
     if weights is not None and not all(math.isfinite(w) and w for w in weights):
-        raise UserError(f"--reward_weights {' '.join(map(str, weights))}: finite numbers other than 0 were expected")
+        raise UserError(
+            f"--reward_weights {' '.join(map(str, weights))}: finite numbers other than 0 were expected"
+        )
     if args.revision and len(models) > 1:
         raise UserError("--revision is for one reward model; give folders instead")
     if args.reward_function:

@@ -51,7 +51,9 @@ def read_config(name, revision=None, trust_remote_code=False, what="reward model
     transformers.logging.set_verbosity_error()  # its load report is judged in `load_weights`
     transformers.utils.logging.disable_progress_bar()
     try:
-        return transformers.AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        return transformers.AutoConfig.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
     except Exception as error:  # hub, file and remote code fail in many ways
         raise UserError(f"cannot load the {what} {name}: {one_line(error)}") from None
 
@@ -70,7 +72,8 @@ class Backbone:
         attn_implementation: as transformers names it; `auto` takes flash_attention_2 where it is installed.
         batch_tokens: tokens of a forward pass; None: 16,384 on a GPU, 2,048 without.
         date: day for a template that writes today's, YYYY-MM-DD.
-        share_prompts: compute what the sequences of a group have in common once, where the architecture allows it.
+        share_prompts: compute what the sequences of a group have in common once, where the architecture
+            allows it.
 
     Raises:
         UserError: not there, or its config or tokenizer does not load.
@@ -92,7 +95,12 @@ class Backbone:
         share_prompts=True,
         date=None,
     ):
-        self.name, self.dtype, self.attention, self.template_kwargs = name, dtype, attn_implementation, template_kwargs
+        self.name, self.dtype, self.attention, self.template_kwargs = (
+            name,
+            dtype,
+            attn_implementation,
+            template_kwargs,
+        )
         self.date = date
         self.source = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.batches, self.model = Batches(batch_tokens), None
@@ -102,7 +110,9 @@ class Backbone:
         self.added = chat.added_specials(self.tokenizer)
         self.apart = models.encoding_of_length(self.config)
         self.positions, told = models.positions(self.config), self.tokenizer.model_max_length
-        if told and told * models.stretch(self.config) == self.positions:  # the config's own length, before stretching
+        if (
+            told and told * models.stretch(self.config) == self.positions
+        ):  # the config's own length, before stretching
             told = self.positions
         self.max_length = min(max_length, self.positions or max_length, told or max_length)
 
@@ -112,18 +122,31 @@ class Backbone:
 
     def left_out(self, messages, tools=None):
         """What the chat template leaves out of a prompt's tools; see common/chat.py."""
-        return chat.left_out(self.tokenizer, [*messages, {"role": "assistant", "content": "a"}], False, self.template_kwargs, tools)
+        return chat.left_out(
+            self.tokenizer,
+            [*messages, {"role": "assistant", "content": "a"}],
+            False,
+            self.template_kwargs,
+            tools,
+        )
 
     def render(self, turns, tools=None):
         """The templated text of whole turns."""
         try:
             return chat.render(self.tokenizer, turns, False, self.template_kwargs, tools, self.date)
         except UserError as error:
-            todo = "; give a template that takes them with --chat_template FILE, or leave out the turn it refuses"
-            raise UserError(" ".join(str(error).split()) + (todo if self.tokenizer.chat_template else "")) from None
+            todo = (
+                "; give a template that takes them with --chat_template FILE, or leave out the turn it "
+                "refuses"
+            )
+            raise UserError(
+                " ".join(str(error).split()) + (todo if self.tokenizer.chat_template else "")
+            ) from None
 
     def encode(self, messages, response, tools=None):
-        """The `Row` of a response to `messages`, truncated on the left to `max_length`; a BOS or CLS in front stays."""
+        """The `Row` of a response to `messages`, truncated on the left to `max_length`; a BOS or CLS in front
+        stays.
+        """
         text = self.render([*messages, {"role": "assistant", "content": response}], tools)
         ids = chat.encode_for_classifier(self.tokenizer, text, self.added)
         if not ids:
@@ -131,7 +154,9 @@ class Backbone:
         cut = max(0, len(ids) - self.max_length)
         if cut:
             # An encoder's head reads its CLS; a tokenizer may have either, or neither.
-            keep = len(self.added[0]) or int(ids[0] in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id))
+            keep = len(self.added[0]) or int(
+                ids[0] in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id)
+            )
             ids = ids[:keep] + ids[keep + cut :]
         return Row(array("i", ids), cut)
 
@@ -140,7 +165,10 @@ class Backbone:
         groups, cuts = [], []
         for index, record in enumerate(records):
             try:
-                rows = [self.encode(record["prompt"], response, record.get("tools")) for response in record["responses"]]
+                rows = [
+                    self.encode(record["prompt"], response, record.get("tools"))
+                    for response in record["responses"]
+                ]
             except UserError as error:
                 raise BadRecord(index, str(error)) from None
             groups.append([row.ids for row in rows])
@@ -159,7 +187,9 @@ class Backbone:
         import torch
 
         gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true"
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
+        self.device = (
+            torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
+        )
         if gpu:
             torch.cuda.set_device(self.device)
         elif "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
@@ -188,8 +218,13 @@ class Backbone:
         self.unplaced = report["unexpected_keys"]
         self.attention = self.attention or getattr(self.model.config, "_attn_implementation", None)
         embeddings = getattr(self.model.base_model, "embeddings", None)
-        places, first = getattr(embeddings, "position_embeddings", None), getattr(embeddings, "padding_idx", None)
-        if isinstance(places, torch.nn.Embedding) and first is not None:  # RoBERTa's kind counts positions from there
+        places, first = (
+            getattr(embeddings, "position_embeddings", None),
+            getattr(embeddings, "padding_idx", None),
+        )
+        if (
+            isinstance(places, torch.nn.Embedding) and first is not None
+        ):  # RoBERTa's kind counts positions from there
             self.max_length = min(self.max_length, places.num_embeddings - first - 1)
         self.model.eval()
         self.batches.tokens = self.batches.tokens or (GPU_TOKENS if gpu else CPU_TOKENS)
@@ -197,7 +232,9 @@ class Backbone:
             keep_memory()
 
     def _choose_attention(self, auto_class, gpu):
-        """flash_attention_2 where it can be, eager where sdpa would leave something out; None: what transformers takes for the model."""
+        """flash_attention_2 where it can be, eager where sdpa would leave something out; None: what
+        transformers takes for the model.
+        """
         import transformers
 
         if getattr(self.config.get_text_config(), "attn_logit_softcapping", None):
@@ -244,7 +281,9 @@ class Backbone:
             yield g, torch.stack(states)
 
     def _prepared(self, groups):
-        """Whether the model computes shared prompts; at the first call it is tried on a group, against its own attention."""
+        """Whether the model computes shared prompts; at the first call it is tried on a group, against its
+        own attention.
+        """
         import torch
 
         from annotate_data.packed_linear import pack_linears
@@ -259,7 +298,10 @@ class Backbone:
                     pack_linears(getattr(self.model.base_model, "layers", torch.nn.ModuleList()))
             except MemoryError:
                 self.share_prompts = False
-                print(f"note: no memory to try shared prompts on {max(map(len, example))} tokens; prompts are computed for each response")
+                print(
+                    f"note: no memory to try shared prompts on {max(map(len, example))} tokens; prompts are "
+                    "computed for each response"
+                )
             except shared_prompts.Unsupported as reason:
                 self.share_prompts = False
                 print(f"note: {self.name} computes prompts for each response anew: {reason}", flush=True)
@@ -272,14 +314,20 @@ class Backbone:
         from common import shared_prompts
 
         self._check_ids(ids for group in groups for ids in group)
-        last_only = all(at == [len(ids) - 1] for group, asked in zip(groups, positions, strict=True) for ids, at in zip(group, asked, strict=True))
+        last_only = all(
+            at == [len(ids) - 1]
+            for group, asked in zip(groups, positions, strict=True)
+            for ids, at in zip(group, asked, strict=True)
+        )
 
         def forward(sequences, asked):
             packed = shared_prompts.pack(sequences, self.device)
             if last_only:
                 return shared_prompts.last_states(self.model.base_model, packed)[:, None].float()
             hidden = shared_prompts.hidden_states(self.model.base_model, packed)
-            return torch.stack([hidden[columns[at]] for columns, at in zip(packed.columns(), asked, strict=True)]).float()
+            return torch.stack(
+                [hidden[columns[at]] for columns, at in zip(packed.columns(), asked, strict=True)]
+            ).float()
 
         left = set(range(len(groups)))
         while left:
@@ -289,7 +337,9 @@ class Backbone:
                 sequences = [[groups[numbers[n]][k] for k in part] for n, part in batch]
                 asked = [positions[g][k] for g, k in places]
                 try:
-                    states = self._in_memory(lambda sequences=sequences, asked=asked: forward(sequences, asked))
+                    states = self._in_memory(
+                        lambda sequences=sequences, asked=asked: forward(sequences, asked)
+                    )
                 except MemoryError:
                     size = sum(map(shared_prompts.packed_tokens, sequences))
                     self.batches.shrink(len(places), max(len(groups[g][k]) for g, k in places), size)
@@ -301,12 +351,16 @@ class Backbone:
                         yield g, torch.stack([found.pop((g, k)) for k in range(len(groups[g]))])
 
     def _in_passes(self, groups, positions, forward):
-        """Yield (index of a group, results of its sequences), `forward` being given padded batches of `Sequence`s."""
+        """Yield (index of a group, results of its sequences), `forward` being given padded batches of
+        `Sequence`s.
+        """
         for window in windows(groups, WINDOW * self.batches.tokens):
             places = [(g, k) for g in window for k in range(len(groups[g]))]
             rows = [Sequence(groups[g][k], positions[g][k]) for g, k in places]
             found = {}
-            for batch, results in self.batches.run(lambda rows: self._guarded(forward, rows), rows, self.apart):
+            for batch, results in self.batches.run(
+                lambda rows: self._guarded(forward, rows), rows, self.apart
+            ):
                 found.update(zip((places[i] for i in batch), results, strict=True))
             for g in window:
                 yield g, [found[g, k] for k in range(len(groups[g]))]
@@ -315,19 +369,25 @@ class Backbone:
         """Refuse a tokenizer that gives more tokens than the model has embeddings."""
         largest = max((max(ids, default=0) for ids in sequences), default=0)
         if largest >= self.model.get_input_embeddings().num_embeddings:
-            raise UserError(f"{self.name}: the tokenizer gives token {largest}, beyond the model's embeddings")
+            raise UserError(
+                f"{self.name}: the tokenizer gives token {largest}, beyond the model's embeddings"
+            )
 
     def _guarded(self, forward, rows):
         """`forward` of padded rows; MemoryError where they are too many."""
         self._check_ids(row.ids for row in rows)
         try:
-            if self.apart:  # transformers goes on with the frequencies of an earlier, longer pass; a short one ends that
+            if (
+                self.apart
+            ):  # transformers goes on with the frequencies of an earlier, longer pass; a short one ends that
                 self._in_memory(lambda: self.model.base_model(input_ids=self._padded(rows)[0][:1, :1]))
             return self._in_memory(lambda: forward(rows, *self._padded(rows)))
         except (RuntimeError, ValueError, IndexError) as error:  # the model's own code
             longest = max(len(row.ids) for row in rows)
-            raise UserError(f"{self.name} fails on {len(rows)} sequences of up to {longest} tokens: {one_line(error)}; "
-                            "with --max_length N they are cut") from None  # fmt: skip
+            raise UserError(
+                f"{self.name} fails on {len(rows)} sequences of up to {longest} tokens: {one_line(error)}; "
+                "with --max_length N they are cut"
+            ) from None
 
     def _in_memory(self, action):
         """`action()` without gradients; running out of memory is a MemoryError."""

@@ -1,4 +1,6 @@
-"""Batches of token sequences: sized by padded tokens, alike in length, smaller for good once memory ran out."""
+"""Batches of token sequences: sized by padded tokens, alike in length, smaller for good once memory ran
+out.
+"""
 
 from array import array
 from typing import NamedTuple
@@ -32,15 +34,21 @@ class Batches:
             UserError: it was a single sequence.
         """
         if sequences == 1:
-            raise UserError(f"out of memory on one sequence of {longest} tokens: lower --max_length") from None
+            raise UserError(
+                f"out of memory on one sequence of {longest} tokens: lower --max_length"
+            ) from None
         self.tokens = max(1, tokens // 2)
-        print(f"out of memory with {sequences} sequences, the longest of {longest} tokens; now {self.tokens} tokens a batch", flush=True)
+        print(
+            f"out of memory with {sequences} sequences, the longest of {longest} tokens; now {self.tokens} "
+            "tokens a batch",
+            flush=True,
+        )
 
     def run(self, forward, rows, apart=None):
         """Yield (indices into `rows`, their results) batch by batch, longest first.
 
-        Longest first, so that rows of a batch are alike and a batch that is too large for the memory shows at once. A
-        row longer than the budget is a batch of its own.
+        Longest first, so that rows of a batch are alike and a batch that is too large for the memory shows at
+        once. A row longer than the budget is a batch of its own.
 
         Args:
             forward: list of rows → list of results; MemoryError when the batch is too large.
@@ -67,7 +75,8 @@ class Batches:
 
 
 def windows(groups, tokens):
-    """Yield lists of indices of `groups`, those with the longest sequence first, of about `tokens` tokens each.
+    """Yield lists of indices of `groups`, those with the longest sequence first, of about `tokens` tokens
+    each.
 
     Args:
         groups: list of lists of token-id sequences.

@@ -1,4 +1,6 @@
-"""A reward function of the user's own: `f(messages, response)` or `f(messages, response, record)` → number."""
+"""A reward function of the user's own: `f(messages, response)` or `f(messages, response, record)` →
+number.
+"""
 
 import copy
 import inspect
@@ -10,7 +12,9 @@ EXAMPLE = "tiny/task.py:gold_score"
 
 
 def takes_record(function):
-    """Whether a function has a third positional parameter for the record: one without a default, or named `record`."""
+    """Whether a function has a third positional parameter for the record: one without a default, or named
+    `record`.
+    """
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # some builtins tell nothing
@@ -22,8 +26,8 @@ def takes_record(function):
 class RewardFunction:
     """The function `path.py:name` as a scorer; see `annotate_data/backbone.py`.
 
-    `messages` is the prompt, a list of `{"role", "content"}`; `record` the record's other fields (`id`, `num_tokens` and
-    whatever the data carries). A result that is not finite becomes null.
+    `messages` is the prompt, a list of `{"role", "content"}`; `record` the record's other fields (`id`,
+    `num_tokens` and whatever the data carries). A result that is not finite becomes null.
 
     Raises:
         UserError: no such file or function, or it does not import.
@@ -40,7 +44,10 @@ class RewardFunction:
         except (TypeError, ValueError):
             return ""
         name = self.name.rpartition(":")[2]
-        ours = f"; its parameters are those of TRL's reward functions, here it is called for one response: def {name}(messages, response) → number"
+        ours = (
+            "; its parameters are those of TRL's reward functions, here it is called for one response: "
+            f"def {name}(messages, response) → number"
+        )
         return ours if "completions" in parameters else ""
 
     def check(self, messages, tools=None):
@@ -63,7 +70,12 @@ class RewardFunction:
             more = [others] if self.with_record else []
             try:
                 # A copy for each call: what a function does to its arguments must not reach the next.
-                rewards = [as_number(self.function(*copy.deepcopy([record["prompt"], response, *more]))) for response in record["responses"]]
+                rewards = [
+                    as_number(self.function(*copy.deepcopy([record["prompt"], response, *more])))
+                    for response in record["responses"]
+                ]
             except (Exception, SystemExit) as error:
-                raise BadRecord(index, f"the reward function {self.name} fails: {one_line(error)}{self.hint()}") from None
+                raise BadRecord(
+                    index, f"the reward function {self.name} fails: {one_line(error)}{self.hint()}"
+                ) from None
             yield index, {"rewards": rewards, "cut": 0}

@@ -1,16 +1,18 @@
-r"""Score generated responses: reward models of several kinds, functions of your own, or a weighted sum of them.
+r"""Score generated responses: reward models of several kinds, functions of your own, or a weighted sum of
+them.
 
 In:  generated JSON Lines: `prompt` (messages), `responses` (K texts), any other fields.
-Out: the same records with `rewards`: K floats aligned with `responses` (null if not finite); with several scorers also
+Out: the same records with `rewards`: K floats aligned with `responses` (null if not finite); with several
+scorers also
      `reward_parts`, {name: K floats}; with --save_pair_probabilities also `pair_probabilities`, K lists of K.
 
     accelerate launch ./annotate_data/get_rewards.py --dataset_name_or_path ./data/gen_data.jsonl \
         --output_dir ./data/data_with_rewards.jsonl --K 4
 
-One process per GPU under `accelerate launch`; plain `python` uses one. The input is read as a stream, once to check it,
-once for each scorer, once to write the output, so that memory does not grow with it. A record is saved as soon as its K
-responses are scored, and a run that was stopped is continued by the same command, also with another number of processes.
-A prompt is computed once for its K responses (common/shared_prompts.py).
+One process per GPU under `accelerate launch`; plain `python` uses one. The input is read as a stream, once to
+check it, once for each scorer, once to write the output, so that memory does not grow with it. A record is
+saved as soon as its K responses are scored, and a run that was stopped is continued by the same command, also
+with another number of processes. A prompt is computed once for its K responses (common/shared_prompts.py).
 """
 
 import contextlib
@@ -37,12 +39,16 @@ from common.messages import text_of
 from common.records import is_empty
 
 LARGEST = 1e100  # of a reward
-STARTED = "records"  # first entry of a `.partial`: binds other ranks' files to this start, and tells what the numbers mean
+# first entry of a `.partial`: binds other ranks' files to this start, and tells what the numbers mean
+STARTED = "records"
 
 
 @dataclass
 class Job:
-    """One input file on its way to one output file. What scorer s says of record i is saved under the id s · N + i."""
+    """One input file on its way to one output file.
+
+    What scorer s says of record i is saved under the id s · N + i.
+    """
 
     source: str
     target: Path
@@ -68,8 +74,8 @@ def make_scorers(args):
 def check_turns(scorers, jobs, loud=True):
     """Look at the first record of each kind of turns before any weights are loaded.
 
-    Where a scorer's chat template takes none, that is an error; where it takes some, the others' records are told, whose
-    rewards will be null. So is what it does not see of tools.
+    Where a scorer's chat template takes none, that is an error; where it takes some, the others' records are
+    told, whose rewards will be null. So is what it does not see of tools.
     """
     for scorer in scorers:
         refused, taken, silent = [], 0, {}
@@ -87,31 +93,42 @@ def check_turns(scorers, jobs, loud=True):
         if refused and not taken:
             raise UserError(refused[0])
         if loud and refused:
-            print(f"warning: records that {scorer.name} cannot read get rewards of null, such as {refused[0]}", flush=True)
+            print(
+                f"warning: records that {scorer.name} cannot read get rewards of null, such as {refused[0]}",
+                flush=True,
+            )
         for part, where in silent.items() if loud else ():
             print(f"warning: {scorer.name} does not see the {part} of prompts such as {where}", flush=True)
 
 
 def take_over(job):
-    """Move what other ranks have saved into rank 0's file, however many they were; a torn last line is dropped."""
+    """Move what other ranks have saved into rank 0's file, however many they were; a torn last line is
+    dropped.
+    """
     for path in sorted(job.target.parent.iterdir()):
         if not path.name.startswith(f"{job.target.name}.partial.rank"):
             continue
         with open(path, "rb") as file:
             for line in file if job.output.done else ():
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # torn, or anything after a power cut
+                with contextlib.suppress(
+                    ValueError, KeyError, TypeError
+                ):  # torn, or anything after a power cut
                     if line.endswith(b"\n"):
                         job.output.append(json.loads(line))
         path.unlink()
 
 
 def open_output(job, args, scorers, settings, inputs):
-    """Lock and check the output (rank 0); returns one byte for each scorer and record, 1 where that is done."""
+    """Lock and check the output (rank 0); returns one byte for each scorer and record, 1 where that is
+    done.
+    """
     job.output = manifest.Output(job.target, "annotate_data/get_rewards.py", settings, inputs, args.overwrite)
     if job.output.complete:
         return bytearray(b"\1") * (scorers * job.N)
     if job.output.done and STARTED not in job.output.done:
-        raise UserError(f"{job.output.partial} is of an earlier version of this script; give --overwrite to start anew")
+        raise UserError(
+            f"{job.output.partial} is of an earlier version of this script; give --overwrite to start anew"
+        )
     take_over(job)  # with nothing in rank 0's file, others' are of an earlier life and are dropped
     done = bytearray(scorers * job.N)
     for key in job.output.done:
@@ -144,7 +161,8 @@ def work(record):
 def score(scorer, number, jobs, done, world, args, bar):
     """Score what is left and save each record: rank 0 into `X.partial`, rank r into `X.partial.rank<r>`.
 
-    Ranks share out each chunk and wait for each other behind it, so that a record that one of them cannot score is told.
+    Ranks share out each chunk and wait for each other behind it, so that a record that one of them cannot
+    score is told.
     """
     turn = 0
     for job, finished in zip(jobs, done, strict=True):
@@ -154,13 +172,19 @@ def score(scorer, number, jobs, done, world, args, bar):
             for chunk in chunks(job, finished[number * job.N : (number + 1) * job.N], args.chunk_records):
                 sizes = {place: work(record) for place, (_, record) in enumerate(chunk)}
                 mine = [chunk[place] for place in share(sizes, (world.rank + turn) % world.size, world.size)]
-                world.together(lambda job=job, mine=mine, file=file: score_chunk(scorer, number, job, mine, file, world, bar))
+                world.together(
+                    lambda job=job, mine=mine, file=file: score_chunk(
+                        scorer, number, job, mine, file, world, bar
+                    )
+                )
                 bar.update(len(chunk) - len(mine))  # the others'
                 turn += 1
 
 
 def score_chunk(scorer, number, job, mine, file, world, bar):
-    """Score this rank's records of a chunk, longest first; one that a reward model cannot read gets rewards of null."""
+    """Score this rank's records of a chunk, longest first; one that a reward model cannot read gets rewards
+    of null.
+    """
 
     def save(index, entry):
         entry = {"id": number * job.N + index} | entry
@@ -224,7 +248,11 @@ def rewarded(job, scorers, weights, counts):
         record["rewards"] = combine(parts, weights) if weights else parts[0]
         if len(scorers) > 1:
             record["reward_parts"] = {scorer.name: part for scorer, part in zip(scorers, parts, strict=True)}
-        pairs = {scorer.name: entry["pairs"] for scorer, entry in zip(scorers, entries, strict=True) if "pairs" in entry}
+        pairs = {
+            scorer.name: entry["pairs"]
+            for scorer, entry in zip(scorers, entries, strict=True)
+            if "pairs" in entry
+        }
         if pairs:
             record["pair_probabilities"] = pairs if len(pairs) > 1 else next(iter(pairs.values()))
         nulls += record["rewards"].count(None)
@@ -235,7 +263,12 @@ def rewarded(job, scorers, weights, counts):
         known = isinstance(lengths, list) and all(isinstance(n, (int, float)) for n in lengths)
         summary.add(record["rewards"], lengths if known else None)
         yield (records.dumps(record) + "\n").encode("utf-8")
-    counts |= {"null_rewards": nulls, "truncated": cut, "empty": empty, "refused": refused} | summary.figures()
+    counts |= {
+        "null_rewards": nulls,
+        "truncated": cut,
+        "empty": empty,
+        "refused": refused,
+    } | summary.figures()
 
 
 def finish(job, scorers, weights, facts):
@@ -244,7 +277,9 @@ def finish(job, scorers, weights, facts):
     total = len(scorers) * job.N
     missing = total - sum(isinstance(key, int) for key in job.output.done)
     if missing:
-        raise UserError(f"{missing} of {total} records are not beside {job.target}; machines must share its folder")
+        raise UserError(
+            f"{missing} of {total} records are not beside {job.target}; machines must share its folder"
+        )
     counts = {"read": job.N, "written": job.N, "skipped": 0, "K": job.K, "responses": job.N * job.K} | facts
     job.output.finish_with(rewarded(job, scorers, weights, counts), counts)
     return counts
@@ -255,20 +290,33 @@ def tell(job, counts):
     print(
         f"read {cli.count(counts['read'], 'record')} of {cli.count(job.K, 'response')} from {job.source}, "
         f"wrote {counts['written']} to {job.target}, skipped 0; "
-        f"{counts['null_rewards']} rewards are null, {counts['truncated']} sequences were cut on the left, {counts['empty']} responses are empty\n"
-        f"  reward: mean {shown['reward_mean']}, best of {job.K} {shown['best_of_k']}, worst {shown['worst_of_k']}, "
+        f"{counts['null_rewards']} rewards are null, {counts['truncated']} sequences were cut on the left, "
+        f"{counts['empty']} responses are empty\n"
+        f"  reward: mean {shown['reward_mean']}, best of {job.K} {shown['best_of_k']}, worst "
+        f"{shown['worst_of_k']}, "
         f"spread {shown['spread']}; all equal in {shown['all_equal_fraction']} of the prompts\n"
-        f"  correlation of reward and length in tokens: {shown['length_correlation_within']} within a prompt, "
+        f"  correlation of reward and length in tokens: {shown['length_correlation_within']} within a "
+        "prompt, "
         f"{shown['length_correlation']} overall",
         flush=True,
     )
     if counts["refused"]:
-        print(f"warning: {counts['refused']} records have rewards of null because a scorer cannot read their prompts", flush=True)
+        print(
+            f"warning: {counts['refused']} records have rewards of null because a scorer cannot read their "
+            "prompts",
+            flush=True,
+        )
 
 
 def run_scorer(scorer, number, jobs, done, world, args):
-    """All that scorer `number` has left. Returns (records scored, responses, seconds, facts for the manifest)."""
-    left = [job.N - sum(flags[number * job.N : (number + 1) * job.N]) for job, flags in zip(jobs, done, strict=True)]
+    """All that scorer `number` has left.
+
+    Returns (records scored, responses, seconds, facts for the manifest).
+    """
+    left = [
+        job.N - sum(flags[number * job.N : (number + 1) * job.N])
+        for job, flags in zip(jobs, done, strict=True)
+    ]
     if not any(left):
         return 0, 0, 0.0, {}
     world.together(scorer.load)
@@ -278,7 +326,10 @@ def run_scorer(scorer, number, jobs, done, world, args):
     if world.rank == 0:
         how = "cpu"
         if facts:
-            how = f"{facts['device']}, {facts['dtype']}, {facts['attention']}, at most {scorer.max_length} tokens"
+            how = (
+                f"{facts['device']}, {facts['dtype']}, {facts['attention']}, at most {scorer.max_length} "
+                "tokens"
+            )
         print(f"scoring {sum(left)} records with {scorer.name} on {world.size} × {how}", flush=True)
         for job in jobs:
             if not job.output.complete and not job.output.done:
@@ -299,7 +350,9 @@ def main():
     args = cli.parse(Arguments, __doc__)
     sources, targets = args.dataset_name_or_path, [Path(path) for path in args.output_dir]
     if not sources or len(sources) != len(targets):
-        raise UserError(f"{len(sources)} files in --dataset_name_or_path, {len(targets)} in --output_dir: one for each")
+        raise UserError(
+            f"{len(sources)} files in --dataset_name_or_path, {len(targets)} in --output_dir: one for each"
+        )
     if len({path.resolve() for path in [*targets, *map(Path, sources)]}) != 2 * len(targets):
         raise UserError("--dataset_name_or_path and --output_dir must name different files")
     check(args)
@@ -314,16 +367,22 @@ def main():
 
     if not args.overwrite and all(map(is_complete, targets, shaped)):
         if os.environ.get("RANK", "0") == "0":
-            print(f"{', '.join(map(str, targets))}: complete already, nothing to do (--overwrite starts anew)")
+            print(
+                f"{', '.join(map(str, targets))}: complete already, nothing to do (--overwrite starts anew)"
+            )
         return
-    jobs = [Job(source, target, *survey(source, args.K)) for source, target in zip(sources, targets, strict=True)]
+    jobs = [
+        Job(source, target, *survey(source, args.K)) for source, target in zip(sources, targets, strict=True)
+    ]
 
     devices.check_torch()
     world = World()
     scorers = world.together(lambda: make_scorers(args))
     world.together(lambda: check_turns(scorers, jobs, loud=world.rank == 0))
     mine_to_open = zip(jobs, shaped, strict=True) if world.rank == 0 else ()
-    opened = world.together(lambda: [open_output(job, args, len(scorers), *shape) for job, shape in mine_to_open])
+    opened = world.together(
+        lambda: [open_output(job, args, len(scorers), *shape) for job, shape in mine_to_open]
+    )
     done = world.gather(opened)[0]
     ran = [run_scorer(scorer, number, jobs, done, world, args) for number, scorer in enumerate(scorers)]
     if world.rank:
@@ -336,10 +395,19 @@ def main():
         if job.output.complete:
             print(f"{job.target}: complete already")
         else:
-            own = seconds * job.N * job.K / max(total, 1)  # of this start; files that are scored together share it
-            more = {"processes": world.size, "sequences_per_second": round(rate, 1), "scoring_seconds": round(own, 1)}
+            own = (
+                seconds * job.N * job.K / max(total, 1)
+            )  # of this start; files that are scored together share it
+            more = {
+                "processes": world.size,
+                "sequences_per_second": round(rate, 1),
+                "scoring_seconds": round(own, 1),
+            }
             tell(job, finish(job, scorers, args.reward_weights, facts | more))
-    print(f"scored {scored} records ({responses} responses) in {progress.duration(seconds)}, {rate:.1f} responses/s")
+    print(
+        f"scored {scored} records ({responses} responses) in {progress.duration(seconds)}, {rate:.1f} "
+        "responses/s"
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Linear layers whose weights lie as oneDNN likes them, for scoring on a CPU.
 
-torch multiplies float32 matrices with MKL, which on some processors reaches three quarters of what oneDNN does; and in
-bfloat16 it puts the weights in order at every call. The operator is the one that torch's own compiler uses; it is not public,
-so where it is missing or refuses, the layers stay as they were.
+torch multiplies float32 matrices with MKL, which on some processors reaches three quarters of what oneDNN
+does; and in bfloat16 it puts the weights in order at every call. The operator is the one that torch's own
+compiler uses; it is not public, so where it is missing or refuses, the layers stay as they were.
 """
 
 import torch
@@ -33,7 +33,10 @@ def pack_linears(model):
                     with torch.inference_mode():
                         packed = PackedLinear(child)
                         packed(torch.zeros(1, child.in_features, dtype=child.weight.dtype))
-                except (RuntimeError, AttributeError):  # another torch, or a processor that oneDNN has nothing for
+                except (
+                    RuntimeError,
+                    AttributeError,
+                ):  # another torch, or a processor that oneDNN has nothing for
                     return count
                 setattr(parent, name, packed)
                 count += 1

@@ -1,14 +1,16 @@
-r"""Pair-preference models: which of two responses is better (RLHFlow/pair-preference-model-LLaMA3-8B, arXiv 2405.07863).
+r"""Pair-preference models: which of two responses is better (RLHFlow/pair-preference-model-LLaMA3-8B, arXiv
+2405.07863).
 
-Such a model is a causal language model that was trained to answer "A" or "B". What it reads is one user turn in its own
+Such a model is a causal language model that was trained to answer "A" or "B". What it reads is one user turn
+in its own
 chat template, without any BOS and without a generation prompt beyond what the template writes by itself:
 
     [CONTEXT] {context} [RESPONSE A] {a} [RESPONSE B] {b} \n
 
-where the context is a newline, then `\n<turn> user\n {content}` or `\n<turn> assistant\n {content}` for each turn, then a
-newline. (The published template looks as if each turn had two newlines; jinja's trimming leaves one, in training too.)
-With l_A and l_B the logits behind the last token, P(A is better) = softmax(l_A, l_B). Both orders are averaged, so that
-the place of a response does not count.
+where the context is a newline, then `\n<turn> user\n {content}` or `\n<turn> assistant\n {content}` for each
+turn, then a newline. (The published template looks as if each turn had two newlines; jinja's trimming leaves
+one, in training too.) With l_A and l_B the logits behind the last token, P(A is better) = softmax(l_A, l_B).
+Both orders are averaged, so that the place of a response does not count.
 """
 
 import functools
@@ -26,17 +28,29 @@ TOGETHER = 2048  # sequences that are in memory at once
 
 
 def context_of(messages):
-    """The conversation as the model reads it. A system turn is written as a user's: the model was trained on no other.
+    """The conversation as the model reads it. A system turn is written as a user's: the model was trained on
+    no other.
 
     Tool calls are written as JSON behind a turn's text.
     """
-    texts = [" ".join(filter(None, [text_of(m), *(json.dumps(m[key], ensure_ascii=False) for key in CALLS if m.get(key))])) for m in messages]
-    turns = [f"\n<turn> {'assistant' if m['role'] == 'assistant' else 'user'}\n {text}" for m, text in zip(messages, texts, strict=True)]
+    texts = [
+        " ".join(
+            filter(
+                None, [text_of(m), *(json.dumps(m[key], ensure_ascii=False) for key in CALLS if m.get(key))]
+            )
+        )
+        for m in messages
+    ]
+    turns = [
+        f"\n<turn> {'assistant' if m['role'] == 'assistant' else 'user'}\n {text}"
+        for m, text in zip(messages, texts, strict=True)
+    ]
     return "\n" + "".join(turns) + "\n"
 
 
 def together(questions):
-    """Groups of a record's questions that are computed together: those that share the context, or the first response too.
+    """Groups of a record's questions that are computed together: those that share the context, or the first
+    response too.
 
     Args:
         questions: list of (…, first response, token ids).
@@ -46,14 +60,18 @@ def together(questions):
     by_first = {}
     for question in questions:
         by_first.setdefault(question[-2], []).append(question)
-    sizes = [sum(packed_tokens([ids for *_, ids in group]) for group in groups) for groups in ([questions], by_first.values())]
+    sizes = [
+        sum(packed_tokens([ids for *_, ids in group]) for group in groups)
+        for groups in ([questions], by_first.values())
+    ]
     return [questions] if sizes[0] <= sizes[1] else list(by_first.values())
 
 
 class PairPreference(Backbone):
     """Ranks the K responses of a record by a pair-preference model; rewards are in [0, 1].
 
-    A pair that is too long loses the beginning of its context; one whose responses alone are too long is not compared.
+    A pair that is too long loses the beginning of its context; one whose responses alone are too long is not
+    compared.
 
     Args:
         ranking: `round_robin` or `tournament`, see `annotate_data/ranking.py`.
@@ -69,11 +87,16 @@ class PairPreference(Backbone):
         self.ranking, self.save_pairs = ranking, save_pairs
         letters = [self.tokenizer(letter, add_special_tokens=False)["input_ids"] for letter in "AB"]
         if any(len(ids) != 1 for ids in letters) or letters[0] == letters[1]:
-            raise UserError(f'{name}: its tokenizer has no single tokens for "A" and "B", so it is no pair-preference model')
+            raise UserError(
+                f'{name}: its tokenizer has no single tokens for "A" and "B", so it is no pair-preference '
+                "model"
+            )
         self.letters = [ids[0] for ids in letters]
 
     def check(self, messages, tools=None):
-        """Refuse a chat template that does not take a user turn; the prompt's own turns are mere text to this model."""
+        """Refuse a chat template that does not take a user turn; the prompt's own turns are mere text to this
+        model.
+        """
         self.ids("", "a", "b")
 
     def left_out(self, messages, tools=None):
@@ -94,12 +117,16 @@ class PairPreference(Backbone):
 
     def ids(self, context, a, b):
         """Token ids of the question whether `a` or `b` is the better answer."""
-        text = self.render([{"role": "user", "content": f"[CONTEXT] {context} [RESPONSE A] {a} [RESPONSE B] {b} \n"}])
+        text = self.render(
+            [{"role": "user", "content": f"[CONTEXT] {context} [RESPONSE A] {a} [RESPONSE B] {b} \n"}]
+        )
         text = text.removeprefix(self.tokenizer.bos_token or "")
         return array("i", self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def encode_pair(self, messages, a, b):
-        """Token ids in both orders under one context, and whether that was cut; (None, None, True) where none fits."""
+        """Token ids in both orders under one context, and whether that was cut; (None, None, True) where none
+        fits.
+        """
         context, cut = context_of(messages), False
         while True:
             orders = self.ids(context, a, b), self.ids(context, b, a)
@@ -108,7 +135,9 @@ class PairPreference(Backbone):
                 return *orders, cut
             if not context:
                 return None, None, True
-            tokens = max(1, len(self.tokenizer(context, add_special_tokens=False, verbose=False)["input_ids"]))
+            tokens = max(
+                1, len(self.tokenizer(context, add_special_tokens=False, verbose=False)["input_ids"])
+            )
             context, cut = context[math.ceil(over * len(context) / tokens) :], True
 
     def score(self, records):
@@ -119,11 +148,20 @@ class PairPreference(Backbone):
             compare = functools.partial(self._compare, some, cuts, at)
             ranked = rank([len(record["responses"]) for record in some], self.ranking, compare)
             for n, (rewards, matrix) in enumerate(ranked):
-                yield at + n, {"rewards": rewards, "cut": cuts[n]} | ({"pairs": matrix} if self.save_pairs else {})
+                yield (
+                    at + n,
+                    {"rewards": rewards, "cut": cuts[n]} | ({"pairs": matrix} if self.save_pairs else {}),
+                )
 
     def _compare(self, records, cuts, start, asked):
-        """Probabilities for (record, i, j); counts cut sequences in `cuts`. Equal texts are a tie without being read."""
-        questions, answers = {}, [None] * len(asked)  # record → [(which of `asked`, first response, token ids)]
+        """Probabilities for (record, i, j); counts cut sequences in `cuts`.
+
+        Equal texts are a tie without being read.
+        """
+        questions, answers = (
+            {},
+            [None] * len(asked),
+        )  # record → [(which of `asked`, first response, token ids)]
         for at, (n, i, j) in enumerate(asked):
             a, b = records[n]["responses"][i], records[n]["responses"][j]
             if a == b:
@@ -140,7 +178,9 @@ class PairPreference(Backbone):
         first_wins = {}  # (which of `asked`, first response) → P(the first is better)
         last = [[[len(ids) - 1] for *_, ids in group] for group in groups]
         for g, states in self.hidden_states([[ids for *_, ids in group] for group in groups], last):
-            first_wins.update(zip(((at, first) for at, first, _ in groups[g]), self._a_wins(states[:, 0]), strict=True))
+            first_wins.update(
+                zip(((at, first) for at, first, _ in groups[g]), self._a_wins(states[:, 0]), strict=True)
+            )
         for at, (_, i, j) in enumerate(asked):
             if (at, i) in first_wins:
                 p = (first_wins[at, i] + 1 - first_wins[at, j]) / 2
@@ -153,7 +193,11 @@ class PairPreference(Backbone):
 
         logits = torch.nn.functional.linear(states, self.head, self.bias)
         config = self.config.get_text_config()
-        logits = logits * (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
+        logits = (
+            logits
+            * (getattr(config, "logit_scale", None) or 1)
+            / (getattr(config, "logits_scaling", None) or 1)
+        )
         if softcap := getattr(config, "final_logit_softcapping", None):
             logits = softcap * torch.tanh(logits / softcap)
         return torch.softmax(logits, dim=1)[:, 0].tolist()

@@ -1,13 +1,14 @@
 """From comparisons of two responses to rewards of K: pure functions over win probabilities.
 
-A ranking is a generator: it yields rounds, each a list of pairs (i, j), is sent their probabilities that response i is
-better than response j (None where the two could not be compared), and returns K rewards in [0, 1]. `rank` drives many
-of them at once, so that a round of all is one batch.
+A ranking is a generator: it yields rounds, each a list of pairs (i, j), is sent their probabilities that
+response i is better than response j (None where the two could not be compared), and returns K rewards in [0,
+1]. `rank` drives many of them at once, so that a round of all is one batch.
 """
 
 
 def round_robin(K):
-    """All K(K−1)/2 pairs; the reward is the mean probability of winning against the others, 0.5 where all is even.
+    """All K(K−1)/2 pairs; the reward is the mean probability of winning against the others, 0.5 where all is
+    even.
 
     Pairs that could not be compared are left out of the mean; None for a response with none left.
     """
@@ -22,12 +23,14 @@ def round_robin(K):
 
 
 def tournament(K):
-    """The best and the worst of K in about 3K/2 comparisons: neighbours meet, then winners and losers among themselves.
+    """The best and the worst of K in about 3K/2 comparisons: neighbours meet, then winners and losers among
+    themselves.
 
-    Each bracket is a knock-out. The reward is 0.5 plus or minus half the share of its bracket's rounds that a response
-    went through: the last of the winners alone has 1, the last of the losers alone 0, those between are in the order in
-    which they fell out. With K odd, the response without a neighbour enters both brackets, and where it would end on
-    both sides it is the best, and the response it met last is the worst. Even chances go to the lower index.
+    Each bracket is a knock-out. The reward is 0.5 plus or minus half the share of its bracket's rounds that a
+    response went through: the last of the winners alone has 1, the last of the losers alone 0, those between
+    are in the order in which they fell out. With K odd, the response without a neighbour enters both
+    brackets, and where it would end on both sides it is the best, and the response it met last is the worst.
+    Even chances go to the lower index.
     """
     if K == 1:
         return [0.5]
@@ -72,11 +75,14 @@ def rank(sizes, ranking, compare):
     Args:
         sizes: K of each prompt.
         ranking: a key of `RANKINGS`.
-        compare: list of (prompt, i, j) → list of probabilities that response i of that prompt is better than j, or None.
+        compare: list of (prompt, i, j) → list of probabilities that response i of that prompt is better than
+            j, or None.
 
     Returns:
-        (rewards, probabilities) of each prompt: K floats (None: never compared), and a K×K list of lists whose row i and
-        column j hold the probability that i is better than j (None on the diagonal and where it was not asked).
+        (rewards, probabilities) of each prompt: K floats (None: never compared), and a K×K list of lists
+            whose row i and
+        column j hold the probability that i is better than j (None on the diagonal and where it was not
+        asked).
     """
     rankings = [RANKINGS[ranking](K) for K in sizes]
     matrices = [[[None] * K for _ in range(K)] for K in sizes]

@@ -38,7 +38,8 @@ class World:
             torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
 
     def _end_on_signals(self):
-        """Let a thread answer Ctrl-C and the launcher's SIGTERM: the main one may stand in a collective, which is deaf.
+        """Let a thread answer Ctrl-C and the launcher's SIGTERM: the main one may stand in a collective,
+        which is deaf.
 
         What was saved is on disk, so the process ends at once. Call before other threads are started.
         """
@@ -47,7 +48,9 @@ class World:
 
         def wait():
             number = signal.sigwait(ends)
-            if self.rank == 0 and number == signal.SIGINT:  # the launcher's SIGTERM follows an error that is told
+            if (
+                self.rank == 0 and number == signal.SIGINT
+            ):  # the launcher's SIGTERM follows an error that is told
                 print("stopped; start the same command again to continue", file=sys.stderr, flush=True)
             os._exit(128 + number)
 
@@ -83,5 +86,8 @@ def share(sizes, rank, world):
         sizes: dict key → size of the work (characters, say).
     """
     ordered = sorted(sizes, key=lambda key: (-sizes[key], key))
-    turns = [*range(world), *reversed(range(world))]  # dealt there and back, so that no rank always gets the longer
+    turns = [
+        *range(world),
+        *reversed(range(world)),
+    ]  # dealt there and back, so that no rank always gets the longer
     return [key for i, key in enumerate(ordered) if turns[i % len(turns)] == rank]

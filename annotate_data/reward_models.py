@@ -1,9 +1,9 @@
 """Reward models that judge one response: which kind a model is, Bradley-Terry classifiers, ArmoRM.
 
-Both kinds see the reward model's own chat template over prompt and response, and the special tokens that its tokenizer
-adds to a text where the template did not write them: one BOS, or none where neither has it (common/chat.py). They are
-cut on the left. The last token is found by length: transformers looks for the last token that is not padding, and misses
-the true one where padding and end of turn are the same token.
+Both kinds see the reward model's own chat template over prompt and response, and the special tokens that its
+tokenizer adds to a text where the template did not write them: one BOS, or none where neither has it
+(common/chat.py). They are cut on the left. The last token is found by length: transformers looks for the last
+token that is not padding, and misses the true one where padding and end of turn are the same token.
 """
 
 import json
@@ -19,8 +19,9 @@ PAIR_PREFERENCE_NAMES = ("pair-preference-model",)  # published under such names
 def kind_of(config, asked, name):
     """The kind of a reward model, one of `KINDS`.
 
-    `auto` goes by the architecture in the config. A pair-preference model cannot be told from an ordinary policy, and a
-    policy given by mistake would yield plausible numbers: such a model must be asked for, or carry the published name.
+    `auto` goes by the architecture in the config. A pair-preference model cannot be told from an ordinary
+    policy, and a policy given by mistake would yield plausible numbers: such a model must be asked for, or
+    carry the published name.
 
     Args:
         config: mapping of its config.json.
@@ -40,11 +41,16 @@ def kind_of(config, asked, name):
     else:
         raise UserError(
             f"{name} is not a reward model of a kind known here: its config says {architecture}; known are "
-            "...ForSequenceClassification with one label, LlamaForRewardModelWithGating (ArmoRM), and pair-preference models"
+            "...ForSequenceClassification with one label, LlamaForRewardModelWithGating (ArmoRM), and "
+            "pair-preference models"
         )
     if asked not in ("auto", found):
         raise UserError(f"{name} is a {architecture}, which is {found}, not --reward_type {asked}")
-    if asked == "auto" and found == "pair_preference" and not Path(name).name.startswith(PAIR_PREFERENCE_NAMES):
+    if (
+        asked == "auto"
+        and found == "pair_preference"
+        and not Path(name).name.startswith(PAIR_PREFERENCE_NAMES)
+    ):
         raise UserError(
             f"{name} is a {architecture}, as a policy is, and no classifier with one label; "
             "if it is a pair-preference model, say --reward_type pair_preference"
@@ -70,12 +76,22 @@ class BradleyTerry(Backbone):
         import transformers
 
         self.load_weights(transformers.AutoModelForSequenceClassification)
-        heads = [key for key in self.unplaced if key.split(".")[0] in ("score", "classifier", "v_head", "value_head", "reward_head")]
+        heads = [
+            key
+            for key in self.unplaced
+            if key.split(".")[0] in ("score", "classifier", "v_head", "value_head", "reward_head")
+        ]
         if heads == ["score.bias"]:
-            print(f"note: {self.name}: its score.bias has no place in its architecture; rewards are off by that constant")
+            print(
+                f"note: {self.name}: its score.bias has no place in its architecture; rewards are off by "
+                "that constant"
+            )
         elif heads:
-            raise UserError(f"{self.name}: its {', '.join(heads[:3])} have no place in its architecture, {type(self.model).__name__}: "
-                            "the rewards would not be those it was trained to give")  # fmt: skip
+            raise UserError(
+                f"{self.name}: its {', '.join(heads[:3])} have no place in its architecture, "
+                f"{type(self.model).__name__}: "
+                "the rewards would not be those it was trained to give"
+            )
 
     def score(self, records):
         import torch
@@ -94,7 +110,8 @@ class BradleyTerry(Backbone):
             yield g, {"rewards": rewards.tolist(), "cut": cuts[g]}
 
     def _logits(self, rows, ids, mask):
-        """Raw logits by the model's own head. A decoder's looks for the last token that is not padding, so that a row which ends in
+        """Raw logits by the model's own head. A decoder's looks for the last token that is not padding, so
+        that a row which ends in
         that token goes alone and without any; an encoder-decoder's wants as many ends in each row."""
         config = self.model.config.get_text_config()
         pad = config.pad_token_id
@@ -105,7 +122,9 @@ class BradleyTerry(Backbone):
             config.pad_token_id = pad if self.config.is_encoder_decoder else -1  # an id that no token has
             for i, row in enumerate(rows):
                 alone = slice(i, i + 1), slice(0, len(row.ids))
-                found.append(self.model(input_ids=ids[alone], attention_mask=mask[alone]).logits[0, 0].float().item())
+                found.append(
+                    self.model(input_ids=ids[alone], attention_mask=mask[alone]).logits[0, 0].float().item()
+                )
         finally:
             config.pad_token_id = pad
         return found
@@ -114,15 +133,16 @@ class BradleyTerry(Backbone):
 class ArmoRM(Backbone):
     """RLHFlow/ArmoRM-Llama3-8B-v0.1: a mixture of objectives, gated by the prompt (arXiv 2406.12845).
 
-    With h_end the last hidden state of the sequence's last token and h_prompt that of the `<|eot_id|>` before the last
-    assistant header, and the published parameter names,
+    With h_end the last hidden state of the sequence's last token and h_prompt that of the `<|eot_id|>` before
+    the last assistant header, and the published parameter names,
 
         rewards = regression_layer(h_end)                                                              [objectives]
         gating = logit_scale · softmax(MLP(h_prompt) / gating_temperature)                             [objectives]
         score = Σ gating · (rewards @ reward_transform_matrix)
 
-    The MLP, `gating.layers`, has `gating_n_hidden` hidden layers with ReLU. The published code reads the header's place
-    off the token ids; a response so long that truncation took the header away has no score (null).
+    The MLP, `gating.layers`, has `gating_n_hidden` hidden layers with ReLU. The published code reads the
+    header's place off the token ids; a response so long that truncation took the header away has no score
+    (null).
     """
 
     HEADER = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
@@ -133,7 +153,9 @@ class ArmoRM(Backbone):
         self.header = self.tokenizer(self.HEADER, add_special_tokens=False)["input_ids"]
         special = [i for i in self.header if i in self.tokenizer.added_tokens_decoder]
         if len(special) != 3:
-            raise UserError(f"{name}: its tokenizer lacks Llama-3's header tokens, which ArmoRM's gating looks for")
+            raise UserError(
+                f"{name}: its tokenizer lacks Llama-3's header tokens, which ArmoRM's gating looks for"
+            )
 
     def load(self):
         import torch
@@ -153,7 +175,9 @@ class ArmoRM(Backbone):
         self.head = {key: value.to(self.device, torch.float32) for key, value in self._read(shapes).items()}
         for key, shape in shapes.items():
             if list(self.head[key].shape) != shape:
-                raise UserError(f"{self.name}: {key} is {list(self.head[key].shape)}, its config makes it {shape}")
+                raise UserError(
+                    f"{self.name}: {key} is {list(self.head[key].shape)}, its config makes it {shape}"
+                )
 
     def _read(self, names):
         """Tensors of the checkpoint's safetensors files, sharded or not, by name."""
@@ -163,7 +187,10 @@ class ArmoRM(Backbone):
         folder, found = Path(self.name), {}
         try:
             if not folder.is_dir():  # the files are in the cache, the backbone has just been read from them
-                wanted = {"revision": self.source["revision"], "allow_patterns": ["*.safetensors", "*.safetensors.index.json"]}
+                wanted = {
+                    "revision": self.source["revision"],
+                    "allow_patterns": ["*.safetensors", "*.safetensors.index.json"],
+                }
                 folder = Path(huggingface_hub.snapshot_download(self.name, **wanted))
             index = folder / "model.safetensors.index.json"
             if index.is_file():
@@ -175,7 +202,9 @@ class ArmoRM(Backbone):
                 with safetensors.safe_open(path, framework="pt") as file:
                     found |= {name: file.get_tensor(name) for name in file.keys() if name in names}
         except Exception as error:
-            raise UserError(f"cannot load the reward model {self.name}: {type(error).__name__}: {error}") from None
+            raise UserError(
+                f"cannot load the reward model {self.name}: {type(error).__name__}: {error}"
+            ) from None
         self.refuse_missing([name for name in names if name not in found])
         return found
 
@@ -186,12 +215,17 @@ class ArmoRM(Backbone):
     def gate(self, ids):
         """Position of the token before the last assistant header, or None."""
         ids, header = list(ids), self.header
-        return next((j for j in range(len(ids) - len(header), -1, -1) if ids[j : j + len(header)] == header), None)
+        return next(
+            (j for j in range(len(ids) - len(header), -1, -1) if ids[j : j + len(header)] == header), None
+        )
 
     def score(self, records):
         groups, cuts = self.encode_all(records)
         gates = [[self.gate(ids) for ids in group] for group in groups]
-        places = [[[at or 0, len(ids) - 1] for at, ids in zip(*pair, strict=True)] for pair in zip(gates, groups, strict=True)]
+        places = [
+            [[at or 0, len(ids) - 1] for at, ids in zip(*pair, strict=True)]
+            for pair in zip(gates, groups, strict=True)
+        ]
         for g, states in self.hidden_states(groups, places):
             scores = self.mix(states[:, 0], states[:, 1]).tolist()
             rewards = [None if at is None else x for at, x in zip(gates[g], scores, strict=True)]
@@ -204,8 +238,13 @@ class ArmoRM(Backbone):
         head, x = self.head, prompt
         last = getattr(self.config, "gating_n_hidden", 3)
         for i in range(last + 1):
-            x = torch.nn.functional.linear(x, head[f"gating.layers.{i}.weight"], head[f"gating.layers.{i}.bias"])
+            x = torch.nn.functional.linear(
+                x, head[f"gating.layers.{i}.weight"], head[f"gating.layers.{i}.bias"]
+            )
             x = x if i == last else torch.relu(x)
-        gating = torch.softmax(x / getattr(self.config, "gating_temperature", 10), dim=1) * head["gating.logit_scale"]
+        gating = (
+            torch.softmax(x / getattr(self.config, "gating_temperature", 10), dim=1)
+            * head["gating.logit_scale"]
+        )
         rewards = end @ head["regression_layer.weight"].T
         return (gating * (rewards @ head["reward_transform_matrix"])).sum(1)

@@ -11,8 +11,9 @@ padded    batches of sequences of like length, padded, by a token budget
 vllm      vLLM's classify with prefix caching, whose cache is emptied before each time
 shared    ours: the scorer of get_rewards.py, which computes each prompt once (common/shared_prompts.py)
 
-The clock runs from records to rewards; loading and a warm-up are left out. The ways take turns, in an order that
-rotates, and the median counts. `differs` is from one sequence at a time in float32. All use all cores, or the GPU.
+The clock runs from records to rewards; loading and a warm-up are left out. The ways take turns, in an order
+that rotates, and the median counts. `differs` is from one sequence at a time in float32. All use all cores,
+or the GPU.
 """
 
 import gc
@@ -47,7 +48,9 @@ class Arguments:
     repeats: int = arg(3, help="times each way is measured")
     dtype: str = arg("auto", "auto is bfloat16 on a GPU, float32 without", ("auto", "float32", "bfloat16"))
     batch_tokens: int | None = arg(None, help="tokens of a padded batch; None: 16384 on a GPU, 4096 without")
-    shared_tokens: int | None = arg(None, help="tokens of a row of shared prompts; None: 16384 on a GPU, 2048 without")
+    shared_tokens: int | None = arg(
+        None, help="tokens of a row of shared prompts; None: 16384 on a GPU, 2048 without"
+    )
     gpu_memory_utilization: float = arg(0.4, help="vLLM's share of a GPU; the other ways need the rest")
     seed: int = arg(0, help="of random weights and synthetic records")
     output_dir: str | None = arg(None, help="JSON file to write (a file name)")
@@ -60,17 +63,30 @@ def make_model(folder, seed):
     from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
     special = ["<|bos|>", "<|end|>", "<|pad|>"]
-    raw = Tokenizer(models.BPE(vocab={s: i for i, s in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    raw = Tokenizer(
+        models.BPE(vocab={s: i for i, s in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
+    )
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     raw.add_special_tokens(special)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **dict(zip(("bos_token", "eos_token", "pad_token"), special)))
-    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.role[0] + ': ' + m.content }}<|end|>{% endfor %}"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, **dict(zip(("bos_token", "eos_token", "pad_token"), special))
+    )
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.role[0] + ': ' + m.content }}<|end|>{% endfor %}"
+    )
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=512, intermediate_size=1792, num_hidden_layers=8, num_attention_heads=8,
-        num_key_value_heads=2, max_position_embeddings=2048, num_labels=1, initializer_range=0.04,
+        vocab_size=len(tokenizer),
+        hidden_size=512,
+        intermediate_size=1792,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        num_labels=1,
+        initializer_range=0.04,
         **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
-    )  # fmt: skip
+    )
     model = LlamaForSequenceClassification(config)
     torch.nn.init.normal_(model.score.weight, std=0.1)  # rewards of a few units
     model.save_pretrained(folder)
@@ -78,7 +94,9 @@ def make_model(folder, seed):
 
 
 def make_records(count, K, seed):
-    """Prompts of 100 to 400 and responses of 20 to 300 characters, which are tokens of the tokenizer above."""
+    """Prompts of 100 to 400 and responses of 20 to 300 characters, which are tokens of the tokenizer
+    above.
+    """
     rng = random.Random(seed)
 
     def text(shortest, longest):
@@ -93,13 +111,20 @@ def read_records(path, count):
     found = []
     for number, record in enumerate(records.read_jsonl(path, "generated file"), 1):
         if len(found) < count:
-            found.append({"prompt": records.to_messages(record["prompt"], f"{path} record {number}"), "responses": record["responses"]})
+            found.append(
+                {
+                    "prompt": records.to_messages(record["prompt"], f"{path} record {number}"),
+                    "responses": record["responses"],
+                }
+            )
     return found
 
 
 def templated(tokenizer, record):
     """The text of each of a record's sequences, as the template writes it."""
-    turns = ([*record["prompt"], {"role": "assistant", "content": response}] for response in record["responses"])
+    turns = (
+        [*record["prompt"], {"role": "assistant", "content": response}] for response in record["responses"]
+    )
     return [chat.render(tokenizer, turn, False, {}) for turn in turns]
 
 
@@ -134,7 +159,9 @@ class Pipeline(Way):
         super().__init__(*given)
         from transformers import pipeline
 
-        self.pipe = pipeline("text-classification", model=self.model, tokenizer=self.tokenizer, device=self.model.device)
+        self.pipe = pipeline(
+            "text-classification", model=self.model, tokenizer=self.tokenizer, device=self.model.device
+        )
 
     def ready(self):
         super().ready()
@@ -142,8 +169,14 @@ class Pipeline(Way):
 
     def score(self, rows):
         texts = self.texts(rows)
-        bos = self.tokenizer.bos_token if chat.added_specials(self.tokenizer)[0] else None  # it adds one, so the literal one goes
-        found = self.pipe([text.removeprefix(bos or "") for group in texts for text in group], function_to_apply="none", batch_size=1)
+        bos = (
+            self.tokenizer.bos_token if chat.added_specials(self.tokenizer)[0] else None
+        )  # it adds one, so the literal one goes
+        found = self.pipe(
+            [text.removeprefix(bos or "") for group in texts for text in group],
+            function_to_apply="none",
+            batch_size=1,
+        )
         return regroup((entry["score"] for entry in found), texts)
 
 
@@ -166,7 +199,9 @@ class Padded(Way):
             ids = torch.zeros(mask.shape, dtype=torch.long)
             ids[mask] = torch.tensor([token for i in batch for token in rows[i]])
             ids, mask = ids.to(self.model.device), mask.long().to(self.model.device)
-            hidden = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            hidden = self.model.base_model(
+                input_ids=ids, attention_mask=mask, use_cache=False
+            ).last_hidden_state
             for i, reward in zip(batch, self.rewards(hidden[torch.arange(len(batch)), lengths - 1])):
                 flat[i] = reward
         return regroup(flat, texts)
@@ -177,7 +212,9 @@ class Shared(Way):
 
     def __init__(self, args, folder, model, tokenizer):
         super().__init__(args, folder, model, tokenizer)
-        self.scorer = BradleyTerry(str(folder), dtype=args.dtype, batch_tokens=args.shared_tokens, max_length=args.longest)
+        self.scorer = BradleyTerry(
+            str(folder), dtype=args.dtype, batch_tokens=args.shared_tokens, max_length=args.longest
+        )
         self.scorer.load()
         self.model = self.scorer.model
 
@@ -196,19 +233,32 @@ class Vllm(Way):
         options = {"gpu_memory_utilization": args.gpu_memory_utilization}
         if not args.gpu:
             os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-            options = {"enforce_eager": True, "kv_cache_memory_bytes": 2**30, "gpu_memory_utilization": 0.5, "block_size": 32}  # the smallest there
+            options = {
+                "enforce_eager": True,
+                "kv_cache_memory_bytes": 2**30,
+                "gpu_memory_utilization": 0.5,
+                "block_size": 32,
+            }  # the smallest there
         from vllm import LLM, PoolingParams
 
         self.params = PoolingParams(use_activation=False)
         self.engine = LLM(
-            model=str(folder), runner="pooling", dtype=args.dtype, max_model_len=args.longest, enable_prefix_caching=True,
-            max_num_batched_tokens=max(16384 if args.gpu else 4096, args.longest), seed=0, **options,
-        )  # fmt: skip
+            model=str(folder),
+            runner="pooling",
+            dtype=args.dtype,
+            max_model_len=args.longest,
+            enable_prefix_caching=True,
+            max_num_batched_tokens=max(16384 if args.gpu else 4096, args.longest),
+            seed=0,
+            **options,
+        )
 
     def ready(self):
         super().ready()
         if not self.engine.reset_prefix_cache():
-            raise UserError("vLLM did not empty its prefix cache, so its time would be that of prompts it has seen")
+            raise UserError(
+                "vLLM did not empty its prefix cache, so its time would be that of prompts it has seen"
+            )
 
     def score(self, rows):
         texts = self.texts(rows)
@@ -229,7 +279,9 @@ def one_at_a_time(model, tokenizer, texts):
 
 
 def measure(ways, rows, repeats, cores):
-    """{way: ([seconds], [CPU seconds], rewards)}; a way that has a rest while others run is not favoured by its place."""
+    """{way: ([seconds], [CPU seconds], rewards)}; a way that has a rest while others run is not favoured by
+    its place.
+    """
     import torch
 
     taken = {name: ([], [], []) for name in ways}
@@ -289,7 +341,11 @@ def main():
     args.dtype = {"auto": "bfloat16" if args.gpu else "float32"}.get(args.dtype, args.dtype)
     args.batch_tokens = args.batch_tokens or (16384 if args.gpu else 4096)
     args.shared_tokens = args.shared_tokens or (16384 if args.gpu else 2048)
-    rows = read_records(args.dataset_name_or_path, args.records) if args.dataset_name_or_path else make_records(args.records, args.K, args.seed)
+    rows = (
+        read_records(args.dataset_name_or_path, args.records)
+        if args.dataset_name_or_path
+        else make_records(args.records, args.K, args.seed)
+    )
     with tempfile.TemporaryDirectory() as made, torch.inference_mode():
         if not args.reward_name_or_path:
             make_model(made, args.seed)
@@ -298,7 +354,9 @@ def main():
         texts = [templated(tokenizer, record) for record in rows]
         lengths = [len(chat.encode_for_classifier(tokenizer, text)) for group in texts for text in group]
         args.longest = max(lengths)
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager"
+        )
         model.eval().to("cuda" if args.gpu else "cpu")
         torch.set_num_threads(cores)
         reference = one_at_a_time(model, tokenizer, texts)
@@ -310,25 +368,55 @@ def main():
         ways = {name: kinds[name](args, folder, model, tokenizer) for name in WAYS if name in args.ways}
         parameters = sum(weight.numel() for weight in model.parameters())
         where = f"{torch.cuda.get_device_name()}" if args.gpu else f"{cores} cores"
-        print(f"{len(lengths)} sequences of {min(lengths)} to {args.longest} tokens, {parameters / 1e6:.1f}M weights, {args.dtype}, {where}")
+        print(
+            f"{len(lengths)} sequences of {min(lengths)} to {args.longest} tokens, {parameters / 1e6:.1f}M "
+            f"weights, {args.dtype}, {where}"
+        )
         taken = measure(ways, rows, args.repeats, cores)
     found, ratio = results(taken, reference)
     spread = statistics.pstdev([reward for group in reference for reward in group])
-    print(f"\nrewards have a standard deviation of {spread:.2f}\n{'':10}{'sequences/s':>12}{'× pipeline':>12}{'differs':>12}{'CPU s':>9}")
+    print(
+        "\nrewards have a standard deviation of "
+        f"{spread:.2f}\n{'':10}{'sequences/s':>12}{'× pipeline':>12}{'differs':>12}{'CPU s':>9}"
+    )
     for name, numbers in found.items():
         times = "" if numbers["times_pipeline"] is None else f"{numbers['times_pipeline']:.2f}"
-        print(f"{name:10}{numbers['sequences_per_second']:12.1f}{times:>12}{numbers['largest_difference']:12.1e}"
-              f"{statistics.median(numbers['cpu_seconds']):9.1f}")  # fmt: skip
+        print(
+            f"{name:10}{numbers['sequences_per_second']:12.1f}{times:>12}{numbers['largest_difference']:12.1e}"
+            f"{statistics.median(numbers['cpu_seconds']):9.1f}"
+        )
     if ratio:
-        print(f"shared prompts are {ratio:.2f} times as fast as the best of {' and '.join(n for n in found if n not in ('pipeline', 'shared'))}")
+        print(
+            f"shared prompts are {ratio:.2f} times as fast as the best of "
+            f"{' and '.join(n for n in found if n not in ('pipeline', 'shared'))}"
+        )
     if args.output_dir:
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+        versions = {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
         if "vllm" in sys.modules:
             versions["vllm"] = sys.modules["vllm"].__version__
-        facts = {"ways": found, "shared_over_best_other": ratio, "versions": versions, "cores": cores, "device": where, "dtype": args.dtype}
+        facts = {
+            "ways": found,
+            "shared_over_best_other": ratio,
+            "versions": versions,
+            "cores": cores,
+            "device": where,
+            "dtype": args.dtype,
+        }
         facts["reward_deviation"] = round(spread, 4)
-        facts |= {"parameters": parameters, "sequences": len(lengths), "records": len(rows), "load_average": os.getloadavg()}
-        facts |= {name: getattr(args, name) for name in ("batch_tokens", "shared_tokens", "repeats", "seed", "attention")}
+        facts |= {
+            "parameters": parameters,
+            "sequences": len(lengths),
+            "records": len(rows),
+            "load_average": os.getloadavg(),
+        }
+        facts |= {
+            name: getattr(args, name)
+            for name in ("batch_tokens", "shared_tokens", "repeats", "seed", "attention")
+        }
         Path(args.output_dir).parent.mkdir(parents=True, exist_ok=True)
         Path(args.output_dir).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 

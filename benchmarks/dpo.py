@@ -1,4 +1,5 @@
-r"""Measure pairs per second and peak memory of DPO training: our trainer against TRL's, on the same pairs and steps in one run.
+r"""Measure pairs per second and peak memory of DPO training: our trainer against TRL's, on the same pairs and
+steps in one run.
 
 In:  nothing: a Llama of 26 million random weights and synthetic pairs are made on the spot. Or a model of yours.
 Out: a table, and with --output_dir a JSON file of the numbers, the versions and the cores.
@@ -9,12 +10,14 @@ ours              packed rows with shared prompts, reference known from disk
 trl               TRL 1.16's DPOTrainer with precomputed reference values, at the best of --batch_sizes
 trl, reference    the same with its reference model computed at every step, as it does by default
 
-Each is a process of its own, which takes one optimizer step when told to; they take turns step by step, in an order that
-rotates, so that all meet the same moments of the machine. A step counts from its first pass to the beginning of the next,
-with collation, optimizer and log. The first step is a warm-up. Peak memory is the process's own (on a GPU, torch's).
+Each is a process of its own, which takes one optimizer step when told to; they take turns step by step, in an
+order that rotates, so that all meet the same moments of the machine. A step counts from its first pass to the
+beginning of the next, with collation, optimizer and log. The first step is a warm-up. Peak memory is the
+process's own (on a GPU, torch's).
 
-The ceiling is that of FLOPs, attention aside: tokens of TRL's padded batches over tokens of our rows, of which sharing alone
-is (2P + C + R) / (P + C + R) for a prompt of P and responses of C and R tokens, and the rest is padding.
+The ceiling is that of FLOPs, attention aside: tokens of TRL's padded batches over tokens of our rows, of
+which sharing alone is (2P + C + R) / (P + C + R) for a prompt of P and responses of C and R tokens, and the
+rest is padding.
 """
 
 import json
@@ -37,8 +40,12 @@ from common.cli import UserError, arg, parse, run
 from common.devices import prepare_threads
 from common.manifest import versions, write_json
 
-SHAPES = {  # tokens of prompt and response: (mean of the logarithm's median, spread of the logarithm, least, most)
-    "recipe": ((150, 0.8, 16, 1024), (300, 0.6, 16, 1024)),  # means of about 200 and 350, as in the recipe's data
+# tokens of prompt and response: (mean of the logarithm's median, spread of the logarithm, least, most)
+SHAPES = {
+    "recipe": (
+        (150, 0.8, 16, 1024),
+        (300, 0.6, 16, 1024),
+    ),  # means of about 200 and 350, as in the recipe's data
     "long": ((800, 0.3, 300, 1400), (120, 0.5, 16, 500)),
     "short": ((24, 0.4, 8, 80), (300, 0.6, 16, 1024)),
 }
@@ -51,10 +58,16 @@ class Arguments:
     shape: str = arg("recipe", "lengths of prompts and responses", tuple(SHAPES))
     steps: int = arg(4, "optimizer steps that are measured")
     pairs: int = arg(8, "pairs of an optimizer step")
-    batch_sizes: list[int] = arg([1, 2, 4, 8], "pairs in a pass that TRL's trainer is tried with; the fastest counts")
-    row_tokens: int | None = arg(None, "tokens of a row of ours; None: what TRL's batch takes at its best size, padded")
+    batch_sizes: list[int] = arg(
+        [1, 2, 4, 8], "pairs in a pass that TRL's trainer is tried with; the fastest counts"
+    )
+    row_tokens: int | None = arg(
+        None, "tokens of a row of ours; None: what TRL's batch takes at its best size, padded"
+    )
     model_name_or_path: str | None = arg(None, "a causal language model; None: 26 million random weights")
-    dtype: str = arg("auto", "auto is bfloat16 (autocast) on a GPU, float32 without", ("auto", "float32", "bfloat16"))
+    dtype: str = arg(
+        "auto", "auto is bfloat16 (autocast) on a GPU, float32 without", ("auto", "float32", "bfloat16")
+    )
     gradient_checkpointing: bool = arg(False, "recompute activations")
     ways: list[str] = arg(list(WAYS), "which to measure")
     seed: int = arg(0, "of weights and pairs")
@@ -70,15 +83,26 @@ def make_model(folder, seed):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="t1", eos_token="t2", pad_token="t3")
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=512, intermediate_size=1792, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2,
-        max_position_embeddings=4096, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=3,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=512,
+        intermediate_size=1792,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=3,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def make_rows(shape, count, vocabulary, seed):
-    """Pairs as token ids, drawn evenly; chosen and rejected differ from their first token on or share a few."""
+    """Pairs as token ids, drawn evenly; chosen and rejected differ from their first token on or share a
+    few.
+    """
     rng, (prompt, response) = random.Random(seed), SHAPES[shape]
 
     def draw(lengths):
@@ -86,7 +110,15 @@ def make_rows(shape, count, vocabulary, seed):
         length = min(most, max(least, round(rng.lognormvariate(0, spread) * median)))
         return [rng.randrange(4, vocabulary) for _ in range(length)]
 
-    return [{"prompt_ids": [1, *draw(prompt)], "chosen_ids": draw(response), "rejected_ids": draw(response), "margin": 1.0} for _ in range(count)]
+    return [
+        {
+            "prompt_ids": [1, *draw(prompt)],
+            "chosen_ids": draw(response),
+            "rejected_ids": draw(response),
+            "margin": 1.0,
+        }
+        for _ in range(count)
+    ]
 
 
 def padded_tokens(rows, order, at_once):
@@ -94,7 +126,11 @@ def padded_tokens(rows, order, at_once):
     total = 0
     for k in range(0, len(order), at_once):
         batch = [rows[i] for i in order[k : k + at_once]]
-        total += 2 * len(batch) * max(len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in batch)
+        total += (
+            2
+            * len(batch)
+            * max(len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in batch)
+        )
     return total
 
 
@@ -107,11 +143,24 @@ def settings(args, folder, at_once, accumulation, precompute):
 
     half = args.dtype == "bfloat16" or (args.dtype == "auto" and torch.cuda.is_available())
     return DPOConfig(
-        output_dir=str(folder), per_device_train_batch_size=at_once, gradient_accumulation_steps=accumulation, max_steps=args.steps + 1,
-        precompute_ref_log_probs=precompute, precompute_ref_batch_size=at_once, bf16=half, use_cpu=not torch.cuda.is_available(),
-        gradient_checkpointing=args.gradient_checkpointing, report_to="none", logging_steps=1, save_strategy="no", disable_tqdm=True,
-        max_length=None, learning_rate=1e-5, seed=args.seed, dataloader_pin_memory=torch.cuda.is_available(),
-    )  # fmt: skip
+        output_dir=str(folder),
+        per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=accumulation,
+        max_steps=args.steps + 1,
+        precompute_ref_log_probs=precompute,
+        precompute_ref_batch_size=at_once,
+        bf16=half,
+        use_cpu=not torch.cuda.is_available(),
+        gradient_checkpointing=args.gradient_checkpointing,
+        report_to="none",
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        max_length=None,
+        learning_rate=1e-5,
+        seed=args.seed,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
 
 
 def child(way, args, folder, at_once, row_tokens):
@@ -136,7 +185,11 @@ def child(way, args, folder, at_once, row_tokens):
         def pause(self):
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            memory = (
+                torch.cuda.max_memory_allocated()
+                if torch.cuda.is_available()
+                else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            )
             tell(memory=memory)
             sys.stdin.readline()
 
@@ -160,22 +213,50 @@ def child(way, args, folder, at_once, row_tokens):
         from dpo_iteration.dpo import IterativeDPOTrainer
         from dpo_iteration.packing import Steps, columns_of
 
-        steps = Steps([columns_of(row) for row in rows], args.pairs, row_tokens, at_once, seed=args.seed, epochs=1)
+        steps = Steps(
+            [columns_of(row) for row in rows], args.pairs, row_tokens, at_once, seed=args.seed, epochs=1
+        )
         config = settings(args, folder / "ours", at_once, steps.accumulation, True)
         half = torch.bfloat16 if config.bf16 else None
-        reference.add_reference(rows, lambda: reference.ready(load(), config, True), name, None, folder / "cache", {"f": fingerprint(name)["size"]},
-                                True, row_tokens, at_once, 3, half)  # fmt: skip
+        reference.add_reference(
+            rows,
+            lambda: reference.ready(load(), config, True),
+            name,
+            None,
+            folder / "cache",
+            {"f": fingerprint(name)["size"]},
+            True,
+            row_tokens,
+            at_once,
+            3,
+            half,
+        )
         reference_seconds = time.monotonic() - started
-        trainer = IterativeDPOTrainer(model=load(), args=config, processing_class=tokenizer, train_dataset=Dataset.from_list(rows),
-                                      rows={"train": rows, "eval": []}, steps=steps, eval_steps=None, sharing=True, callbacks=[Turns()])  # fmt: skip
+        trainer = IterativeDPOTrainer(
+            model=load(),
+            args=config,
+            processing_class=tokenizer,
+            train_dataset=Dataset.from_list(rows),
+            rows={"train": rows, "eval": []},
+            steps=steps,
+            eval_steps=None,
+            sharing=True,
+            callbacks=[Turns()],
+        )
     else:
         precompute = way == "trl"
         path = folder / "trl.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         data = Dataset.from_json(str(path), cache_dir=str(folder / f"cache{os.getpid()}"))
         config = settings(args, folder / "trl", at_once, args.pairs // at_once, precompute)
-        trainer = Tokenised(model=load(), ref_model=None if precompute else load(), args=config, processing_class=tokenizer, train_dataset=data,
-                            callbacks=[Turns()])  # fmt: skip
+        trainer = Tokenised(
+            model=load(),
+            ref_model=None if precompute else load(),
+            args=config,
+            processing_class=tokenizer,
+            train_dataset=data,
+            callbacks=[Turns()],
+        )
         reference_seconds = time.monotonic() - started
     trainer.remove_callback(PrinterCallback)
     tell(reference=reference_seconds, tokens=None)
@@ -188,7 +269,13 @@ class Way:
 
     def __init__(self, way, args, folder, at_once, row_tokens, log):
         words = [way, json.dumps(vars(args)), str(folder), str(at_once), str(row_tokens)]
-        self.process = subprocess.Popen([sys.executable, __file__, "child", *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "child", *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
         self.seconds, self.memory = [], 0
         self.reference = self.hear()["reference"]
         self.hear()  # the first step is about to begin
@@ -214,7 +301,9 @@ class Way:
 
 
 def best_size(args, folder, log, way="trl"):
-    """The number of pairs in a pass with which TRL takes least time for a step, of those that divide a step."""
+    """The number of pairs in a pass with which TRL takes least time for a step, of those that divide a
+    step.
+    """
     found = {}
     for at_once in [size for size in args.batch_sizes if args.pairs % size == 0]:
         trial = Way(way, args, folder, at_once, 0, log)
@@ -247,9 +336,13 @@ def main():
         ways = []
         try:
             at_once = best_size(args, folder, log)
-            order = [i for step in Steps([0] * len(rows), args.pairs, None, seed=args.seed).steps(0) for i in step]
+            order = [
+                i for step in Steps([0] * len(rows), args.pairs, None, seed=args.seed).steps(0) for i in step
+            ]
             padded = padded_tokens(rows, order, at_once)
-            row_tokens = args.row_tokens or max(2 * at_once * max(len(ids) for row in rows for ids in both(row)), 1)
+            row_tokens = args.row_tokens or max(
+                2 * at_once * max(len(ids) for row in rows for ids in both(row)), 1
+            )
             ways = [Way(way, args, folder, at_once, row_tokens, log) for way in args.ways]
             for way in ways:
                 way.step(counts=False)
@@ -265,28 +358,61 @@ def main():
                 way.end()
     alone = sum(len(ids) for row in rows for ids in both(row))
     packed = sum(packed_tokens(both(row), labelled=True) for row in rows)
-    report(args, dict(zip(args.ways, ways)), at_once, row_tokens, {"padded": padded, "alone": alone, "packed": packed, "pairs": len(rows)})
+    report(
+        args,
+        dict(zip(args.ways, ways)),
+        at_once,
+        row_tokens,
+        {"padded": padded, "alone": alone, "packed": packed, "pairs": len(rows)},
+    )
 
 
 def report(args, ways, at_once, row_tokens, tokens):
     """Print the table and write the file."""
     mean = {name: count / tokens["pairs"] for name, count in tokens.items()}
     ceiling = tokens["padded"] / tokens["packed"]
-    print(f"\n{args.shape}: tokens a pair {mean['padded']:.0f} padded by TRL, {mean['alone']:.0f} without padding, {mean['packed']:.0f} in our rows")
-    print(f"ceiling {ceiling:.2f} × TRL ({tokens['alone'] / tokens['packed']:.2f} by sharing, {tokens['padded'] / tokens['alone']:.2f} by packing); "
-          f"TRL's best: {at_once} pairs a pass; rows of {row_tokens} tokens")  # fmt: skip
-    print(f"{'':<16}{'pairs/s':>9}{'of trl':>8}{'least':>7}{'most':>7}{'of ceiling':>12}{'GB':>7}{'reference s':>13}")
+    print(
+        f"\n{args.shape}: tokens a pair {mean['padded']:.0f} padded by TRL, {mean['alone']:.0f} without "
+        f"padding, {mean['packed']:.0f} in our rows"
+    )
+    print(
+        f"ceiling {ceiling:.2f} × TRL ({tokens['alone'] / tokens['packed']:.2f} by sharing, "
+        f"{tokens['padded'] / tokens['alone']:.2f} by packing); "
+        f"TRL's best: {at_once} pairs a pass; rows of {row_tokens} tokens"
+    )
+    print(
+        f"{'':<16}{'pairs/s':>9}{'of trl':>8}{'least':>7}{'most':>7}{'of ceiling':>12}{'GB':>7}{'reference s':>13}"
+    )
     found, base = {}, ways.get("trl")
     for name, way in ways.items():
         rate = args.pairs / statistics.median(way.seconds)
-        ratios = sorted(theirs / mine for mine, theirs in zip(way.seconds, base.seconds)) if base else [float("nan")]
+        ratios = (
+            sorted(theirs / mine for mine, theirs in zip(way.seconds, base.seconds))
+            if base
+            else [float("nan")]
+        )
         ratio = statistics.median(ratios)
         share = f"{ratio / ceiling:.2f}" if name == "ours" else ""
-        found[name] = {"pairs_per_second": rate, "of_trl": ratio, "least": ratios[0], "most": ratios[-1], "bytes": way.memory}
+        found[name] = {
+            "pairs_per_second": rate,
+            "of_trl": ratio,
+            "least": ratios[0],
+            "most": ratios[-1],
+            "bytes": way.memory,
+        }
         found[name]["reference_seconds"] = way.reference
-        print(f"{name:<16}{rate:>9.2f}{ratio:>8.2f}{ratios[0]:>7.2f}{ratios[-1]:>7.2f}{share:>12}{way.memory / 1e9:>7.2f}{way.reference:>13.1f}")
+        print(
+            f"{name:<16}{rate:>9.2f}{ratio:>8.2f}{ratios[0]:>7.2f}{ratios[-1]:>7.2f}{share:>12}{way.memory / 1e9:>7.2f}{way.reference:>13.1f}"
+        )
     if args.output_dir:
-        figures = {"arguments": vars(args), "ways": found, "tokens": tokens, "ceiling": ceiling, "trl_pairs_a_pass": at_once, "versions": versions()}
+        figures = {
+            "arguments": vars(args),
+            "ways": found,
+            "tokens": tokens,
+            "ceiling": ceiling,
+            "trl_pairs_a_pass": at_once,
+            "versions": versions(),
+        }
         write_json(args.output_dir, figures | {"cores": len(os.sched_getaffinity(0))})
 
 

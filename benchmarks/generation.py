@@ -13,8 +13,8 @@ Each way runs in a process of its own, in turns, and is timed from the moment wh
     seeds     and with a seed for each prompt
     ours      get_hf2.py: prompts read, tokenised and ordered, every answer saved as it finishes, the file put in order
 
-so that ours / bare is the price of everything, options → seeds that of the seeds, seeds → ours that of reading and saving.
-The tail is the time at the end with less than half of the slots busy.
+so that ours / bare is the price of everything, options → seeds that of the seeds, seeds → ours that of
+reading and saving. The tail is the time at the end with less than half of the slots busy.
 """
 
 import contextlib
@@ -44,7 +44,9 @@ WAYS = ("bare", "options", "seeds", "ours")
 class Arguments:
     model_name_or_path: str | None = arg(None, help="policy; None: a random one of --size")
     dataset_name_or_path: str | None = arg(None, help="prompts; None: random ones")
-    size: list[int] = arg([512, 6], help="hidden size and layers of the random policy; 512 6 has 31 million parameters")
+    size: list[int] = arg(
+        [512, 6], help="hidden size and layers of the random policy; 512 6 has 31 million parameters"
+    )
     prompts: int = arg(128, help="number of random prompts")
     K: int = arg(8, help="responses a prompt")
     max_input_length: int = arg(1024, help="tokens")
@@ -60,7 +62,9 @@ class Arguments:
 
 
 def make_policy(folder, hidden, layers, vocabulary=32000):
-    """A random Llama in bfloat16 with a tokenizer of bytes and of words that no text meets, which decode all the same."""
+    """A random Llama in bfloat16 with a tokenizer of bytes and of words that no text meets, which decode all
+    the same.
+    """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -69,13 +73,25 @@ def make_policy(folder, hidden, layers, vocabulary=32000):
     raw = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[]))
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     raw.add_special_tokens(["<s>", "</s>", "<pad>"])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    )
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, tie_word_embeddings=True,
-        num_attention_heads=max(1, hidden // 64), num_key_value_heads=max(1, hidden // 128), max_position_embeddings=2048,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        tie_word_embeddings=True,
+        num_attention_heads=max(1, hidden // 64),
+        num_key_value_heads=max(1, hidden // 128),
+        max_position_embeddings=2048,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     torch.manual_seed(0)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -120,8 +136,24 @@ def child(args):
     from generation import get_hf2, sampling
 
     prepare_threads()
-    options = ["--model_name_or_path", args.model_name_or_path, "--dataset_name_or_path", args.dataset_name_or_path, "--output_dir", f"{args.folder}/out"]
-    options += ["--K", args.K, "--max_input_length", args.max_input_length, "--max_new_tokens", args.max_new_tokens, "--dtype", args.dtype]
+    options = [
+        "--model_name_or_path",
+        args.model_name_or_path,
+        "--dataset_name_or_path",
+        args.dataset_name_or_path,
+        "--output_dir",
+        f"{args.folder}/out",
+    ]
+    options += [
+        "--K",
+        args.K,
+        "--max_input_length",
+        args.max_input_length,
+        "--max_new_tokens",
+        args.max_new_tokens,
+        "--dtype",
+        args.dtype,
+    ]
     options += ["--eos_ids", *json.loads(Path(args.folder, "eos.json").read_text()), "--overwrite"]
     options += [] if visible_gpus() else ["--kv_cache_gib", args.kv_cache_gib]
     options += [] if args.max_num_seqs is None else ["--max_num_seqs", args.max_num_seqs]
@@ -135,7 +167,11 @@ def child(args):
         from vllm import SamplingParams
 
         fields = {"n": 2, "max_tokens": 8, "temperature": 1.0}
-        llm.generate([{"prompt_token_ids": [5 + i] * 40} for i in range(8)], [SamplingParams(**fields, seed=i) for i in range(8)], use_tqdm=False)
+        llm.generate(
+            [{"prompt_token_ids": [5 + i] * 40} for i in range(8)],
+            [SamplingParams(**fields, seed=i) for i in range(8)],
+            use_tqdm=False,
+        )
         watch, ready = Watch(llm), time.monotonic()
         return llm
 
@@ -165,17 +201,38 @@ def child(args):
             os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
             memory = {} if visible_gpus() else {"kv_cache_memory_bytes": int(args.kv_cache_gib * 2**30)}
-            llm = Counted(asked.model_name_or_path, dtype=asked.dtype, max_model_len=min(needed, limit or needed), generation_config="vllm", **memory)
+            llm = Counted(
+                asked.model_name_or_path,
+                dtype=asked.dtype,
+                max_model_len=min(needed, limit or needed),
+                generation_config="vllm",
+                **memory,
+            )
         else:
             llm = get_hf2.start_engine(asked, limit, needed)
         warmed(llm, needed)
         fields = [sampling.sampling_fields(asked, item, stops, limit) for item in items]
         if args.way != "seeds":
             fields = [f | {"seed": None} for f in fields]
-        outputs = llm.generate([{"prompt_token_ids": item.token_ids} for item in items], [vllm.SamplingParams(**f) for f in fields], use_tqdm=False)
+        outputs = llm.generate(
+            [{"prompt_token_ids": item.token_ids} for item in items],
+            [vllm.SamplingParams(**f) for f in fields],
+            use_tqdm=False,
+        )
         end = time.monotonic()
         tokens = sum(len(sample.token_ids) for output in outputs for sample in output.outputs)
-    print("FIGURES " + json.dumps({"tokens": tokens, "seconds": end - ready, "start": ready - began, "tail": watch.tail(end), "slots": watch.slots}))
+    print(
+        "FIGURES "
+        + json.dumps(
+            {
+                "tokens": tokens,
+                "seconds": end - ready,
+                "start": ready - began,
+                "tail": watch.tail(end),
+                "slots": watch.slots,
+            }
+        )
+    )
 
 
 class Nowhere:
@@ -189,7 +246,18 @@ class Nowhere:
 
 def measure(args, way, folder):
     """The figures of one way, from a process of its own."""
-    options = {k: getattr(args, k) for k in ("model_name_or_path", "dataset_name_or_path", "K", "max_input_length", "max_new_tokens", "dtype", "kv_cache_gib")}
+    options = {
+        k: getattr(args, k)
+        for k in (
+            "model_name_or_path",
+            "dataset_name_or_path",
+            "K",
+            "max_input_length",
+            "max_new_tokens",
+            "dtype",
+            "kv_cache_gib",
+        )
+    }
     if args.max_num_seqs is not None:
         options["max_num_seqs"] = args.max_num_seqs
     command = [sys.executable, __file__, "--way", way, "--folder", str(folder)]
@@ -216,9 +284,20 @@ def main():
         eos = []
         if args.model_name_or_path is None:
             args.model_name_or_path = f"{folder}/policy"
-            subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); from benchmarks.generation import make_policy; "
-                            f"make_policy({args.model_name_or_path!r}, *{args.size!r})"], check=True, capture_output=True, cwd=ROOT)  # fmt: skip
-            # A random policy's tokens are about equally likely: with these as ends a response has max_new_tokens / 4 in the mean.
+            subprocess.run(
+                [
+                    sys.executable,
+                    "-c",
+                    f"import sys; sys.path.insert(0, {str(ROOT)!r}); from benchmarks.generation import "
+                    "make_policy; "
+                    f"make_policy({args.model_name_or_path!r}, *{args.size!r})",
+                ],
+                check=True,
+                capture_output=True,
+                cwd=ROOT,
+            )
+            # A random policy's tokens are about equally likely: with these as ends a response has
+            # max_new_tokens / 4 in the mean.
             eos = random.Random(1).sample(range(300, 31000), 32000 * 4 // args.max_new_tokens)
         Path(folder, "eos.json").write_text(json.dumps(eos))
         if args.dataset_name_or_path is None:
@@ -228,26 +307,54 @@ def main():
             for way in args.ways[turn % len(args.ways) :] + args.ways[: turn % len(args.ways)]:
                 found[way].append(measure(args, way, folder))
                 now = found[way][-1]
-                print(f"turn {turn + 1}, {way}: {now['tokens']} tokens in {now['seconds']:.1f} s, {now['tokens'] / now['seconds']:.0f} tokens/s", flush=True)
+                print(
+                    f"turn {turn + 1}, {way}: {now['tokens']} tokens in {now['seconds']:.1f} s, "
+                    f"{now['tokens'] / now['seconds']:.0f} tokens/s",
+                    flush=True,
+                )
     tell(args, found)
 
 
 def tell(args, found):
-    """The table; a ratio is the median over the turns of the ratios within a turn, since the machine's speed may drift."""
+    """The table; a ratio is the median over the turns of the ratios within a turn, since the machine's speed
+    may drift.
+    """
     rates = {way: [f["tokens"] / f["seconds"] for f in figures] for way, figures in found.items()}
     base = args.ways[0]
-    print(f"\n{'way':<9}{'tokens/s':>10}{f'of {base}':>10}{'least':>8}{'most':>8}{'start s':>9}{'tail s':>8}{'tail':>7}")
+    print(
+        f"\n{'way':<9}{'tokens/s':>10}{f'of {base}':>10}{'least':>8}{'most':>8}{'start s':>9}{'tail s':>8}{'tail':>7}"
+    )
     rows = {}
     for way, figures in found.items():
         ratios = [a / b for a, b in zip(rates[way], rates[base], strict=True)]
-        row = {"tokens_per_second": statistics.median(rates[way]), "ratio": statistics.median(ratios), "ratios": ratios}
-        row |= {key: statistics.median(f[key] for f in figures) for key in ("start", "tail", "seconds", "tokens", "slots")}
+        row = {
+            "tokens_per_second": statistics.median(rates[way]),
+            "ratio": statistics.median(ratios),
+            "ratios": ratios,
+        }
+        row |= {
+            key: statistics.median(f[key] for f in figures)
+            for key in ("start", "tail", "seconds", "tokens", "slots")
+        }
         rows[way] = row
-        print(f"{way:<9}{row['tokens_per_second']:>10.0f}{row['ratio']:>10.3f}{min(ratios):>8.3f}{max(ratios):>8.3f}"
-              f"{row['start']:>9.1f}{row['tail']:>8.1f}{row['tail'] / row['seconds']:>7.1%}")  # fmt: skip
+        print(
+            f"{way:<9}{row['tokens_per_second']:>10.0f}{row['ratio']:>10.3f}{min(ratios):>8.3f}{max(ratios):>8.3f}"
+            f"{row['start']:>9.1f}{row['tail']:>8.1f}{row['tail'] / row['seconds']:>7.1%}"
+        )
     if args.output_dir:
-        write_json(args.output_dir, {"figures": rows, "versions": versions(), "cores": len(os.sched_getaffinity(0)), "gpus": len(visible_gpus()),
-                                     "settings": {k: getattr(args, k) for k in ("size", "prompts", "K", "max_new_tokens", "dtype", "repeats")}})  # fmt: skip
+        write_json(
+            args.output_dir,
+            {
+                "figures": rows,
+                "versions": versions(),
+                "cores": len(os.sched_getaffinity(0)),
+                "gpus": len(visible_gpus()),
+                "settings": {
+                    k: getattr(args, k)
+                    for k in ("size", "prompts", "K", "max_new_tokens", "dtype", "repeats")
+                },
+            },
+        )
 
 
 if __name__ == "__main__":

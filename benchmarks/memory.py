@@ -1,11 +1,14 @@
-"""Peak memory of what handles records one by one, against the number of records: it should not grow with them.
+"""Peak memory of what handles records one by one, against the number of records: it should not grow with
+them.
 
 In:  nothing; it makes prompts of about 200 characters, a byte tokenizer, and a mock API server that answers at once.
-Out: a table of MB and seconds: the reader, the client (against the mock server), the merge, and annotation by a function.
+Out: a table of MB and seconds: the reader, the client (against the mock server), the merge, and annotation by
+a function.
 
     python benchmarks/memory.py --counts 10000 100000 1000000 --output_dir memory.json
 
-Environment `vllm`. No model is loaded: what is measured is the scripts' own bookkeeping and the libraries they import.
+Environment `vllm`. No model is loaded: what is measured is the scripts' own bookkeeping and the libraries
+they import.
 """
 
 import contextlib
@@ -31,7 +34,9 @@ class Arguments:
     counts: list[int] = arg([10000, 100000], help="numbers of prompts")
     K: int = arg(2, help="responses a prompt")
     port: int = arg(18991, help="of the mock server")
-    folder: str | None = arg(None, help="where the files go, about 1 GB a million prompts; None: a temporary folder")
+    folder: str | None = arg(
+        None, help="where the files go, about 1 GB a million prompts; None: a temporary folder"
+    )
     output_dir: str | None = arg(None, help="JSON file with the figures")
 
 
@@ -50,8 +55,12 @@ app = web.Application()
 app.add_routes([web.get("/v1/models", models), web.post("/v1/completions", answer)])
 web.run_app(app, host="127.0.0.1", port=port, print=None, access_log=None)
 """
-READER = "import sys; from common.records import read_prompts; print(sum(1 for _ in read_prompts(sys.argv[1])))"
-REWARD = "def length(messages, response):\n    return float(len(response) + len(messages[-1]['content']) % 7)\n"
+READER = (
+    "import sys; from common.records import read_prompts; print(sum(1 for _ in read_prompts(sys.argv[1])))"
+)
+REWARD = (
+    "def length(messages, response):\n    return float(len(response) + len(messages[-1]['content']) % 7)\n"
+)
 
 
 def make_tokenizer(folder):
@@ -59,7 +68,9 @@ def make_tokenizer(folder):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-    raw = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    raw = Tokenizer(
+        models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
+    )
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>")
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
@@ -77,7 +88,11 @@ def write_prompts(path, count):
 def split(path, prefix):
     """Two shards of a file, without manifests, as another tool would leave them."""
     half = Path(path).stat().st_size // 2
-    with open(path, "rb") as source, open(f"{prefix}0.jsonl", "wb") as first, open(f"{prefix}1.jsonl", "wb") as second:
+    with (
+        open(path, "rb") as source,
+        open(f"{prefix}0.jsonl", "wb") as first,
+        open(f"{prefix}1.jsonl", "wb") as second,
+    ):
         for line in source:
             (first if source.tell() < half else second).write(line)
 
@@ -90,7 +105,9 @@ def measure(command):
     """
     began = time.monotonic()
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
+        )
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         log.seek(0)
@@ -103,15 +120,69 @@ def steps(folder, count, args):
     """(name, command) of each thing to measure, in the order in which they feed each other."""
     prompts, generated = folder / f"prompts{count}.jsonl", folder / f"generated{count}.jsonl"
     yield "reader", ["-c", READER, prompts]
-    options = ["--tokenizer", folder / "tokenizer", "--K", args.K, "--concurrency", 64, "--max_new_tokens", 64]
-    yield "client", ["generation/gen_hf.py", "--ports", args.port, *options, "--dataset_name_or_path", prompts, "--output_dir", generated]
+    options = [
+        "--tokenizer",
+        folder / "tokenizer",
+        "--K",
+        args.K,
+        "--concurrency",
+        64,
+        "--max_new_tokens",
+        64,
+    ]
+    yield (
+        "client",
+        [
+            "generation/gen_hf.py",
+            "--ports",
+            args.port,
+            *options,
+            "--dataset_name_or_path",
+            prompts,
+            "--output_dir",
+            generated,
+        ],
+    )
     split(generated, folder / f"s{count}.")
     merged = folder / f"merged{count}.jsonl"
-    yield "merge", ["generation/merge_data.py", "--base_path", folder / f"s{count}.", "--output_dir", merged, "--num_datasets", 2]
-    yield "merge, shuffled", ["generation/merge_data.py", "--base_path", folder / f"s{count}.", "--output_dir", folder / f"shuffled{count}.jsonl",
-                              "--num_datasets", 2, "--shuffle_seed", 1]  # fmt: skip
+    yield (
+        "merge",
+        [
+            "generation/merge_data.py",
+            "--base_path",
+            folder / f"s{count}.",
+            "--output_dir",
+            merged,
+            "--num_datasets",
+            2,
+        ],
+    )
+    yield (
+        "merge, shuffled",
+        [
+            "generation/merge_data.py",
+            "--base_path",
+            folder / f"s{count}.",
+            "--output_dir",
+            folder / f"shuffled{count}.jsonl",
+            "--num_datasets",
+            2,
+            "--shuffle_seed",
+            1,
+        ],
+    )
     reward = ["--reward_function", f"{folder / 'reward.py'}:length"]
-    yield "annotation", ["annotate_data/get_rewards.py", "--dataset_name_or_path", merged, "--output_dir", folder / f"rewarded{count}.jsonl", *reward]
+    yield (
+        "annotation",
+        [
+            "annotate_data/get_rewards.py",
+            "--dataset_name_or_path",
+            merged,
+            "--output_dir",
+            folder / f"rewarded{count}.jsonl",
+            *reward,
+        ],
+    )
 
 
 def wait_for(port, server):
@@ -142,18 +213,32 @@ def main():
             write_prompts(folder / f"prompts{count}.jsonl", count)
             for name, command in steps(folder, count, args):
                 rows.setdefault(name, {})[count] = measure(command)
-                print(f"{name}, {count} records: {rows[name][count][0]:.0f} MB, {rows[name][count][1]:.0f} s", flush=True)
+                print(
+                    f"{name}, {count} records: {rows[name][count][0]:.0f} MB, {rows[name][count][1]:.0f} s",
+                    flush=True,
+                )
     finally:
         server.kill()
         server.wait()
         holder.cleanup()
     least, most = min(args.counts), max(args.counts)
-    print(f"\n{'peak MB':<16}" + "".join(f"{count:>12}" for count in sorted(args.counts)) + f"{'bytes a record more':>22}")
+    print(
+        f"\n{'peak MB':<16}"
+        + "".join(f"{count:>12}" for count in sorted(args.counts))
+        + f"{'bytes a record more':>22}"
+    )
     for name, found in rows.items():
         more = (found[most][0] - found[least][0]) * 2**20 / max(1, most - least)
-        print(f"{name:<16}" + "".join(f"{found[count][0]:>12.0f}" for count in sorted(args.counts)) + f"{more:>22.0f}")
+        print(
+            f"{name:<16}"
+            + "".join(f"{found[count][0]:>12.0f}" for count in sorted(args.counts))
+            + f"{more:>22.0f}"
+        )
     if args.output_dir:
-        figures = {name: {str(c): {"mb": round(mb, 1), "seconds": round(s, 1)} for c, (mb, s) in found.items()} for name, found in rows.items()}
+        figures = {
+            name: {str(c): {"mb": round(mb, 1), "seconds": round(s, 1)} for c, (mb, s) in found.items()}
+            for name, found in rows.items()
+        }
         write_json(args.output_dir, {"K": args.K, "peak": figures, "versions": versions()})
 
 

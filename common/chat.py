@@ -1,6 +1,7 @@
 """What a chat template does to messages: token ids, stop tokens, literal special tokens.
 
-Every function takes a loaded tokenizer (transformers' `PreTrainedTokenizerBase`), so nothing heavy is imported here.
+Every function takes a loaded tokenizer (transformers' `PreTrainedTokenizerBase`), so nothing heavy is
+imported here.
 """
 
 import datetime
@@ -20,7 +21,9 @@ def parse_date(text):
 
 
 def fixed_clock(date):
-    """What a template calls as `strftime_now`: midnight of `date`, so that a run's prompts do not change from day to day."""
+    """What a template calls as `strftime_now`: midnight of `date`, so that a run's prompts do not change from
+    day to day.
+    """
     midnight = datetime.datetime.combine(parse_date(date), datetime.time())
     return midnight.strftime
 
@@ -28,10 +31,16 @@ def fixed_clock(date):
 def need_template(tokenizer):
     """Refuse a tokenizer that has no chat template: no prompt's fault."""
     if not tokenizer.chat_template:
-        raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no chat template: give one with --chat_template FILE")
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template: give one with --chat_template "
+            "FILE"
+        )
     if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
-        raise UserError(f"{tokenizer.name_or_path} has the chat templates {', '.join(tokenizer.chat_template)} and none is the default: "
-                        "give one with --chat_template FILE")  # fmt: skip
+        raise UserError(
+            f"{tokenizer.name_or_path} has the chat templates {', '.join(tokenizer.chat_template)} and none "
+            "is the default: "
+            "give one with --chat_template FILE"
+        )
 
 
 def render(tokenizer, messages, generation_prompt, template_kwargs=None, tools=None, date=None):
@@ -48,17 +57,26 @@ def render(tokenizer, messages, generation_prompt, template_kwargs=None, tools=N
         UserError: the tokenizer has no template, or the template refuses the messages (no system role, say).
     """
     need_template(tokenizer)
-    given = {"strftime_now": fixed_clock(date)} | (template_kwargs or {}) | ({"tools": tools} if tools else {})
+    given = (
+        {"strftime_now": fixed_clock(date)} | (template_kwargs or {}) | ({"tools": tools} if tools else {})
+    )
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt, **given)
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=generation_prompt, **given
+        )
     except Exception as error:  # a template raises what it likes through jinja
         roles = ", ".join(message["role"] for message in messages)
         reason = " ".join(str(error).split())
-        raise UserError(f"the chat template of {tokenizer.name_or_path} refuses the turns ({roles}): {reason}") from None
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path} refuses the turns ({roles}): {reason}"
+        ) from None
 
 
 def encode(tokenizer, messages, generation_prompt, template_kwargs=None, tools=None, date=None):
-    """Token ids of the templated messages. The template writes BOS itself, so none is added: exactly what it says."""
+    """Token ids of the templated messages.
+
+    The template writes BOS itself, so none is added: exactly what it says.
+    """
     text = render(tokenizer, messages, generation_prompt, template_kwargs, tools, date)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -69,17 +87,21 @@ def writes_date(tokenizer):
 
 
 def added_specials(tokenizer):
-    """(token ids in front, token ids behind) that the tokenizer adds to a text by itself: BOS or CLS, and EOS or SEP."""
+    """(token ids in front, token ids behind) that the tokenizer adds to a text by itself: BOS or CLS, and EOS
+    or SEP.
+    """
     bare, whole = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
     at = next((i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare), 0)
     return whole[:at], whole[at + len(bare) :]
 
 
 def encode_for_classifier(tokenizer, text, added=None):
-    """Token ids of a templated text as a reward model reads it, with one BOS where the template writes it or the tokenizer adds it.
+    """Token ids of a templated text as a reward model reads it, with one BOS where the template writes it or
+    the tokenizer adds it.
 
-    The ids are exactly what the template says. What the tokenizer adds to a text by itself is added where the template did not
-    write it; a tokenizer that adds nothing adds nothing. A second BOS in front is left out: some templates write one too many.
+    The ids are exactly what the template says. What the tokenizer adds to a text by itself is added where the
+    template did not write it; a tokenizer that adds nothing adds nothing. A second BOS in front is left out:
+    some templates write one too many.
 
     Args:
         text: of `render`, with whatever BOS the template wrote.
@@ -87,7 +109,9 @@ def encode_for_classifier(tokenizer, text, added=None):
     """
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     front, behind = added or added_specials(tokenizer)
-    if ids[: len(front)] != front and not text.lstrip().startswith("".join(tokenizer.convert_ids_to_tokens(front))):
+    if ids[: len(front)] != front and not text.lstrip().startswith(
+        "".join(tokenizer.convert_ids_to_tokens(front))
+    ):
         ids = front + ids
     if behind and ids[-len(behind) :] != behind:
         ids = ids + behind
@@ -97,9 +121,11 @@ def encode_for_classifier(tokenizer, text, added=None):
 
 
 def left_out(tokenizer, messages, generation_prompt, template_kwargs=None, tools=None):
-    """What the template leaves out of a prompt's tools, in words: some of `tools`, `tool_calls`, `function_call`, `tool turns`.
+    """What the template leaves out of a prompt's tools, in words: some of `tools`, `tool_calls`,
+    `function_call`, `tool turns`.
 
-    A template that was made without tools takes no notice of them, and the model is asked about calls that it never sees.
+    A template that was made without tools takes no notice of them, and the model is asked about calls that it
+    never sees.
     """
     parts = {"tools": (messages, None)} if tools else {}
     for key in CALLS:
@@ -126,7 +152,9 @@ def use_template(tokenizer, path):
 
 
 def turn_suffix(tokenizer, template_kwargs=None):
-    """Token ids that the template writes behind an assistant's text (Llama-3: `<|eot_id|>`; ChatML: `<|im_end|>\\n`)."""
+    """Token ids that the template writes behind an assistant's text (Llama-3: `<|eot_id|>`; ChatML:
+    `<|im_end|>\\n`).
+    """
     mark = "Zebra"
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
     try:
@@ -137,27 +165,45 @@ def turn_suffix(tokenizer, template_kwargs=None):
         except UserError:
             raise error from None
     if mark not in text:
-        raise UserError(f"the chat template of {tokenizer.name_or_path} leaves out the text of a turn (it may be for content in parts): "
-                        "give one for text with --chat_template FILE")  # fmt: skip
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path} leaves out the text of a turn (it may be for "
+            "content in parts): "
+            "give one for text with --chat_template FILE"
+        )
     return tokenizer(text[text.rindex(mark) + len(mark) :], add_special_tokens=False)["input_ids"]
 
 
 def end_of_turn(tokenizer, template_kwargs=None):
-    """The token with which the template closes an assistant's turn, or None (GLM's do not: the next turn's role closes it).
+    """The token with which the template closes an assistant's turn, or None (GLM's do not: the next turn's
+    role closes it).
 
-    It is the last token that a policy samples. What the template writes behind it (ChatML's newline) is nobody's choice. White
-    space that is an added token (Gemma's line breaks) closes nothing: answers are full of it.
+    It is the last token that a policy samples. What the template writes behind it (ChatML's newline) is
+    nobody's choice. White space that is an added token (Gemma's line breaks) closes nothing: answers are full
+    of it.
     """
-    special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip())}
+    special = {
+        *tokenizer.all_special_ids,
+        *(i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()),
+    }
     return next((token for token in turn_suffix(tokenizer, template_kwargs) if token in special), None)
 
 
 def stop_token_ids(tokenizer, generation_eos=None, extra=()):
-    """Sorted ids that end a response: the generation config's, the tokenizer's EOS, the template's end of turn, `extra`."""
+    """Sorted ids that end a response: the generation config's, the tokenizer's EOS, the template's end of
+    turn, `extra`.
+    """
     generation_eos = generation_eos if isinstance(generation_eos, (list, tuple)) else [generation_eos]
-    return sorted({int(t) for t in [*generation_eos, tokenizer.eos_token_id, end_of_turn(tokenizer), *extra] if t is not None})
+    return sorted(
+        {
+            int(t)
+            for t in [*generation_eos, tokenizer.eos_token_id, end_of_turn(tokenizer), *extra]
+            if t is not None
+        }
+    )
 
 
 def literal_specials(tokenizer):
-    """The strings that tokenise as special tokens; a user's message that holds one is counted, never searched for."""
+    """The strings that tokenise as special tokens; a user's message that holds one is counted, never searched
+    for.
+    """
     return [token for token in tokenizer.all_special_tokens if token.strip()]

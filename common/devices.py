@@ -1,4 +1,6 @@
-"""Which GPUs this process may use, found without torch, so that a wrong count is refused before anything touches one."""
+"""Which GPUs this process may use, found without torch, so that a wrong count is refused before anything
+touches one.
+"""
 
 import contextlib
 import ctypes
@@ -12,7 +14,8 @@ import sys
 
 from common.cli import UserError
 
-# The oldest NVIDIA driver for builds of a CUDA version. envs.sh asks for that of CUDA 13 before it installs anything.
+# The oldest NVIDIA driver for builds of a CUDA version. envs.sh asks for that of CUDA 13 before it installs
+# anything.
 OLDEST_DRIVER = {12: 525, 13: 580}
 ASK_TORCH = """import json, torch
 reason = ""
@@ -26,20 +29,32 @@ print(json.dumps([torch.cuda.is_available(), torch.__version__, torch.version.cu
 
 @functools.cache
 def visible_gpus():
-    """Names of the GPUs this process may use: `CUDA_VISIBLE_DEVICES` where set, else all that nvidia-smi lists."""
+    """Names of the GPUs this process may use: `CUDA_VISIBLE_DEVICES` where set, else all that nvidia-smi
+    lists.
+    """
     if shutil.which("nvidia-smi") is None:
         return []
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False).stdout
+        listed = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    present = [str(i) for i, line in enumerate(line for line in listed.splitlines() if line.startswith("GPU "))]
+    present = [
+        str(i) for i, line in enumerate(line for line in listed.splitlines() if line.startswith("GPU "))
+    ]
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if not present or chosen is None:
         return present
     names = [name.strip() for name in chosen.split(",")]
-    # As CUDA does: what names no GPU hides itself and what stands behind it. count_gpus in envs.sh has the same rule.
-    return list(itertools.takewhile(lambda name: name.startswith(("GPU-", "MIG-")) or (name.isdecimal() and int(name) < len(present)), names))
+    # As CUDA does: what names no GPU hides itself and what stands behind it. count_gpus in envs.sh has the
+    # same rule.
+    return list(
+        itertools.takewhile(
+            lambda name: name.startswith(("GPU-", "MIG-")) or (name.isdecimal() and int(name) < len(present)),
+            names,
+        )
+    )
 
 
 def gpu_memory():
@@ -62,7 +77,8 @@ def gpu_name():
 
 
 def check_processes():
-    """Refuse more launched processes than GPUs, before torch touches one. Without a GPU any number may run on the CPU.
+    """Refuse more launched processes than GPUs, before torch touches one. Without a GPU any number may run on
+    the CPU.
 
     Raises:
         UserError: names the launcher's flag.
@@ -79,8 +95,8 @@ def check_processes():
 def check_torch():
     """Refuse to go on where GPUs are visible and torch sees none: an 8B model would train on the CPU.
 
-    torch is asked in a process of its own, since asking starts CUDA and what is forked afterwards (vLLM's engine) could not use it.
-    CUDA_VISIBLE_DEVICES= and accelerate's --cpu mean the CPU on purpose.
+    torch is asked in a process of its own, since asking starts CUDA and what is forked afterwards (vLLM's
+    engine) could not use it. CUDA_VISIBLE_DEVICES= and accelerate's --cpu mean the CPU on purpose.
 
     Raises:
         UserError: the driver's version and the remedy.
@@ -88,8 +104,12 @@ def check_torch():
     gpus = visible_gpus()
     if not gpus or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
         return
-    asked = {key: value for key, value in os.environ.items() if key != "PYTORCH_NVML_BASED_CUDA_CHECK"}  # that counts without starting CUDA
-    answer = subprocess.run([sys.executable, "-c", ASK_TORCH], env=asked, capture_output=True, text=True, check=False)
+    asked = {
+        key: value for key, value in os.environ.items() if key != "PYTORCH_NVML_BASED_CUDA_CHECK"
+    }  # that counts without starting CUDA
+    answer = subprocess.run(
+        [sys.executable, "-c", ASK_TORCH], env=asked, capture_output=True, text=True, check=False
+    )
     try:
         sees, version, cuda, reason = json.loads(answer.stdout.splitlines()[-1])
     except (ValueError, IndexError):
@@ -99,19 +119,32 @@ def check_torch():
     what = f"nvidia-smi shows {len(gpus)} GPU{'s' * (len(gpus) > 1)}, and torch sees none"
     on_purpose = "to work on the CPU on purpose, put CUDA_VISIBLE_DEVICES= in front"
     if cuda is None:
-        raise UserError(f"{what}: torch {version} of {sys.executable} is a build for the CPU; enter the environment of this machine (source envs.sh; "
-                        f"make_envs vllm rlhflow; use_env …), or make this one anew where pip finds builds for CUDA; {on_purpose}")  # fmt: skip
+        raise UserError(
+            f"{what}: torch {version} of {sys.executable} is a build for the CPU; enter the environment of "
+            "this machine (source envs.sh; "
+            "make_envs vllm rlhflow; use_env …), or make this one anew where pip finds builds for CUDA; "
+            f"{on_purpose}"
+        )
     driver, oldest = driver_version(), OLDEST_DRIVER.get(int(cuda.split(".")[0]))
-    needs = f"which needs driver {oldest} or newer (or NVIDIA's cuda-compat package on data-centre GPUs)" if oldest else ""
+    needs = (
+        f"which needs driver {oldest} or newer (or NVIDIA's cuda-compat package on data-centre GPUs)"
+        if oldest
+        else ""
+    )
     said = f" ({' '.join(reason.split())[:160]})" if reason else ""
-    raise UserError(f"{what}: the driver is {driver or 'unknown'}, torch {version} is built for CUDA {cuda}, {needs}{said}; {on_purpose}")
+    raise UserError(
+        f"{what}: the driver is {driver or 'unknown'}, torch {version} is built for CUDA {cuda}, "
+        f"{needs}{said}; {on_purpose}"
+    )
 
 
 def driver_version():
     """Version of NVIDIA's driver, such as "580.65.06"; None where nvidia-smi does not tell."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        lines = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout.split()
+        lines = subprocess.run(
+            command, capture_output=True, text=True, timeout=60, check=False
+        ).stdout.split()
     except (OSError, subprocess.SubprocessError):
         return None
     return lines[0] if lines and lines[0][0].isdigit() else None
@@ -120,7 +153,11 @@ def driver_version():
 def none_visible():
     """Why no GPU is visible, in words."""
     amd = shutil.which("nvidia-smi") is None and (shutil.which("rocm-smi") or os.path.exists("/dev/kfd"))
-    return "the GPUs here are AMD's, and the pinned builds are for NVIDIA only" if amd else "none is visible here"
+    return (
+        "the GPUs here are AMD's, and the pinned builds are for NVIDIA only"
+        if amd
+        else "none is visible here"
+    )
 
 
 def prepare_threads():
@@ -135,8 +172,9 @@ def prepare_threads():
 def keep_memory(keep=True):
     """Let glibc keep what a forward pass on the CPU frees, for the next layer to use; it never shrinks then.
 
-    Otherwise every large tensor is new to the kernel, which clears it page by page: a tenth of the time of small models.
-    False sets what glibc's own adapting arrives at (32 MiB and twice that). Elsewhere than on glibc nothing happens.
+    Otherwise every large tensor is new to the kernel, which clears it page by page: a tenth of the time of
+    small models. False sets what glibc's own adapting arrives at (32 MiB and twice that). Elsewhere than on
+    glibc nothing happens.
     """
     trim_threshold, mmap_threshold = -1, -3  # malloc.h
     with contextlib.suppress(OSError, AttributeError):

@@ -11,7 +11,8 @@ from common.cli import UserError, existing_file, nearest
 
 
 def function_file(spec, option, example, look=False):
-    """(file, name) of `path.py:name`; a relative path may also be from the project's folder. `look`: whether the file's text has the name.
+    """(file, name) of `path.py:name`; a relative path may also be from the project's folder. `look`: whether
+    the file's text has the name.
 
     Raises:
         UserError: not of that form, no such file, or no such name in it; names `option`.
@@ -29,19 +30,30 @@ def function_file(spec, option, example, look=False):
 
 
 def defined_names(path):
-    """Names that a Python file defines or imports, wherever in it, without running it; None where that cannot be said."""
+    """Names that a Python file defines or imports, wherever in it, without running it; None where that cannot
+    be said.
+    """
     try:
         nodes = list(ast.walk(ast.parse(Path(path).read_bytes())))
     except (SyntaxError, ValueError):  # loading it says what is wrong
         return None
-    names = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))}
+    names = {
+        node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+    }
     names |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    names |= {alias.asname or alias.name for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
+    names |= {
+        alias.asname or alias.name
+        for node in nodes
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
+    }
     return None if "*" in names or "__getattr__" in names else names
 
 
 def as_number(value):
-    """What a function of the user's own returned, as a float; a TypeError that shows it where it is no number. May be NaN."""
+    """What a function of the user's own returned, as a float; a TypeError that shows it where it is no
+    number. May be NaN.
+    """
     if not isinstance(value, (str, bytes, bytearray)):  # float() would read a text
         with contextlib.suppress(TypeError, ValueError):
             return float(value)
@@ -58,13 +70,17 @@ def load_function(spec, option, example):
     path, name = function_file(spec, option, example)
     path = path.resolve()
     kind = option.strip("-").split("_")[0]
-    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(f"{kind}_{path.stem}", path))
+    module = importlib.util.module_from_spec(
+        importlib.util.spec_from_file_location(f"{kind}_{path.stem}", path)
+    )
     sys.modules[module.__name__] = module  # dataclasses look their module up
     sys.path.append(str(path.parent))  # for modules beside it
     try:
         module.__spec__.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise UserError(f"{path} does not import: {type(error).__name__}: {' '.join(str(error).split())}") from None
+        raise UserError(
+            f"{path} does not import: {type(error).__name__}: {' '.join(str(error).split())}"
+        ) from None
     function = getattr(module, name, None)
     if not callable(function):
         known = [k for k, v in vars(module).items() if inspect.isfunction(v)]

@@ -4,7 +4,8 @@ import sqlite3
 
 from common.cli import UserError
 
-CACHE_KIB = 16384  # pages that SQLite may hold in memory; the rest is in a temporary file that vanishes with the process
+# pages that SQLite may hold in memory; the rest is in a temporary file that vanishes with the process
+CACHE_KIB = 16384
 
 
 class Index:
@@ -18,16 +19,22 @@ class Index:
         self._database = sqlite3.connect("", isolation_level=None)  # "": a private temporary file
         self._count = 0
         for statement in (
-            f"PRAGMA cache_size = -{CACHE_KIB}", "PRAGMA journal_mode = OFF", "PRAGMA synchronous = OFF",
-            "CREATE TABLE places (key PRIMARY KEY, a INTEGER, b INTEGER) WITHOUT ROWID", "BEGIN",
-        ):  # fmt: skip
+            f"PRAGMA cache_size = -{CACHE_KIB}",
+            "PRAGMA journal_mode = OFF",
+            "PRAGMA synchronous = OFF",
+            "CREATE TABLE places (key PRIMARY KEY, a INTEGER, b INTEGER) WITHOUT ROWID",
+            "BEGIN",
+        ):
             self._run(statement)
 
     def _run(self, statement, values=()):
         try:
             return self._database.execute(statement, values)
         except sqlite3.OperationalError as error:
-            raise UserError(f"cannot keep the table of records in a temporary file: {error}; give TMPDIR=… a folder with room") from None
+            raise UserError(
+                f"cannot keep the table of records in a temporary file: {error}; give TMPDIR=… a folder with "
+                "room"
+            ) from None
 
     def __setitem__(self, key, pair):
         before = self._database.total_changes
@@ -60,6 +67,7 @@ class Index:
     def count(self, key):
         """How often `key` was counted before this call; counts it once more. Not to be mixed with pairs."""
         [before] = self._run(
-            "INSERT INTO places VALUES (?, 0, 0) ON CONFLICT (key) DO UPDATE SET a = a + 1 RETURNING a", (key,)
+            "INSERT INTO places VALUES (?, 0, 0) ON CONFLICT (key) DO UPDATE SET a = a + 1 RETURNING a",
+            (key,),
         ).fetchone()
         return before

@@ -18,15 +18,17 @@ def _let_go():
         file.close()
 
 
-# A forked process (vLLM's engine, a dataloader's worker) would hold the lock beyond the death of the one that took it.
+# A forked process (vLLM's engine, a dataloader's worker) would hold the lock beyond the death of the one that
+# took it.
 os.register_at_fork(after_in_child=_let_go)
 
 
 def hold(path, doing, wait=False):
     """Open and lock `path`, a file that nothing is written to through the handle which is returned.
 
-    The lock lasts until that handle is closed or forgotten, or this process ends. Some file systems refuse locks (Lustre
-    mounted without `-o flock`, NFS without its lock service): that is no other process, so the work goes on with one note.
+    The lock lasts until that handle is closed or forgotten, or this process ends. Some file systems refuse
+    locks (Lustre mounted without `-o flock`, NFS without its lock service): that is no other process, so the
+    work goes on with one note.
 
     Args:
         doing: what another process that has the lock is doing, for the error: `writing data.jsonl`.
@@ -50,4 +52,8 @@ def hold(path, doing, wait=False):
 
 @functools.cache
 def _note(folder, reason):
-    print(f"note: the file system of {folder} refuses locks ({reason}): nothing will stop a second process there", flush=True)
+    print(
+        f"note: the file system of {folder} refuses locks ({reason}): nothing will stop a second process "
+        "there",
+        flush=True,
+    )

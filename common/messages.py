@@ -1,7 +1,8 @@
 """Messages and tools in every form that people have them, as chat templates want them.
 
-A message is `{"role", "content"}` and whatever else a template may render: `tool_calls`, `tool_call_id`, `name`,
-`reasoning_content`, … A field that is null is a field that is not there: tables fill in what other rows have.
+A message is `{"role", "content"}` and whatever else a template may render: `tool_calls`, `tool_call_id`,
+`name`, `reasoning_content`, … A field that is null is a field that is not there: tables fill in what other
+rows have.
 """
 
 import json
@@ -12,9 +13,15 @@ from common.cli import UserError
 ASKING = ("user", "tool", "function", "ipython")  # whose turn may be the last one of a prompt
 CALLS = ("tool_calls", "function_call")  # with them an assistant's content may be null
 SHAREGPT = {
-    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant", "system": "system",
-    "tool": "tool", "observation": "tool",
-}  # fmt: skip
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
 
 
 def as_json(value):
@@ -30,7 +37,11 @@ def as_json(value):
 
 def is_messages(value):
     """Whether a value looks like a list of messages, ours or ShareGPT's."""
-    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in value)
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in value)
+    )
 
 
 def text_of(message):
@@ -41,8 +52,8 @@ def text_of(message):
 def to_messages(value, where):
     """A prompt as a list of messages whose last turn is the user's or a tool's.
 
-    A string is one user turn; a trailing assistant turn is dropped (`messages` columns hold the answer too). ShareGPT's
-    `from` and `value` are read, and content given as parts where all parts are text.
+    A string is one user turn; a trailing assistant turn is dropped (`messages` columns hold the answer too).
+    ShareGPT's `from` and `value` are read, and content given as parts where all parts are text.
 
     Raises:
         UserError: not a prompt; `where` names the place.
@@ -63,15 +74,24 @@ def _to_message(message, where):
     if isinstance(message, dict) and "role" not in message and "from" in message:
         role = SHAREGPT.get(message["from"]) if isinstance(message["from"], str) else None
         if role is None:
-            raise UserError(f'{where}: a turn is "from" {str(message["from"])[:40]!r}, which is not known; write it as {{"role": …, "content": text}}')
+            raise UserError(
+                f'{where}: a turn is "from" {str(message["from"])[:40]!r}, which is not known; write it as '
+                f'{{"role": …, "content": text}}'
+            )
         others = {key: item for key, item in message.items() if key not in ("from", "value")}
         message = {"role": role, "content": message.get("value")} | others
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise UserError(f'{where}: a message is {{"role": …, "content": text}}, got {str(message)[:60]!r}')
     content = message.get("content")
     if isinstance(content, list):
-        content = "".join(_text_of_part(part, where) for part in content)  # as templates write parts: nothing between them
-    others = {key: as_json(item) for key, item in message.items() if key not in ("role", "content") and item is not None and item != []}
+        content = "".join(
+            _text_of_part(part, where) for part in content
+        )  # as templates write parts: nothing between them
+    others = {
+        key: as_json(item)
+        for key, item in message.items()
+        if key not in ("role", "content") and item is not None and item != []
+    }
     if not isinstance(content, str) and not (content is None and any(others.get(key) for key in CALLS)):
         raise UserError(f'{where}: a message is {{"role": …, "content": text}}, got {str(message)[:60]!r}')
     known = {"role": message["role"]} | ({"content": content} if "content" in message else {})
@@ -88,7 +108,8 @@ def _text_of_part(part, where):
 
 
 def to_tools(value, where):
-    """The `tools` of a record as a list of JSON schemas, or None where it has none. The list, or a schema, may be JSON text.
+    """The `tools` of a record as a list of JSON schemas, or None where it has none. The list, or a schema,
+    may be JSON text.
 
     Raises:
         UserError: something else; `where` names the place.
@@ -103,6 +124,7 @@ def to_tools(value, where):
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise UserError(
-            f"{where}: `tools` must be a list of JSON schemas, got {str(value)[:60]!r}; give a column of another meaning another name"
+            f"{where}: `tools` must be a list of JSON schemas, got {str(value)[:60]!r}; give a column of "
+            "another meaning another name"
         )
     return as_json(value)

@@ -12,10 +12,19 @@ def duration(seconds):
 
 
 class Progress:
-    """Counts finished items of `total`; prints a bar (tqdm) on a terminal, else a line every `every` seconds."""
+    """Counts finished items of `total`; prints a bar (tqdm) on a terminal, else a line every `every`
+    seconds.
+    """
 
     def __init__(self, total, what, unit="records", done=0, every=15.0, enabled=True):
-        self.total, self.what, self.unit, self.count, self.every, self.enabled = total, what, unit, done, every, enabled
+        self.total, self.what, self.unit, self.count, self.every, self.enabled = (
+            total,
+            what,
+            unit,
+            done,
+            every,
+            enabled,
+        )
         self.first, self.start, self.last = done, time.monotonic(), time.monotonic()
         self.bar = None
         if enabled and sys.stderr.isatty():
@@ -34,12 +43,18 @@ class Progress:
             self.last = time.monotonic()
             seconds = max(self.last - self.start, 1e-9)
             rate = (self.count - self.first) / seconds
-            how = f"{rate:.1f}/s, {duration((self.total - self.count) / rate)} left" if rate > 0 else f"none finished in {duration(seconds)}"
+            how = (
+                f"{rate:.1f}/s, {duration((self.total - self.count) / rate)} left"
+                if rate > 0
+                else f"none finished in {duration(seconds)}"
+            )
             tail = f", {note}" if note else ""
             print(f"{self.what}: {self.count}/{self.total} {self.unit}, {how}{tail}", flush=True)
 
     def tick(self):
-        """A sign of life where nothing may finish for long, since much is worked on at once: the line that is due, or the bar's clock."""
+        """A sign of life where nothing may finish for long, since much is worked on at once: the line that is
+        due, or the bar's clock.
+        """
         if self.bar is None:
             self.update(0)
         elif time.monotonic() - self.last >= 1:

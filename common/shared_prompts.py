@@ -6,21 +6,23 @@
     states = last_states(model, packed)   [sequences, hidden], the last tokens' only: less work in the last layer
     plan(groups, budget)                  which sequences go into which pass
 
-The sequences of a group share what their token ids have in common from the left. The row is, group by group, the
+The sequences of a group share what their token ids have in common from the left. The row is, group by group,
+the
 shared prefix and then each sequence's own part; positions restart behind the prefix for each of them:
 
     ids        p0 p1 p2 | a3 a4 | b3 b4 b5 |  q0 …
     positions   0  1  2 |  3  4 |  3  4  5 |   0 …
 
-Layers other than attention work on single tokens, so only attention needs to know. A function of ours stands in for
-it (transformers' AttentionInterface) and finds the layout in the keyword argument `shared_prompts`, which models hand
-on to their layers. No mask is built: under a name that transformers' masks do not know, it makes none.
+Layers other than attention work on single tokens, so only attention needs to know. A function of ours stands
+in for it (transformers' AttentionInterface) and finds the layout in the keyword argument `shared_prompts`,
+which models hand on to their layers. No mask is built: under a name that transformers' masks do not know, it
+makes none.
 
-Autograd and gradient checkpointing work through it. Training asks each column for its next token: `labelled=True` shares
-one token less, so that the state from which the sequences part stands in each of them.
+Autograd and gradient checkpointing work through it. Training asks each column for its next token:
+`labelled=True` shares one token less, so that the state from which the sequences part stands in each of them.
 
-On a GPU, in half precision, all spans of a row are one call of torch's variable-length attention, with the keys of each
-span gathered; elsewhere each span is a call of its own.
+On a GPU, in half precision, all spans of a row are one call of torch's variable-length attention, with the
+keys of each span gathered; elsewhere each span is a call of its own.
 """
 
 import contextlib
@@ -44,7 +46,9 @@ class Unsupported(Exception):
 
 
 class Group(NamedTuple):
-    """Where a group stands in the row: from column `start`, `prefix` shared tokens, then own parts of `own` tokens."""
+    """Where a group stands in the row: from column `start`, `prefix` shared tokens, then own parts of `own`
+    tokens.
+    """
 
     start: int
     prefix: int
@@ -67,17 +71,24 @@ class Packed:
     last: torch.Tensor
     wanted: torch.Tensor | None = None
     only_last: torch.nn.Module | None = None  # attention that is wanted at `last` only
-    masks: dict = field(default_factory=dict)  # and layouts of spans, kept for the pass: layers need the same ones
+    masks: dict = field(
+        default_factory=dict
+    )  # and layouts of spans, kept for the pass: layers need the same ones
 
     def to(self, device):
         """The same row with its tensors on another device."""
-        moved = [None if t is None else t.to(device, non_blocking=True) for t in (self.ids, self.positions, self.last, self.wanted)]
+        moved = [
+            None if t is None else t.to(device, non_blocking=True)
+            for t in (self.ids, self.positions, self.last, self.wanted)
+        ]
         return Packed(moved[0], moved[1], self.groups, moved[2], moved[3])
 
     def spans(self, narrow=False):
-        """Queries that attend together: lists of (first column, columns, first column of the prefix, its columns).
+        """Queries that attend together: lists of (first column, columns, first column of the prefix, its
+        columns).
 
-        Their keys are the prefix and the columns themselves. `narrow` asks only the last column of each sequence.
+        Their keys are the prefix and the columns themselves. `narrow` asks only the last column of each
+        sequence.
         """
         for start, prefix, own in self.groups:
             if prefix and not narrow:
@@ -88,7 +99,9 @@ class Packed:
                 at += length
 
     def columns(self):
-        """For each sequence, the [length] columns of its tokens: `hidden[columns[s]]` is as if it had been alone."""
+        """For each sequence, the [length] columns of its tokens: `hidden[columns[s]]` is as if it had been
+        alone.
+        """
         made = []
         for start, prefix, own in self.groups:
             at = start + prefix
@@ -111,7 +124,10 @@ def shared(sequences, labelled=False):
         raise ValueError("a sequence has no tokens")
     if len(sequences) == 1:
         return 0
-    low, high = min(sequences), max(sequences)  # all others lie between them, so what these two share all share
+    low, high = (
+        min(sequences),
+        max(sequences),
+    )  # all others lie between them, so what these two share all share
     limit = shortest if labelled else shortest - 1
     common = next((i for i in range(limit) if low[i] != high[i]), limit)
     return max(0, common - 1) if labelled else common
@@ -125,8 +141,8 @@ def packed_tokens(sequences, labelled=False):
 def plan(groups, budget):
     """Batches of at most `budget` columns, largest first, as lists of (group, [its sequences]) by number.
 
-    A group too large for a batch is cut into parts that each bring the prefix; a sequence longer than the budget is a
-    batch of its own.
+    A group too large for a batch is cut into parts that each bring the prefix; a sequence longer than the
+    budget is a batch of its own.
     """
     parts = []
     for g, sequences in enumerate(groups):
@@ -172,15 +188,17 @@ def pack(groups, device="cpu", labelled=False):
 
 def hidden_states(backbone, packed):
     """Last hidden states of every column, [T, hidden]; `backbone` is a prepared model without its head."""
-    output = backbone(input_ids=packed.ids, position_ids=packed.positions, use_cache=False, shared_prompts=packed)
+    output = backbone(
+        input_ids=packed.ids, position_ids=packed.positions, use_cache=False, shared_prompts=packed
+    )
     return output.last_hidden_state[0]
 
 
 def last_states(backbone, packed):
     """Last hidden states of each sequence's last token, [sequences, hidden].
 
-    What the last layer computes for other tokens after its keys and values would be thrown away, so its attention and
-    its projections work on these columns only and leave zeros in the others.
+    What the last layer computes for other tokens after its keys and values would be thrown away, so its
+    attention and its projections work on these columns only and leave zeros in the others.
     """
     layers = getattr(backbone, "layers", None)
     if not isinstance(layers, torch.nn.ModuleList):
@@ -190,13 +208,18 @@ def last_states(backbone, packed):
         hooks.callback(setattr, packed, "only_last", None)
         for module in (getattr(layers[-1].self_attn, "o_proj", None), getattr(layers[-1], "mlp", None)):
             if module is not None:
-                hooks.callback(module.register_forward_pre_hook(lambda _, given: (given[0][:, packed.last], *given[1:])).remove)
+                hooks.callback(
+                    module.register_forward_pre_hook(
+                        lambda _, given: (given[0][:, packed.last], *given[1:])
+                    ).remove
+                )
                 hooks.callback(module.register_forward_hook(lambda _, __, made: _spread(made, packed)).remove)
         return hidden_states(backbone, packed)[packed.last]
 
 
 def only_wanted(backbone):
-    """Let a prepared backbone return the last states of `Packed.wanted` alone, [1, n, hidden], where that is set.
+    """Let a prepared backbone return the last states of `Packed.wanted` alone, [1, n, hidden], where that is
+    set.
 
     A language model's head then works on these columns only. Returns the hook's handle.
     """
@@ -217,11 +240,29 @@ def _spread(made, packed):
     return made.new_zeros(1, packed.ids.shape[1], *made.shape[2:]).index_copy(1, packed.last, made)
 
 
-def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
-              shared_prompts=None, is_causal=None, s_aux=None, **_):  # fmt: skip
-    """What transformers' layers call: query, key, value [1, heads, T, width] → ([1, T, heads, width], None)."""
+def attention(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    dropout=0.0,
+    sliding_window=None,
+    softcap=None,
+    shared_prompts=None,
+    is_causal=None,
+    s_aux=None,
+    **_,
+):
+    """What transformers' layers call: query, key, value [1, heads, T, width] → ([1, T, heads, width],
+    None).
+    """
     if shared_prompts is None:
-        raise RuntimeError("a model prepared for shared prompts was called without `shared_prompts`, or its layers do not receive it")
+        raise RuntimeError(
+            "a model prepared for shared prompts was called without `shared_prompts`, or its layers do not "
+            "receive it"
+        )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if attention_mask is not None or dropout or not causal or s_aux is not None:
         raise Unsupported("its attention has a mask, dropout or sinks, or looks ahead")
@@ -231,7 +272,9 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
     if shared_prompts.ids.shape[1] != query.shape[2]:
         raise Unsupported("its attention sees another number of tokens than there are")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if query.dtype != value.dtype:  # autocast over fp32 weights: rotary positions made query and key fp32, value is half
+    if (
+        query.dtype != value.dtype
+    ):  # autocast over fp32 weights: rotary positions made query and key fp32, value is half
         query, key = query.to(value.dtype), key.to(value.dtype)
     narrow = module is shared_prompts.only_last
     if uses_varlen(query, softcap):
@@ -245,26 +288,41 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
             keys = torch.cat([key[:, :, start : start + before], keys], 2)
             values = torch.cat([value[:, :, start : start + before], values], 2)
         queries = query[:, :, end - asked : end]
-        parts.append(_attend(queries, keys, values, scaling, sliding_window, softcap, shared_prompts.masks).transpose(1, 2))
+        parts.append(
+            _attend(queries, keys, values, scaling, sliding_window, softcap, shared_prompts.masks).transpose(
+                1, 2
+            )
+        )
     made = torch.cat(parts, 1)
     return _spread(made, shared_prompts) if narrow else made, None
 
 
 def uses_varlen(query, softcap):
-    """Whether torch's variable-length attention computes this: flash kernels, so CUDA and half precision, no soft-cap."""
+    """Whether torch's variable-length attention computes this: flash kernels, so CUDA and half precision, no
+    soft-cap.
+    """
     half = query.dtype in (torch.bfloat16, torch.float16)
-    return on_gpu(query) and half and not softcap and query.shape[-1] <= 256 and torch.cuda.get_device_capability()[0] >= 8
+    return (
+        on_gpu(query)
+        and half
+        and not softcap
+        and query.shape[-1] <= 256
+        and torch.cuda.get_device_capability()[0] >= 8
+    )
 
 
 def on_gpu(tensor):
-    """Whether torch's CUDA kernels compute with it; a function, so that a test can take their branches without a GPU."""
+    """Whether torch's CUDA kernels compute with it; a function, so that a test can take their branches
+    without a GPU.
+    """
     return tensor.is_cuda
 
 
 def _attend_all(query, key, value, scaling, window, packed, narrow):
     """All spans in one call: query, key, value [1, heads, T, width] → [1, queries, heads, width].
 
-    The kernel takes a causal mask to end with the last query at the last key, which is what a span behind its prefix needs.
+    The kernel takes a causal mask to end with the last query at the last key, which is what a span behind its
+    prefix needs.
     """
     name = "narrow" if narrow else "spans"
     if name not in packed.masks:
@@ -276,12 +334,25 @@ def _attend_all(query, key, value, scaling, window, packed, narrow):
     key, value = key[0].transpose(0, 1)[columns], value[0].transpose(0, 1)[columns]
     left = -1 if window is None else window - 1
     grouped = query.shape[1] != key.shape[1]
-    return varlen_attn(query.contiguous(), key, value, starts_q, starts_k, most_q, most_k, scale=scaling, window_size=(left, 0), enable_gqa=grouped)[None]
+    return varlen_attn(
+        query.contiguous(),
+        key,
+        value,
+        starts_q,
+        starts_k,
+        most_q,
+        most_k,
+        scale=scaling,
+        window_size=(left, 0),
+        enable_gqa=grouped,
+    )[None]
 
 
 @torch.inference_mode(False)  # see `_mask`
 def _layout(packed, narrow, device):
-    """(columns of all spans' keys [K], where queries [S + 1] and keys [S + 1] of a span start, the longest of each)."""
+    """(columns of all spans' keys [K], where queries [S + 1] and keys [S + 1] of a span start, the longest of
+    each).
+    """
     columns, queries, keys = [], [0], [0]
     for at, length, start, before in packed.spans(narrow):
         columns += [torch.arange(start, start + before), torch.arange(at, at + length)]
@@ -292,7 +363,9 @@ def _layout(packed, narrow, device):
 
 
 def _attend(query, key, value, scaling, window, softcap, masks):
-    """Causal attention of the last columns: query i of n sees the keys up to N - n + i, the latest `window` of them."""
+    """Causal attention of the last columns: query i of n sees the keys up to N - n + i, the latest `window`
+    of them.
+    """
     length, total = query.shape[2], key.shape[2]
     window = window if window and window < total else None
     repeats = query.shape[1] // key.shape[1]
@@ -307,9 +380,18 @@ def _attend(query, key, value, scaling, window, softcap, masks):
     else:
         mask = _mask(length, total, window, query, masks)
     if on_gpu(query) and repeats > 1 and (window or query.dtype == torch.float32):
-        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)  # only flash kernels group heads
+        key, value = (
+            key.repeat_interleave(repeats, 1),
+            value.repeat_interleave(repeats, 1),
+        )  # only flash kernels group heads
     return scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None and length > 1, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None and length > 1,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
     )
 
 
@@ -321,7 +403,9 @@ def _mask(length, total, window, like, masks):
         may = torch.ones(length, total, dtype=torch.bool, device=like.device).tril(total - length)
         if window:
             may = may.triu(total - length - window + 1)
-        masks[shape] = torch.zeros(length, total, dtype=like.dtype, device=like.device).masked_fill(~may, float("-inf"))
+        masks[shape] = torch.zeros(length, total, dtype=like.dtype, device=like.device).masked_fill(
+            ~may, float("-inf")
+        )
     return masks[shape]
 
 
@@ -338,7 +422,11 @@ def reason_against(model):
     if not (model._supports_attention_backend and model.base_model._can_set_attn_implementation()):
         return "its attention cannot be replaced"
     causal = [getattr(module, "is_causal", True) for module in model.modules()]
-    if not all(causal) or getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", False):
+    if (
+        not all(causal)
+        or getattr(config, "is_causal", True) is False
+        or getattr(config, "use_bidirectional_attention", False)
+    ):
         return "it looks ahead, as encoders do"
     odd = set(getattr(config, "layer_types", None) or ()) - LAYERS
     if odd:
@@ -350,7 +438,9 @@ def reason_against(model):
 
 
 def is_rotary(model):
-    """Whether all that it knows of positions is their distances: moved on together they give the same but for rounding."""
+    """Whether all that it knows of positions is their distances: moved on together they give the same but for
+    rounding.
+    """
     return bool(_rope_types(model.config))
 
 
@@ -369,12 +459,15 @@ def supports(model):
 
 
 def prepare(model, example=None):
-    """Switch `model` (in evaluation or training) to shared prompts; `hidden_states` is how to call it from then on.
+    """Switch `model` (in evaluation or training) to shared prompts; `hidden_states` is how to call it from
+    then on.
 
     Args:
         model: transformers model, with or without a head.
-        example: a group of token-id sequences; the model must give the same hidden states for it as it gives, with the
-            attention that it has now, for one sequence at a time. Windows show only in sequences longer than they are.
+        example: a group of token-id sequences; the model must give the same hidden states for it as it gives,
+            with the
+            attention that it has now, for one sequence at a time. Windows show only in sequences longer than
+            they are.
 
     Returns:
         the attention it had: `model.set_attn_implementation(that)` switches back.
@@ -393,17 +486,26 @@ def prepare(model, example=None):
             apart = _apart(model.base_model, example, expected)
         except Exception as error:
             model.set_attn_implementation(before)
-            raise error if isinstance(error, Unsupported) else Unsupported(f"a trial failed: {type(error).__name__}: {error}") from error
+            raise (
+                error
+                if isinstance(error, Unsupported)
+                else Unsupported(f"a trial failed: {type(error).__name__}: {error}")
+            ) from error
         limit = TOLERANCE.get(model.dtype, HALF_TOLERANCE)
         if not apart <= limit:
             model.set_attn_implementation(before)
-            raise Unsupported(f"its states differ by {apart:.2g} from those of one sequence at a time (at most {limit:g} is rounding)")
+            raise Unsupported(
+                f"its states differ by {apart:.2g} from those of one sequence at a time (at most {limit:g} "
+                "is rounding)"
+            )
     return before
 
 
 @contextlib.contextmanager
 def own_attention(model):
-    """Let a prepared model compute with the attention that it had before, for a while: padded batches, as any model takes them."""
+    """Let a prepared model compute with the attention that it had before, for a while: padded batches, as any
+    model takes them.
+    """
     model.set_attn_implementation(model.own_attention)
     try:
         yield
@@ -415,7 +517,10 @@ def own_attention(model):
 def _one_at_a_time(backbone, sequences):
     device = backbone.get_input_embeddings().weight.device
     rows = (torch.tensor([list(sequence)], device=device) for sequence in sequences)
-    return [backbone(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False).last_hidden_state[0] for row in rows]
+    return [
+        backbone(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False).last_hidden_state[0]
+        for row in rows
+    ]
 
 
 @torch.no_grad()
@@ -423,6 +528,11 @@ def _apart(backbone, sequences, expected):
     """Largest relative distance of a sequence's states, ‖ours − its own‖ / ‖its own‖ over its tokens."""
     packed = pack([sequences], backbone.get_input_embeddings().weight.device)
     hidden = hidden_states(backbone, packed).float()
-    pairs = [(hidden[columns], alone.float()) for columns, alone in zip(packed.columns(), expected, strict=True)]
-    pairs += [(last, alone[-1].float()) for last, alone in zip(last_states(backbone, packed).float(), expected, strict=True)]
+    pairs = [
+        (hidden[columns], alone.float()) for columns, alone in zip(packed.columns(), expected, strict=True)
+    ]
+    pairs += [
+        (last, alone[-1].float())
+        for last, alone in zip(last_states(backbone, packed).float(), expected, strict=True)
+    ]
     return max(float((ours - alone).norm() / alone.norm()) for ours, alone in pairs)

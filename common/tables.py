@@ -1,4 +1,6 @@
-"""Records of tables and data sets: .csv as text, .parquet, folders of `save_to_disk` or cloned from the hub, the hub itself."""
+"""Records of tables and data sets: .csv as text, .parquet, folders of `save_to_disk` or cloned from the hub,
+the hub itself.
+"""
 
 import csv
 from pathlib import Path
@@ -13,11 +15,16 @@ POINTER = b"version https://git-lfs"  # what stands in place of a large file in 
 def split_config(name):
     """(data set, configuration or None) of `NAME` or `NAME:CONFIG`."""
     base, colon, config = name.rpartition(":")
-    return (base, config) if colon and base and config and "/" not in config and not Path(name).exists() else (name, None)
+    return (
+        (base, config)
+        if colon and base and config and "/" not in config and not Path(name).exists()
+        else (name, None)
+    )
 
 
 def read_csv(path, delimiter=None):
-    """Yield the rows of a .csv or .tsv file as dicts of texts, every cell as it stands; a `BadRecord` for one of another width.
+    """Yield the rows of a .csv or .tsv file as dicts of texts, every cell as it stands; a `BadRecord` for one
+    of another width.
 
     A .csv whose header has one cell by commas and several by semicolons or tabs is separated by these.
     """
@@ -33,7 +40,9 @@ def read_csv(path, delimiter=None):
             header = next((row for row in rows if row), [])
             twins = {name for name in header if header.count(name) > 1}
             if twins:
-                raise UserError(f"{path} has several columns {sorted(twins)[0]!r}; give each a name of its own")
+                raise UserError(
+                    f"{path} has several columns {sorted(twins)[0]!r}; give each a name of its own"
+                )
             for row in rows:
                 line = rows.line_num
                 if not row:
@@ -43,7 +52,10 @@ def read_csv(path, delimiter=None):
                     yield dict(zip(header, row, strict=True))
                 else:
                     todo = f"put cells that hold a {delimiter!r} or a line break in double quotes"
-                    wrong = f"{path} record {count} (line {line}) has {len(row)} cells, the header has {len(header)}; {todo}"
+                    wrong = (
+                        f"{path} record {count} (line {line}) has {len(row)} cells, the header has "
+                        f"{len(header)}; {todo}"
+                    )
                     yield BadRecord(wrong, row)
     except csv.Error as error:
         raise UserError(f"{path} cannot be read behind line {line}: {error}") from None
@@ -75,18 +87,31 @@ def _loaded(name, load, *args, **more):
             text += f"; choose a configuration by its name behind a colon, {split_config(name)[0]}:NAME"
         if "Unknown split" in text:
             text += "; choose one with --dataset_split"
-        what = "read" if Path(split_config(name)[0]).exists() else "load from the hub, and find no such folder here,"
+        what = (
+            "read"
+            if Path(split_config(name)[0]).exists()
+            else "load from the hub, and find no such folder here,"
+        )
         raise UserError(f"cannot {what} {name}: {type(error).__name__}: {text[:400]}") from None
 
 
 def _unfilled(record):
-    """A record without the nulls that a table put into its messages and tools for fields that other rows have."""
-    return {key: _without_nulls(value) if is_messages(value) or (key == "tools" and isinstance(value, list)) else value for key, value in record.items()}
+    """A record without the nulls that a table put into its messages and tools for fields that other rows
+    have.
+    """
+    return {
+        key: _without_nulls(value)
+        if is_messages(value) or (key == "tools" and isinstance(value, list))
+        else value
+        for key, value in record.items()
+    }
 
 
 def _without_nulls(value):
     if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None or key == "content"}
+        return {
+            key: _without_nulls(item) for key, item in value.items() if item is not None or key == "content"
+        }
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
@@ -98,13 +123,19 @@ def _rows(data, name):
 
 def _choose(splits, split, name):
     if split not in splits:
-        raise UserError(f"{name} has no split {split!r}; it has {', '.join(map(str, splits))}: choose one with --dataset_split")
+        raise UserError(
+            f"{name} has no split {split!r}; it has {', '.join(map(str, splits))}: choose one with "
+            "--dataset_split"
+        )
 
 
 def refuse_split(name, split):
     """Refuse `--dataset_split` for what has no splits."""
     if split != "train":
-        raise UserError(f"{name} has no splits, so --dataset_split {split} means nothing for it: leave it out, or give train")
+        raise UserError(
+            f"{name} has no splits, so --dataset_split {split} means nothing for it: leave it out, or give "
+            "train"
+        )
 
 
 def read_parquet(path):
@@ -113,11 +144,14 @@ def read_parquet(path):
 
     path = existing_file(path, "input")
     _refuse_pointer(path)
-    yield from _rows(_loaded(str(path), datasets.load_dataset, "parquet", data_files=str(path), split="train"), path)
+    yield from _rows(
+        _loaded(str(path), datasets.load_dataset, "parquet", data_files=str(path), split="train"), path
+    )
 
 
 def read_data_set(name, split):
-    """Yield the records of one split: of a folder of `save_to_disk`, of a data set's folder as cloned from the hub, or of the hub.
+    """Yield the records of one split: of a folder of `save_to_disk`, of a data set's folder as cloned from
+    the hub, or of the hub.
 
     `NAME:CONFIG` chooses one of several configurations.
     """
@@ -135,7 +169,9 @@ def read_data_set(name, split):
         return
     builder = _loaded(name, datasets.load_dataset_builder, base, config)
     files = builder.config.data_files or {}
-    if files and split != "all" and not any(mark in split for mark in "[+"):  # `train[:10]` and the like are its own affair
+    if (
+        files and split != "all" and not any(mark in split for mark in "[+")
+    ):  # `train[:10]` and the like are its own affair
         _choose(files, split, name)
     for file in files.get(split, ()):
         if Path(file).is_file():
@@ -150,11 +186,15 @@ def read_data_set(name, split):
 
 
 def _are_text(builder, files):
-    """Whether a split's files are .csv or JSON that we read ourselves, so that cells and fields stay what they are."""
+    """Whether a split's files are .csv or JSON that we read ourselves, so that cells and fields stay what
+    they are.
+    """
     plain = {"csv": (".csv", ".tsv"), "json": (".jsonl", ".json", ".ndjson")}.get(_module(builder), ())
     config, default = builder.config, type(builder.config)()
     ours = {"name", "version", "data_dir", "data_files", "description", "sep", "delimiter", "features"}
-    special = [key for key, value in vars(config).items() if key not in ours and value != getattr(default, key, None)]
+    special = [
+        key for key, value in vars(config).items() if key not in ours and value != getattr(default, key, None)
+    ]
     return bool(files) and not special and all(str(file).endswith(plain) for file in files)
 
 

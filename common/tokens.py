@@ -1,9 +1,10 @@
-"""A prompt and its responses as the policy's token ids: those that were sampled where a record has them, else its text's.
+"""A prompt and its responses as the policy's token ids: those that were sampled where a record has them, else
+its text's.
 
-Text loses what was sampled: special tokens (channels, tool calls), the thought that a template strips from an answered turn, the
-one of several tokenisations that the policy chose. So generation keeps the token ids beside the text (`prompt_token_ids`,
-`response_token_ids`), and training and divergence go by them. Ids that do not decode to the text beside them are another
-tokenizer's, or the text was edited: then the text counts.
+Text loses what was sampled: special tokens (channels, tool calls), the thought that a template strips from an
+answered turn, the one of several tokenisations that the policy chose. So generation keeps the token ids
+beside the text (`prompt_token_ids`, `response_token_ids`), and training and divergence go by them. Ids that
+do not decode to the text beside them are another tokenizer's, or the text was edited: then the text counts.
 """
 
 from collections import Counter
@@ -17,7 +18,9 @@ BROKEN = "\ufffd"  # what a tokenizer writes for bytes that make no character
 
 @dataclass
 class Answer:
-    """A response: its text, why it ended (`stop`, `length`), how many tokens were sampled and which, where that is known."""
+    """A response: its text, why it ended (`stop`, `length`), how many tokens were sampled and which, where
+    that is known.
+    """
 
     text: str
     finish_reason: str | None = None
@@ -40,14 +43,17 @@ def are_ids(value):
 
 def common_prefix(ids, others):
     """Number of leading tokens that two sequences share."""
-    return next((i for i, pair in enumerate(zip(ids, others)) if pair[0] != pair[1]), min(len(ids), len(others)))
+    return next(
+        (i for i, pair in enumerate(zip(ids, others)) if pair[0] != pair[1]), min(len(ids), len(others))
+    )
 
 
 def is_decoded(text, decoded):
     """Whether an engine's text is what token ids decode to, whatever two ways of decoding may disagree about.
 
-    That is white space and bytes that make no character. An engine decodes token by token and has written a character before
-    such bytes come; decoded at once, a run of byte tokens with them may be nothing but U+FFFD. So those stand for any text.
+    That is white space and bytes that make no character. An engine decodes token by token and has written a
+    character before such bytes come; decoded at once, a run of byte tokens with them may be nothing but
+    U+FFFD. So those stand for any text.
     """
     text, decoded = ("".join(one.split()) for one in (text.replace(BROKEN, ""), decoded))
     first, *others = decoded.split(BROKEN)
@@ -81,10 +87,19 @@ class Encoder:
 
     def rendered(self, record):
         """The prompt's token ids as the template writes them."""
-        return chat.encode(self.tokenizer, record["prompt"], True, self.template_kwargs, record.get("tools"), record.get(DATE))
+        return chat.encode(
+            self.tokenizer,
+            record["prompt"],
+            True,
+            self.template_kwargs,
+            record.get("tools"),
+            record.get(DATE),
+        )
 
     def are_sampled(self, record, answers):
-        """Whether the record has the token ids of its prompt and of these answers, and they are this tokenizer's."""
+        """Whether the record has the token ids of its prompt and of these answers, and they are this
+        tokenizer's.
+        """
         prompt = record.get(PROMPT)
         if not are_ids(prompt) or not prompt or max(prompt) >= self.size:
             return False
@@ -97,28 +112,38 @@ class Encoder:
         return answer.finish_reason != "length" and is_decoded(answer.text, self._text(answer.token_ids[:-1]))
 
     def _text(self, ids):
-        # A model may have embeddings beyond its tokenizer's vocabulary, for round numbers: sampled, they are no text.
+        # A model may have embeddings beyond its tokenizer's vocabulary, for round numbers: sampled, they are
+        # no text.
         known = [i for i in ids if i < self.size]
         return self.tokenizer.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def __call__(self, record, answers):
         """(the prompt's ids, a list of each answer's, Counter).
 
-        From text, an answer ends with the template's end of turn unless it was cut off (`finish_reason` "length"), and what the
-        template writes behind that is left out. Where the last tokens of the prompt merge with a response's first, the responses
-        begin where the sequences part.
+        From text, an answer ends with the template's end of turn unless it was cut off (`finish_reason`
+        "length"), and what the template writes behind that is left out. Where the last tokens of the prompt
+        merge with a response's first, the responses begin where the sequences part.
 
         The Counter has `as_sampled`, answers by their own token ids. It says of those made from text:
 
         - `other_ids`: they have token ids, which are not this text in this tokenizer;
         - `retokenised`: another number of tokens was sampled;
-        - `written_otherwise`: the template would change them (strip a thought, insert a header); they are taken as they are;
+        - `written_otherwise`: the template would change them (strip a thought, insert a header); they are
+        taken as they are;
         - `never_closed`: they ended, and the template closes no turn;
         - `prompts_merged`: prompts that share a token with a response.
         """
         if self.are_sampled(record, answers):
-            return list(record[PROMPT]), [list(answer.token_ids) for answer in answers], Counter(as_sampled=len(answers))
-        found = Counter(other_ids=sum(are_ids(answer.token_ids) for answer in answers) if are_ids(record.get(PROMPT)) else 0)
+            return (
+                list(record[PROMPT]),
+                [list(answer.token_ids) for answer in answers],
+                Counter(as_sampled=len(answers)),
+            )
+        found = Counter(
+            other_ids=sum(are_ids(answer.token_ids) for answer in answers)
+            if are_ids(record.get(PROMPT))
+            else 0
+        )
         before = self._render(record, record["prompt"], True)
         prompt, full = self._ids(before), []
         for answer in answers:
@@ -136,13 +161,21 @@ class Encoder:
         return prompt[:start], responses, +found
 
     def _render(self, record, messages, generation_prompt):
-        return chat.render(self.tokenizer, messages, generation_prompt, self.template_kwargs, record.get("tools"), record.get(DATE))
+        return chat.render(
+            self.tokenizer,
+            messages,
+            generation_prompt,
+            self.template_kwargs,
+            record.get("tools"),
+            record.get(DATE),
+        )
 
     def _ids(self, text):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _continued(self, record, before, text):
-        """(the templated prompt with the response behind it, up to its end of turn; whether the template writes the response as it is).
+        """(the templated prompt with the response behind it, up to its end of turn; whether the template
+        writes the response as it is).
 
         The template may trim a response, or put a space in front, as it will in later turns; nothing else.
         """

@@ -1,7 +1,8 @@
-"""The experiment trackers, which are those of transformers: what there is, what is installed, projects and names, rows of figures.
+"""The experiment trackers, which are those of transformers: what there is, what is installed, projects and
+names, rows of figures.
 
-TRL's Trainer reports to them by itself. `Figures` does so for what has no Trainer: the loop's iterates and the small PPO. Only the
-standard library is imported before that, so that a wrong name is refused at once.
+TRL's Trainer reports to them by itself. `Figures` does so for what has no Trainer: the loop's iterates and
+the small PPO. Only the standard library is imported before that, so that a wrong name is refused at once.
 """
 
 import importlib.util
@@ -10,20 +11,41 @@ import secrets
 
 from common.cli import UserError, nearest
 
-MODULES = {  # tracker → the modules it needs; transformers' list without kubeflow, which is no package but a job's environment
-    "wandb": ["wandb"], "tensorboard": ["tensorboard"], "trackio": ["trackio"], "mlflow": ["mlflow"], "comet_ml": ["comet_ml"],
-    "clearml": ["clearml"], "swanlab": ["swanlab"], "neptune": ["neptune"], "dvclive": ["dvclive"], "azure_ml": ["azureml.core.run"],
-    "dagshub": ["dagshub", "mlflow"], "flyte": ["flytekit"], "codecarbon": ["codecarbon"],
-}  # fmt: skip
+# tracker → the modules it needs; transformers' list without kubeflow, which is no package but a job's
+# environment
+MODULES = {
+    "wandb": ["wandb"],
+    "tensorboard": ["tensorboard"],
+    "trackio": ["trackio"],
+    "mlflow": ["mlflow"],
+    "comet_ml": ["comet_ml"],
+    "clearml": ["clearml"],
+    "swanlab": ["swanlab"],
+    "neptune": ["neptune"],
+    "dvclive": ["dvclive"],
+    "azure_ml": ["azureml.core.run"],
+    "dagshub": ["dagshub", "mlflow"],
+    "flyte": ["flytekit"],
+    "codecarbon": ["codecarbon"],
+}
 NO_FIGURES = ("flyte", "codecarbon")  # of a Trainer alone: they log no figures as they come
 FIGURES = tuple(name for name in MODULES if name not in NO_FIGURES)
 PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml"}  # where pip's name is another
 PROJECT = "online-rlhf"
 PROJECT_VARIABLES = {  # where transformers reads the project's name; trackio's is an argument there
-    "wandb": "WANDB_PROJECT", "trackio": "TRACKIO_PROJECT", "mlflow": "MLFLOW_EXPERIMENT_NAME", "dagshub": "MLFLOW_EXPERIMENT_NAME",
-    "comet_ml": "COMET_PROJECT_NAME", "clearml": "CLEARML_PROJECT", "swanlab": "SWANLAB_PROJECT", "neptune": "NEPTUNE_PROJECT",
-}  # fmt: skip
-RESUMED = {"comet_ml": {"COMET_EXPERIMENT_KEY": "{}"}, "swanlab": {"SWANLAB_RUN_ID": "{}", "SWANLAB_RESUME": "allow"}}
+    "wandb": "WANDB_PROJECT",
+    "trackio": "TRACKIO_PROJECT",
+    "mlflow": "MLFLOW_EXPERIMENT_NAME",
+    "dagshub": "MLFLOW_EXPERIMENT_NAME",
+    "comet_ml": "COMET_PROJECT_NAME",
+    "clearml": "CLEARML_PROJECT",
+    "swanlab": "SWANLAB_PROJECT",
+    "neptune": "NEPTUNE_PROJECT",
+}
+RESUMED = {
+    "comet_ml": {"COMET_EXPERIMENT_KEY": "{}"},
+    "swanlab": {"SWANLAB_RUN_ID": "{}", "SWANLAB_RESUME": "allow"},
+}
 
 
 def is_installed(name):
@@ -44,10 +66,18 @@ def check(names, called="--report_to", known=tuple(MODULES)):
         if name == "none":
             continue
         if name not in known:
-            raise UserError(f"{called} {name}: one of none, {', '.join(known)} was expected{nearest(name, ['none', *known])}")
+            raise UserError(
+                f"{called} {name}: one of none, {', '.join(known)} was "
+                f"expected{nearest(name, ['none', *known])}"
+            )
         if not is_installed(name):
-            package = " ".join(PACKAGES.get(module.partition(".")[0], module) for module in [name, *MODULES[name][1:]])
-            raise UserError(f"{called} {name}: it is not installed in this environment; pip install {package}, or {called} none")
+            package = " ".join(
+                PACKAGES.get(module.partition(".")[0], module) for module in [name, *MODULES[name][1:]]
+            )
+            raise UserError(
+                f"{called} {name}: it is not installed in this environment; pip install {package}, or "
+                f"{called} none"
+            )
 
 
 def chosen(names):
@@ -56,7 +86,8 @@ def chosen(names):
 
 
 def name_project(names, project=None):
-    """Tell the trackers' own variables the project: the one that is given, else what they say already, else PROJECT.
+    """Tell the trackers' own variables the project: the one that is given, else what they say already, else
+    PROJECT.
 
     Returns:
         the name for a tracker that takes it as an argument (trackio).
@@ -86,7 +117,9 @@ class Figures:
         self.name, self.kept = name, {} if state is None else state
         if name in RESUMED:
             self.kept.setdefault("id", secrets.token_hex(16))
-            os.environ.update({variable: value.format(self.kept["id"]) for variable, value in RESUMED[name].items()})
+            os.environ.update(
+                {variable: value.format(self.kept["id"]) for variable, value in RESUMED[name].items()}
+            )
         if name == "mlflow" and "id" in self.kept:
             os.environ["MLFLOW_RUN_ID"] = self.kept["id"]
         if name == "clearml" and run_name:
@@ -112,7 +145,9 @@ class Figures:
 
 
 def _arguments(folder, project, run_name, settings):
-    """What a callback asks a Trainer's arguments for: names, and our settings in place of the Trainer's own."""
+    """What a callback asks a Trainer's arguments for: names, and our settings in place of the Trainer's
+    own.
+    """
     from transformers import TrainingArguments
 
     class Arguments(TrainingArguments):

@@ -1,7 +1,7 @@
 """The model card (README.md of a trained model): what it was made from, how, and how well it went.
 
-Metadata as the hub reads it: base model, held-out results, tags. Names of local folders stay out of it, since the hub takes
-them for its own; they stand in the text.
+Metadata as the hub reads it: base model, held-out results, tags. Names of local folders stay out of it, since
+the hub takes them for its own; they stand in the text.
 """
 
 import contextlib
@@ -28,11 +28,17 @@ def manifest_of(name):
 
 def on_hub(name):
     """Whether a name is one of the hub's rather than a path (pruned models leave their manifests)."""
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not Path(name).exists() and not manifest_of(name)
+    return (
+        bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name))
+        and not Path(name).exists()
+        and not manifest_of(name)
+    )
 
 
 def ancestry(name):
-    """The policies from the first one to `name`, each trained from the one before, by the manifests beside them."""
+    """The policies from the first one to `name`, each trained from the one before, by the manifests beside
+    them.
+    """
     chain = [name]
     while (made := manifest_of(chain[0])).get("script") == "dpo_iteration/run_dpo.py":
         before = made["inputs"]["model_name_or_path"]["path"]
@@ -50,11 +56,15 @@ def scorers(files):
 
 
 def prompts(files):
-    """Prompt sets behind rewarded files: the input of the answers that each was made from, where manifests tell."""
+    """Prompt sets behind rewarded files: the input of the answers that each was made from, where manifests
+    tell.
+    """
     found = []
     for name in files:
         answers = manifest_of(name).get("inputs", {}).get("dataset_name_or_path")
-        asked = manifest_of(answers["path"]).get("inputs", {}).get("dataset_name_or_path") if answers else None
+        asked = (
+            manifest_of(answers["path"]).get("inputs", {}).get("dataset_name_or_path") if answers else None
+        )
         found += [asked["path"]] if asked else []
     return list(dict.fromkeys(found))
 
@@ -78,7 +88,9 @@ def sampling_stops(args):
     """Token ids that `--eos_ids` gave when this policy's responses were sampled, where manifests tell."""
     found = set()
     for made in generations(args.train_dir):
-        if args.model_name_or_path in [mark["path"] for mark in made["inputs"].values()]:  # an engine's policy, or the servers'
+        if args.model_name_or_path in [
+            mark["path"] for mark in made["inputs"].values()
+        ]:  # an engine's policy, or the servers'
             found |= set(made["settings"].get("eos_ids") or [])
     return sorted(found)
 
@@ -89,40 +101,61 @@ def words_of(pid):
 
 
 def launcher(argv, pid=None):
-    """What was typed in front of a script and its arguments `argv`: [`accelerate`, `launch`, …], [`python`], ….
+    """What was typed in front of a script and its arguments `argv`: [`accelerate`, `launch`, …], [`python`],
+    ….
 
-    A launcher does not tell its processes how it was called, so the command lines are read of this process and of those above it that
-    were given the same script and arguments; the outermost is what was typed. [] where the system has no /proc.
+    A launcher does not tell its processes how it was called, so the command lines are read of this process
+    and of those above it that were given the same script and arguments; the outermost is what was typed. []
+    where the system has no /proc.
     """
     found, pid = [], pid or os.getpid()
     try:
         while pid > 1:
             words = words_of(pid)
             before = words[: max(0, len(words) - len(argv))]
-            if not before or words[len(before) + 1 :] != argv[1:] or Path(words[len(before)]).name != Path(argv[0]).name:
+            if (
+                not before
+                or words[len(before) + 1 :] != argv[1:]
+                or Path(words[len(before)]).name != Path(argv[0]).name
+            ):
                 break
             found = before
-            pid = int(re.search(r"^PPid:\s*(\d+)", Path(f"/proc/{pid}/status").read_text(errors="replace"), re.MULTILINE)[1])
+            pid = int(
+                re.search(
+                    r"^PPid:\s*(\d+)", Path(f"/proc/{pid}/status").read_text(errors="replace"), re.MULTILINE
+                )[1]
+            )
     except OSError:  # another user's, or gone
         pass
     if not found:
         return []
     name, *more = [re.sub(r"^python[\d.]*$", "python", Path(found[0]).name), *found[1:]]
-    installed = name == "python" and more and Path(more[0]).parent.name == "bin"  # accelerate itself is a script that python runs
+    installed = (
+        name == "python" and more and Path(more[0]).parent.name == "bin"
+    )  # accelerate itself is a script that python runs
     return [Path(more[0]).name, *more[1:]] if installed else [name, *more]
 
 
 def command(argv, before=()):
-    """The command line that can be shown: what stood `before` the script, the script by its short name, without the token."""
+    """The command line that can be shown: what stood `before` the script, the script by its short name,
+    without the token.
+    """
     words = [re.sub(r"^--hub_token=.*", "--hub_token=…", word) for word in argv[1:]]
     words = ["…" if before == "--hub_token" else word for before, word in zip(["", *words], words)]
-    return shlex.join([*before, "dpo_iteration/run_dpo.py", *words]).replace("'…'", "…").replace("'--hub_token=…'", "--hub_token=…")
+    return (
+        shlex.join([*before, "dpo_iteration/run_dpo.py", *words])
+        .replace("'…'", "…")
+        .replace("'--hub_token=…'", "--hub_token=…")
+    )
 
 
 def table(head, rows):
     """A Markdown table; values are shown as they are, without breaking the table."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in line) + " |"
+        for line in lines
+    )
 
 
 def make_card(args, settings, counts, metrics, processes):
@@ -141,30 +174,51 @@ def make_card(args, settings, counts, metrics, processes):
     name, held_out = Path(args.output_dir).absolute().name, []
     for key, label in RESULTS.items():
         if records.finite(metrics.get(f"eval_{key}")):
-            held_out.append(EvalResult(
-                task_type="text-generation", dataset_type="preference-pairs", dataset_name="held-out pairs", dataset_split="eval",
-                metric_type=label, metric_name=f"held-out {label}", metric_value=round(metrics[f"eval_{key}"], 6),
-            ))  # fmt: skip
+            held_out.append(
+                EvalResult(
+                    task_type="text-generation",
+                    dataset_type="preference-pairs",
+                    dataset_name="held-out pairs",
+                    dataset_split="eval",
+                    metric_type=label,
+                    metric_name=f"held-out {label}",
+                    metric_value=round(metrics[f"eval_{key}"], 6),
+                )
+            )
     data = ModelCardData(
-        model_name=name, library_name="transformers", pipeline_tag="text-generation", eval_results=held_out or None,
-        base_model=chain[0] if on_hub(chain[0]) else None, base_model_relation="finetune" if on_hub(chain[0]) else None,
+        model_name=name,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        eval_results=held_out or None,
+        base_model=chain[0] if on_hub(chain[0]) else None,
+        base_model_relation="finetune" if on_hub(chain[0]) else None,
         datasets=[asked_of for asked_of in asked if on_hub(asked_of)] or None,
         tags=["dpo", "online-rlhf", "trl", *(["lora"] if args.use_peft else [])],
-    )  # fmt: skip
+    )
     reference = args.ref_model_name_or_path or args.model_name_or_path
     lineage = [
-        ("base model", chain[0]), ("iteration", len(chain)), ("previous iterates", ", ".join(chain[1:]) or "none"),
-        ("reference", reference), ("rewards from", ", ".join(judges) or "not known (no manifest)"),
+        ("base model", chain[0]),
+        ("iteration", len(chain)),
+        ("previous iterates", ", ".join(chain[1:]) or "none"),
+        ("reference", reference),
+        ("rewards from", ", ".join(judges) or "not known (no manifest)"),
         ("prompts", ", ".join(asked) or "not known (no manifest)"),
-        ("chat template", f"{args.chat_template}, saved with the model" if args.chat_template else "the base model's"),
+        (
+            "chat template",
+            f"{args.chat_template}, saved with the model" if args.chat_template else "the base model's",
+        ),
         ("system prompt", "; ".join(system_prompts(args.train_dir)) or "none"),
-    ]  # fmt: skip
+    ]
     skipped = ", ".join(f"{n} {reason}" for reason, n in counts["skipped"].items()) or "none"
     left_out = ", ".join(f"{n} {reason}" for reason, n in counts["responses_left_out"].items()) or "none"
     read = [
-        ("files", ", ".join(args.train_dir)), ("records", counts["records"]), ("pairs trained on", counts["train_pairs"]),
-        ("pairs held out", counts["eval_pairs"]), ("prompts skipped", skipped), ("responses left out", left_out),
-    ]  # fmt: skip
+        ("files", ", ".join(args.train_dir)),
+        ("records", counts["records"]),
+        ("pairs trained on", counts["train_pairs"]),
+        ("pairs held out", counts["eval_pairs"]),
+        ("prompts skipped", skipped),
+        ("responses left out", left_out),
+    ]
     results = []
     for key, label in RESULTS.items():
         values = [metrics.get(f"{prefix}{key}") for prefix in ("", "eval_")]

@@ -1,8 +1,9 @@
 """The DPO trainer: TRL's, fed with packed rows that share their prompts, on the losses of losses.py.
 
-TRL 1.16 is pinned exactly because `_prepare_dataset`, `_precompute_ref_logps`, `_compute_loss`, `_total_train_tokens` and the name
-`hash_module` in its module are private. What losses.py does not have (losses that depend on which pairs
-share a pass, f-divergences, WPO, LD-DPO, the auxiliary loss of mixtures of experts) is TRL's own computation, padded.
+TRL 1.16 is pinned exactly because `_prepare_dataset`, `_precompute_ref_logps`, `_compute_loss`,
+`_total_train_tokens` and the name `hash_module` in its module are private. What losses.py does not have
+(losses that depend on which pairs share a pass, f-divergences, WPO, LD-DPO, the auxiliary loss of mixtures of
+experts) is TRL's own computation, padded.
 """
 
 import math
@@ -23,9 +24,16 @@ from dpo_iteration.losses import Pairs, Settings, pair_losses
 from dpo_iteration.packing import NUMBERS, PaddedCollator, Rows, check_packing, collate_packed, score
 
 OF_PAIRS = (
-    "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
-    "tokens/chosen", "tokens/rejected",
-)  # fmt: skip
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "tokens/chosen",
+    "tokens/rejected",
+)
 OF_TOKENS = ("logits/chosen", "logits/rejected", "mean_token_accuracy", "entropy")
 
 
@@ -52,7 +60,8 @@ class IterativeDPOTrainer(DPOTrainer):
         self.built = True
         self.settings = Settings(self.beta, self.label_smoothing, margin_scale, self.args.discopop_tau)
         if steps is None and "sigmoid" in self.loss_types and self.label_smoothing:
-            # After TRL's own checks, which call a negative value a mistake; `self.args` keeps the user's names.
+            # After TRL's own checks, which call a negative value a mistake; `self.args` keeps the user's
+            # names.
             self.loss_types = ["robust" if name == "sigmoid" else name for name in self.loss_types]
             self.label_smoothing = robust_equivalent(self.label_smoothing)
         if sharing:
@@ -66,7 +75,9 @@ class IterativeDPOTrainer(DPOTrainer):
 
     @property
     def is_fsdp_enabled(self):
-        """Not while TRL's constructor asks, behind the Trainer's: under FSDP it would load a reference model all the same."""
+        """Not while TRL's constructor asks, behind the Trainer's: under FSDP it would load a reference model
+        all the same.
+        """
         return self.fsdp and (self.built or not hasattr(self, "aux_loss_enabled"))
 
     @is_fsdp_enabled.setter
@@ -85,9 +96,18 @@ class IterativeDPOTrainer(DPOTrainer):
         """None: ours is written at the end (card.py)."""
 
     def _save(self, output_dir=None, state_dict=None):
-        """As the Trainer does, tied weights once: DeepSpeed and FSDP hand over copies of them, which pass for weights of their own."""
-        for copied, source in getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", {}).items():
-            if state_dict and copied in state_dict and source in state_dict and state_dict[copied].equal(state_dict[source]):
+        """As the Trainer does, tied weights once: DeepSpeed and FSDP hand over copies of them, which pass for
+        weights of their own.
+        """
+        for copied, source in getattr(
+            self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", {}
+        ).items():
+            if (
+                state_dict
+                and copied in state_dict
+                and source in state_dict
+                and state_dict[copied].equal(state_dict[source])
+            ):
                 state_dict[copied] = state_dict[source]  # transformers leaves out what is the same tensor
         super()._save(output_dir, state_dict)
 
@@ -96,7 +116,12 @@ class IterativeDPOTrainer(DPOTrainer):
     def loader(self, split):
         collate = collate_packed if self.sharing else PaddedCollator(self.processing_class.pad_token_id)
         args, steps = self.args, self.batching[split]
-        return DataLoader(Rows(self.rows[split]), batch_sampler=steps, collate_fn=collate, num_workers=args.dataloader_num_workers)
+        return DataLoader(
+            Rows(self.rows[split]),
+            batch_sampler=steps,
+            collate_fn=collate,
+            num_workers=args.dataloader_num_workers,
+        )
 
     def get_train_dataloader(self):
         return self.loader("train") if self.batching["train"] else super().get_train_dataloader()
@@ -106,10 +131,13 @@ class IterativeDPOTrainer(DPOTrainer):
         return self.loader("eval") if ours else super().get_eval_dataloader(eval_dataset)
 
     def _prepare_inputs(self, inputs):
-        """On the device, and numbers as they are: under DeepSpeed with bf16 the Trainer rounds every float of a batch to bf16,
+        """On the device, and numbers as they are: under DeepSpeed with bf16 the Trainer rounds every float of
+        a batch to bf16,
         which moves a log-probability of -300 by up to 1."""
         exact = {key: inputs[key].to(self.args.device) for key in NUMBERS if key in inputs}
-        exact |= {key: inputs.pop(key) for key in ("pairs",) if key in inputs}  # lists, which it would walk through
+        exact |= {
+            key: inputs.pop(key) for key in ("pairs",) if key in inputs
+        }  # lists, which it would walk through
         return super()._prepare_inputs(inputs) | exact
 
     # The loss
@@ -120,15 +148,24 @@ class IterativeDPOTrainer(DPOTrainer):
         if self.sharing and not self.checked:
             self.check_policy(model, inputs)
         scored = score(model, inputs)
-        pairs = Pairs(scored.chosen, scored.rejected, inputs["ref_chosen_logps"], inputs["ref_rejected_logps"],
-                      scored.chosen_tokens, scored.rejected_tokens, inputs["margin"])  # fmt: skip
+        pairs = Pairs(
+            scored.chosen,
+            scored.rejected,
+            inputs["ref_chosen_logps"],
+            inputs["ref_rejected_logps"],
+            scored.chosen_tokens,
+            scored.rejected_tokens,
+            inputs["margin"],
+        )
         losses = pair_losses(pairs, self.loss_types, self.loss_weights, self.settings)
         self.count(scored, pairs, losses.detach(), inputs)
         loss = (losses * inputs["scale"]).sum()
         return (loss, scored.outputs) if return_outputs else loss
 
     def check_policy(self, model, inputs):
-        """Hold the first row against padded passes; dropout, which would differ from pass to pass, is off meanwhile."""
+        """Hold the first row against padded passes; dropout, which would differ from pass to pass, is off
+        meanwhile.
+        """
         self.checked, training = True, model.training
         model.eval()
         half = self.args.bf16 or self.policy.dtype != torch.float32
@@ -139,16 +176,36 @@ class IterativeDPOTrainer(DPOTrainer):
 
     @torch.no_grad()
     def count(self, scored, pairs, losses, inputs):
-        """Add up what TRL logs under the same names; means are taken over all pairs or tokens since the last log."""
+        """Add up what TRL logs under the same names; means are taken over all pairs or tokens since the last
+        log.
+        """
         mode, real = "train" if self.model.training else "eval", (inputs["scale"] > 0).float()
         chosen, rejected = (self.beta * ratio for ratio in pairs.ratios)
-        of_pairs = (losses, chosen, rejected, (chosen > rejected).float(), chosen - rejected, pairs.chosen, pairs.rejected,
-                    pairs.chosen_tokens, pairs.rejected_tokens)  # fmt: skip
+        of_pairs = (
+            losses,
+            chosen,
+            rejected,
+            (chosen > rejected).float(),
+            chosen - rejected,
+            pairs.chosen,
+            pairs.rejected,
+            pairs.chosen_tokens,
+            pairs.rejected_tokens,
+        )
         outputs, mine, theirs = scored.outputs, scored.of_chosen, scored.of_rejected
-        of_tokens = ((outputs.mean_logits * mine).sum(), (outputs.mean_logits * theirs).sum(), (outputs.is_top1 & mine).sum(),
-                     (outputs.entropy * mine).sum() + (outputs.entropy * theirs).sum())  # fmt: skip
-        # In a row without a pair nothing counts. No value is read here: that would wait for the GPU at every pass.
-        values = [(value * real).sum() for value in of_pairs] + [value * real.max() for value in (*of_tokens, inputs["tokens"])] + [real.sum()]
+        of_tokens = (
+            (outputs.mean_logits * mine).sum(),
+            (outputs.mean_logits * theirs).sum(),
+            (outputs.is_top1 & mine).sum(),
+            (outputs.entropy * mine).sum() + (outputs.entropy * theirs).sum(),
+        )
+        # In a row without a pair nothing counts. No value is read here: that would wait for the GPU at every
+        # pass.
+        values = (
+            [(value * real).sum() for value in of_pairs]
+            + [value * real.max() for value in (*of_tokens, inputs["tokens"])]
+            + [real.sum()]
+        )
         values = torch.stack([value.double() for value in values])
         self.sums[mode] = values if self.sums[mode] is None else self.sums[mode] + values
 
@@ -157,7 +214,9 @@ class IterativeDPOTrainer(DPOTrainer):
         if self.sums[mode] is not None:
             *values, tokens, pairs = self.accelerator.reduce(self.sums[mode], "sum").tolist()
             self.sums[mode] = None
-            logs.update(self.means(dict(zip(OF_PAIRS + OF_TOKENS, values, strict=True)), round(tokens), pairs, mode))
+            logs.update(
+                self.means(dict(zip(OF_PAIRS + OF_TOKENS, values, strict=True)), round(tokens), pairs, mode)
+            )
         super().log(logs, start_time)
 
     def means(self, total, tokens, pairs, mode):
@@ -174,7 +233,9 @@ class IterativeDPOTrainer(DPOTrainer):
 
 @contextmanager
 def without_hash():
-    """Spare TRL the hash of all weights that names its own cache of reference values, which is not used here."""
+    """Spare TRL the hash of all weights that names its own cache of reference values, which is not used
+    here.
+    """
     before, dpo_trainer.hash_module = dpo_trainer.hash_module, lambda module: ""
     try:
         yield

@@ -1,19 +1,23 @@
-"""`push_to_hub` as in TRL (hub_model_id, hub_private_repo, hub_strategy, hub_revision), with the model that is whole.
+"""`push_to_hub` as in TRL (hub_model_id, hub_private_repo, hub_strategy, hub_revision), with the model that
+is whole.
 
-The Trainer's own last push comes too early for us: before the adapters are merged, and without our card. Its pushes of
-checkpoints on the way (`hub_strategy: every_save`) are left as they are.
+The Trainer's own last push comes too early for us: before the adapters are merged, and without our card. Its
+pushes of checkpoints on the way (`hub_strategy: every_save`) are left as they are.
 """
 
 import os
 
 from common.cli import UserError
 
-# Top-level files of pushes on the way that would be taken for the model, or that hold settings of this machine.
+# Top-level files of pushes on the way that would be taken for the model, or that hold settings of this
+# machine.
 STALE = ["adapter_config.json", "adapter_model.*", "model*.safetensors*", "training_args.bin"]
 
 
 def take_token(extra):
-    """Move `hub_token` into the environment, where the hub's client looks: it is to stand in no file that we write."""
+    """Move `hub_token` into the environment, where the hub's client looks: it is to stand in no file that we
+    write.
+    """
     token = extra.pop("hub_token", None)
     if token:
         os.environ["HF_TOKEN"] = token
@@ -24,7 +28,9 @@ def _one_line(error):
 
 
 def reach(config):
-    """Make the repository, or find it, before a model is loaded: a wrong token is to be known now, not hours later."""
+    """Make the repository, or find it, before a model is loaded: a wrong token is to be known now, not hours
+    later.
+    """
     if not config.push_to_hub:
         return
     from huggingface_hub import create_repo, whoami
@@ -34,11 +40,15 @@ def reach(config):
         whoami()  # what create_repo says of a wrong token is of no help
         create_repo(name, private=config.hub_private_repo, exist_ok=True)
     except Exception as error:
-        raise UserError(f"--push_to_hub: cannot make or reach the repository {name}; log in with `hf auth login`: {_one_line(error)}") from None
+        raise UserError(
+            f"--push_to_hub: cannot make or reach the repository {name}; log in with `hf auth login`: "
+            f"{_one_line(error)}"
+        ) from None
 
 
 def push(trainer, folder):
-    """Upload the folder in place of what pushes on the way have left. On rank 0, with the model complete on disk.
+    """Upload the folder in place of what pushes on the way have left. On rank 0, with the model complete on
+    disk.
 
     Raises:
         UserError: it did not work; nothing on disk is lost, and the line has the command to do it later.
@@ -49,9 +59,15 @@ def push(trainer, folder):
     try:
         trainer._finish_current_push()
         done = upload_folder(
-            repo_id=name, folder_path=folder, commit_message="End of training", revision=trainer.args.hub_revision,
-            ignore_patterns=["_*", "checkpoint-*", ".*"], delete_patterns=STALE,
-        )  # fmt: skip
+            repo_id=name,
+            folder_path=folder,
+            commit_message="End of training",
+            revision=trainer.args.hub_revision,
+            ignore_patterns=["_*", "checkpoint-*", ".*"],
+            delete_patterns=STALE,
+        )
     except Exception as error:
-        raise UserError(f"{folder} is complete but was not pushed: {_one_line(error)}; later: hf upload {name} {folder}") from None
+        raise UserError(
+            f"{folder} is complete but was not pushed: {_one_line(error)}; later: hf upload {name} {folder}"
+        ) from None
     print(f"pushed to {done.commit_url}", flush=True)

@@ -1,11 +1,12 @@
-"""What DPO optimises: a loss for each pair from the log-probabilities of its responses. Tensors in, tensors out.
+"""What DPO optimises: a loss for each pair from the log-probabilities of its responses. Tensors in, tensors
+out.
 
     losses = pair_losses(pairs, ["sigmoid"], [1.0], Settings(beta=0.1, label_smoothing=0.1))
 
-Δ is the difference of the log-ratios, (log π(chosen) - log π_ref(chosen)) - (log π(rejected) - log π_ref(rejected)), with
-log-probabilities summed over a response's tokens. The names and constants are those of TRL's `loss_type`, whose trainer is
-the oracle in the tests; beyond it there are label smoothing for `sigmoid` and an offset by the pair's margin. settings.py says
-which losses there are without torch.
+Δ is the difference of the log-ratios, (log π(chosen) - log π_ref(chosen)) - (log π(rejected) - log
+π_ref(rejected)), with log-probabilities summed over a response's tokens. The names and constants are those of
+TRL's `loss_type`, whose trainer is the oracle in the tests; beyond it there are label smoothing for `sigmoid`
+and an offset by the pair's margin. settings.py says which losses there are without torch.
 """
 
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from torch.nn.functional import logsigmoid, relu
 
 @dataclass
 class Settings:
-    """beta: strength of the tie to the reference; label_smoothing: share of preferences taken as wrong; margin_scale: how much
-    of a pair's margin, in units of reward, Δ has to exceed; discopop_tau: temperature of the mixture in DiscoPOP."""
+    """beta: strength of the tie to the reference; label_smoothing: share of preferences taken as wrong;
+    margin_scale: how much
+    of a pair's margin, in units of reward, Δ has to exceed; discopop_tau: temperature of the mixture in
+    DiscoPOP."""
 
     beta: float
     label_smoothing: float = 0.0
@@ -51,17 +54,23 @@ class Pairs:
 
 def pair_losses(pairs, loss_types, weights, settings):
     """Sum of the losses of each pair, [pairs]; `weights` has one number for each of `loss_types`."""
-    return sum(weight * LOSSES[name](pairs, settings) for name, weight in zip(loss_types, weights, strict=True))
+    return sum(
+        weight * LOSSES[name](pairs, settings) for name, weight in zip(loss_types, weights, strict=True)
+    )
 
 
 def scaled_difference(pairs, settings):
-    """β·Δ less the offset (Amini et al. 2024, "Direct Preference Optimization with an Offset", arXiv 2402.10571)."""
+    """β·Δ less the offset (Amini et al.
+
+    2024, "Direct Preference Optimization with an Offset", arXiv 2402.10571).
+    """
     chosen, rejected = pairs.ratios
     return settings.beta * (chosen - rejected) - settings.margin_scale * pairs.margin
 
 
 def sigmoid(pairs, settings):
-    """DPO (arXiv 2305.18290); with label smoothing ε conservative DPO (Mitchell 2023, "A note on DPO with noisy preferences and
+    """DPO (arXiv 2305.18290); with label smoothing ε conservative DPO (Mitchell 2023, "A note on DPO with
+    noisy preferences and
     relationship to IPO"): -(1 - ε)·logσ(βΔ) - ε·logσ(-βΔ)."""
     difference, epsilon = scaled_difference(pairs, settings), settings.label_smoothing
     return -(1 - epsilon) * logsigmoid(difference) - epsilon * logsigmoid(-difference)
@@ -80,7 +89,10 @@ def hinge(pairs, settings):
 
 def exo_pair(pairs, settings):
     """EXO (arXiv 2402.00856, equation 16): KL from (σ(βΔ), σ(-βΔ)) to (1 - ε, ε)."""
-    difference, epsilon = scaled_difference(pairs, settings), torch.tensor(settings.label_smoothing, device=pairs.chosen.device)
+    difference, epsilon = (
+        scaled_difference(pairs, settings),
+        torch.tensor(settings.label_smoothing, device=pairs.chosen.device),
+    )
     won = torch.sigmoid(difference) * (logsigmoid(difference) - torch.log1p(-epsilon))
     return won + torch.sigmoid(-difference) * (logsigmoid(-difference) - torch.log(epsilon))
 
@@ -139,5 +151,18 @@ def apo_down(pairs, settings):
 
 LOSSES = {
     function.__name__: function
-    for function in (sigmoid, robust, hinge, exo_pair, discopop, ipo, sigmoid_norm, nca_pair, bco_pair, sppo_hard, apo_zero, apo_down)
+    for function in (
+        sigmoid,
+        robust,
+        hinge,
+        exo_pair,
+        discopop,
+        ipo,
+        sigmoid_norm,
+        nca_pair,
+        bco_pair,
+        sppo_hard,
+        apo_zero,
+        apo_down,
+    )
 }

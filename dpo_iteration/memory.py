@@ -1,7 +1,9 @@
-"""How much memory DPO training takes on each GPU, worked out before anything is loaded: what `--check true` prints.
+"""How much memory DPO training takes on each GPU, worked out before anything is loaded: what `--check true`
+prints.
 
-Pure arithmetic in bytes, apart from `shape_of`, which counts a model's parameters from its config. Left out are the batch's
-token ids (kilobytes) and what a kernel needs for a moment; RESERVED stands for them and for what CUDA and NCCL take.
+Pure arithmetic in bytes, apart from `shape_of`, which counts a model's parameters from its config. Left out
+are the batch's token ids (kilobytes) and what a kernel needs for a moment; RESERVED stands for them and for
+what CUDA and NCCL take.
 """
 
 from dataclasses import dataclass
@@ -10,8 +12,11 @@ from common.cli import UserError, read_yaml
 
 GIB = 2**30
 RESERVED = 2 * GIB  # a GPU: CUDA's context, NCCL's buffers, gaps between blocks. Assumed, not measured
-USABLE = 0.95  # share of what a GPU reports that a plan may fill: what is left is for what the sums do not know. Assumed, not measured
-# GiB that nvidia-smi reports of cards sold with 16, 24 and 48 GB whose error correction takes a sixteenth of it (T4; A10, L4; A40, L40S)
+# share of what a GPU reports that a plan may fill: what is left is for what the sums do not know. Assumed,
+# not measured
+USABLE = 0.95
+# GiB that nvidia-smi reports of cards sold with 16, 24 and 48 GB whose error correction takes a sixteenth of
+# it (T4; A10, L4; A40, L40S)
 REPORTED = {16: 15.0, 24: 22.5, 48: 45.0}
 METHODS = ("ddp", "zero2", "zero3", "fsdp2", "zero3_offload")  # configs/METHOD.yaml, the fastest first
 WHOLE = ("ddp", "zero2")  # those that hold the weights whole: the only ones for weights in 4 bits
@@ -26,7 +31,9 @@ TOKEN_TILE, VOCABULARY_TILE = 4096, 32768  # of TRL 1.16's fused LM head
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder's sizes. `query` and `key_value` are widths over all heads; `linear` is Σ (inputs + outputs) of its layers."""
+    """A decoder's sizes. `query` and `key_value` are widths over all heads; `linear` is Σ (inputs + outputs)
+    of its layers.
+    """
 
     parameters: int
     layers: int
@@ -48,7 +55,9 @@ class Shape:
         return self.vocabulary * self.hidden
 
     def lora(self, rank):
-        """Trainable parameters of LoRA on every linear layer but the LM head: r·(inputs + outputs) each (arXiv 2106.09685, §4.1)."""
+        """Trainable parameters of LoRA on every linear layer but the LM head: r·(inputs + outputs) each
+        (arXiv 2106.09685, §4.1).
+        """
         return rank * self.linear
 
 
@@ -67,28 +76,43 @@ def shape_of(name, revision=None, trust_remote_code=False):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:
         reason = " ".join(str(error).split()).split(". ")[0][:200]
-        raise UserError(f"cannot read the config of {name}, so its size is unknown: give --model_size_b ({reason})") from None
+        raise UserError(
+            f"cannot read the config of {name}, so its size is unknown: give --model_size_b ({reason})"
+        ) from None
     text, output = config.get_text_config(), model.get_output_embeddings()
     heads = text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not output]
     return Shape(
-        parameters=model.num_parameters(), layers=text.num_hidden_layers, hidden=text.hidden_size, heads=heads,
-        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size, query=heads * width,
-        key_value=(getattr(text, "num_key_value_heads", None) or heads) * width, vocabulary=text.vocab_size,
+        parameters=model.num_parameters(),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        heads=heads,
+        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        query=heads * width,
+        key_value=(getattr(text, "num_key_value_heads", None) or heads) * width,
+        vocabulary=text.vocab_size,
         linear=sum(m.in_features + m.out_features for m in linear),
-    )  # fmt: skip
+    )
 
 
 def shape_like(billions):
-    """Shape of a model of that many billion parameters, if it were Llama-3-8B grown or shrunk in depth and width alike."""
+    """Shape of a model of that many billion parameters, if it were Llama-3-8B grown or shrunk in depth and
+    width alike.
+    """
     scale = (billions / 8.03) ** (1 / 3)
     layers, hidden = max(1, round(32 * scale)), max(64, round(4096 * scale))
     return Shape(
-        parameters=round(billions * 1e9), layers=layers, hidden=hidden, intermediate=round(3.5 * hidden),
-        heads=max(1, hidden // 128), query=hidden, key_value=hidden // 4, vocabulary=128256,
+        parameters=round(billions * 1e9),
+        layers=layers,
+        hidden=hidden,
+        intermediate=round(3.5 * hidden),
+        heads=max(1, hidden // 128),
+        query=hidden,
+        key_value=hidden // 4,
+        vocabulary=128256,
         linear=round(layers * hidden * (2 * 2 + 2 * 1.25 + 3 * 4.5)),
-    )  # fmt: skip
+    )
 
 
 def method_of(path):
@@ -104,17 +128,23 @@ def method_of(path):
     stage = deepspeed.get("zero_stage", 0) if isinstance(deepspeed, dict) else None
     if stage not in (0, 1, 2, 3):
         raise UserError(f"{path}: deepspeed_config with zero_stage 0, 1, 2 or 3 was expected")
-    offload = stage == 3 and deepspeed.get("offload_param_device") == deepspeed.get("offload_optimizer_device") == "cpu"
+    offload = (
+        stage == 3
+        and deepspeed.get("offload_param_device") == deepspeed.get("offload_optimizer_device") == "cpu"
+    )
     return "zero3_offload" if offload else f"zero{stage}" if stage else "ddp"
 
 
 def _kept_weight(method, bf16):
-    """Bytes of a weight as it is kept: DeepSpeed has bf16 beside its fp32 master weights, the others fp32 alone."""
+    """Bytes of a weight as it is kept: DeepSpeed has bf16 beside its fp32 master weights, the others fp32
+    alone.
+    """
     return 2 if bf16 and method.startswith("zero") else 4
 
 
 def checkpoint_bytes(args, trained):
-    """Bytes of the checkpoints that are on the disk at once: those that are kept, and the next, written before the oldest goes.
+    """Bytes of the checkpoints that are on the disk at once: those that are kept, and the next, written
+    before the oldest goes.
 
     Args:
         args: of run_dpo.py.
@@ -122,7 +152,8 @@ def checkpoint_bytes(args, trained):
     """
     if not args.save_steps:
         return 0
-    # DeepSpeed's are the largest: weights twice (once for transformers), fp32 master weights, Adam's two moments in fp32.
+    # DeepSpeed's are the largest: weights twice (once for transformers), fp32 master weights, Adam's two
+    # moments in fp32.
     weight = 2 if args.bf16 else 4
     return (args.save_total_limit + 1) * (2 * weight + 12) * trained
 
@@ -130,11 +161,11 @@ def checkpoint_bytes(args, trained):
 def states(method, parameters, processes, trainable=None, bf16=True, frozen=None):
     """(bytes a GPU, bytes of all processes on the CPU) of weights, gradients and optimizer states.
 
-    ZeRO, arXiv 1910.02054, §3.1 and §5: 16 bytes a trainable parameter, which are 2 of weight, 2 of gradient, and 12 of fp32
-    weight and Adam moments (or 4, 4 and 8 where the weights are fp32). Stage 1 shares out the last, stage 2 the gradients too,
-    stage 3 and FSDP2 all; offloading moves all to the CPU. No reference model: its log-probabilities are cached before.
-    With `trainable` adapters beside frozen `parameters` these are weights alone, of `frozen` bytes: 2 with bf16, 4 without,
-    about 0.6 in 4 bits with their scales.
+    ZeRO, arXiv 1910.02054, §3.1 and §5: 16 bytes a trainable parameter, which are 2 of weight, 2 of gradient,
+    and 12 of fp32 weight and Adam moments (or 4, 4 and 8 where the weights are fp32). Stage 1 shares out the
+    last, stage 2 the gradients too, stage 3 and FSDP2 all; offloading moves all to the CPU. No reference
+    model: its log-probabilities are cached before. With `trainable` adapters beside frozen `parameters` these
+    are weights alone, of `frozen` bytes: 2 with bf16, 4 without, about 0.6 in 4 bits with their scales.
     """
     weight = _kept_weight(method, bf16)
     master = 4 if weight == 2 else 0
@@ -151,16 +182,19 @@ def states(method, parameters, processes, trainable=None, bf16=True, frozen=None
 def buffers(method, shape, processes, trainable=None, bf16=True):
     """(bytes a GPU, bytes on the CPU) that come on top of the states while training.
 
-    ddp: a second copy of the gradients in its buckets (`gradient_as_bucket_view` is off), and autocast's bf16 weights.
-    DeepSpeed: gradients in fp32 for the step, 4 bytes in stages 1 and 2 and 2 more in stage 3, as its own estimators have it
-    (`estimate_zero2_model_states_mem_needs`, `estimate_zero3_…`); a bucket of gradients; in stage 3 the weights that are gathered.
-    FSDP2: two gathered layers, the head, and the largest unit's gradients in both dtypes.
+    ddp: a second copy of the gradients in its buckets (`gradient_as_bucket_view` is off), and autocast's bf16
+    weights. DeepSpeed: gradients in fp32 for the step, 4 bytes in stages 1 and 2 and 2 more in stage 3, as
+    its own estimators have it (`estimate_zero2_model_states_mem_needs`, `estimate_zero3_…`); a bucket of
+    gradients; in stage 3 the weights that are gathered. FSDP2: two gathered layers, the head, and the largest
+    unit's gradients in both dtypes.
     """
     trainable = shape.parameters if trainable is None else trainable
     compute = 2 if bf16 else 4
     largest = max(shape.layer, shape.head)
     if method == "ddp":
-        copies = 2 * shape.parameters if bf16 and trainable == shape.parameters else 0  # frozen weights are bf16 already
+        copies = (
+            2 * shape.parameters if bf16 and trainable == shape.parameters else 0
+        )  # frozen weights are bf16 already
         return (4 * trainable if processes > 1 else 0) + copies, 0
     if method == "fsdp2":
         gradients = (compute + 4) * (largest if trainable == shape.parameters else 0)
@@ -177,9 +211,9 @@ def buffers(method, shape, processes, trainable=None, bf16=True):
 def layer_activations(shape, method="zero2", bf16=True):
     """Bytes a token that one layer keeps for the backward pass.
 
-    Korthikanti et al., arXiv 2205.05198, §4.1 (34·h bytes and 5·a·s a token), for today's layers: flash attention keeps none of
-    the s² scores but 4 bytes a head; there is no dropout; the gated MLP keeps gate, up, activation and product; a norm in fp32
-    keeps its input, the normalised one and its output.
+    Korthikanti et al., arXiv 2205.05198, §4.1 (34·h bytes and 5·a·s a token), for today's layers: flash
+    attention keeps none of the s² scores but 4 bytes a head; there is no dropout; the gated MLP keeps gate,
+    up, activation and product; a norm in fp32 keeps its input, the normalised one and its output.
     """
     width = 2 if bf16 else 4
     norm = 12 if not bf16 else 8 if _kept_weight(method, bf16) == 2 or method == "fsdp2" else 13
@@ -188,7 +222,9 @@ def layer_activations(shape, method="zero2", bf16=True):
 
 
 def head_memory(shape, tokens, trainable=None, bf16=True):
-    """Bytes of the fused LM head: one tile of logits, hidden states and their gradient, the gradient of its weight in fp32."""
+    """Bytes of the fused LM head: one tile of logits, hidden states and their gradient, the gradient of its
+    weight in fp32.
+    """
     width = 2 if bf16 else 4
     tile = width * min(tokens, TOKEN_TILE) * min(shape.vocabulary, VOCABULARY_TILE)
     gradient = (4 + width) * shape.head if trainable in (None, shape.parameters) else 0
@@ -196,32 +232,40 @@ def head_memory(shape, tokens, trainable=None, bf16=True):
 
 
 def activations(shape, pairs, max_length, method="zero2", checkpointing=True, trainable=None, bf16=True):
-    """Bytes at the peak of one forward and backward pass over `pairs` pairs: chosen and rejected of `max_length` tokens each.
+    """Bytes at the peak of one forward and backward pass over `pairs` pairs: chosen and rejected of
+    `max_length` tokens each.
 
-    With checkpointing (arXiv 2205.05198, §5) each layer keeps its input, and one layer at a time is computed anew, when the
-    head's memory is free again. In a layer's backward pass three gradients of the MLP's width are there at once.
+    With checkpointing (arXiv 2205.05198, §5) each layer keeps its input, and one layer at a time is computed
+    anew, when the head's memory is free again. In a layer's backward pass three gradients of the MLP's width
+    are there at once.
     """
     tokens = 2 * pairs * max_length
     layer, head = tokens * layer_activations(shape, method, bf16), head_memory(shape, tokens, trainable, bf16)
     gradients = 3 * (2 if bf16 else 4) * shape.intermediate * tokens
     if not checkpointing:
         return shape.layers * layer + max(gradients, head)
-    stream = 2 if bf16 and (method.startswith("zero") or method == "fsdp2") else 4  # autocast leaves the sums in fp32
+    stream = (
+        2 if bf16 and (method.startswith("zero") or method == "fsdp2") else 4
+    )  # autocast leaves the sums in fp32
     return shape.layers * tokens * shape.hidden * stream + max(layer + gradients, head)
 
 
 def reference_pass(method, shape, processes, bf16=True, frozen=None):
-    """Bytes a GPU of the one model whose log-probabilities are cached before training: the weights as training will hold them,
+    """Bytes a GPU of the one model whose log-probabilities are cached before training: the weights as
+    training will hold them,
     `frozen` bytes each with adapters, and where they are shared out the largest unit gathered."""
     if SHARES[method][0]:
-        gathered = (2 if bf16 else 4) * max(2 * shape.layer + shape.head, min(shape.parameters, LIVE) if method != "fsdp2" else 0)
+        gathered = (2 if bf16 else 4) * max(
+            2 * shape.layer + shape.head, min(shape.parameters, LIVE) if method != "fsdp2" else 0
+        )
         return (frozen or _kept_weight(method, bf16)) * shape.parameters / processes + gathered
     return (frozen or _kept_weight(method, bf16)) * shape.parameters
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes a GPU of one method: `states`, `buffers`, `activations` of training, `reference` of the pass before it; `cpu`:
+    """Bytes a GPU of one method: `states`, `buffers`, `activations` of training, `reference` of the pass
+    before it; `cpu`:
     bytes of the machines' own memory."""
 
     method: str
@@ -236,19 +280,30 @@ class Need:
         return max(self.states + self.buffers + self.activations, self.reference) + RESERVED
 
 
-def need(method, shape, processes, pairs, max_length, checkpointing=True, trainable=None, bf16=True, frozen=None):
+def need(
+    method, shape, processes, pairs, max_length, checkpointing=True, trainable=None, bf16=True, frozen=None
+):
     """The Need of a method with `pairs` pairs per GPU at once; `frozen`: see `states`."""
     frozen = None if trainable is None else frozen or (2 if bf16 else 4)
     kept, moved = states(method, shape.parameters, processes, trainable, bf16, frozen)
     more, more_moved = buffers(method, shape, processes, trainable, bf16)
     passing = activations(shape, pairs, max_length, method, checkpointing, trainable, bf16)
-    return Need(method, kept, more, passing, reference_pass(method, shape, processes, bf16, frozen), moved + more_moved)
+    return Need(
+        method,
+        kept,
+        more,
+        passing,
+        reference_pass(method, shape, processes, bf16, frozen),
+        moved + more_moved,
+    )
 
 
 def recommend(shape, processes, memory, global_batch_size, max_length, **how):
-    """(method, pairs per GPU) of the first of METHODS that fits into `memory` bytes, with as many pairs as fit; else None.
+    """(method, pairs per GPU) of the first of METHODS that fits into `memory` bytes, with as many pairs as
+    fit; else None.
 
-    The pairs are a power of two, 8 at most (more fill no GPU better), so that `global_batch_size` divides by pairs × processes.
+    The pairs are a power of two, 8 at most (more fill no GPU better), so that `global_batch_size` divides by
+    pairs × processes.
     """
     sizes = [size for size in (8, 4, 2, 1) if global_batch_size % (size * processes) == 0] or [1]
     for method in WHOLE if how.get("frozen") == FOUR_BITS else METHODS:
@@ -264,19 +319,32 @@ def usable(gib):
 
 
 def remedy(args, shape, processes, memory, **how):
-    """What would make training fit into `memory` bytes a GPU, none of it in use already; `args` as run_dpo.py's, `how` as `need`'s."""
+    """What would make training fit into `memory` bytes a GPU, none of it in use already; `args` as
+    run_dpo.py's, `how` as `need`'s.
+    """
     found = recommend(shape, processes, memory, args.global_batch_size, args.max_length, **how)
     if found:
-        step = "" if args.global_batch_size % (found[1] * processes) == 0 else f" and a global_batch_size that divides by {processes}"
+        step = (
+            ""
+            if args.global_batch_size % (found[1] * processes) == 0
+            else f" and a global_batch_size that divides by {processes}"
+        )
         return f"take configs/{found[0]}.yaml with per_device_train_batch_size {found[1]}{step}"
     others = ["more or larger GPUs", f"a max_length below {args.max_length}"]
     others += [] if args.gradient_checkpointing else ["gradient_checkpointing true"]
-    others += ["LoRA (configs/training_lora.yaml)"] if not args.use_peft else [] if args.load_in_4bit else ["QLoRA (configs/training_qlora.yaml)"]
+    others += (
+        ["LoRA (configs/training_lora.yaml)"]
+        if not args.use_peft
+        else []
+        if args.load_in_4bit
+        else ["QLoRA (configs/training_qlora.yaml)"]
+    )
     return f"no configuration fits: take {', '.join(others[:-1])} or {others[-1]}"
 
 
 def report(args, gpus, memory_gib):
-    """The lines that `--check true` prints: what each method needs on `gpus` GPUs of `memory_gib` GiB, and which to take.
+    """The lines that `--check true` prints: what each method needs on `gpus` GPUs of `memory_gib` GiB, and
+    which to take.
 
     Raises:
         UserError: the GPUs are not known, or the model's size is not.
@@ -290,21 +358,36 @@ def report(args, gpus, memory_gib):
         if not args.model_size_b:
             raise
         shape = shape_like(args.model_size_b)
-        lines.append(f"the config of {name} cannot be read: an estimate for {args.model_size_b} billion parameters in Llama's shape")
+        lines.append(
+            f"the config of {name} cannot be read: an estimate for {args.model_size_b} billion parameters in "
+            "Llama's shape"
+        )
     rank = args.lora_r if args.use_peft else None
     few, how = shape.lora(rank or 16), {"checkpointing": args.gradient_checkpointing, "bf16": args.bf16}
     frozen = FOUR_BITS if args.load_in_4bit else None
     pairs, length = args.per_device_train_batch_size, args.max_length
     lines += [
-        f"{name}: {shape.parameters / 1e9:.2f} billion parameters; {gpus} GPUs of {memory_gib:.0f} GiB, {usable(memory_gib) / GIB:.0f} of which may be filled",
-        f"GiB a GPU, pairs at once: {pairs}, of 2 × {length} tokens; {'bf16' if args.bf16 else 'fp32'}, gradient checkpointing "
+        f"{name}: {shape.parameters / 1e9:.2f} billion parameters; {gpus} GPUs of {memory_gib:.0f} GiB, "
+        f"{usable(memory_gib) / GIB:.0f} of which may be filled",
+        f"GiB a GPU, pairs at once: {pairs}, of 2 × {length} tokens; {'bf16' if args.bf16 else 'fp32'}, "
+        "gradient checkpointing "
         f"{'on' if args.gradient_checkpointing else 'off'}; {RESERVED / GIB:.0f} GiB are added for CUDA",
-        "in all: the larger of training (states, buffers, activations) and the pass of the reference before it",
+        "in all: the larger of training (states, buffers, activations) and the pass of the reference before "
+        "it",
         f"{'':20}{'states':>9}{'buffers':>9}{'activations':>13}{'reference':>11}{'in all':>9}",
     ]
     for trainable in (None, few):
         for method in WHOLE if trainable and frozen else METHODS:
-            found = need(method, shape, gpus, pairs, length, trainable=trainable, frozen=frozen if trainable else None, **how)
+            found = need(
+                method,
+                shape,
+                gpus,
+                pairs,
+                length,
+                trainable=trainable,
+                frozen=frozen if trainable else None,
+                **how,
+            )
             numbers = f"{found.states / GIB:9.1f}{found.buffers / GIB:9.1f}{found.activations / GIB:13.1f}"
             numbers += f"{found.reference / GIB:11.1f}{found.total / GIB:9.1f}"
             fits = "fits" if found.total <= usable(memory_gib) else "does not fit"

@@ -1,4 +1,6 @@
-"""Policy, reference and tokenizer: loaded alike, checked against each other, and saved as the source had them."""
+"""Policy, reference and tokenizer: loaded alike, checked against each other, and saved as the source had
+them.
+"""
 
 import copy
 import importlib.util
@@ -25,11 +27,15 @@ def _one_line(error):
 
 def load_tokenizer(args):
     """The policy's tokenizer, with the chat template that `args` asks for."""
-    return models.load_tokenizer(args.model_name_or_path, args.revision, args.trust_remote_code, args.chat_template)
+    return models.load_tokenizer(
+        args.model_name_or_path, args.revision, args.trust_remote_code, args.chat_template
+    )
 
 
 def prepare_cpu(threads=None):
-    """Without a GPU: `threads` a process, or all cores shared out; and no kernel compiled at the first start."""
+    """Without a GPU: `threads` a process, or all cores shared out; and no kernel compiled at the first
+    start.
+    """
     if threads or "LOCAL_WORLD_SIZE" in os.environ:  # the launcher gives each process one thread
         threads = threads or max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"]))
         os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -38,12 +44,16 @@ def prepare_cpu(threads=None):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         from deepspeed import ops
 
-        # DeepSpeed's shared-memory all-reduce takes a compiler and minutes at the first start; gloo is there already.
+        # DeepSpeed's shared-memory all-reduce takes a compiler and minutes at the first start; gloo is there
+        # already.
         ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def attention(name, args, revision=None):
-    """The attention of the padded computation. sdpa would leave a soft-cap of the scores (Gemma 2) out in silence."""
+    """The attention of the padded computation.
+
+    Sdpa would leave a soft-cap of the scores (Gemma 2) out in silence.
+    """
     if args.attn_implementation:
         return args.attn_implementation
     if torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None:
@@ -55,10 +65,12 @@ def attention(name, args, revision=None):
 
 
 def prepare_sharding(config):
-    """FSDP's dtypes; and without a GPU what lets FSDP and offloading run there. `config`: the DPOConfig, before the trainer.
+    """FSDP's dtypes; and without a GPU what lets FSDP and offloading run there. `config`: the DPOConfig,
+    before the trainer.
 
     accelerate 1.15 would have FSDP round all that the model returns to bf16, so that log-probabilities that differ by less
-    than 1% look equal, and add up gradients in bf16. Weights are fp32 and computed with in bf16 here; the rest stays.
+    than 1% look equal, and add up gradients in bf16. Weights are fp32 and computed with in bf16 here; the
+    rest stays.
     """
     state, on_cpu = config.distributed_state, not torch.cuda.is_available()
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
@@ -69,28 +81,40 @@ def prepare_sharding(config):
             # accelerate knows FSDP on accelerators only and would train plain data parallel, without a word.
             state.distributed_type = DistributedType.MULTI_GPU
     if on_cpu and config.deepspeed_plugin is not None:
-        # For offloaded optimizer states: DeepSpeed's own Adam takes a compiler and minutes at the first start.
+        # For offloaded optimizer states: DeepSpeed's own Adam takes a compiler and minutes at the first
+        # start.
         config.deepspeed_plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
 
 
 def weights_dtype(args, config):
-    """fp32; with bf16 bf16 where nothing is lost: under DeepSpeed, which keeps fp32 master weights, and with LoRA, which
+    """fp32; with bf16 bf16 where nothing is lost: under DeepSpeed, which keeps fp32 master weights, and with
+    LoRA, which
     freezes these."""
-    return torch.bfloat16 if args.bf16 and (config.deepspeed_plugin is not None or args.use_peft) else torch.float32
+    return (
+        torch.bfloat16
+        if args.bf16 and (config.deepspeed_plugin is not None or args.use_peft)
+        else torch.float32
+    )
 
 
 def load_model(name, args, config, revision=None):
     """A causal language model in `weights_dtype`, or in 4 bits.
 
     Raises:
-        UserError: it cannot be loaded, or the checkpoint lacks weights (transformers would make up random ones).
+        UserError: it cannot be loaded, or the checkpoint lacks weights (transformers would make up random
+            ones).
     """
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, trust_remote_code=args.trust_remote_code, output_loading_info=True,
+            name,
+            revision=revision,
+            trust_remote_code=args.trust_remote_code,
+            output_loading_info=True,
             dtype=weights_dtype(args, config),
-            attn_implementation=attention(name, args, revision), **(config.model_init_kwargs or {}), **adapters.loading(args),
-        )  # fmt: skip
+            attn_implementation=attention(name, args, revision),
+            **(config.model_init_kwargs or {}),
+            **adapters.loading(args),
+        )
     except Exception as error:
         raise UserError(f"cannot load {name}: {_one_line(error)}") from None
     if loading["missing_keys"]:
@@ -99,14 +123,21 @@ def load_model(name, args, config, revision=None):
     without_dropout(model, args)
     adapters.without_packing(model)
     if getattr(model, "hf_quantizer", None) is not None and not args.load_in_4bit:
-        raise UserError(f"{name} is quantised: give the model it was made from, with --use_peft true --load_in_4bit true")
+        raise UserError(
+            f"{name} is quantised: give the model it was made from, with --use_peft true --load_in_4bit true"
+        )
     return model
 
 
 def load_config(name, args, revision=None):
     """The configuration of a model, without its weights, with what `model_init_kwargs` changes in it."""
     try:
-        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code, **(args.model_init_kwargs or {}))
+        return AutoConfig.from_pretrained(
+            name,
+            revision=revision,
+            trust_remote_code=args.trust_remote_code,
+            **(args.model_init_kwargs or {}),
+        )
     except Exception as error:
         raise UserError(f"cannot load {name}: {_one_line(error)}") from None
 
@@ -122,7 +153,8 @@ def reason_against_sharing(args):
     reason = shared_prompts.reason_against(model)
     if reason:
         return reason
-    # A pass without weights shows whether the layers hand the layout on, and what they ask of their attention.
+    # A pass without weights shows whether the layers hand the layout on, and what they ask of their
+    # attention.
     model.set_attn_implementation(shared_prompts.NAME)
     without_dropout(model.train(), args)
     try:
@@ -136,7 +168,9 @@ def reason_against_sharing(args):
 
 
 def without_dropout(model, args):
-    """Switch dropout off that is a number of its module; TRL, which does so by default, knows modules of dropout only."""
+    """Switch dropout off that is a number of its module; TRL, which does so by default, knows modules of
+    dropout only.
+    """
     if args.disable_dropout is False:
         return
     for module in model.modules():
@@ -161,13 +195,18 @@ def check_models(args, tokenizer, rows):
     """Look at policy and reference before the weights of either are loaded.
 
     Raises:
-        UserError: token ids without an embedding, rows longer than the model's positions, or a reference that spells
+        UserError: token ids without an embedding, rows longer than the model's positions, or a reference that
+            spells
             text in other tokens than the policy.
     """
     name, (reference, commit) = args.model_name_or_path, reference_name(args)
     every = [row for split in rows.values() for row in split]
-    highest = max(max(row[key]) for row in every for key in ("prompt_ids", "chosen_ids", "rejected_ids") if row[key])
-    longest = max(len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in every)
+    highest = max(
+        max(row[key]) for row in every for key in ("prompt_ids", "chosen_ids", "rejected_ids") if row[key]
+    )
+    longest = max(
+        len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in every
+    )
     if reference != name:
         try:
             vocabulary = models.load_tokenizer(reference, commit, args.trust_remote_code).get_vocab()
@@ -179,10 +218,14 @@ def check_models(args, tokenizer, rows):
         config = load_config(path, args, revision)
         embeddings = config.get_text_config().vocab_size
         if highest >= embeddings:
-            raise UserError(f"the tokenizer gives token id {highest} and {path} has {embeddings} embeddings: no match")
+            raise UserError(
+                f"the tokenizer gives token id {highest} and {path} has {embeddings} embeddings: no match"
+            )
         positions = models.positions(config)
         if positions and longest > positions:
-            raise UserError(f"{path} has {positions} positions, a pair has {longest} tokens: lower --max_length")
+            raise UserError(
+                f"{path} has {positions} positions, a pair has {longest} tokens: lower --max_length"
+            )
 
 
 def check_master_weights(trainer):
@@ -198,7 +241,9 @@ def check_master_weights(trainer):
 
 @dataclass
 class Source:
-    """What came with the policy and is to go with the trained model, as the Trainer and TRL change their own."""
+    """What came with the policy and is to go with the trained model, as the Trainer and TRL change their
+    own.
+    """
 
     tokenizer: object
     config: object
@@ -207,7 +252,9 @@ class Source:
     @classmethod
     def of(cls, policy, tokenizer, args):
         """Remember the three; set the policy's special tokens, which the Trainer else does with a warning."""
-        generation_config = saved.generation_config(args.model_name_or_path, tokenizer, args.revision, card.sampling_stops(args))
+        generation_config = saved.generation_config(
+            args.model_name_or_path, tokenizer, args.revision, card.sampling_stops(args)
+        )
         source = cls(copy.deepcopy(tokenizer), copy.deepcopy(policy.config), generation_config)
         policy.generation_config = GenerationConfig(**{key: getattr(tokenizer, key) for key in TOKENS})
         for key in TOKENS:
@@ -215,7 +262,9 @@ class Source:
         return source
 
     def save(self, trainer, args):
-        """Write model (in the training's dtype), tokenizer, chat template, generation config; on all ranks."""
+        """Write model (in the training's dtype), tokenizer, chat template, generation config; on all
+        ranks.
+        """
         folder, model = Path(trainer.args.output_dir), trainer.accelerator.unwrap_model(trainer.model)
         if args.use_peft:
             adapters.save(trainer, args)
@@ -224,9 +273,13 @@ class Source:
                 model.to(torch.bfloat16)
             for key in (*TOKENS, "use_cache"):
                 setattr(model.config, key, getattr(self.config, key, None))
-            trainer.save_model(str(folder), _internal_call=True)  # else it pushes to the hub what is not whole yet
+            trainer.save_model(
+                str(folder), _internal_call=True
+            )  # else it pushes to the hub what is not whole yet
         if trainer.args.should_save:
-            trainer.state.save_to_json(str(beside(folder, ".trainer_state.json")))  # what was logged is no part of the model
+            trainer.state.save_to_json(
+                str(beside(folder, ".trainer_state.json"))
+            )  # what was logged is no part of the model
             self.tokenizer.save_pretrained(folder)  # the trainer's own may have been given a pad token
             write_json(folder / "generation_config.json", self.generation_config)
             saved.copy_companions(args.model_name_or_path, folder, args.revision)

@@ -28,15 +28,21 @@ def say(text):
 
 
 def is_complete(args, settings, inputs):
-    """Whether the model is there, from these settings and inputs; refuse what was made, or half made, from others."""
+    """Whether the model is there, from these settings and inputs; refuse what was made, or half made, from
+    others.
+    """
     folder, manifest = Path(args.output_dir), read_manifest(args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file, a folder was expected")
     if args.overwrite or not folder.is_dir() or not any(folder.iterdir()):
         return False
     if manifest is None:
-        raise UserError(f"{folder} has no manifest, so it is not known how it was made; move it or give --overwrite")
-    complete = manifest.get("complete") and (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+        raise UserError(
+            f"{folder} has no manifest, so it is not known how it was made; move it or give --overwrite"
+        )
+    complete = (
+        manifest.get("complete") and (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+    )
     if not complete and not checkpoints(folder):
         return False
     changed = difference(manifest, settings, inputs)
@@ -50,7 +56,9 @@ def is_complete(args, settings, inputs):
 
 
 def checkpoints(folder):
-    """Whole checkpoints, oldest first: the Trainer writes `trainer_state.json` after weights and optimizer."""
+    """Whole checkpoints, oldest first: the Trainer writes `trainer_state.json` after weights and
+    optimizer.
+    """
     found = [f.parent for f in Path(folder).glob("checkpoint-*/trainer_state.json") if is_json(f)]
     return sorted(found, key=lambda f: int(f.name.split("-")[1]))
 
@@ -65,7 +73,9 @@ def is_json(path):
 
 def remove_checkpoints(folders):
     for folder in list(folders):
-        (folder / "trainer_state.json").unlink(missing_ok=True)  # first: a half removed one must not look whole
+        (folder / "trainer_state.json").unlink(
+            missing_ok=True
+        )  # first: a half removed one must not look whole
         shutil.rmtree(folder)
 
 
@@ -74,7 +84,9 @@ def pairs_path(args):
 
 
 def prepare_output(args, selection, settings, inputs):
-    """Rank 0: lock the output, clear what `--overwrite` gives up, write the pairs and an unfinished manifest."""
+    """Rank 0: lock the output, clear what `--overwrite` gives up, write the pairs and an unfinished
+    manifest.
+    """
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     lock = locks.hold(beside(folder, ".lock"), f"training into {folder}")
@@ -85,7 +97,12 @@ def prepare_output(args, selection, settings, inputs):
         shutil.rmtree(folder / adapters.FOLDER, ignore_errors=True)  # without LoRA nothing would replace it
     beside(folder, ".trainer_state.json").unlink(missing_ok=True)  # of a training before this one
     marks = {key: fingerprint(name) for key, name in inputs.items() if name is not None}
-    manifest = {"script": "dpo_iteration/run_dpo.py", "complete": False, "settings": settings, "inputs": marks}
+    manifest = {
+        "script": "dpo_iteration/run_dpo.py",
+        "complete": False,
+        "settings": settings,
+        "inputs": marks,
+    }
     manifest["num_processes"] = launched()
     write_json(beside(folder, ".manifest.json"), manifest)
     write_jsonl(pairs_path(args), selection.pairs)
@@ -94,14 +111,22 @@ def prepare_output(args, selection, settings, inputs):
 
 
 NOTES = {  # counts of rows.py and common/tokens.py, in words
-    "prompts_cut": "prompts cut to max_prompt_length", "responses_cut": "responses cut to max_length",
-    "responses_without_end_of_turn": "responses without an end of turn: they ended at the generation's length limit",
+    "prompts_cut": "prompts cut to max_prompt_length",
+    "responses_cut": "responses cut to max_length",
+    "responses_without_end_of_turn": (
+        "responses without an end of turn: they ended at the generation's length limit"
+    ),
     "prompts_merged": "pairs whose prompt and response share a token, which counts as the response's",
     "other_ids": "responses whose token ids are not their text in this tokenizer: their text was tokenised",
     "retokenised": "responses tokenised from text into another number of tokens than were sampled",
-    "written_otherwise": "responses that the chat template would change (a thought left out, a header put in): taken as they are",
-    "never_closed": "responses without an end of turn: the chat template closes no turn and their tokens were not kept",
-}  # fmt: skip
+    "written_otherwise": (
+        "responses that the chat template would change (a thought left out, a header put "
+        "in): taken as they are"
+    ),
+    "never_closed": (
+        "responses without an end of turn: the chat template closes no turn and their tokens were not kept"
+    ),
+}
 
 
 def write_jsonl(path, entries):
@@ -109,7 +134,9 @@ def write_jsonl(path, entries):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
-        temporary.write_text("".join(records.dumps(entry) + "\n" for entry in entries), encoding="utf-8", newline="\n")
+        temporary.write_text(
+            "".join(records.dumps(entry) + "\n" for entry in entries), encoding="utf-8", newline="\n"
+        )
     os.replace(temporary, path)
     if not entries:
         path.unlink()
@@ -120,16 +147,25 @@ def finish(args, selection, metrics, seconds):
     counts = selection.counts | {"pairs": len(selection.pairs), "skipped": dict(selection.skipped_by_reason)}
     metrics = {key: value for key, value in metrics.items() if records.finite(value)}
     manifest = read_manifest(args.output_dir)
-    card.make_card(args, manifest["settings"], counts, metrics, launched()).save(Path(args.output_dir, "README.md"))
+    card.make_card(args, manifest["settings"], counts, metrics, launched()).save(
+        Path(args.output_dir, "README.md")
+    )
     manifest |= {
-        "complete": True, "counts": counts, "metrics": metrics, "seconds": {k: round(v, 1) for k, v in seconds.items()},
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "versions": versions(),
+        "complete": True,
+        "counts": counts,
+        "metrics": metrics,
+        "seconds": {k: round(v, 1) for k, v in seconds.items()},
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": versions(),
         "output": fingerprint(args.output_dir),
-    }  # fmt: skip
+    }
     write_json(beside(args.output_dir, ".manifest.json"), manifest)
     reasons = ", ".join(f"{n} {reason}" for reason, n in counts["skipped"].items())
     skipped = f"{len(selection.skipped)}" + (f" ({reasons})" if reasons else "")
-    print(f"read {count(counts['records'], 'record')}, wrote {count(counts['pairs'], 'pair')} to {pairs_path(args)}, skipped {skipped}")
+    print(
+        f"read {count(counts['records'], 'record')}, wrote {count(counts['pairs'], 'pair')} to "
+        f"{pairs_path(args)}, skipped {skipped}"
+    )
     for name, what in NOTES.items():
         if counts.get(name):
             print(f"note: {counts[name]} {what}")

@@ -1,12 +1,14 @@
 """Which pairs go into which forward pass, and what a pass is given.
 
-An optimizer step has `pairs_per_step` pairs: those that the unpacked computation would have, in the shuffled order that TRL's
-trainer has for the same seed. Packed, they are laid longest first into the least filled of processes × accumulation rows,
-so that every process has as many rows and about as many tokens. In a row (common/shared_prompts.py) chosen and rejected share
-their prompt and nothing is padded. Padded, the computation that every model and attention can do, pairs stay in order.
+An optimizer step has `pairs_per_step` pairs: those that the unpacked computation would have, in the shuffled
+order that TRL's trainer has for the same seed. Packed, they are laid longest first into the least filled of
+processes × accumulation rows, so that every process has as many rows and about as many tokens. In a row
+(common/shared_prompts.py) chosen and rejected share their prompt and nothing is padded. Padded, the
+computation that every model and attention can do, pairs stay in order.
 
-The loss of a step is the mean over its pairs, wherever they lie: each pair's loss is multiplied by its `scale`, and rows are
-added up. A row without a pair holds the shortest one with scale 0, so that all processes have the same number of passes.
+The loss of a step is the mean over its pairs, wherever they lie: each pair's loss is multiplied by its
+`scale`, and rows are added up. A row without a pair holds the shortest one with scale 0, so that all
+processes have the same number of passes.
 """
 
 import heapq
@@ -26,9 +28,13 @@ from dpo_iteration.settings import reason_for_trl
 
 IGNORED = -100
 NUMBERS = ("scale", "margin", "ref_chosen_logps", "ref_rejected_logps")  # of a pair, beside its tokens
-# `check_packing`, in rounding's root mean square over tokens: a response of n tokens may be off by ALL + FEW / √n of it.
+# `check_packing`, in rounding's root mean square over tokens: a response of n tokens may be off by ALL + FEW
+# / √n of it.
 ALL, FEW = 3.0, 6.0
-ROUNDING = {True: 0.02, False: 3e-5}  # at least so much (a few tokens may round less by luck), in bf16 or fp16, and in fp32
+ROUNDING = {
+    True: 0.02,
+    False: 3e-5,
+}  # at least so much (a few tokens may round less by luck), in bf16 or fp16, and in fp32
 
 
 def both(row):
@@ -42,7 +48,8 @@ def columns_of(row):
 
 
 def fill(indices, costs, bins):
-    """Lay `indices` into `bins` lists, the largest first and always into the least filled, and order these by what they hold.
+    """Lay `indices` into `bins` lists, the largest first and always into the least filled, and order these by
+    what they hold.
 
     Lists that lie side by side in the result are filled alike: a round of processes waits for its slowest.
     """
@@ -61,7 +68,8 @@ class Steps:
     Args:
         costs: tokens of each pair in a row.
         pairs_per_step: over all processes; the last step of an epoch has what is left.
-        budget: tokens of a row at most, where a pair is not longer; None lays `at_once` pairs into a pass, in order.
+        budget: tokens of a row at most, where a pair is not longer; None lays `at_once` pairs into a pass, in
+            order.
         weights: of each pair's loss; None for 1.
         seed: of the order; None keeps the order of the pairs.
 
@@ -127,16 +135,21 @@ class Steps:
                 rows = [step[k * self.at_once : (k + 1) * self.at_once] for k in range(count)]
             else:
                 rows = fill(step, self.costs, count)
-            # The Trainer divides each pass by the accumulation and the mean over processes divides by their number.
+            # The Trainer divides each pass by the accumulation and the mean over processes divides by their
+            # number.
             scale = count / len(step)
             for row in rows[self.process :: self.processes]:
                 yield [(i, scale * (self.weights[i] if self.weights else 1.0)) for i in row] or [(least, 0.0)]
 
 
 def batches(args, extra, rows, per_step):
-    """(whether prompts are shared, {split: Steps, or None where TRL makes the batches}); says which computation it is."""
+    """(whether prompts are shared, {split: Steps, or None where TRL makes the batches}); says which
+    computation it is.
+    """
     experts = extra.get("router_aux_loss_coef") != 0 and models.has_auxiliary_loss(args)
-    padded = reason_for_trl(args, extra) or ("its mixture of experts has an auxiliary loss" if experts else "")
+    padded = reason_for_trl(args, extra) or (
+        "its mixture of experts has an auxiliary loss" if experts else ""
+    )
     if padded:
         if args.share_prompts or args.margin_scale or args.margin_weight:
             raise UserError(f"--share_prompts, --margin_scale and --margin_weight cannot be used: {padded}")
@@ -153,17 +166,30 @@ def batches(args, extra, rows, per_step):
     for split in [split for split in rows if rows[split]]:
         costs[split] = [columns_of(row) if sharing else 0 for row in rows[split]]
     place = {"processes": launched(), "process": int(os.environ.get("RANK", "0"))}
-    epochs = -(-args.max_steps * per_step // len(rows["train"])) if args.max_steps > 0 else -int(-args.num_train_epochs // 1)
+    epochs = (
+        -(-args.max_steps * per_step // len(rows["train"]))
+        if args.max_steps > 0
+        else -int(-args.num_train_epochs // 1)
+    )
     steps["train"] = Steps(
-        costs["train"], per_step, budget, args.per_device_train_batch_size, weights=weights(rows["train"], args.margin_weight),
-        seed=extra.get("data_seed", args.seed), epochs=epochs, **place,
-    )  # fmt: skip
+        costs["train"],
+        per_step,
+        budget,
+        args.per_device_train_batch_size,
+        weights=weights(rows["train"], args.margin_weight),
+        seed=extra.get("data_seed", args.seed),
+        epochs=epochs,
+        **place,
+    )
     if rows["eval"]:
-        steps["eval"] = Steps(costs["eval"], len(rows["eval"]), budget, args.per_device_eval_batch_size, **place)
+        steps["eval"] = Steps(
+            costs["eval"], len(rows["eval"]), budget, args.per_device_eval_batch_size, **place
+        )
     if sharing:
         alone, longest = sum(len(ids) for row in rows["train"] for ids in both(row)), max(costs["train"])
         say(
-            f"rows of up to {max(budget, longest)} tokens, {steps['train'].accumulation} a process and step; shared prompts and no padding: "
+            f"rows of up to {max(budget, longest)} tokens, {steps['train'].accumulation} a process and step; "
+            "shared prompts and no padding: "
             f"{sum(costs['train'])} tokens an epoch instead of {alone} and padding"
         )
     return sharing, steps
@@ -197,23 +223,32 @@ class Rows(torch.utils.data.Dataset):
 
 def numbers(rows):
     """{name: float32 tensor [pairs]} of the `NUMBERS` that the rows have."""
-    return {name: torch.tensor([row[name] for row in rows], dtype=torch.float32) for name in NUMBERS if name in rows[0]}
+    return {
+        name: torch.tensor([row[name] for row in rows], dtype=torch.float32)
+        for name in NUMBERS
+        if name in rows[0]
+    }
 
 
 def collate_packed(rows):
     """One packed row of pairs.
 
     Returns:
-        `input_ids` [1, T]; `row`, a Packed whose `wanted` columns [n] have a next token in a response; `next_ids` [1, n], that
-        token; `owner` [n], whose log-probability it is: 3p of pair p's chosen response, 3p + 1 of its rejected one, 3p + 2 of
-        both; `numbers`. `tokens`: what the two sequences of each pair have in all. `pairs`: the rows as they were given.
+        `input_ids` [1, T]; `row`, a Packed whose `wanted` columns [n] have a next token in a response;
+        `next_ids` [1, n], that token; `owner` [n], whose log-probability it is: 3p of pair p's chosen
+        response, 3p + 1 of its rejected one, 3p + 2 of both; `numbers`. `tokens`: what the two sequences of
+        each pair have in all. `pairs`: the rows as they were given.
     """
     groups = [both(row) for row in rows]
     packed = pack(groups, labelled=True)
     wanted, next_ids, owner, at = [], [], [], 0
     for p, (row, group) in enumerate(zip(rows, groups)):
         prompt, prefix = len(row["prompt_ids"]), shared(group, labelled=True)
-        spans = [(group[0], 0, prefix, 2), (group[0], prefix, len(group[0]) - 1, 0), (group[1], prefix, len(group[1]) - 1, 1)]
+        spans = [
+            (group[0], 0, prefix, 2),
+            (group[0], prefix, len(group[0]) - 1, 0),
+            (group[1], prefix, len(group[1]) - 1, 1),
+        ]
         for ids, first, end, whose in spans:
             labelled = range(max(first, prompt - 1), end)
             wanted.extend(at + j - first for j in labelled)
@@ -222,9 +257,14 @@ def collate_packed(rows):
             at += end - first + (whose != 2)  # the last token of a sequence has no next one
     packed.wanted = torch.tensor(wanted)
     return {
-        "input_ids": packed.ids, "row": packed, "next_ids": torch.tensor([next_ids]), "owner": torch.tensor(owner),
-        "tokens": sum(len(ids) for group in groups for ids in group), "pairs": rows, **numbers(rows),
-    }  # fmt: skip
+        "input_ids": packed.ids,
+        "row": packed,
+        "next_ids": torch.tensor([next_ids]),
+        "owner": torch.tensor(owner),
+        "tokens": sum(len(ids) for group in groups for ids in group),
+        "pairs": rows,
+        **numbers(rows),
+    }
 
 
 class PaddedCollator:
@@ -234,7 +274,11 @@ class PaddedCollator:
         self.collate = DataCollatorForPreference(pad_token_id=pad_token_id)
 
     def __call__(self, rows):
-        return self.collate(rows) | numbers(rows) | {"tokens": sum(len(ids) for row in rows for ids in both(row))}
+        return (
+            self.collate(rows)
+            | numbers(rows)
+            | {"tokens": sum(len(ids) for row in rows for ids in both(row))}
+        )
 
 
 @dataclass
@@ -242,7 +286,8 @@ class Scored:
     """Log-probabilities of a pass.
 
     chosen, rejected: [pairs], summed over a response's tokens; chosen_tokens, rejected_tokens: [pairs].
-    outputs: the model's, with values a token in the places that `of_chosen` and `of_rejected` (bool) tell apart.
+    outputs: the model's, with values a token in the places that `of_chosen` and `of_rejected` (bool) tell
+    apart.
     """
 
     chosen: torch.Tensor
@@ -255,15 +300,23 @@ class Scored:
 
 
 def score(model, batch, ld_alpha=None):
-    """Log-probabilities of a batch of `collate_packed` or `PaddedCollator`, under a model with TRL's fused head.
+    """Log-probabilities of a batch of `collate_packed` or `PaddedCollator`, under a model with TRL's fused
+    head.
 
-    `ld_alpha` (padded only): tokens beyond the shorter response's length count by this (LD-DPO, arXiv 2409.06411).
+    `ld_alpha` (padded only): tokens beyond the shorter response's length count by this (LD-DPO, arXiv
+    2409.06411).
     """
     if "row" not in batch:
         return _score_padded(model, batch, ld_alpha)
     row = batch["row"].to(batch["input_ids"].device)
-    outputs = model(input_ids=row.ids, position_ids=row.positions, use_cache=False, shift_labels=batch["next_ids"],
-                    fused_lm_head=True, shared_prompts=row)  # fmt: skip
+    outputs = model(
+        input_ids=row.ids,
+        position_ids=row.positions,
+        use_cache=False,
+        shift_labels=batch["next_ids"],
+        fused_lm_head=True,
+        shared_prompts=row,
+    )
     owner, pairs = batch["owner"], len(batch["scale"])
     logps, whose = outputs.log_probs[0], owner % 3
 
@@ -271,29 +324,44 @@ def score(model, batch, ld_alpha=None):
         found = values.new_zeros(3 * pairs).index_add(0, owner, values).view(pairs, 3)
         return found[:, 0] + found[:, 2], found[:, 1] + found[:, 2]
 
-    return Scored(*sums(logps), *sums(torch.ones_like(logps)), outputs, (whose != 1)[None], (whose != 0)[None])
+    return Scored(
+        *sums(logps), *sums(torch.ones_like(logps)), outputs, (whose != 1)[None], (whose != 0)[None]
+    )
 
 
 def _score_padded(model, batch, ld_alpha):
     mask = batch["completion_mask"].bool()
     labels = batch["input_ids"].masked_fill(~mask, IGNORED)
-    places = {"position_ids": batch["position_ids"]} if "position_ids" in batch else {}  # not every model takes them
-    outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, labels=labels, fused_lm_head=True, **places)
+    places = (
+        {"position_ids": batch["position_ids"]} if "position_ids" in batch else {}
+    )  # not every model takes them
+    outputs = model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        use_cache=False,
+        labels=labels,
+        fused_lm_head=True,
+        **places,
+    )
     mask, logps = mask[:, 1:], outputs.log_probs
     tokens = mask.sum(1)
     if ld_alpha is not None:
         shorter = torch.minimum(*tokens.chunk(2)).repeat(2)
         logps = torch.where(mask.cumsum(1) > shorter[:, None], ld_alpha * logps, logps)
     rows = torch.arange(len(mask), device=mask.device)[:, None] < len(mask) // 2
-    return Scored(*logps.sum(1).chunk(2), *tokens.to(logps.dtype).chunk(2), outputs, mask & rows, mask & ~rows)
+    return Scored(
+        *logps.sum(1).chunk(2), *tokens.to(logps.dtype).chunk(2), outputs, mask & rows, mask & ~rows
+    )
 
 
 @torch.no_grad()
 def check_packing(model, base, batch, pad_token_id, half, name):
-    """Compute a packed row's pairs padded too, one by one, and stop where a response differs by more than rounding.
+    """Compute a packed row's pairs padded too, one by one, and stop where a response differs by more than
+    rounding.
 
-    What rounding does to this model is measured on the same tokens: the padded pass is made once more with all positions moved
-    on by one, which rotary encodings do not see but for rounding. On all ranks, with `batch` of their own.
+    What rounding does to this model is measured on the same tokens: the padded pass is made once more with
+    all positions moved on by one, which rotary encodings do not see but for rounding. On all ranks, with
+    `batch` of their own.
 
     Args:
         model: as it is called, in evaluation; `base`: the prepared model in it.
@@ -307,37 +375,67 @@ def check_packing(model, base, batch, pad_token_id, half, name):
     try:
         packed = of_responses(batch, score(model, batch))
     except Unsupported as error:
-        raise UserError(f"prompts cannot be shared with the {name} ({error}): give --share_prompts false") from None
+        raise UserError(
+            f"prompts cannot be shared with the {name} ({error}): give --share_prompts false"
+        ) from None
     # Under ZeRO-3 every pass needs all processes, which may have other numbers of pairs.
     count = int(gather(torch.tensor([len(pairs)], device=device)).max())
     apart, moved = [], []
     with own_attention(base):
         for p in [min(p, len(pairs) - 1) for p in range(count)]:
-            padded = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in pads([pairs[p]]).items()}
+            padded = {
+                k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in pads([pairs[p]]).items()
+            }
             theirs = of_responses(padded, score(model, padded))
             for ours, other in zip(packed[2 * p : 2 * p + 2], theirs, strict=True):
                 difference = ours - other if len(ours) == len(other) else torch.full_like(other, torch.inf)
-                apart.append(difference.where(other.isfinite(), 0.0))  # what is no number anyway is told where it is used
+                apart.append(
+                    difference.where(other.isfinite(), 0.0)
+                )  # what is no number anyway is told where it is used
             if is_rotary(base):
-                padded["position_ids"] = torch.arange(1, padded["input_ids"].shape[1] + 1, device=device).expand_as(padded["input_ids"])
-                moved += [one - other for one, other in zip(of_responses(padded, score(model, padded)), theirs, strict=True)]
+                padded["position_ids"] = torch.arange(
+                    1, padded["input_ids"].shape[1] + 1, device=device
+                ).expand_as(padded["input_ids"])
+                moved += [
+                    one - other
+                    for one, other in zip(of_responses(padded, score(model, padded)), theirs, strict=True)
+                ]
     moved = torch.cat([*moved, torch.zeros(0, device=device)])
-    squares, tokens = gather(torch.stack([moved.square().sum(), torch.tensor(float(len(moved)), device=device)])[None]).sum(0).tolist()
+    squares, tokens = (
+        gather(torch.stack([moved.square().sum(), torch.tensor(float(len(moved)), device=device)])[None])
+        .sum(0)
+        .tolist()
+    )
     rounding = max(ROUNDING[half], (squares / tokens) ** 0.5) if tokens else 5 * ROUNDING[half]
-    found = [(one.square().mean().sqrt(), rounding * (ALL + FEW / len(one) ** 0.5)) for one in (*apart, torch.cat(apart))]
+    found = [
+        (one.square().mean().sqrt(), rounding * (ALL + FEW / len(one) ** 0.5))
+        for one in (*apart, torch.cat(apart))
+    ]
     found = gather(torch.tensor(found, device=device))  # [responses, 2]: distance, bound
     distance, limit = found[(found[:, 0] / found[:, 1]).nan_to_num(torch.inf).argmax()].tolist()
     if not distance <= limit:
-        raise UserError(f"packed rows give log-probabilities of the {name} that differ from the padded ones by {distance:.2g} a token "
-                        f"(at most {limit:.2g} is rounding in such a response): give --share_prompts false")  # fmt: skip
-    say(f"{name}: the first row was computed padded, too: at most {distance:.1e} a token apart, rounding is up to {limit:.1e}")
+        raise UserError(
+            f"packed rows give log-probabilities of the {name} that differ from the padded ones by "
+            f"{distance:.2g} a token "
+            f"(at most {limit:.2g} is rounding in such a response): give --share_prompts false"
+        )
+    say(
+        f"{name}: the first row was computed padded, too: at most {distance:.1e} a token apart, rounding is "
+        f"up to {limit:.1e}"
+    )
 
 
 def of_responses(batch, scored):
-    """The log-probabilities of each response's tokens, [tokens] in fp32: chosen and rejected of the first pair, of the second, …"""
+    """The log-probabilities of each response's tokens, [tokens] in fp32: chosen and rejected of the first
+    pair, of the second, …
+    """
     values = scored.outputs.log_probs.float()
     if "row" in batch:
         owner = batch["owner"]
-        return [values[0, (owner == 3 * p + whose) | (owner == 3 * p + 2)] for p in range(len(batch["scale"])) for whose in (0, 1)]
+        return [
+            values[0, (owner == 3 * p + whose) | (owner == 3 * p + 2)]
+            for p in range(len(batch["scale"]))
+            for whose in (0, 1)
+        ]
     masks = scored.of_chosen | scored.of_rejected
     return [values[i, masks[i]] for p in range(len(values) // 2) for i in (p, p + len(values) // 2)]

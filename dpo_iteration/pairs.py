@@ -1,9 +1,10 @@
 """Which two responses of a prompt become a pair, and which prompts are held out: plain Python, no model.
 
-A rewarded record has K responses and K rewards. Responses without a finite reward, repeated ones and, if asked, cut-off
-ones take no part. An empty response is never chosen; it may be rejected, since a policy that learns to say nothing has to
-unlearn it. A prompt that gives no pair is skipped with its reason. Every choice depends on the record and the seed only:
-not on the order of the files, nor on the number of processes.
+A rewarded record has K responses and K rewards. Responses without a finite reward, repeated ones and, if
+asked, cut-off ones take no part. An empty response is never chosen; it may be rejected, since a policy that
+learns to say nothing has to
+unlearn it. A prompt that gives no pair is skipped with its reason. Every choice depends on the record and the
+seed only: not on the order of the files, nor on the number of processes.
 """
 
 import hashlib
@@ -17,7 +18,14 @@ from common.records import Identifier, dumps, finite, is_empty, read_jsonl, reco
 
 CHOOSE_TYPES = ("max_min", "max_max", "max_random", "random", "max_min_p")
 PER_RESPONSE = ("responses", "rewards", "finish_reasons", "num_tokens", tokens.RESPONSES)  # K entries each
-SIDE_FIELDS = ("", "_index", "_reward", "_finish_reason", "_num_tokens", "_token_ids")  # of a pair, for each of its sides
+SIDE_FIELDS = (
+    "",
+    "_index",
+    "_reward",
+    "_finish_reason",
+    "_num_tokens",
+    "_token_ids",
+)  # of a pair, for each of its sides
 OF_ALL = ("reward_parts", "pair_probabilities")  # speak of all K responses, so they stay behind
 
 
@@ -44,7 +52,8 @@ class Selection:
 
 
 def read_rewarded(paths):
-    """Yield (record with `id` and `prompt` as messages, path) from files as `annotate_data/get_rewards.py` writes them.
+    """Yield (record with `id` and `prompt` as messages, path) from files as `annotate_data/get_rewards.py`
+    writes them.
 
     Raises:
         UserError: no `responses` or `rewards`, or lists of different lengths; names file and record.
@@ -67,7 +76,9 @@ def read_rewarded(paths):
                     counts = f"{len(record['responses'])} responses and {len(record[key])} {key}"
                     raise UserError(f"{where} has {counts}; generate and annotate it again")
             messages, tools = to_messages(record["prompt"], where), to_tools(record.get("tools"), where)
-            own = {"id": str(record.get("id") or identify(messages, tools)), "prompt": messages} | ({"tools": tools} if tools else {})
+            own = {"id": str(record.get("id") or identify(messages, tools)), "prompt": messages} | (
+                {"tools": tools} if tools else {}
+            )
             yield record | own, str(path)
 
 
@@ -76,8 +87,13 @@ def usable_responses(record, drop_truncated=False, drop_empty=False):
     usable, seen, left_out = [], set(), Counter()
     reasons = record.get("finish_reasons") or [None] * len(record["responses"])
     ids = record.get(tokens.RESPONSES) or [None] * len(record["responses"])
-    for i, (text, reward, finish, sampled) in enumerate(zip(record["responses"], record["rewards"], reasons, ids)):
-        what = text, tuple(sampled) if tokens.are_ids(sampled) else None  # texts may be equal where control tokens differ
+    for i, (text, reward, finish, sampled) in enumerate(
+        zip(record["responses"], record["rewards"], reasons, ids)
+    ):
+        what = (
+            text,
+            tuple(sampled) if tokens.are_ids(sampled) else None,
+        )  # texts may be equal where control tokens differ
         if not isinstance(text, str) or (drop_empty and is_empty(text)):
             left_out["empty response"] += 1
         elif not finite(reward):
@@ -98,12 +114,15 @@ def choose(scores, usable, choose_type, rng, empty=()):
     Args:
         scores: K floats; a list or dict from index to score.
         usable: indices that take part, at least two.
-        choose_type: `max_min` best against worst, `max_max` best against second best, `max_random` best against a
-            random worse one, `random` two random ones of different score, `max_min_p` as `max_min` on penalised scores.
+        choose_type: `max_min` best against worst, `max_max` best against second best, `max_random` best
+            against a
+            random worse one, `random` two random ones of different score, `max_min_p` as `max_min` on
+            penalised scores.
         rng: random.Random, used by the random types only.
         empty: indices of responses that must not be chosen, however high their score.
     """
-    # Stable: among equals the earlier response comes first, and one that may be chosen before one that may not.
+    # Stable: among equals the earlier response comes first, and one that may be chosen before one that may
+    # not.
     ranked = sorted(usable, key=lambda i: (-scores[i], i in empty))
     best = next((i for i in ranked if i not in empty), None)
     if best is None:
@@ -111,7 +130,13 @@ def choose(scores, usable, choose_type, rng, empty=()):
     ranked = ranked[ranked.index(best) :]  # empty ones that score higher take no part
     if choose_type == "random":
         first = rng.choice([i for i in usable if i in ranked])
-        others = [i for i in usable if i in ranked and scores[i] != scores[first] and max(i, first, key=scores.__getitem__) not in empty]
+        others = [
+            i
+            for i in usable
+            if i in ranked
+            and scores[i] != scores[first]
+            and max(i, first, key=scores.__getitem__) not in empty
+        ]
         if not others:
             return None
         return tuple(sorted((first, rng.choice(others)), key=lambda i: -scores[i]))
@@ -126,14 +151,21 @@ def choose(scores, usable, choose_type, rng, empty=()):
 
 
 def make_pairs(
-    record, choose_type="max_min", length_penalty=0.0, min_margin=0.0, drop_truncated=False, drop_empty=False, seed=42, count_tokens=None,
+    record,
+    choose_type="max_min",
+    length_penalty=0.0,
+    min_margin=0.0,
+    drop_truncated=False,
+    drop_empty=False,
+    seed=42,
+    count_tokens=None,
     pairs_per_prompt=1,
-):  # fmt: skip
+):
     """(pairs, reason why there are none or None, Counter of responses left out) of one rewarded record.
 
-    The score is the reward; for `max_min_p` it is reward - length_penalty × length in tokens, by which both are chosen
-    and the margin is taken. Lengths are the record's `num_tokens`, else `count_tokens(text)`. A second pair is chosen
-    as the first was, among the responses that are left.
+    The score is the reward; for `max_min_p` it is reward - length_penalty × length in tokens, by which both
+    are chosen and the margin is taken. Lengths are the record's `num_tokens`, else `count_tokens(text)`. A
+    second pair is chosen as the first was, among the responses that are left.
     """
     usable, left_out = usable_responses(record, drop_truncated, drop_empty)
     if len(record["responses"]) < 2:
@@ -144,7 +176,9 @@ def make_pairs(
     scores = {i: record["rewards"][i] for i in usable}
     lengths = record.get("num_tokens") or [None] * len(record["responses"])
     if choose_type == "max_min_p":
-        lengths = [n if n is not None else count_tokens(text) for n, text in zip(lengths, record["responses"])]
+        lengths = [
+            n if n is not None else count_tokens(text) for n, text in zip(lengths, record["responses"])
+        ]
         scores = {i: scores[i] - length_penalty * lengths[i] for i in usable}
     pairs, rng = [], random.Random(f"{seed}/{record['id']}")
     empty = {i for i in usable if is_empty(record["responses"][i])}
@@ -152,7 +186,15 @@ def make_pairs(
         found = choose(scores, usable, choose_type, rng, empty)
         if found is None:
             silent = empty and len({scores[i] for i in usable}) > 1
-            return pairs, None if pairs else "no response with text has the higher reward" if silent else "equal rewards", left_out
+            return (
+                pairs,
+                None
+                if pairs
+                else "no response with text has the higher reward"
+                if silent
+                else "equal rewards",
+                left_out,
+            )
         margin = scores[found[0]] - scores[found[1]]
         if margin < min_margin:
             return pairs, None if pairs else f"margin below min_margin: {margin:.6g}", left_out
@@ -167,10 +209,12 @@ def _pair(record, found, lengths):
     pair = {"id": record["id"], "prompt": record["prompt"]}
     for side, i in zip(("chosen", "rejected"), found):
         pair |= {
-            side: [{"role": "assistant", "content": record["responses"][i]}], f"{side}_index": i,
-            f"{side}_reward": record["rewards"][i], f"{side}_finish_reason": finish[i],
+            side: [{"role": "assistant", "content": record["responses"][i]}],
+            f"{side}_index": i,
+            f"{side}_reward": record["rewards"][i],
+            f"{side}_finish_reason": finish[i],
             f"{side}_num_tokens": lengths[i],
-        }  # fmt: skip
+        }
         if record.get(tokens.RESPONSES):
             pair[f"{side}_token_ids"] = record[tokens.RESPONSES][i]
     return pair
@@ -178,12 +222,19 @@ def _pair(record, found, lengths):
 
 def _rest(record):
     """Fields of a record that are carried through."""
-    ours = {"id", "prompt", "margin", *(f"{side}{what}" for side in ("chosen", "rejected") for what in SIDE_FIELDS)}
+    ours = {
+        "id",
+        "prompt",
+        "margin",
+        *(f"{side}{what}" for side in ("chosen", "rejected") for what in SIDE_FIELDS),
+    }
     return {k: v for k, v in record.items() if k not in ours and k not in (*PER_RESPONSE, *OF_ALL)}
 
 
 def held_out(messages, fraction, seed):
-    """Whether a prompt belongs to the held-out set: by a hash of its messages, so that its twins share its side."""
+    """Whether a prompt belongs to the held-out set: by a hash of its messages, so that its twins share its
+    side.
+    """
     digest = hashlib.sha256(f"{seed}/{record_id(messages)}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
@@ -191,7 +242,8 @@ def held_out(messages, fraction, seed):
 def select_pairs(paths, eval_fraction=0.0, seed=42, **choice):
     """The pairs of one or several rewarded files. `choice`: what `make_pairs` takes.
 
-    Record ids may repeat between files (iterations that answered the same prompt): each record gives its own pairs.
+    Record ids may repeat between files (iterations that answered the same prompt): each record gives its own
+    pairs.
     """
     selection, left_out, records = Selection(), Counter(), 0
     for record, source in read_rewarded(paths):
@@ -203,7 +255,10 @@ def select_pairs(paths, eval_fraction=0.0, seed=42, **choice):
         try:
             dumps(pairs)
         except ValueError:  # in rewards it is looked at; other fields are carried into the pairs
-            raise UserError(f"{source} record {record['id']} holds NaN or infinity, which is no JSON: mend or remove that field") from None
+            raise UserError(
+                f"{source} record {record['id']} holds NaN or infinity, which is no JSON: mend or remove "
+                "that field"
+            ) from None
         split = "eval" if held_out(record["prompt"], eval_fraction, seed) else "train"
         selection.pairs.extend(pair | {"split": split, "source": source} for pair in pairs)
     selection.counts = {"records": records, "responses_left_out": dict(left_out)}

@@ -1,13 +1,16 @@
-"""Log-probabilities of the pairs under the reference: computed once, before the policy is loaded, and kept on disk.
+"""Log-probabilities of the pairs under the reference: computed once, before the policy is loaded, and kept on
+disk.
 
-`add_reference` puts `ref_chosen_logps` and `ref_rejected_logps` into rows of token ids. What it computes lies in the folder
-`cache`/KEY, where KEY is a hash of all that shapes a log-probability besides the tokens: every byte of the reference's
-weights, dtype, attention, way of computing, device and library versions. In it, `*.safetensors` files hold
+`add_reference` puts `ref_chosen_logps` and `ref_rejected_logps` into rows of token ids. What it computes lies
+in the folder `cache`/KEY, where KEY is a hash of all that shapes a log-probability besides the tokens: every
+byte of the reference's weights, dtype, attention, way of computing, device and library versions. In it,
+`*.safetensors` files hold
 
     pairs  [n, 32] uint8: SHA-256 of a pair's token ids (so of truncation, tokenizer and template too)
     logps  [n, 2] float32: of chosen and rejected
 
-and are written as the pass goes, so that a killed one continues, and other runs with the same pairs read them.
+and are written as the pass goes, so that a killed one continues, and other runs with the same pairs read
+them.
 """
 
 import gc
@@ -32,7 +35,15 @@ from common.progress import Progress, duration
 from common.shared_prompts import Unsupported, only_wanted, prepare
 from dpo_iteration import models
 from dpo_iteration.output import say
-from dpo_iteration.packing import PaddedCollator, Rows, Steps, check_packing, collate_packed, row_tokens, score
+from dpo_iteration.packing import (
+    PaddedCollator,
+    Rows,
+    Steps,
+    check_packing,
+    collate_packed,
+    row_tokens,
+    score,
+)
 
 SAVE_EVERY = 2000  # pairs, about: what a killed pass does again at most
 LIBRARIES = ("torch", "transformers", "trl")
@@ -40,28 +51,50 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.json", "*.py")  # of a model folder: wha
 
 
 def compute_reference(args, extra, config, rows, sharing, tokenizer):
-    """Put the reference's log-probabilities into the rows, from disk where they are known; says how many were."""
+    """Put the reference's log-probabilities into the rows, from disk where they are known; says how many
+    were.
+    """
     name, revision = models.reference_name(args)
     deepspeed = config.deepspeed_plugin
     about = {
-        "dtype": str(models.weights_dtype(args, config)), "load_in_4bit": args.load_in_4bit, "autocast": args.bf16 and not deepspeed,
-        "ld_alpha": extra.get("ld_alpha"), "model_init_kwargs": {k: str(v) for k, v in (config.model_init_kwargs or {}).items()},
-        "zero_stage": deepspeed.zero_stage if deepspeed else None, "fsdp": os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true",
+        "dtype": str(models.weights_dtype(args, config)),
+        "load_in_4bit": args.load_in_4bit,
+        "autocast": args.bf16 and not deepspeed,
+        "ld_alpha": extra.get("ld_alpha"),
+        "model_init_kwargs": {k: str(v) for k, v in (config.model_init_kwargs or {}).items()},
+        "zero_stage": deepspeed.zero_stage if deepspeed else None,
+        "fsdp": os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true",
         "attention": "shared_prompts" if sharing else models.attention(name, args, revision),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
-    }  # fmt: skip
+    }
     every = rows["train"] + rows["eval"]
     started = time.time()
     found, key = add_reference(
-        every, lambda: ready(models.load_model(name, args, config, revision), config, sharing), name, revision,
-        reference_cache(args), about, sharing, row_tokens(args), args.per_device_train_batch_size, tokenizer.pad_token_id or 0,
-        torch.bfloat16 if about["autocast"] else None, extra.get("ld_alpha"),
-    )  # fmt: skip
-    say(f"reference: {found} of {len(every)} pairs known from {reference_cache(args)}/{key}, {duration(time.time() - started)}")
+        every,
+        lambda: ready(models.load_model(name, args, config, revision), config, sharing),
+        name,
+        revision,
+        reference_cache(args),
+        about,
+        sharing,
+        row_tokens(args),
+        args.per_device_train_batch_size,
+        tokenizer.pad_token_id or 0,
+        torch.bfloat16 if about["autocast"] else None,
+        extra.get("ld_alpha"),
+    )
+    say(
+        f"reference: {found} of {len(every)} pairs known from {reference_cache(args)}/{key}, "
+        f"{duration(time.time() - started)}"
+    )
 
 
 def reference_cache(args):
-    return Path(args.reference_cache) if args.reference_cache else Path(args.output_dir).parent / "reference_logps"
+    return (
+        Path(args.reference_cache)
+        if args.reference_cache
+        else Path(args.output_dir).parent / "reference_logps"
+    )
 
 
 def pair_key(row):
@@ -84,7 +117,11 @@ def weights_key(folder):
     """SHA-256 of every byte of a model's weights, configuration and code, tokenizer files left out."""
     digest = hashlib.sha256()
     files = {f for pattern in WEIGHTS for f in folder.glob(pattern)}
-    for file in sorted(f for f in files if not f.name.startswith(("tokenizer", "special_tokens", "trainer_state", "generation_config"))):
+    for file in sorted(
+        f
+        for f in files
+        if not f.name.startswith(("tokenizer", "special_tokens", "trainer_state", "generation_config"))
+    ):
         with open(file, "rb") as stream:
             digest.update(f"{file.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()
@@ -99,11 +136,16 @@ class Cache:
     """What is known of some pairs; rank 0 alone reads and writes it."""
 
     def __init__(self, folder, about):
-        self.folder = Path(folder) / hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
+        self.folder = (
+            Path(folder) / hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
+        )
         self.about = about
 
     def read(self):
-        """{pair key: (chosen, rejected)}. A file that is damaged is left out: its pairs are computed again."""
+        """{pair key: (chosen, rejected)}.
+
+        A file that is damaged is left out: its pairs are computed again.
+        """
         found = {}
         for path in self.folder.glob("*.tmp"):  # left by a write that was killed, or in work elsewhere
             if time.time() - path.stat().st_mtime > 3600:
@@ -111,12 +153,18 @@ class Cache:
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
                 with safe_open(path, "pt") as file:
-                    pairs, logps, mark = file.get_tensor("pairs"), file.get_tensor("logps"), (file.metadata() or {}).get("sha256")
+                    pairs, logps, mark = (
+                        file.get_tensor("pairs"),
+                        file.get_tensor("logps"),
+                        (file.metadata() or {}).get("sha256"),
+                    )
                 if mark != checksum(pairs, logps):
                     raise ValueError("its values are not those that were written")
                 found |= dict(zip(map(bytes, pairs.numpy()), map(tuple, logps.tolist()), strict=True))
             except (SafetensorError, OSError, ValueError) as error:
-                print(f"note: {path} is damaged and not used: {' '.join(str(error).split())[:200]}", flush=True)
+                print(
+                    f"note: {path} is damaged and not used: {' '.join(str(error).split())[:200]}", flush=True
+                )
         return found
 
     def write(self, known):
@@ -128,11 +176,17 @@ class Cache:
         with writing(path):
             self.folder.mkdir(parents=True, exist_ok=True)
             logps = torch.tensor([known[key] for key in keys], dtype=torch.float32)
-            save_file({"pairs": pairs, "logps": logps}, temporary, {"about": json.dumps(self.about), "sha256": checksum(pairs, logps)})
+            save_file(
+                {"pairs": pairs, "logps": logps},
+                temporary,
+                {"about": json.dumps(self.about), "sha256": checksum(pairs, logps)},
+            )
             os.replace(temporary, path)
 
 
-def add_reference(rows, load, name, revision, cache, about, sharing, budget, at_once, pad_token_id, autocast, ld_alpha=None):
+def add_reference(
+    rows, load, name, revision, cache, about, sharing, budget, at_once, pad_token_id, autocast, ld_alpha=None
+):
     """Put the reference's log-probabilities into `rows` (dicts of token ids), on all ranks.
 
     Args:
@@ -150,7 +204,9 @@ def add_reference(rows, load, name, revision, cache, about, sharing, budget, at_
     main, about = state.is_main_process, dict(about)
     found, key = [None], [None]
     if main:
-        about |= {"weights": weights_key(model_folder(name, revision))} | {k: v for k, v in versions().items() if k in LIBRARIES}
+        about |= {"weights": weights_key(model_folder(name, revision))} | {
+            k: v for k, v in versions().items() if k in LIBRARIES
+        }
         store = Cache(cache, about)
         known = store.read()
         key = [store.folder.name]
@@ -162,13 +218,18 @@ def add_reference(rows, load, name, revision, cache, about, sharing, budget, at_
     logps = broadcast(logps.to(state.device), 0)
     missing = (~logps.isfinite()).any(1).nonzero()[:, 0].tolist()
     if missing:
-        passes = _passes([rows[i] for i in missing], load, sharing, budget, at_once, pad_token_id, autocast, ld_alpha)
+        passes = _passes(
+            [rows[i] for i in missing], load, sharing, budget, at_once, pad_token_id, autocast, ld_alpha
+        )
         progress = Progress(len(missing), "reference", "pairs", enabled=main)
         for done, values in passes:  # values [missing, 2] on all ranks, those of `done` filled in
             at = [missing[i] for i in done]
             logps[at] = values[done]
             if not bool(logps[at].isfinite().all()):
-                raise UserError(f"the reference {name} gives log-probabilities that are no numbers: is it damaged, or trained in another dtype?")
+                raise UserError(
+                    f"the reference {name} gives log-probabilities that are no numbers: is it damaged, or "
+                    "trained in another dtype?"
+                )
             if main:
                 store.write({wanted[i]: tuple(logps[i].tolist()) for i in at})
             progress.update(len(done))
@@ -183,20 +244,32 @@ def _passes(rows, load, sharing, budget, at_once, pad_token_id, autocast, ld_alp
     state = PartialState()
     costs = [len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows]
     # As many pairs together as are saved together; `Steps` shares each such step out among the processes.
-    steps = Steps(costs, SAVE_EVERY, budget if sharing else None, at_once, state.num_processes, state.process_index)
+    steps = Steps(
+        costs, SAVE_EVERY, budget if sharing else None, at_once, state.num_processes, state.process_index
+    )
     collate = collate_packed if sharing else PaddedCollator(pad_token_id)
     model, data, batches = load(), Rows(rows), iter(steps)
     base = getattr(model, "module", model)  # in DeepSpeed's engine
 
     def batch_of(keys):
-        return {k: v.to(state.device) if isinstance(v, torch.Tensor) else v for k, v in collate([data[key] for key in keys]).items()}
+        return {
+            k: v.to(state.device) if isinstance(v, torch.Tensor) else v
+            for k, v in collate([data[key] for key in keys]).items()
+        }
 
     def casting():
         return torch.autocast(state.device.type, autocast) if autocast else nullcontext()
 
     if sharing:  # before the pass is paid for
         with casting():
-            check_packing(model, base, batch_of(next(iter(steps))), pad_token_id, bool(autocast) or base.dtype != torch.float32, "reference")
+            check_packing(
+                model,
+                base,
+                batch_of(next(iter(steps))),
+                pad_token_id,
+                bool(autocast) or base.dtype != torch.float32,
+                "reference",
+            )
     for step in steps.steps(0):
         values = torch.zeros(len(rows), 2, device=state.device)
         for _ in range(steps.accumulation):
@@ -206,7 +279,9 @@ def _passes(rows, load, sharing, budget, at_once, pad_token_id, autocast, ld_alp
                 try:
                     scored = score(model, batch, ld_alpha)
                 except Unsupported as error:
-                    raise UserError(f"prompts cannot be shared with the reference ({error}): give --share_prompts false") from None
+                    raise UserError(
+                        f"prompts cannot be shared with the reference ({error}): give --share_prompts false"
+                    ) from None
             for (i, scale), chosen, rejected in zip(keys, scored.chosen, scored.rejected, strict=True):
                 if scale:  # a row without a pair holds another's
                     values[i, 0], values[i, 1] = chosen, rejected
@@ -221,7 +296,8 @@ def _passes(rows, load, sharing, budget, at_once, pad_token_id, autocast, ld_alp
 def let_go(model):
     """Free the weights of a model that ZeRO-3 has partitioned, whoever still holds the model.
 
-    DeepSpeed keeps every model that it has run, in a list of its module and in the cache of one of its methods.
+    DeepSpeed keeps every model that it has run, in a list of its module and in the cache of one of its
+    methods.
     """
     for parameter in model.parameters():
         if hasattr(parameter, "ds_tensor"):
@@ -230,7 +306,8 @@ def let_go(model):
 
 
 def ready(model, config, sharing):
-    """A loaded reference on its device, with TRL's fused head, in evaluation; sharded where the policy will be.
+    """A loaded reference on its device, with TRL's fused head, in evaluation; sharded where the policy will
+    be.
 
     Args:
         config: TRL's DPOConfig.
@@ -244,7 +321,11 @@ def ready(model, config, sharing):
     if plugin is not None and plugin.zero_stage == 3:
         import deepspeed
 
-        settings = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": model.dtype == torch.bfloat16}}
+        settings = {
+            "zero_optimization": {"stage": 3},
+            "train_micro_batch_size_per_gpu": 1,
+            "bf16": {"enabled": model.dtype == torch.bfloat16},
+        }
         engine, *_ = deepspeed.initialize(model=model, config=settings)
         engine.eval()  # returns nothing
         return engine
@@ -255,4 +336,6 @@ def ready(model, config, sharing):
         for module in [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]:
             fully_shard(module, mp_policy=dtypes)
         return fully_shard(model, mp_policy=dtypes)
-    return model if getattr(model, "hf_quantizer", None) else model.to(PartialState().device)  # 4 bits are loaded where they stay
+    return (
+        model if getattr(model, "hf_quantizer", None) else model.to(PartialState().device)
+    )  # 4 bits are loaded where they stay

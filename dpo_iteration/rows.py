@@ -13,13 +13,16 @@ SIDES = ("chosen", "rejected")
 class PairTokenizer:
     """Turns pair records into rows of token ids, and counts what it had to cut.
 
-    A row holds the token ids that the policy read and sampled, where the record has them (common/tokens.py), behind a prompt that
-    this tokenizer's template must write alike. A record of texts alone is templated: with nothing to cut, that is TRL's own row of
+    A row holds the token ids that the policy read and sampled, where the record has them (common/tokens.py),
+    behind a prompt that this tokenizer's template must write alike. A record of texts alone is templated:
+    with nothing to cut, that is TRL's own row of
     the conversational record up to the end of turn. Beyond that:
 
-    - a response that ended at the generation's length limit (`finish_reason` "length") gets no end of turn: the policy
+    - a response that ended at the generation's length limit (`finish_reason` "length") gets no end of turn:
+    the policy
       never wrote one, and must not learn to stop in the middle of a sentence;
-    - a prompt longer than `max_prompt_length` loses its oldest tokens but keeps its BOS, on which attention leans;
+    - a prompt longer than `max_prompt_length` loses its oldest tokens but keeps its BOS, on which attention
+    leans;
     - a response that does not fit into `max_length` is cut on the right and so loses its end of turn too.
 
     Args:
@@ -28,7 +31,8 @@ class PairTokenizer:
         template_kwargs: dict given to the template.
 
     Attributes:
-        counts: Counter of prompts and responses cut, of responses without an end of turn, and what common/tokens.py tells.
+        counts: Counter of prompts and responses cut, of responses without an end of turn, and what
+            common/tokens.py tells.
     """
 
     def __init__(self, tokenizer, max_length, max_prompt_length, template_kwargs=None):
@@ -38,7 +42,13 @@ class PairTokenizer:
 
     def __call__(self, pair):
         """(row or None, reason or None): a pair whose sides are empty or equal as tokens teaches nothing."""
-        answers = [Answer(pair[side][0]["content"], *(pair.get(f"{side}_{key}") for key in ("finish_reason", "num_tokens", "token_ids"))) for side in SIDES]
+        answers = [
+            Answer(
+                pair[side][0]["content"],
+                *(pair.get(f"{side}_{key}") for key in ("finish_reason", "num_tokens", "token_ids")),
+            )
+            for side in SIDES
+        ]
         try:
             prompt, responses, kept = self.encoder(pair, answers)
             if kept["as_sampled"]:
@@ -72,16 +82,25 @@ class PairTokenizer:
         made = generation_manifest(pair["source"]) if "source" in pair else None
         told = ""
         if made:
-            template, variables = made["inputs"].get("chat_template", {}).get("path"), made["settings"].get("template_kwargs")
-            told = f" (chat_template {template or 'of the model'}, template_kwargs {json.dumps(variables or {})})"
+            template, variables = (
+                made["inputs"].get("chat_template", {}).get("path"),
+                made["settings"].get("template_kwargs"),
+            )
+            told = (
+                f" (chat_template {template or 'of the model'}, template_kwargs "
+                f"{json.dumps(variables or {})})"
+            )
         raise UserError(
-            f"its answers were sampled behind a prompt with {found[0]}{told}, and here the chat template writes {found[1]}: "
+            f"its answers were sampled behind a prompt with {found[0]}{told}, and here the chat template "
+            f"writes {found[1]}: "
             "give the template of the sampling with --chat_template and --template_kwargs"
         )
 
 
 def show_pair(tokenizer, row):
-    """A row decoded, the tokens that the loss counts between ⟦ and ⟧, with the numbers of tokens and of BOS."""
+    """A row decoded, the tokens that the loss counts between ⟦ and ⟧, with the numbers of tokens and of
+    BOS.
+    """
     prompt = tokenizer.decode(row["prompt_ids"])
     bos = tokenizer.bos_token_id
     count = sum(token == bos for token in row["prompt_ids"]) if bos is not None else 0
@@ -95,4 +114,6 @@ def check_bos(tokenizer, row):
     """Refuse a template or tokenizer that begins a prompt with two BOS."""
     bos = tokenizer.bos_token_id
     if bos is not None and row["prompt_ids"][:2] == [bos, bos]:
-        raise UserError(f"the prompt begins with two {tokenizer.bos_token}: the chat template writes one too many")
+        raise UserError(
+            f"the prompt begins with two {tokenizer.bos_token}: the chat template writes one too many"
+        )

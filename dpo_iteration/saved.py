@@ -1,8 +1,9 @@
-"""A trained model's folder: what goes into it beside the weights, and a last look at it: would the next iteration load it?
+"""A trained model's folder: what goes into it beside the weights, and a last look at it: would the next
+iteration load it?
 
-The files' headers go through transformers' own loader on a device without memory, so that names and shapes are compared as
-a load would (experts that a file holds one by one, a head that shares the embedding), without a second model. Each weight
-is read once, one at a time, for numbers that are not finite.
+The files' headers go through transformers' own loader on a device without memory, so that names and shapes
+are compared as a load would (experts that a file holds one by one, a head that shares the embedding), without
+a second model. Each weight is read once, one at a time, for numbers that are not finite.
 """
 
 import json
@@ -14,16 +15,24 @@ from common import chat, models
 from common.cli import UserError, read_json
 from common.manifest import write_json
 
-# What a policy's folder holds beside weights, configs and tokenizer, and its next reader needs: the processors of images, audio
-# and video, the tokenizer in Mistral's own format, and code of the model's own.
-COMPANIONS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "tekken.json")
+# What a policy's folder holds beside weights, configs and tokenizer, and its next reader needs: the
+# processors of images, audio and video, the tokenizer in Mistral's own format, and code of the model's own.
+COMPANIONS = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "tekken.json",
+)
 
 
 def companion(source, name, revision=None):
     """The local path of a file of a model's folder, or of a hub model (fetched); None where it has none."""
     from transformers.utils import cached_file
 
-    missing = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
+    missing = {
+        f"_raise_exceptions_for_{what}": False
+        for what in ("missing_entries", "connection_errors", "gated_repo")
+    }
     found = cached_file(str(source), name, revision=revision, **missing)
     return Path(found) if found else None
 
@@ -35,16 +44,20 @@ def copy_companions(source, folder, revision=None):
         source: folder or hub name of the policy.
     """
     local = Path(source)
-    code = sorted(local.glob("*.py")) if local.is_dir() else []  # a hub model's config names the hub as its code's place
+    code = (
+        sorted(local.glob("*.py")) if local.is_dir() else []
+    )  # a hub model's config names the hub as its code's place
     for path in [*(companion(source, name, revision) for name in COMPANIONS), *code]:
         if path is not None and not (Path(folder) / path.name).exists():
             shutil.copyfile(path, Path(folder) / path.name)
 
 
 def generation_config(source, tokenizer, revision=None, stops=()):
-    """The policy's generation_config.json as a dict (the tokenizer's special tokens where it has none), with every token that ends a response.
+    """The policy's generation_config.json as a dict (the tokenizer's special tokens where it has none), with
+    every token that ends a response.
 
-    Other programs stop at what it names; without the template's end of turn they would go on into the next turn.
+    Other programs stop at what it names; without the template's end of turn they would go on into the next
+    turn.
 
     Args:
         stops: token ids that ended responses beside those of generation config, tokenizer and template.
@@ -53,7 +66,9 @@ def generation_config(source, tokenizer, revision=None, stops=()):
     values = read_json(path) if path else {}
     before = values.get("eos_token_id")
     known = list(before) if isinstance(before, list) else [before] if before is not None else []
-    values["eos_token_id"] = known + [token for token in chat.stop_token_ids(tokenizer, known, stops) if token not in known]
+    values["eos_token_id"] = known + [
+        token for token in chat.stop_token_ids(tokenizer, known, stops) if token not in known
+    ]
     if not isinstance(before, list) and len(values["eos_token_id"]) == 1:
         [values["eos_token_id"]] = values["eos_token_id"]
     for key in ("bos_token_id", "pad_token_id"):
@@ -78,7 +93,9 @@ def check_saved(folder, trust_remote_code=False):
         try:
             return function(*args, trust_remote_code=trust_remote_code, **kwargs)
         except Exception as error:
-            raise UserError(f"the saved model {folder} has no {what} that loads: {' '.join(str(error).split())[:300]}") from None
+            raise UserError(
+                f"the saved model {folder} has no {what} that loads: {' '.join(str(error).split())[:300]}"
+            ) from None
 
     tokenizer = load("tokenizer", models.load_tokenizer, str(folder))
     if not tokenizer.chat_template:
@@ -86,24 +103,39 @@ def check_saved(folder, trust_remote_code=False):
     config = load("config", AutoConfig.from_pretrained, str(folder))
     weights, infinite = read_weights(folder)
     if infinite:
-        raise UserError(f"the saved model {folder} holds numbers that are not finite in {some(infinite)}: lower --learning_rate")
+        raise UserError(
+            f"the saved model {folder} holds numbers that are not finite in {some(infinite)}: lower "
+            "--learning_rate"
+        )
     unset_hf_deepspeed_config()  # else ZeRO-3 would cut up this model too
     with torch.device("meta"):
         kind = type(load("architecture", AutoModelForCausalLM.from_config, config))
     try:
         _, found = kind.from_pretrained(
-            None, config=config, state_dict=weights, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
+            None,
+            config=config,
+            state_dict=weights,
+            device_map="meta",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     except Exception as error:
-        raise UserError(f"the saved model {folder} does not load: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(
+            f"the saved model {folder} does not load: {' '.join(str(error).split())[:300]}"
+        ) from None
     wrong_shapes = [name for name, *_ in found["mismatched_keys"]]
-    for names, how in ((found["missing_keys"], "lacks"), (found["unexpected_keys"], "has too many:"), (wrong_shapes, "has in another shape:")):
+    for names, how in (
+        (found["missing_keys"], "lacks"),
+        (found["unexpected_keys"], "has too many:"),
+        (wrong_shapes, "has in another shape:"),
+    ):
         if names:
             raise UserError(f"the saved model {folder} {how} {some(names)}")
 
 
 def store_once(folder, trust_remote_code=False):
-    """Take second copies of tied weights out of a folder that another program saved: DeepSpeed hands them over as weights of their own.
+    """Take second copies of tied weights out of a folder that another program saved: DeepSpeed hands them
+    over as weights of their own.
 
     A live engine that has loaded such a copy keeps it when it is given weights without one.
     """
@@ -118,7 +150,9 @@ def store_once(folder, trust_remote_code=False):
             places |= dict.fromkeys(stored.keys(), file)
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        tied = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).all_tied_weights_keys
+        tied = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=trust_remote_code
+        ).all_tied_weights_keys
 
     def read(name):
         with safe_open(places[name], "pt") as stored:
@@ -128,7 +162,12 @@ def store_once(folder, trust_remote_code=False):
         """Names in the files: those of some architectures (Gemma 3) begin otherwise than the model's."""
         return [stored for stored in places if stored.split(".")[-2:] == name.split(".")[-2:]]
 
-    for copied, source in ((copied, source) for target, origin in tied.items() for copied in called(target) for source in called(origin)):
+    for copied, source in (
+        (copied, source)
+        for target, origin in tied.items()
+        for copied in called(target)
+        for source in called(origin)
+    ):
         if copied == source or not {copied, source} <= set(places) or not read(copied).equal(read(source)):
             continue  # a head of its own
         file, temporary = places.pop(copied), folder / ".once.tmp"
@@ -145,7 +184,8 @@ def store_once(folder, trust_remote_code=False):
 
 
 def read_weights(folder):
-    """(name → tensor without memory of each weight in the folder's safetensors, names of weights that are not all finite).
+    """(name → tensor without memory of each weight in the folder's safetensors, names of weights that are not
+    all finite).
 
     Raises:
         UserError: no such file, one that is damaged, or files other than their index names.
@@ -159,7 +199,10 @@ def read_weights(folder):
     if index.is_file():
         named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         if named != {file.name for file in files}:
-            raise UserError(f"the saved model {folder}: {index.name} and the files differ in {some(named ^ {file.name for file in files})}")
+            raise UserError(
+                f"the saved model {folder}: {index.name} and the files differ in "
+                f"{some(named ^ {file.name for file in files})}"
+            )
     weights, infinite = {}, []
     for file in files:
         try:

@@ -1,7 +1,8 @@
-"""Settings of a DPO run: what cannot work is refused here before torch is imported, the rest becomes TRL's DPOConfig.
+"""Settings of a DPO run: what cannot work is refused here before torch is imported, the rest becomes TRL's
+DPOConfig.
 
-Fields of DPOConfig that our own arguments do not name are taken too. Their names and types are read from the source,
-since importing TRL takes seconds and a misspelt key is to be refused at once.
+Fields of DPOConfig that our own arguments do not name are taken too. Their names and types are read from the
+source, since importing TRL takes seconds and a misspelt key is to be refused at once.
 """
 
 import argparse
@@ -27,9 +28,27 @@ SOURCES = (
 )
 SIMPLE = {"int": int, "float": float, "bool": bool}
 SMOOTHED = {"sigmoid", "robust", "exo_pair", "aot", "aot_unpaired"}  # losses that have a label smoothing
-OF_DIFFERENCE = {"sigmoid", "hinge", "robust", "exo_pair", "discopop"}  # of the difference of log-ratios alone
-PAIRWISE = OF_DIFFERENCE | {"ipo", "sigmoid_norm", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down"}  # in losses.py
-LOSSES = PAIRWISE | {"aot", "aot_unpaired", "sft"}  # the others depend on which pairs share a pass: TRL's own computation
+OF_DIFFERENCE = {
+    "sigmoid",
+    "hinge",
+    "robust",
+    "exo_pair",
+    "discopop",
+}  # of the difference of log-ratios alone
+PAIRWISE = OF_DIFFERENCE | {
+    "ipo",
+    "sigmoid_norm",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+}  # in losses.py
+LOSSES = PAIRWISE | {
+    "aot",
+    "aot_unpaired",
+    "sft",
+}  # the others depend on which pairs share a pass: TRL's own computation
 REFUSED = {  # settings of DPOConfig that this script decides itself, or that cannot work
     "deepspeed": "give a configuration to `accelerate launch --config_file configs/zero2.yaml` instead",
     "fp16": "choose bf16 true or false",
@@ -43,16 +62,31 @@ REFUSED = {  # settings of DPOConfig that this script decides itself, or that ca
     "resume_from_checkpoint": "a killed run continues by itself; --overwrite starts anew",
 }
 QUIET = {  # settings of DPOConfig that shape no weight: a run may go on with others
-    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "dataloader_persistent_workers", "ddp_timeout",
-    "disable_tqdm", "include_num_input_tokens_seen", "log_level", "log_level_replica", "log_on_each_node", "logging_first_step",
-    "logging_strategy", "torch_empty_cache_steps", "trackio_space_id", "use_cache",
-}  # fmt: skip
+    "dataloader_num_workers",
+    "dataloader_pin_memory",
+    "dataloader_prefetch_factor",
+    "dataloader_persistent_workers",
+    "ddp_timeout",
+    "disable_tqdm",
+    "include_num_input_tokens_seen",
+    "log_level",
+    "log_level_replica",
+    "log_on_each_node",
+    "logging_first_step",
+    "logging_strategy",
+    "torch_empty_cache_steps",
+    "trackio_space_id",
+    "use_cache",
+}
 OF_LOADING = {  # what model_init_kwargs must leave to settings of ours
-    "dtype": "bf16 weights alone do not move; see --bf16", "torch_dtype": "bf16 weights alone do not move; see --bf16",
+    "dtype": "bf16 weights alone do not move; see --bf16",
+    "torch_dtype": "bf16 weights alone do not move; see --bf16",
     "quantization_config": "give --use_peft true --load_in_4bit true",
-    "attn_implementation": "give --attn_implementation", "revision": "give --revision",
-    "trust_remote_code": "give --trust_remote_code", "output_loading_info": "what a checkpoint lacks is looked at already",
-}  # fmt: skip
+    "attn_implementation": "give --attn_implementation",
+    "revision": "give --revision",
+    "trust_remote_code": "give --trust_remote_code",
+    "output_loading_info": "what a checkpoint lacks is looked at already",
+}
 
 
 @functools.cache
@@ -66,17 +100,23 @@ def config_fields():
     for package, file, name in SOURCES:
         spec = importlib.util.find_spec(package)
         if spec is None:
-            raise UserError(f"{package} is not installed here: run this in the environment of requirements-train.txt")
+            raise UserError(
+                f"{package} is not installed here: run this in the environment of requirements-train.txt"
+            )
         tree = ast.parse((Path(spec.submodule_search_locations[0]) / file).read_text(encoding="utf-8"))
         [definition] = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name]
         for node in definition.body:
             if isinstance(node, ast.AnnAssign):
-                fields[node.target.id] = {t.strip().split("[")[0] for t in ast.unparse(node.annotation).split("|")}
+                fields[node.target.id] = {
+                    t.strip().split("[")[0] for t in ast.unparse(node.annotation).split("|")
+                }
     return fields
 
 
 def _hint(types):
-    """The type under which a value is read; where several fit, it is read as text and looked at in `given`."""
+    """The type under which a value is read; where several fit, it is read as text and looked at in
+    `given`.
+    """
     types = types - {"None"}
     if "dict" in types:
         return dict | None
@@ -94,7 +134,10 @@ def with_passthrough(arguments):
 
 
 def given(args, arguments):
-    """The passed-through settings that were given: name → value. Text of a mixed type ("auto" or 8) is read as YAML."""
+    """The passed-through settings that were given: name → value.
+
+    Text of a mixed type ("auto" or 8) is read as YAML.
+    """
     own, types, values = {f.name for f in dataclasses.fields(arguments)}, config_fields(), {}
     for name in (f.name for f in dataclasses.fields(args) if f.name not in own):
         value = getattr(args, name)
@@ -112,7 +155,12 @@ def reason_for_trl(args, extra):
     others = [name for name in args.loss_type if name not in PAIRWISE]
     if others:
         return f"the loss {others[0]} depends on which pairs share a pass"
-    for key, plain in (("ld_alpha", None), ("use_weighting", False), ("f_divergence_type", "reverse_kl"), ("router_aux_loss_coef", 0)):
+    for key, plain in (
+        ("ld_alpha", None),
+        ("use_weighting", False),
+        ("f_divergence_type", "reverse_kl"),
+        ("router_aux_loss_coef", 0),
+    ):
         if extra.get(key, plain) not in (plain, None):
             return f"{key} is TRL's own"
     return ""
@@ -124,17 +172,29 @@ def check(args, extra):
         if extra.get(key):
             raise UserError(f"--{key} is not taken here: {why}")
     if extra.get("precompute_ref_log_probs") is False:
-        raise UserError("--precompute_ref_log_probs false: the reference is always computed before training, and kept (--reference_cache)")
+        raise UserError(
+            "--precompute_ref_log_probs false: the reference is always computed before training, and kept "
+            "(--reference_cache)"
+        )
     padded = reason_for_trl(args, extra)
     if padded and args.share_prompts:
         raise UserError(f"--share_prompts true cannot be: {padded}; leave it out")
     if not padded and extra.get("train_sampling_strategy", "random") != "random":
-        raise UserError("--train_sampling_strategy: an epoch's pairs are taken in random order, then laid into rows of like size")
+        raise UserError(
+            "--train_sampling_strategy: an epoch's pairs are taken in random order, then laid into rows of "
+            "like size"
+        )
     sorting = {"aot", "aot_unpaired"} & set(args.loss_type)
     if sorting and args.per_device_train_batch_size == 1:
-        raise UserError(f"--loss_type {sorting.pop()} compares the pairs of a pass: with --per_device_train_batch_size 1 it is sigmoid; give more")
+        raise UserError(
+            f"--loss_type {sorting.pop()} compares the pairs of a pass: with --per_device_train_batch_size 1 "
+            "it is sigmoid; give more"
+        )
     if args.margin_scale and not set(args.loss_type) <= OF_DIFFERENCE:
-        raise UserError(f"--margin_scale is defined for {', '.join(sorted(OF_DIFFERENCE))}, not for {' '.join(args.loss_type)}")
+        raise UserError(
+            f"--margin_scale is defined for {', '.join(sorted(OF_DIFFERENCE))}, not for "
+            f"{' '.join(args.loss_type)}"
+        )
     if padded and (args.margin_scale or args.margin_weight):
         raise UserError(f"--margin_scale and --margin_weight cannot be used where {padded}")
     if extra.get("truncation_mode", "keep_start") != "keep_start":
@@ -181,20 +241,38 @@ def check_loss(args):
     if not 0 <= args.label_smoothing < 0.5:
         raise UserError(f"--label_smoothing {args.label_smoothing} must be from 0 to below 0.5")
     if args.label_smoothing and not smoothed:
-        raise UserError(f"--loss_type {' '.join(args.loss_type)} has no label smoothing: give --label_smoothing 0")
+        raise UserError(
+            f"--loss_type {' '.join(args.loss_type)} has no label smoothing: give --label_smoothing 0"
+        )
     if args.label_smoothing and "sigmoid" in smoothed and len(smoothed) > 1:
-        raise UserError(f"--label_smoothing cannot be shared by {' and '.join(smoothed)}; give --label_smoothing 0")
+        raise UserError(
+            f"--label_smoothing cannot be shared by {' and '.join(smoothed)}; give --label_smoothing 0"
+        )
 
 
 def check_numbers(args):
     """Refuse numbers outside their range, and settings that the others leave without effect."""
-    sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "global_batch_size",
-             "max_row_tokens", "pairs_per_prompt")  # fmt: skip
+    sizes = (
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+        "global_batch_size",
+        "max_row_tokens",
+        "pairs_per_prompt",
+    )
     for key in ("beta", "learning_rate", "logging_steps", *sizes):
         if getattr(args, key) is not None and not getattr(args, key) > 0:
             raise UserError(f"--{key} {getattr(args, key)} must be above 0")
     steps = ("eval_steps", "save_steps", "warmup_steps")
-    for key in ("weight_decay", "max_grad_norm", "length_penalty", "min_margin", "margin_scale", "margin_weight", *steps):
+    for key in (
+        "weight_decay",
+        "max_grad_norm",
+        "length_penalty",
+        "min_margin",
+        "margin_scale",
+        "margin_weight",
+        *steps,
+    ):
         if not getattr(args, key) >= 0:
             raise UserError(f"--{key} {getattr(args, key)} must not be negative")
     if args.max_steps == 0 or (args.max_steps < 0 and not args.num_train_epochs > 0):
@@ -205,7 +283,9 @@ def check_numbers(args):
         limit = f"--max_length {args.max_length}"
         raise UserError(f"--max_prompt_length {args.max_prompt_length} must be above 0 and below {limit}")
     if args.length_penalty and args.choose_type != "max_min_p":
-        raise UserError(f"--length_penalty is used by --choose_type max_min_p only, not by {args.choose_type}")
+        raise UserError(
+            f"--length_penalty is used by --choose_type max_min_p only, not by {args.choose_type}"
+        )
 
 
 def training_config(args, extra, arguments, has_eval):
@@ -217,12 +297,18 @@ def training_config(args, extra, arguments, has_eval):
 
     shared = {f.name for f in dataclasses.fields(arguments)} & {f.name for f in dataclasses.fields(DPOConfig)}
     values = {name: getattr(args, name) for name in shared} | {
-        "eval_strategy": "steps" if has_eval and args.eval_steps else "no", "eval_steps": args.eval_steps or None,
-        "save_strategy": "steps" if args.save_steps else "no", "save_steps": args.save_steps or 500,
-        "use_cpu": not torch.cuda.is_available(), "dataloader_pin_memory": torch.cuda.is_available(),
-        "disable_tqdm": True, "logging_nan_inf_filter": False, "precompute_ref_log_probs": True,
-        "report_to": trackers.chosen(args.report_to) or "none", "project": trackers.name_project(args.report_to, args.project),
-    }  # fmt: skip
+        "eval_strategy": "steps" if has_eval and args.eval_steps else "no",
+        "eval_steps": args.eval_steps or None,
+        "save_strategy": "steps" if args.save_steps else "no",
+        "save_steps": args.save_steps or 500,
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "disable_tqdm": True,
+        "logging_nan_inf_filter": False,
+        "precompute_ref_log_probs": True,
+        "report_to": trackers.chosen(args.report_to) or "none",
+        "project": trackers.name_project(args.report_to, args.project),
+    }
     try:
         return DPOConfig(**values | extra)
     except (ValueError, TypeError, RuntimeError, ImportError) as error:

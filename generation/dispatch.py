@@ -1,4 +1,5 @@
-"""Requests to OpenAI-compatible servers: which server gets which prompt, what is asked again, when to give up.
+"""Requests to OpenAI-compatible servers: which server gets which prompt, what is asked again, when to give
+up.
 
 gen_hf.py makes the requests and owns the output; here are the servers' health and the hand-out.
 """
@@ -23,8 +24,8 @@ AHEAD = 2  # prompts in work or waiting, per slot of a server
 class Failure(Exception):
     """A request that may succeed when it is asked again.
 
-    `lost` where the server itself did not answer, `busy` where it asks for patience, which is not held against the prompt,
-    `wait` for how many seconds it asks.
+    `lost` where the server itself did not answer, `busy` where it asks for patience, which is not held
+    against the prompt, `wait` for how many seconds it asks.
     """
 
     def __init__(self, reason, lost=False, busy=False, wait=0.0):
@@ -44,14 +45,19 @@ class Request:
 class Server:
     """One server and what is known of its health; times are `time.monotonic()`.
 
-    After a failure it rests, longer each time, and then has one request at a time, its trial, until it answers.
-    It is `silent` from its first failure on, once no request is left that it may still answer. A probe that succeeds ends
-    that too, but only once before an answer: a server that answers nothing but probes is of no use.
+    After a failure it rests, longer each time, and then has one request at a time, its trial, until it
+    answers. It is `silent` from its first failure on, once no request is left that it may still answer. A
+    probe that succeeds ends that too, but only once before an answer: a server that answers nothing but
+    probes is of no use.
     """
 
     def __init__(self, url):
         self.url, self.up, self.in_flight, self.trial = url, True, 0, None
-        self.failures, self.rest, self.wait = 0, 0.0, 0.0  # failures in a row; until when it rests, and asks to be left alone
+        self.failures, self.rest, self.wait = (
+            0,
+            0.0,
+            0.0,
+        )  # failures in a row; until when it rests, and asks to be left alone
         self.silent, self.last, self.reason = None, 0.0, ""  # since when; time and reason of the last failure
         self.probed = False  # it was lost and back, and has not answered since
 
@@ -78,7 +84,10 @@ class Server:
         print(f"note: {self.url} is back", flush=True)
 
     def failed(self, failure, tried):
-        """Note a failure; `tried` is that of a trial or a probe. Other requests that fail at once count as one."""
+        """Note a failure; `tried` is that of a trial or a probe.
+
+        Other requests that fail at once count as one.
+        """
         now = time.monotonic()
         if failure.lost or not self.in_flight:
             self.silent = now if self.silent is None else self.silent
@@ -88,11 +97,15 @@ class Server:
             self.rest = now + pause(self.failures)
         if failure.lost and self.up:
             self.up = False
-            print(f"note: lost {self.url} ({failure}); its work goes to the others until it is back", flush=True)
+            print(
+                f"note: lost {self.url} ({failure}); its work goes to the others until it is back", flush=True
+            )
 
 
 def pause(failures):
-    """Seconds to wait after failures in a row: doubled each time, with jitter so that clients do not march in step."""
+    """Seconds to wait after failures in a row: doubled each time, with jitter so that clients do not march in
+    step.
+    """
     return min(LONGEST_PAUSE, 0.25 * 2 ** min(failures, 10)) * random.uniform(0.5, 1.0)
 
 
@@ -114,7 +127,9 @@ async def ask(session, url, body=None, timeout=10.0):
                 raise Failure(f"HTTP {response.status}", busy=response.status == 429 or wait > 0, wait=wait)
             if response.status >= 400:
                 text = await response.text()
-                raise UserError(f"{url} refuses the request (HTTP {response.status}): {' '.join(text.split())[:400]}")
+                raise UserError(
+                    f"{url} refuses the request (HTTP {response.status}): {' '.join(text.split())[:400]}"
+                )
             return await response.json(content_type=None)
     except TimeoutError:
         raise Failure(f"no answer within {timeout:.0f}s", lost=True) from None
@@ -141,7 +156,8 @@ async def agree(session, servers):
     for server, answer in zip(servers, answers):
         if isinstance(answer, Failure):
             raise UserError(
-                f"{server.url} does not answer ({answer}); start it (register_server.sh), or leave its port out"
+                f"{server.url} does not answer ({answer}); start it (register_server.sh), or leave its port "
+                "out"
             )
         if isinstance(answer, BaseException):
             raise answer
@@ -164,7 +180,11 @@ class Run:
         # Prompts are read and tokenised as `room` is free, a little ahead of the servers.
         self.room = asyncio.Semaphore(AHEAD * args.concurrency * len(servers))
         self.fresh, self.again = collections.deque(), []  # requests that wait: never asked, failed
-        self.changed, self.tasks, self.probes = asyncio.Event(), None, []  # changed: something may be handed out
+        self.changed, self.tasks, self.probes = (
+            asyncio.Event(),
+            None,
+            [],
+        )  # changed: something may be handed out
         self.tokens = 0
 
     def failed(self, server, failure, tried):
@@ -190,10 +210,16 @@ class Run:
                 serves = await served_model(self.session, server)
                 if serves != self.serves:
                     raise Failure(f"it now serves {serves[0]} (max_model_len {serves[2]})", lost=True)
-                body = {"model": serves[0], "prompt": [0], "max_tokens": 1}  # /health can be well before this works
+                body = {
+                    "model": serves[0],
+                    "prompt": [0],
+                    "max_tokens": 1,
+                }  # /health can be well before this works
                 await ask(self.session, f"{server.url}/v1/completions", body, 60.0)
             except (Failure, UserError) as error:
-                self.failed(server, error if isinstance(error, Failure) else Failure(error, lost=True), tried=True)
+                self.failed(
+                    server, error if isinstance(error, Failure) else Failure(error, lost=True), tried=True
+                )
             else:
                 server.returned()
                 self.changed.set()
@@ -214,7 +240,9 @@ class Run:
             ids = [c["token_ids"] for c in choices]
             if not all(map(tokens.are_ids, ids)):
                 raise ValueError
-            if [c["index"] for c in choices] != list(range(len(choices))) or not all(isinstance(r, str) for r in reasons):
+            if [c["index"] for c in choices] != list(range(len(choices))) or not all(
+                isinstance(r, str) for r in reasons
+            ):
                 raise ValueError
             "".join(texts).encode("utf-8")  # texts they are, and no half surrogates
         except (AttributeError, KeyError, TypeError, ValueError):
@@ -237,7 +265,8 @@ class Run:
             if request.failures > self.args.retries:
                 raise UserError(
                     f"prompt {name} failed {request.failures} times, last at {server.url}: {failure}. "
-                    f"{len(self.output.done)} records are kept; mend the servers and start the same command again"
+                    f"{len(self.output.done)} records are kept; mend the servers and start the same command "
+                    "again"
                 ) from None
         else:
             self.leave(server, request)
@@ -267,8 +296,9 @@ class Run:
     def fits(self, request, server, now):
         """Whether a request that has failed may go to this server now.
 
-        While there are healthy servers at which it has not failed, it is for them. The first failure may be the server's
-        fault, so that another one gets it at once; from then on it rests between failures, for it may be its own.
+        While there are healthy servers at which it has not failed, it is for them. The first failure may be
+        the server's fault, so that another one gets it at once; from then on it rests between failures, for
+        it may be its own.
         """
         untried = [s for s in self.servers if s not in request.failed_at]
         if any(s.healthy(now) for s in untried) and not (server in untried and server.healthy(now)):
@@ -276,7 +306,9 @@ class Run:
         return now >= request.rest or (request.failures < 2 and server in untried)
 
     def choose(self, server, now):
-        """Take the request that a server shall have next from those that wait; None where there is none for it."""
+        """Take the request that a server shall have next from those that wait; None where there is none for
+        it.
+        """
         fitting = [request for request in self.again if self.fits(request, server, now)]
         if self.fresh and (server.failures or not fitting):  # a trial should not fail by the prompt's fault
             return self.fresh.popleft()
@@ -315,7 +347,9 @@ class Run:
         try:
             async with asyncio.TaskGroup() as self.tasks:
                 feeding = self.tasks.create_task(self.feed(requests))
-                while not feeding.done() or self.fresh or self.again or any(s.in_flight for s in self.servers):
+                while (
+                    not feeding.done() or self.fresh or self.again or any(s.in_flight for s in self.servers)
+                ):
                     self.changed.clear()
                     self.hand_out()
                     self.progress.tick()

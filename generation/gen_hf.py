@@ -1,16 +1,19 @@
-r"""Generate K responses per prompt by asking OpenAI-compatible vLLM servers, as `register_server.sh` starts them.
+r"""Generate K responses per prompt by asking OpenAI-compatible vLLM servers, as `register_server.sh` starts
+them.
 
 In:  prompts (hub name, a data set's folder, .jsonl, .json, .parquet, .csv) and the ports of servers of one model.
-Out: `--output_dir`, a JSON Lines file with `id`, `prompt`, `responses`, `finish_reasons`, `num_tokens`, the token
+Out: `--output_dir`, a JSON Lines file with `id`, `prompt`, `responses`, `finish_reasons`, `num_tokens`, the
+token
      ids that were read and sampled, and the prompt's other fields, in the order of the prompt file.
 
     python generation/gen_hf.py --ports 8000 8001 8002 8003 --tokenizer RLHFlow/LLaMA3-SFT \
-        --dataset_name_or_path RLHFlow/test_generation_2k --output_dir data/gen_data.jsonl --K 4 --temperature 1.0
+        --dataset_name_or_path RLHFlow/test_generation_2k --output_dir data/gen_data.jsonl --K 4 --temperature
+        1.0
 
-Token ids and every sampling field are sent, so the answers are those of `get_hf2.py`. Each answer is saved as it
-arrives; a stopped run continues with the same command. A failed request is asked again, at another server where one
-works. A server that fails gets one request at a time, with growing pauses, until it answers; one that is lost is probed
-and used again when it is back.
+Token ids and every sampling field are sent, so the answers are those of `get_hf2.py`. Each answer is saved as
+it arrives; a stopped run continues with the same command. A failed request is asked again, at another server
+where one works. A server that fails gets one request at a time, with growing pauses, until it answers; one
+that is lost is probed and used again when it is back.
 """
 
 import asyncio
@@ -37,7 +40,9 @@ class Arguments(sampling.SamplingArguments):
     concurrency: int = arg(64, "requests in flight per server")
     timeout: float = arg(1800.0, "seconds that one request may take")
     retries: int = arg(8, "how often one prompt may fail before the run ends")
-    give_up_after: float = arg(120.0, "seconds of nothing but failures at every server after which the run ends")
+    give_up_after: float = arg(
+        120.0, "seconds of nothing but failures at every server after which the run ends"
+    )
 
 
 HOW = {"ports", "hosts", "concurrency", "timeout", "retries", "give_up_after"}  # not what
@@ -45,7 +50,9 @@ HOW = {"ports", "hosts", "concurrency", "timeout", "retries", "give_up_after"}  
 
 async def check_tokenizer(session, server, model, args, tokenizer, item):
     """Refuse a tokenizer that encodes a prompt otherwise than the served model's own."""
-    text = chat.render(tokenizer, item.record["prompt"], True, args.template_kwargs, item.record.get("tools"), args.date)
+    text = chat.render(
+        tokenizer, item.record["prompt"], True, args.template_kwargs, item.record.get("tools"), args.date
+    )
     body = {"model": model, "prompt": text, "add_special_tokens": False}
     try:
         answer = await ask(session, f"{server.url}/tokenize", body, 60.0)
@@ -56,7 +63,10 @@ async def check_tokenizer(session, server, model, args, tokenizer, item):
         )
         return
     if not isinstance(answer, dict) or not isinstance(answer.get("tokens"), list):
-        print(f"note: --tokenizer {args.tokenizer} is not checked against the served model's, /tokenize answers {str(answer)[:60]}")
+        print(
+            f"note: --tokenizer {args.tokenizer} is not checked against the served model's, /tokenize "
+            f"answers {str(answer)[:60]}"
+        )
         return
     if answer["tokens"] != item.token_ids:
         raise UserError(
@@ -76,7 +86,9 @@ async def generate(args):
     }
     settings = {k: v for k, v in sampling.shaping_settings(args).items() if k not in HOW}
     there = Path(args.output_dir).exists() and not args.overwrite
-    count = 0 if there else sampling.count_prompts(args)  # refuses bad records before anything is loaded or written
+    count = (
+        0 if there else sampling.count_prompts(args)
+    )  # refuses bad records before anything is loaded or written
     import aiohttp
 
     # No kept connections: one that the server has closed meanwhile looks like a lost server.
@@ -125,14 +137,16 @@ def main():
     args = parse(Arguments, __doc__)
     sampling.check_sampling(args)
     check_model(args.tokenizer, "--tokenizer")
-    if not args.ports or len(set(zip(args.hosts * (len(args.ports) if len(args.hosts) == 1 else 1), args.ports))) < len(
-        args.ports
-    ):
+    if not args.ports or len(
+        set(zip(args.hosts * (len(args.ports) if len(args.hosts) == 1 else 1), args.ports))
+    ) < len(args.ports):
         raise UserError(
             "--ports and --hosts must name each server once, with one host for all or as many hosts as ports"
         )
     if args.concurrency < 1 or args.timeout <= 0 or args.retries < 0 or args.give_up_after <= 0:
-        raise UserError("--concurrency, --timeout and --give_up_after must be above 0 and --retries not negative")
+        raise UserError(
+            "--concurrency, --timeout and --give_up_after must be above 0 and --retries not negative"
+        )
     asyncio.run(generate(args))
 
 

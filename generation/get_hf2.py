@@ -1,16 +1,18 @@
 r"""Generate K responses per prompt with a vLLM engine in this process: one process per GPU or group of GPUs.
 
 In:  prompts (hub name, a data set's folder, .jsonl, .json, .parquet, .csv) and a policy.
-Out: `--output_dir` is a prefix: shard i writes `PREFIXi.jsonl`, with `id`, `prompt`, `responses`, `finish_reasons`,
-     `num_tokens`, the token ids that the engine read and sampled, and the prompt's other fields. `merge_data.py` puts the shards together.
+Out: `--output_dir` is a prefix: shard i writes `PREFIXi.jsonl`, with `id`, `prompt`, `responses`,
+`finish_reasons`,
+     `num_tokens`, the token ids that the engine read and sampled, and the prompt's other fields.
+     `merge_data.py` puts the shards together.
 
     CUDA_VISIBLE_DEVICES=0 python generation/get_hf2.py --model_name_or_path RLHFlow/LLaMA3-SFT \
-        --dataset_name_or_path RLHFlow/test_generation_2k --output_dir ./data/gen_data --K 4 --temperature 1.0 \
-        --local_index 0 --my_world_size 8
+        --dataset_name_or_path RLHFlow/test_generation_2k --output_dir ./data/gen_data --K 4 --temperature 1.0
+        \ --local_index 0 --my_world_size 8
 
-Several data sets can be answered in one engine start: a YAML file may hold `jobs:`, a list of mappings whose keys
-stand in place of the others (data set, output, K, temperature, …). Answers are saved as they finish; a stopped run
-continues with the same command.
+Several data sets can be answered in one engine start: a YAML file may hold `jobs:`, a list of mappings whose
+keys stand in place of the others (data set, output, K, temperature, …). Answers are saved as they finish; a
+stopped run continues with the same command.
 """
 
 import dataclasses
@@ -37,18 +39,46 @@ class Arguments(sampling.SamplingArguments):
     local_index: int = arg(0, "this process's shard, from 0; it also names the output")
     my_world_size: int = arg(1, "number of shards")
     tensor_parallel_size: int = arg(1, "GPUs that hold one copy of the model together")
-    dtype: str = arg("auto", "of the weights in the engine", choices=["auto", "bfloat16", "float16", "float32"])
+    dtype: str = arg(
+        "auto", "of the weights in the engine", choices=["auto", "bfloat16", "float16", "float32"]
+    )
     gpu_memory_utilization: float = arg(0.9, "share of a GPU's memory that the engine may take")
-    kv_cache_gib: float | None = arg(None, "GiB of key-value cache; None: what is left on a GPU, 1 without one")
-    max_num_seqs: int | None = arg(None, "responses decoded at once (slots); None: the engine's own choice for the GPU")
+    kv_cache_gib: float | None = arg(
+        None, "GiB of key-value cache; None: what is left on a GPU, 1 without one"
+    )
+    max_num_seqs: int | None = arg(
+        None, "responses decoded at once (slots); None: the engine's own choice for the GPU"
+    )
     jobs: list[dict] = arg([], "several data sets for one engine start (YAML only)")
 
 
-CPU_HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # that vLLM 0.32's CPU build has a kernel for; a test asks it
+CPU_HEAD_SIZES = (
+    32,
+    48,
+    64,
+    80,
+    96,
+    112,
+    128,
+    160,
+    192,
+    224,
+    256,
+    512,
+)  # that vLLM 0.32's CPU build has a kernel for; a test asks it
 HOW = {"tensor_parallel_size", "gpu_memory_utilization", "kv_cache_gib", "max_num_seqs", "jobs"}  # not what
-IN_ENGINE = 4  # sequences that the engine holds, decoding or waiting, per slot; enough that no slot ever waits for us
+IN_ENGINE = (
+    4  # sequences that the engine holds, decoding or waiting, per slot; enough that no slot ever waits for us
+)
 FIRST = 256  # prompts that are tokenised before the engine starts; the others while it decodes
-ENGINE = {"model_name_or_path", "revision", "trust_remote_code", "dtype", "local_index", "my_world_size"}  # one for all jobs
+ENGINE = {
+    "model_name_or_path",
+    "revision",
+    "trust_remote_code",
+    "dtype",
+    "local_index",
+    "my_world_size",
+}  # one for all jobs
 
 
 def split_jobs(args):
@@ -59,13 +89,19 @@ def split_jobs(args):
         for key in job:
             if key not in hints or key in HOW | ENGINE:
                 raise UserError(f"unknown key {key!r} in a job{nearest(key, hints)}")
-        jobs.append(dataclasses.replace(args, **{k: convert(f"{k} in a job", v, hints[k]) for k, v in job.items()}))
+        jobs.append(
+            dataclasses.replace(args, **{k: convert(f"{k} in a job", v, hints[k]) for k, v in job.items()})
+        )
     return jobs
 
 
 def shaping(job):
     """(settings, inputs) of a job that shape its answers, the shard apart; what a manifest holds."""
-    settings = {k: v for k, v in sampling.shaping_settings(job).items() if k not in HOW | {"local_index", "my_world_size"}}
+    settings = {
+        k: v
+        for k, v in sampling.shaping_settings(job).items()
+        if k not in HOW | {"local_index", "my_world_size"}
+    }
     inputs = {"dataset_name_or_path": job.dataset_name_or_path, "model_name_or_path": job.model_name_or_path}
     return settings, inputs | {"chat_template": job.chat_template}
 
@@ -75,11 +111,19 @@ def check_head_size(name):
     path = Path(name) / "config.json"
     config = read_json(path) if path.is_file() else {}
     shape = config.get("text_config") or config
-    hidden, heads = shape.get("hidden_size") or shape.get("n_embd"), shape.get("num_attention_heads") or shape.get("n_head")
+    hidden, heads = (
+        shape.get("hidden_size") or shape.get("n_embd"),
+        shape.get("num_attention_heads") or shape.get("n_head"),
+    )
     size = shape.get("head_dim") or (hidden // heads if hidden and heads else None)
-    if size and size not in CPU_HEAD_SIZES and not shape.get("kv_lora_rank"):  # latent attention has a kernel of its own
+    if (
+        size and size not in CPU_HEAD_SIZES and not shape.get("kv_lora_rank")
+    ):  # latent attention has a kernel of its own
         sizes = ", ".join(map(str, CPU_HEAD_SIZES))
-        raise UserError(f"{name} has attention heads of size {size}, and vLLM has no kernel for it without a GPU: there it takes sizes {sizes}")
+        raise UserError(
+            f"{name} has attention heads of size {size}, and vLLM has no kernel for it without a GPU: there "
+            f"it takes sizes {sizes}"
+        )
 
 
 def check(args, jobs):
@@ -88,29 +132,47 @@ def check(args, jobs):
         sampling.check_sampling(job)
     if len({os.path.abspath(job.output_dir) for job in jobs}) < len(jobs):
         raise UserError("two jobs have the same output_dir")
-    if min(args.tensor_parallel_size, args.my_world_size, 1 if args.max_num_seqs is None else args.max_num_seqs) < 1:
+    if (
+        min(
+            args.tensor_parallel_size,
+            args.my_world_size,
+            1 if args.max_num_seqs is None else args.max_num_seqs,
+        )
+        < 1
+    ):
         raise UserError("--tensor_parallel_size, --max_num_seqs and --my_world_size must be at least 1")
     if not 0 <= args.local_index < args.my_world_size:
-        raise UserError(f"--local_index {args.local_index} must be from 0 to --my_world_size minus 1 ({args.my_world_size - 1})")
+        raise UserError(
+            f"--local_index {args.local_index} must be from 0 to --my_world_size minus 1 "
+            f"({args.my_world_size - 1})"
+        )
     check_policy(args.model_name_or_path)
     gpus = visible_gpus()
     if not gpus:
         check_head_size(args.model_name_or_path)
     if gpus and args.tensor_parallel_size > len(gpus):
-        raise UserError(f"--tensor_parallel_size {args.tensor_parallel_size}, but this process sees {len(gpus)} GPUs; see CUDA_VISIBLE_DEVICES")
+        raise UserError(
+            f"--tensor_parallel_size {args.tensor_parallel_size}, but this process sees {len(gpus)} GPUs; "
+            "see CUDA_VISIBLE_DEVICES"
+        )
 
 
 def start_engine(args, limit, needed):
     """The vLLM engine, with room for `needed` tokens of prompt and response."""
     check_torch()
     on_cpu = not visible_gpus()
-    # Our requests are seeded and never use that sampler, but vLLM would compile it at its start, and die without nvcc.
+    # Our requests are seeded and never use that sampler, but vLLM would compile it at its start, and die
+    # without nvcc.
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR" if on_cpu else "WARNING")  # on the CPU a page of what it lacks
+    os.environ.setdefault(
+        "VLLM_LOGGING_LEVEL", "ERROR" if on_cpu else "WARNING"
+    )  # on the CPU a page of what it lacks
     if on_cpu:
         # vLLM's own binding goes by NUMA nodes, so that several shards would share the same cores.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // args.my_world_size)))
+        os.environ.setdefault(
+            "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // args.my_world_size))
+        )
         # In one process: an engine process of its own would import everything a second time.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from vllm import LLM
@@ -119,19 +181,33 @@ def start_engine(args, limit, needed):
     options = {"gpu_memory_utilization": args.gpu_memory_utilization}
     if on_cpu:
         # A seeded request must not be split over two steps there, hence whole prompts in one step.
-        options = {"enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": max(length, 4096)}
+        options = {
+            "enforce_eager": True,
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(length, 4096),
+        }
     if args.max_num_seqs is not None:
         options["max_num_seqs"] = args.max_num_seqs
     cache = args.kv_cache_gib or (1.0 if on_cpu else None)
     try:
         return LLM(
-            model=args.model_name_or_path, revision=args.revision, tokenizer_revision=args.revision,
-            trust_remote_code=args.trust_remote_code, tensor_parallel_size=args.tensor_parallel_size, dtype=args.dtype,
-            **models.ENGINE_FORMATS, max_model_len=length, enable_prefix_caching=True, generation_config="vllm",
-            kv_cache_memory_bytes=int(cache * 2**30) if cache else None, **options,
-        )  # fmt: skip
+            model=args.model_name_or_path,
+            revision=args.revision,
+            tokenizer_revision=args.revision,
+            trust_remote_code=args.trust_remote_code,
+            tensor_parallel_size=args.tensor_parallel_size,
+            dtype=args.dtype,
+            **models.ENGINE_FORMATS,
+            max_model_len=length,
+            enable_prefix_caching=True,
+            generation_config="vllm",
+            kv_cache_memory_bytes=int(cache * 2**30) if cache else None,
+            **options,
+        )
     except Exception as error:
-        raise UserError(f"vLLM cannot start with {args.model_name_or_path}: {' '.join(str(error).split())[:400]}") from error
+        raise UserError(
+            f"vLLM cannot start with {args.model_name_or_path}: {' '.join(str(error).split())[:400]}"
+        ) from error
 
 
 def answer(llm, requests, window, progress):
@@ -156,7 +232,9 @@ def answer(llm, requests, window, progress):
             more = request is not None
             if more:
                 output, item, fields = request
-                [name] = llm.enqueue([{"prompt_token_ids": item.token_ids}], SamplingParams(**fields), use_tqdm=False)
+                [name] = llm.enqueue(
+                    [{"prompt_token_ids": item.token_ids}], SamplingParams(**fields), use_tqdm=False
+                )
                 waiting[name.split("-")[0]] = (output, item)
                 held += fields["n"]
         progress.tick()
@@ -168,11 +246,16 @@ def answer(llm, requests, window, progress):
             samples = sorted(result.outputs, key=lambda sample: sample.index)
             reasons = [sample.finish_reason for sample in samples]
             if not set(reasons) <= {"stop", "length"}:
-                raise UserError(f"the engine gave up on prompt {item.record['id']} ({reasons}); start the same command again")
+                raise UserError(
+                    f"the engine gave up on prompt {item.record['id']} ({reasons}); start the same command "
+                    "again"
+                )
             ids = [list(sample.token_ids) for sample in samples]
             output.append(sampling.answered(item, [sample.text for sample in samples], reasons, ids))
             tokens[output] += sum(map(len, ids))
-            progress.update(1, f"{tokens.total() / max(time.monotonic() - progress.start, 1e-9):.0f} tokens/s")
+            progress.update(
+                1, f"{tokens.total() / max(time.monotonic() - progress.start, 1e-9):.0f} tokens/s"
+            )
     return tokens
 
 
@@ -198,11 +281,19 @@ def main():
     prepare_threads()
     limit = sampling.context_length(args.model_name_or_path, args)
     work, saved = [], sum(len(output.done) for _, output, _ in todo)
-    tokenizers = {job.chat_template: sampling.load_tokenizer(job.model_name_or_path, job) for job, _, _ in todo}
+    tokenizers = {
+        job.chat_template: sampling.load_tokenizer(job.model_name_or_path, job) for job, _, _ in todo
+    }
     for job, output, count in todo:
         tokenizer = tokenizers[job.chat_template]
         stops = sampling.stop_ids(job.model_name_or_path, tokenizer, job)
-        work.append((job, sampling.Prompts(job, tokenizer, output, limit, count, job.local_index, job.my_world_size), stops))
+        work.append(
+            (
+                job,
+                sampling.Prompts(job, tokenizer, output, limit, count, job.local_index, job.my_world_size),
+                stops,
+            )
+        )
     for _, prompts, _ in work:
         prompts.check()
     left = sum(prompts.size for _, prompts, _ in work) - saved

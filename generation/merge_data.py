@@ -1,13 +1,15 @@
 """Put the shards of a generation together: PREFIX0.jsonl … PREFIX{N-1}.jsonl become one file.
 
 In:  the shards that `get_hf2.py` wrote, their manifests and lists of skipped prompts.
-Out: `--output_dir`, JSON Lines whatever its extension, in the order of the prompt file or shuffled; beside it the
+Out: `--output_dir`, JSON Lines whatever its extension, in the order of the prompt file or shuffled; beside it
+the
      merged list of skipped prompts and a manifest that stands for the whole.
 
     python generation/merge_data.py --base_path ./data/gen_data --output_dir ./data/gen_data.jsonl --num_datasets 8
 
-Nothing is written unless every shard is complete and as it was made, all were made with the same settings, and together
-they answer or list every prompt once. Shards without a manifest (other tools' files) are merged too, with a note.
+Nothing is written unless every shard is complete and as it was made, all were made with the same settings,
+and together they answer or list every prompt once. Shards without a manifest (other tools' files) are merged
+too, with a note.
 """
 
 import bisect
@@ -40,12 +42,16 @@ class Arguments:
     base_path: str = arg(help="the shards' prefix: `./data/gen_data` for ./data/gen_data0.jsonl and so on")
     output_dir: str = arg(help="the merged file")
     num_datasets: int = arg(help="number of shards")
-    shuffle_seed: int | None = arg(None, "shuffle the records by this seed; None keeps the order of the prompt file")
+    shuffle_seed: int | None = arg(
+        None, "shuffle the records by this seed; None keeps the order of the prompt file"
+    )
     overwrite: bool = arg(False, "replace the merged file where there is one")
 
 
 def find_shards(base_path, count):
-    """The paths of all shards; a UserError lists those that are missing or in work and says how to continue."""
+    """The paths of all shards; a UserError lists those that are missing or in work and says how to
+    continue.
+    """
     if count < 1:
         raise UserError(f"--num_datasets {count}: at least 1 was expected")
     paths = [Path(f"{base_path}{i}.jsonl") for i in range(count)]
@@ -60,7 +66,8 @@ def find_shards(base_path, count):
     if told:
         again = ", ".join(map(str, absent))
         raise UserError(
-            f"{'; '.join(told)}. Run the command of shard {again} again (get_hf2.py --local_index …), it continues"
+            f"{'; '.join(told)}. Run the command of shard {again} again (get_hf2.py --local_index …), it "
+            "continues"
         )
     if Path(f"{base_path}{count}.jsonl").is_file():
         print(f"note: {base_path}{count}.jsonl is there too and is not merged; --num_datasets is {count}")
@@ -96,7 +103,8 @@ def common_manifest(paths):
         place, world = (m["settings"].get(key) for key in SHARD)
         if (place, world) != (i, len(paths)):
             raise UserError(
-                f"{path} was made with --local_index {place} --my_world_size {world}, as shard {i} of {len(paths)} it "
+                f"{path} was made with --local_index {place} --my_world_size {world}, as shard {i} of "
+                f"{len(paths)} it "
                 f"cannot be merged: give --num_datasets {world}, or generate it again"
             )
         for key in [*first["settings"], *(k for k in m["settings"] if k not in first["settings"])]:
@@ -105,17 +113,20 @@ def common_manifest(paths):
                 continue  # begun on two days, by a template that writes none
             if key not in SHARD and ours != theirs:
                 raise UserError(
-                    f"{first_path} was made with {key} {ours!r} and {path} with {theirs!r}; generate one of them again"
+                    f"{first_path} was made with {key} {ours!r} and {path} with {theirs!r}; generate one of "
+                    "them again"
                 )
         for key in first["inputs"] | m["inputs"]:
             a, b = first["inputs"].get(key, {}), m["inputs"].get(key, {})
             if a.get("sha256", a.get("path")) != b.get("sha256", b.get("path")):
                 raise UserError(
-                    f"{first_path} and {path} were made from different files: {key} had changed; make one anew"
+                    f"{first_path} and {path} were made from different files: {key} had changed; make one "
+                    "anew"
                 )
         if m["counts"]["prompts"] != first["counts"]["prompts"]:
             raise UserError(
-                f"{first_path} and {path} disagree on the number of prompts in the file; generate one of them again"
+                f"{first_path} and {path} disagree on the number of prompts in the file; generate one of "
+                "them again"
             )
     counts = {"prompts": first["counts"]["prompts"]}
     counts |= {key: sum(m["counts"][key] for _, _, m in known) for key in ("records", "skipped")}
@@ -129,7 +140,10 @@ def common_manifest(paths):
             "one of them is damaged, generate it again"
         )
     if any(m.get("versions") != first.get("versions") for _, _, m in known):
-        print("note: the shards were made with different package versions; the manifest names those of the first")
+        print(
+            "note: the shards were made with different package versions; the manifest names those of the "
+            "first"
+        )
     return {
         "settings": {k: v for k, v in first["settings"].items() if k not in SHARD},
         "inputs": first["inputs"],
@@ -143,10 +157,12 @@ def check_records(paths, manifests):
     """Read every record once; an `id` may occur only once.
 
     Returns:
-        offset of each record in file order, the shards' files thought of as one behind the other, as 64-bit numbers.
+        offset of each record in file order, the shards' files thought of as one behind the other, as 64-bit
+        numbers.
 
     Raises:
-        UserError: a line that is no JSON object, a file that is torn or shorter than its manifest says, a repeated id.
+        UserError: a line that is no JSON object, a file that is torn or shorter than its manifest says, a
+            repeated id.
     """
     places, seen, offset = array("Q"), Index(), 0
     for shard, path in enumerate(paths):
@@ -170,19 +186,23 @@ def check_records(paths, manifests):
                         there = seen.get(json.dumps(name))
                         if there is not None:
                             raise UserError(
-                                f"id {name} is in {paths[there[0]]} and in {path} line {number}; is a shard there twice?"
+                                f"id {name} is in {paths[there[0]]} and in {path} line {number}; is a shard "
+                                "there twice?"
                             )
                         seen[json.dumps(name)] = (shard, number)
                     places.append(offset)
                 offset += len(line)
         expected = manifests[shard] and manifests[shard]["counts"]["records"]
         if expected not in (None, len(places) - before):
-            raise UserError(f"{path} holds {len(places) - before} records, its manifest says {expected}; make it anew")
+            raise UserError(
+                f"{path} holds {len(places) - before} records, its manifest says {expected}; make it anew"
+            )
     return places
 
 
 def check_unchanged(paths, marks, manifests):
-    """Refuse a shard whose content is not what its manifest describes, or whose list of skipped prompts is not whole.
+    """Refuse a shard whose content is not what its manifest describes, or whose list of skipped prompts is
+    not whole.
 
     `marks` are the shards' fingerprints as they are now.
     """
@@ -190,19 +210,25 @@ def check_unchanged(paths, marks, manifests):
         if manifest is None:
             continue
         if manifest.get("output", mark).get("sha256") != mark["sha256"]:
-            raise UserError(f"{path} was changed after it was made, its manifest's checksum says; generate it again with --overwrite")
+            raise UserError(
+                f"{path} was changed after it was made, its manifest's checksum says; generate it again with "
+                "--overwrite"
+            )
         listed, count = beside(path, ".skipped.jsonl"), 0
         if listed.is_file():
             with open(listed, "rb") as file:
                 count = sum(line.endswith(b"\n") for line in file)
         if count != manifest["counts"]["skipped"]:
             raise UserError(
-                f"{listed} lists {count} skipped prompts, the manifest of {path} says {manifest['counts']['skipped']}; make it anew"
+                f"{listed} lists {count} skipped prompts, the manifest of {path} says "
+                f"{manifest['counts']['skipped']}; make it anew"
             )
 
 
 def write_merged(target, paths, places):
-    """Copy the records at `places` (offsets as `check_records` gives them, in any order) into `target`, one a line."""
+    """Copy the records at `places` (offsets as `check_records` gives them, in any order) into `target`, one a
+    line.
+    """
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(open(path, "rb")) for path in paths]
         starts = [0, *itertools.accumulate(path.stat().st_size for path in paths)]
@@ -235,13 +261,16 @@ def is_done(output, wanted, overwrite):
         return False
     how = (read_manifest(output) or {}).get("merged")
     if how is None:
-        raise UserError(f"{output} exists and is no merged file that is known here; move it away or give --overwrite")
+        raise UserError(
+            f"{output} exists and is no merged file that is known here; move it away or give --overwrite"
+        )
     same = all(how[key] == wanted[key] for key in ("num_datasets", "shuffle_seed")) and all(
         same_content(old, new["path"]) for old, new in zip(how["shards"], wanted["shards"])
     )
     if not same:
         raise UserError(
-            f"{output} was merged from other shards or in another order; choose another name or give --overwrite"
+            f"{output} was merged from other shards or in another order; choose another name or give "
+            "--overwrite"
         )
     return True
 

@@ -1,7 +1,8 @@
-"""What can be known before an hour is spent: settings, paths, GPUs, memory, disk, templates, vocabularies, overlap.
+"""What can be known before an hour is spent: settings, paths, GPUs, memory, disk, templates, vocabularies,
+overlap.
 
-`check(run)` prints what it found and refuses what cannot work, all problems at once. Of models and data on the hub it says what
-it could not look at; functions of the user's own are called once, on a made-up response.
+`check(run)` prints what it found and refuses what cannot work, all problems at once. Of models and data on
+the hub it says what it could not look at; functions of the user's own are called once, on a made-up response.
 """
 
 import math
@@ -29,11 +30,20 @@ from loop.try_function import made_up, try_function
 
 # For the estimates, per GPU. Assumed, not measured here; the README says how the sums are made.
 SPEEDS = {  # dense bf16 TFLOPS and TB/s of memory, by the makers' data sheets, for what nvidia-smi calls so
-    "A100": (312, 2.0), "H100": (989, 3.35), "H200": (989, 4.8), "L40S": (362, 0.86), "A10": (125, 0.6), "4090": (165, 1.0),
-}  # fmt: skip
+    "A100": (312, 2.0),
+    "H100": (989, 3.35),
+    "H200": (989, 4.8),
+    "L40S": (362, 0.86),
+    "A10": (125, 0.6),
+    "4090": (165, 1.0),
+}
 TRAIN_SHARE, SCORE_SHARE = 0.35, 0.45  # of the peak that training and scoring reach
-SAMPLED_TOKENS = 2500 * 8e9 / 2.0  # tokens/s × parameters of one engine with some hundred sequences, for each TB/s of memory
-LEAST_MOVE = 2e-5  # learning rate × steps; Adam moves no weight further. The recipe's is 1.6e-4, and half a bf16 step at a weight of 0.02 is 6e-5
+SAMPLED_TOKENS = (
+    2500 * 8e9 / 2.0
+)  # tokens/s × parameters of one engine with some hundred sequences, for each TB/s of memory
+# learning rate × steps; Adam moves no weight further. The recipe's is 1.6e-4, and half a bf16 step at a
+# weight of 0.02 is 6e-5
+LEAST_MOVE = 2e-5
 RESPONSE_TOKENS, PROMPT_TOKENS = 350, 200  # mean lengths of the recipe's data
 
 
@@ -63,7 +73,11 @@ def parameters(name, fallback=None):
     if folder.is_dir():
         config = local_config(name) or {}
         width = 4 if config.get("dtype", config.get("torch_dtype")) == "float32" else 2
-        size = sum(f.stat().st_size for pattern in ("*.safetensors", "pytorch_model*.bin") for f in folder.glob(pattern))
+        size = sum(
+            f.stat().st_size
+            for pattern in ("*.safetensors", "pytorch_model*.bin")
+            for f in folder.glob(pattern)
+        )
         return size / width or None
     return fallback * 1e9 if fallback else None
 
@@ -75,7 +89,9 @@ def speed_of(name):
 
 
 def estimate(count, prompts, samples, epochs, gpus, kind="A100"):
-    """Seconds of generation, annotation and training of one iteration on GPUs of a `kind` of SPEEDS; see the constants on top."""
+    """Seconds of generation, annotation and training of one iteration on GPUs of a `kind` of SPEEDS; see the
+    constants on top.
+    """
     peak, memory_speed = SPEEDS[kind][0] * 1e12, SPEEDS[kind][1]
     tokens = prompts * samples * RESPONSE_TOKENS
     scored = prompts * samples * (PROMPT_TOKENS + RESPONSE_TOKENS)
@@ -83,34 +99,53 @@ def estimate(count, prompts, samples, epochs, gpus, kind="A100"):
     return (
         tokens * count / (SAMPLED_TOKENS * memory_speed) / gpus,
         2 * count * scored / (peak * SCORE_SHARE) / gpus,
-        # FLOPs a parameter and token: forward and backward 6, recomputed activations 2; the reference's forward 2, once
+        # FLOPs a parameter and token: forward and backward 6, recomputed activations 2; the reference's
+        # forward 2, once
         (8 * epochs + 2) * count * trained / (peak * TRAIN_SHARE) / gpus,
     )
 
 
 class Template:
-    """The chat template of a local model folder, for `chat.render`, without the seconds that loading a tokenizer takes."""
+    """The chat template of a local model folder, for `chat.render`, without the seconds that loading a
+    tokenizer takes.
+    """
 
     def __init__(self, folder, path=None):
         folder = Path(folder)
-        config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-        tokens = {key: value.get("content") if isinstance(value, dict) else value for key, value in config.items() if key.endswith("_token")}
+        config = (
+            read_json(folder / "tokenizer_config.json")
+            if (folder / "tokenizer_config.json").is_file()
+            else {}
+        )
+        tokens = {
+            key: value.get("content") if isinstance(value, dict) else value
+            for key, value in config.items()
+            if key.endswith("_token")
+        }
         self.tokens = {key: value for key, value in tokens.items() if isinstance(value, str)}
         self.name_or_path, self.chat_template = str(folder), config.get("chat_template")
         for file in (folder / "chat_template.json", folder / "chat_template.jinja"):
             if file.is_file():
-                self.chat_template = read_json(file).get("chat_template") if file.suffix == ".json" else file.read_text(encoding="utf-8")
+                self.chat_template = (
+                    read_json(file).get("chat_template")
+                    if file.suffix == ".json"
+                    else file.read_text(encoding="utf-8")
+                )
         chat.use_template(self, path)
 
     def apply_chat_template(self, messages, tokenize=False, **given):
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        [text], _ = render_jinja_template([messages], chat_template=self.chat_template, **(self.tokens | given))
+        [text], _ = render_jinja_template(
+            [messages], chat_template=self.chat_template, **(self.tokens | given)
+        )
         return text
 
 
 def template_of(name, generation):
-    """The template that writes the prompts, or None where the model or several templates of it are out of reach."""
+    """The template that writes the prompts, or None where the model or several templates of it are out of
+    reach.
+    """
     if not Path(name).is_dir() or not (generation.get("chat_template") or has_template(name)):
         return None
     template = Template(name, generation.get("chat_template"))
@@ -128,7 +163,8 @@ def local_prompts(name, generation, template=None, notes=None, others=()):
         others: the sets that have another part, which a wrong name is not meant for.
 
     Raises:
-        UserError: the set cannot be read, none of its prompts can be used, or one cannot and `bad_prompts` is refuse.
+        UserError: the set cannot be read, none of its prompts can be used, or one cannot and `bad_prompts` is
+            refuse.
     """
     if not is_local(name):
         return None
@@ -150,7 +186,9 @@ def _hashes(name, found, generation, template, notes):
             if template is not None:
                 messages = with_system(record["prompt"], generation.get("system_prompt"))
                 try:
-                    chat.render(template, messages, True, generation.get("template_kwargs"), record.get("tools"))
+                    chat.render(
+                        template, messages, True, generation.get("template_kwargs"), record.get("tools")
+                    )
                 except UserError as error:
                     raise UserError(f"{name} record {number}: {error}") from None
         except UserError as error:
@@ -158,7 +196,9 @@ def _hashes(name, found, generation, template, notes):
             continue
         hashes.append(int(record_id(record["prompt"], tools=record.get("tools")), 16))
     if bad and (not hashes or generation.get("bad_prompts") == "refuse"):
-        raise UserError(str(first) + (f"; {bad - 1} more prompts of {name} cannot be used" if bad > 1 else ""))
+        raise UserError(
+            str(first) + (f"; {bad - 1} more prompts of {name} cannot be used" if bad > 1 else "")
+        )
     if bad and notes is not None:
         notes.append(f"{bad} prompts of {name} cannot be used and will be skipped, the first: {first}")
     return hashes
@@ -176,7 +216,9 @@ class Findings:
             return function(*args)
         except UserError as error:
             told = getattr(error, "problems", [str(error)])
-            self.problems.extend(problem for problem in told if problem not in self.problems)  # two stages may be asked the same
+            self.problems.extend(
+                problem for problem in told if problem not in self.problems
+            )  # two stages may be asked the same
             return None
 
     def tell(self, summary):
@@ -190,7 +232,9 @@ class Findings:
 
 
 def check_models(run, found):
-    """Look at what every run has: the policy, the reward models, templates, the gold function, and the arguments of evaluation."""
+    """Look at what every run has: the policy, the reward models, templates, the gold function, and the
+    arguments of evaluation.
+    """
     settings = run.settings
     found.problems.extend(settings.problems)
     found.problems.extend(decided(settings))
@@ -201,16 +245,24 @@ def check_models(run, found):
         found.attempt(function_file, settings.gold_function, "--gold_function", EXAMPLE, True)
     rewards = settings.reward_name_or_path or []
     if not rewards and not settings.annotation.get("reward_function"):
-        found.problems.append("reward_name_or_path names no reward model, and annotation has no reward_function")
+        found.problems.append(
+            "reward_name_or_path names no reward model, and annotation has no reward_function"
+        )
     if settings.annotation.get("reward_function"):
-        # The texts alone: what they import may be in another environment, and what they print would reach the driver.
-        found.attempt(function_file, settings.annotation["reward_function"], "--reward_function", EXAMPLE, True)
+        # The texts alone: what they import may be in another environment, and what they print would reach the
+        # driver.
+        found.attempt(
+            function_file, settings.annotation["reward_function"], "--reward_function", EXAMPLE, True
+        )
     named = [("model_name_or_path", settings.model_name_or_path, settings.generation)]
     named += [("reward_name_or_path", name, settings.annotation) for name in rewards]
     judges = settings.eval_reward_model or []
     named += [("eval_reward_model", name, settings.eval_annotation) for name in judges]
     if judges and judges == rewards:
-        found.problems.append(f"eval_reward_model {', '.join(judges)} is what training is rewarded by: name another one, or leave it out")
+        found.problems.append(
+            f"eval_reward_model {', '.join(judges)} is what training is rewarded by: name another one, or "
+            "leave it out"
+        )
     found.attempt(trackers.check, settings.report_to, "report_to", trackers.FIGURES)
     found.attempt(check_policy, settings.model_name_or_path, "model_name_or_path")
     if not gpus_of(settings):
@@ -218,30 +270,55 @@ def check_models(run, found):
     for key, name, own in named:
         found.attempt(models.check_tokenizer_files, name)
         if Path(name).is_dir() and not found.attempt(has_template, name) and not own.get("chat_template"):
-            found.problems.append(f"{key} {name} has no chat template: put a chat_template.jinja beside its tokenizer")
+            found.problems.append(
+                f"{key} {name} has no chat template: put a chat_template.jinja beside its tokenizer"
+            )
         if not Path(name).is_dir():
-            size = f"; its size is taken to be model_size_b {settings.model_size_b}" if key == "model_name_or_path" and settings.model_size_b else ""
-            found.notes.append(f"on the hub, not looked at: {key} {name}: whether it is there and is of the right kind, its weights, chat template, "
-                               f"vocabulary, positions{size}")  # fmt: skip
+            size = (
+                f"; its size is taken to be model_size_b {settings.model_size_b}"
+                if key == "model_name_or_path" and settings.model_size_b
+                else ""
+            )
+            found.notes.append(
+                f"on the hub, not looked at: {key} {name}: whether it is there and is of the right kind, its "
+                "weights, chat template, "
+                f"vocabulary, positions{size}"
+            )
     found.attempt(gpu_groups, settings)
     found.attempt(run.check_sampling)
     found.attempt(check_positions, run, found)
-    asked = found.attempt(lambda: build(get_rewards.Arguments, run.annotation([("generated", "rewarded")]), "annotation"))
+    asked = found.attempt(
+        lambda: build(get_rewards.Arguments, run.annotation([("generated", "rewarded")]), "annotation")
+    )
     if asked:
         found.attempt(get_rewards.check, asked)
     if judges:
-        asked = found.attempt(lambda: build(get_rewards.Arguments, run.judging([("generated", "judged")]), "eval_annotation"))
+        asked = found.attempt(
+            lambda: build(get_rewards.Arguments, run.judging([("generated", "judged")]), "eval_annotation")
+        )
         if asked:
             found.attempt(get_rewards.check, asked)
 
 
 def check_functions(run, found):
-    """Call the run's own functions on a made-up response to the first prompt of each set whose answers they are to judge."""
+    """Call the run's own functions on a made-up response to the first prompt of each set whose answers they
+    are to judge.
+    """
     settings = run.settings
     sets, heldout = [*dict.fromkeys(settings.prompts), settings.heldout_prompts], [settings.heldout_prompts]
-    vllm = Path(os.environ.get("RLHF_VLLM_ENV", "")) / "bin" / "python"  # of the environment that annotation runs in
+    vllm = (
+        Path(os.environ.get("RLHF_VLLM_ENV", "")) / "bin" / "python"
+    )  # of the environment that annotation runs in
     asked = [("annotation.reward_function", "reward", settings.annotation.get("reward_function"), sets, vllm)]
-    asked += [("eval_annotation.reward_function", "reward", settings.eval_annotation.get("reward_function"), heldout, vllm)]
+    asked += [
+        (
+            "eval_annotation.reward_function",
+            "reward",
+            settings.eval_annotation.get("reward_function"),
+            heldout,
+            vllm,
+        )
+    ]
     asked += [("gold_function", "gold", settings.gold_function, heldout, Path(sys.executable))]
     for key, kind, spec, names, python in asked:
         records = {name: first_prompt(name, run) for name in names if spec}
@@ -249,7 +326,9 @@ def check_functions(run, found):
             if record is None:
                 found.notes.append(f"{key} {spec} was not tried on {name}, which is on the hub")
             elif not python.is_file():
-                found.notes.append(f"{key} {spec} was not tried: environment vllm, in which it will run, is not there yet")
+                found.notes.append(
+                    f"{key} {spec} was not tried: environment vllm, in which it will run, is not there yet"
+                )
                 break
             else:
                 try:
@@ -258,27 +337,49 @@ def check_functions(run, found):
                     found.notes.append(f"{key}: {error}; it was not waited for")
                     break
                 if told:
-                    found.problems.append(f"{key}, tried on a made-up response to the first prompt of {name}: {told}")
+                    found.problems.append(
+                        f"{key}, tried on a made-up response to the first prompt of {name}: {told}"
+                    )
                     break
 
 
 def first_prompt(name, run):
     """The first record of a local prompt set, None for a set on the hub."""
-    generation = run.settings.generation | (run.settings.heldout if name == run.settings.heldout_prompts else {})
+    generation = run.settings.generation | (
+        run.settings.heldout if name == run.settings.heldout_prompts else {}
+    )
     if not is_local(name):
         return None
-    return next(iter(read_prompts(name, generation.get("dataset_key"), generation.get("dataset_split", "train"), generation.get("system_prompt"))), None)
+    return next(
+        iter(
+            read_prompts(
+                name,
+                generation.get("dataset_key"),
+                generation.get("dataset_split", "train"),
+                generation.get("system_prompt"),
+            )
+        ),
+        None,
+    )
 
 
 def check_positions(run, found):
-    """Note where prompts and responses may be longer than the policy's positions: generation caps what it samples."""
+    """Note where prompts and responses may be longer than the policy's positions: generation caps what it
+    samples.
+    """
     limit = positions(run.settings.model_name_or_path)
     jobs = get_hf2.split_jobs(build(get_hf2.Arguments, run.generation(0, run.jobs(0)), "generation"))
     prompt, response = max(((job.max_input_length, job.max_new_tokens) for job in jobs), key=sum)
     if limit and prompt + response > limit:
-        found.notes.append(f"the policy has {limit} positions, max_input_length {prompt} + max_new_tokens {response} are more: "
-                           + (f"a response to a prompt of more than {limit - response} tokens is cut off where they end" if limit > response else
-                              "lower generation.max_new_tokens, or every response may be cut off where they end"))  # fmt: skip
+        found.notes.append(
+            f"the policy has {limit} positions, max_input_length {prompt} + max_new_tokens {response} are "
+            "more: "
+            + (
+                f"a response to a prompt of more than {limit - response} tokens is cut off where they end"
+                if limit > response
+                else "lower generation.max_new_tokens, or every response may be cut off where they end"
+            )
+        )
 
 
 def check_prompts(run, found):
@@ -289,26 +390,37 @@ def check_prompts(run, found):
     """
     settings = run.settings
     own = dict.fromkeys(settings.prompts, settings.generation)
-    own[settings.heldout_prompts] = settings.generation | settings.heldout  # the last, also where it is a training set too
+    own[settings.heldout_prompts] = (
+        settings.generation | settings.heldout
+    )  # the last, also where it is a training set too
     sets = {}
     for name, generation in own.items():
         template = found.attempt(template_of, settings.model_name_or_path, generation)
-        sets[name] = found.attempt(local_prompts, name, generation, template, found.notes, own.keys() - {name})
+        sets[name] = found.attempt(
+            local_prompts, name, generation, template, found.notes, own.keys() - {name}
+        )
     heldout = set(sets[settings.heldout_prompts] or [])
     for name in dict.fromkeys(settings.prompts):
         both = sum(prompt in heldout for prompt in sets[name] or [])
         if both and not settings.allow_overlap:
             where = f"the held-out set {settings.heldout_prompts}"
-            found.problems.append(f"{both} prompts of {name} also stand in {where}; take them out or give --allow_overlap true")
+            found.problems.append(
+                f"{both} prompts of {name} also stand in {where}; take them out or give --allow_overlap true"
+            )
     unseen = [name for name, prompts in sets.items() if prompts is None]
     if unseen and not found.problems:
-        found.notes.append(f"on the hub, not looked at: {', '.join(unseen)}: whether they are there, their columns, their number of prompts, and whether "
-                           "held-out prompts stand among the others")  # fmt: skip
+        found.notes.append(
+            f"on the hub, not looked at: {', '.join(unseen)}: whether they are there, their columns, their "
+            "number of prompts, and whether "
+            "held-out prompts stand among the others"
+        )
     return sets
 
 
 def check_gpus(run, found):
-    """Refuse more processes than GPUs, and a large model without any; returns (visible GPUs, parameters of the policy or None)."""
+    """Refuse more processes than GPUs, and a large model without any; returns (visible GPUs, parameters of
+    the policy or None).
+    """
     settings, gpus = run.settings, gpus_of(run.settings)
     if gpus and processes(settings) > len(gpus):
         found.problems.append(f"num_processes {processes(settings)}, but {len(gpus)} GPUs are visible")
@@ -322,13 +434,20 @@ def check_disk(run, found, gib, what, instead):
     """Refuse less room than `gib` GiB where the run lies; `instead` says what to do."""
     folder = run.folder.absolute()
     free = shutil.disk_usage(next(p for p in [folder, *folder.parents] if p.exists())).free / 2**30
-    found.notes.append(f"disk: about {gib:.1f} GiB for {what}, {free:.0f} GiB are free{' here' if run.settings.num_gpus else ''}")
+    found.notes.append(
+        f"disk: about {gib:.1f} GiB for {what}, {free:.0f} GiB are "
+        f"free{' here' if run.settings.num_gpus else ''}"
+    )
     if gib > free and not run.settings.num_gpus:  # a plan is for another machine
-        found.problems.append(f"about {gib:.0f} GiB of disk are needed in {run.settings.run_dir} and {free:.0f} are free; {instead}")
+        found.problems.append(
+            f"about {gib:.0f} GiB of disk are needed in {run.settings.run_dir} and {free:.0f} are free; "
+            f"{instead}"
+        )
 
 
 def check_learning(run, asked, sets, found):
-    """Note a training that can hardly change the policy: few steps at a small rate, or bf16 where there is no GPU.
+    """Note a training that can hardly change the policy: few steps at a small rate, or bf16 where there is no
+    GPU.
 
     Args:
         asked: (arguments, more settings) of run_dpo.py for iteration 1.
@@ -338,24 +457,39 @@ def check_learning(run, asked, sets, found):
     counts = [len(sets[name]) for name in run.settings.prompts if sets.get(name)]
     if counts:
         pairs = round(min(counts) * args.pairs_per_prompt * (1 - args.eval_fraction))
-        per_step = run_dpo.halved(run_dpo.pairs_per_step(args, processes(run.settings)), pairs, args, processes(run.settings))
-        steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(pairs / per_step) * args.num_train_epochs)
+        per_step = run_dpo.halved(
+            run_dpo.pairs_per_step(args, processes(run.settings)), pairs, args, processes(run.settings)
+        )
+        steps = (
+            args.max_steps
+            if args.max_steps > 0
+            else math.ceil(math.ceil(pairs / per_step) * args.num_train_epochs)
+        )
         move = steps * args.learning_rate
         if move < LEAST_MOVE:
             found.notes.append(
-                f"warning: this run will hardly learn: an iteration of {min(counts)} prompts has at most {steps} optimizer steps, and at learning_rate "
-                f"{args.learning_rate:g} they move a weight by {move:.0e} at most, which bf16 rounds away; raise --training_args.learning_rate "
-                f"(5e-7 is for 8 billion parameters and some hundred steps) or num_train_epochs, or give more prompts"
+                f"warning: this run will hardly learn: an iteration of {min(counts)} prompts has at most "
+                f"{steps} optimizer steps, and at learning_rate "
+                f"{args.learning_rate:g} they move a weight by {move:.0e} at most, which bf16 rounds away; "
+                "raise --training_args.learning_rate "
+                "(5e-7 is for 8 billion parameters and some hundred steps) or num_train_epochs, or give "
+                "more prompts"
             )
     if args.bf16 and not gpus_of(run.settings):
-        found.notes.append("warning: bf16 on a CPU is slow, and what training changes is rounded when the policy is saved: give --training_args.bf16 false")
+        found.notes.append(
+            "warning: bf16 on a CPU is slow, and what training changes is rounded when the policy is saved: "
+            "give --training_args.bf16 false"
+        )
 
 
 def summary(run):
     """How many processes of what will be at work."""
     generators = "API server" if run.settings.generation_backend == "servers" else "generation process"
     where = "GPUs" if gpus_of(run.settings) else "CPU"
-    return f"{counted(len(gpu_groups(run.settings)), generators)}, {counted(processes(run.settings), 'training process')}, {where}"
+    return (
+        f"{counted(len(gpu_groups(run.settings)), generators)}, "
+        f"{counted(processes(run.settings), 'training process')}, {where}"
+    )
 
 
 def check(run):
@@ -374,7 +508,9 @@ def check(run):
         raise UserError(f"keep_iterates {settings.keep_iterates} must be at least 1")
     check_models(run, found)
     if run.settings.generation.get("K") == 1:
-        found.problems.append("generation.K 1 leaves no pairs to train on: 2 responses a prompt are the least, 8 are usual")
+        found.problems.append(
+            "generation.K 1 leaves no pairs to train on: 2 responses a prompt are the least, 8 are usual"
+        )
     method = found.attempt(memory.method_of, settings.accelerate_config)
     training, asked = found.attempt(run.training, 1), None
     if training is not None:
@@ -384,14 +520,28 @@ def check(run):
                 found.attempt(run_dpo.accumulate, asked[0], processes(settings))
             if method in ("zero3", "zero3_offload", "fsdp2") and asked[0].load_in_4bit:
                 instead = "take configs/zero2.yaml or ddp.yaml"
-                found.problems.append(f"load_in_4bit does not work where weights are shared out ({settings.accelerate_config}): {instead}")
+                found.problems.append(
+                    "load_in_4bit does not work where weights are shared out "
+                    f"({settings.accelerate_config}): {instead}"
+                )
     left = None if found.problems else found.attempt(run.stages_left)
     sets = check_prompts(run, found)
     if settings.iterations > len(settings.prompts):
-        found.notes.append(f"{settings.iterations} iterations take turns over {len(settings.prompts)} prompt sets; the samples differ, the prompts repeat")
+        found.notes.append(
+            f"{settings.iterations} iterations take turns over {len(settings.prompts)} prompt sets; the "
+            "samples differ, the prompts repeat"
+        )
     gpus, count = check_gpus(run, found)
     if count and method is not None:
-        describe(run, count, method, gpus, sum(len(p) for p in sets.values() if p) or None, asked[0] if asked else None, found)
+        describe(
+            run,
+            count,
+            method,
+            gpus,
+            sum(len(p) for p in sets.values() if p) or None,
+            asked[0] if asked else None,
+            found,
+        )
     if asked and not found.problems:
         check_learning(run, asked, sets, found)
     conclude(run, left, found, summary(run) if not found.problems else "")
@@ -402,31 +552,66 @@ def conclude(run, left, found, summary):
     """Try the run's functions where something is left to do, and tell what was found."""
     if left and not found.problems:
         check_functions(run, found)
-    if found.problems and run.planning and run.settings.setup_command and not Path(run.settings.model_name_or_path).exists():
-        found.problems.append(f"what is missing may be what the setup command makes, which --check and --dry_run do not run: {run.settings.setup_command}")
+    if (
+        found.problems
+        and run.planning
+        and run.settings.setup_command
+        and not Path(run.settings.model_name_or_path).exists()
+    ):
+        found.problems.append(
+            "what is missing may be what the setup command makes, which --check and --dry_run do not run: "
+            f"{run.settings.setup_command}"
+        )
     found.tell(summary)
 
 
 def check_memory(run, count, method, args, found):
-    """Tell what training takes of a GPU, as `run_dpo.py --check true` does, and refuse what does not fit. `args`: of run_dpo.py."""
-    name, world, there = run.settings.model_name_or_path, processes(run.settings), run.settings.gpu_memory_gib or gpu_memory()
+    """Tell what training takes of a GPU, as `run_dpo.py --check true` does, and refuse what does not fit.
+
+    `args`: of run_dpo.py.
+    """
+    name, world, there = (
+        run.settings.model_name_or_path,
+        processes(run.settings),
+        run.settings.gpu_memory_gib or gpu_memory(),
+    )
     shape = memory.shape_of(name) if Path(name).is_dir() else memory.shape_like(count / 1e9)
-    few, frozen = (shape.lora(args.lora_r), memory.FOUR_BITS if args.load_in_4bit else None) if args.use_peft else (None, None)
-    how = {"checkpointing": args.gradient_checkpointing, "bf16": args.bf16, "trainable": few, "frozen": frozen}
+    few, frozen = (
+        (shape.lora(args.lora_r), memory.FOUR_BITS if args.load_in_4bit else None)
+        if args.use_peft
+        else (None, None)
+    )
+    how = {
+        "checkpointing": args.gradient_checkpointing,
+        "bf16": args.bf16,
+        "trainable": few,
+        "frozen": frozen,
+    }
     needed = memory.need(method, shape, world, args.per_device_train_batch_size, args.max_length, **how).total
     if not there:
-        found.notes.append(f"training: {method} over {world} processes takes about {needed / memory.GIB:.0f} GiB a GPU")
+        found.notes.append(
+            f"training: {method} over {world} processes takes about {needed / memory.GIB:.0f} GiB a GPU"
+        )
         return
     limit = memory.usable(there)
     has = f"a GPU has {there:.0f}, {limit / memory.GIB:.0f} of which may be filled"
-    found.notes.append(f"training: {method} over {world} processes takes about {needed / memory.GIB:.0f} GiB a GPU; {has}")
+    found.notes.append(
+        f"training: {method} over {world} processes takes about {needed / memory.GIB:.0f} GiB a GPU; {has}"
+    )
     if needed > limit:
-        found.problems.append(f"training needs about {needed / memory.GIB:.0f} GiB a GPU by {run.settings.accelerate_config} with per_device_train_batch_size "
-                              f"{args.per_device_train_batch_size}, and {has}; {memory.remedy(args, shape, world, limit, **how)}")  # fmt: skip
+        found.problems.append(
+            f"training needs about {needed / memory.GIB:.0f} GiB a GPU by {run.settings.accelerate_config} "
+            "with per_device_train_batch_size "
+            f"{args.per_device_train_batch_size}, and {has}; "
+            f"{memory.remedy(args, shape, world, limit, **how)}"
+        )
 
 
 def describe(run, count, method, gpus, local_size, args, found):
-    """Memory, disk and hours against what there is, as notes; what certainly does not fit as problems. `args`: of run_dpo.py, or None."""
+    """Memory, disk and hours against what there is, as notes; what certainly does not fit as problems.
+
+    `args`: of run_dpo.py, or None.
+    """
     settings = run.settings
     if gpus and args is not None:
         check_memory(run, count, method, args, found)
@@ -434,17 +619,32 @@ def describe(run, count, method, gpus, local_size, args, found):
     kept = settings.iterations if settings.keep_iterates is None else settings.keep_iterates
     name, trained = settings.model_name_or_path, count
     if args and args.use_peft:
-        trained = (memory.shape_of(name) if Path(name).is_dir() else memory.shape_like(count / 1e9)).lora(args.lora_r)
-    disk = (kept * (2 if gpus else 4) * count + (memory.checkpoint_bytes(args, trained) if args else 0)) / 2**30
-    what = f"{kept} iterates" + (f" and {args.save_total_limit + 1} checkpoints" if args and args.save_steps else "")
+        trained = (memory.shape_of(name) if Path(name).is_dir() else memory.shape_like(count / 1e9)).lora(
+            args.lora_r
+        )
+    disk = (
+        kept * (2 if gpus else 4) * count + (memory.checkpoint_bytes(args, trained) if args else 0)
+    ) / 2**30
+    what = f"{kept} iterates" + (
+        f" and {args.save_total_limit + 1} checkpoints" if args and args.save_steps else ""
+    )
     check_disk(run, found, disk, what, "see keep_iterates, save_steps and save_total_limit")
     if gpus:
         prompts = local_size / len(settings.prompts) if local_size else 20000
         name = gpu_name() if settings.num_gpus is None else None
         kind, known = speed_of(name)
         whose = f"{kind}s" if known or not name else f"A100s: nothing is known here of the {name}"
-        parts = estimate(count, prompts, settings.generation.get("K", 8), args.num_train_epochs if args else 2, len(gpus), kind)
+        parts = estimate(
+            count,
+            prompts,
+            settings.generation.get("K", 8),
+            args.num_train_epochs if args else 2,
+            len(gpus),
+            kind,
+        )
         found.notes.append(
-            f"time: about {duration(sum(parts) * settings.iterations)} in all without evaluations; an iteration of {prompts:.0f} prompts: "
-            f"generation {duration(parts[0])}, annotation {duration(parts[1])}, training {duration(parts[2])} (an estimate for {whose}; see the README)"
+            f"time: about {duration(sum(parts) * settings.iterations)} in all without evaluations; an "
+            f"iteration of {prompts:.0f} prompts: "
+            f"generation {duration(parts[0])}, annotation {duration(parts[1])}, training "
+            f"{duration(parts[2])} (an estimate for {whose}; see the README)"
         )

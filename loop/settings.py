@@ -10,70 +10,150 @@ from common.devices import visible_gpus
 from dpo_iteration import run_dpo
 from generation import get_hf2
 
-CLIENT = ("concurrency", "timeout", "retries", "give_up_after")  # what `servers` may set of generation/gen_hf.py
+CLIENT = (
+    "concurrency",
+    "timeout",
+    "retries",
+    "give_up_after",
+)  # what `servers` may set of generation/gen_hf.py
 
 # Keys of the sections that the run decides: what they said would be passed over.
 DECIDED = {
-    "generation": ("model_name_or_path", "dataset_name_or_path", "output_dir", "jobs", "iteration", "seed", "local_index", "my_world_size"),
+    "generation": (
+        "model_name_or_path",
+        "dataset_name_or_path",
+        "output_dir",
+        "jobs",
+        "iteration",
+        "seed",
+        "local_index",
+        "my_world_size",
+    ),
     "annotation": ("reward_name_or_path", "dataset_name_or_path", "output_dir", "K"),
-    "training_args": ("model_name_or_path", "ref_model_name_or_path", "train_dir", "output_dir", "pairs_path", "seed", "reference_cache"),
-}  # fmt: skip
+    "training_args": (
+        "model_name_or_path",
+        "ref_model_name_or_path",
+        "train_dir",
+        "output_dir",
+        "pairs_path",
+        "seed",
+        "reference_cache",
+    ),
+}
 DECIDED |= {"heldout": DECIDED["generation"], "eval_annotation": DECIDED["annotation"]}
 INSTEAD = {
-    "output_dir": "run_dir", "dataset_name_or_path": "prompts and heldout_prompts", "K": "generation.K", "ref_model_name_or_path": "reference",
-    "train_dir": "prompts and train_on", "local_index": "num_shards", "my_world_size": "num_shards",
-}  # fmt: skip
+    "output_dir": "run_dir",
+    "dataset_name_or_path": "prompts and heldout_prompts",
+    "K": "generation.K",
+    "ref_model_name_or_path": "reference",
+    "train_dir": "prompts and train_on",
+    "local_index": "num_shards",
+    "my_world_size": "num_shards",
+}
 
 
 @dataclasses.dataclass(kw_only=True)
 class RunSettings:
-    """What every run has: models, prompts, and how its policies are evaluated. ppo/run.py builds on it too."""
+    """What every run has: models, prompts, and how its policies are evaluated.
+
+    Ppo/run.py builds on it too.
+    """
 
     run_dir: str = arg(help="folder of the run")
     model_name_or_path: str = arg(help="the policy to start from: hub name or folder")
-    reward_name_or_path: list[str] | None = arg(None, "reward models: hub names or folders; none where annotation.reward_function scores alone")
+    reward_name_or_path: list[str] | None = arg(
+        None, "reward models: hub names or folders; none where annotation.reward_function scores alone"
+    )
     prompts: list[str] = arg(help="prompt sets")
     heldout_prompts: str = arg(help="prompts for evaluation only")
     seed: int = arg(42, "seed of the run; sampling, pair selection and training derive theirs from it")
-    date: str | None = arg(None, "day for chat templates that write today's, YYYY-MM-DD; None: the day on which the run began")
+    date: str | None = arg(
+        None, "day for chat templates that write today's, YYYY-MM-DD; None: the day on which the run began"
+    )
     generation: dict = arg({}, "arguments of generation/get_hf2.py; --generation.K 4")
-    generation_backend: str = arg("engine", "an engine in each process (get_hf2.py), or API servers and a client (gen_hf.py)", ["engine", "servers"])
+    generation_backend: str = arg(
+        "engine",
+        "an engine in each process (get_hf2.py), or API servers and a client (gen_hf.py)",
+        ["engine", "servers"],
+    )
     server_port: int = arg(8000, "port of the first API server; the others follow")
     servers: dict = arg({}, f"arguments of generation/gen_hf.py that tell how it asks: {', '.join(CLIENT)}")
     heldout: dict = arg({}, "arguments of the held-out sampling that differ from `generation`")
     annotation: dict = arg({}, "arguments of annotate_data/get_rewards.py")
-    eval_reward_model: list[str] | None = arg(None, "second reward models, which score the held-out answers only and so see what training does not")
+    eval_reward_model: list[str] | None = arg(
+        None, "second reward models, which score the held-out answers only and so see what training does not"
+    )
     eval_annotation: dict = arg({}, "arguments of annotate_data/get_rewards.py for `eval_reward_model`")
-    divergence: bool = arg(True, "estimate each iterate's KL to the starting policy from its held-out answers (report/divergence.py)")
+    divergence: bool = arg(
+        True,
+        "estimate each iterate's KL to the starting policy from its held-out answers (report/divergence.py)",
+    )
     report: bool = arg(True, "make RUN/report/index.html anew after each stage")
-    report_to: list[str] | None = arg(None, f"log each iterate's figures there, one run for the loop: {', '.join(trackers.FIGURES)}")
-    project: str | None = arg(None, f"project at the trackers; None: as their variables say (WANDB_PROJECT, …), else {trackers.PROJECT}")
+    report_to: list[str] | None = arg(
+        None, f"log each iterate's figures there, one run for the loop: {', '.join(trackers.FIGURES)}"
+    )
+    project: str | None = arg(
+        None,
+        f"project at the trackers; None: as their variables say (WANDB_PROJECT, …), else {trackers.PROJECT}",
+    )
     run_name: str | None = arg(None, "name of the run at the trackers; None: that of its folder")
-    num_shards: int | None = arg(None, "generation processes; None: one per group of tensor_parallel_size GPUs, 1 without a GPU")
-    num_processes: int | None = arg(None, "annotation and training processes; None: one per GPU, 1 without a GPU")
-    num_gpus: int | None = arg(None, "with --check or --dry_run: GPUs to plan for; None: those that are visible")
-    gpu_memory_gib: float | None = arg(None, "with --check or --dry_run: GiB of each; None: what the visible ones have")
+    num_shards: int | None = arg(
+        None, "generation processes; None: one per group of tensor_parallel_size GPUs, 1 without a GPU"
+    )
+    num_processes: int | None = arg(
+        None, "annotation and training processes; None: one per GPU, 1 without a GPU"
+    )
+    num_gpus: int | None = arg(
+        None, "with --check or --dry_run: GPUs to plan for; None: those that are visible"
+    )
+    gpu_memory_gib: float | None = arg(
+        None, "with --check or --dry_run: GiB of each; None: what the visible ones have"
+    )
     without_gpu: bool = arg(False, "this run may use the CPU where there is no GPU (small models only)")
-    setup_command: str | None = arg(None, "run once in environment rlhflow before anything else; must be quick when there is nothing to do")
-    gold_function: str | None = arg(None, "path.py:name of gold(messages, response) → score, where the task has one")
+    setup_command: str | None = arg(
+        None,
+        "run once in environment rlhflow before anything else; must be quick when there is nothing to do",
+    )
+    gold_function: str | None = arg(
+        None, "path.py:name of gold(messages, response) → score, where the task has one"
+    )
     allow_overlap: bool = arg(False, "accept prompts that stand in both the training and the held-out sets")
-    model_size_b: float | None = arg(None, "billions of parameters, for --check's estimates where the hub is not reached")
+    model_size_b: float | None = arg(
+        None, "billions of parameters, for --check's estimates where the hub is not reached"
+    )
 
-    sections = {"generation": get_hf2.Arguments, "annotation": get_rewards.Arguments, "heldout": get_hf2.Arguments,
-                "eval_annotation": get_rewards.Arguments}  # see common/cli.py # fmt: skip
-    driver_flags = ("check", "dry_run", "stage", "stop_stage")  # of the driver, for what a wrong flag may have meant
+    sections = {
+        "generation": get_hf2.Arguments,
+        "annotation": get_rewards.Arguments,
+        "heldout": get_hf2.Arguments,
+        "eval_annotation": get_rewards.Arguments,
+    }  # see common/cli.py
+    driver_flags = (
+        "check",
+        "dry_run",
+        "stage",
+        "stop_stage",
+    )  # of the driver, for what a wrong flag may have meant
     decided = DECIDED
     problems = ()
 
 
 @dataclasses.dataclass(kw_only=True)
 class LoopSettings(RunSettings):
-    prompts: list[str] = arg(help="prompt sets, one an iteration; with more iterations they are taken in turn")
+    prompts: list[str] = arg(
+        help="prompt sets, one an iteration; with more iterations they are taken in turn"
+    )
     iterations: int = arg(3, "iterations in all; a finished run can be given more")
-    reference: str = arg("initial", "reference policy of the loss: the starting policy or the previous iterate", ["initial", "previous"])
+    reference: str = arg(
+        "initial",
+        "reference policy of the loss: the starting policy or the previous iterate",
+        ["initial", "previous"],
+    )
     train_on: str = arg("new", "pairs of this iteration only, or of all so far", ["new", "all"])
     training: str = arg("configs/training.yaml", "YAML of dpo_iteration/run_dpo.py")
-    training_args: dict = arg({}, "arguments that stand in place of that YAML's; --training_args.learning_rate 1e-6")
+    training_args: dict = arg(
+        {}, "arguments that stand in place of that YAML's; --training_args.learning_rate 1e-6"
+    )
     accelerate_config: str = arg("configs/zero2.yaml", "accelerate's YAML for training")
     keep_iterates: int | None = arg(None, "keep the weights of the last so many iterates; None: of all")
 
@@ -86,9 +166,15 @@ def decided(settings):
     for section, keys in DECIDED.items():
         for key in keys:
             if (getattr(settings, section, None) or {}).get(key) is not None:
-                instead = "eval_reward_model" if (section, key) == ("eval_annotation", "reward_name_or_path") else INSTEAD.get(key, key)
+                instead = (
+                    "eval_reward_model"
+                    if (section, key) == ("eval_annotation", "reward_name_or_path")
+                    else INSTEAD.get(key, key)
+                )
                 named = set(instead.replace(" and ", ".").split(".")) & settings.__dataclass_fields__.keys()
-                yield f"{section}.{key} is what the run itself decides: " + (f"leave it out and give {instead}" if named else "leave it out")
+                yield f"{section}.{key} is what the run itself decides: " + (
+                    f"leave it out and give {instead}" if named else "leave it out"
+                )
 
 
 def gpus_of(settings):
@@ -107,7 +193,10 @@ def refuse_other_kind(settings):
         return
     held, names = "backend" in read_yaml(path), {True: "PPO (run_ppo.sh)", False: "DPO (run_loop.sh)"}
     if held != hasattr(settings, "backend"):
-        raise UserError(f"{settings.run_dir} holds a run of {names[held]}, this would be one of {names[not held]}: give another --run_dir")
+        raise UserError(
+            f"{settings.run_dir} holds a run of {names[held]}, this would be one of {names[not held]}: give "
+            "another --run_dir"
+        )
 
 
 def processes(settings):
@@ -117,10 +206,18 @@ def processes(settings):
 
 def gpu_groups(settings):
     """CUDA_VISIBLE_DEVICES of each generation process; one empty string per process on the CPU."""
-    gpus, size = gpus_of(settings), build(get_hf2.Arguments, settings.generation | {"model_name_or_path": "-"}, "generation").tensor_parallel_size
+    gpus, size = (
+        gpus_of(settings),
+        build(
+            get_hf2.Arguments, settings.generation | {"model_name_or_path": "-"}, "generation"
+        ).tensor_parallel_size,
+    )
     if not gpus:
         return [""] * (settings.num_shards or 1)
     groups = [",".join(gpus[k : k + size]) for k in range(0, len(gpus) - size + 1, size)]
     if not groups or (settings.num_shards or 0) > len(groups):
-        raise UserError(f"{settings.num_shards or 1} generation processes of {size} GPUs each were asked for, {len(gpus)} GPUs are visible")
+        raise UserError(
+            f"{settings.num_shards or 1} generation processes of {size} GPUs each were asked for, "
+            f"{len(gpus)} GPUs are visible"
+        )
     return groups[: settings.num_shards]

@@ -1,4 +1,5 @@
-"""Call a function of the user's own on made-up responses, before a run needs it: a process of its own, in the function's environment.
+"""Call a function of the user's own on made-up responses, before a run needs it: a process of its own, in the
+function's environment.
 
     python loop/try_function.py reward FILE.py:NAME < records.json      or gold; records as `made_up` makes them
 
@@ -23,13 +24,22 @@ RESPONSE = "This is a made-up response. It is here to see whether the function t
 
 
 def made_up(prompt):
-    """A generated record with one response to a prompt record (messages and whatever fields the data carries)."""
-    fields = {"responses": [RESPONSE], "finish_reasons": ["stop"], "num_tokens": [20], "prompt_token_ids": [0], "response_token_ids": [[0]]}
+    """A generated record with one response to a prompt record (messages and whatever fields the data
+    carries).
+    """
+    fields = {
+        "responses": [RESPONSE],
+        "finish_reasons": ["stop"],
+        "num_tokens": [20],
+        "prompt_token_ids": [0],
+        "response_token_ids": [[0]],
+    }
     return prompt | fields
 
 
 def try_function(kind, spec, records, python=sys.executable):
-    """What is wrong with the reward or gold function `spec` where it is called on these records by this Python; None where nothing is.
+    """What is wrong with the reward or gold function `spec` where it is called on these records by this
+    Python; None where nothing is.
 
     Raises:
         TimeoutError: it took longer than SECONDS.
@@ -37,7 +47,15 @@ def try_function(kind, spec, records, python=sys.executable):
     command = [python, str(Path(__file__).resolve()), kind, spec]
     # OMP_NUM_THREADS and the like stay as they are: it runs as it will run.
     try:
-        done = subprocess.run(command, input=json.dumps(records), capture_output=True, text=True, errors="replace", timeout=SECONDS, check=False)
+        done = subprocess.run(
+            command,
+            input=json.dumps(records),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=SECONDS,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
         raise TimeoutError(f"{spec} did not end within {SECONDS} s") from None
     if done.returncode == 0:
@@ -59,7 +77,10 @@ def main():
         function = RewardFunction(spec)
         for _, found in function.score(records):
             if not all(math.isfinite(reward) for reward in found["rewards"]):
-                raise UserError(f"the reward function {spec} gives {found['rewards'][0]}: a finite number was expected, a low one for what it cannot judge")
+                raise UserError(
+                    f"the reward function {spec} gives {found['rewards'][0]}: a finite number was expected, "
+                    "a low one for what it cannot judge"
+                )
     finally:
         sys.stdout = out
 

@@ -1,12 +1,17 @@
-"""From our settings to OpenRLHF 0.11.2's flags: the one place where its words stand. Pure functions, nothing is read or started.
+"""From our settings to OpenRLHF 0.11.2's flags: the one place where its words stand. Pure functions, nothing
+is read or started.
 
 What was read in its source and decides the shape of a command:
 
-- The prompts file holds templated text, so that no other template, tokenizer default or `<image>` rule of its loader touches it;
+- The prompts file holds templated text, so that no other template, tokenizer default or `<image>` rule of its
+loader touches it;
   the turns travel in the label, for reward functions and reward models with another template.
-- A rollout of fewer prompts than the others ends its launch (fewer micro-batches than GPUs): the file holds whole rollouts only.
-- `ckpt.load_enable` with an `_actor` folder that holds no checkpoint ends in a KeyError: it is given where there is one.
-- Its W&B logger is switched on by a key on the command line, which is printed: a placeholder stands there, the key in the environment.
+- A rollout of fewer prompts than the others ends its launch (fewer micro-batches than GPUs): the file holds
+whole rollouts only.
+- `ckpt.load_enable` with an `_actor` folder that holds no checkpoint ends in a KeyError: it is given where
+there is one.
+- Its W&B logger is switched on by a key on the command line, which is printed: a placeholder stands there,
+the key in the environment.
 """
 
 import math
@@ -17,13 +22,22 @@ from common import trackers
 from common.cli import UserError
 
 MODULE = "openrlhf.cli.train_ppo_ray"
-SCHEDULERS = ("linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
+SCHEDULERS = (
+    "linear",
+    "cosine",
+    "cosine_with_min_lr",
+    "constant",
+    "constant_with_warmup",
+    "polynomial",
+    "inverse_sqrt",
+)
 WANDB_PLACEHOLDER = "see-WANDB_API_KEY"
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the roles run. `gpus`: those that train the policy; `critic_gpus`: those of value model and reward model (the same
+    """Where the roles run. `gpus`: those that train the policy; `critic_gpus`: those of value model and
+    reward model (the same
     where all are colocated); `engines` × `tensor_parallel`: those that sample."""
 
     nodes: int
@@ -42,12 +56,17 @@ class Placement:
 
     @property
     def all_gpus(self):
-        return self.gpus if self.colocate else self.gpus + self.critic_gpus + self.engines * self.tensor_parallel
+        return (
+            self.gpus if self.colocate else self.gpus + self.critic_gpus + self.engines * self.tensor_parallel
+        )
 
 
 @dataclass(frozen=True)
 class Reward:
-    """Who gives the rewards. `kind`: `local` (OpenRLHF's own, `model`), `server` (`url`), or `function` (`url` is a .py file)."""
+    """Who gives the rewards.
+
+    `kind`: `local` (OpenRLHF's own, `model`), `server` (`url`), or `function` (`url` is a .py file).
+    """
 
     kind: str
     model: str | None = None
@@ -56,7 +75,9 @@ class Reward:
 
 @dataclass(frozen=True)
 class Paths:
-    """Files of a run: `policy` the prepared folder, `critic` where the value model starts, and what OpenRLHF writes."""
+    """Files of a run: `policy` the prepared folder, `critic` where the value model starts, and what OpenRLHF
+    writes.
+    """
 
     policy: str
     critic: str
@@ -67,12 +88,16 @@ class Paths:
 
 
 def number(value):
-    """A number as argparse takes it, below 0 too: -10 and 0.00001, never -1e1 (which it takes for an option)."""
+    """A number as argparse takes it, below 0 too: -10 and 0.00001, never -1e1 (which it takes for an
+    option).
+    """
     return f"{value:.12f}".rstrip("0").rstrip(".") if value < 0 else repr(value)
 
 
 def optimizer_steps(args, prompts):
-    """Optimizer steps of a run as OpenRLHF counts them for its learning rate (trainer/ppo_trainer.py, prepare_datasets)."""
+    """Optimizer steps of a run as OpenRLHF counts them for its learning rate (trainer/ppo_trainer.py,
+    prepare_datasets).
+    """
     return prompts * args.samples_per_prompt // args.batch_size * args.num_episodes * args.ppo_epochs
 
 
@@ -82,12 +107,15 @@ def warmup_ratio(args, prompts):
         return args.warmup_steps
     steps = optimizer_steps(args, prompts)
     if args.warmup_steps > steps:
-        raise UserError(f"warmup_steps {args.warmup_steps:g} is more than the {steps} optimizer steps of this run")
+        raise UserError(
+            f"warmup_steps {args.warmup_steps:g} is more than the {steps} optimizer steps of this run"
+        )
     return max(0.0, (args.warmup_steps - 0.5) / steps)
 
 
 def check_batches(args, placement):
-    """Refuse batches that do not divide among the GPUs; OpenRLHF would die in DeepSpeed, hang, or leave responses out.
+    """Refuse batches that do not divide among the GPUs; OpenRLHF would die in DeepSpeed, hang, or leave
+    responses out.
 
     Raises:
         UserError: names the setting and a value that would do.
@@ -95,33 +123,51 @@ def check_batches(args, placement):
     responses, micro = args.rollout_batch_size * args.samples_per_prompt, args.micro_batch_size
     if responses % args.batch_size:
         raise UserError(
-            f"a rollout has {responses} responses (rollout_batch_size {args.rollout_batch_size} × samples_per_prompt "
-            f"{args.samples_per_prompt}), which is no multiple of batch_size {args.batch_size}; the rest would not be trained on"
+            f"a rollout has {responses} responses (rollout_batch_size {args.rollout_batch_size} × "
+            "samples_per_prompt "
+            f"{args.samples_per_prompt}), which is no multiple of batch_size {args.batch_size}; the rest "
+            "would not be trained on"
         )
     for gpus in {placement.gpus, placement.critic_gpus}:
         at_once = gpus * (1 if placement.max_tokens_per_gpu else micro)
         if args.batch_size % at_once:
-            what = f"{gpus} GPUs" if placement.max_tokens_per_gpu else f"{gpus} GPUs × micro_batch_size {micro}"
+            what = (
+                f"{gpus} GPUs" if placement.max_tokens_per_gpu else f"{gpus} GPUs × micro_batch_size {micro}"
+            )
             near = max(at_once, args.batch_size // at_once * at_once)
-            raise UserError(f"batch_size {args.batch_size} does not divide by {what}; take batch_size {near}, or another num_gpus or micro_batch_size")
+            raise UserError(
+                f"batch_size {args.batch_size} does not divide by {what}; take batch_size {near}, or another "
+                "num_gpus or micro_batch_size"
+            )
         if responses % (gpus * micro):
             near = math.ceil(responses / (gpus * micro)) * gpus * micro
             raise UserError(
-                f"{responses} responses a rollout do not divide by {gpus} GPUs × micro_batch_size {micro}: some GPUs would get fewer "
-                f"forward passes and the others wait for ever; take rollout_batch_size × samples_per_prompt = {near}, or another micro_batch_size"
+                f"{responses} responses a rollout do not divide by {gpus} GPUs × micro_batch_size {micro}: "
+                "some GPUs would get fewer "
+                "forward passes and the others wait for ever; take rollout_batch_size × samples_per_prompt "
+                f"= {near}, or another micro_batch_size"
             )
 
 
 def accumulation(args, placement):
     """Forward and backward passes of a GPU in an optimizer step; None where packing by tokens decides."""
-    return None if placement.max_tokens_per_gpu else args.batch_size // (placement.gpus * args.micro_batch_size)
+    return (
+        None if placement.max_tokens_per_gpu else args.batch_size // (placement.gpus * args.micro_batch_size)
+    )
 
 
 def roles(placement):
     """(role, nodes, GPUs per node) of OpenRLHF's four roles."""
     if placement.colocate:
-        return [(role, placement.nodes, placement.gpus_per_node) for role in ("actor", "ref", "critic", "reward")]
-    few = {"actor": placement.gpus, "ref": placement.gpus, "critic": placement.critic_gpus, "reward": placement.critic_gpus}
+        return [
+            (role, placement.nodes, placement.gpus_per_node) for role in ("actor", "ref", "critic", "reward")
+        ]
+    few = {
+        "actor": placement.gpus,
+        "ref": placement.gpus,
+        "critic": placement.critic_gpus,
+        "reward": placement.critic_gpus,
+    }
     return [(role, 1, gpus) for role, gpus in few.items()]
 
 
@@ -166,8 +212,9 @@ def flags(args, placement, reward, paths, prompts, resume=False):
         add("reward.remote_url", reward.url)
     add("reward.clip_range", [-args.reward_clip, args.reward_clip])
     if args.missing_eos_penalty:
-        # With a buffer of one token its overlong penalty is a fixed sum off each response of max_new_tokens tokens. That is ours,
-        # but for a response whose end-of-turn is its very last token. Its stop_properly_penalty would replace the reward instead.
+        # With a buffer of one token its overlong penalty is a fixed sum off each response of max_new_tokens
+        # tokens. That is ours, but for a response whose end-of-turn is its very last token. Its
+        # stop_properly_penalty would replace the reward instead.
         add("reward.overlong_buffer_len", 1)
         add("reward.overlong_penalty_factor", args.missing_eos_penalty)
 
@@ -240,9 +287,13 @@ def flags(args, placement, reward, paths, prompts, resume=False):
     taken = {name for name, _ in found}
     for name, value in args.extra_flags.items():
         if "wandb.key" in name:
-            raise UserError("extra_flags: a W&B key would be printed; export WANDB_API_KEY and say --report_to wandb")
+            raise UserError(
+                "extra_flags: a W&B key would be printed; export WANDB_API_KEY and say --report_to wandb"
+            )
         if name in taken:
-            raise UserError(f"extra_flags: {name} is set by our own settings already; --dry_run true shows the command")
+            raise UserError(
+                f"extra_flags: {name} is set by our own settings already; --dry_run true shows the command"
+            )
         add(name, value)
     return found
 
@@ -255,5 +306,7 @@ def words(found):
         if value is True:
             continue
         for item in value if isinstance(value, (list, tuple)) else [value]:
-            result.append(number(item) if isinstance(item, (int, float)) and not isinstance(item, bool) else str(item))
+            result.append(
+                number(item) if isinstance(item, (int, float)) and not isinstance(item, bool) else str(item)
+            )
     return result

@@ -19,7 +19,10 @@ GRACE = 30  # seconds that a stopped process has for its own end
 
 
 def stop(process, grace=GRACE):
-    """End a process and its group: as Ctrl-C does, then harder. Only what was started here is in that group."""
+    """End a process and its group: as Ctrl-C does, then harder.
+
+    Only what was started here is in that group.
+    """
     for number, wait in ((signal.SIGINT, grace), (signal.SIGTERM, grace / 3), (signal.SIGKILL, grace)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
@@ -81,14 +84,23 @@ def reward_server(settings, folder, gpus, patience=1800):
     env = dict(os.environ) | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus is not None else {})
     with open(log, "wb") as file:
         command = [sys.executable, script, str(folder / "reward.yaml")]
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env, start_new_session=True)
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # http_proxy knows nothing of this machine
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env=env, start_new_session=True
+        )
+    direct = urllib.request.build_opener(
+        urllib.request.ProxyHandler({})
+    )  # http_proxy knows nothing of this machine
     try:
         end = time.monotonic() + patience
         while True:
             if process.poll() is not None or time.monotonic() > end:
-                reason = next((line for line in reversed(last_lines(log)) if line.startswith("error: ")), " | ".join(last_lines(log, 3)))
-                raise UserError(f"the reward server does not run ({reason.removeprefix('error: ')}); its log is {log}")
+                reason = next(
+                    (line for line in reversed(last_lines(log)) if line.startswith("error: ")),
+                    " | ".join(last_lines(log, 3)),
+                )
+                raise UserError(
+                    f"the reward server does not run ({reason.removeprefix('error: ')}); its log is {log}"
+                )
             with contextlib.suppress(urllib.error.URLError, OSError):
                 direct.open(f"http://127.0.0.1:{port}/health", timeout=5).close()
                 break
@@ -107,7 +119,9 @@ def run_openrlhf(command, log, env):
     with open(log, "ab") as file:
         file.write(f"\n# {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
         file.flush()
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, start_new_session=True
+        )
 
         def copy():
             while block := os.read(process.stdout.fileno(), 65536):
@@ -129,14 +143,19 @@ def run_openrlhf(command, log, env):
         for line in lines[:-1]:
             print(f"  {line}", file=sys.stderr)
         why = f"killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        raise UserError(f"OpenRLHF {why}: {lines[-1] if lines else 'it printed nothing'}; the log is {log}; mend it and start the same command again")
+        raise UserError(
+            f"OpenRLHF {why}: {lines[-1] if lines else 'it printed nothing'}; the log is {log}; mend it and "
+            "start the same command again"
+        )
 
 
 def checkpoint_to_resume(folder):
-    """The newest step that policy and value model both have whole, made the one that DeepSpeed loads; None without one.
+    """The newest step that policy and value model both have whole, made the one that DeepSpeed loads; None
+    without one.
 
-    DeepSpeed writes a folder `global_stepN` and then its name into `latest`. A run that is stopped between the two saves leaves them
-    at different steps; the other role's folder of the older step is still there (that is why save_total_limit is 2 at least).
+    DeepSpeed writes a folder `global_stepN` and then its name into `latest`. A run that is stopped between
+    the two saves leaves them at different steps; the other role's folder of the older step is still there
+    (that is why save_total_limit is 2 at least).
 
     Raises:
         UserError: checkpoints without a common step.
@@ -151,10 +170,15 @@ def checkpoint_to_resume(folder):
             return None
         at = step(latest[role])
         # A folder beyond `latest` may be half written.
-        tags[role] = {f.name for f in (folder / role).glob("global_step*") if f.is_dir() and step(f.name) <= at}
+        tags[role] = {
+            f.name for f in (folder / role).glob("global_step*") if f.is_dir() and step(f.name) <= at
+        }
     common = sorted(tags["_actor"] & tags["_critic"], key=step)
     if not common:
-        raise UserError(f"{folder} holds checkpoints of policy and value model that share no step; give --overwrite true to start anew")
+        raise UserError(
+            f"{folder} holds checkpoints of policy and value model that share no step; give --overwrite true "
+            "to start anew"
+        )
     for role, tag in latest.items():
         if tag != common[-1]:
             temporary = folder / role / "latest.tmp"

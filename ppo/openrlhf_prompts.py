@@ -1,4 +1,6 @@
-"""What OpenRLHF reads: the prompts as one file of templated text, and the policy as a folder with the right stop tokens."""
+"""What OpenRLHF reads: the prompts as one file of templated text, and the policy as a folder with the right
+stop tokens.
+"""
 
 import json
 import os
@@ -13,39 +15,59 @@ from dpo_iteration.output import write_jsonl
 from dpo_iteration.saved import generation_config
 from ppo.inputs import rendered_prompts
 
-OURS = ("generation_config.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates", models.TEKKEN)
+OURS = (
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates",
+    models.TEKKEN,
+)
 
 
 def load_tokenizer(name, trust_remote_code=False, chat_template=None):
     """A model's tokenizer, with the chat template of the file `chat_template` where one is given."""
     tokenizer = models.load_tokenizer(name, trust_remote_code=trust_remote_code, chat_template=chat_template)
     if not tokenizer.chat_template:
-        raise UserError(f"model_name_or_path {name} has no chat template: put a chat_template.jinja beside its tokenizer or give --chat_template FILE")
+        raise UserError(
+            f"model_name_or_path {name} has no chat template: put a chat_template.jinja beside its tokenizer "
+            "or give --chat_template FILE"
+        )
     return tokenizer
 
 
 def read_all(args, tokenizer):
-    """(records to write, skipped): every prompt of all sets in order; too long ones and those that cannot be used are named in `skipped`."""
+    """(records to write, skipped): every prompt of all sets in order; too long ones and those that cannot be
+    used are named in `skipped`.
+    """
     kept, skipped, bad, seen = [], [], [], set()
     for record, text in rendered_prompts(args, tokenizer, bad):
         tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
         if tokens > args.max_input_length:
             skipped.append({"id": record["id"], "reason": "too long", "tokens": tokens})
             continue
-        key = record["id"] if record["id"] not in seen else f"{record['id']}-{len(seen)}"  # the same prompt in two sets
+        key = (
+            record["id"] if record["id"] not in seen else f"{record['id']}-{len(seen)}"
+        )  # the same prompt in two sets
         seen.add(key)
         # In the label as text: the reward functions' record, which OpenRLHF hands through untouched.
         kept.append({"prompt": text, "label": records.dumps(record | {"id": key})})
-    return kept, [{"id": entry["id"], "reason": "cannot be used", "detail": entry["reason"]} for entry in bad] + skipped
+    return kept, [
+        {"id": entry["id"], "reason": "cannot be used", "detail": entry["reason"]} for entry in bad
+    ] + skipped
 
 
 def whole_rollouts(args, kept):
-    """(prompts of whole rollouts in a fixed random order, those left over, passes over them) within `max_rollouts`."""
+    """(prompts of whole rollouts in a fixed random order, those left over, passes over them) within
+    `max_rollouts`.
+    """
     kept = list(kept)
     random.Random(args.seed).shuffle(kept)
     rollouts, episodes = len(kept) // args.rollout_batch_size, args.num_episodes
     if not rollouts:
-        raise UserError(f"{len(kept)} prompts of {', '.join(args.dataset_name_or_path)} are fewer than rollout_batch_size {args.rollout_batch_size}; lower it")
+        raise UserError(
+            f"{len(kept)} prompts of {', '.join(args.dataset_name_or_path)} are fewer than "
+            f"rollout_batch_size {args.rollout_batch_size}; lower it"
+        )
     if args.max_rollouts is not None:
         rollouts = min(rollouts, args.max_rollouts)
         episodes = min(episodes, max(1, args.max_rollouts // rollouts))
@@ -68,7 +90,12 @@ def write_prompts(args, tokenizer, path):
     by_reason = {}
     for entry in skipped:
         by_reason[entry["reason"]] = by_reason.get(entry["reason"], 0) + 1
-    return {"prompts": len(chosen), "skipped": by_reason, "episodes": episodes, "rollouts": len(chosen) // args.rollout_batch_size * episodes}
+    return {
+        "prompts": len(chosen),
+        "skipped": by_reason,
+        "episodes": episodes,
+        "rollouts": len(chosen) // args.rollout_batch_size * episodes,
+    }
 
 
 def local_folder(name):
@@ -78,16 +105,22 @@ def local_folder(name):
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"]))
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"]
+            )
+        )
     except Exception as error:
         raise UserError(f"cannot fetch {name} from the hub: {' '.join(str(error).split())[:300]}") from None
 
 
 def prepare_policy(args, tokenizer, folder):
-    """Put the policy into `folder`: links to its weights, our tokenizer with its template, a generation config that stops.
+    """Put the policy into `folder`: links to its weights, our tokenizer with its template, a generation
+    config that stops.
 
-    OpenRLHF samples until vLLM's stop tokens, which are the EOS and what generation_config.json names. Where neither is the
-    template's end of turn (RLHFlow/LLaMA3-SFT is sampled with an extra stop token for that), no response would end.
+    OpenRLHF samples until vLLM's stop tokens, which are the EOS and what generation_config.json names. Where
+    neither is the template's end of turn (RLHFlow/LLaMA3-SFT is sampled with an extra stop token for that),
+    no response would end.
     """
     source = local_folder(args.model_name_or_path)
     if not any(source.glob("*.safetensors")) and not any(source.glob("pytorch_model*.bin")):
@@ -97,5 +130,10 @@ def prepare_policy(args, tokenizer, folder):
     tokenizer.save_pretrained(folder)
     write_json(folder / "generation_config.json", generation_config(source, tokenizer))
     for file in source.iterdir():
-        if file.is_file() and not (folder / file.name).exists() and file.name not in OURS and file.name != "README.md":
+        if (
+            file.is_file()
+            and not (folder / file.name).exists()
+            and file.name not in OURS
+            and file.name != "README.md"
+        ):
             os.symlink(file.resolve(), folder / file.name)

@@ -1,13 +1,17 @@
-"""The project's rewards for OpenRLHF's rollouts: any reward model of annotate_data, weighted sums of them, or a Python function.
+"""The project's rewards for OpenRLHF's rollouts: any reward model of annotate_data, weighted sums of them, or
+a Python function.
 
-What OpenRLHF 0.11.2 hands over for a response (utils/agent.py): `query`, the decoded tokens of prompt and response with special
-tokens; `prompt`, the templated text that was sampled from; `label`, in our prompts file the record as JSON. The messages come out of
-the label, the response out of the query; then a reward model sees its own template and its own tokens, as in get_rewards.py.
+What OpenRLHF 0.11.2 hands over for a response (utils/agent.py): `query`, the decoded tokens of prompt and
+response with special tokens; `prompt`, the templated text that was sampled from; `label`, in our prompts file
+the record as JSON. The messages come out of the label, the response out of the query; then a reward model
+sees its own template and its own tokens, as in get_rewards.py.
 
-A reward *model* is served by ppo/serve_reward.py in a process of its own. OpenRLHF calls `reward_func` in its sampling processes,
-one response at a time, where a model would be loaded once for each engine, on its GPU or on none: only functions are called there,
+A reward *model* is served by ppo/serve_reward.py in a process of its own. OpenRLHF calls `reward_func` in its
+sampling processes, one response at a time, where a model would be loaded once for each engine, on its GPU or
+on none: only functions are called there,
 
-    RLHF_REWARD_CONFIG=reward.yaml python -m openrlhf.cli.train_ppo_ray … --reward.remote_url ppo/openrlhf_reward.py
+    RLHF_REWARD_CONFIG=reward.yaml python -m openrlhf.cli.train_ppo_ray … --reward.remote_url
+    ppo/openrlhf_reward.py
 
 with the keys of `RewardArguments` in reward.yaml.
 """
@@ -30,24 +34,47 @@ from common.cli import UserError, arg, build, read_yaml
 
 CONFIG = "RLHF_REWARD_CONFIG"
 CPU_PARAMETERS = 200e6  # more than these are not scored without a GPU
-ANNOTATION = ("reward_name_or_path", "reward_type", "reward_function", "reward_weights", "max_length", "batch_tokens", "dtype",
-              "attn_implementation", "trust_remote_code")  # fmt: skip
+ANNOTATION = (
+    "reward_name_or_path",
+    "reward_type",
+    "reward_function",
+    "reward_weights",
+    "max_length",
+    "batch_tokens",
+    "dtype",
+    "attn_implementation",
+    "trust_remote_code",
+)
 
 
 @dataclass(kw_only=True)
 class RewardArguments:
-    policy: str = arg(help="folder or hub name of the policy: its tokenizer tells the response from the prompt")
-    reward_name_or_path: list[str] | None = arg(None, "reward models of annotate_data/get_rewards.py: folders or hub names")
-    reward_type: list[str] = arg(["auto"], "as in get_rewards.py; pair-preference models cannot judge one response")
+    policy: str = arg(
+        help="folder or hub name of the policy: its tokenizer tells the response from the prompt"
+    )
+    reward_name_or_path: list[str] | None = arg(
+        None, "reward models of annotate_data/get_rewards.py: folders or hub names"
+    )
+    reward_type: list[str] = arg(
+        ["auto"], "as in get_rewards.py; pair-preference models cannot judge one response"
+    )
     reward_function: str | None = arg(None, "FILE.py:NAME, f(messages, response[, record]) → number")
-    reward_weights: list[float] | None = arg(None, "one for each model, then the function's; the sum is the reward")
-    reward_chat_template: str | None = arg(None, "jinja file in place of the reward model's own chat template")
+    reward_weights: list[float] | None = arg(
+        None, "one for each model, then the function's; the sum is the reward"
+    )
+    reward_chat_template: str | None = arg(
+        None, "jinja file in place of the reward model's own chat template"
+    )
     max_length: int = arg(4096, "tokens of a sequence for the reward model; the left is cut")
     batch_tokens: int | None = arg(None, "tokens of a forward pass; None: 16384 on a GPU, 2048 without")
-    dtype: str = arg("auto", "auto is bfloat16 on a GPU, float32 without", ("auto", "float32", "bfloat16", "float16"))
+    dtype: str = arg(
+        "auto", "auto is bfloat16 on a GPU, float32 without", ("auto", "float32", "bfloat16", "float16")
+    )
     attn_implementation: str = arg("auto", "auto is flash_attention_2 where installed (GPU), else sdpa")
     trust_remote_code: bool = arg(False, "run Python code that comes with the models")
-    allow_cpu: bool = arg(False, f"score models of more than {CPU_PARAMETERS / 1e6:.0f} million parameters without a GPU too")
+    allow_cpu: bool = arg(
+        False, f"score models of more than {CPU_PARAMETERS / 1e6:.0f} million parameters without a GPU too"
+    )
 
 
 def annotation(args):
@@ -67,13 +94,18 @@ def check(args):
     asked = annotation(args)
     check_annotation(asked)
     if "pair_preference" in asked.reward_type:
-        raise UserError("a pair-preference model compares responses, PPO needs a reward for one: take a Bradley-Terry model or ArmoRM")
+        raise UserError(
+            "a pair-preference model compares responses, PPO needs a reward for one: take a Bradley-Terry "
+            "model or ArmoRM"
+        )
     return asked
 
 
 def special_strings(tokenizer):
     """A pattern of the special tokens that decoding without them would leave out; None without any."""
-    found = set(tokenizer.all_special_tokens) | {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
+    found = set(tokenizer.all_special_tokens) | {
+        str(t) for t in tokenizer.added_tokens_decoder.values() if t.special
+    }
     found = sorted((t for t in found if t.strip()), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, found))) if found else None
 
@@ -99,7 +131,10 @@ class Texts:
             if query.startswith(start):
                 text = query[len(start) :]
                 return self.specials.sub("", text) if self.specials else text
-        raise UserError(f"a query does not begin with its prompt: {prompt[:80]!r} … and {query[:80]!r} …; was it cut to data.max_len?")
+        raise UserError(
+            f"a query does not begin with its prompt: {prompt[:80]!r} … and {query[:80]!r} …; was it cut to "
+            "data.max_len?"
+        )
 
     def record(self, query, prompt, label):
         """The record that get_rewards.py's scorers take, of one response."""
@@ -107,7 +142,10 @@ class Texts:
             record = json.loads(label)
             messages = records.to_messages(record["prompt"], "label")
         except (TypeError, ValueError, KeyError):
-            raise UserError(f"a label holds no record of ours: {str(label)[:80]!r}; use the prompts file that run_openrlhf.py writes") from None
+            raise UserError(
+                f"a label holds no record of ours: {str(label)[:80]!r}; use the prompts file that "
+                "run_openrlhf.py writes"
+            ) from None
         return record | {"prompt": messages, "responses": [self.response(query, prompt)]}
 
 
@@ -132,7 +170,10 @@ class Rewards:
         self.scorers = make_scorers(self.asked)
         for scorer in self.scorers:
             if isinstance(scorer, PairPreference):
-                raise UserError(f"{scorer.name} compares responses, PPO needs a reward for one: take a Bradley-Terry model or ArmoRM")
+                raise UserError(
+                    f"{scorer.name} compares responses, PPO needs a reward for one: take a Bradley-Terry "
+                    "model or ArmoRM"
+                )
             self._check_device(scorer)
             scorer.load()
         return self
@@ -152,7 +193,8 @@ class Rewards:
         count = shape_of(scorer.name, trust_remote_code=self.args.trust_remote_code).parameters
         if count > CPU_PARAMETERS:
             raise UserError(
-                f"{scorer.name} has {count / 1e9:.1f} billion parameters and this process has no GPU: start ppo/serve_reward.py where one is "
+                f"{scorer.name} has {count / 1e9:.1f} billion parameters and this process has no GPU: start "
+                "ppo/serve_reward.py where one is "
                 "and give its address as reward_url, or say --allow_cpu true"
             )
 
@@ -196,7 +238,10 @@ def _configured():
         raise UserError(f"{CONFIG} names no YAML of reward settings")
     args = build(RewardArguments, read_yaml(path, "reward settings"), path)
     if args.reward_name_or_path:
-        raise UserError(f"{path} names reward models, which would be loaded in every sampling process: serve them with ppo/serve_reward.py")
+        raise UserError(
+            f"{path} names reward models, which would be loaded in every sampling process: serve them with "
+            "ppo/serve_reward.py"
+        )
     return Rewards(args).load()
 
 

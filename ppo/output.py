@@ -1,4 +1,6 @@
-"""What train_ppo.py writes: its manifest and log, checkpoints from which a killed run continues, and the model."""
+"""What train_ppo.py writes: its manifest and log, checkpoints from which a killed run continues, and the
+model.
+"""
 
 import json
 import os
@@ -29,23 +31,30 @@ def lock_output(args):
 
 
 def begin(ppo, settings, inputs):
-    """Write an unfinished manifest and the prompts left out, and go on from the last checkpoint if there is one."""
+    """Write an unfinished manifest and the prompts left out, and go on from the last checkpoint if there is
+    one.
+    """
     args, folder = ppo.args, Path(ppo.args.output_dir)
     if is_main():
         if args.overwrite:
             remove_checkpoints(folder.glob("checkpoint-*"))
         marks = {key: fingerprint(name) for key, name in inputs.items() if name is not None}
-        write_json(beside(folder, ".manifest.json"), {"script": "ppo/train_ppo.py", "complete": False, "settings": settings, "inputs": marks})
+        write_json(
+            beside(folder, ".manifest.json"),
+            {"script": "ppo/train_ppo.py", "complete": False, "settings": settings, "inputs": marks},
+        )
         write_jsonl(beside(folder, ".skipped.jsonl"), ppo.skipped)
     ppo.accelerator.wait_for_everyone()
     restore(ppo)
 
 
 def save(ppo):
-    """Write all that a later start needs, beside its place, and rename. No random state is among it: seeds go by rollout.
+    """Write all that a later start needs, beside its place, and rename. No random state is among it: seeds go
+    by rollout.
 
     Args:
-        ppo: train_ppo.PPO; `learners` (models, optimizers, schedules), `done` (rollouts) and `kl_coef` are its state.
+        ppo: train_ppo.PPO; `learners` (models, optimizers, schedules), `done` (rollouts) and `kl_coef` are
+            its state.
     """
     import torch
 
@@ -83,7 +92,11 @@ def restore(ppo):
             told = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
             state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
             done, kl_coef = told["rollout"], told["kl_coef"]
-            parts = [(part, values) for name, learner in ppo.learners.items() for part, values in zip(learner, state[name], strict=True)]
+            parts = [
+                (part, values)
+                for name, learner in ppo.learners.items()
+                for part, values in zip(learner, state[name], strict=True)
+            ]
         except (OSError, EOFError, KeyError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
             reason = f"{folder} cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
             say(f"note: {reason}")
@@ -94,13 +107,19 @@ def restore(ppo):
             part.load_state_dict(values)
         return
     if reason:
-        raise UserError(f"{reason}, nor is there an older one that can; mend it, or begin anew with --overwrite true")
+        raise UserError(
+            f"{reason}, nor is there an older one that can; mend it, or begin anew with --overwrite true"
+        )
 
 
 def read_log(path, rollouts):
-    """The log's entries of the first `rollouts` rollouts, up to a line that was torn (a machine that lost its power)."""
+    """The log's entries of the first `rollouts` rollouts, up to a line that was torn (a machine that lost its
+    power).
+    """
     entries = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:rollouts] if path.exists() else []:
+    for line in (
+        path.read_text(encoding="utf-8", errors="replace").split("\n")[:rollouts] if path.exists() else []
+    ):
         try:
             entries.append(json.loads(line))
         except ValueError:
@@ -117,8 +136,14 @@ class Log:
         if is_main():
             write_jsonl(self.path, self.entries)  # what came after the checkpoint comes again
         shown = {key: str(value) for key, value in settings.items()}
-        self.trackers = [Figures(name, ppo.args.output_dir, shown, ppo.args.project, ppo.args.run_name) for name in trackers if is_main()]
-        self.progress = Progress(ppo.rollouts, "ppo", "rollouts", done=ppo.done, enabled=is_main() and sys.stderr.isatty())
+        self.trackers = [
+            Figures(name, ppo.args.output_dir, shown, ppo.args.project, ppo.args.run_name)
+            for name in trackers
+            if is_main()
+        ]
+        self.progress = Progress(
+            ppo.rollouts, "ppo", "rollouts", done=ppo.done, enabled=is_main() and sys.stderr.isatty()
+        )
 
     def add(self, figures, seconds):
         """The figures of the rollout that was just learned from, and the seconds of its parts."""
@@ -130,12 +155,21 @@ class Log:
                 file.write(dumps(as_json(self.entries[-1])) + "\n")
         for tracker in self.trackers:
             tracker.log(figures | {f"seconds/{key}": value for key, value in seconds.items()}, number)
-        note = (f"reward {figures['reward']:.3f}, kl {figures['kl']:.2f}, entropy {figures['entropy']:.2f}, length {figures['response_length']:.1f}, "
-                f"cut {figures['truncated_fraction']:.2f}, clipped {figures['clip_fraction']:.3f}, explained {figures['explained_variance']:.2f}")  # fmt: skip
+        note = (
+            f"reward {figures['reward']:.3f}, kl {figures['kl']:.2f}, entropy {figures['entropy']:.2f}, "
+            f"length {figures['response_length']:.1f}, "
+            f"cut {figures['truncated_fraction']:.2f}, clipped {figures['clip_fraction']:.3f}, explained "
+            f"{figures['explained_variance']:.2f}"
+        )
         progress.update(1, note)
         if progress.bar is None and (number % ppo.args.logging_steps == 0 or number == ppo.rollouts):
-            left = duration((time.monotonic() - progress.start) / (number - progress.first) * (ppo.rollouts - number))
-            say(f"ppo: rollout {number}/{ppo.rollouts}, {note}, {figures['tokens_per_second']:.0f} tokens/s, {left} left")
+            left = duration(
+                (time.monotonic() - progress.start) / (number - progress.first) * (ppo.rollouts - number)
+            )
+            say(
+                f"ppo: rollout {number}/{ppo.rollouts}, {note}, {figures['tokens_per_second']:.0f} tokens/s, "
+                f"{left} left"
+            )
 
     def close(self):
         self.progress.close()
@@ -167,14 +201,27 @@ def finish(ppo, entries, start_seconds, started):
     counts["responses"] = ppo.done * args.rollout_batch_size * args.samples_per_prompt
     metrics = {key: value for key, value in (entries or [{}])[-1].items() if finite(value)}
     manifest = read_manifest(folder) | {
-        "complete": True, "counts": counts, "metrics": metrics, "num_processes": launched(), "versions": versions(),
+        "complete": True,
+        "counts": counts,
+        "metrics": metrics,
+        "num_processes": launched(),
+        "versions": versions(),
         "seconds": {"start": round(start_seconds, 1), "all": round(time.time() - started, 1)},
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "output": fingerprint(folder),
-    }  # fmt: skip
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "output": fingerprint(folder),
+    }
     write_json(beside(folder, ".manifest.json"), manifest)
-    if not args.keep_checkpoints:  # not before the manifest calls the model complete: a kill between would cost the whole run
+    if (
+        not args.keep_checkpoints
+    ):  # not before the manifest calls the model complete: a kill between would cost the whole run
         remove_checkpoints(folder.glob("checkpoint-*"))
-    say(f"read {len(ppo.prompts)} prompts, skipped {len(ppo.skipped)}, sampled {counts['responses']} responses in {ppo.done} rollouts")
+    say(
+        f"read {len(ppo.prompts)} prompts, skipped {len(ppo.skipped)}, sampled {counts['responses']} "
+        f"responses in {ppo.done} rollouts"
+    )
     if entries:
-        say(f"reward {entries[0]['reward']:.3f} → {metrics['reward']:.3f}, {metrics['kl']:.2f} nats per response off the reference")
+        say(
+            f"reward {entries[0]['reward']:.3f} → {metrics['reward']:.3f}, {metrics['kl']:.2f} nats per "
+            "response off the reference"
+        )
     say(f"trained {folder} in {duration(time.time() - started)}")

@@ -1,13 +1,15 @@
 r"""PPO on GPUs with OpenRLHF 0.11.2: checks, the exact command, start, resume, and a plain model at the end.
 
 In:  a policy, a reward (model, several with weights, Python function, or a server's address) and prompt sets.
-Out: model, tokenizer, chat template and generation config in the folder `output_dir`, beside it its manifest and
+Out: model, tokenizer, chat template and generation config in the folder `output_dir`, beside it its manifest
+and
      `output_dir.work/`: prompts, log, TensorBoard's files, and while it runs the checkpoints.
 
     python ppo/run_openrlhf.py runs/ppo_llama3_8b/iter1/train.yaml --dry_run true
 
-Environment `ppo_train`. It follows the GPUs there are; what cannot fit is refused with what would. A stopped run continues from its
-last checkpoint when the same command is started again. W&B: export WANDB_API_KEY and give --report_to wandb.
+Environment `ppo_train`. It follows the GPUs there are; what cannot fit is refused with what would. A stopped
+run continues from its last checkpoint when the same command is started again. W&B: export WANDB_API_KEY and
+give --report_to wandb.
 """
 
 import dataclasses
@@ -41,7 +43,8 @@ def work_folder(args):
 
 
 def is_complete(args, settings, inputs):
-    """Whether the model is there, from these settings and inputs; refuse what was made, or half made, from others.
+    """Whether the model is there, from these settings and inputs; refuse what was made, or half made, from
+    others.
 
     Raises:
         UserError: the output or checkpoints are of other settings or of nobody knows what.
@@ -56,19 +59,29 @@ def is_complete(args, settings, inputs):
     stale = (work / "checkpoints" / "_actor").is_dir()
     if manifest is None and (there or stale):
         what = folder if there else work / "checkpoints" / "_actor"
-        raise UserError(f"{what} has no manifest, so it is not known how it was made; move it away or give --overwrite true")
+        raise UserError(
+            f"{what} has no manifest, so it is not known how it was made; move it away or give --overwrite "
+            "true"
+        )
     if manifest is None:
         return False
-    complete = manifest.get("complete") and (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+    complete = (
+        manifest.get("complete") and (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+    )
     changed = difference(manifest, settings, inputs) if complete or stale else None
     if changed:
         state = "complete" if complete else "half done"
-        raise UserError(f"{folder} is {state} with other settings: {changed}; choose another --output_dir or give --overwrite true")
+        raise UserError(
+            f"{folder} is {state} with other settings: {changed}; choose another --output_dir or give "
+            "--overwrite true"
+        )
     return bool(complete)
 
 
 def shapes_of(args, reward):
-    """Role → Shape (or None) of the models that OpenRLHF holds; estimates where a config is out of reach; None: size not known."""
+    """Role → Shape (or None) of the models that OpenRLHF holds; estimates where a config is out of reach;
+    None: size not known.
+    """
 
     def shape(name, billions):
         if Path(name).is_dir():
@@ -78,11 +91,24 @@ def shapes_of(args, reward):
     policy = shape(args.model_name_or_path, args.model_size_b)
     if policy is None:
         return None
-    model = shape(args.reward_name_or_path[0], args.reward_size_b or args.model_size_b) if args.reward_name_or_path else None
+    model = (
+        shape(args.reward_name_or_path[0], args.reward_size_b or args.model_size_b)
+        if args.reward_name_or_path
+        else None
+    )
     critic = args.critic_name_or_path or (args.reward_name_or_path or [args.model_name_or_path])[0]
-    value = policy if critic == args.model_name_or_path else shape(critic, args.reward_size_b or args.model_size_b)
-    return {"actor": policy, "ref": policy if args.kl_coef else None, "critic": value or policy, "reward": model if reward == "local" else None,
-            "server": model if reward == "server" else None}  # fmt: skip
+    value = (
+        policy
+        if critic == args.model_name_or_path
+        else shape(critic, args.reward_size_b or args.model_size_b)
+    )
+    return {
+        "actor": policy,
+        "ref": policy if args.kl_coef else None,
+        "critic": value or policy,
+        "reward": model if reward == "local" else None,
+        "server": model if reward == "server" else None,
+    }
 
 
 def choose_reward(args, tokenizer, notes):
@@ -99,7 +125,12 @@ def choose_reward(args, tokenizer, notes):
         other = load_tokenizer(models[0], args.trust_remote_code, args.reward_chat_template)
         why = preflight.differs(tokenizer, other)
         config = Path(models[0]) / "config.json"
-        if why is None and config.is_file() and "SequenceClassification" not in str(read_json(config).get("architectures", "SequenceClassification")):
+        if (
+            why is None
+            and config.is_file()
+            and "SequenceClassification"
+            not in str(read_json(config).get("architectures", "SequenceClassification"))
+        ):
             why = "it is no classifier with one label"
         if why is None and preflight.has_value_head(models[0], args.value_head) is False:
             why = f"it has no weights {args.value_head}.weight (value_head)"
@@ -110,9 +141,15 @@ def choose_reward(args, tokenizer, notes):
     if len(models) > 1 or args.reward_function or args.reward_weights or args.reward_backend == "server":
         return "server", why is None
     if why and args.reward_backend == "local":
-        raise UserError(f"reward_backend local: {models[0]} cannot be used so: {why}; take reward_backend server, which has its own tokenizer")
+        raise UserError(
+            f"reward_backend local: {models[0]} cannot be used so: {why}; take reward_backend server, which "
+            "has its own tokenizer"
+        )
     if why and args.ray_address:
-        raise UserError(f"OpenRLHF's own reward model cannot be {models[0]}: {why}; start ppo/serve_reward.py --host … by hand and give reward_url")
+        raise UserError(
+            f"OpenRLHF's own reward model cannot be {models[0]}: {why}; start ppo/serve_reward.py --host … "
+            "by hand and give reward_url"
+        )
     if why:
         notes.append(f"the reward model runs in our server: {why}")
         return "server", False
@@ -123,7 +160,9 @@ def try_place(args, kind, gpus, a_node, size, flash, notes):
     """(Placement, GPUs set aside for our reward server)."""
     shapes = shapes_of(args, kind)
     if shapes is None:
-        raise UserError(f"model_name_or_path {args.model_name_or_path}: its size is not known here; give --model_size_b")
+        raise UserError(
+            f"model_name_or_path {args.model_name_or_path}: its size is not known here; give --model_size_b"
+        )
     own = shapes.pop("server")
     machine = preflight.machine_memory(args)
     asides = [0] if own is None else [args.reward_gpus] if args.reward_gpus is not None else [0, 1]
@@ -132,17 +171,25 @@ def try_place(args, kind, gpus, a_node, size, flash, notes):
         counts = [gpus - aside] + ([n for n in (32, 16, 8, 4, 2, 1) if n < gpus - aside] if aside else [])
         for count in counts:
             if count < 1:
-                problem = problem or UserError("reward_gpus 1 leaves no GPU to train on; give 0, or more GPUs")
+                problem = problem or UserError(
+                    "reward_gpus 1 leaves no GPU to train on; give 0, or more GPUs"
+                )
                 continue
             beside_it = 0 if own is None or aside else 2 * own.parameters + 2 * memory.GIB
             try:
-                placement, more = place(args, shapes, count, min(a_node, count), size, flash, beside_it, machine)
+                placement, more = place(
+                    args, shapes, count, min(a_node, count), size, flash, beside_it, machine
+                )
             except UserError as error:
                 problem = problem or error
                 continue
             notes += more
             if own is not None:
-                where = f"one GPU of its own, {gpus - aside - count} stay idle" if aside else "one of the GPUs that train"
+                where = (
+                    f"one GPU of its own, {gpus - aside - count} stay idle"
+                    if aside
+                    else "one of the GPUs that train"
+                )
                 notes.append(f"our reward server takes {where}")
             return placement, aside
     raise problem
@@ -188,10 +235,16 @@ def plan(args):
         tokenizer = load_tokenizer(args.model_name_or_path, args.trust_remote_code, args.chat_template)
         kind, same = choose_reward(args, tokenizer, notes)
     except UserError:
-        if not args.dry_run or (Path(args.model_name_or_path).is_dir() and all(Path(name).is_dir() for name in args.reward_name_or_path or [])):
+        if not args.dry_run or (
+            Path(args.model_name_or_path).is_dir()
+            and all(Path(name).is_dir() for name in args.reward_name_or_path or [])
+        ):
             raise
         kind, same = choose_reward(args, None, notes)
-        notes.append("tokenizers on the hub are not at hand: that policy and reward model share tokens and template is assumed")
+        notes.append(
+            "tokenizers on the hub are not at hand: that policy and reward model share tokens and template "
+            "is assumed"
+        )
     flash = preflight.installed("flash-attn") is not None or args.dry_run
     placement, aside = try_place(args, kind, gpus, a_node, size, flash, notes)
     return Plan(placement, kind, same, aside, notes + preflight.notes_on_machine(placement), tokenizer)
@@ -201,13 +254,26 @@ def command_of(args, found, url, resume):
     """(arguments of python, Paths)."""
     work = work_folder(args).absolute()
     policy = str(work / "policy")
-    critic = args.critic_name_or_path or (args.reward_name_or_path[0] if found.same_tokens and args.reward_name_or_path else policy)
+    critic = args.critic_name_or_path or (
+        args.reward_name_or_path[0] if found.same_tokens and args.reward_name_or_path else policy
+    )
     if critic == args.model_name_or_path:
         critic = policy  # the same name tells OpenRLHF to make a new value head
-    paths = Paths(policy, critic, str(work / "prompts.jsonl"), str(work / "checkpoints"), str(work / "model"), str(work / "tensorboard"))
+    paths = Paths(
+        policy,
+        critic,
+        str(work / "prompts.jsonl"),
+        str(work / "checkpoints"),
+        str(work / "model"),
+        str(work / "tensorboard"),
+    )
     if found.kind == "function":
         url = str(Path(__file__).with_name("openrlhf_reward.py").resolve())
-    reward = Reward("local" if found.kind == "local" else "server", args.reward_name_or_path[0] if found.kind == "local" else None, url)
+    reward = Reward(
+        "local" if found.kind == "local" else "server",
+        args.reward_name_or_path[0] if found.kind == "local" else None,
+        url,
+    )
     for value in (paths.prompts, url or ""):
         if "," in value or "@" in Path(value).name:
             raise UserError(f"{value}: OpenRLHF splits names at commas; choose an --output_dir without")
@@ -227,7 +293,9 @@ def show(command, environment):
 
 
 def prepare(args, found, settings, inputs):
-    """Write prompts, policy folder and an unfinished manifest; returns (counts, tag to resume from or None)."""
+    """Write prompts, policy folder and an unfinished manifest; returns (counts, tag to resume from or
+    None).
+    """
     from ppo.openrlhf_prompts import prepare_policy, write_prompts
 
     work, world = work_folder(args), found.placement.all_gpus
@@ -238,27 +306,45 @@ def prepare(args, found, settings, inputs):
     else:
         resume = process.checkpoint_to_resume(work / "checkpoints")
     if resume and manifest and manifest.get("num_gpus") != world:
-        raise UserError(f"{args.output_dir} is half done on {manifest.get('num_gpus')} GPUs and {world} are used now: DeepSpeed's checkpoints are cut into as "
-                        f"many parts; give --num_gpus {manifest.get('num_gpus')} or --overwrite true")  # fmt: skip
+        raise UserError(
+            f"{args.output_dir} is half done on {manifest.get('num_gpus')} GPUs and {world} are used now: "
+            "DeepSpeed's checkpoints are cut into as "
+            f"many parts; give --num_gpus {manifest.get('num_gpus')} or --overwrite true"
+        )
     if resume and manifest.get("zero_stage") != found.placement.zero_stage:
         stage = manifest.get("zero_stage")
-        raise UserError(f"{args.output_dir} is half done with ZeRO-{stage}: give --zero_stage {stage} or --overwrite true")
+        raise UserError(
+            f"{args.output_dir} is half done with ZeRO-{stage}: give --zero_stage {stage} or --overwrite true"
+        )
     if not resume:
-        shutil.rmtree(work / "checkpoints", ignore_errors=True)  # without a whole checkpoint: OpenRLHF would stumble over it
+        shutil.rmtree(
+            work / "checkpoints", ignore_errors=True
+        )  # without a whole checkpoint: OpenRLHF would stumble over it
     shutil.rmtree(work / "model", ignore_errors=True)
     counts = write_prompts(args, found.tokenizer, work / "prompts.jsonl")
     prepare_policy(args, found.tokenizer, work / "policy")
     marks = {key: fingerprint(name) for key, name in inputs.items() if name is not None}
     before = manifest.get("seconds", 0.0) if resume and manifest else 0.0
-    write_json(beside(args.output_dir, ".manifest.json"), {
-        "script": SCRIPT, "complete": False, "settings": settings, "inputs": marks, "num_gpus": world,
-        "zero_stage": found.placement.zero_stage, "counts": counts, "seconds": before,
-    })  # fmt: skip
+    write_json(
+        beside(args.output_dir, ".manifest.json"),
+        {
+            "script": SCRIPT,
+            "complete": False,
+            "settings": settings,
+            "inputs": marks,
+            "num_gpus": world,
+            "zero_stage": found.placement.zero_stage,
+            "counts": counts,
+            "seconds": before,
+        },
+    )
     return counts, resume
 
 
 def place_model(args, paths):
-    """Make the folder that OpenRLHF left a plain model with our tokenizer and generation config, and rename it to `output_dir`."""
+    """Make the folder that OpenRLHF left a plain model with our tokenizer and generation config, and rename
+    it to `output_dir`.
+    """
     from dpo_iteration.saved import check_saved, copy_companions, store_once
 
     made, target = Path(paths.model), Path(args.output_dir)
@@ -267,12 +353,20 @@ def place_model(args, paths):
 
         from dpo_iteration.adapters import merged
 
-        source = SimpleNamespace(model_name_or_path=paths.policy, revision=None, trust_remote_code=args.trust_remote_code, bf16=True, model_init_kwargs=None)
+        source = SimpleNamespace(
+            model_name_or_path=paths.policy,
+            revision=None,
+            trust_remote_code=args.trust_remote_code,
+            bf16=True,
+            model_init_kwargs=None,
+        )
         model = merged(source, made)
         shutil.move(made, f"{made}_adapter")
         model.save_pretrained(made)
     if not (made / "config.json").is_file() or not any(made.glob("*.safetensors")):
-        raise UserError(f"OpenRLHF ended and left no model in {made}; the log is {work_folder(args) / 'openrlhf.log'}")
+        raise UserError(
+            f"OpenRLHF ended and left no model in {made}; the log is {work_folder(args) / 'openrlhf.log'}"
+        )
     config, start = read_json(made / "config.json"), read_json(Path(paths.policy) / "config.json")
     for key in ("use_cache", "pad_token_id", "eos_token_id"):  # what OpenRLHF sets for its own needs
         config.pop(key, None)
@@ -296,24 +390,36 @@ def finish(args, paths, counts, seconds):
     """Complete the manifest and clear what a resume would have needed."""
     manifest = read_manifest(args.output_dir)
     manifest |= {
-        "complete": True, "counts": counts, "seconds": round(manifest["seconds"] + seconds, 1),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "output": fingerprint(args.output_dir),
-        "versions": versions() | {name: found for name in ("openrlhf", "ray") if (found := preflight.installed(name))},
-    }  # fmt: skip
+        "complete": True,
+        "counts": counts,
+        "seconds": round(manifest["seconds"] + seconds, 1),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "output": fingerprint(args.output_dir),
+        "versions": versions()
+        | {name: found for name in ("openrlhf", "ray") if (found := preflight.installed(name))},
+    }
     write_json(beside(args.output_dir, ".manifest.json"), manifest)
     if not args.keep_checkpoints:
         shutil.rmtree(paths.checkpoints, ignore_errors=True)
     shutil.rmtree(paths.policy, ignore_errors=True)
     skipped = ", ".join(f"{n} {reason}" for reason, n in counts["skipped"].items()) or "0"
-    print(f"read {counts['prompts']} prompts in {counts['rollouts']} rollouts, skipped {skipped}; trained {args.output_dir} in {duration(manifest['seconds'])}")
+    print(
+        f"read {counts['prompts']} prompts in {counts['rollouts']} rollouts, skipped {skipped}; trained "
+        f"{args.output_dir} in {duration(manifest['seconds'])}"
+    )
 
 
 def environment(args, found):
     """Variables that the command needs beside the environment that is there; no secrets."""
     gpus = visible_gpus()
-    # The sampler that vLLM would compile at its start is one that seeded requests never use. DeepSpeed refuses to compile its optimizer
-    # where the toolkit is of another minor version than torch's, which does no harm.
-    needed = {key: value for key, value in {"VLLM_USE_FLASHINFER_SAMPLER": "0", "DS_SKIP_CUDA_CHECK": "1"}.items() if key not in os.environ}
+    # The sampler that vLLM would compile at its start is one that seeded requests never use. DeepSpeed
+    # refuses to compile its optimizer where the toolkit is of another minor version than torch's, which does
+    # no harm.
+    needed = {
+        key: value
+        for key, value in {"VLLM_USE_FLASHINFER_SAMPLER": "0", "DS_SKIP_CUDA_CHECK": "1"}.items()
+        if key not in os.environ
+    }
     if args.ray_address:
         needed["RAY_ADDRESS"] = args.ray_address
     if not args.ray_address and found.placement.all_gpus < len(gpus):
@@ -373,17 +479,32 @@ def describe(args, found):
     p = found.placement
     steps = accumulation(args, p)
     how = f"{steps} passes a step" if steps else f"packed to {p.max_tokens_per_gpu} tokens"
-    where = "all roles on all of them" if p.colocate else f"{p.gpus} for the policy, {p.critic_gpus} for value and reward model"
-    reward = {"local": "OpenRLHF's own reward model", "server": "our reward server", "function": "a function", "url": args.reward_url}[found.kind]
+    where = (
+        "all roles on all of them"
+        if p.colocate
+        else f"{p.gpus} for the policy, {p.critic_gpus} for value and reward model"
+    )
+    reward = {
+        "local": "OpenRLHF's own reward model",
+        "server": "our reward server",
+        "function": "a function",
+        "url": args.reward_url,
+    }[found.kind]
     nodes = "one node" if p.nodes == 1 else f"{p.nodes} nodes"
-    yield f"{p.all_gpus} GPUs on {nodes}, {where}; {p.engines} engines × {p.tensor_parallel} GPUs, ZeRO-{p.zero_stage}, {how}; reward: {reward}"
+    yield (
+        f"{p.all_gpus} GPUs on {nodes}, {where}; {p.engines} engines × {p.tensor_parallel} GPUs, "
+        f"ZeRO-{p.zero_stage}, {how}; reward: {reward}"
+    )
     yield from found.notes
 
 
 def main():
     for word in sys.argv[1:]:
         if "wandb" in word.lower() and "key" in word.lower() or "wandb_api_key" in word.lower():
-            raise UserError("a W&B key does not belong among the arguments, where it is printed and kept: export WANDB_API_KEY and say --report_to wandb")
+            raise UserError(
+                "a W&B key does not belong among the arguments, where it is printed and kept: export "
+                "WANDB_API_KEY and say --report_to wandb"
+            )
     args = parse(Arguments, __doc__)
     args = with_date(args, args.output_dir)
     check(args)
@@ -416,7 +537,9 @@ def show_plan(args):
 
 
 def dry_prompts(args, found):
-    """Number of prompts of the run, counted as `prepare` will; None where a set is on the hub and out of reach."""
+    """Number of prompts of the run, counted as `prepare` will; None where a set is on the hub and out of
+    reach.
+    """
     from ppo.openrlhf_prompts import read_all, whole_rollouts
 
     try:
@@ -426,7 +549,10 @@ def dry_prompts(args, found):
             raise
         print(f"ppo: prompts not looked at: {error}", file=sys.stderr)
         if args.warmup_steps >= 1 or args.max_rollouts is not None:
-            raise UserError("warmup_steps of 1 or more and max_rollouts need the prompts, which are out of reach for this dry run") from None
+            raise UserError(
+                "warmup_steps of 1 or more and max_rollouts need the prompts, which are out of reach for "
+                "this dry run"
+            ) from None
         return 0
     return len(chosen)
 

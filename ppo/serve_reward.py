@@ -1,12 +1,15 @@
-r"""Serve rewards to OpenRLHF over HTTP: reward models of annotate_data, weighted sums of them, or a Python function.
+r"""Serve rewards to OpenRLHF over HTTP: reward models of annotate_data, weighted sums of them, or a Python
+function.
 
 In:  a YAML or arguments that name the rewards and the policy (for its tokenizer); requests from OpenRLHF's sampling processes.
-Out: answers at /get_reward, `{"query": [...], "prompts": [...], "labels": [...]}` in, `{"rewards", "scores", "extra_logs"}` out.
+Out: answers at /get_reward, `{"query": [...], "prompts": [...], "labels": [...]}` in, `{"rewards", "scores",
+"extra_logs"}` out.
 
     python ppo/serve_reward.py --policy RLHFlow/LLaMA3-SFT --reward_name_or_path sfairXC/FsfairX-LLaMA3-RM-v0.1 --port 5000
 
-ppo/run_openrlhf.py starts one by itself; on another machine start it by hand, with --host, and give its address as reward_url. The
-labels must be those of our prompts file. Requests that wait are scored together. It has no password: keep it in your own network.
+ppo/run_openrlhf.py starts one by itself; on another machine start it by hand, with --host, and give its
+address as reward_url. The labels must be those of our prompts file. Requests that wait are scored together.
+It has no password: keep it in your own network.
 """
 
 import json
@@ -32,7 +35,9 @@ class Arguments(RewardArguments):
 
 
 class Batcher:
-    """One thread that scores what waits, at most `size` responses at a time, so that requests share forward passes."""
+    """One thread that scores what waits, at most `size` responses at a time, so that requests share forward
+    passes.
+    """
 
     def __init__(self, rewards, size):
         self.rewards, self.size, self.waiting, self.scored = rewards, size, queue.SimpleQueue(), 0
@@ -91,7 +96,15 @@ def handler(batcher):
                 if not all(isinstance(part, list) and len(part) == len(given[0]) for part in given):
                     raise ValueError
             except (ValueError, KeyError, TypeError):
-                self.reply(400, {"error": 'expected {"query": [...], "prompts": [...], "labels": [...]} of one length, as OpenRLHF 0.11.2 sends'})
+                self.reply(
+                    400,
+                    {
+                        "error": (
+                            'expected {"query": [...], "prompts": [...], "labels": [...]} of one '
+                            "length, as OpenRLHF 0.11.2 sends"
+                        )
+                    },
+                )
                 return
             try:
                 self.reply(200, answer(batcher(*given)))
@@ -120,14 +133,20 @@ def main():
         server = Server((args.host, args.port), BaseHTTPRequestHandler, bind_and_activate=False)
         server.server_bind()
     except OSError as error:
-        raise UserError(f"cannot listen on {args.host}:{args.port}: {error.strerror}; give another --port") from None
+        raise UserError(
+            f"cannot listen on {args.host}:{args.port}: {error.strerror}; give another --port"
+        ) from None
     started = time.monotonic()
     batcher = Batcher(Rewards(args).load(), args.batch)
     server.RequestHandlerClass = handler(batcher)
     server.server_activate()  # only now: who can connect gets a reward
     names = ", ".join(scorer.name for scorer in batcher.rewards.scorers)
     try:
-        print(f"serving {names} at http://{args.host}:{server.server_port}/get_reward after {time.monotonic() - started:.0f}s", flush=True)
+        print(
+            f"serving {names} at http://{args.host}:{server.server_port}/get_reward after "
+            f"{time.monotonic() - started:.0f}s",
+            flush=True,
+        )
         server.serve_forever()
     except KeyboardInterrupt:  # by whom it was started for, or Ctrl-C; there is nothing to continue
         print("the reward server was stopped", flush=True)

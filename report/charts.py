@@ -1,4 +1,5 @@
-"""Charts of the page, as plotly figures without colours: `meta` says which colour a trace takes, and page.js paints it
+"""Charts of the page, as plotly figures without colours: `meta` says which colour a trace takes, and page.js
+paints it
 for the light or the dark page (`color`: the n-th run; `step`: from 0, the first iterate, to 1, the last)."""
 
 import html
@@ -15,31 +16,54 @@ from report import measures
 
 MOST_POINTS = 2000  # of a line; longer logs are thinned evenly
 DPO_CURVES = (
-    ("loss", "loss", "loss", "eval_loss"), ("accuracy", "accuracy", "rewards/accuracies", "eval_rewards/accuracies"),
-    ("margins", "implicit margin", "rewards/margins", "eval_rewards/margins"), ("grad_norm", "gradient norm", "grad_norm", None),
+    ("loss", "loss", "loss", "eval_loss"),
+    ("accuracy", "accuracy", "rewards/accuracies", "eval_rewards/accuracies"),
+    ("margins", "implicit margin", "rewards/margins", "eval_rewards/margins"),
+    ("grad_norm", "gradient norm", "grad_norm", None),
     ("learning_rate", "learning rate", "learning_rate", None),
-)  # fmt: skip
+)
 PPO_CURVES = (
-    ("reward", "reward"), ("kl", "KL, nats per response"), ("response_length", "length, tokens"), ("entropy", "entropy, nats per token"),
-    ("truncated_fraction", "cut off"), ("clip_fraction", "clipped"), ("policy_loss", "policy loss"), ("value_loss", "value loss"),
-    ("explained_variance", "explained variance"), ("kl_coef", "KL coefficient"),
-)  # fmt: skip
+    ("reward", "reward"),
+    ("kl", "KL, nats per response"),
+    ("response_length", "length, tokens"),
+    ("entropy", "entropy, nats per token"),
+    ("truncated_fraction", "cut off"),
+    ("clip_fraction", "clipped"),
+    ("policy_loss", "policy loss"),
+    ("value_loss", "value loss"),
+    ("explained_variance", "explained variance"),
+    ("kl_coef", "KL coefficient"),
+)
 
 
 def number(value):
     """A float short enough for a page; None where it is not finite."""
-    return float(f"{value:.5g}") if isinstance(value, (int, float, np.floating, np.integer)) and abs(value) <= sys.float_info.max else None
+    return (
+        float(f"{value:.5g}")
+        if isinstance(value, (int, float, np.floating, np.integer)) and abs(value) <= sys.float_info.max
+        else None
+    )
 
 
 def line(x, y, name, color, band=None, dash=None, mode="lines+markers", **more):
     """One line; `band` is a list of (low, high) or None for error bars."""
-    trace = go.Scatter(x=list(x), y=[number(v) for v in y], name=html.escape(name), mode=mode, meta=color, **more)
+    trace = go.Scatter(
+        x=list(x), y=[number(v) for v in y], name=html.escape(name), mode=mode, meta=color, **more
+    )
     if dash:
         trace.update(line={"dash": dash})
     if band and any(b is not None for b in band):
         sides = [(0, 0) if b is None else (b[1] - v, v - b[0]) for v, b in zip(y, band)]
-        trace.update(error_y={"type": "data", "symmetric": False, "array": [number(up) for up, _ in sides],
-                              "arrayminus": [number(down) for _, down in sides], "thickness": 1.3, "width": 4})  # fmt: skip
+        trace.update(
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": [number(up) for up, _ in sides],
+                "arrayminus": [number(down) for _, down in sides],
+                "thickness": 1.3,
+                "width": 4,
+            }
+        )
     return trace
 
 
@@ -56,7 +80,13 @@ def chart(key, title, y, x, traces, definition, whole_x=False, wide=False, **lay
         figure.update_layout(yaxis_range=[0, 1])  # of nothing but zeros plotly would show -1 to 1
     if whole_x:
         figure.update_xaxes(dtick=1)
-    return {"key": key, "title": title, "definition": definition, "figure": figure.to_plotly_json(), "wide": wide}
+    return {
+        "key": key,
+        "title": title,
+        "definition": definition,
+        "figure": figure.to_plotly_json(),
+        "wide": wide,
+    }
 
 
 def label(run, name, several):
@@ -64,7 +94,9 @@ def label(run, name, several):
 
 
 def over_iterates(key, title, y, tables, get, definition, kinds=("sampled", "greedy"), **layout):
-    """A value of each iterate, a line for each run and kind; `get(row, kind)` gives a number or (value, low, high)."""
+    """A value of each iterate, a line for each run and kind; `get(row, kind)` gives a number or (value, low,
+    high).
+    """
     traces = []
     for n, (run, iterates, *_) in enumerate(tables):
         for kind in kinds:
@@ -72,14 +104,30 @@ def over_iterates(key, title, y, tables, get, definition, kinds=("sampled", "gre
             points = [(i, v if isinstance(v, tuple) else (v, None, None)) for i, v in points if v is not None]
             if points:
                 band = [None if v[1] is None else v[1:] for _, v in points]
-                name = label(run, kind, True) if len(tables) > 1 and len(kinds) > 1 else run.name if len(tables) > 1 else kind
-                traces.append(line([i for i, _ in points], [v[0] for _, v in points], name, {"color": n if len(tables) > 1 else kinds.index(kind)},
-                                   band, "dot" if kind == "greedy" and len(tables) > 1 else None))  # fmt: skip
+                name = (
+                    label(run, kind, True)
+                    if len(tables) > 1 and len(kinds) > 1
+                    else run.name
+                    if len(tables) > 1
+                    else kind
+                )
+                traces.append(
+                    line(
+                        [i for i, _ in points],
+                        [v[0] for _, v in points],
+                        name,
+                        {"color": n if len(tables) > 1 else kinds.index(kind)},
+                        band,
+                        "dot" if kind == "greedy" and len(tables) > 1 else None,
+                    )
+                )
     return chart(key, title, y, "iterate", traces, definition, whole_x=True, **layout)
 
 
 def by_iterate(tables):
-    """(n, run, row, colour, dash) of the iterates whose curves are drawn: all of one run, first and last of several."""
+    """(n, run, row, colour, dash) of the iterates whose curves are drawn: all of one run, first and last of
+    several.
+    """
     several = len(tables) > 1
     for n, (run, iterates, *_) in enumerate(tables):
         for k, row in enumerate(iterates):
@@ -102,26 +150,82 @@ def of_runs(tables):
             found.append((section, made))
 
     for quantity, title in (("reward", "Held-out reward"), ("gold", "Gold score"), ("judge", "Second judge")):
-        add("reward", over_iterates(quantity, title, title.lower(), tables, lambda row, kind, q=quantity: row[kind].get(q), quantity))
+        add(
+            "reward",
+            over_iterates(
+                quantity,
+                title,
+                title.lower(),
+                tables,
+                lambda row, kind, q=quantity: row[kind].get(q),
+                quantity,
+            ),
+        )
     add("wins", wins(tables, "start"))
-    if any(len(iterates) > 2 for _, iterates, *_ in tables):  # of one iteration the start is the previous iterate
+    if any(
+        len(iterates) > 2 for _, iterates, *_ in tables
+    ):  # of one iteration the start is the previous iterate
         add("wins", wins(tables, "previous"))
     add("length", reward_by_length(tables))
-    add("length", over_iterates("length_correlation", "Reward and length within a prompt", "correlation", tables,
-                                lambda row, kind: row[kind].get("length_correlation"), "length_correlation", ("sampled",)))  # fmt: skip
-    add("drift", over_iterates("kl", "KL to the reference", "nats per response", tables,
-                               lambda row, kind: None if row["kl"] is None else (row["kl"], *([row["kl"] - row["kl_se"], row["kl"] + row["kl_se"]]
-                               if row.get("kl_se") is not None else [None, None])), "kl", ("sampled",)))  # fmt: skip
+    add(
+        "length",
+        over_iterates(
+            "length_correlation",
+            "Reward and length within a prompt",
+            "correlation",
+            tables,
+            lambda row, kind: row[kind].get("length_correlation"),
+            "length_correlation",
+            ("sampled",),
+        ),
+    )
+    add(
+        "drift",
+        over_iterates(
+            "kl",
+            "KL to the reference",
+            "nats per response",
+            tables,
+            lambda row, kind: (
+                None
+                if row["kl"] is None
+                else (
+                    row["kl"],
+                    *(
+                        [row["kl"] - row["kl_se"], row["kl"] + row["kl_se"]]
+                        if row.get("kl_se") is not None
+                        else [None, None]
+                    ),
+                )
+            ),
+            "kl",
+            ("sampled",),
+        ),
+    )
     add("drift", against_kl(tables))
     add("best", best_of(tables, "best_of", "Best of k", "reward"))
     add("best", best_of(tables, "gold_of_best", "Gold of the best of k by reward", "gold"))
     for key, title, y in (
-        ("length", "Length", "tokens"), ("truncated", "Cut off", "share"), ("repetition", "Repeated 4-grams", "share"),
-        ("distinct_2", "Distinct 2-grams", "share"), ("different_texts", "Different answers to a prompt", "share"),
-    ):  # fmt: skip
+        ("length", "Length", "tokens"),
+        ("truncated", "Cut off", "share"),
+        ("repetition", "Repeated 4-grams", "share"),
+        ("distinct_2", "Distinct 2-grams", "share"),
+        ("different_texts", "Different answers to a prompt", "share"),
+    ):
         kinds = ("sampled",) if key == "different_texts" else ("sampled", "greedy")
-        add("text", over_iterates(key, title, y, tables, lambda row, kind, k=key: row[kind].get(k), key.replace("_2", ""), kinds,
-                                  **({} if key == "length" else {"yaxis": {"rangemode": "tozero"}})))  # fmt: skip
+        add(
+            "text",
+            over_iterates(
+                key,
+                title,
+                y,
+                tables,
+                lambda row, kind, k=key: row[kind].get(k),
+                key.replace("_2", ""),
+                kinds,
+                **({} if key == "length" else {"yaxis": {"rangemode": "tozero"}}),
+            ),
+        )
     add("pairs", histograms(tables))
     found += [("training", made) for made in training_curves(tables) if made]
     add("time", seconds(tables))
@@ -129,20 +233,58 @@ def of_runs(tables):
 
 
 def wins(tables, against):
-    """Win rate by reward, plain and at equal length, of the sampled answers; by gold and by the judge where there are."""
+    """Win rate by reward, plain and at equal length, of the sampled answers; by gold and by the judge where
+    there are.
+    """
     traces = []
-    names = (("reward_win", "by reward", None), ("lc_win", "at equal length", "dash"), ("gold_win", "by gold", "dot"), ("judge_win", "by the judge", "dashdot"))
+    names = (
+        ("reward_win", "by reward", None),
+        ("lc_win", "at equal length", "dash"),
+        ("gold_win", "by gold", "dot"),
+        ("judge_win", "by the judge", "dashdot"),
+    )
     for n, (run, iterates, *_) in enumerate(tables):
-        for k, (key, name, dash) in enumerate(names if len(tables) == 1 else names[:2]):  # of several runs the table has the rest
-            points = [(row["iterate"], (row["versus"].get(against) or {}).get("sampled", {}).get(key)) for row in iterates]
+        for k, (key, name, dash) in enumerate(
+            names if len(tables) == 1 else names[:2]
+        ):  # of several runs the table has the rest
+            points = [
+                (row["iterate"], (row["versus"].get(against) or {}).get("sampled", {}).get(key))
+                for row in iterates
+            ]
             points = [(i, v) for i, v in points if v]
             if points:
                 several = len(tables) > 1
-                traces.append(line([i for i, _ in points], [v[0] for _, v in points], label(run, name, several), {"color": n if several else k},
-                                   [None if v[1] is None else v[1:] for _, v in points], dash if several else None))  # fmt: skip
+                traces.append(
+                    line(
+                        [i for i, _ in points],
+                        [v[0] for _, v in points],
+                        label(run, name, several),
+                        {"color": n if several else k},
+                        [None if v[1] is None else v[1:] for _, v in points],
+                        dash if several else None,
+                    )
+                )
     title = "Win rate over the start" if against == "start" else "Win rate over the previous iterate"
-    even = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": 0.5, "y1": 0.5, "line": {"dash": "dot", "width": 1, "color": "#888"}}
-    return chart(f"wins_{against}", title, "share of comparisons", "iterate", traces, "reward_win", whole_x=True, shapes=[even], yaxis={"tickformat": ".0%"})
+    even = {
+        "type": "line",
+        "xref": "paper",
+        "x0": 0,
+        "x1": 1,
+        "y0": 0.5,
+        "y1": 0.5,
+        "line": {"dash": "dot", "width": 1, "color": "#888"},
+    }
+    return chart(
+        f"wins_{against}",
+        title,
+        "share of comparisons",
+        "iterate",
+        traces,
+        "reward_win",
+        whole_x=True,
+        shapes=[even],
+        yaxis={"tickformat": ".0%"},
+    )
 
 
 def reward_by_length(tables):
@@ -156,9 +298,24 @@ def reward_by_length(tables):
             continue
         points = [p for p in measures.by_length(answers.rewards, answers.lengths, edges) if p]
         name = label(run, f"iterate {row['iterate']}", len(tables) > 1)
-        traces.append(line([number(p[0]) for p in points], [p[1] for p in points], name, color, dash=dash,
-                           text=[f"{p[2]} answers" for p in points]))  # fmt: skip
-    return chart("by_length", "Reward of answers of the same length", "mean reward", "tokens of the answer", traces, "by_length")
+        traces.append(
+            line(
+                [number(p[0]) for p in points],
+                [p[1] for p in points],
+                name,
+                color,
+                dash=dash,
+                text=[f"{p[2]} answers" for p in points],
+            )
+        )
+    return chart(
+        "by_length",
+        "Reward of answers of the same length",
+        "mean reward",
+        "tokens of the answer",
+        traces,
+        "by_length",
+    )
 
 
 def against_kl(tables):
@@ -169,13 +326,28 @@ def against_kl(tables):
             points = [(row["kl"], row["sampled"].get(quantity), row["iterate"]) for row in iterates]
             points = [(kl, v[0], i) for kl, v, i in points if kl is not None and v]
             if len(points) > 1 and (quantity == "reward" or len(tables) == 1):
-                traces.append(line([number(p[0]) for p in points], [p[1] for p in points], label(run, quantity, len(tables) > 1),
-                                   {"color": n if len(tables) > 1 else k}, text=[f"iterate {p[2]}" for p in points]))  # fmt: skip
+                traces.append(
+                    line(
+                        [number(p[0]) for p in points],
+                        [p[1] for p in points],
+                        label(run, quantity, len(tables) > 1),
+                        {"color": n if len(tables) > 1 else k},
+                        text=[f"iterate {p[2]}" for p in points],
+                    )
+                )
                 if quantity != "reward":
                     traces[-1].update(yaxis="y2")
     axis = {"overlaying": "y", "side": "right", "title": {"text": "gold, judge"}, "showgrid": False}
     second = {"yaxis2": axis} if any(t.yaxis == "y2" for t in traces) else {}
-    return chart("against_kl", "Reward for each nat of KL", "reward", "KL to the reference, nats per response", traces, "kl", **second)
+    return chart(
+        "against_kl",
+        "Reward for each nat of KL",
+        "reward",
+        "KL to the reference, nats per response",
+        traces,
+        "kl",
+        **second,
+    )
 
 
 def best_of(tables, key, title, y):
@@ -183,13 +355,26 @@ def best_of(tables, key, title, y):
     for _, run, row, color, dash in by_iterate(tables):
         curve = row["sampled"].get(key)
         if curve:
-            traces.append(line(range(1, len(curve) + 1), curve, label(run, f"iterate {row['iterate']}", len(tables) > 1), color, dash=dash))
+            traces.append(
+                line(
+                    range(1, len(curve) + 1),
+                    curve,
+                    label(run, f"iterate {row['iterate']}", len(tables) > 1),
+                    color,
+                    dash=dash,
+                )
+            )
     return chart(key, title, y, "k", traces, "best_of", whole_x=True)
 
 
 def histograms(tables):
     """Rewards that each iteration trained on."""
-    known = [(n, run, i, t) for n, (run, *_) in enumerate(tables) for i, t in sorted(run.trainings.items()) if t.answers]
+    known = [
+        (n, run, i, t)
+        for n, (run, *_) in enumerate(tables)
+        for i, t in sorted(run.trainings.items())
+        if t.answers
+    ]
     values = [t.answers.rewards[np.isfinite(t.answers.rewards)] for *_, t in known]
     values = [v for v in values if len(v)]
     if not values:
@@ -201,13 +386,34 @@ def histograms(tables):
         if edges:
             middles = [(a + b) / 2 for a, b in zip(edges, edges[1:])]
             color = {"color": n} if len(tables) > 1 else {"step": k / max(len(known) - 1, 1)}
-            traces.append(line([number(m) for m in middles], shares, label(run, f"iteration {i}", len(tables) > 1), color | {"fill": True}, mode="lines",
-                               line={"shape": "hvh", "width": 1.5}, fill="tozeroy"))  # fmt: skip
-    return chart("histogram", "Rewards of the training responses", "share of responses", "reward", traces, "histogram", wide=True)
+            traces.append(
+                line(
+                    [number(m) for m in middles],
+                    shares,
+                    label(run, f"iteration {i}", len(tables) > 1),
+                    color | {"fill": True},
+                    mode="lines",
+                    line={"shape": "hvh", "width": 1.5},
+                    fill="tozeroy",
+                )
+            )
+    return chart(
+        "histogram",
+        "Rewards of the training responses",
+        "share of responses",
+        "reward",
+        traces,
+        "histogram",
+        wide=True,
+    )
 
 
 def thin(points):
-    return points if len(points) <= MOST_POINTS else [points[round(k * (len(points) - 1) / (MOST_POINTS - 1))] for k in range(MOST_POINTS)]
+    return (
+        points
+        if len(points) <= MOST_POINTS
+        else [points[round(k * (len(points) - 1) / (MOST_POINTS - 1))] for k in range(MOST_POINTS)]
+    )
 
 
 def training_curves(tables):
@@ -221,25 +427,45 @@ def training_curves(tables):
                 points = thin(list(logged(run, field))) if field else []
                 if points:
                     color = {"color": n if several else 0 if name == "training" else 1}
-                    traces.append(line([x for x, _, _ in points], [y for _, y, _ in points], label(run, name, several), color,
-                                       mode="markers" if name != "training" else "lines+markers" if len(points) < 60 else "lines",
-                                       text=[f"iteration {i}" for *_, i in points]))  # fmt: skip
+                    traces.append(
+                        line(
+                            [x for x, _, _ in points],
+                            [y for _, y, _ in points],
+                            label(run, name, several),
+                            color,
+                            mode="markers"
+                            if name != "training"
+                            else "lines+markers"
+                            if len(points) < 60
+                            else "lines",
+                            text=[f"iteration {i}" for *_, i in points],
+                        )
+                    )
         found.append(chart(f"dpo_{key}", title.capitalize(), title, "optimizer step", traces, key))
     for key, title in PPO_CURVES:
         traces = []
         for n, (run, *_) in enumerate(tables):
-            points = thin([(entry["step"] if finite(entry.get("step")) else k + 1, entry[key])
-                           for _, t in sorted(run.trainings.items()) for k, entry in enumerate(t.ppo)
-                           if number(entry.get(key)) is not None])  # fmt: skip
+            points = thin(
+                [
+                    (entry["step"] if finite(entry.get("step")) else k + 1, entry[key])
+                    for _, t in sorted(run.trainings.items())
+                    for k, entry in enumerate(t.ppo)
+                    if number(entry.get(key)) is not None
+                ]
+            )
             if points:
-                traces.append(line([x for x, _ in points], [y for _, y in points], run.name, {"color": n}, mode="lines"))
+                traces.append(
+                    line([x for x, _ in points], [y for _, y in points], run.name, {"color": n}, mode="lines")
+                )
         zero = {"yaxis": {"rangemode": "tozero"}} if key.endswith("_fraction") else {}
         found.append(chart(f"ppo_{key}", f"PPO: {title}", title, "rollout", traces, "ppo_log", **zero))
     return found
 
 
 def logged(run, field):
-    """Yield (step, value, iteration) of a field of the trainer's log, steps counted on over the iterations."""
+    """Yield (step, value, iteration) of a field of the trainer's log, steps counted on over the
+    iterations.
+    """
     before = 0
     for i, training in sorted(run.trainings.items()):
         last = 0
@@ -254,13 +480,34 @@ def logged(run, field):
 def seconds(tables):
     """Working and waiting seconds of each stage."""
     traces, several = [], len(tables) > 1
-    rows = [(label(run, f"{row['iteration']} {row['stage']}", several), row) for run, _, _, stages in tables for row in stages]
+    rows = [
+        (label(run, f"{row['iteration']} {row['stage']}", several), row)
+        for run, _, _, stages in tables
+        for row in stages
+    ]
     parts = (
-        ("working", lambda row: row["work"]), ("waiting", lambda row: None if row["work"] is None else row["seconds"] - row["work"]),
+        ("working", lambda row: row["work"]),
+        ("waiting", lambda row: None if row["work"] is None else row["seconds"] - row["work"]),
         ("not known", lambda row: row["seconds"] if row["work"] is None else None),
-    )  # fmt: skip
+    )
     for k, (name, get) in enumerate(parts):
         values = [number(get(row) or 0) for _, row in rows]
         if any(values):
-            traces.append(go.Bar(x=[html.escape(text) for text, _ in rows], y=values, name=name, meta={"color": (0, 1, 7)[k]}))
-    return chart("seconds", "Where the time went", "seconds", "iteration and stage", traces, "waiting", wide=True, barmode="stack")
+            traces.append(
+                go.Bar(
+                    x=[html.escape(text) for text, _ in rows],
+                    y=values,
+                    name=name,
+                    meta={"color": (0, 1, 7)[k]},
+                )
+            )
+    return chart(
+        "seconds",
+        "Where the time went",
+        "seconds",
+        "iteration and stage",
+        traces,
+        "waiting",
+        wide=True,
+        barmode="stack",
+    )

@@ -6,9 +6,10 @@ Out: a folder with the harness's own result files, and `results.json` with the f
     bash report/evaluate_benchmarks.sh --run runs/NAME --iterate 3
     bash report/evaluate_benchmarks.sh --model_name_or_path RLHFlow/LLaMA3-SFT --output_dir ./benchmarks/sft --tasks gsm8k:8
 
-The .sh makes environment `lm_eval` and starts this script in it. A task may carry its number of examples in the prompt, `mmlu:5`;
-without one the harness's own default holds. Tasks of one number share one start of the engine; what is done is not done again.
-HumanEval runs code that a model wrote: `--run_code true` allows it, without it such tasks are left out.
+The .sh makes environment `lm_eval` and starts this script in it. A task may carry its number of examples in
+the prompt, `mmlu:5`; without one the harness's own default holds. Tasks of one number share one start of the
+engine; what is done is not done again. HumanEval runs code that a model wrote: `--run_code true` allows it,
+without it such tasks are left out.
 """
 
 import json
@@ -39,10 +40,17 @@ class Arguments:
     iterate: int | None = arg(None, help="which iterate of the run; 0 is the start")
     model_name_or_path: str | None = arg(None, help="a model in place of a run's iterate: folder or hub name")
     output_dir: str | None = arg(None, help="folder to write; None: RUN/iterI/benchmarks")
-    tasks: list[str] = arg(["gsm8k:5", "mmlu:5", "arc_challenge:25", "truthfulqa_mc2", "humaneval"], help="names of the harness, NAME or NAME:EXAMPLES")
+    tasks: list[str] = arg(
+        ["gsm8k:5", "mmlu:5", "arc_challenge:25", "truthfulqa_mc2", "humaneval"],
+        help="names of the harness, NAME or NAME:EXAMPLES",
+    )
     include_path: str | None = arg(None, help="folder with YAMLs of more tasks")
-    apply_chat_template: bool = arg(False, help="ask in the model's chat template (then humaneval_instruct in place of humaneval)")
-    run_code: bool = arg(False, help="run the code that the model writes, unprotected, on this machine (humaneval, mbpp)")
+    apply_chat_template: bool = arg(
+        False, help="ask in the model's chat template (then humaneval_instruct in place of humaneval)"
+    )
+    run_code: bool = arg(
+        False, help="run the code that the model writes, unprotected, on this machine (humaneval, mbpp)"
+    )
     limit: int | None = arg(None, help="at most so many questions a task, to try it out; None: all")
     backend: str = arg("vllm", "of the harness", ("vllm", "hf"))
     dtype: str = arg("auto", "of the weights", ("auto", "float32", "bfloat16", "float16"))
@@ -50,7 +58,9 @@ class Arguments:
     gpu_memory_utilization: float = arg(0.85, help="share of a GPU's memory that vLLM may use")
     max_model_len: int | None = arg(None, help="tokens of prompt and answer; None: the model's own limit")
     batch_size: str = arg("auto", help="of the harness")
-    model_args: dict = arg({}, help="more arguments of the harness's model; --model_args.enable_thinking false")
+    model_args: dict = arg(
+        {}, help="more arguments of the harness's model; --model_args.enable_thinking false"
+    )
     seed: int = arg(1234, help="of the harness")
     log_samples: bool = arg(True, help="keep every question and answer beside the results")
     trust_remote_code: bool = arg(False, help="run Python code that comes with the model")
@@ -77,7 +87,10 @@ def model_of(args):
     if args.iterate == 0:
         name = cli.read_yaml(run / "loop.yaml", "run (its loop.yaml)").get("model_name_or_path", "")
     elif not Path(name, "config.json").is_file():
-        raise UserError(f"{name} is not there" + (": its weights were deleted by keep_iterates" if Path(f"{name}.pruned").exists() else ""))
+        raise UserError(
+            f"{name} is not there"
+            + (": its weights were deleted by keep_iterates" if Path(f"{name}.pruned").exists() else "")
+        )
     return name, Path(args.output_dir) if args.output_dir else run / f"iter{args.iterate}" / "benchmarks"
 
 
@@ -93,12 +106,19 @@ def groups(tasks, run_code):
         else:
             found.setdefault(int(shots) if colon else None, []).append(name)
     if not found:
-        raise UserError(f"no task is left: {', '.join(left_out) or 'none was given'}" + ("; --run_code true runs what the model writes" if left_out else ""))
+        raise UserError(
+            f"no task is left: {', '.join(left_out) or 'none was given'}"
+            + ("; --run_code true runs what the model writes" if left_out else "")
+        )
     return found, left_out
 
 
 def literal(value):
-    return str(value) if not isinstance(value, str) or value.replace("_", "").isalnum() or "/" in value else json.dumps(value)
+    return (
+        str(value)
+        if not isinstance(value, str) or value.replace("_", "").isalnum() or "/" in value
+        else json.dumps(value)
+    )
 
 
 def command(args, model, shots, tasks, folder):
@@ -117,9 +137,23 @@ def command(args, model, shots, tasks, folder):
     elif args.max_model_len:
         named["max_length"] = args.max_model_len
     start = ["-m", "lm_eval"] if args.backend == "hf" or devices.visible_gpus() else ["-c", ON_CPU]
-    words = [sys.executable, *start, "run", "--model", args.backend,
-             "--model_args", *(f"{key}={literal(value)}" for key, value in (named | args.model_args).items()),
-             "--tasks", *tasks, "--batch_size", args.batch_size, "--seed", str(args.seed), "--output_path", str(folder)]  # fmt: skip
+    words = [
+        sys.executable,
+        *start,
+        "run",
+        "--model",
+        args.backend,
+        "--model_args",
+        *(f"{key}={literal(value)}" for key, value in (named | args.model_args).items()),
+        "--tasks",
+        *tasks,
+        "--batch_size",
+        args.batch_size,
+        "--seed",
+        str(args.seed),
+        "--output_path",
+        str(folder),
+    ]
     words += [] if shots is None else ["--num_fewshot", str(shots)]
     words += ["--limit", str(args.limit)] if args.limit else []
     words += ["--include_path", args.include_path] if args.include_path else []
@@ -136,10 +170,13 @@ def newest_results(folder):
 
 
 def figures(path):
-    """{task: {metric: number}} of a result file, with `examples` in the prompt; `acc,none` and its `acc_stderr,none` as the harness names them."""
+    """{task: {metric: number}} of a result file, with `examples` in the prompt; `acc,none` and its
+    `acc_stderr,none` as the harness names them.
+    """
     held = json.loads(path.read_text(encoding="utf-8"))
     return {
-        task: {key: value for key, value in values.items() if isinstance(value, (int, float))} | {"examples": held.get("n-shot", {}).get(task)}
+        task: {key: value for key, value in values.items() if isinstance(value, (int, float))}
+        | {"examples": held.get("n-shot", {}).get(task)}
         for task, values in held["results"].items()
     }
 
@@ -147,7 +184,9 @@ def figures(path):
 def variables(words):
     """What the harness's command needs beside the environment that is there; what is set there stays."""
     needed = {"HF_ALLOW_CODE_EVAL": "1"} if "--confirm_run_unsafe_code" in words else {}
-    if devices.visible_gpus():  # both as generation/get_hf2.py does: no nvcc is needed, and on the CPU one process
+    if (
+        devices.visible_gpus()
+    ):  # both as generation/get_hf2.py does: no nvcc is needed, and on the CPU one process
         vllm = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
     else:
         vllm = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -157,7 +196,13 @@ def variables(words):
 def evaluate(args, words, folder, tasks):
     """Run the harness for one group, if it was not run for just this; its results."""
     folder.mkdir(parents=True, exist_ok=True)
-    settings, mark = {"command": words[1:], "model": manifest.fingerprint(words[words.index("--model_args") + 1].partition("=")[2])}, folder / "done.json"
+    settings, mark = (
+        {
+            "command": words[1:],
+            "model": manifest.fingerprint(words[words.index("--model_args") + 1].partition("=")[2]),
+        },
+        folder / "done.json",
+    )
     if mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) == settings and newest_results(folder):
         print(f"{', '.join(tasks)}: done already")
         return figures(newest_results(folder))
@@ -167,11 +212,18 @@ def evaluate(args, words, folder, tasks):
     print(f"{', '.join(tasks)} … (log: {log})", flush=True)
     began = time.time()
     with open(log, "ab") as stream:
-        status = subprocess.run(words, stdout=stream, stderr=subprocess.STDOUT, env=os.environ | variables(words), check=False).returncode
+        status = subprocess.run(
+            words, stdout=stream, stderr=subprocess.STDOUT, env=os.environ | variables(words), check=False
+        ).returncode
     results = newest_results(folder)
     if status or results is None or results.stat().st_mtime < began - 1:
-        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-        raise UserError(f"lm_eval ended with status {status}: {' '.join(lines[-1].split())[:300] if lines else 'it said nothing'}; log: {log}")
+        lines = [
+            line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
+        ]
+        raise UserError(
+            f"lm_eval ended with status {status}: "
+            f"{' '.join(lines[-1].split())[:300] if lines else 'it said nothing'}; log: {log}"
+        )
     manifest.write_json(mark, settings)
     return figures(results)
 
@@ -187,7 +239,10 @@ def main():
         folder = target / ("default" if shots is None else f"{shots}_examples")
         planned.append((command(args, model, shots, tasks, folder), folder, tasks))
     if left_out:
-        print(f"note: {', '.join(left_out)} left out: they run code that the model writes; --run_code true allows it")
+        print(
+            f"note: {', '.join(left_out)} left out: they run code that the model writes; --run_code true "
+            "allows it"
+        )
     if args.dry_run:
         for words, *_ in planned:
             print("".join(f"{key}={value} " for key, value in variables(words).items()) + shlex.join(words))
@@ -195,9 +250,21 @@ def main():
     found = {}
     for words, folder, tasks in planned:
         found |= evaluate(args, words, folder, tasks)
-    manifest.write_json(target / "results.json", {"model": model, "limit": args.limit, "apply_chat_template": args.apply_chat_template, "tasks": found})
+    manifest.write_json(
+        target / "results.json",
+        {
+            "model": model,
+            "limit": args.limit,
+            "apply_chat_template": args.apply_chat_template,
+            "tasks": found,
+        },
+    )
     for task, values in found.items():
-        shown = ", ".join(f"{key.partition(',')[0]} {value:.4f}" for key, value in values.items() if "," in key and "stderr" not in key)
+        shown = ", ".join(
+            f"{key.partition(',')[0]} {value:.4f}"
+            for key, value in values.items()
+            if "," in key and "stderr" not in key
+        )
         if shown:
             print(f"{task:24} {shown}")
     print(f"wrote {target / 'results.json'}")

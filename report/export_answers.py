@@ -1,18 +1,21 @@
-r"""Write answers in the formats that AlpacaEval 2 and Arena-Hard judge, and print the commands that judge them.
+r"""Write answers in the formats that AlpacaEval 2 and Arena-Hard judge, and print the commands that judge
+them.
 
 In:  generated or rewarded JSON Lines, best of one greedy answer a prompt.
 Out: `--format alpaca_eval`         a JSON list of {"dataset", "instruction", "output", "generator"};
      `--format arena_hard`          JSON Lines as today's arena-hard-auto reads them, for its sets v2.0 and v0.1: `uid`, `ans_id`,
                                     `model`, `messages`, `tstamp`, `metadata`;
-     `--format arena_hard_fastchat` JSON Lines as arena-hard-auto read them before April 2025: `question_id`, `answer_id`, `model_id`,
+     `--format arena_hard_fastchat` JSON Lines as arena-hard-auto read them before April 2025: `question_id`,
+     `answer_id`, `model_id`,
                                     `choices`, `tstamp`, `conv_metadata`.
 
     python report/export_answers.py --dataset_name_or_path runs/tiny/iter3/heldout_greedy.rewarded.jsonl \
         --format alpaca_eval --generator tiny-iter3 --output_dir runs/tiny/iter3/alpaca_eval.json
 
-Both benchmarks compare with the answers of a baseline to their own prompts, so answer these first: AlpacaEval's with
-`get_hf2.py --dataset_key instruction`, Arena-Hard's by giving its `question.jsonl` as the prompts. Their fields (`dataset`, `uid`, …)
-are carried into the answers and found here. Against other answers of yours (the starting policy's, say) any prompts do.
+Both benchmarks compare with the answers of a baseline to their own prompts, so answer these first:
+AlpacaEval's with `get_hf2.py --dataset_key instruction`, Arena-Hard's by giving its `question.jsonl` as the
+prompts. Their fields (`dataset`, `uid`, …) are carried into the answers and found here. Against other answers
+of yours (the starting policy's, say) any prompts do.
 """
 
 import functools
@@ -42,8 +45,15 @@ class Arguments:
     output_dir: str = arg(help="file to write; of Arena-Hard its name is the model's name there")
     format: str = arg(help="who judges", choices=FORMATS)
     generator: str = arg(help="the model's name on the leaderboard, for example mine-iter3")
-    choose: str = arg("first", "which of K answers: the first, or the one with the highest reward (best of K)", ("first", "best"))
-    skip_multi_turn: bool = arg(False, help="leave prompts of several turns out, which these formats cannot hold, instead of refusing them")
+    choose: str = arg(
+        "first",
+        "which of K answers: the first, or the one with the highest reward (best of K)",
+        ("first", "best"),
+    )
+    skip_multi_turn: bool = arg(
+        False,
+        help="leave prompts of several turns out, which these formats cannot hold, instead of refusing them",
+    )
     overwrite: bool = arg(False, help="replace a file that is there")
 
 
@@ -56,7 +66,10 @@ def instruction_of(record, where):
     roles = [message["role"] for message in record["prompt"]]
     if roles != ["user"] or record.get("tools"):
         turns = f"the turns {', '.join(roles)}{' and tools' if record.get('tools') else ''}"
-        raise UserError(f"{where} has {turns}, and these formats hold one user turn: leave such prompts out with --skip_multi_turn true")
+        raise UserError(
+            f"{where} has {turns}, and these formats hold one user turn: leave such prompts out with "
+            "--skip_multi_turn true"
+        )
     return record["prompt"][0]["content"]
 
 
@@ -67,12 +80,17 @@ def chosen(record, how, where):
     rewards = record.get("rewards")
     known = [i for i, reward in enumerate(rewards or []) if records.finite(reward)]
     if not known:
-        raise UserError(f"{where} has no rewards to choose by: score it with annotate_data/get_rewards.py, or give --choose first")
+        raise UserError(
+            f"{where} has no rewards to choose by: score it with annotate_data/get_rewards.py, or give "
+            "--choose first"
+        )
     return max(known, key=lambda i: rewards[i])
 
 
 def markdown_counts(text):
-    """Arena-Hard's style features of an answer, what stands between ``` left out: headers by level, list items, bold spans."""
+    """Arena-Hard's style features of an answer, what stands between ``` left out: headers by level, list
+    items, bold spans.
+    """
     blocks = re.findall("```([^`]*)```", text)
     text = functools.reduce(lambda rest, block: rest.replace(block, ""), blocks, text)
     levels = Counter(map(len, re.findall(r"^(#{1,6})\s", text, re.MULTILINE)))
@@ -82,12 +100,19 @@ def markdown_counts(text):
             "ordered": len(re.findall(r"^\s*\d+\.\s", text, re.MULTILINE)),
             "unordered": len(re.findall(r"^\s*[-*+]\s", text, re.MULTILINE)),
         },
-        "bold_count": {mark * 2: len(re.findall(rf"{re.escape(mark * 2)}[^{re.escape(mark)}\n]+{re.escape(mark * 2)}", text)) for mark in "*_"},
+        "bold_count": {
+            mark * 2: len(
+                re.findall(rf"{re.escape(mark * 2)}[^{re.escape(mark)}\n]+{re.escape(mark * 2)}", text)
+            )
+            for mark in "*_"
+        },
     }
 
 
 def token_counter(fastchat):
-    """Arena-Hard's own count of an answer's tokens where tiktoken and its vocabulary can be had, else None."""
+    """Arena-Hard's own count of an answer's tokens where tiktoken and its vocabulary can be had, else
+    None.
+    """
     try:
         import tiktoken
 
@@ -101,13 +126,20 @@ def key_of(record, names, where):
     for name in names:
         if isinstance(record.get(name), (str, int)):
             return record[name]
-    raise UserError(f"{where} has no `{names[0]}`: answer arena-hard-auto's question.jsonl, whose fields are carried into the answers")
+    raise UserError(
+        f"{where} has no `{names[0]}`: answer arena-hard-auto's question.jsonl, whose fields are carried "
+        "into the answers"
+    )
 
 
 def alpaca_entry(record, instruction, answer, args):
     dataset = record.get("dataset")
-    return {"dataset": dataset if isinstance(dataset, str) else Path(args.dataset_name_or_path).stem,
-            "instruction": instruction, "output": answer, "generator": args.generator}  # fmt: skip
+    return {
+        "dataset": dataset if isinstance(dataset, str) else Path(args.dataset_name_or_path).stem,
+        "instruction": instruction,
+        "output": answer,
+        "generator": args.generator,
+    }
 
 
 def arena_entry(record, instruction, answer, args, tokens, where):
@@ -115,12 +147,27 @@ def arena_entry(record, instruction, answer, args, tokens, where):
     counts = {"token_len": tokens} | markdown_counts(answer)
     digest = hashlib.sha256(f"{args.generator}\0{instruction}\0{answer}".encode()).hexdigest()[:22]
     if args.format == "arena_hard":
-        messages = [{"role": "user", "content": instruction}, {"role": "assistant", "content": {"answer": answer}}]
-        return {"uid": key_of(record, ("uid", "question_id"), where), "ans_id": digest, "model": args.generator,
-                "messages": messages, "tstamp": time.time(), "metadata": counts}  # fmt: skip
+        messages = [
+            {"role": "user", "content": instruction},
+            {"role": "assistant", "content": {"answer": answer}},
+        ]
+        return {
+            "uid": key_of(record, ("uid", "question_id"), where),
+            "ans_id": digest,
+            "model": args.generator,
+            "messages": messages,
+            "tstamp": time.time(),
+            "metadata": counts,
+        }
     choices = [{"index": 0, "turns": [{"content": answer, "token_len": tokens}]}]
-    return {"question_id": key_of(record, ("question_id", "uid"), where), "answer_id": digest, "model_id": args.generator,
-            "choices": choices, "tstamp": time.time(), "conv_metadata": counts}  # fmt: skip
+    return {
+        "question_id": key_of(record, ("question_id", "uid"), where),
+        "answer_id": digest,
+        "model_id": args.generator,
+        "choices": choices,
+        "tstamp": time.time(),
+        "conv_metadata": counts,
+    }
 
 
 def make_entries(args):
@@ -144,17 +191,25 @@ def make_entries(args):
             entries.append(alpaca_entry(record, instruction, answer, args))
             continue
         if count is None:
-            notes["answers were counted in the policy's tokens, as tiktoken or its vocabulary cannot be had: leave style control out"] += 1
+            notes[
+                "answers were counted in the policy's tokens, as tiktoken or its vocabulary cannot be had: "
+                "leave style control out"
+            ] += 1
         tokens = count(answer) if count else (record.get("num_tokens") or [None] * (i + 1))[i]
         if tokens is None:
-            raise UserError(f"{where} has no `num_tokens` and tiktoken cannot be had: install it (pip install tiktoken)")
+            raise UserError(
+                f"{where} has no `num_tokens` and tiktoken cannot be had: install it (pip install tiktoken)"
+            )
         entries.append(arena_entry(record, instruction, answer, args, tokens, where))
     if not entries:
         raise UserError(f"{args.dataset_name_or_path} has no prompt of one user turn")
     key = {"alpaca_eval": "instruction", "arena_hard": "uid"}.get(args.format, "question_id")
     twins = [value for value, n in Counter(entry[key] for entry in entries).items() if n > 1]
     if twins:
-        raise UserError(f"{len(twins)} prompts stand twice in {args.dataset_name_or_path} ({str(twins[0])[:60]!r}); the judge takes one answer each")
+        raise UserError(
+            f"{len(twins)} prompts stand twice in {args.dataset_name_or_path} ({str(twins[0])[:60]!r}); the "
+            "judge takes one answer each"
+        )
     return (sorted(entries, key=lambda entry: str(entry[key])) if arena else entries), notes
 
 
@@ -168,15 +223,22 @@ def commands(args):
     """Lines to judge the file by; both judges need a hosted model."""
     name, target = shlex.quote(args.generator), shlex.quote(str(args.output_dir))
     if args.format == "alpaca_eval":
-        return ["pip install alpaca-eval; export OPENAI_API_KEY=…",
-                f"alpaca_eval --model_outputs {target}                                  # AlpacaEval's prompts, against GPT-4 Turbo",
-                f"alpaca_eval --model_outputs {target} --reference_outputs START.json   # any prompts, against other answers to them"]  # fmt: skip
+        return [
+            "pip install alpaca-eval; export OPENAI_API_KEY=…",
+            f"alpaca_eval --model_outputs {target}                                  # AlpacaEval's prompts, "
+            "against GPT-4 Turbo",
+            f"alpaca_eval --model_outputs {target} --reference_outputs START.json   # any prompts, against "
+            "other answers to them",
+        ]
     bench = "arena-hard-v2.0" if args.format == "arena_hard" else "arena-hard-v0.1"
     more = "" if args.format == "arena_hard" else " && git checkout 8f2f44d"
-    return [f"git clone https://github.com/lmarena/arena-hard-auto && cd arena-hard-auto{more}   # and fetch its data as its README says",
-            f"cp {target} data/{bench}/model_answer/{name}.jsonl",
-            f"# add {name} to model_list of config/{bench}.yaml, and the judge's key to config/api_config.yaml",
-            f"python gen_judgment.py --setting-file config/{bench}.yaml && python show_result.py"]  # fmt: skip
+    return [
+        f"git clone https://github.com/lmarena/arena-hard-auto && cd arena-hard-auto{more}   # and fetch its "
+        "data as its README says",
+        f"cp {target} data/{bench}/model_answer/{name}.jsonl",
+        f"# add {name} to model_list of config/{bench}.yaml, and the judge's key to config/api_config.yaml",
+        f"python gen_judgment.py --setting-file config/{bench}.yaml && python show_result.py",
+    ]
 
 
 def main():
@@ -197,7 +259,11 @@ def main():
     else:
         temporary = target.with_name(f"{target.name}.tmp")
         with manifest.writing(target):
-            temporary.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries), encoding="utf-8", newline="\n")
+            temporary.write_text(
+                "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries),
+                encoding="utf-8",
+                newline="\n",
+            )
         os.replace(temporary, target)
     print(f"wrote {len(entries)} answers of {args.generator} to {target}")
     for note, n in notes.items():

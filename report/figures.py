@@ -1,4 +1,5 @@
-"""The figures of a run, computed from what `run_data.read_run` holds: one mapping per iterate, training and stage.
+"""The figures of a run, computed from what `run_data.read_run` holds: one mapping per iterate, training and
+stage.
 
 What a run does not tell is None. Every key has its definition in report/definitions.py.
 """
@@ -21,9 +22,11 @@ def of_iterates(run):
     """Figures of each evaluated iterate, in order.
 
     Returns:
-        list of dicts: `iterate`, `sampled` and `greedy` (see `of_answers`, with what metrics.json says where the answers
-        are gone), `kl`, `kl_se`, `kl_per_token`, `seconds`, and `versus`: {"start", "previous", "best"} → kind → see `compare`.
-        "best" is the earlier iterate of the highest gold (without gold: judge's reward), where it is neither of the others.
+        list of dicts: `iterate`, `sampled` and `greedy` (see `of_answers`, with what metrics.json says where
+            the answers
+        are gone), `kl`, `kl_se`, `kl_per_token`, `seconds`, and `versus`: {"start", "previous", "best"} →
+        kind → see `compare`. "best" is the earlier iterate of the highest gold (without gold: judge's
+        reward), where it is neither of the others.
     """
     found, order = [], sorted(run.iterates)
     for n, i in enumerate(order):
@@ -31,7 +34,10 @@ def of_iterates(run):
         row = {"iterate": i, "seconds": iterate.metrics.get("seconds"), "versus": {}}
         for kind in ("sampled", "greedy"):
             row[kind] = of_kind(iterate, kind)
-        row |= {key: iterate.divergence.get(key) for key in ("kl", "kl_se", "kl_per_token", "estimator", "reference", "retokenised", "responses")}
+        row |= {
+            key: iterate.divergence.get(key)
+            for key in ("kl", "kl_se", "kl_per_token", "estimator", "reference", "retokenised", "responses")
+        }
         if row["kl"] is None and run.kind == "ppo" and i in run.trainings and run.trainings[i].ppo:
             row |= {"kl": run.trainings[i].ppo[-1].get("kl"), "estimator": "k1, PPO's last rollout"}
         others = {"start": order[0] if order[0] == 0 and i else None, "previous": order[n - 1] if n else None}
@@ -39,22 +45,30 @@ def of_iterates(run):
         others |= {"best": None if best in others.values() else best}
         for name, other in others.items():
             if other is not None:
-                row["versus"][name] = {"iterate": other} | {kind: compare(run.iterates[other], iterate, kind) for kind in ("sampled", "greedy")}
+                row["versus"][name] = {"iterate": other} | {
+                    kind: compare(run.iterates[other], iterate, kind) for kind in ("sampled", "greedy")
+                }
         found.append(row)
     return found
 
 
 def best_so_far(rows):
-    """The iterate whose sampled answers have the highest gold, or the second judge's highest reward; None where neither is known."""
+    """The iterate whose sampled answers have the highest gold, or the second judge's highest reward; None
+    where neither is known.
+    """
     for quantity in ("gold", "judge"):
-        known = [(row["sampled"][quantity][0], row["iterate"]) for row in rows if row["sampled"].get(quantity)]
+        known = [
+            (row["sampled"][quantity][0], row["iterate"]) for row in rows if row["sampled"].get(quantity)
+        ]
         if known:
             return max(known)[1]
     return None
 
 
 def values_of(iterate, kind, quantity):
-    """(Answers, flat values) of a quantity, or None: reward and gold of the answers, judge's rewards of the judged ones."""
+    """(Answers, flat values) of a quantity, or None: reward and gold of the answers, judge's rewards of the
+    judged ones.
+    """
     answers = (iterate.judged if quantity == "judge" else iterate.answers).get(kind)
     values = None if answers is None else answers.gold if quantity == "gold" else answers.rewards
     return None if values is None or not np.isfinite(values).any() else (answers, values)
@@ -72,15 +86,27 @@ def of_kind(iterate, kind):
             source, key = (judge, "reward") if quantity == "judge" else (written, quantity)
             mean, error = source.get(key), source.get(f"{key}_se")
             if mean is not None:
-                found[quantity] = (mean, None, None) if error is None else (mean, mean - 1.96 * error, mean + 1.96 * error)
+                found[quantity] = (
+                    (mean, None, None) if error is None else (mean, mean - 1.96 * error, mean + 1.96 * error)
+                )
     answers = iterate.answers.get(kind)
     if answers is None:
-        return found | {key: written[key] for key in ("length", "truncated", "empty", "K", "prompts", "best_of_k") if written.get(key) is not None}
+        return found | {
+            key: written[key]
+            for key in ("length", "truncated", "empty", "K", "prompts", "best_of_k")
+            if written.get(key) is not None
+        }
     found |= of_answers(answers)
     if answers.K > 1:
         found["best_of"] = measures.best_of(answers.by_prompt(answers.rewards))
-        if answers.gold is not None and np.isfinite(answers.gold).all() and np.isfinite(answers.rewards).all():
-            found["gold_of_best"] = measures.best_of(answers.by_prompt(answers.rewards), answers.by_prompt(answers.gold))
+        if (
+            answers.gold is not None
+            and np.isfinite(answers.gold).all()
+            and np.isfinite(answers.rewards).all()
+        ):
+            found["gold_of_best"] = measures.best_of(
+                answers.by_prompt(answers.rewards), answers.by_prompt(answers.gold)
+            )
     return found
 
 
@@ -92,28 +118,37 @@ def of_answers(answers):
     spread, equal = measures.spread_within(answers.rewards, answers.offsets)
     top, bottom = measures.at_the_ends(answers.rewards)
     return {
-        "prompts": len(answers.ids), "K": answers.K, "responses": len(answers.rewards),
+        "prompts": len(answers.ids),
+        "K": answers.K,
+        "responses": len(answers.rewards),
         "null_share": float(np.isnan(answers.rewards).mean()),
         "length": float(known.mean()) if len(known) else None,
         "length_p90": float(np.quantile(known, 0.9)) if len(known) else None,
         "truncated": float((cut == 1).mean()) if len(cut) else None,
         "empty": sum(map(is_empty, texts)) / len(texts) if texts else None,
-        "repetition": float(repeated.mean()), "looping": float((repeated >= 0.5).mean()),
-        "distinct_1": measures.distinct(texts, 1), "distinct_2": measures.distinct(texts, 2), "distinct_3": measures.distinct(texts, 3),
+        "repetition": float(repeated.mean()),
+        "looping": float((repeated >= 0.5).mean()),
+        "distinct_1": measures.distinct(texts, 1),
+        "distinct_2": measures.distinct(texts, 2),
+        "distinct_3": measures.distinct(texts, 3),
         "different_texts": float(answers.distinct.mean()) if answers.K > 1 else None,
         "tied": answers.tied / answers.different if answers.different else None,
-        "spread": spread, "all_equal": equal, "at_top": top, "at_bottom": bottom,
+        "spread": spread,
+        "all_equal": equal,
+        "at_top": top,
+        "at_bottom": bottom,
         "length_correlation": measures.length_correlation(answers.rewards, answers.lengths, answers.offsets),
-    }  # fmt: skip
+    }
 
 
 def compare(before, after, kind):
     """How one iterate differs from another on the same prompts.
 
     Returns:
-        dict: for each quantity both have, `NAME` (difference, low, high), `NAME_win` (win rate, low, high) and `counts` of
-        greedy wins, ties and losses by reward; `lc_win`, the length-controlled win rate by reward; `same`, the share of equal
-        answers among those whose texts are kept.
+        dict: for each quantity both have, `NAME` (difference, low, high), `NAME_win` (win rate, low, high)
+            and `counts` of
+        greedy wins, ties and losses by reward; `lc_win`, the length-controlled win rate by reward; `same`,
+        the share of equal answers among those whose texts are kept.
     """
     found = {}
     for quantity in QUANTITIES:
@@ -128,14 +163,24 @@ def compare(before, after, kind):
             continue
         if kind == "greedy":
             shares = list(won.values())
-            found["counts"] = (sum(s > 0.5 for s in shares), sum(s == 0.5 for s in shares), sum(s < 0.5 for s in shares))
+            found["counts"] = (
+                sum(s > 0.5 for s in shares),
+                sum(s == 0.5 for s in shares),
+                sum(s < 0.5 for s in shares),
+            )
         answers = [answers for answers, _ in pair]
         if all((a.lengths >= 0).all() for a in answers):
             # lengths of the responses that have a reward, so that both lists are aligned
-            lengths = [a.by_prompt(np.where(np.isfinite(a.rewards), a.lengths.astype(float), np.nan)) for a in answers]
+            lengths = [
+                a.by_prompt(np.where(np.isfinite(a.rewards), a.lengths.astype(float), np.nan))
+                for a in answers
+            ]
             found["lc_win"] = measures.length_controlled_win_rate(old, new, *lengths)
     if found and kind in before.answers and kind in after.answers:
-        texts = [{record["id"]: record["responses"] for record in iterate.answers[kind].kept} for iterate in (before, after)]
+        texts = [
+            {record["id"]: record["responses"] for record in iterate.answers[kind].kept}
+            for iterate in (before, after)
+        ]
         found["same"] = same_answers(*texts)
     return found
 
@@ -144,22 +189,41 @@ def of_trainings(run):
     """Figures of each iteration's training: of its rewarded responses, its pairs, and its end.
 
     Returns:
-        list of dicts: `iteration`, `rewards` (see `of_answers`), `reward_mean`, `margin`, `pairs`, `chosen_longer`,
-        `accuracy`, `eval_accuracy`, `eval_pairs`, `loss`, `not_finite` (entries of the log), and `ppo` (last entry).
+        list of dicts: `iteration`, `rewards` (see `of_answers`), `reward_mean`, `margin`, `pairs`,
+            `chosen_longer`,
+        `accuracy`, `eval_accuracy`, `eval_pairs`, `loss`, `not_finite` (entries of the log), and `ppo` (last
+        entry).
     """
     found = []
     for i, training in sorted(run.trainings.items()):
         metrics, counts = training.manifest.get("metrics") or {}, training.manifest.get("counts") or {}
         last = {key: value for entry in training.history for key, value in entry.items()}
-        row = {"iteration": i, "rewards": of_answers(training.answers) if training.answers else {}, "ppo": training.ppo[-1] if training.ppo else {}}
-        row["reward_mean"] = float(np.nanmean(training.answers.rewards)) if training.answers and np.isfinite(training.answers.rewards).any() else None
+        row = {
+            "iteration": i,
+            "rewards": of_answers(training.answers) if training.answers else {},
+            "ppo": training.ppo[-1] if training.ppo else {},
+        }
+        row["reward_mean"] = (
+            float(np.nanmean(training.answers.rewards))
+            if training.answers and np.isfinite(training.answers.rewards).any()
+            else None
+        )
         row["pairs"] = counts.get("train_pairs", None if training.margins is None else len(training.margins))
-        row["margin"] = float(training.margins.mean()) if training.margins is not None and len(training.margins) else None
+        row["margin"] = (
+            float(training.margins.mean()) if training.margins is not None and len(training.margins) else None
+        )
         row |= {"chosen_longer": training.longer, "eval_pairs": counts.get("eval_pairs")}
-        for name, key in (("loss", "loss"), ("accuracy", "rewards/accuracies"), ("eval_accuracy", "eval_rewards/accuracies"), ("grad_norm", "grad_norm")):
+        for name, key in (
+            ("loss", "loss"),
+            ("accuracy", "rewards/accuracies"),
+            ("eval_accuracy", "eval_rewards/accuracies"),
+            ("grad_norm", "grad_norm"),
+        ):
             row[name] = metrics.get(key, last.get(key))
         logged = [*training.history, *training.ppo]
-        row["not_finite"] = sum(any(isinstance(v, float) and not np.isfinite(v) for v in entry.values()) for entry in logged)
+        row["not_finite"] = sum(
+            any(isinstance(v, float) and not np.isfinite(v) for v in entry.values()) for entry in logged
+        )
         found.append(row)
     return found
 
@@ -190,14 +254,17 @@ def of_stages(run):
     """Where the time went, a row for each finished stage.
 
     Returns:
-        list of dicts: `iteration`, `stage`, `seconds` (over all its starts), `work` (seconds, or None), `waiting` (share),
+        list of dicts: `iteration`, `stage`, `seconds` (over all its starts), `work` (seconds, or None),
+            `waiting` (share),
         `tokens_per_second`, `gpus`, `gpu_hours`.
     """
     rows = {}
     for entry in run.stages:
         i, stage, seconds = entry.get("iteration"), entry.get("stage"), entry.get("seconds")
         if isinstance(i, int) and isinstance(stage, str) and isinstance(seconds, (int, float)):
-            row = rows.setdefault((i, stage), {"iteration": i, "stage": stage, "seconds": 0, "finished": None})
+            row = rows.setdefault(
+                (i, stage), {"iteration": i, "stage": stage, "seconds": 0, "finished": None}
+            )
             row["seconds"] += seconds
             row["finished"] = entry.get("finished")
     for (i, stage), row in rows.items():
@@ -211,11 +278,15 @@ def of_stages(run):
 
 
 def tokens_per_second(run, iteration, stage):
-    """Tokens a second while the stage worked: sampled ones of generation and evaluation, those trained on of training."""
+    """Tokens a second while the stage worked: sampled ones of generation and evaluation, those trained on of
+    training.
+    """
     training = run.trainings.get(iteration)
     if stage == "train" and training:
         if training.ppo:
-            rates = [entry["tokens_per_second"] for entry in training.ppo if finite(entry.get("tokens_per_second"))]
+            rates = [
+                entry["tokens_per_second"] for entry in training.ppo if finite(entry.get("tokens_per_second"))
+            ]
             return float(np.mean(rates)) if rates else None
         metrics = training.manifest.get("metrics") or {}
         count, seconds = metrics.get("num_tokens"), metrics.get("train_runtime")
@@ -225,13 +296,19 @@ def tokens_per_second(run, iteration, stage):
         return None
     ahead = run.trainings.get(iteration if stage == "generate" else iteration + 1)
     made = [ahead.answers] if ahead and ahead.answers else []
-    made += list(run.iterates[iteration].answers.values()) if stage == "evaluate" and iteration in run.iterates else []
+    made += (
+        list(run.iterates[iteration].answers.values())
+        if stage == "evaluate" and iteration in run.iterates
+        else []
+    )
     total = sum(int(a.lengths[a.lengths >= 0].sum()) for a in made)
     return total / work if total else None
 
 
 def in_short(run, iterates, stages):
-    """The last iterate against the start, for the head of the page: a list of (definition's key, label, value text, note)."""
+    """The last iterate against the start, for the head of the page: a list of (definition's key, label, value
+    text, note).
+    """
     if not iterates:
         return []
     first, last, found = iterates[0], iterates[-1], []
@@ -244,20 +321,32 @@ def in_short(run, iterates, stages):
                 note = "" if not versus else f"{versus[0]:+.3f} [{versus[1]:+.3f}, {versus[2]:+.3f}]"
                 found.append((quantity, f"{quantity}, {kind}", f"{start}{after[0]:.3f}", note))
     versus = last["versus"].get("start") or {}
-    for kind, key, label in (("sampled", "reward_win", "win rate over the start"), ("sampled", "lc_win", "the same at equal length")):
+    for kind, key, label in (
+        ("sampled", "reward_win", "win rate over the start"),
+        ("sampled", "lc_win", "the same at equal length"),
+    ):
         rate = versus.get(kind, {}).get(key)
         if rate:
             found.append((key, label, f"{100 * rate[0]:.1f}%", interval(rate, percent=True)))
     length = first["sampled"].get("length"), last["sampled"].get("length")
     if None not in length:
-        found.append(("length", "length, tokens", f"{length[0]:.1f} → {length[1]:.1f}", f"{length[1] / length[0]:.2f} times" if length[0] else ""))
+        found.append(
+            (
+                "length",
+                "length, tokens",
+                f"{length[0]:.1f} → {length[1]:.1f}",
+                f"{length[1] / length[0]:.2f} times" if length[0] else "",
+            )
+        )
     if last["kl"] is not None:
         found.append(("kl", "KL to the reference", f"{last['kl']:.2f}", "nats per response"))
     if stages:
         hours = sum(row["seconds"] for row in stages) / 3600
         gpu = [row["gpu_hours"] for row in stages]
         note = "" if None in gpu else f"{sum(gpu):.2f} GPU-hours" if any(gpu) else "no GPU"
-        found.append(("seconds", "time in stages", f"{hours:.2f} h" if hours >= 1 else f"{60 * hours:.1f} min", note))
+        found.append(
+            ("seconds", "time in stages", f"{hours:.2f} h" if hours >= 1 else f"{60 * hours:.1f} min", note)
+        )
     return found
 
 
@@ -265,4 +354,8 @@ def interval(triple, percent=False):
     """`[low, high]` of (value, low, high) as text."""
     if triple is None or triple[1] is None:
         return ""
-    return f"[{100 * triple[1]:.1f}, {100 * triple[2]:.1f}]" if percent else f"[{triple[1]:.3f}, {triple[2]:.3f}]"
+    return (
+        f"[{100 * triple[1]:.1f}, {100 * triple[2]:.1f}]"
+        if percent
+        else f"[{triple[1]:.3f}, {triple[2]:.3f}]"
+    )

@@ -1,13 +1,16 @@
-"""Write one HTML page about a run, or several side by side: rewards, win rates, length, drift, training, time, samples.
+"""Write one HTML page about a run, or several side by side: rewards, win rates, length, drift, training,
+time, samples.
 
 In:  the folders of runs (run_loop.sh, run_ppo.sh), finished or not.
-Out: one file that opens without a network, in light and dark; what a run has not got is named on it. Beside it `….warnings.json`, its
+Out: one file that opens without a network, in light and dark; what a run has not got is named on it. Beside
+it `….warnings.json`, its
      warnings.
 
     python report/make_report.py runs/tiny                                              # runs/tiny/report/index.html
     python report/make_report.py runs/tiny runs/ppo_tiny --output_dir report/index.html
 
-Files are read line by line and texts are kept of a seeded sample only, so that memory does not follow the run's size.
+Files are read line by line and texts are kept of a seeded sample only, so that memory does not follow the
+run's size.
 """
 
 import dataclasses
@@ -26,9 +29,15 @@ from common.manifest import write_json
 @dataclass
 class Arguments:
     runs: list[str] | None = arg(None, "folders of the runs; may be given without --runs")
-    output_dir: str | None = arg(None, "file to write (a file name); None: RUN/report/index.html of a single run")
+    output_dir: str | None = arg(
+        None, "file to write (a file name); None: RUN/report/index.html of a single run"
+    )
     gold_function: str | None = arg(None, "FILE.py:NAME; None: the one that the run's metrics were made with")
-    use_gold: bool = arg(True, "call the gold function for intervals of gold; false: take the averages of metrics.json, run no code of others")
+    use_gold: bool = arg(
+        True,
+        "call the gold function for intervals of gold; false: take the averages of metrics.json, run no code "
+        "of others",
+    )
     samples: int = arg(200, "held-out prompts to read in the page, and half as many an iteration of training")
     sample_megabytes: float = arg(6.0, "most that they may take, MB")
     seed: int = arg(0, "seed of the sample")
@@ -62,28 +71,39 @@ def check(args):
     bounds = cli.build(Bounds, args.bounds, "bounds")
     target = Path(args.output_dir) if args.output_dir else Path(args.runs[0]) / "report" / "index.html"
     if target.is_dir():
-        raise UserError(f"--output_dir {target} is a folder, a file name was expected (for example {target}/index.html)")
+        raise UserError(
+            f"--output_dir {target} is a folder, a file name was expected (for example {target}/index.html)"
+        )
     return target, bounds
 
 
 def make(args):
-    """Read the runs, compute, write the page. Returns (file, warnings, what is not there), the latter two with the name of the run."""
+    """Read the runs, compute, write the page.
+
+    Returns (file, warnings, what is not there), the latter two with the name of the run.
+    """
     from report import figures, hide, page, run_data, samples, state, troubles
 
     target, bounds = check(args)
     keep = max(run_data.KEEP_TEXTS, args.samples)
-    runs = [run_data.read_run(folder, args.gold_function, args.seed, keep, args.use_gold) for folder in args.runs]
+    runs = [
+        run_data.read_run(folder, args.gold_function, args.seed, keep, args.use_gold) for folder in args.runs
+    ]
     if len({run.name for run in runs}) < len(runs):
         for run, folder in zip(runs, args.runs):
             run.name = str(folder)
-    tables = [(run, figures.of_iterates(run), figures.of_trainings(run), figures.of_stages(run)) for run in runs]
+    tables = [
+        (run, figures.of_iterates(run), figures.of_trainings(run), figures.of_stages(run)) for run in runs
+    ]
     found = [(run, troubles.find(run, iterates, trainings, bounds)) for run, iterates, trainings, _ in tables]
     shown = samples.collect(runs, args.samples, args.sample_megabytes, args.seed)
     states = [(one.word, hide.hidden(one.detail)) for one in (state.read_state(run.folder) for run in runs)]
     text = page.render(tables, found, shown, states)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(target.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", errors="replace", newline="\n")  # half a surrogate pair in a setting or a name
+    temporary.write_text(
+        text, encoding="utf-8", errors="replace", newline="\n"
+    )  # half a surrogate pair in a setting or a name
     os.replace(temporary, target)
     warned = [(run.name, trouble) for run, listed in found for trouble in listed]
     write_json(warnings_of(target), [{"run": name} | dataclasses.asdict(trouble) for name, trouble in warned])
@@ -91,7 +111,9 @@ def make(args):
 
 
 def warnings_of(target):
-    """The file beside a page that lists its warnings, for who does not look at pages: the terminal at a run's end."""
+    """The file beside a page that lists its warnings, for who does not look at pages: the terminal at a run's
+    end.
+    """
     return target.with_name(f"{target.stem}.warnings.json")
 
 
@@ -103,7 +125,10 @@ def main():
         print(f"warning: {name}, {trouble.where}: {trouble.title.lower()}: {trouble.figure}")
     for name, text in missing:
         print(f"not there: {name}: {text}")
-    print(f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB) from {count(len(args.runs), 'run')}, {count(len(warned), 'warning')}")
+    print(
+        f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB) from {count(len(args.runs), 'run')}, "
+        f"{count(len(warned), 'warning')}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What a run has left on disk, read as a stream: figures become arrays, texts are kept of a seeded sample only.
+"""What a run has left on disk, read as a stream: figures become arrays, texts are kept of a seeded sample
+only.
 
-A run may be half finished or damaged: what is not there or cannot be read is named in `Run.missing`, never an error, except
-where the folder is no run at all.
+A run may be half finished or damaged: what is not there or cannot be read is named in `Run.missing`, never an
+error, except where the folder is no run at all.
 """
 
 import hashlib
@@ -35,10 +36,12 @@ class Answers:
 
     Attributes:
         ids: N prompt ids; prompt n's responses are `offsets[n]:offsets[n + 1]`.
-        rewards: float64, NaN where null. lengths: tokens, -1 unknown. cut: 1 hit the length limit, 0 not, -1 unknown.
+        rewards: float64, NaN where null. lengths: tokens, -1 unknown. cut: 1 hit the length limit, 0 not, -1
+            unknown.
         gold: float64, NaN where the gold function gave nothing, or None without one.
         distinct: N shares of different texts among a prompt's responses.
-        different, tied: pairs of responses of one prompt with different texts, and those of them with equal rewards.
+        different, tied: pairs of responses of one prompt with different texts, and those of them with equal
+            rewards.
         kept: records of the seeded sample, smallest hash first, with `gold` where there is one.
         damaged: lines that could not be read.
     """
@@ -76,7 +79,9 @@ class Answers:
 
 @dataclass
 class Iterate:
-    """Held-out answers of one policy: `answers` and `judged` by kind (sampled, greedy); what is not there is not in them."""
+    """Held-out answers of one policy: `answers` and `judged` by kind (sampled, greedy); what is not there is
+    not in them.
+    """
 
     number: int
     answers: dict = field(default_factory=dict)
@@ -87,7 +92,9 @@ class Iterate:
 
 @dataclass
 class Training:
-    """Training of one iteration: its rewarded responses, the pairs, the manifest, the trainer's log, PPO's log."""
+    """Training of one iteration: its rewarded responses, the pairs, the manifest, the trainer's log, PPO's
+    log.
+    """
 
     number: int
     answers: Answers | None = None
@@ -108,7 +115,9 @@ class Run:
     iterates: dict = field(default_factory=dict)
     trainings: dict = field(default_factory=dict)
     stages: list = field(default_factory=list)
-    work: dict = field(default_factory=dict)  # (iteration, stage) → seconds in which responses, rewards or steps were made
+    work: dict = field(
+        default_factory=dict
+    )  # (iteration, stage) → seconds in which responses, rewards or steps were made
     versions: dict = field(default_factory=dict)
     missing: list = field(default_factory=list)
 
@@ -123,7 +132,9 @@ class Run:
 
 def sample_hash(key, seed=0):
     """Order in which prompts enter the sample: the same for every file, whatever its order."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode("utf-8", "surrogatepass")).digest()[:8], "big")
+    return int.from_bytes(
+        hashlib.sha256(f"{seed}/{key}".encode("utf-8", "surrogatepass")).digest()[:8], "big"
+    )
 
 
 class Sample:
@@ -156,11 +167,20 @@ def lines_of(path):
 
 
 def is_rewarded(record):
-    """Whether a record has what the report reads: a prompt, K texts, K rewards, and lists of K where there are others."""
+    """Whether a record has what the report reads: a prompt, K texts, K rewards, and lists of K where there
+    are others.
+    """
     responses, rewards = (record or {}).get("responses"), (record or {}).get("rewards")
-    if not isinstance(responses, list) or not isinstance(rewards, list) or not responses or len(responses) != len(rewards):
+    if (
+        not isinstance(responses, list)
+        or not isinstance(rewards, list)
+        or not responses
+        or len(responses) != len(rewards)
+    ):
         return False
-    if not all(isinstance(text, str) for text in responses) or not all(reward is None or isinstance(reward, (int, float)) for reward in rewards):
+    if not all(isinstance(text, str) for text in responses) or not all(
+        reward is None or isinstance(reward, (int, float)) for reward in rewards
+    ):
         return False
     if not all(isinstance(record.get(name) or [], list) for name in ("num_tokens", "finish_reasons")):
         return False
@@ -197,8 +217,13 @@ def read_answers(path, gold=None, seed=0, keep=KEEP_TEXTS):
         tokens, reasons = record.get("num_tokens") or [], record.get("finish_reasons") or []
         found.ids.append(key)
         rewards.extend(own)
-        lengths.extend(n if isinstance(n, int) and 0 <= n < 2**31 else -1 for n in (tokens + [-1] * len(texts))[: len(texts)])
-        cut.extend(-1 if r is None else int(r == "length") for r in (reasons + [None] * len(texts))[: len(texts)])
+        lengths.extend(
+            n if isinstance(n, int) and 0 <= n < 2**31 else -1
+            for n in (tokens + [-1] * len(texts))[: len(texts)]
+        )
+        cut.extend(
+            -1 if r is None else int(r == "length") for r in (reasons + [None] * len(texts))[: len(texts)]
+        )
         offsets.append(len(rewards))
         if gold is not None:
             golds.extend(_gold_of(gold, record, text) for text in texts)
@@ -206,7 +231,9 @@ def read_answers(path, gold=None, seed=0, keep=KEEP_TEXTS):
         found.different += different
         found.tied += tied
         distinct.append(len(set(texts)) / len(texts))
-        sample.add(key, record | {"id": key} | ({"gold": list(golds[offsets[-2] :])} if gold is not None else {}))
+        sample.add(
+            key, record | {"id": key} | ({"gold": list(golds[offsets[-2] :])} if gold is not None else {})
+        )
     found.offsets, found.rewards = np.array(offsets), np.array(rewards)
     found.lengths, found.cut, found.distinct = np.array(lengths), np.array(cut), np.array(distinct)
     found.gold = np.array(golds) if gold is not None else None
@@ -223,7 +250,9 @@ def _gold_of(gold, record, text):
 
 
 def ties(texts, rewards):
-    """(pairs of different texts whose rewards are both finite, those of them with equal rewards) of one prompt."""
+    """(pairs of different texts whose rewards are both finite, those of them with equal rewards) of one
+    prompt.
+    """
 
     def couples(counts):
         return sum(n * (n - 1) // 2 for n in counts.values())
@@ -235,8 +264,14 @@ def ties(texts, rewards):
 
 
 def numbers(value):
-    """The entries of a mapping that are numbers, NaN among them, which a log is to tell; {} for what is no mapping."""
-    return {key: one for key, one in value.items() if finite(one) or isinstance(one, float)} if isinstance(value, dict) else {}
+    """The entries of a mapping that are numbers, NaN among them, which a log is to tell; {} for what is no
+    mapping.
+    """
+    return (
+        {key: one for key, one in value.items() if finite(one) or isinstance(one, float)}
+        if isinstance(value, dict)
+        else {}
+    )
 
 
 def finites(value):
@@ -250,24 +285,42 @@ def texts(value):
 
 
 def as_metrics(found):
-    """What the report reads of an iterate's metrics.json; what is of another type than it should be is not there."""
+    """What the report reads of an iterate's metrics.json; what is of another type than it should be is not
+    there.
+    """
     judge = found.get("judge") if isinstance(found.get("judge"), dict) else {}
-    kept = {kind: own for kind in KINDS if (own := finites(found.get(kind)))} | {"judge": {kind: finites(own) for kind, own in judge.items()}}
-    kept |= {"files": texts(found.get("files"))} | texts({"gold_function": found.get("gold_function")}) | finites({"seconds": found.get("seconds")})
+    kept = {kind: own for kind in KINDS if (own := finites(found.get(kind)))} | {
+        "judge": {kind: finites(own) for kind, own in judge.items()}
+    }
+    kept |= (
+        {"files": texts(found.get("files"))}
+        | texts({"gold_function": found.get("gold_function")})
+        | finites({"seconds": found.get("seconds")})
+    )
     return kept if found else {}
 
 
 def as_manifest(found):
     """The same of a stage's manifest."""
     counts, versions = found.get("counts"), found.get("versions")
-    kept = {"metrics": finites(found.get("metrics")), "counts": finites(counts) | texts(counts), "merged": finites(found.get("merged"))}
-    kept["counts"] = {key: one for key, one in kept["counts"].items() if (key == "device") == isinstance(one, str)}
-    kept["versions"] = {str(name): str(version) for name, version in versions.items()} if isinstance(versions, dict) else {}
+    kept = {
+        "metrics": finites(found.get("metrics")),
+        "counts": finites(counts) | texts(counts),
+        "merged": finites(found.get("merged")),
+    }
+    kept["counts"] = {
+        key: one for key, one in kept["counts"].items() if (key == "device") == isinstance(one, str)
+    }
+    kept["versions"] = (
+        {str(name): str(version) for name, version in versions.items()} if isinstance(versions, dict) else {}
+    )
     return kept | finites({"num_processes": found.get("num_processes")}) if found else {}
 
 
 def read_pairs(path, iteration, ids):
-    """(marks of the prompts `ids`, margins, mean length of chosen less rejected) of a pairs file, one line at a time."""
+    """(marks of the prompts `ids`, margins, mean length of chosen less rejected) of a pairs file, one line at
+    a time.
+    """
     marks, margins, longer = {}, array("d"), array("d")
     for pair in lines_of(path):
         if pair is None:
@@ -278,16 +331,22 @@ def read_pairs(path, iteration, ids):
         if all(isinstance(n, int) and finite(n) for n in sizes):
             longer.append(sizes[0] - sizes[1])
         source = str(pair.get("source") or "")
-        of_this = not source or Path(source).parent.name == f"iter{iteration}"  # with train_on: all others are in it too
+        of_this = (
+            not source or Path(source).parent.name == f"iter{iteration}"
+        )  # with train_on: all others are in it too
         key = str(pair.get("id"))
         if of_this and key in ids and len(marks.get(key, [])) < PAIRS_KEPT:
             known = finites(pair)
-            marks.setdefault(key, []).append({name: known.get(name) for name in ("chosen_index", "rejected_index", "margin")})
+            marks.setdefault(key, []).append(
+                {name: known.get(name) for name in ("chosen_index", "rejected_index", "margin")}
+            )
     return marks, np.array(margins), float(np.mean(longer)) if longer else None
 
 
 def stage_work(run, iteration, stage):
-    """Seconds of a stage in which responses, rewards or optimizer steps were made, by the manifests; None where they do not tell."""
+    """Seconds of a stage in which responses, rewards or optimizer steps were made, by the manifests; None
+    where they do not tell.
+    """
     if stage == "train":
         training = run.trainings.get(iteration)
         if training is None:
@@ -303,7 +362,11 @@ def stage_work(run, iteration, stage):
         # The next iteration's responses, unless a stage of their own made them.
         own = {(entry.get("iteration"), entry.get("stage")) for entry in run.stages}
         ahead = {"generated": "generate", "rewarded": "annotate"}
-        more += [f"iter{iteration + 1}/{what}" for what, maker in ahead.items() if (iteration + 1, maker) not in own]
+        more += [
+            f"iter{iteration + 1}/{what}"
+            for what, maker in ahead.items()
+            if (iteration + 1, maker) not in own
+        ]
     elif stage in ("generate", "annotate"):
         asked = [f"iter{iteration}/{'generated' if stage == 'generate' else 'rewarded'}"]
     seconds = {name: spent(run.folder / f"{name}.manifest.json") for name in (*asked, *more)}
@@ -320,7 +383,9 @@ def spent(path):
 
 def numbers_of(folder):
     """N of the folders iterN of a run, in order."""
-    return sorted(int(path.name[4:]) for path in folder.glob("iter*") if path.is_dir() and path.name[4:].isdigit())
+    return sorted(
+        int(path.name[4:]) for path in folder.glob("iter*") if path.is_dir() and path.name[4:].isdigit()
+    )
 
 
 def read_run(folder, gold_function=None, seed=0, keep=KEEP_TEXTS, gold=True):
@@ -339,7 +404,9 @@ def read_run(folder, gold_function=None, seed=0, keep=KEEP_TEXTS, gold=True):
     if not folder.is_dir():
         raise UserError(f"no such run: {folder}" + _near(folder))
     if not (folder / "loop.yaml").is_file() and not numbers_of(folder):
-        raise UserError(f"{folder} holds neither loop.yaml nor iter0, iter1, …, so it is no run's folder" + _near(folder))
+        raise UserError(
+            f"{folder} holds neither loop.yaml nor iter0, iter1, …, so it is no run's folder" + _near(folder)
+        )
     run = Run(folder, folder.resolve().name, {})
     if (folder / "loop.yaml").is_file():
         try:
@@ -367,14 +434,21 @@ def _near(folder):
 
 def _read_iteration(run, i, gold_function, seed, keep, gold):
     path = run.folder / f"iter{i}"
-    iterate = Iterate(i, metrics=as_metrics(read_object(path / "metrics.json", run.missing, f"iter{i}/metrics.json")))
+    iterate = Iterate(
+        i, metrics=as_metrics(read_object(path / "metrics.json", run.missing, f"iter{i}/metrics.json"))
+    )
     estimates = read_object(path / "divergence.json", run.missing, f"iter{i}/divergence.json")
-    iterate.divergence = finites(estimates) | {key: one for key, one in texts(estimates).items() if key in ("estimator", "reference")}
+    iterate.divergence = finites(estimates) | {
+        key: one for key, one in texts(estimates).items() if key in ("estimator", "reference")
+    }
     spec = gold_function or iterate.metrics.get("gold_function") or run.settings.get("gold_function")
     function = _load_gold(spec, run.missing) if gold and spec and isinstance(spec, str) else None
     for kind in KINDS:
         name = iterate.metrics.get("files", {}).get(kind, f"heldout_{kind}.rewarded.jsonl")
-        for target, file, score in ((iterate.answers, name, function), (iterate.judged, f"heldout_{kind}.judged.jsonl", None)):
+        for target, file, score in (
+            (iterate.answers, name, function),
+            (iterate.judged, f"heldout_{kind}.judged.jsonl", None),
+        ):
             if (path / file).is_file():
                 target[kind] = read_answers(path / file, score, seed, keep)
                 if not target[kind].ids:
@@ -386,8 +460,15 @@ def _read_iteration(run, i, gold_function, seed, keep, gold):
         run.iterates[i] = iterate
     if i == 0:
         return
-    training = Training(i, manifest=as_manifest(read_object(path / "model.manifest.json", run.missing, f"iter{i}/model.manifest.json")))
-    training.manifests = {name: as_manifest(read_object(path / f"{name}.manifest.json")) for name in ("generated", "rewarded")}
+    training = Training(
+        i,
+        manifest=as_manifest(
+            read_object(path / "model.manifest.json", run.missing, f"iter{i}/model.manifest.json")
+        ),
+    )
+    training.manifests = {
+        name: as_manifest(read_object(path / f"{name}.manifest.json")) for name in ("generated", "rewarded")
+    }
     if (path / "rewarded.jsonl").is_file():
         training.answers = read_answers(path / "rewarded.jsonl", None, seed, keep)
         if not training.answers.ids:
@@ -400,11 +481,21 @@ def _read_iteration(run, i, gold_function, seed, keep, gold):
         training.pairs, training.margins, training.longer = read_pairs(path / "pairs.jsonl", i, ids)
     state = path / "model.trainer_state.json"
     if not state.is_file():  # in the middle of training: the last checkpoint's
-        state = max(path.glob("model/checkpoint-*/trainer_state.json"), key=lambda p: written_at(p) or 0, default=state)
+        state = max(
+            path.glob("model/checkpoint-*/trainer_state.json"),
+            key=lambda p: written_at(p) or 0,
+            default=state,
+        )
     history = read_object(state, run.missing, f"iter{i}'s trainer_state.json").get("log_history")
-    training.history = [numbers(entry) for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
+    training.history = (
+        [numbers(entry) for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
+    )
     if (path / "model.log.jsonl").is_file():
-        training.ppo = [numbers(entry) | {"seconds": finites(entry.get("seconds"))} for entry in lines_of(path / "model.log.jsonl") if entry]
+        training.ppo = [
+            numbers(entry) | {"seconds": finites(entry.get("seconds"))}
+            for entry in lines_of(path / "model.log.jsonl")
+            if entry
+        ]
     if training.answers or training.manifest or training.history or training.ppo:
         run.trainings[i] = training
     for manifest in (training.manifest, *training.manifests.values()):
@@ -434,16 +525,25 @@ def _name_missing(run):
             continue
         absent = [kind for kind in KINDS if kind not in iterate.answers]
         if absent:
-            run.missing.append(f"the {' and '.join(absent)} held-out answers of iterate {i}, so no intervals from them")
+            run.missing.append(
+                f"the {' and '.join(absent)} held-out answers of iterate {i}, so no intervals from them"
+            )
         training = run.trainings.get(i)
         if i and run.kind == "dpo" and training and not training.history:
             run.missing.append(f"the trainer's log of iteration {i} (iter{i}/model.trainer_state.json)")
         if i and run.kind == "ppo" and training and not training.ppo:
             run.missing.append(f"PPO's log (iter{i}/model.log.jsonl)")
-    if run.iterates and not any(iterate.divergence for iterate in run.iterates.values()) and not any(t.ppo for t in run.trainings.values()):
+    if (
+        run.iterates
+        and not any(iterate.divergence for iterate in run.iterates.values())
+        and not any(t.ppo for t in run.trainings.values())
+    ):
         run.missing.append("KL to the reference (iterN/divergence.json)")
     if run.iterates and not any(iterate.judged for iterate in run.iterates.values()):
         run.missing.append("a second judge (eval_reward_model)")
-    if run.iterates and not any("gold" in (iterate.metrics.get(k) or {}) or getattr(iterate.answers.get(k), "gold", None) is not None
-                                for iterate in run.iterates.values() for k in KINDS):  # fmt: skip
+    if run.iterates and not any(
+        "gold" in (iterate.metrics.get(k) or {}) or getattr(iterate.answers.get(k), "gold", None) is not None
+        for iterate in run.iterates.values()
+        for k in KINDS
+    ):
         run.missing.append("gold score (gold_function)")

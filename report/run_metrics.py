@@ -1,23 +1,27 @@
-"""All figures of a run, one row an iterate: `metrics.json` and `metrics.csv` in the run's folder, and the trackers of transformers.
+"""All figures of a run, one row an iterate: `metrics.json` and `metrics.csv` in the run's folder, and the
+trackers of transformers.
 
     python report/run_metrics.py --run runs/tiny
     python report/run_metrics.py --run runs/tiny --report_to tensorboard
 
 In:  a run's folder, as run_loop.sh and run_ppo.sh leave it, finished or not.
-Out: `metrics.json` and `metrics.csv` there, what the trackers were told in `trackers.json`, and the run's table in the terminal.
+Out: `metrics.json` and `metrics.csv` there, what the trackers were told in `trackers.json`, and the run's
+table in the terminal.
 
-A row's names are flat: `iterate`; what metrics.json of the iterate has of the answers, as `sampled_reward`, `greedy_gold`,
-`judge_sampled_reward`, …; `…_win_rate` against the start (below), with its standard error; `…_same`, the share of the answers
-that are word for word the previous iterate's; `kl`, `kl_se`, `kl_per_token`, `k3`,
-`k3_se` of divergence.json; `train_…` of the training's manifest; `seconds`, and `generate_seconds`, `annotate_seconds`,
-`train_seconds`, `evaluate_seconds` of stages.jsonl. What is not known is null, and an empty cell.
+A row's names are flat: `iterate`; what metrics.json of the iterate has of the answers, as `sampled_reward`,
+`greedy_gold`, `judge_sampled_reward`, …; `…_win_rate` against the start (below), with its standard error;
+`…_same`, the share of the answers that are word for word the previous iterate's; `kl`, `kl_se`,
+`kl_per_token`, `k3`, `k3_se` of divergence.json; `train_…` of the training's manifest; `seconds`, and
+`generate_seconds`, `annotate_seconds`, `train_seconds`, `evaluate_seconds` of stages.jsonl. What is not known
+is null, and an empty cell.
 
-A win rate is the share of comparisons that the iterate's answer wins against the start's to the same prompt, ties half: all K × K
-pairs of sampled answers, the one pair of greedy ones; averaged over prompts. By the reward model; with `judge_` by the second one.
+A win rate is the share of comparisons that the iterate's answer wins against the start's to the same prompt,
+ties half: all K × K pairs of sampled answers, the one pair of greedy ones; averaged over prompts. By the
+reward model; with `judge_` by the second one.
 
-A tracker gets one run for the whole loop, with iterations as steps: RUN/trackers.json remembers which, and what it was told, so that no
-step is logged twice. The run's settings `project` and `run_name` name it; without them the tracker's own variable (WANDB_PROJECT) and
-the run's folder do.
+A tracker gets one run for the whole loop, with iterations as steps: RUN/trackers.json remembers which, and
+what it was told, so that no step is logged twice. The run's settings `project` and `run_name` name it;
+without them the tracker's own variable (WANDB_PROJECT) and the run's folder do.
 """
 
 import csv
@@ -50,8 +54,16 @@ DIVERGENCE = ("kl", "kl_se", "kl_per_token", "k3", "k3_se", "k3_per_token")
 @dataclass
 class Arguments:
     run: str = arg(help="a run's folder")
-    report_to: list[str] = arg([], help=f"trackers to log the rows to: none, {', '.join(trackers.FIGURES)}; not given: the run's own report_to")
-    gold_function: str | None = arg(None, help="FILE.py:NAME for the intervals under the table; None: the run's own")
+    report_to: list[str] = arg(
+        [],
+        help=(
+            f"trackers to log the rows to: none, {', '.join(trackers.FIGURES)}; not given: the run's own "
+            "report_to"
+        ),
+    )
+    gold_function: str | None = arg(
+        None, help="FILE.py:NAME for the intervals under the table; None: the run's own"
+    )
 
 
 def number(value):
@@ -60,7 +72,15 @@ def number(value):
 
 def flat(values, prefix):
     """{prefix + key: number} of a dict's numbers; `rewards/margins` becomes `rewards_margins`."""
-    return {prefix + key.replace("/", "_"): value for key, value in values.items() if number(value) or value is None} if isinstance(values, dict) else {}
+    return (
+        {
+            prefix + key.replace("/", "_"): value
+            for key, value in values.items()
+            if number(value) or value is None
+        }
+        if isinstance(values, dict)
+        else {}
+    )
 
 
 def stage_seconds(folder):
@@ -100,26 +120,47 @@ def rows(folder):
             records = metrics.read_rewarded(path) if path.is_file() else {}
             held = {key: record["rewards"] for key, record in records.items()}
             answers = {key: [hash(text) for text in record["responses"]] for key, record in records.items()}
-            if kind in metrics.KINDS and (same := metrics.same_answers(texts.get(kind, {}), answers)) is not None:
+            if (
+                kind in metrics.KINDS
+                and (same := metrics.same_answers(texts.get(kind, {}), answers)) is not None
+            ):
                 row[f"{kind}_same"] = round(same, 6)
             texts[kind] = answers
-            rewards = {key: numpy.array(some) for key, values in held.items() if (some := [value for value in values if value is not None])}
+            rewards = {
+                key: numpy.array(some)
+                for key, values in held.items()
+                if (some := [value for value in values if value is not None])
+            }
             if found["iterate"] == 0:
                 start[kind] = rewards
             elif won := wins(start.get(kind, {}), rewards):
                 mean, error = metrics.mean_and_error(won.values())
-                row |= {f"{kind}_win_rate": round(mean, 6), f"{kind}_win_rate_se": None if error is None else round(error, 6)}
-        row |= {key: found["divergence"].get(key) for key in DIVERGENCE if number(found["divergence"].get(key))} if found.get("divergence") else {}
+                row |= {
+                    f"{kind}_win_rate": round(mean, 6),
+                    f"{kind}_win_rate_se": None if error is None else round(error, 6),
+                }
+        row |= (
+            {key: found["divergence"].get(key) for key in DIVERGENCE if number(found["divergence"].get(key))}
+            if found.get("divergence")
+            else {}
+        )
         row |= flat(read_object(place / "model.manifest.json").get("metrics") or {}, "train_")
-        row = {("train_" + key.removeprefix("train_train_") if key.startswith("train_train_") else key): value for key, value in row.items()}
-        row |= {"seconds": found.get("seconds")} | {f"{stage}_seconds": value for stage, value in seconds.get(found["iterate"], {}).items()}
+        row = {
+            ("train_" + key.removeprefix("train_train_") if key.startswith("train_train_") else key): value
+            for key, value in row.items()
+        }
+        row |= {"seconds": found.get("seconds")} | {
+            f"{stage}_seconds": value for stage, value in seconds.get(found["iterate"], {}).items()
+        }
         made.append(row)
     keys = dict.fromkeys(key for row in made for key in row)
     return [{key: row.get(key) for key in keys} for row in made]
 
 
 def save(folder, made):
-    """Write `rows` as metrics.json and metrics.csv, each under a temporary name; what would be the same is left as it is."""
+    """Write `rows` as metrics.json and metrics.csv, each under a temporary name; what would be the same is
+    left as it is.
+    """
     folder, text = Path(folder), io.StringIO()
     writer = csv.DictWriter(text, list(made[0]), lineterminator="\n")
     writer.writeheader()
@@ -142,8 +183,15 @@ def to_wandb(folder, state, new, names):
     trackers.name_project(["wandb"], names["project"])
     state.setdefault("id", secrets.token_hex(4))
     settings = wandb.Settings(init_timeout=60, console="off", silent=True)
-    run = wandb.init(project=os.environ["WANDB_PROJECT"], id=state["id"], resume="allow", name=names["run_name"], dir=str(folder),
-                     config=settings_of(folder), settings=settings)  # fmt: skip
+    run = wandb.init(
+        project=os.environ["WANDB_PROJECT"],
+        id=state["id"],
+        resume="allow",
+        name=names["run_name"],
+        dir=str(folder),
+        config=settings_of(folder),
+        settings=settings,
+    )
     for row in new:
         run.log(scalars(row), step=row["iterate"])
     run.finish()
@@ -164,14 +212,21 @@ def to_trackio(folder, state, new, names):
     import trackio
 
     state.setdefault("name", f"{names['run_name']}-{int(time.time())}")
-    trackio.init(project=trackers.name_project(["trackio"], names["project"]), name=state["name"], resume="allow", config=settings_of(folder))
+    trackio.init(
+        project=trackers.name_project(["trackio"], names["project"]),
+        name=state["name"],
+        resume="allow",
+        config=settings_of(folder),
+    )
     for row in new:
         trackio.log(scalars(row), step=row["iterate"])
     trackio.finish()
 
 
 def to_another(name, folder, state, new, names):
-    """Any other tracker, by the callback of transformers; mlflow, comet_ml and swanlab take up the same run."""
+    """Any other tracker, by the callback of transformers; mlflow, comet_ml and swanlab take up the same
+    run.
+    """
     figures = trackers.Figures(name, folder, settings_of(folder), names["project"], names["run_name"], state)
     for row in new:
         figures.log(scalars(row), row["iterate"])
@@ -183,7 +238,9 @@ def scalars(row):
 
 
 def settings_of(folder):
-    """The run's settings without passwords and tokens, for a tracker's page; nothing where they cannot be read."""
+    """The run's settings without passwords and tokens, for a tracker's page; nothing where they cannot be
+    read.
+    """
     import yaml
 
     try:
@@ -194,13 +251,17 @@ def settings_of(folder):
 
 
 def log(folder, made, report_to):
-    """Tell each tracker of `report_to` the rows that it was not told yet, and say so. One that fails is a note, never an error.
+    """Tell each tracker of `report_to` the rows that it was not told yet, and say so. One that fails is a
+    note, never an error.
 
     What each was told stands in RUN/trackers.json, so that no row is logged twice.
     """
     folder, ours = Path(folder), {"wandb": to_wandb, "tensorboard": to_tensorboard, "trackio": to_trackio}
     path, settings = folder / "trackers.json", settings_of(folder)
-    names = {"project": settings.get("project"), "run_name": settings.get("run_name") or folder.resolve().name}
+    names = {
+        "project": settings.get("project"),
+        "run_name": settings.get("run_name") or folder.resolve().name,
+    }
     states = read_object(path)
     for name in trackers.chosen(report_to):
         state = states.setdefault(name, {})
@@ -210,7 +271,11 @@ def log(folder, made, report_to):
             try:
                 ours.get(name, partial(to_another, name))(folder, state, new, names)
             except Exception as error:  # no network, no login, not installed
-                print(f"note: {name} was not told of this run: {type(error).__name__}: {' '.join(str(error).split())[:200]}", flush=True)
+                print(
+                    f"note: {name} was not told of this run: {type(error).__name__}: "
+                    f"{' '.join(str(error).split())[:200]}",
+                    flush=True,
+                )
                 continue
             state["iterates"] = [*told, *(row["iterate"] for row in new)]
             write_json(path, states)
@@ -223,7 +288,10 @@ def alike(made):
     for before, row in zip(made, made[1:]):
         shares = [same for kind in metrics.KINDS if (same := row.get(f"{kind}_same")) is not None]
         if shares and min(shares) >= Bounds().same_answers:
-            yield f"warning: iterate {row['iterate']} answers as iterate {before['iterate']} did, {min(shares):.0%} word for word: {NOTHING_LEARNED}"
+            yield (
+                f"warning: iterate {row['iterate']} answers as iterate {before['iterate']} did, "
+                f"{min(shares):.0%} word for word: {NOTHING_LEARNED}"
+            )
 
 
 def main():
@@ -238,7 +306,9 @@ def main():
 
 
 def warnings(folder):
-    """Lines that say how many warnings the run's page has, which, and where it is; none where no page was made."""
+    """Lines that say how many warnings the run's page has, which, and where it is; none where no page was
+    made.
+    """
     page = Path(folder) / "report" / "index.html"
     try:
         listed = json.loads(warnings_of(page).read_text(encoding="utf-8"))

@@ -1,4 +1,7 @@
-"""Where a run stands, from its folder alone: running or not, which stage, how far, how fast. Reads little and locks nothing."""
+"""Where a run stands, from its folder alone: running or not, which stage, how far, how fast.
+
+Reads little and locks nothing.
+"""
 
 import json
 import os
@@ -18,8 +21,11 @@ from common.records import finite
 FRESH = 120  # seconds: a run whose lock cannot be seen (another machine) runs if something was written since
 TAIL = 65536  # bytes of a log that are looked at
 MOST_ITERATIONS = 10000
-# Lines of common/progress.py, dpo.py and train_ppo.py: `generate: 613/825 prompts, 40.9/s, 5s left, 2071 tokens/s`
-LINE = re.compile(r"^(?P<what>\w+): (?:(?:step|rollout) )?(?P<done>\d+)/(?P<total>\d+)(?: (?P<unit>\w+))?(?P<rest>,.*)?$")
+# Lines of common/progress.py, dpo.py and train_ppo.py: `generate: 613/825 prompts, 40.9/s, 5s left, 2071
+# tokens/s`
+LINE = re.compile(
+    r"^(?P<what>\w+): (?:(?:step|rollout) )?(?P<done>\d+)/(?P<total>\d+)(?: (?P<unit>\w+))?(?P<rest>,.*)?$"
+)
 LEFT = re.compile(r"(?:^|, )(\S+) left\b")
 RATE = re.compile(r"(?:^|, )([\d.]+)(?: (\w+))?/s\b")
 CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07]*\x07|[\x00-\x08\x0b-\x1f\x7f\x80-\x9f]")
@@ -27,7 +33,10 @@ CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07]*\x07|[\x00-\x08\x0b
 
 @dataclass
 class State:
-    """`word`: not started, running, stopped, failed, finished. `at`: (iteration, stage, step) that comes next or is in work."""
+    """`word`: not started, running, stopped, failed, finished.
+
+    `at`: (iteration, stage, step) that comes next or is in work.
+    """
 
     word: str
     detail: str = ""
@@ -68,7 +77,10 @@ class Lines:
 
 
 def is_held(folder):
-    """Whether a driver holds the run's lock; None where that cannot be seen. Takes no lock itself, which would turn a driver away."""
+    """Whether a driver holds the run's lock; None where that cannot be seen.
+
+    Takes no lock itself, which would turn a driver away.
+    """
     try:
         mark = os.stat(folder / ".lock")
         if mark.st_size:  # common/lock.sh: the file system refuses locks
@@ -81,8 +93,17 @@ def is_held(folder):
 
 
 def last_written(folder):
-    """When a log, a partial output or the list of stages was written last, seconds since 1970; None for an empty folder."""
-    patterns = ("iter*/logs/*", "iter*/*.partial", "iter*/shards/*.partial", "stages.jsonl", "iter*/metrics.json", "iter*/model.log.jsonl")
+    """When a log, a partial output or the list of stages was written last, seconds since 1970; None for an
+    empty folder.
+    """
+    patterns = (
+        "iter*/logs/*",
+        "iter*/*.partial",
+        "iter*/shards/*.partial",
+        "stages.jsonl",
+        "iter*/metrics.json",
+        "iter*/model.log.jsonl",
+    )
     times = [written_at(path) for pattern in patterns for path in folder.glob(pattern)]
     return max((time for time in times if time is not None), default=None)
 
@@ -94,7 +115,9 @@ def iterations_of(settings):
 
 
 def written_at(path):
-    """When a file was written, seconds since 1970; None where it is gone: a run at work renames and removes what we have just listed."""
+    """When a file was written, seconds since 1970; None where it is gone: a run at work renames and removes
+    what we have just listed.
+    """
     try:
         return path.stat().st_mtime
     except OSError:
@@ -105,7 +128,11 @@ def stage_names(settings):
     """All (iteration, stage) of a run, in their order."""
     if "ppo" in settings or "backend" in settings:
         return [(0, "evaluate"), (1, "train"), (1, "evaluate")]
-    later = [(i, stage) for i in range(1, iterations_of(settings) + 1) for stage in ("generate", "annotate", "train", "evaluate")]
+    later = [
+        (i, stage)
+        for i in range(1, iterations_of(settings) + 1)
+        for stage in ("generate", "annotate", "train", "evaluate")
+    ]
     return [(0, "evaluate"), *later]
 
 
@@ -122,7 +149,11 @@ def is_done(folder, i, stage):
     own = folder / f"iter{i}"
     if stage == "train":
         return is_complete(own / "model.manifest.json")
-    last = {"generate": ("generated.jsonl", "rewarded.jsonl"), "annotate": ("rewarded.jsonl",), "evaluate": ("metrics.json",)}[stage]
+    last = {
+        "generate": ("generated.jsonl", "rewarded.jsonl"),
+        "annotate": ("rewarded.jsonl",),
+        "evaluate": ("metrics.json",),
+    }[stage]
     return any((own / name).is_file() for name in last)
 
 
@@ -133,7 +164,9 @@ def files_of(folder, i, stage, settings):
     ahead = i + 1 if stage == "evaluate" else i
     dpo = not ("ppo" in settings or "backend" in settings)
     kinds = ("sampled", "greedy") if stage == "evaluate" else ()
-    found = [(folder / f"iter{i}", f"heldout_{kind}.generated", settings.get("heldout_prompts")) for kind in kinds]
+    found = [
+        (folder / f"iter{i}", f"heldout_{kind}.generated", settings.get("heldout_prompts")) for kind in kinds
+    ]
     if dpo and prompts and ahead <= iterations_of(settings):
         found.append((folder / f"iter{ahead}", "generated", prompts[(ahead - 1) % len(prompts)]))
     return found
@@ -143,7 +176,9 @@ def count_answers(own, name, lines):
     """Records of an output that are on disk: the file, or its partial, or its shards with their partials."""
     if (own / f"{name}.jsonl").is_file():
         return lines(own / f"{name}.jsonl")
-    shards = [path for path in own.glob(f"shards/{name}.of*") if path.name.endswith((".jsonl", ".jsonl.partial"))]
+    shards = [
+        path for path in own.glob(f"shards/{name}.of*") if path.name.endswith((".jsonl", ".jsonl.partial"))
+    ]
     return lines(own / f"{name}.jsonl.partial") + sum(lines(path) for path in shards)
 
 
@@ -159,22 +194,32 @@ def count_prompts(source, lines):
 
 
 def step_of(folder, i, stage, settings, lines):
-    """(step, done, total) of a stage that has not finished; done and total are None where they are not known from files."""
+    """(step, done, total) of a stage that has not finished; done and total are None where they are not known
+    from files.
+    """
     if stage == "train":
         return "train", None, None
     outputs = files_of(folder, i, stage, settings)
     if stage != "annotate" and any(not (own / f"{name}.jsonl").is_file() for own, name, _ in outputs):
-        counts = [(count_answers(own, name, lines), count_prompts(source, lines)) for own, name, source in outputs]
+        counts = [
+            (count_answers(own, name, lines), count_prompts(source, lines)) for own, name, source in outputs
+        ]
         total = None if any(t is None for _, t in counts) else sum(t for _, t in counts)
         return "generate", sum(done for done, _ in counts), total
     scored = [(own, name.replace("generated", "rewarded"), name) for own, name, _ in outputs]
     if any(not (own / f"{rewarded}.jsonl").is_file() for own, rewarded, _ in scored):
-        return "annotate", sum(count_answers(own, rewarded, lines) for own, rewarded, _ in scored), sum(lines(own / f"{name}.jsonl") for own, _, name in scored)
+        return (
+            "annotate",
+            sum(count_answers(own, rewarded, lines) for own, rewarded, _ in scored),
+            sum(lines(own / f"{name}.jsonl") for own, _, name in scored),
+        )
     return "metrics", None, None
 
 
 def clean(line):
-    """A log's line without control characters: what a bar wrote over itself is gone, and no terminal obeys it."""
+    """A log's line without control characters: what a bar wrote over itself is gone, and no terminal obeys
+    it.
+    """
     return CONTROL.sub("", line.rstrip("\r\n").rsplit("\r", 1)[-1]).rstrip()
 
 
@@ -204,7 +249,10 @@ def has_failed(lines):
     if errors:
         return errors[-1]
     if any(line.startswith("Traceback (most recent call last)") for line in lines):
-        return next((line for line in reversed(lines) if re.match(r"^[\w.]+(Error|Exception|Interrupt)\b", line)), "a traceback in the log")
+        return next(
+            (line for line in reversed(lines) if re.match(r"^[\w.]+(Error|Exception|Interrupt)\b", line)),
+            "a traceback in the log",
+        )
     return None
 
 
@@ -217,8 +265,15 @@ def progress_line(lines):
             left, rate = LEFT.search(rest), RATE.search(rest)
             note = ", ".join(part for part in rest.split(", ") if part and not part.endswith(" left"))
             rate = "" if rate is None else f"{rate[1]} {rate[2] or match['unit'] or ''}".strip() + "/s"
-            return {"what": match["what"], "done": int(match["done"]), "total": int(match["total"]), "unit": match["unit"] or "steps",
-                    "rate": rate, "left": left[1] if left else "", "note": note}  # fmt: skip
+            return {
+                "what": match["what"],
+                "done": int(match["done"]),
+                "total": int(match["total"]),
+                "unit": match["unit"] or "steps",
+                "rate": rate,
+                "left": left[1] if left else "",
+                "note": note,
+            }
     return None
 
 
@@ -241,7 +296,8 @@ def read_state(folder, lines=None, now=None):
     state.at = next(((i, stage) for i, stage in state.names if not is_done(folder, i, stage)), None)
     held, written = is_held(folder), last_written(folder)
     if state.at is None:
-        # The report that the driver itself asks for after its last stage would else say for ever that the run is at work.
+        # The report that the driver itself asks for after its last stage would else say for ever that the run
+        # is at work.
         state.word = "running" if held and os.environ.get("RLHF_RUN") != str(folder.resolve()) else "finished"
         return state
     i, stage = state.at
@@ -256,7 +312,9 @@ def read_state(folder, lines=None, now=None):
         state.word = "running"
         state.detail = "" if written is None else f"something was written {ago(now - written)} ago"
         said = progress_line(state.tail)
-        if said and (state.done is None or said["what"] == {"generate": "generate", "annotate": "rewards"}.get(step)):
+        if said and (
+            state.done is None or said["what"] == {"generate": "generate", "annotate": "rewards"}.get(step)
+        ):
             state.rate, state.left, state.note = said["rate"], said["left"], said["note"]
         if said and state.done is None:
             state.done, state.total, state.unit = said["done"], said["total"], said["unit"]
@@ -280,13 +338,20 @@ def finished_stages(folder):
             value = json.loads(line)
         except ValueError:
             continue
-        if isinstance(value, dict) and isinstance(value.get("iteration"), int) and isinstance(value.get("stage"), str) and finite(value.get("seconds")):
+        if (
+            isinstance(value, dict)
+            and isinstance(value.get("iteration"), int)
+            and isinstance(value.get("stage"), str)
+            and finite(value.get("seconds"))
+        ):
             found.append(value)
     return found
 
 
 def seconds_left(state, now):
-    """Estimate for the whole run: a stage takes what those of its name took on average; None before one of each has finished."""
+    """Estimate for the whole run: a stage takes what those of its name took on average; None before one of
+    each has finished.
+    """
     took = {}
     for entry in state.stages:
         took.setdefault(entry.get("stage"), []).append(entry["seconds"])

@@ -15,7 +15,9 @@ WIDER = 2.576 / 1.960  # half a normal's 99% interval, in halves of its 95% one
 
 @dataclass
 class Bounds:
-    length_growth: float = arg(1.5, "mean length of the sampled held-out answers, as a multiple of the start's")
+    length_growth: float = arg(
+        1.5, "mean length of the sampled held-out answers, as a multiple of the start's"
+    )
     truncated: float = arg(0.1, "share of responses that hit the length limit")
     empty: float = arg(0.02, "share of responses without text")
     looping: float = arg(0.1, "share of responses at least half of whose 4-grams stood in them before")
@@ -27,17 +29,23 @@ class Bounds:
     kl_per_token: float = arg(1.0, "KL to the reference, nats per token")
     accuracy: float = arg(0.5, "accuracy on the pairs held out from training; 0.5 is chance")
     different_texts: float = arg(0.5, "mean share of different texts among the K responses to a prompt")
-    distinct_2: float = arg(0.5, "distinct 2-grams of the sampled held-out answers, as a share of the start's")
-    same_answers: float = arg(0.95, "share of the held-out answers that are word for word the previous iterate's")
+    distinct_2: float = arg(
+        0.5, "distinct 2-grams of the sampled held-out answers, as a share of the start's"
+    )
+    same_answers: float = arg(
+        0.95, "share of the held-out answers that are word for word the previous iterate's"
+    )
     null_share: float = arg(0.01, "share of rewards that are null")
     entropy: float = arg(0.1, "PPO's entropy at the end, as a share of its start's")
 
 
 @dataclass
 class Trouble:
-    """`name` tells the kind; `where` the iterate or iteration; `figure` is what was found, with what was expected.
+    """`name` tells the kind; `where` the iterate or iteration; `figure` is what was found, with what was
+    expected.
 
-    `todo` is what to try: a list of texts, and of (trait, text) for runs with that trait alone (see `traits`); `find` makes one text of it.
+    `todo` is what to try: a list of texts, and of (trait, text) for runs with that trait alone (see
+    `traits`); `find` makes one text of it.
     """
 
     name: str
@@ -55,7 +63,12 @@ def find(run, iterates, trainings, bounds=None):
         bounds: Bounds.
     """
     bounds = bounds or Bounds()
-    found = [*alike(iterates, bounds), *over_optimised(iterates), *length(iterates, bounds), *judges(iterates)]
+    found = [
+        *alike(iterates, bounds),
+        *over_optimised(iterates),
+        *length(iterates, bounds),
+        *judges(iterates),
+    ]
     for row in iterates:
         found += answers(row["sampled"], f"iterate {row['iterate']}, held-out answers", bounds)
         found += silence(row["greedy"], f"iterate {row['iterate']}, greedy answers", bounds)
@@ -67,7 +80,12 @@ def find(run, iterates, trainings, bounds=None):
         found += training(row, bounds)
     found += collapse(trainings, bounds)
     for i, entry in sorted(run.trainings.items()):
-        found += ppo(entry.ppo, f"iteration {i}", bounds, any(row["iterate"] == i and row.get("kl") is not None for row in iterates))
+        found += ppo(
+            entry.ppo,
+            f"iteration {i}",
+            bounds,
+            any(row["iterate"] == i and row.get("kl") is not None for row in iterates),
+        )
     known = traits(run)
     for trouble in found:
         trouble.todo = advice(trouble.todo, known)
@@ -75,15 +93,25 @@ def find(run, iterates, trainings, bounds=None):
 
 
 def traits(run):
-    """What decides which advice fits: dpo or ppo, and whether a reward model scores (model) or a function alone (function)."""
+    """What decides which advice fits: dpo or ppo, and whether a reward model scores (model) or a function
+    alone (function).
+    """
     annotation = run.settings.get("annotation")
-    function = isinstance(annotation, dict) and annotation.get("reward_function") and not run.settings.get("reward_name_or_path")
+    function = (
+        isinstance(annotation, dict)
+        and annotation.get("reward_function")
+        and not run.settings.get("reward_name_or_path")
+    )
     return {run.kind, "function" if function else "model"}
 
 
 def advice(parts, known):
     """`a, b, or c` of the parts that fit the traits `known`."""
-    fitting = [part if isinstance(part, str) else part[1] for part in parts if isinstance(part, str) or part[0] in known]
+    fitting = [
+        part if isinstance(part, str) else part[1]
+        for part in parts
+        if isinstance(part, str) or part[0] in known
+    ]
     return ", ".join(fitting[:-1]) + (", or " if len(fitting) > 1 else "") + fitting[-1]
 
 
@@ -97,7 +125,9 @@ def rises(triple):
 
 
 def falls(triple):
-    """Whether the interval, widened to 99% as a normal's would be, lies below 0: a run has many comparisons, and few are to be false alarms."""
+    """Whether the interval, widened to 99% as a normal's would be, lies below 0: a run has many comparisons,
+    and few are to be false alarms.
+    """
     return triple is not None and triple[2] is not None and triple[0] + WIDER * (triple[2] - triple[0]) < 0
 
 
@@ -110,21 +140,46 @@ def alike(iterates, bounds):
     found = []
     for row in iterates:
         versus = row["versus"].get("previous") or {}
-        shares = {kind: same for kind in ("sampled", "greedy") if (same := (versus.get(kind) or {}).get("same")) is not None}
-        if shares and min(shares.values()) >= bounds.same_answers:  # few answers may be alike by themselves, greedy ones above all
+        shares = {
+            kind: same
+            for kind in ("sampled", "greedy")
+            if (same := (versus.get(kind) or {}).get("same")) is not None
+        }
+        if (
+            shares and min(shares.values()) >= bounds.same_answers
+        ):  # few answers may be alike by themselves, greedy ones above all
             figure = ", ".join(f"{percent(share)} of the {kind} answers" for kind, share in shares.items())
-            found.append(Trouble("alike", "The iterate answers as the one before did", f"iterate {row['iterate']} against iterate {versus['iterate']}",
-                                 f"word for word the same: {figure} (bound {percent(bounds.same_answers)})",
-                                 [NOTHING_LEARNED, "raise learning_rate", "take more optimizer steps: a smaller batch, more epochs or prompts",
-                                  "on the CPU bf16 false"]))  # fmt: skip
+            found.append(
+                Trouble(
+                    "alike",
+                    "The iterate answers as the one before did",
+                    f"iterate {row['iterate']} against iterate {versus['iterate']}",
+                    f"word for word the same: {figure} (bound {percent(bounds.same_answers)})",
+                    [
+                        NOTHING_LEARNED,
+                        "raise learning_rate",
+                        "take more optimizer steps: a smaller batch, more epochs or prompts",
+                        "on the CPU bf16 false",
+                    ],
+                )
+            )
     return found
 
 
 def over_optimised(iterates):
-    """Reward up while gold, a second judge, or the share of prompts that are won falls, against the previous iterate, the start, or
+    """Reward up while gold, a second judge, or the share of prompts that are won falls, against the previous
+    iterate, the start, or
     the best before: a fall in small steps, each of which may be chance."""
-    todo = ["stop at the iterate before", "lower the learning rate", ("dpo", "raise beta"), ("ppo", "raise kl_coef"), ("dpo", "train fewer steps an iteration"),
-            ("ppo", "train fewer rollouts"), ("model", "use a stronger reward model or several"), ("function", "change the reward function")]  # fmt: skip
+    todo = [
+        "stop at the iterate before",
+        "lower the learning rate",
+        ("dpo", "raise beta"),
+        ("ppo", "raise kl_coef"),
+        ("dpo", "train fewer steps an iteration"),
+        ("ppo", "train fewer rollouts"),
+        ("model", "use a stronger reward model or several"),
+        ("function", "change the reward function"),
+    ]
     found = []
     for row in iterates:
         seen = set()
@@ -136,22 +191,59 @@ def over_optimised(iterates):
                 for quantity, name in (("gold", "gold"), ("judge", "the second judge's reward")):
                     if falls(versus.get(quantity)) and quantity not in seen:
                         seen.add(quantity)
-                        figure = f"{kind} answers: reward {_shown(versus['reward'])}, {name} {_shown(versus[quantity])}"
-                        found.append(Trouble("over_optimised", f"The reward rises while {name} falls",
-                                             _against(row, against), figure, todo))  # fmt: skip
+                        figure = (
+                            f"{kind} answers: reward {_shown(versus['reward'])}, {name} "
+                            f"{_shown(versus[quantity])}"
+                        )
+                        found.append(
+                            Trouble(
+                                "over_optimised",
+                                f"The reward rises while {name} falls",
+                                _against(row, against),
+                                figure,
+                                todo,
+                            )
+                        )
                 win = versus.get("reward_win")
                 if win and win[2] is not None and win[2] < 0.5 and "win" not in seen:
                     seen.add("win")
-                    figure = f"{kind} answers: reward {_shown(versus['reward'])}, win rate {percent(win[0])} [{percent(win[1])}, {percent(win[2])}]"
-                    found.append(Trouble("win_rate_falls", "The mean reward rises while most prompts are lost", _against(row, against), figure,
-                                         ["a few answers carry the mean: read those with the largest rewards, and mend the reward there"]))  # fmt: skip
+                    figure = (
+                        f"{kind} answers: reward {_shown(versus['reward'])}, win rate {percent(win[0])} "
+                        f"[{percent(win[1])}, {percent(win[2])}]"
+                    )
+                    found.append(
+                        Trouble(
+                            "win_rate_falls",
+                            "The mean reward rises while most prompts are lost",
+                            _against(row, against),
+                            figure,
+                            [
+                                "a few answers carry the mean: read those with the largest rewards, and mend "
+                                "the reward there"
+                            ],
+                        )
+                    )
     written = [(row, row["sampled"].get("reward"), row["sampled"].get("gold")) for row in iterates]
-    for (_, reward, gold), (row, reward_now, gold_now) in zip(written, written[1:]):  # answers gone, averages left
-        if row["versus"].get("previous", {}).get("sampled") or None in (reward, gold, reward_now, gold_now) or None in (*gold, *gold_now):
+    for (_, reward, gold), (row, reward_now, gold_now) in zip(
+        written, written[1:]
+    ):  # answers gone, averages left
+        if (
+            row["versus"].get("previous", {}).get("sampled")
+            or None in (reward, gold, reward_now, gold_now)
+            or None in (*gold, *gold_now)
+        ):
             continue
         if reward_now[0] > reward[0] and gold_now[2] < gold[1]:
-            found.append(Trouble("over_optimised", "The reward rises while gold falls", f"iterate {row['iterate']} against the previous one",
-                                 f"sampled answers: reward {reward[0]:.3f} → {reward_now[0]:.3f}, gold {gold[0]:.3f} → {gold_now[0]:.3f}", todo))  # fmt: skip
+            found.append(
+                Trouble(
+                    "over_optimised",
+                    "The reward rises while gold falls",
+                    f"iterate {row['iterate']} against the previous one",
+                    f"sampled answers: reward {reward[0]:.3f} → {reward_now[0]:.3f}, gold {gold[0]:.3f} → "
+                    f"{gold_now[0]:.3f}",
+                    todo,
+                )
+            )
     return found
 
 
@@ -167,11 +259,26 @@ def judges(iterates):
     for row in iterates[-1:]:
         versus = (row["versus"].get("start") or {}).get("sampled") or {}
         judge = versus.get("judge")
-        if rises(versus.get("reward")) and judge and judge[1] is not None and judge[1] <= 0 and not falls(judge):
-            found.append(Trouble("only_training_reward", "Only the training reward sees the gain", f"iterate {row['iterate']} against the start",
-                                 f"reward {_shown(versus['reward'])}, second judge {_shown(judge)}",
-                                 ["read the held-out answers side by side", "train with both rewards",
-                                  ("dpo", "train with more varied preferences")]))  # fmt: skip
+        if (
+            rises(versus.get("reward"))
+            and judge
+            and judge[1] is not None
+            and judge[1] <= 0
+            and not falls(judge)
+        ):
+            found.append(
+                Trouble(
+                    "only_training_reward",
+                    "Only the training reward sees the gain",
+                    f"iterate {row['iterate']} against the start",
+                    f"reward {_shown(versus['reward'])}, second judge {_shown(judge)}",
+                    [
+                        "read the held-out answers side by side",
+                        "train with both rewards",
+                        ("dpo", "train with more varied preferences"),
+                    ],
+                )
+            )
     return found
 
 
@@ -182,22 +289,47 @@ def length(iterates, bounds):
     for row in iterates[1:]:
         now = row["sampled"].get("length")
         if start and now and now > bounds.length_growth * start:
-            found.append(Trouble("length_growth", "The answers grow", f"iterate {row['iterate']}",
-                                 f"{now:.1f} tokens, {now / start:.2f} times the start's {start:.1f} (bound {bounds.length_growth})",
-                                 ["look at the win rate at equal length", ("dpo", PENALTY),
-                                  ("dpo", "weigh length down in the loss (ld_alpha)"), ("ppo", "correct the reward for length")]))  # fmt: skip
+            found.append(
+                Trouble(
+                    "length_growth",
+                    "The answers grow",
+                    f"iterate {row['iterate']}",
+                    f"{now:.1f} tokens, {now / start:.2f} times the start's {start:.1f} (bound "
+                    f"{bounds.length_growth})",
+                    [
+                        "look at the win rate at equal length",
+                        ("dpo", PENALTY),
+                        ("dpo", "weigh length down in the loss (ld_alpha)"),
+                        ("ppo", "correct the reward for length"),
+                    ],
+                )
+            )
     for row in iterates[-1:]:
         versus = (row["versus"].get("start") or {}).get("sampled") or {}
         rate, now = versus.get("lc_win"), row["sampled"].get("length")
         if rises(versus.get("reward")) and rate and rate[1] <= 0.5 and start and now and now != start:
             longer = now > start
-            title, taste = ("The gain may be length alone", "long") if longer else ("The gain may be brevity alone", "short")
-            found.append(Trouble("length_only", title, f"iterate {row['iterate']} against the start",
-                                 f"{start:.1f} → {now:.1f} tokens; win rate {percent(versus['reward_win'][0])}, at equal length {percent(rate[0])} "
-                                 f"[{percent(rate[1])}, {percent(rate[2])}]",
-                                 [f"see whether the reward likes {taste} answers for their length", ("model", "correct the reward for length"),
-                                  ("function", "change the reward function if that is not meant"),
-                                  *([("dpo", PENALTY)] if longer else [])]))  # fmt: skip
+            title, taste = (
+                ("The gain may be length alone", "long")
+                if longer
+                else ("The gain may be brevity alone", "short")
+            )
+            found.append(
+                Trouble(
+                    "length_only",
+                    title,
+                    f"iterate {row['iterate']} against the start",
+                    f"{start:.1f} → {now:.1f} tokens; win rate {percent(versus['reward_win'][0])}, at equal "
+                    f"length {percent(rate[0])} "
+                    f"[{percent(rate[1])}, {percent(rate[2])}]",
+                    [
+                        f"see whether the reward likes {taste} answers for their length",
+                        ("model", "correct the reward for length"),
+                        ("function", "change the reward function if that is not meant"),
+                        *([("dpo", PENALTY)] if longer else []),
+                    ],
+                )
+            )
     return found
 
 
@@ -205,8 +337,19 @@ def silence(figures, where, bounds):
     """Answers without text."""
     if figures.get("empty") is None or figures["empty"] <= bounds.empty:
         return []
-    return [Trouble("empty", "Answers are empty", where, f"{percent(figures['empty'])} have no text (bound {percent(bounds.empty)})",
-                    ["see what an empty answer is rewarded with", ("dpo", "let it be rejected (drop_empty false)"), "lower the learning rate"])]  # fmt: skip
+    return [
+        Trouble(
+            "empty",
+            "Answers are empty",
+            where,
+            f"{percent(figures['empty'])} have no text (bound {percent(bounds.empty)})",
+            [
+                "see what an empty answer is rewarded with",
+                ("dpo", "let it be rejected (drop_empty false)"),
+                "lower the learning rate",
+            ],
+        )
+    ]
 
 
 def answers(figures, where, bounds):
@@ -217,32 +360,101 @@ def answers(figures, where, bounds):
         if figures.get(key) is not None and bad(figures[key]):
             found.append(Trouble(name, title, where, figure(figures[key]), todo))
 
-    check("truncated", lambda x: x > bounds.truncated, "truncated", "Many answers are cut off",
-          lambda x: f"{percent(x)} hit the length limit (bound {percent(bounds.truncated)})",
-          ["raise max_new_tokens", ("dpo", "leave cut answers out of the pairs (drop_truncated)"), ("ppo", "set missing_eos_penalty"),
-           "see why the policy does not end"])  # fmt: skip
-    check("looping", lambda x: x > bounds.looping, "looping", "Many answers repeat themselves",
-          lambda x: f"{percent(x)} consist of repetition for half or more (bound {percent(bounds.looping)})",
-          ["lower the learning rate", ("model", "train the reward model with repeated answers among its negatives"),
-           ("function", "take something off for repetition in the reward function")])  # fmt: skip
+    check(
+        "truncated",
+        lambda x: x > bounds.truncated,
+        "truncated",
+        "Many answers are cut off",
+        lambda x: f"{percent(x)} hit the length limit (bound {percent(bounds.truncated)})",
+        [
+            "raise max_new_tokens",
+            ("dpo", "leave cut answers out of the pairs (drop_truncated)"),
+            ("ppo", "set missing_eos_penalty"),
+            "see why the policy does not end",
+        ],
+    )
+    check(
+        "looping",
+        lambda x: x > bounds.looping,
+        "looping",
+        "Many answers repeat themselves",
+        lambda x: f"{percent(x)} consist of repetition for half or more (bound {percent(bounds.looping)})",
+        [
+            "lower the learning rate",
+            ("model", "train the reward model with repeated answers among its negatives"),
+            ("function", "take something off for repetition in the reward function"),
+        ],
+    )
     if figures.get("K", 0) > 1:
-        check("tied", lambda x: x > bounds.tied, "ties", "Many rewards are ties",
-              lambda x: f"{percent(x)} of the pairs of different answers to a prompt have equal rewards (bound {percent(bounds.tied)})",
-              ["the reward cannot tell them apart: use a finer one", ("dpo", "leave such pairs out with min_margin")])  # fmt: skip
-        check("all_equal", lambda x: x > bounds.all_equal, "collapsed", "A prompt's rewards are often all equal",
-              lambda x: f"in {percent(x)} of the prompts (bound {percent(bounds.all_equal)})",
-              ["these prompts teach nothing: raise the temperature", ("dpo", "raise K"), "see whether the reward still tells answers apart"])  # fmt: skip
-        check("different_texts", lambda x: x < bounds.different_texts, "few_distinct", "Few different answers",
-              lambda x: f"on average {percent(x)} of a prompt's {figures['K']} answers differ (bound {percent(bounds.different_texts)})",
-              ["raise the temperature or top_p", "go back to an iterate that still varies"])  # fmt: skip
+        check(
+            "tied",
+            lambda x: x > bounds.tied,
+            "ties",
+            "Many rewards are ties",
+            lambda x: (
+                f"{percent(x)} of the pairs of different answers to a prompt have equal rewards (bound "
+                f"{percent(bounds.tied)})"
+            ),
+            [
+                "the reward cannot tell them apart: use a finer one",
+                ("dpo", "leave such pairs out with min_margin"),
+            ],
+        )
+        check(
+            "all_equal",
+            lambda x: x > bounds.all_equal,
+            "collapsed",
+            "A prompt's rewards are often all equal",
+            lambda x: f"in {percent(x)} of the prompts (bound {percent(bounds.all_equal)})",
+            [
+                "these prompts teach nothing: raise the temperature",
+                ("dpo", "raise K"),
+                "see whether the reward still tells answers apart",
+            ],
+        )
+        check(
+            "different_texts",
+            lambda x: x < bounds.different_texts,
+            "few_distinct",
+            "Few different answers",
+            lambda x: (
+                f"on average {percent(x)} of a prompt's {figures['K']} answers differ (bound "
+                f"{percent(bounds.different_texts)})"
+            ),
+            ["raise the temperature or top_p", "go back to an iterate that still varies"],
+        )
     for key, end in (("at_top", "largest"), ("at_bottom", "smallest")):
-        check(key, lambda x: figures.get("responses", 0) >= 20 and x > bounds.at_end, "saturated", "The rewards are saturated",
-              lambda x, end=end: f"{percent(x)} equal the {end} reward of the file (bound {percent(bounds.at_end)})",
-              ["the scale is used up: use harder prompts", "a reward without a ceiling (the logit instead of a probability)"])  # fmt: skip
-    check("null_share", lambda x: x > bounds.null_share, "null_rewards", "Rewards are missing",
-          lambda x: f"{percent(x)} of the rewards are null (bound {percent(bounds.null_share)})",
-          [("model", "see the skipped files and the log of annotation: answers that are too long for the reward model are the usual cause"),
-           ("function", "see the log of annotation: the reward function gives none or NaN for these answers")])  # fmt: skip
+        check(
+            key,
+            lambda x: figures.get("responses", 0) >= 20 and x > bounds.at_end,
+            "saturated",
+            "The rewards are saturated",
+            lambda x, end=end: (
+                f"{percent(x)} equal the {end} reward of the file (bound {percent(bounds.at_end)})"
+            ),
+            [
+                "the scale is used up: use harder prompts",
+                "a reward without a ceiling (the logit instead of a probability)",
+            ],
+        )
+    check(
+        "null_share",
+        lambda x: x > bounds.null_share,
+        "null_rewards",
+        "Rewards are missing",
+        lambda x: f"{percent(x)} of the rewards are null (bound {percent(bounds.null_share)})",
+        [
+            (
+                "model",
+                "see the skipped files and the log of annotation: answers that are too long for the reward "
+                "model are the usual cause",
+            ),
+            (
+                "function",
+                "see the log of annotation: the reward function gives none or NaN for these answers",
+            ),
+        ],
+    )
     return found
 
 
@@ -250,21 +462,38 @@ def variety(iterates, bounds):
     """Fewer different 2-grams than at the start, beyond what the bound allows."""
     start = next((row["sampled"].get("distinct_2") for row in iterates if row["iterate"] == 0), None)
     return [
-        Trouble("few_distinct", "The answers become alike", f"iterate {row['iterate']}",
-                f"distinct 2-grams {now:.4f}, {now / start:.2f} times the start's {start:.4f} (bound {bounds.distinct_2})",
-                ["look at the answers side by side", "lower the learning rate", ("dpo", "raise beta"), ("ppo", "raise kl_coef")])  # fmt: skip
+        Trouble(
+            "few_distinct",
+            "The answers become alike",
+            f"iterate {row['iterate']}",
+            f"distinct 2-grams {now:.4f}, {now / start:.2f} times the start's {start:.4f} (bound "
+            f"{bounds.distinct_2})",
+            [
+                "look at the answers side by side",
+                "lower the learning rate",
+                ("dpo", "raise beta"),
+                ("ppo", "raise kl_coef"),
+            ],
+        )
         for row in iterates[1:]
         if start and (now := row["sampled"].get("distinct_2")) is not None and now < bounds.distinct_2 * start
-    ]  # fmt: skip
+    ]
 
 
 def guessed(row, where):
     """A KL of other tokens than were sampled, for most of the answers."""
     if not row.get("retokenised") or row["retokenised"] <= row["responses"] / 2:
         return []
-    return [Trouble("kl_guessed", "The KL cannot be trusted", where,
-                    f"{row['retokenised']:.0f} of {row['responses']:.0f} responses were sampled in other tokens than their text gives",
-                    ["generate the answers with their token ids (response_token_ids), as both generation scripts do"])]  # fmt: skip
+    return [
+        Trouble(
+            "kl_guessed",
+            "The KL cannot be trusted",
+            where,
+            f"{row['retokenised']:.0f} of {row['responses']:.0f} responses were sampled in other tokens than "
+            "their text gives",
+            ["generate the answers with their token ids (response_token_ids), as both generation scripts do"],
+        )
+    ]
 
 
 def drift(kl, per_token, where, bounds):
@@ -273,8 +502,20 @@ def drift(kl, per_token, where, bounds):
         return []
     figure = f"{kl:.1f} nats per response (bound {bounds.kl:g})" if kl is not None else ""
     figure += f", {per_token:.2f} per token (bound {bounds.kl_per_token:g})" if per_token is not None else ""
-    return [Trouble("kl", "The policy is far from the reference", where, figure.strip(", "),
-                    [("dpo", "raise beta"), ("ppo", "raise kl_coef, or set kl_target"), "lower the learning rate", "train fewer steps"])]  # fmt: skip
+    return [
+        Trouble(
+            "kl",
+            "The policy is far from the reference",
+            where,
+            figure.strip(", "),
+            [
+                ("dpo", "raise beta"),
+                ("ppo", "raise kl_coef, or set kl_target"),
+                "lower the learning rate",
+                "train fewer steps",
+            ],
+        )
+    ]
 
 
 def training(row, bounds):
@@ -282,24 +523,55 @@ def training(row, bounds):
     found, where = [], f"iteration {row['iteration']}"
     if row.get("eval_accuracy") is not None and row["eval_accuracy"] < bounds.accuracy:
         count = f" of {row['eval_pairs']} pairs" if row.get("eval_pairs") else ""
-        found.append(Trouble("eval_accuracy", "Accuracy on held-out pairs is below chance", where, f"{percent(row['eval_accuracy'])}{count}",
-                             ["read the pairs: chosen and rejected may be swapped, or be noise", "raise min_margin", "lower the learning rate"]))  # fmt: skip
+        found.append(
+            Trouble(
+                "eval_accuracy",
+                "Accuracy on held-out pairs is below chance",
+                where,
+                f"{percent(row['eval_accuracy'])}{count}",
+                [
+                    "read the pairs: chosen and rejected may be swapped, or be noise",
+                    "raise min_margin",
+                    "lower the learning rate",
+                ],
+            )
+        )
     if row.get("not_finite"):
-        found.append(Trouble("not_finite", "Training met numbers that are not finite", where, f"{row['not_finite']} entries of its log",
-                             ["lower the learning rate", "train in bfloat16 rather than float16", "look for broken records"]))  # fmt: skip
+        found.append(
+            Trouble(
+                "not_finite",
+                "Training met numbers that are not finite",
+                where,
+                f"{row['not_finite']} entries of its log",
+                [
+                    "lower the learning rate",
+                    "train in bfloat16 rather than float16",
+                    "look for broken records",
+                ],
+            )
+        )
     return found
 
 
 def collapse(trainings, bounds):
     """The spread of a prompt's rewards, against the first iteration's."""
-    known = [(row["iteration"], row["rewards"].get("spread")) for row in trainings if row["rewards"].get("spread") is not None]
+    known = [
+        (row["iteration"], row["rewards"].get("spread"))
+        for row in trainings
+        if row["rewards"].get("spread") is not None
+    ]
     return [
-        Trouble("collapsed", "The rewards of a prompt have drawn together", f"iteration {i}, training responses",
-                f"their spread is {spread:.4f}, {spread / known[0][1]:.2f} times the first iteration's (bound {bounds.spread})",
-                ["there is little left to prefer: raise the temperature", "use harder prompts", "stop here"])  # fmt: skip
+        Trouble(
+            "collapsed",
+            "The rewards of a prompt have drawn together",
+            f"iteration {i}, training responses",
+            f"their spread is {spread:.4f}, {spread / known[0][1]:.2f} times the first iteration's (bound "
+            f"{bounds.spread})",
+            ["there is little left to prefer: raise the temperature", "use harder prompts", "stop here"],
+        )
         for i, spread in known[1:]
         if known[0][1] > 0 and spread < bounds.spread * known[0][1]
-    ]  # fmt: skip
+    ]
 
 
 def ppo(log, where, bounds, kl_known):
@@ -310,13 +582,30 @@ def ppo(log, where, bounds, kl_known):
     last = log[-1]
     if not kl_known:
         found += drift(last.get("kl"), None, f"{where}, PPO's last rollout", bounds)
-    if isinstance(last.get("truncated_fraction"), (int, float)) and last["truncated_fraction"] > bounds.truncated:
-        found.append(Trouble("truncated", "Many answers are cut off", f"{where}, PPO's last rollout",
-                             f"{percent(last['truncated_fraction'])} hit the length limit (bound {percent(bounds.truncated)})",
-                             ["raise max_new_tokens", "set missing_eos_penalty"]))  # fmt: skip
+    if (
+        isinstance(last.get("truncated_fraction"), (int, float))
+        and last["truncated_fraction"] > bounds.truncated
+    ):
+        found.append(
+            Trouble(
+                "truncated",
+                "Many answers are cut off",
+                f"{where}, PPO's last rollout",
+                f"{percent(last['truncated_fraction'])} hit the length limit (bound "
+                f"{percent(bounds.truncated)})",
+                ["raise max_new_tokens", "set missing_eos_penalty"],
+            )
+        )
     entropies = [entry["entropy"] for entry in log if isinstance(entry.get("entropy"), (int, float))]
     if len(entropies) > 1 and entropies[0] > 0 and entropies[-1] < bounds.entropy * entropies[0]:
-        found.append(Trouble("entropy", "The policy has become nearly certain", f"{where}, PPO",
-                             f"entropy {entropies[0]:.3f} → {entropies[-1]:.3f} nats per token (bound {bounds.entropy} of the start)",
-                             ["raise kl_coef", "lower the learning rate", "train fewer passes over a rollout"]))  # fmt: skip
+        found.append(
+            Trouble(
+                "entropy",
+                "The policy has become nearly certain",
+                f"{where}, PPO",
+                f"entropy {entropies[0]:.3f} → {entropies[-1]:.3f} nats per token (bound {bounds.entropy} of "
+                "the start)",
+                ["raise kl_coef", "lower the learning rate", "train fewer passes over a rollout"],
+            )
+        )
     return found

@@ -1,4 +1,5 @@
-"""Watch a run in the terminal: stage, progress, rate, time left, the last metrics, and the end of the log when something failed.
+"""Watch a run in the terminal: stage, progress, rate, time left, the last metrics, and the end of the log
+when something failed.
 
 In:  a run's folder (run_loop.sh, run_ppo.sh), begun or not. Nothing is written and nothing is locked.
 Out: a view that refreshes until Ctrl-C, or one frame.
@@ -6,7 +7,8 @@ Out: a view that refreshes until Ctrl-C, or one frame.
     python report/watch.py runs/tiny                  # over ssh too; Ctrl-C ends the view, not the run
     python report/watch.py runs/tiny --once true      # one frame, for a log or a pipe
 
-The time left of a stage is what its log says, that of the run an estimate: each stage takes what those of its name took.
+The time left of a stage is what its log says, that of the run an estimate: each stage takes what those of its
+name took.
 """
 
 import sys
@@ -20,7 +22,13 @@ from common import cli
 from common.cli import UserError, arg
 from common.progress import duration
 
-COLORS = {"not started": "dim", "running": "yellow", "stopped": "magenta", "failed": "red", "finished": "green"}
+COLORS = {
+    "not started": "dim",
+    "running": "yellow",
+    "stopped": "magenta",
+    "failed": "red",
+    "finished": "green",
+}
 
 
 @dataclass
@@ -42,7 +50,13 @@ def frame(folder, state, log_lines, width=None):
     from rich.table import Table
     from rich.text import Text
 
-    head = Text.assemble((str(folder), "bold"), "  ", (state.word, COLORS[state.word]), "  ", (state.detail, "dim" if state.word != "failed" else "red"))
+    head = Text.assemble(
+        (str(folder), "bold"),
+        "  ",
+        (state.word, COLORS[state.word]),
+        "  ",
+        (state.detail, "dim" if state.word != "failed" else "red"),
+    )
     parts = [head]
     if state.names:
         done = len(state.names) if state.at is None else state.names.index(state.at[:2])
@@ -50,41 +64,69 @@ def frame(folder, state, log_lines, width=None):
     if state.at is not None:
         i, stage, step = state.at
         doing = {"running": "in work", "failed": "failed at", "stopped": "stopped at"}.get(state.word, "next")
-        parts.append(Text.assemble((f"{doing}: ", "dim"), f"iteration {i}, {stage}" + (f" ({step})" if step != stage else "")))
+        parts.append(
+            Text.assemble(
+                (f"{doing}: ", "dim"), f"iteration {i}, {stage}" + (f" ({step})" if step != stage else "")
+            )
+        )
     if state.done is not None and (state.total or state.done):
         share = f" ({100 * state.done / state.total:.0f}%)" if state.total else ""
         counts = f"{state.done:,}" + (f"/{state.total:,}" if state.total else "") + f" {state.unit}{share}"
-        facts = [counts] + ([state.rate] if state.rate else []) + ([f"{state.left} left"] if state.left else [])
+        facts = (
+            [counts] + ([state.rate] if state.rate else []) + ([f"{state.left} left"] if state.left else [])
+        )
         grid = Table.grid(padding=(0, 2))
-        bar = ProgressBar(total=state.total, completed=min(state.done, state.total), width=32) if state.total else Text("")
+        bar = (
+            ProgressBar(total=state.total, completed=min(state.done, state.total), width=32)
+            if state.total
+            else Text("")
+        )
         grid.add_row(bar, Text(", ".join(facts)))
         parts.append(grid)
         if state.note:
             parts.append(Text(state.note, "dim"))
     if state.seconds_left is not None:
-        parts.append(Text(f"about {duration(state.seconds_left)} left in all, going by the stages before", "dim"))
+        parts.append(
+            Text(f"about {duration(state.seconds_left)} left in all, going by the stages before", "dim")
+        )
     rows = metrics_table(folder, width)
     if rows:
         parts += [Text(""), Text(rows, no_wrap=True, overflow="crop" if width else "ignore")]
     if state.stages:
         last = state.stages[-1]
         spent = sum(entry["seconds"] for entry in state.stages)
-        parts.append(Text(f"last finished: iteration {last.get('iteration')}, {last.get('stage')}, {duration(last['seconds'])}; "
-                          f"{duration(spent)} in {len(state.stages)} stages", "dim"))  # fmt: skip
+        parts.append(
+            Text(
+                f"last finished: iteration {last.get('iteration')}, {last.get('stage')}, "
+                f"{duration(last['seconds'])}; "
+                f"{duration(spent)} in {len(state.stages)} stages",
+                "dim",
+            )
+        )
     if state.tail and state.word != "finished":
         count = log_lines if state.word in ("failed", "stopped") else min(log_lines, 4)
         tail = Text("\n".join(state.tail[-count:] if count else []), no_wrap=True, overflow="ellipsis")
-        parts.append(Panel(tail, title=Text(str(state.log)), title_align="left", border_style=COLORS[state.word]))
+        parts.append(
+            Panel(tail, title=Text(str(state.log)), title_align="left", border_style=COLORS[state.word])
+        )
     return Group(*parts)
 
 
 def metrics_table(folder, width=None):
-    """The table of report/metrics.py, as far as it goes into `width`, or the empty string while nothing has been measured."""
+    """The table of report/metrics.py, as far as it goes into `width`, or the empty string while nothing has
+    been measured.
+    """
     from report import metrics
 
     try:
         return metrics.format_table([found for _, found in metrics.read_run(folder)], width)
-    except (UserError, KeyError, TypeError, ValueError, AttributeError):  # none yet, or a damaged one: the view goes on
+    except (
+        UserError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ):  # none yet, or a damaged one: the view goes on
         return ""
 
 
@@ -109,7 +151,9 @@ def main():
     console, lines = Console(), Lines()
 
     def now():
-        return frame(folder, read_state(folder, lines), args.log_lines, console.width if console.is_terminal else None)
+        return frame(
+            folder, read_state(folder, lines), args.log_lines, console.width if console.is_terminal else None
+        )
 
     if args.once or not console.is_terminal:
         console.print(now(), soft_wrap=not console.is_terminal)

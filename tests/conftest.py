@@ -1,4 +1,6 @@
-"""Paths for all tests: the project's root and this folder, so that `from common import …` and `import micro` work."""
+"""Paths for all tests: the project's root and this folder, so that `from common import …` and `import micro`
+work.
+"""
 
 import os
 import signal
@@ -8,16 +10,47 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-# What a user's shell may hold and a test must not depend on: a launcher's and a scheduler's variables, trackers, tokens, proxies,
-# the width of a terminal, packages of the user's own.
+# What a user's shell may hold and a test must not depend on: a launcher's and a scheduler's variables,
+# trackers, tokens, proxies, the width of a terminal, packages of the user's own.
 FOREIGN = (
-    "ACCELERATE_", "FSDP_", "DEEPSPEED_", "WANDB_", "TRACKIO_", "MLFLOW_", "COMET_", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "SLURM_", "RAY_", "VLLM_",
-    "TORCHELASTIC_", "PYTHONPATH", "PYTHONWARNINGS", "PYTHONSTARTUP", "PYTHONIOENCODING", "PYTHONUTF8", "GIT_",
-)  # fmt: skip
+    "ACCELERATE_",
+    "FSDP_",
+    "DEEPSPEED_",
+    "WANDB_",
+    "TRACKIO_",
+    "MLFLOW_",
+    "COMET_",
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "SLURM_",
+    "RAY_",
+    "VLLM_",
+    "TORCHELASTIC_",
+    "PYTHONPATH",
+    "PYTHONWARNINGS",
+    "PYTHONSTARTUP",
+    "PYTHONIOENCODING",
+    "PYTHONUTF8",
+    "GIT_",
+)
 FOREIGN_NAMES = {
-    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES",
-    "COLUMNS", "LINES", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "FTP_PROXY", "CI",
-}  # fmt: skip
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "NODE_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "CUDA_VISIBLE_DEVICES",
+    "COLUMNS",
+    "LINES",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "ALL_PROXY",
+    "FTP_PROXY",
+    "CI",
+}
 for name in [name for name in os.environ if name.startswith(FOREIGN) or name.upper() in FOREIGN_NAMES]:
     del os.environ[name]
 os.environ["PYTHONNOUSERSITE"] = "1"

@@ -1,7 +1,8 @@
 """Killing real processes at random moments, and what a run must be like afterwards.
 
-`Killer` starts a command again and again and kills it: while it starts up, in the middle of its work, or while it puts its
-output in place. The seed is fixed; FAULT_SEED=… gives other moments, FAULT_SHARE=0.1 a tenth of the long tests' kills.
+`Killer` starts a command again and again and kills it: while it starts up, in the middle of its work, or
+while it puts its output in place. The seed is fixed; FAULT_SEED=… gives other moments, FAULT_SHARE=0.1 a
+tenth of the long tests' kills.
 """
 
 import contextlib
@@ -21,7 +22,11 @@ ROOT = Path(__file__).resolve().parents[1]
 SEED = int(os.environ.get("FAULT_SEED", "0"))
 SHARE = float(os.environ.get("FAULT_SHARE", "1"))
 CONFIG = "configs/loop_tiny.yaml"
-PHASES = ("start", "work", "finish")  # what a killed start had come to: nothing new, new records, its output all but in place
+PHASES = (
+    "start",
+    "work",
+    "finish",
+)  # what a killed start had come to: nothing new, new records, its output all but in place
 
 
 def share(count):
@@ -31,7 +36,13 @@ def share(count):
 
 def vllm_python():
     """The interpreter of environment vllm."""
-    found = subprocess.run(["bash", "-c", "source ./envs.sh; env_prefix vllm"], cwd=ROOT, capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        ["bash", "-c", "source ./envs.sh; env_prefix vllm"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return f"{found.stdout.strip()}/bin/python"
 
 
@@ -45,8 +56,20 @@ def small_settings(folder):
     for path, source, count in ((prompts, "iter1", 24), (heldout, "heldout", 6)):
         lines = (ROOT / f"tiny/built/prompts/{source}.jsonl").read_text(encoding="utf-8").split("\n")
         path.write_text("\n".join(lines[:count]) + "\n", encoding="utf-8")
-    return ["--prompts", prompts, "--heldout_prompts", heldout, "--iterations", 1, "--generation.K", 4, "--generation.kv_cache_gib", 0.25,
-            "--training_args.num_train_epochs", 1]  # fmt: skip
+    return [
+        "--prompts",
+        prompts,
+        "--heldout_prompts",
+        heldout,
+        "--iterations",
+        1,
+        "--generation.K",
+        4,
+        "--generation.kv_cache_gib",
+        0.25,
+        "--training_args.num_train_epochs",
+        1,
+    ]
 
 
 def loop_command(folder, *more):
@@ -56,12 +79,22 @@ def loop_command(folder, *more):
 def loop(folder, *more, timeout=900, **environment):
     """Run the driver to its end; returns the process."""
     command = loop_command(folder, *more)
-    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=timeout, check=False)
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
 
 
 def begin(command, log=subprocess.DEVNULL, **options):
     """Start a command in a session of its own, so that all of it can be killed at once."""
-    return subprocess.Popen([str(part) for part in command], cwd=ROOT, stdout=log, stderr=log, start_new_session=True, **options)
+    return subprocess.Popen(
+        [str(part) for part in command], cwd=ROOT, stdout=log, stderr=log, start_new_session=True, **options
+    )
 
 
 def kill(process, whole=True):
@@ -86,7 +119,10 @@ def processes(wanted):
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            line, environment = ((path / name).read_bytes().replace(b"\0", b" ").decode(errors="replace") for name in ("cmdline", "environ"))
+            line, environment = (
+                (path / name).read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                for name in ("cmdline", "environ")
+            )
         except OSError:
             continue
         if line and wanted(line, environment):
@@ -96,7 +132,9 @@ def processes(wanted):
 
 def started_by(folder, what=""):
     """Processes that a run of this folder has started, with `what` in their command line."""
-    return processes(lambda line, environment: f"RLHF_RUN={Path(folder).resolve()} " in environment and what in line)
+    return processes(
+        lambda line, environment: f"RLHF_RUN={Path(folder).resolve()} " in environment and what in line
+    )
 
 
 def free_ports(count=1):
@@ -125,12 +163,21 @@ def same_answers(one, other, K):
 
 def same_run(one, other, K=4):
     """What two finished runs of one iteration chose and trained on is the same."""
-    for name, count in (("iter1/generated", K), ("iter1/rewarded", K), ("iter0/heldout_sampled.rewarded", K), ("iter0/heldout_greedy.rewarded", 1)):
+    for name, count in (
+        ("iter1/generated", K),
+        ("iter1/rewarded", K),
+        ("iter0/heldout_sampled.rewarded", K),
+        ("iter0/heldout_greedy.rewarded", 1),
+    ):
         same_answers(one / f"{name}.jsonl", other / f"{name}.jsonl", count)
     pairs = [records(run / "iter1" / "pairs.jsonl") for run in (one, other)]
     keys = ("id", "prompt", "chosen", "rejected", "chosen_index", "rejected_index")
-    assert [[pair[key] for key in keys] for pair in pairs[0]] == [[pair[key] for key in keys] for pair in pairs[1]]
-    assert (one / "iter1/model/model.safetensors").read_bytes() == (other / "iter1/model/model.safetensors").read_bytes()
+    assert [[pair[key] for key in keys] for pair in pairs[0]] == [
+        [pair[key] for key in keys] for pair in pairs[1]
+    ]
+    assert (one / "iter1/model/model.safetensors").read_bytes() == (
+        other / "iter1/model/model.safetensors"
+    ).read_bytes()
 
 
 class Killer:
@@ -146,8 +193,21 @@ class Killer:
     """
 
     def __init__(self, command, folder, start, step, check, partial=lambda output: Path(f"{output}.partial")):
-        self.command, self.folder, self.start, self.step, self.check, self.partial = command, folder, start, step, check, partial
-        self.random, self.counts, self.lives, self.starts, self.left_behind = random.Random(SEED), Counter(), 0, 0, None
+        self.command, self.folder, self.start, self.step, self.check, self.partial = (
+            command,
+            folder,
+            start,
+            step,
+            check,
+            partial,
+        )
+        self.random, self.counts, self.lives, self.starts, self.left_behind = (
+            random.Random(SEED),
+            Counter(),
+            0,
+            0,
+            None,
+        )
 
     def size(self, output):
         try:
@@ -156,7 +216,9 @@ class Killer:
             return 0
 
     def finishing(self, output):
-        """Whether the output is just being put in place: this start has begun to write it under its temporary name."""
+        """Whether the output is just being put in place: this start has begun to write it under its temporary
+        name.
+        """
         return self.temporary(output) not in (None, self.left_behind)
 
     @staticmethod
@@ -198,15 +260,21 @@ class Killer:
         return True
 
     def reach(self, kills, shares=(0.25, 0.6)):
-        """Kill until `kills` have met a living process and the work is done; `shares` are those of start-up and work."""
+        """Kill until `kills` have met a living process and the work is done; `shares` are those of start-up
+        and work.
+        """
         quota = {"start": shares[0] * kills, "work": shares[1] * kills}
         while sum(self.counts.values()) < kills:
             self.lives += 1
             output, ended = self.folder / f"output{self.lives}_0.jsonl", False
             while not ended and sum(self.counts.values()) < kills:
-                # Once an output is all but finished, every start of it comes there soon: the end's turn is last.
+                # Once an output is all but finished, every start of it comes there soon: the end's turn is
+                # last.
                 open_ = [phase for phase in quota if self.counts[phase] < quota[phase]]
-                ended = self.once(output, min(open_, key=lambda phase: self.counts[phase] / quota[phase]) if open_ else "finish")
+                ended = self.once(
+                    output,
+                    min(open_, key=lambda phase: self.counts[phase] / quota[phase]) if open_ else "finish",
+                )
             if not ended:
                 self.end(output)
             self.check(output)
@@ -215,7 +283,13 @@ class Killer:
 
     def end(self, output):
         """Undisturbed to the end."""
-        end = subprocess.run([str(part) for part in self.command(output)], cwd=ROOT, capture_output=True, text=True, check=False)
+        end = subprocess.run(
+            [str(part) for part in self.command(output)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert end.returncode == 0, end.stderr[-3000:]
 
     def __str__(self):
@@ -239,7 +313,9 @@ class Stub:
                     self.wfile.write(body)
 
             def do_GET(self):
-                self.reply({"data": [{"id": "stub", "root": str(ROOT / "tiny/built/policy"), "max_model_len": 96}]})
+                self.reply(
+                    {"data": [{"id": "stub", "root": str(ROOT / "tiny/built/policy"), "max_model_len": 96}]}
+                )
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -247,7 +323,14 @@ class Stub:
                     return self.reply({}, 404)
                 time.sleep(stub.pause)
                 texts = [f"{body.get('seed')}/{k}" for k in range(body.get("n", 1))]
-                return self.reply({"choices": [{"index": k, "text": t, "finish_reason": "stop", "token_ids": [1, 2]} for k, t in enumerate(texts)]})
+                return self.reply(
+                    {
+                        "choices": [
+                            {"index": k, "text": t, "finish_reason": "stop", "token_ids": [1, 2]}
+                            for k, t in enumerate(texts)
+                        ]
+                    }
+                )
 
             def log_message(self, *_):
                 pass

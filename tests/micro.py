@@ -1,4 +1,5 @@
-"""Micro models with random weights for tests: a byte-level tokenizer, any of several chat templates, real file formats.
+"""Micro models with random weights for tests: a byte-level tokenizer, any of several chat templates, real
+file formats.
 
 Random weights are enough to test plumbing and numerics; what learning looks like is tested on `tiny/`.
 """
@@ -6,32 +7,45 @@ Random weights are enough to test plumbing and numerics; what learning looks lik
 import json
 from pathlib import Path
 
-# Templates written for these tests in the shape of the families' own: the control tokens, the order and the refusals.
+# Templates written for these tests in the shape of the families' own: the control tokens, the order and the
+# refusals.
 TEMPLATES = {
     "llama3": (
-        "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
-        "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+        "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ "
+        "m.content | trim }}<|eot_id|>"
+        "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif "
+        "%}"
     ),
     "chatml": (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and enable_thinking is false %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and "
+        "enable_thinking is false %}"
         "<think>\n\n</think>\n\n{% endif %}{% endif %}"
     ),
     "gemma": (
-        "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-        "{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n"
+        "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') "
+        "}}{% endif %}"
+        "{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ "
+        "m.content | trim }}<end_of_turn>\n"
         "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
     ),
     "mistral": (
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
-        "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% else %}{{ raise_exception('Only user and assistant roles') }}{% endif %}{% endfor %}"
+        "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% else %}{{ raise_exception('Only "
+        "user and assistant roles') }}{% endif %}{% endfor %}"
     ),
     "phi": (
-        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}{% if "
+        "add_generation_prompt %}<|assistant|>\n{% endif %}"
     ),
 }
 SPECIALS = {  # bos, eos, pad, others
-    "llama3": ("<|begin_of_text|>", "<|end_of_text|>", "<|pad|>", ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]),
+    "llama3": (
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        "<|pad|>",
+        ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+    ),
     "chatml": (None, "<|im_end|>", "<|endoftext|>", ["<|im_start|>"]),
     "gemma": ("<bos>", "<eos>", "<pad>", ["<start_of_turn>", "<end_of_turn>"]),
     "mistral": ("<s>", "</s>", "<pad>", ["[INST]", "[/INST]"]),
@@ -40,7 +54,9 @@ SPECIALS = {  # bos, eos, pad, others
 
 
 def make_tokenizer(family="llama3", adds_bos=True):
-    """A byte-level BPE tokenizer without merges (256 bytes and the specials); it prepends BOS to plain text like Llama's."""
+    """A byte-level BPE tokenizer without merges (256 bytes and the specials); it prepends BOS to plain text
+    like Llama's.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -66,31 +82,48 @@ def make_config(tokenizer, architecture="llama", **overrides):
     from transformers import AutoConfig
 
     shape = {
-        "vocab_size": 288, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 512, "tie_word_embeddings": False,
-        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+        "vocab_size": 288,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
     }
     return AutoConfig.for_model(architecture, **(shape | overrides))
 
 
 def make_policy(path, family="llama3", architecture="llama", seed=0, **overrides):
-    """A causal language model folder as a user has one: weights, config, generation config, tokenizer, template."""
+    """A causal language model folder as a user has one: weights, config, generation config, tokenizer,
+    template.
+    """
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     tokenizer = make_tokenizer(family)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(make_config(tokenizer, architecture, **overrides), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(
+        make_config(tokenizer, architecture, **overrides), dtype=torch.float32
+    )
     end = {"llama3": "<|eot_id|>", "gemma": "<end_of_turn>", "phi": "<|end|>"}.get(family)
     eos = [tokenizer.eos_token_id] + ([tokenizer.convert_tokens_to_ids(end)] if end else [])
-    model.generation_config = GenerationConfig(eos_token_id=eos, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.generation_config = GenerationConfig(
+        eos_token_id=eos, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return Path(path)
 
 
 def make_reward_model(path, family="llama3", architecture="llama", seed=1, **overrides):
-    """A Bradley-Terry reward model folder: one label, a score head wide enough that rewards differ visibly."""
+    """A Bradley-Terry reward model folder: one label, a score head wide enough that rewards differ
+    visibly.
+    """
     import torch
     from transformers import AutoModelForSequenceClassification
 
@@ -105,7 +138,9 @@ def make_reward_model(path, family="llama3", architecture="llama", seed=1, **ove
 
 
 def make_armorm(path, seed=2, shards=1, objectives=5, auto_map=True):
-    """A model folder of ArmoRM's published architecture and parameter names, with fewer and smaller layers."""
+    """A model folder of ArmoRM's published architecture and parameter names, with fewer and smaller
+    layers.
+    """
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaModel
@@ -119,17 +154,27 @@ def make_armorm(path, seed=2, shards=1, objectives=5, auto_map=True):
     tensors["reward_transform_matrix"] = torch.eye(objectives) + 0.3 * torch.randn(objectives, objectives)
     tensors["gating.logit_scale"] = torch.tensor([1.7])
     for i, (rows, columns) in enumerate([(width, hidden), (width, width), (objectives, width)]):
-        tensors[f"gating.layers.{i}.weight"], tensors[f"gating.layers.{i}.bias"] = torch.randn(rows, columns), torch.randn(rows)
+        tensors[f"gating.layers.{i}.weight"], tensors[f"gating.layers.{i}.bias"] = (
+            torch.randn(rows, columns),
+            torch.randn(rows),
+        )
     tensors = {key: value.contiguous() for key, value in tensors.items()}
     Path(path).mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(path)
     values = config.to_dict() | {
-        "architectures": ["LlamaForRewardModelWithGating"], "gating_hidden_dim": width, "gating_n_hidden": 2, "gating_temperature": 3,
-        "num_objectives": objectives, "id2label": {str(i): f"LABEL_{i}" for i in range(objectives)}, "dtype": "float32",
+        "architectures": ["LlamaForRewardModelWithGating"],
+        "gating_hidden_dim": width,
+        "gating_n_hidden": 2,
+        "gating_temperature": 3,
+        "num_objectives": objectives,
+        "id2label": {str(i): f"LABEL_{i}" for i in range(objectives)},
+        "dtype": "float32",
         "label2id": {f"LABEL_{i}": i for i in range(objectives)},
-    }  # fmt: skip
+    }
     if auto_map:  # the published config names remote code, which is not here
-        values["auto_map"] = {"AutoModelForSequenceClassification": "modeling_custom.LlamaForRewardModelWithGating"}
+        values["auto_map"] = {
+            "AutoModelForSequenceClassification": "modeling_custom.LlamaForRewardModelWithGating"
+        }
     (Path(path) / "config.json").write_text(json.dumps(values))
     if shards == 1:
         save_file(tensors, Path(path) / "model.safetensors", {"format": "pt"})
@@ -140,7 +185,9 @@ def make_armorm(path, seed=2, shards=1, objectives=5, auto_map=True):
         part = {key: value for i, (key, value) in enumerate(sorted(tensors.items())) if i % shards == n}
         save_file(part, Path(path) / name, {"format": "pt"})
         places |= dict.fromkeys(part, name)
-    (Path(path) / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    (Path(path) / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": 1}, "weight_map": places})
+    )
     return Path(path)
 
 
@@ -151,7 +198,9 @@ def make_pair_preference(path, family="llama3", architecture="llama", seed=3, **
 
     tokenizer = make_tokenizer(family)
     torch.manual_seed(seed)
-    config = make_config(tokenizer, architecture, **({"max_position_embeddings": 1024, "initializer_range": 0.15} | overrides))
+    config = make_config(
+        tokenizer, architecture, **({"max_position_embeddings": 1024, "initializer_range": 0.15} | overrides)
+    )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.3)
     model.save_pretrained(path)
@@ -165,7 +214,11 @@ def write_prompts(path, count, key="context_messages"):
     for i in range(count):
         messages = [{"role": "user", "content": f"Question {i}: what is {i} plus {i + 1}?"}]
         if i % 5 == 3:
-            messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}, *messages]
+            messages = [
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": "Hello."},
+                *messages,
+            ]
         if i % 7 == 5:
             messages[-1]["content"] = f"数字 {i} の次は\u2028何ですか"
         rows.append({key: messages, "number": i})

@@ -1,8 +1,9 @@
 """OpenRLHF's published wheel for tests: its real parser and validation, and a STUB where it would use GPUs.
 
-`captured` runs the real cli/train_ppo_ray.py from the wheel, as `__main__`, with ray and OpenRLHF's Ray actors mocked, until it has
-validated its arguments. `install` makes a folder for PYTHONPATH in which that same file is followed by STUB_TRAINING below, which
-trains nothing: it writes checkpoints and a model folder as OpenRLHF's source says, and asks for rewards as its agent.py does.
+`captured` runs the real cli/train_ppo_ray.py from the wheel, as `__main__`, with ray and OpenRLHF's Ray
+actors mocked, until it has validated its arguments. `install` makes a folder for PYTHONPATH in which that
+same file is followed by STUB_TRAINING below, which trains nothing: it writes checkpoints and a model folder
+as OpenRLHF's source says, and asks for rewards as its agent.py does.
 """
 
 import sys
@@ -12,9 +13,16 @@ from pathlib import Path
 
 TOOLS = Path(__file__).resolve().parents[1] / ".envs" / "tools"
 WHEEL = "openrlhf-0.11.2-*.whl"
-PINS = {"openrlhf": "0.11.2", "vllm": "0.29.0", "ray": "2.55.0", "deepspeed": "0.19.6", "transformers": "5.15.0", "flash-attn": "2.8.3"}
+PINS = {
+    "openrlhf": "0.11.2",
+    "vllm": "0.29.0",
+    "ray": "2.55.0",
+    "deepspeed": "0.19.6",
+    "transformers": "5.15.0",
+    "flash-attn": "2.8.3",
+}
 
-STUB_TRAINING = '''
+STUB_TRAINING = """
 # STUB: no OpenRLHF training runs here. It leaves what OpenRLHF 0.11.2 leaves, and tells that it is a stub.
 import json, os, shutil, sys, time, urllib.request
 from pathlib import Path
@@ -68,7 +76,7 @@ def train(args):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"use_cache": False, "pad_token_id": 7}))
 
 
-'''
+"""
 
 
 def wheel():
@@ -103,7 +111,9 @@ def mocks(get_strategy):
     module("openrlhf")
     module("openrlhf.trainer")
     module("openrlhf.trainer.ray", create_vllm_engines=None)
-    module("openrlhf.trainer.ray.launcher", RayActorGroup=None, ReferenceModelActor=None, RewardModelActor=None)
+    module(
+        "openrlhf.trainer.ray.launcher", RayActorGroup=None, ReferenceModelActor=None, RewardModelActor=None
+    )
     module("openrlhf.trainer.ray.ppo_actor", PolicyModelActor=None)
     module("openrlhf.trainer.ray.ppo_critic", CriticModelActor=None)
     module("openrlhf.utils", get_strategy=get_strategy)
@@ -130,14 +140,18 @@ def captured(source, arguments, monkeypatch):
             patch.setitem(sys.modules, name, module)
         patch.setattr(sys, "argv", [str(path), *arguments])
         try:
-            exec(compile(path.read_text(), str(path), "exec"), {"__name__": "__main__", "__file__": str(path)})
+            exec(
+                compile(path.read_text(), str(path), "exec"), {"__name__": "__main__", "__file__": str(path)}
+            )
         except Validated as found:
             return found.args[0]
     raise AssertionError("the command's module ended without training")
 
 
 def install(source, folder):
-    """Put the real parser with the stub training behind it, and packages of the pinned versions in name, into `folder`."""
+    """Put the real parser with the stub training behind it, and packages of the pinned versions in name, into
+    `folder`.
+    """
     for package, version in PINS.items():
         info = folder / f"{package.replace('-', '_')}-{version}.dist-info"
         info.mkdir(parents=True)
@@ -151,5 +165,7 @@ def install(source, folder):
     text = (source / "openrlhf/cli/train_ppo_ray.py").read_text()
     head, main = text.split("\ndef train(args):", 1)
     main = main[main.index('if __name__ == "__main__":') :]
-    (folder / "openrlhf/cli/train_ppo_ray.py").write_text("import argparse\nfrom datetime import datetime\n" + STUB_TRAINING + main)
+    (folder / "openrlhf/cli/train_ppo_ray.py").write_text(
+        "import argparse\nfrom datetime import datetime\n" + STUB_TRAINING + main
+    )
     return folder

@@ -57,9 +57,18 @@ def parse_arguments() -> argparse.Namespace:
             refuse(message)
 
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder to make, for example tiny/built")
-    parser.add_argument("--seed", type=int, default=0, help="decides prompts, weights and samples (0 or more)")
-    parser.add_argument("--weak_reward_model", choices=("true", "false"), default="false", help="also train weak_reward_model/")
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, help="folder to make, for example tiny/built"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="decides prompts, weights and samples (0 or more)"
+    )
+    parser.add_argument(
+        "--weak_reward_model",
+        choices=("true", "false"),
+        default="false",
+        help="also train weak_reward_model/",
+    )
     args = parser.parse_args()
     if args.seed < 0:
         refuse(f"--seed {args.seed} is negative; give 0 or more")
@@ -169,13 +178,18 @@ def build(folder: Path, seed: int) -> None:
     demos = write_demonstrations(rng, sets["train"])
     tokenizer = models.train_tokenizer([text for pair in demos for text in pair], VOCAB_SIZE)
     policy = models.new_policy(tokenizer, HIDDEN, LAYERS, seed)
-    say(f"tokenizer of {len(tokenizer)} tokens; SFT of {policy.num_parameters():,} parameters on {len(demos):,} answers")
+    say(
+        f"tokenizer of {len(tokenizer)} tokens; SFT of {policy.num_parameters():,} parameters on "
+        f"{len(demos):,} answers"
+    )
     models.train_sft(policy, tokenizer, demos, SFT_BATCH, SFT_LR, seed, say)
 
     asked = evenly(rng, sets["train"], REWARD_PROMPTS)
     say(f"sampling {4 * len(asked):,} answers to {len(set(asked)):,} prompts")
     sampled = {prompt: [] for prompt in asked}
-    for prompt, answer in zip(asked * 4, models.sample(policy, tokenizer, asked * 4, 1.0, MAX_NEW_TOKENS, seed)):
+    for prompt, answer in zip(
+        asked * 4, models.sample(policy, tokenizer, asked * 4, 1.0, MAX_NEW_TOKENS, seed)
+    ):
         sampled[prompt].append(answer)
     pairs = ranked_pairs(rng, asked, sampled, REWARD_PAIRS)
     say(f"reward model on {len(pairs):,} ranked pairs")
@@ -189,8 +203,10 @@ def build(folder: Path, seed: int) -> None:
     half = len(heldout) // 2
     unequal = [i for i in range(half) if gold[i] != gold[i + half]]
     right = sum((gold[i] > gold[i + half]) == (reward[i] > reward[i + half]) for i in unequal)
-    say(f"held-out samples: gold {sum(gold) / len(gold):.3f}, reward {sum(reward) / len(reward):.2f}; "
-        f"the reward model ranks {right / len(unequal):.0%} of {len(unequal)} pairs as gold does")
+    say(
+        f"held-out samples: gold {sum(gold) / len(gold):.3f}, reward {sum(reward) / len(reward):.2f}; "
+        f"the reward model ranks {right / len(unequal):.0%} of {len(unequal)} pairs as gold does"
+    )
 
     for name, model in (("policy", policy), ("reward_model", reward_model)):
         model.save_pretrained(folder / name)
@@ -211,7 +227,9 @@ def build_weak(folder: Path, seed: int) -> None:
     pairs = []
     while len(pairs) < WEAK_PAIRS:
         for prompt, one, two in zip(asked, answers, answers[len(asked) :]):
-            written = demonstrations.write_answer(rng, task.QUESTIONS[prompt], rng.uniform(0.2, 1.0), DEMO_CORRECT)
+            written = demonstrations.write_answer(
+                rng, task.QUESTIONS[prompt], rng.uniform(0.2, 1.0), DEMO_CORRECT
+            )
             for first, second in ((one, two), (written, rng.choice([one, two]))):
                 gold = scored(prompt, [first, second])
                 if gold[0] != gold[1]:

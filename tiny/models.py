@@ -30,7 +30,12 @@ from transformers import (
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 BOS, HEADER, END_HEADER, EOT, END, PAD = (
-    "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>", "<|pad|>",
+    "<|begin_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|end_of_text|>",
+    "<|pad|>",
 )
 # Llama 3's split: line breaks stay whole, so a prompt's tokens do not depend on what follows it.
 SPLIT = (
@@ -39,7 +44,8 @@ SPLIT = (
 )
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
-    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + "
+    "'<|eot_id|>' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
@@ -65,7 +71,9 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    roles = ["system", "user", "assistant", "\n\n"] * len(texts)  # as frequent as in conversations: one token each
+    roles = ["system", "user", "assistant", "\n\n"] * len(
+        texts
+    )  # as frequent as in conversations: one token each
     tokenizer.train_from_iterator(texts + roles, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -84,7 +92,9 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> dict[str, list[int]]:
     """Token ids of each prompt with the chat template applied, up to where the response begins."""
     texts = tokenizer.apply_chat_template(
-        [[{"role": "user", "content": prompt}] for prompt in prompts], tokenize=False, add_generation_prompt=True
+        [[{"role": "user", "content": prompt}] for prompt in prompts],
+        tokenize=False,
+        add_generation_prompt=True,
     )
     return dict(zip(prompts, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True))
 
@@ -95,7 +105,9 @@ def response_ids(tokenizer: PreTrainedTokenizerFast, responses: list[str]) -> li
 
 
 def new_policy(tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int, seed: int) -> LlamaForCausalLM:
-    """A small Llama with random weights; heads of 64 because vLLM's CPU attention asks for a multiple of 32."""
+    """A small Llama with random weights; heads of 64 because vLLM's CPU attention asks for a multiple of
+    32.
+    """
     set_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -156,8 +168,10 @@ class Progress(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs:
             accuracy = logs.get("accuracy", logs.get("mean_token_accuracy"))
-            self.say(f"  step {state.global_step} of {state.max_steps}: loss {float(logs['loss']):.3f}, "
-                     f"accuracy {float(accuracy):.2f}")
+            self.say(
+                f"  step {state.global_step} of {state.max_steps}: loss {float(logs['loss']):.3f}, "
+                f"accuracy {float(accuracy):.2f}"
+            )
 
 
 def run(trainer, say: Callable[[str], None]) -> None:
@@ -167,14 +181,24 @@ def run(trainer, say: Callable[[str], None]) -> None:
 
 
 def train_sft(
-    model, tokenizer, pairs: list[tuple[str, str]], batch_size: int, learning_rate: float, seed: int, say: Callable
+    model,
+    tokenizer,
+    pairs: list[tuple[str, str]],
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    say: Callable,
 ) -> None:
     """Imitate (prompt, response) pairs, in place."""
     prompts = prompt_ids(tokenizer, sorted({prompt for prompt, _ in pairs}))
     rows = []
-    for (prompt, _), response in zip(pairs, response_ids(tokenizer, [text for _, text in pairs]), strict=True):
+    for (prompt, _), response in zip(
+        pairs, response_ids(tokenizer, [text for _, text in pairs]), strict=True
+    ):
         before = prompts[prompt]
-        rows.append({"input_ids": before + response, "completion_mask": [0] * len(before) + [1] * len(response)})
+        rows.append(
+            {"input_ids": before + response, "completion_mask": [0] * len(before) + [1] * len(response)}
+        )
     with tempfile.TemporaryDirectory() as scratch:
         settings = trainer_settings(batch_size, learning_rate, seed, scratch)
         trainer = SFTTrainer(
@@ -187,7 +211,9 @@ def train_sft(
 
 
 @torch.no_grad()
-def sample(model, tokenizer, prompts: list[str], temperature: float, max_new_tokens: int, seed: int) -> list[str]:
+def sample(
+    model, tokenizer, prompts: list[str], temperature: float, max_new_tokens: int, seed: int
+) -> list[str]:
     """One sampled response per prompt, prompts of similar length together."""
     torch.manual_seed(seed)
     model.eval()
@@ -199,9 +225,16 @@ def sample(model, tokenizer, prompts: list[str], temperature: float, max_new_tok
         batch = tokenizer.pad({"input_ids": [ids[prompts[i]] for i in rows]}, return_tensors="pt")
         width = batch["input_ids"].shape[1]
         out = model.generate(
-            **batch, do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens
+            **batch,
+            do_sample=True,
+            temperature=temperature,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=max_new_tokens,
         )
-        for i, text in zip(rows, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True), strict=True):
+        for i, text in zip(
+            rows, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True), strict=True
+        ):
             responses[i] = text
     return responses
 
@@ -213,12 +246,20 @@ def new_reward_model(policy: LlamaForCausalLM, seed: int) -> LlamaForSequenceCla
     200 steps 65% of held-out sample pairs ranked right, against 76%).
     """
     set_seed(seed)
-    settings = {key: value for key, value in policy.config.to_dict().items() if key not in ("id2label", "label2id")}
+    settings = {
+        key: value for key, value in policy.config.to_dict().items() if key not in ("id2label", "label2id")
+    }
     return LlamaForSequenceClassification(LlamaConfig(**settings, num_labels=1))
 
 
 def train_reward_model(
-    model, tokenizer, pairs: list[tuple[str, str, str]], batch_size: int, learning_rate: float, seed: int, say: Callable
+    model,
+    tokenizer,
+    pairs: list[tuple[str, str, str]],
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    say: Callable,
 ) -> None:
     """Bradley-Terry on (prompt, better response, worse response), in place."""
     prompts = prompt_ids(tokenizer, sorted({prompt for prompt, _, _ in pairs}))
@@ -231,7 +272,10 @@ def train_reward_model(
     with tempfile.TemporaryDirectory() as scratch:
         settings = trainer_settings(batch_size, learning_rate, seed, scratch)
         trainer = RewardTrainer(
-            model=model, args=RewardConfig(**settings), train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+            model=model,
+            args=RewardConfig(**settings),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
         )
         run(trainer, say)
 
@@ -245,6 +289,8 @@ def score(model, tokenizer, pairs: list[tuple[str, str]]) -> list[float]:
     rows = [prompts[prompt] + response for (prompt, _), response in zip(pairs, responses, strict=True)]
     rewards = []
     for start in range(0, len(rows), 256):
-        batch = tokenizer.pad({"input_ids": rows[start : start + 256]}, padding_side="right", return_tensors="pt")
+        batch = tokenizer.pad(
+            {"input_ids": rows[start : start + 256]}, padding_side="right", return_tensors="pt"
+        )
         rewards += model(**batch).logits[:, 0].tolist()
     return rewards

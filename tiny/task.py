@@ -20,7 +20,14 @@ import re
 from dataclasses import dataclass
 
 # The fact tables are small on purpose: with many facts the tiny policy garbles words.
-CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Egypt": "Cairo", "Peru": "Lima"}
+CAPITALS = {
+    "France": "Paris",
+    "Italy": "Rome",
+    "Spain": "Madrid",
+    "Japan": "Tokyo",
+    "Egypt": "Cairo",
+    "Peru": "Lima",
+}
 OPPOSITES = {"hot": "cold", "big": "small", "fast": "slow", "wet": "dry", "old": "new", "loud": "quiet"}
 SOUNDS = {"dog": "woof", "cat": "meow", "cow": "moo", "duck": "quack", "sheep": "baa", "lion": "roar"}
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"]
@@ -36,38 +43,76 @@ NAMES = ["Anna", "Ben", "Carla", "David", "Emma"]
 # The last two wordings of a family and the last two lead-ins are for held-out prompts only.
 WORDINGS = {
     "capital": [
-        "What is the capital of {0}?", "Name the capital of {0}.", "Which city is the capital of {0}?",
-        "Tell me the capital of {0}.", "The capital of {0} is what?", "Do you know the capital of {0}?",
-        "Can you tell me what the capital of {0} is?", "Which city do you know as the capital of {0}?",
+        "What is the capital of {0}?",
+        "Name the capital of {0}.",
+        "Which city is the capital of {0}?",
+        "Tell me the capital of {0}.",
+        "The capital of {0} is what?",
+        "Do you know the capital of {0}?",
+        "Can you tell me what the capital of {0} is?",
+        "Which city do you know as the capital of {0}?",
     ],
     "opposite": [
-        "What is the opposite of {0}?", "Name the opposite of {0}.", "Which word is the opposite of {0}?",
-        "Tell me the opposite of {0}.", "The opposite of {0} is what?", "Do you know the opposite of {0}?",
-        "Can you tell me what the opposite of {0} is?", "Which word do you know as the opposite of {0}?",
+        "What is the opposite of {0}?",
+        "Name the opposite of {0}.",
+        "Which word is the opposite of {0}?",
+        "Tell me the opposite of {0}.",
+        "The opposite of {0} is what?",
+        "Do you know the opposite of {0}?",
+        "Can you tell me what the opposite of {0} is?",
+        "Which word do you know as the opposite of {0}?",
     ],
     "sound": [
-        "What does a {0} say?", "Name the sound of a {0}.", "Which sound does a {0} make?",
-        "Tell me what a {0} says.", "A {0} says what?", "Do you know the sound of a {0}?",
-        "Can you tell me which sound a {0} makes?", "Do you know what a {0} says?",
+        "What does a {0} say?",
+        "Name the sound of a {0}.",
+        "Which sound does a {0} make?",
+        "Tell me what a {0} says.",
+        "A {0} says what?",
+        "Do you know the sound of a {0}?",
+        "Can you tell me which sound a {0} makes?",
+        "Do you know what a {0} says?",
     ],
     "sum": [
-        "What is {0} plus {1}?", "Add {0} and {1}.", "How much is {0} plus {1}?",
-        "Tell me the sum of {0} and {1}.", "What do {0} and {1} make?", "Do you know the sum of {0} and {1}?",
-        "Can you add {0} and {1}?", "Do you know how much {0} plus {1} is?",
+        "What is {0} plus {1}?",
+        "Add {0} and {1}.",
+        "How much is {0} plus {1}?",
+        "Tell me the sum of {0} and {1}.",
+        "What do {0} and {1} make?",
+        "Do you know the sum of {0} and {1}?",
+        "Can you add {0} and {1}?",
+        "Do you know how much {0} plus {1} is?",
     ],
     "list": [
-        "Name {0} {1}.", "Tell me {0} {1}.", "Which {0} {1} do you know?",
-        "Give me {0} {1}.", "What are {0} {1}?", "List {0} {1}.",
-        "Can you name {0} {1}?", "Do you know {0} {1}?",
+        "Name {0} {1}.",
+        "Tell me {0} {1}.",
+        "Which {0} {1} do you know?",
+        "Give me {0} {1}.",
+        "What are {0} {1}?",
+        "List {0} {1}.",
+        "Can you name {0} {1}?",
+        "Do you know {0} {1}?",
     ],
     "social": [
-        "Please {0} my friend {1}.", "My friend {1} is here, please {0} my friend.", "How do you {0} {1}?",
-        "Can you {0} {1}?", "What do you say to {0} {1}?", "Write a word to {0} {1}.",
-        "Tell me how you {0} my friend {1}.", "Do you know what to say to {0} {1}?",
+        "Please {0} my friend {1}.",
+        "My friend {1} is here, please {0} my friend.",
+        "How do you {0} {1}?",
+        "Can you {0} {1}?",
+        "What do you say to {0} {1}?",
+        "Write a word to {0} {1}.",
+        "Tell me how you {0} my friend {1}.",
+        "Do you know what to say to {0} {1}?",
     ],
 }
-LEAD_INS = ["", "Hi! ", "Quick question. ", "Please help me. ", "I forgot this. ", "I have a question. ",
-            "Please help, I forgot. ", "Hi, I have a quick question. "]
+LEAD_INS = [
+    "",
+    "Hi! ",
+    "Quick question. ",
+    "Please help me. ",
+    "I forgot this. ",
+    "I have a question. ",
+    "Please help, I forgot. ",
+    "Hi, I have a quick question. ",
+]
 NUM_HELDOUT = 2
 
 # Combinations that no training prompt asks for, each of parts that others do. Single facts cannot be guessed.
@@ -162,12 +207,16 @@ def right_answer(question: Question) -> str | None:
 
 
 def candidates(family: str) -> list[str]:
-    """All words that could answer a question of this family; naming a wrong one beside the right one is wrong."""
+    """All words that could answer a question of this family; naming a wrong one beside the right one is
+    wrong.
+    """
     if family == "sum":
         return NUMBERS
     if family == "list":
         return [item for items in LISTS.values() for item in items]
-    return list({"capital": CAPITALS, "opposite": OPPOSITES, "sound": SOUNDS, "social": ACTS}[family].values())
+    return list(
+        {"capital": CAPITALS, "opposite": OPPOSITES, "sound": SOUNDS, "social": ACTS}[family].values()
+    )
 
 
 def is_correct(question: Question, words: list[str]) -> bool:
@@ -190,8 +239,17 @@ def restates(question: Question, words: list[str]) -> bool:
 
 
 VOCABULARY = set(
-    words_of(" ".join(POLITE_OPENINGS + RUDE_OPENINGS + POLITE_CLOSINGS + RUDE_CLOSINGS + FILLERS + GLUE_WORDS + NAMES))
-).union(*(words_of(" ".join(candidates(family) + [" ".join(slot) for slot in slots(family)])) for family in WORDINGS))
+    words_of(
+        " ".join(
+            POLITE_OPENINGS + RUDE_OPENINGS + POLITE_CLOSINGS + RUDE_CLOSINGS + FILLERS + GLUE_WORDS + NAMES
+        )
+    )
+).union(
+    *(
+        words_of(" ".join(candidates(family) + [" ".join(slot) for slot in slots(family)]))
+        for family in WORDINGS
+    )
+)
 
 
 def sentences_of(text: str) -> list[str]:
@@ -201,7 +259,9 @@ def sentences_of(text: str) -> list[str]:
 def is_tidy(text: str) -> bool:
     """Sentences begin with a capital, the last one ends, single spaces, no misspelt word."""
     starts = all(re.match(r"[A-Z]", sentence.strip()) for sentence in sentences_of(text))
-    return bool(text) and starts and text[-1] in ".!?" and "  " not in text and set(words_of(text)) <= VOCABULARY
+    return (
+        bool(text) and starts and text[-1] in ".!?" and "  " not in text and set(words_of(text)) <= VOCABULARY
+    )
 
 
 def politeness(text: str, polite: list[str], rude: list[str]) -> float:

@@ -9,9 +9,13 @@ import yaml
 
 @pytest.fixture(scope="session", autouse=True)
 def built():
-    """Tiny models and prompts, built from nothing by the loop's own setup command where they are not there yet."""
+    """Tiny models and prompts, built from nothing by the loop's own setup command where they are not there
+    yet.
+    """
     command = yaml.safe_load((faults.ROOT / faults.CONFIG).read_text())["setup_command"]
-    subprocess.run(["bash", "-c", f"source ./envs.sh; use_env rlhflow; {command}"], cwd=faults.ROOT, check=True)
+    subprocess.run(
+        ["bash", "-c", f"source ./envs.sh; use_env rlhflow; {command}"], cwd=faults.ROOT, check=True
+    )
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,6 @@
-"""The loop with API servers in place of the engine: the same answers, and no server outlives the step that needs it."""
+"""The loop with API servers in place of the engine: the same answers, and no server outlives the step that
+needs it.
+"""
 
 import os
 import signal
@@ -15,7 +17,14 @@ STOPS = "--stop_stage", "0.4"
 def served(tmp_path_factory):
     """(folder, settings) of a run with servers, which the tests below take further one after the other."""
     folder = tmp_path_factory.mktemp("served")
-    servers = ["--generation_backend", "servers", "--server_port", faults.free_ports(), "--servers.give_up_after", 5]
+    servers = [
+        "--generation_backend",
+        "servers",
+        "--server_port",
+        faults.free_ports(),
+        "--servers.give_up_after",
+        5,
+    ]
     return folder / "run", [*faults.small_settings(folder), *servers]
 
 
@@ -56,7 +65,12 @@ def test_no_server_outlives_its_loop(served, tmp_path):
     os.kill(int(record.read_text().split()[0]), signal.SIGKILL)
     assert driver.wait(timeout=120) == 1
     said = (tmp_path / "2").read_text()
-    assert "error: " in said and "does not answer" in said and "iter0/logs/evaluate.client.log" in said and "iter0/logs/server_" in said, said
+    assert (
+        "error: " in said
+        and "does not answer" in said
+        and "iter0/logs/evaluate.client.log" in said
+        and "iter0/logs/server_" in said
+    ), said
     assert not faults.started_by(folder) and not servers(folder)
     # Ctrl-C while servers start.
     driver = begin(served, tmp_path / "3", *STOPS)
@@ -72,9 +86,18 @@ def test_servers_give_what_the_engine_gives(served, undisturbed):
     folder, settings = served
     end = faults.loop(folder, *settings, *STOPS)
     assert end.returncode == 0, end.stdout[-2000:] + end.stderr[-3000:]
-    for name, K in (("iter0/heldout_sampled.rewarded", 4), ("iter0/heldout_greedy.rewarded", 1), ("iter1/generated", 4), ("iter1/rewarded", 4)):
+    for name, K in (
+        ("iter0/heldout_sampled.rewarded", 4),
+        ("iter0/heldout_greedy.rewarded", 1),
+        ("iter1/generated", 4),
+        ("iter1/rewarded", 4),
+    ):
         faults.same_answers(folder / f"{name}.jsonl", undisturbed[0] / f"{name}.jsonl", K)
-    assert not servers(folder) and not list((folder / "servers").glob("*.server")) and not faults.started_by(folder)
+    assert (
+        not servers(folder)
+        and not list((folder / "servers").glob("*.server"))
+        and not faults.started_by(folder)
+    )
     assert not (folder / "iter1/shards").exists()
 
 
@@ -85,33 +108,75 @@ def test_a_whole_run_with_servers_is_the_engines(served, undisturbed):
     assert end.returncode == 0, end.stdout[-2000:] + end.stderr[-3000:]
     faults.same_run(folder, undisturbed[0])
     for name in ("heldout_sampled", "heldout_greedy"):
-        faults.same_answers(folder / f"iter1/{name}.rewarded.jsonl", undisturbed[0] / f"iter1/{name}.rewarded.jsonl", 4 if "sampled" in name else 1)
+        faults.same_answers(
+            folder / f"iter1/{name}.rewarded.jsonl",
+            undisturbed[0] / f"iter1/{name}.rewarded.jsonl",
+            4 if "sampled" in name else 1,
+        )
 
 
 def test_a_finished_run_may_change_its_backend(served, undisturbed):
     for (folder, settings), backend in ((served, "engine"), (undisturbed, "servers")):
         for more in ((), ("--generation_backend", backend)):
-            again = faults.loop(folder, *settings, *more, *(STOPS if backend == "engine" else ()), "--dry_run")
+            again = faults.loop(
+                folder, *settings, *more, *(STOPS if backend == "engine" else ()), "--dry_run"
+            )
             assert again.returncode == 0 and "python" not in again.stdout, again.stdout + again.stderr
             changed = faults.loop(folder, *settings, *more, "--generation.dtype", "bfloat16", "--dry_run")
-            assert changed.returncode == 2 and "dtype was 'float32' and is now 'bfloat16'" in changed.stderr, changed.stderr
-        changed = faults.loop(folder, *settings, "--generation_backend", backend, "--generation.top_p", 0.5, "--check")
+            assert (
+                changed.returncode == 2 and "dtype was 'float32' and is now 'bfloat16'" in changed.stderr
+            ), changed.stderr
+        changed = faults.loop(
+            folder, *settings, "--generation_backend", backend, "--generation.top_p", 0.5, "--check"
+        )
         assert changed.returncode == 2 and "top_p was 1.0 and is now 0.5" in changed.stderr, changed.stderr
 
 
 def test_a_dry_run_prints_servers_clients_and_the_end(tmp_path):
-    settings = [*faults.small_settings(tmp_path), "--generation_backend", "servers", "--generation.max_num_seqs", 7, "--servers.concurrency", 3]
+    settings = [
+        *faults.small_settings(tmp_path),
+        "--generation_backend",
+        "servers",
+        "--generation.max_num_seqs",
+        7,
+        "--servers.concurrency",
+        3,
+    ]
     end = faults.loop(tmp_path / "run", *settings, "--num_shards", 2, "--server_port", 8100, "--dry_run")
     assert end.returncode == 0, end.stderr
     lines = [line for line in end.stdout.splitlines() if "generation/" in line]
-    assert [line.split("generation/")[1].split()[0] for line in lines[:5]] == ["register_server.sh", *["gen_hf.py"] * 3, "register_server.sh"]
-    for part in ("port=8100", "servers=2", "max_model_len=96", "dtype=float32", "kv_cache_gib=0.25", "max_num_seqs=7", "register_server.sh tiny/built/policy"):
+    assert [line.split("generation/")[1].split()[0] for line in lines[:5]] == [
+        "register_server.sh",
+        *["gen_hf.py"] * 3,
+        "register_server.sh",
+    ]
+    for part in (
+        "port=8100",
+        "servers=2",
+        "max_model_len=96",
+        "dtype=float32",
+        "kv_cache_gib=0.25",
+        "max_num_seqs=7",
+        "register_server.sh tiny/built/policy",
+    ):
         assert part in lines[0]
-    assert lines[1].split()[-3:] == ["--ports", "8100", "8101"] and lines[4].split()[-2:] == ["stop", f"{tmp_path}/run/servers"]
+    assert lines[1].split()[-3:] == ["--ports", "8100", "8101"] and lines[4].split()[-2:] == [
+        "stop",
+        f"{tmp_path}/run/servers",
+    ]
     assert f"register_server.sh {tmp_path}/run/iter1/model" in lines[5]
-    assert lines[1].split("gen_hf.py ")[1].split()[0].endswith("/iter0/heldout_sampled.generated.yaml") and not (tmp_path / "run").exists()
+    assert (
+        lines[1].split("gen_hf.py ")[1].split()[0].endswith("/iter0/heldout_sampled.generated.yaml")
+        and not (tmp_path / "run").exists()
+    )
     asked = yaml.safe_load(Path(lines[2].split("gen_hf.py ")[1].split()[0]).read_text())
-    assert asked["concurrency"] == 3 and asked["K"] == 1 and asked["temperature"] == 0 and "dtype" not in asked and "kv_cache_gib" not in asked
+    assert (
+        asked["concurrency"] == 3
+        and asked["K"] == 1
+        and asked["temperature"] == 0
+        and "dtype" not in asked
+        and "kv_cache_gib" not in asked
+    )
 
 
 @pytest.mark.parametrize("wrong, named", [

@@ -1,6 +1,8 @@
-"""Fault injection: real processes are killed at random moments, disks are full; what is finished afterwards is as if nothing had been.
+"""Fault injection: real processes are killed at random moments, disks are full; what is finished afterwards
+is as if nothing had been.
 
-A few kills in the ordinary run; under --all 30 of the engine, and 200 of client, annotation and driver at living servers.
+A few kills in the ordinary run; under --all 30 of the engine, and 200 of client, annotation and driver at
+living servers.
 """
 
 import json
@@ -34,10 +36,18 @@ def start(folder, settings, log):
 
 
 def test_a_loop_killed_at_every_stage_ends_as_an_undisturbed_one(undisturbed, tmp_path):
-    """kill -9 of the engine, the annotation and the training under the driver, and of the driver and all it started."""
+    """kill -9 of the engine, the annotation and the training under the driver, and of the driver and all it
+    started.
+    """
     whole, settings = undisturbed
     folder, moments, kills = tmp_path / "run", random.Random(faults.SEED), 0
-    settings = [*settings, "--generation.max_num_seqs", 1, "--stop_stage", "1.3"]  # slow enough to be killed at work
+    settings = [
+        *settings,
+        "--generation.max_num_seqs",
+        1,
+        "--stop_stage",
+        "1.3",
+    ]  # slow enough to be killed at work
     partial = folder / "iter0/shards/heldout_sampled.generated.of1.0.jsonl.partial"
 
     def under_the_driver(script, moment, told):
@@ -45,12 +55,18 @@ def test_a_loop_killed_at_every_stage_ends_as_an_undisturbed_one(undisturbed, tm
         log = tmp_path / f"log{kills}"
         with open(log, "wb") as file:
             driver = start(folder, settings, file)
-        faults.wait_for(lambda: driver.poll() is not None or (faults.started_by(folder, script) and moment()), pause=0.005)
+        faults.wait_for(
+            lambda: driver.poll() is not None or (faults.started_by(folder, script) and moment()), pause=0.005
+        )
         for pid in faults.started_by(folder, script):
             os.kill(pid, 9)
         assert driver.wait(timeout=120) == 1
         said = log.read_text()
-        assert told in said and "to continue: bash run_loop.sh" in said and "Traceback" not in said.split("\n---\n")[-1], said
+        assert (
+            told in said
+            and "to continue: bash run_loop.sh" in said
+            and "Traceback" not in said.split("\n---\n")[-1]
+        ), said
         assert not faults.started_by(folder)
         return 1
 
@@ -65,14 +81,26 @@ def test_a_loop_killed_at_every_stage_ends_as_an_undisturbed_one(undisturbed, tm
         time.sleep(delay)
         return faults.kill(driver, whole)
 
-    kills += under_the_driver("generation/get_hf2.py", lambda: partial.exists() and partial.stat().st_size, "error: generation shard 0 ended with status 137")
+    kills += under_the_driver(
+        "generation/get_hf2.py",
+        lambda: partial.exists() and partial.stat().st_size,
+        "error: generation shard 0 ended with status 137",
+    )
     with open(partial, "ab") as file:
         file.write(b'{"id": "torn", "respon')  # what a kill in the middle of a write leaves
     kills += driver_alone("generation/get_hf2.py", moments.uniform(0, 12), whole=False)
     kills += driver_alone("annotate_data/get_rewards.py", moments.uniform(0, 2), whole=True)
-    kills += under_the_driver("annotate_data/get_rewards.py", after(moments.uniform(0, 2)), "error: annotation ended with status 137")
+    kills += under_the_driver(
+        "annotate_data/get_rewards.py",
+        after(moments.uniform(0, 2)),
+        "error: annotation ended with status 137",
+    )
     log = folder / "iter1/logs/train.log"
-    kills += under_the_driver("dpo_iteration/run_dpo.py", lambda: log.exists() and "training on" in log.read_text(), "error: training ended with status")
+    kills += under_the_driver(
+        "dpo_iteration/run_dpo.py",
+        lambda: log.exists() and "training on" in log.read_text(),
+        "error: training ended with status",
+    )
     end = faults.loop(folder, *settings)
     assert end.returncode == 0, end.stderr
     print(f"{kills} kills")
@@ -118,7 +146,9 @@ def many_prompts(path, count):
 def reached(killer, kills, *more):
     """Kill, and count: `kills` met a living process, and of more than a few some fell into each phase."""
     killer.reach(kills, *more)
-    assert sum(killer.counts.values()) >= kills and (kills < 20 or all(killer.counts[phase] >= 2 for phase in faults.PHASES)), killer
+    assert sum(killer.counts.values()) >= kills and (
+        kills < 20 or all(killer.counts[phase] >= 2 for phase in faults.PHASES)
+    ), killer
 
 
 @LONG
@@ -127,10 +157,36 @@ def test_a_killed_engine_loses_and_doubles_nothing(tmp_path):
 
     def command(output):
         prefix = str(output).removesuffix("0.jsonl")
-        return [VLLM, "generation/get_hf2.py", "--model_name_or_path", "tiny/built/policy", "--dataset_name_or_path", prompts, "--output_dir", prefix,
-                "--K", 4, "--max_input_length", 64, "--max_new_tokens", 32, "--dtype", "float32", "--kv_cache_gib", 0.25, "--max_num_seqs", 8]  # fmt: skip
+        return [
+            VLLM,
+            "generation/get_hf2.py",
+            "--model_name_or_path",
+            "tiny/built/policy",
+            "--dataset_name_or_path",
+            prompts,
+            "--output_dir",
+            prefix,
+            "--K",
+            4,
+            "--max_input_length",
+            64,
+            "--max_new_tokens",
+            32,
+            "--dtype",
+            "float32",
+            "--kv_cache_gib",
+            0.25,
+            "--max_num_seqs",
+            8,
+        ]
 
-    killer = faults.Killer(command, tmp_path, start=15, step=12_000, check=lambda output: faults.same_answers(output, tmp_path / "whole0.jsonl", 4))
+    killer = faults.Killer(
+        command,
+        tmp_path,
+        start=15,
+        step=12_000,
+        check=lambda output: faults.same_answers(output, tmp_path / "whole0.jsonl", 4),
+    )
     killer.end(tmp_path / "whole0.jsonl")
     reached(killer, faults.share(MANY["engine"]))
 
@@ -139,9 +195,22 @@ def test_a_killed_engine_loses_and_doubles_nothing(tmp_path):
 def real_server(tmp_path_factory):
     """The port of a living server of the tiny policy."""
     folder, port = tmp_path_factory.mktemp("server"), faults.free_ports()
-    variables = {"python": VLLM, "port": port, "max_model_len": 96, "dtype": "float32", "kv_cache_gib": 0.25, "state_dir": folder, "deadline": 400}
+    variables = {
+        "python": VLLM,
+        "port": port,
+        "max_model_len": 96,
+        "dtype": "float32",
+        "kv_cache_gib": 0.25,
+        "state_dir": folder,
+        "deadline": 400,
+    }
     command = [f"{key}={value}" for key, value in variables.items()]
-    end = subprocess.run(["env", *command, "bash", "generation/register_server.sh", "tiny/built/policy"], cwd=faults.ROOT, capture_output=True, text=True)
+    end = subprocess.run(
+        ["env", *command, "bash", "generation/register_server.sh", "tiny/built/policy"],
+        cwd=faults.ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert end.returncode == 0, end.stderr
     yield port
     subprocess.run(["bash", "generation/register_server.sh", "stop", folder], cwd=faults.ROOT, check=True)
@@ -149,14 +218,38 @@ def real_server(tmp_path_factory):
 
 def client(port, prompts):
     """A function from an output to the command that asks the server for it."""
-    return lambda output: [VLLM, "generation/gen_hf.py", "--ports", port, "--tokenizer", "tiny/built/policy", "--dataset_name_or_path", prompts,
-                           "--output_dir", output, "--K", 4, "--max_input_length", 64, "--max_new_tokens", 32, "--concurrency", 4]  # fmt: skip
+    return lambda output: [
+        VLLM,
+        "generation/gen_hf.py",
+        "--ports",
+        port,
+        "--tokenizer",
+        "tiny/built/policy",
+        "--dataset_name_or_path",
+        prompts,
+        "--output_dir",
+        output,
+        "--K",
+        4,
+        "--max_input_length",
+        64,
+        "--max_new_tokens",
+        32,
+        "--concurrency",
+        4,
+    ]
 
 
 @LONG
 def test_a_client_killed_at_a_living_server_loses_and_doubles_nothing(tmp_path, real_server):
     command = client(real_server, many_prompts(tmp_path / "p.jsonl", 600))
-    killer = faults.Killer(command, tmp_path, start=6, step=1_500, check=lambda output: faults.same_answers(output, tmp_path / "whole0.jsonl", 4))
+    killer = faults.Killer(
+        command,
+        tmp_path,
+        start=6,
+        step=1_500,
+        check=lambda output: faults.same_answers(output, tmp_path / "whole0.jsonl", 4),
+    )
     killer.end(tmp_path / "whole0.jsonl")
     reached(killer, faults.share(MANY["client"]))
 
@@ -164,7 +257,13 @@ def test_a_client_killed_at_a_living_server_loses_and_doubles_nothing(tmp_path, 
 def test_a_killed_client_loses_and_doubles_nothing(tmp_path):
     with faults.Stub(pause=0.1) as stub:
         command = client(stub.port, many_prompts(tmp_path / "p.jsonl", 60))
-        killer = faults.Killer(command, tmp_path, start=4, step=4_000, check=lambda output: faults.same_answers(output, tmp_path / "whole0.jsonl", 4))
+        killer = faults.Killer(
+            command,
+            tmp_path,
+            start=4,
+            step=4_000,
+            check=lambda output: faults.same_answers(output, tmp_path / "whole0.jsonl", 4),
+        )
         killer.end(tmp_path / "whole0.jsonl")
         reached(killer, 3, (1 / 3, 1 / 3))
 
@@ -179,10 +278,26 @@ def test_a_killed_annotation_loses_and_doubles_nothing(undisturbed, tmp_path, ki
             file.writelines(json.dumps(record | {"id": f"{record['id']}-{i}"}) + "\n" for record in answers)
 
     def command(output):
-        return [VLLM, "annotate_data/get_rewards.py", "--reward_name_or_path", "tiny/built/reward_model", "--dataset_name_or_path", generated,
-                "--output_dir", output, "--batch_tokens", 256]  # fmt: skip
+        return [
+            VLLM,
+            "annotate_data/get_rewards.py",
+            "--reward_name_or_path",
+            "tiny/built/reward_model",
+            "--dataset_name_or_path",
+            generated,
+            "--output_dir",
+            output,
+            "--batch_tokens",
+            256,
+        ]
 
-    killer = faults.Killer(command, tmp_path, start=9, step=3_000, check=lambda output: faults.same_answers(output, tmp_path / "whole0.jsonl", 4))
+    killer = faults.Killer(
+        command,
+        tmp_path,
+        start=9,
+        step=3_000,
+        check=lambda output: faults.same_answers(output, tmp_path / "whole0.jsonl", 4),
+    )
     killer.end(tmp_path / "whole0.jsonl")
     reached(killer, kills, (1 / 3, 1 / 3) if kills == 3 else (0.25, 0.6))
 
@@ -199,18 +314,59 @@ def stages(undisturbed, tmp_path):
     with faults.Stub(pause=0) as stub:
         yield lambda folder: {
             "client": client(stub.port, run.parent / "prompts.jsonl")(folder / "generated.jsonl"),
-            "merge": [sys.executable, "generation/merge_data.py", "--base_path", tmp_path / "shard", "--num_datasets", 1, "--output_dir", folder / "m.jsonl"],
-            "annotation": [VLLM, "annotate_data/get_rewards.py", "--reward_name_or_path", "tiny/built/reward_model", "--dataset_name_or_path",
-                           run / "iter1/generated.jsonl", "--output_dir", folder / "rewarded.jsonl"],
-            "training": [sys.executable, "dpo_iteration/run_dpo.py", run / "iter1/train.yaml", "--output_dir", folder / "model", "--pairs_path",
-                         folder / "pairs.jsonl", "--max_steps", 1],
-            "engine": [VLLM, "generation/get_hf2.py", "--model_name_or_path", "tiny/built/policy", "--dataset_name_or_path", run.parent / "prompts.jsonl",
-                       "--output_dir", f"{folder}/shard"],
-        }  # fmt: skip
+            "merge": [
+                sys.executable,
+                "generation/merge_data.py",
+                "--base_path",
+                tmp_path / "shard",
+                "--num_datasets",
+                1,
+                "--output_dir",
+                folder / "m.jsonl",
+            ],
+            "annotation": [
+                VLLM,
+                "annotate_data/get_rewards.py",
+                "--reward_name_or_path",
+                "tiny/built/reward_model",
+                "--dataset_name_or_path",
+                run / "iter1/generated.jsonl",
+                "--output_dir",
+                folder / "rewarded.jsonl",
+            ],
+            "training": [
+                sys.executable,
+                "dpo_iteration/run_dpo.py",
+                run / "iter1/train.yaml",
+                "--output_dir",
+                folder / "model",
+                "--pairs_path",
+                folder / "pairs.jsonl",
+                "--max_steps",
+                1,
+            ],
+            "engine": [
+                VLLM,
+                "generation/get_hf2.py",
+                "--model_name_or_path",
+                "tiny/built/policy",
+                "--dataset_name_or_path",
+                run.parent / "prompts.jsonl",
+                "--output_dir",
+                f"{folder}/shard",
+            ],
+        }
 
 
 def ended(command, **options):
-    return subprocess.run([str(part) for part in command], cwd=faults.ROOT, capture_output=True, text=True, check=False, **options)
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=faults.ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        **options,
+    )
 
 
 def is_one_line(end):
@@ -222,23 +378,36 @@ def is_one_line(end):
 @pytest.mark.parametrize("stage, kib, output", [
     ("client", 4, "generated.jsonl"), ("merge", 4, "m.jsonl"), ("annotation", 4, "rewarded.jsonl"),
 ])  # fmt: skip
-def test_a_full_disk_is_one_line_and_the_next_start_goes_on(stages, undisturbed, tmp_path, stage, kib, output):
+def test_a_full_disk_is_one_line_and_the_next_start_goes_on(
+    stages, undisturbed, tmp_path, stage, kib, output
+):
     command = stages(tmp_path / "out")[stage]
-    limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (kib * 1024, resource.RLIM_INFINITY))}
+    limit = {
+        "preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (kib * 1024, resource.RLIM_INFINITY))
+    }
     end = ended(command, **limit)
-    assert is_one_line(end) and "too large" in end.stderr.lower() and f"{tmp_path}/out/{output}" in end.stderr, end.stderr
+    assert (
+        is_one_line(end) and "too large" in end.stderr.lower() and f"{tmp_path}/out/{output}" in end.stderr
+    ), end.stderr
     assert not (tmp_path / "out" / output).exists()
     end = ended(command)
     assert end.returncode == 0, end.stderr
     assert stage == "merge" or "continuing" in end.stdout or stage == "annotation"
     made = faults.records(tmp_path / "out" / output)
-    assert [r["id"] for r in made] == [r["id"] for r in faults.records(undisturbed[0] / "iter1/generated.jsonl")]
+    assert [r["id"] for r in made] == [
+        r["id"] for r in faults.records(undisturbed[0] / "iter1/generated.jsonl")
+    ]
 
 
 def test_training_on_a_full_disk_is_one_line_and_the_next_start_goes_on(stages, tmp_path):
     command = stages(tmp_path / "out")["training"]
-    end = ended(command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000 * 1024, resource.RLIM_INFINITY)))
-    assert is_one_line(end) and "a size limit is reached" in end.stderr and "too large" in end.stderr.lower(), end.stderr
+    end = ended(
+        command,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000 * 1024, resource.RLIM_INFINITY)),
+    )
+    assert (
+        is_one_line(end) and "a size limit is reached" in end.stderr and "too large" in end.stderr.lower()
+    ), end.stderr
     manifest = tmp_path / "out/model.manifest.json"
     assert not json.loads(manifest.read_text())["complete"]
     end = ended(command)
@@ -250,7 +419,12 @@ def closed(tmp_path):
     """A folder that cannot be written, by root neither."""
     folder = tmp_path / "closed"
     folder.mkdir(mode=0o555)
-    if os.access(folder, os.W_OK) and subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", folder], capture_output=True).returncode:
+    if (
+        os.access(folder, os.W_OK)
+        and subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", folder], capture_output=True
+        ).returncode
+    ):
         pytest.skip("neither permissions nor mounts can be set here")
     yield folder
     subprocess.run(["umount", folder], capture_output=True)
@@ -273,4 +447,8 @@ def test_a_torn_input_is_named_before_anything_runs(tmp_path):
     with open(tmp_path / "prompts.jsonl", "ab") as file:
         file.write(b'{"context_messages": [{"role": "us')
     end = faults.loop(tmp_path / "run", *settings, "--check")
-    assert end.returncode == 2 and "prompts.jsonl line 25 is torn" in end.stderr and not Path(tmp_path / "run/loop.yaml").exists(), end.stderr
+    assert (
+        end.returncode == 2
+        and "prompts.jsonl line 25 is torn" in end.stderr
+        and not Path(tmp_path / "run/loop.yaml").exists()
+    ), end.stderr

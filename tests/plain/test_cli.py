@@ -48,24 +48,47 @@ def test_defaults_then_yaml_then_command_line(tmp_path):
     assert args("--model", "m").ports is not args("--model", "m").ports
 
 
-@pytest.mark.parametrize("argv, field, value", [
-    (["--lr", "5e-7"], "lr", 5e-7), (["--lr", "1"], "lr", 1.0), (["--steps", "-1"], "steps", -1), (["--steps=7"], "steps", 7),
-    (["--packed"], "packed", True), (["--packed", "false"], "packed", False), (["--packed", "0"], "packed", False),
-    (["--ports", "1", "2"], "ports", [1, 2]), (["--ports"], "ports", []), (["--ports", "[1, 2]"], "ports", [1, 2]), (["--limit", "5"], "limit", 5),
-    (["--limit", "none"], "limit", None), (["--more", '{"a": false}'], "more", {"a": False}), (["--mode", "b"], "mode", "b"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv, field, value",
+    [
+        (["--lr", "5e-7"], "lr", 5e-7),
+        (["--lr", "1"], "lr", 1.0),
+        (["--steps", "-1"], "steps", -1),
+        (["--steps=7"], "steps", 7),
+        (["--packed"], "packed", True),
+        (["--packed", "false"], "packed", False),
+        (["--packed", "0"], "packed", False),
+        (["--ports", "1", "2"], "ports", [1, 2]),
+        (["--ports"], "ports", []),
+        (["--ports", "[1, 2]"], "ports", [1, 2]),
+        (["--limit", "5"], "limit", 5),
+        (["--limit", "none"], "limit", None),
+        (["--more", '{"a": false}'], "more", {"a": False}),
+        (["--mode", "b"], "mode", "b"),
+    ],
+)
 def test_types(argv, field, value):
     got = getattr(args("--model", "m", *argv), field)
     assert got == value and type(got) is type(value)
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["--lr", "fast"], ["--lr", "'fast'", "a number"]), (["--steps", "1.5"], ["--steps", "whole number"]),
-    (["--packed", "perhaps"], ["true or false"]), (["--ports", "a"], ["--ports", "'a'"]), (["--more", "[1]"], ["mapping"]),
-    (["--more", "{"], ["mapping"]), (["--mode", "c"], ["'c'", "a, b"]), (["--step", "3"], ["--step", "did you mean '--steps'"]),
-    (["--stepz=3"], ["--stepz", "'--steps'"]), (["--zzzzzz", "3"], ["unknown argument --zzzzzz"]), (["--steps"], ["--steps"]),
-    (["no_such.yaml"], ["no_such.yaml"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--lr", "fast"], ["--lr", "'fast'", "a number"]),
+        (["--steps", "1.5"], ["--steps", "whole number"]),
+        (["--packed", "perhaps"], ["true or false"]),
+        (["--ports", "a"], ["--ports", "'a'"]),
+        (["--more", "[1]"], ["mapping"]),
+        (["--more", "{"], ["mapping"]),
+        (["--mode", "c"], ["'c'", "a, b"]),
+        (["--step", "3"], ["--step", "did you mean '--steps'"]),
+        (["--stepz=3"], ["--stepz", "'--steps'"]),
+        (["--zzzzzz", "3"], ["unknown argument --zzzzzz"]),
+        (["--steps"], ["--steps"]),
+        (["no_such.yaml"], ["no_such.yaml"]),
+    ],
+)
 def test_refusals(argv, words):
     message = refusal("--model", "m", *argv)
     for word in words:
@@ -94,49 +117,95 @@ class Settings:
     sections = {"generation": Sampling, "heldout": Sampling, "training_args": lambda: Training}
 
 
-@pytest.mark.parametrize("text, argv, told", [
-    ("", ["--training_args.betta", "1"], "unknown argument --training_args.betta, did you mean '--training_args.beta'?"),
-    ("", ["--training_args", '{"betta": 1}'], "unknown argument --training_args.betta, did you mean '--training_args.beta'?"),
-    ("training_args: {betta: 1}", [], "unknown key 'betta' in training_args of {}, did you mean 'beta'?"),
-    ("", ["--training_args.beta", "small"], "--training_args.beta: 'small' is not a number"),
-    ("training_args: {beta: small}", [], "training_args.beta in {}: 'small' is not a number"),
-    ("training_args: {way: old}", [], "training_args.way in {}: 'old' is not one of new, all"),
-    ("generation: {k: 4}", [], "unknown key 'k' in generation of {}, did you mean 'K'?"),
-    ("generation: {beta: 4}", [], "unknown key 'beta' in generation of {}, did you mean training_args.beta?"),
-    ("heldout: {rounds: 4}", [], "unknown key 'rounds' in heldout of {}, did you mean rounds?"),
-    ("heldout: {zzz: 4}", [], "unknown key 'zzz' in heldout of {}"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, argv, told",
+    [
+        (
+            "",
+            ["--training_args.betta", "1"],
+            "unknown argument --training_args.betta, did you mean '--training_args.beta'?",
+        ),
+        (
+            "",
+            ["--training_args", '{"betta": 1}'],
+            "unknown argument --training_args.betta, did you mean '--training_args.beta'?",
+        ),
+        ("training_args: {betta: 1}", [], "unknown key 'betta' in training_args of {}, did you mean 'beta'?"),
+        ("", ["--training_args.beta", "small"], "--training_args.beta: 'small' is not a number"),
+        ("training_args: {beta: small}", [], "training_args.beta in {}: 'small' is not a number"),
+        ("training_args: {way: old}", [], "training_args.way in {}: 'old' is not one of new, all"),
+        ("generation: {k: 4}", [], "unknown key 'k' in generation of {}, did you mean 'K'?"),
+        (
+            "generation: {beta: 4}",
+            [],
+            "unknown key 'beta' in generation of {}, did you mean training_args.beta?",
+        ),
+        ("heldout: {rounds: 4}", [], "unknown key 'rounds' in heldout of {}, did you mean rounds?"),
+        ("heldout: {zzz: 4}", [], "unknown key 'zzz' in heldout of {}"),
+    ],
+)
 def test_what_is_wrong_in_a_section_is_said_where_it_was_written(tmp_path, text, argv, told):
     config = tmp_path / "c.yaml"
     config.write_text(text + "\nrounds: 3\n")
     got = parse(Settings, "", [str(config), *argv])
-    assert got.problems == [told.format(config)] and (got.rounds, got.generation, got.heldout, got.training_args) == (3, {}, {}, {})
+    assert got.problems == [told.format(config)] and (
+        got.rounds,
+        got.generation,
+        got.heldout,
+        got.training_args,
+    ) == (3, {}, {}, {})
 
 
 def test_all_that_is_wrong_in_sections_is_told_and_what_is_right_is_kept(tmp_path):
-    got = parse(Settings, "", ["--generation.k", "4", "--generation.K", "2", "--training_args.betta", "1", "--training_args.beta", "0.2"])
+    got = parse(
+        Settings,
+        "",
+        [
+            "--generation.k",
+            "4",
+            "--generation.K",
+            "2",
+            "--training_args.betta",
+            "1",
+            "--training_args.beta",
+            "0.2",
+        ],
+    )
     assert len(got.problems) == 2 and got.generation == {"K": 2} and got.training_args == {"beta": 0.2}
 
 
-@pytest.mark.parametrize("key, meant", [("K", "generation.K"), ("k", "generation.K"), ("Beta", "training_args.beta"), ("Rounds", "'rounds'")])
+@pytest.mark.parametrize(
+    "key, meant",
+    [("K", "generation.K"), ("k", "generation.K"), ("Beta", "training_args.beta"), ("Rounds", "'rounds'")],
+)
 def test_a_key_outside_its_section_is_told_the_section(tmp_path, key, meant):
     config = tmp_path / "c.yaml"
     config.write_text(f"{key}: 4\n")
     for argv, lead in (([str(config)], ""), ([f"--{key}", "4"], "--")):
         with pytest.raises(UserError) as caught:
             parse(Settings, "", argv)
-        assert str(caught.value).endswith(f", did you mean {meant[:1] + lead + meant[1:] if meant[0] == chr(39) else lead + meant}?"), str(caught.value)
+        assert str(caught.value).endswith(
+            f", did you mean {meant[:1] + lead + meant[1:] if meant[0] == chr(39) else lead + meant}?"
+        ), str(caught.value)
 
 
 def test_a_missing_argument_says_what_it_is():
     assert "--model" in refusal() and "the model" in refusal()
 
 
-@pytest.mark.parametrize("text, words", [
-    ("stepz: 3\n", ["'stepz'", "'steps'"]), ("model: m\nsteps: 1.5\n", ["steps", "whole number"]), ("- a\n", ["list"]),
-    ("model: [\n", ["not valid YAML", "line"]), ("model: m\nlr: true\n", ["lr"]), ("model: m\nsteps: null\n", ["steps in", "needs a value"]),
-    ("model: m\nmode: z\n", ["a, b"]), ("model: {a: 1}\n", ["model"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("stepz: 3\n", ["'stepz'", "'steps'"]),
+        ("model: m\nsteps: 1.5\n", ["steps", "whole number"]),
+        ("- a\n", ["list"]),
+        ("model: [\n", ["not valid YAML", "line"]),
+        ("model: m\nlr: true\n", ["lr"]),
+        ("model: m\nsteps: null\n", ["steps in", "needs a value"]),
+        ("model: m\nmode: z\n", ["a, b"]),
+        ("model: {a: 1}\n", ["model"]),
+    ],
+)
 def test_yaml_refusals(tmp_path, text, words):
     config = tmp_path / "c.yaml"
     config.write_text(text)
@@ -176,20 +245,38 @@ SCRIPT = textwrap.dedent("""
 """)
 
 
-@pytest.mark.parametrize("how, status, lines", [
-    ("well", 0, []), ("refused", 2, ["error: no; do that"]), ("stopped", 130, ["stopped; start the same command again to continue"]),
-    ("full", 2, ["error: No space left on device; what is on disk is kept, start the same command again after mending it"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "how, status, lines",
+    [
+        ("well", 0, []),
+        ("refused", 2, ["error: no; do that"]),
+        ("stopped", 130, ["stopped; start the same command again to continue"]),
+        (
+            "full",
+            2,
+            [
+                "error: No space left on device; what is on disk is kept, start the same command again after "
+                "mending it"
+            ],
+        ),
+    ],
+)
 def test_how_a_script_ends(repo, how, status, lines):
-    end = subprocess.run([sys.executable, "-c", SCRIPT, "--how", how], cwd=repo, capture_output=True, text=True)
+    end = subprocess.run(
+        [sys.executable, "-c", SCRIPT, "--how", how], cwd=repo, capture_output=True, text=True
+    )
     assert (end.returncode, end.stderr.splitlines()) == (status, lines)
 
 
 def test_a_bug_keeps_its_traceback_and_other_ranks_are_silent(repo, monkeypatch):
-    end = subprocess.run([sys.executable, "-c", SCRIPT, "--how", "bug"], cwd=repo, capture_output=True, text=True)
+    end = subprocess.run(
+        [sys.executable, "-c", SCRIPT, "--how", "bug"], cwd=repo, capture_output=True, text=True
+    )
     assert end.returncode == 1 and "Traceback" in end.stderr
     monkeypatch.setenv("RANK", "1")
-    end = subprocess.run([sys.executable, "-c", SCRIPT, "--how", "stopped"], cwd=repo, capture_output=True, text=True)
+    end = subprocess.run(
+        [sys.executable, "-c", SCRIPT, "--how", "stopped"], cwd=repo, capture_output=True, text=True
+    )
     assert (end.returncode, end.stderr) == (130, "")
 
 
@@ -205,7 +292,16 @@ def test_an_error_of_all_ranks_is_told_once_however_late_rank_0_is(repo, tmp_pat
         "    raise cli.UserError('no; do that')\n"
         "cli.run(main)\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", script]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "0",
+        script,
+    ]
     end = subprocess.run(command, capture_output=True, text=True)
     assert end.returncode != 0 and end.stderr.splitlines().count("error: no; do that") == 1
 
@@ -213,7 +309,9 @@ def test_an_error_of_all_ranks_is_told_once_however_late_rank_0_is(repo, tmp_pat
 def test_an_error_of_one_rank_alone_is_told_by_it(repo, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     script = SCRIPT.replace("run(main)", "import common.cli; common.cli.ERROR_SECONDS = 0.1; run(main)")
-    end = subprocess.run([sys.executable, "-c", script, "--how", "refused"], cwd=repo, capture_output=True, text=True)
+    end = subprocess.run(
+        [sys.executable, "-c", script, "--how", "refused"], cwd=repo, capture_output=True, text=True
+    )
     assert (end.returncode, end.stderr) == (2, "error: no; do that\n")
 
 
@@ -250,7 +348,13 @@ def test_a_key_given_twice(tmp_path, text, named):
 
 
 def test_a_missing_file_is_offered_what_can_be_meant(tmp_path):
-    for name in ("mine/prompts.jsonl", "mine/heldout.jsonl", "mine/notes.txt", "other/gen_7_2_all.jsonl", "other/base.yaml"):
+    for name in (
+        "mine/prompts.jsonl",
+        "mine/heldout.jsonl",
+        "mine/notes.txt",
+        "other/gen_7_2_all.jsonl",
+        "other/base.yaml",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
 
@@ -260,7 +364,9 @@ def test_a_missing_file_is_offered_what_can_be_meant(tmp_path):
         return str(caught.value).split(str(tmp_path / name), 1)[1].replace(f"{tmp_path}/", "")
 
     assert refused("mine/heldot.jsonl") == "; there is mine/heldout.jsonl"
-    assert refused("mine/nothing.jsonl") == "; there are mine/heldout.jsonl, mine/prompts.jsonl"  # neither is alike
+    assert (
+        refused("mine/nothing.jsonl") == "; there are mine/heldout.jsonl, mine/prompts.jsonl"
+    )  # neither is alike
     assert refused("mine/nothing.jsonl", tmp_path / "mine/prompts.jsonl") == "; there is mine/heldout.jsonl"
     assert refused("mine/prompt.jsonl", tmp_path / "mine/prompts.jsonl") == "; there is mine/heldout.jsonl"
     assert refused("othr/base.yaml") == refused("mine/base.yml") == "; there is other/base.yaml"
@@ -275,12 +381,23 @@ def test_values_are_called_by_their_meaning(capsys):
     with pytest.raises(SystemExit):
         parse(Arguments, "", ["--help"])
     said = capsys.readouterr().out
-    for shown in ("--model NAME", "--lr X", "--packed [true|false]", "--ports N ...", "--more JSON", "--mode a|b"):
+    for shown in (
+        "--model NAME",
+        "--lr X",
+        "--packed [true|false]",
+        "--ports N ...",
+        "--more JSON",
+        "--mode a|b",
+    ):
         assert f"  {shown} " in said or f"  {shown}\n" in said, said
 
 
 def scripts():
-    return [path for path in sorted(ROOT.glob("*/*.py")) if "__main__" in path.read_text(encoding="utf-8") and path.parent.name != "tests"]
+    return [
+        path
+        for path in sorted(ROOT.glob("*/*.py"))
+        if "__main__" in path.read_text(encoding="utf-8") and path.parent.name != "tests"
+    ]
 
 
 def test_help_prints_each_scripts_text_as_it_is_written():
@@ -292,14 +409,23 @@ def test_help_prints_each_scripts_text_as_it_is_written():
 
 
 def test_help_of_a_script_shows_its_example_in_lines():
-    done = subprocess.run([sys.executable, ROOT / "generation/get_hf2.py", "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "generation/get_hf2.py", "--help"], capture_output=True, text=True, check=True
+    )
     assert " \\\n        --dataset_name_or_path" in done.stdout
 
 
-@pytest.mark.parametrize("number, one, many, text", [
-    (1, "response", None, "1 response"), (2, "response", None, "2 responses"), (0, "process", None, "0 processes"), (1, "process", None, "1 process"),
-    (2, "entry", "entries", "2 entries"), (3, "prompt is", "prompts are", "3 prompts are"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "number, one, many, text",
+    [
+        (1, "response", None, "1 response"),
+        (2, "response", None, "2 responses"),
+        (0, "process", None, "0 processes"),
+        (1, "process", None, "1 process"),
+        (2, "entry", "entries", "2 entries"),
+        (3, "prompt is", "prompts are", "3 prompts are"),
+    ],
+)
 def test_counts_agree_with_their_nouns(number, one, many, text):
     assert count(number, one, many) == text
 
@@ -308,22 +434,50 @@ def test_counts_agree_with_their_nouns(number, one, many, text):
 MISSING = [
     (ModuleNotFoundError("No module named 'flash_attn'", name="flash_attn.ops"), "pip install flash-attn"),
     (ModuleNotFoundError("No module named 'google'", name="google.protobuf"), "pip install protobuf"),
-    (ModuleNotFoundError("No module named 'surely_not_there'", name="surely_not_there.part"), "pip install what brings surely_not_there.part"),
+    (
+        ModuleNotFoundError("No module named 'surely_not_there'", name="surely_not_there.part"),
+        "pip install what brings surely_not_there.part",
+    ),
     (ModuleNotFoundError("No module named 'common.nothing'", name="common.nothing"), ""),  # a bug of ours
     (ImportError("cannot import name 'Cache' from 'json'"), ""),
-    (ImportError("This modeling file requires the following packages that were not found in your environment: einops, sure_not. "
-                 "Run `pip install einops sure_not`"),
-     "pip install einops"),
-    (ImportError("\nLlamaTokenizer requires the SentencePiece library but it was not found in your environment. Check out the instructions"),
-     "pip install sentencepiece"),
-    (ImportError("FlashAttention2 has been toggled on, but it cannot be used due to the following error: "
-                 "the package for FlashAttention2 doesn't seem to be installed."),
-     "pip install flash-attn"),
-    (ImportError("You need to install `bitsandbytes` in order to use bitsandbytes optimizers: `pip install -U bitsandbytes`"), "pip install bitsandbytes"),
-    (ValueError("Couldn't instantiate the backend tokenizer. You need to have sentencepiece or tiktoken installed"), "pip install sentencepiece tiktoken"),
+    (
+        ImportError(
+            "This modeling file requires the following packages that were not found in your environment: "
+            "einops, sure_not. "
+            "Run `pip install einops sure_not`"
+        ),
+        "pip install einops",
+    ),
+    (
+        ImportError(
+            "\nLlamaTokenizer requires the SentencePiece library but it was not found in your environment. "
+            "Check out the instructions"
+        ),
+        "pip install sentencepiece",
+    ),
+    (
+        ImportError(
+            "FlashAttention2 has been toggled on, but it cannot be used due to the following error: "
+            "the package for FlashAttention2 doesn't seem to be installed."
+        ),
+        "pip install flash-attn",
+    ),
+    (
+        ImportError(
+            "You need to install `bitsandbytes` in order to use bitsandbytes optimizers: `pip install -U "
+            "bitsandbytes`"
+        ),
+        "pip install bitsandbytes",
+    ),
+    (
+        ValueError(
+            "Couldn't instantiate the backend tokenizer. You need to have sentencepiece or tiktoken installed"
+        ),
+        "pip install sentencepiece tiktoken",
+    ),
     (ValueError("the CUDA kernels require more memory"), ""),
     (RuntimeError("mistral-common is not installed"), "pip install mistral-common"),
-]  # fmt: skip
+]
 
 
 @pytest.fixture
@@ -346,7 +500,12 @@ def test_a_missing_package_is_one_line(error, remedy, bare, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.run(wrapped)
     said = capsys.readouterr().err
-    assert ended.value.code == 2 and said.count("\n") == 1 and said.startswith("error: cannot load this/model") and said.endswith(remedy + "\n")
+    assert (
+        ended.value.code == 2
+        and said.count("\n") == 1
+        and said.startswith("error: cannot load this/model")
+        and said.endswith(remedy + "\n")
+    )
 
     def bare_error():
         raise error
@@ -355,7 +514,9 @@ def test_a_missing_package_is_one_line(error, remedy, bare, capsys):
         with pytest.raises(SystemExit) as ended:
             cli.run(bare_error)
         said = capsys.readouterr().err
-        assert ended.value.code == 2 and said.count("\n") == 1 and said.startswith("error: ") and remedy in said
+        assert (
+            ended.value.code == 2 and said.count("\n") == 1 and said.startswith("error: ") and remedy in said
+        )
     else:
         with pytest.raises(type(error)):
             cli.run(bare_error)
@@ -377,7 +538,9 @@ def model(tmp_path):
 
 def sharded(folder, *there):
     (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}}')
+    (folder / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}}'
+    )
     for name in there:
         (folder / name).write_bytes(b"weights")
 
@@ -394,16 +557,33 @@ def checkpoint(folder, *states):
         (folder / name).write_bytes(b"")
 
 
-@pytest.mark.parametrize(("change", "told"), [
-    (adapter, r"is an adapter \(LoRA\), no model: merge it into owner/base first"),
-    (lambda f: (adapter(f), (f / "config.json").unlink()), r"is an adapter \(LoRA\), no model: merge it into owner/base first"),
-    (lambda f: (f / "adapter_config.json").write_text("{}"), "holds a whole model and an adapter"),
-    (lambda f: (f / "config.json").unlink(), "without config.json"),
-    (lambda f: checkpoint(f, "global_step20"), "without whole weights; .*zero_to_fp32.py"),
-    (lambda f: checkpoint(f, "pytorch_model_fsdp_0"), "without whole weights; .*accelerate merge-weights"),
-    (lambda f: sharded(f, "model-2-of-2.safetensors"), "lacks 1 of the 2 files of its weights, model-1-of-2.safetensors for one"),
-    (lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"), "git lfs pull"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (adapter, r"is an adapter \(LoRA\), no model: merge it into owner/base first"),
+        (
+            lambda f: (adapter(f), (f / "config.json").unlink()),
+            r"is an adapter \(LoRA\), no model: merge it into owner/base first",
+        ),
+        (lambda f: (f / "adapter_config.json").write_text("{}"), "holds a whole model and an adapter"),
+        (lambda f: (f / "config.json").unlink(), "without config.json"),
+        (lambda f: checkpoint(f, "global_step20"), "without whole weights; .*zero_to_fp32.py"),
+        (
+            lambda f: checkpoint(f, "pytorch_model_fsdp_0"),
+            "without whole weights; .*accelerate merge-weights",
+        ),
+        (
+            lambda f: sharded(f, "model-2-of-2.safetensors"),
+            "lacks 1 of the 2 files of its weights, model-1-of-2.safetensors for one",
+        ),
+        (
+            lambda f: (f / "model.safetensors").write_text(
+                "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+            ),
+            "git lfs pull",
+        ),
+    ],
+)
 def test_what_is_no_whole_model_is_called_what_it_is(model, change, told):
     change(model)
     with pytest.raises(UserError, match=told) as error:

@@ -1,4 +1,6 @@
-"""Every YAML in configs/ against the script that reads it, and every command of the README against the scripts there are."""
+"""Every YAML in configs/ against the script that reads it, and every command of the README against the
+scripts there are.
+"""
 
 import re
 from pathlib import Path
@@ -25,7 +27,9 @@ def test_a_loop_config_is_accepted_by_every_stage(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     run = Run(build(LoopSettings, yaml.safe_load(path.read_text()), path.name))
     for i in range(1, run.settings.iterations + 1):
-        get_hf2.split_jobs(build(get_hf2.Arguments, run.generation(i - 1, [*run.heldout_jobs(i - 1), run.responses_job(i)])))
+        get_hf2.split_jobs(
+            build(get_hf2.Arguments, run.generation(i - 1, [*run.heldout_jobs(i - 1), run.responses_job(i)]))
+        )
         build(gen_hf.Arguments, run.client(i - 1, run.responses_job(i)))
         build(get_rewards.Arguments, run.annotation(run.rewarded_files(i, "annotate")))
         if run.settings.eval_reward_model:
@@ -48,24 +52,45 @@ def test_a_key_of_both_backends_takes_the_values_of_either(monkeypatch):
     monkeypatch.chdir(ROOT)
     for key, value in (("lr_scheduler_type", "polynomial"), ("num_episodes", "0.5"), ("value_coef", "null")):
         assert parse(PPOSettings, "", ["configs/ppo_tiny.yaml", f"--ppo.{key}", value]).problems == []
-    wrong = parse(PPOSettings, "", ["configs/ppo_tiny.yaml", "--ppo.lr_scheduler_type", "cosin", "--ppo.kl_estimator", "k4"])
-    assert [problem.partition(":")[0] for problem in wrong.problems] == ["--ppo.lr_scheduler_type", "--ppo.kl_estimator"]
+    wrong = parse(
+        PPOSettings,
+        "",
+        ["configs/ppo_tiny.yaml", "--ppo.lr_scheduler_type", "cosin", "--ppo.kl_estimator", "k4"],
+    )
+    assert [problem.partition(":")[0] for problem in wrong.problems] == [
+        "--ppo.lr_scheduler_type",
+        "--ppo.kl_estimator",
+    ]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("training*.yaml")), ids=lambda p: p.stem)
 def test_a_training_config_is_accepted_and_differs_from_the_recipe_where_it_says(path):
     recipe, values = (yaml.safe_load(p.read_text()) for p in (ROOT / "configs/training.yaml", path))
-    run_dpo.arguments({"model_name_or_path": "a/b", "train_dir": "r.jsonl", "output_dir": "out"} | values, path.name)
+    run_dpo.arguments(
+        {"model_name_or_path": "a/b", "train_dir": "r.jsonl", "output_dir": "out"} | values, path.name
+    )
     if path.stem in ("training_lora", "training_qlora"):
         assert f"dpo_iteration/run_dpo.py ./configs/{path.name}\n" in path.read_text()
-        assert {key for key in recipe if values.get(key, recipe[key]) != recipe[key]} == {"output_dir", "learning_rate"}
+        assert {key for key in recipe if values.get(key, recipe[key]) != recipe[key]} == {
+            "output_dir",
+            "learning_rate",
+        }
         assert values["load_in_4bit"] == (path.stem == "training_qlora")
 
 
-SCRIPTS = {"generation/get_hf2.py": get_hf2, "generation/gen_hf.py": gen_hf, "generation/merge_data.py": merge_data,
-           "annotate_data/get_rewards.py": get_rewards, "dpo_iteration/run_dpo.py": run_dpo, "report/metrics.py": metrics,
-           "report/divergence.py": divergence, "report/export_answers.py": export_answers, "report/evaluate_benchmarks.sh": evaluate_benchmarks,
-           "ppo/train_ppo.py": train_ppo, "ppo/run_openrlhf.py": run_openrlhf}  # fmt: skip
+SCRIPTS = {
+    "generation/get_hf2.py": get_hf2,
+    "generation/gen_hf.py": gen_hf,
+    "generation/merge_data.py": merge_data,
+    "annotate_data/get_rewards.py": get_rewards,
+    "dpo_iteration/run_dpo.py": run_dpo,
+    "report/metrics.py": metrics,
+    "report/divergence.py": divergence,
+    "report/export_answers.py": export_answers,
+    "report/evaluate_benchmarks.sh": evaluate_benchmarks,
+    "ppo/train_ppo.py": train_ppo,
+    "ppo/run_openrlhf.py": run_openrlhf,
+}
 
 
 def commands():

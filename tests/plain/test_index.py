@@ -36,7 +36,11 @@ def test_memory_does_not_grow_with_the_keys():
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     few, many = (
-        int(subprocess.run([sys.executable, "-c", code, count], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+        int(
+            subprocess.run(
+                [sys.executable, "-c", code, count], cwd=ROOT, capture_output=True, text=True, check=True
+            ).stdout
+        )
         for count in ("1000", "400000")
     )
     assert many - few < 30 * 1024

@@ -1,4 +1,6 @@
-"""Who is at work, on file systems that have locks, that refuse them, and in processes that were forked meanwhile."""
+"""Who is at work, on file systems that have locks, that refuse them, and in processes that were forked
+meanwhile.
+"""
 
 import errno
 import fcntl
@@ -47,7 +49,15 @@ def openrlhf(folder):
 def merge(folder):
     from generation import merge_data
 
-    sys.argv = ["merge_data.py", "--base_path", str(folder / "part"), "--output_dir", str(folder / "all.jsonl"), "--num_datasets", "1"]
+    sys.argv = [
+        "merge_data.py",
+        "--base_path",
+        str(folder / "part"),
+        "--output_dir",
+        str(folder / "all.jsonl"),
+        "--num_datasets",
+        "1",
+    ]
     merge_data.main()
 
 
@@ -78,7 +88,9 @@ def test_a_file_system_that_refuses_locks_is_no_other_process(folder, monkeypatc
     refuse(monkeypatch, name)
     take(folder)
     said = capsys.readouterr().out
-    assert said.count("refuses locks") == 1 and os.strerror(getattr(errno, name)) in said and str(folder) in said
+    assert (
+        said.count("refuses locks") == 1 and os.strerror(getattr(errno, name)) in said and str(folder) in said
+    )
 
 
 @pytest.mark.parametrize("take", TAKERS)
@@ -90,7 +102,9 @@ def test_a_lock_that_another_holds_is(folder, monkeypatch, take, name):
 
 
 def test_a_forked_process_does_not_hold_what_its_parent_locked(tmp_path):
-    """As vLLM's engine is forked: `kill -9` of the parent leaves it alive, and a second start must not wait for it."""
+    """As vLLM's engine is forked: `kill -9` of the parent leaves it alive, and a second start must not wait
+    for it.
+    """
     script = (
         f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n"
         "from common.manifest import Output\n"
@@ -112,26 +126,37 @@ def test_a_forked_process_does_not_hold_what_its_parent_locked(tmp_path):
             os.kill(child, signal.SIGKILL)
 
 
-HOLD = 'set -euo pipefail; source common/lock.sh; lock_file "$1" ${2:-} || { echo another; exit 2; }; echo mine; read -r || true'
+HOLD = (
+    'set -euo pipefail; source common/lock.sh; lock_file "$1" ${2:-} || { echo another; exit 2; }; echo '
+    "mine; read -r || true"
+)
 
 
 def bash(lock, *seconds, path=None):
     environment = os.environ | ({"PATH": f"{path}:{os.environ['PATH']}"} if path else {})
     return subprocess.Popen(
-        ["bash", "-c", HOLD, "bash", str(lock), *seconds], cwd=ROOT, env=environment, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        ["bash", "-c", HOLD, "bash", str(lock), *seconds],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 @pytest.fixture(params=[65, 71, 127])
 def without_locks(request, tmp_path):
-    """A folder with a `flock` that ends as the real one does on a file system without locks, or where it is not installed.
+    """A folder with a `flock` that ends as the real one does on a file system without locks, or where it is
+    not installed.
 
     A stand-in: such a file system cannot be mounted here.
     """
     folder = tmp_path / "bin"
     folder.mkdir()
-    (folder / "flock").write_text(f'#!/bin/sh\necho "flock: $2: Function not implemented" >&2\nexit {request.param}\n')
+    (folder / "flock").write_text(
+        f'#!/bin/sh\necho "flock: $2: Function not implemented" >&2\nexit {request.param}\n'
+    )
     (folder / "flock").chmod(0o755)
     return folder
 
@@ -152,7 +177,9 @@ def test_bash_tells_a_lock_that_is_held(tmp_path):
 
 
 def test_bash_goes_on_where_locks_are_refused(tmp_path, without_locks):
-    """One note; a second start on the same machine is refused all the same, and one behind a start that was killed is not."""
+    """One note; a second start on the same machine is refused all the same, and one behind a start that was
+    killed is not.
+    """
     lock = tmp_path / ".lock"
     with bash(lock, path=without_locks) as first:
         assert first.stdout.readline() == "mine\n" and is_held(tmp_path) is None  # the view cannot know

@@ -41,7 +41,9 @@ WRITER = textwrap.dedent("""
 
 def writer(path, pause=0.0, size=10, **options):
     command = [sys.executable, "-c", WRITER, str(path), str(pause), str(size)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
 
 
 def ids(path):
@@ -96,8 +98,9 @@ def test_order_skipped_counts_and_versions(half):
     assert json.loads(beside(half, ".skipped.jsonl").read_text()) == {"id": "d", "reason": "too long"}
     made = read_manifest(half)
     assert made["complete"] and made["counts"] == {"records": 3} and made["versions"]["python"]
-    assert made["output"]["sha256"] == fingerprint(half)["sha256"] and sorted(p.name for p in half.parent.iterdir()) == [
-        "x.jsonl", "x.manifest.json", "x.skipped.jsonl"]  # fmt: skip
+    assert made["output"]["sha256"] == fingerprint(half)["sha256"] and sorted(
+        p.name for p in half.parent.iterdir()
+    ) == ["x.jsonl", "x.manifest.json", "x.skipped.jsonl"]
 
 
 @pytest.mark.parametrize("settings, words", [
@@ -190,12 +193,17 @@ def test_a_change_of_any_tensor_of_large_weights_is_seen(tmp_path, smaller):
     """A merged adapter changes some tensors, a new head a small one. Written by safetensors itself."""
     numpy, safetensors = pytest.importorskip("numpy"), pytest.importorskip("safetensors.numpy")
     rng = numpy.random.default_rng(0)
-    tensors = {f"layers.{i}.weight": rng.normal(size=(40, 40)).astype("float32") for i in range(5)} | {"score.weight": numpy.ones((1, 8), "float32")}
+    tensors = {f"layers.{i}.weight": rng.normal(size=(40, 40)).astype("float32") for i in range(5)} | {
+        "score.weight": numpy.ones((1, 8), "float32")
+    }
     folder = tmp_path / "model"
     folder.mkdir()
 
     def mark(changed=None):
-        safetensors.save_file({name: value * (2 if name == changed else 1) for name, value in tensors.items()}, folder / "model.safetensors")
+        safetensors.save_file(
+            {name: value * (2 if name == changed else 1) for name, value in tensors.items()},
+            folder / "model.safetensors",
+        )
         return fingerprint(folder)["sha256"]
 
     marks = [mark(), *(mark(name) for name in tensors)]
@@ -230,13 +238,19 @@ def test_a_second_process_is_refused(tmp_path):
     assert first.stdout.readline() == "resumed 0\n"
     second = writer(path)
     _, err = second.communicate()
-    assert second.returncode == 2 and err.startswith("error: another process is writing") and err.count("\n") == 1
+    assert (
+        second.returncode == 2
+        and err.startswith("error: another process is writing")
+        and err.count("\n") == 1
+    )
     out, err = first.communicate()
     assert first.returncode == 0 and ids(path) == [str(i) for i in range(100)]
 
 
 def full_disk(tmp_path):
-    """A folder that holds about 64 KiB, and the options of a process that meets its end: a tiny disk, or a limit on files."""
+    """A folder that holds about 64 KiB, and the options of a process that meets its end: a tiny disk, or a
+    limit on files.
+    """
     if os.geteuid() == 0:
         small = tmp_path / "small"
         small.mkdir()
@@ -247,7 +261,9 @@ def full_disk(tmp_path):
             == 0
         ):
             return small, {}
-    return tmp_path, {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))}
+    return tmp_path, {
+        "preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))
+    }
 
 
 @pytest.mark.parametrize("limited", [False, True])
@@ -278,7 +294,9 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o555)
     if os.access(closed, os.W_OK):  # root passes permissions by, but not a read-only mount
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(closed)], capture_output=True).returncode:
+        if subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(closed)], capture_output=True
+        ).returncode:
             pytest.skip("neither permissions nor mounts can be set here")
     try:
         with pytest.raises(UserError, match="cannot write"):

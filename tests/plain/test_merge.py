@@ -19,7 +19,10 @@ def shard(folder, index, world, count=7, settings=SETTINGS, skip=(), more=None):
     """Shard `index` as get_hf2.py leaves it: prompts are numbered, those in `skip` are listed as skipped."""
     inputs = {"dataset_name_or_path": folder / "prompts.jsonl"}
     output = Output(
-        folder / f"gen{index}.jsonl", "test", settings | {"local_index": index, "my_world_size": world}, inputs
+        folder / f"gen{index}.jsonl",
+        "test",
+        settings | {"local_index": index, "my_world_size": world},
+        inputs,
     )
     mine = [i for i in shard_range(count, index, world)]
     kept = [i for i in mine if i not in skip]
@@ -28,7 +31,9 @@ def shard(folder, index, world, count=7, settings=SETTINGS, skip=(), more=None):
     for i in mine:
         if i in skip:
             output.skip(f"id{i}", "too long")
-    output.finish([f"id{i}" for i in kept], {"prompts": count, "records": len(kept), "skipped": len(mine) - len(kept)})
+    output.finish(
+        [f"id{i}" for i in kept], {"prompts": count, "records": len(kept), "skipped": len(mine) - len(kept)}
+    )
 
 
 def merge(folder, count, *more, output="merged.jsonl"):
@@ -64,7 +69,9 @@ def three(folder):
 
 
 def refused(end, *words):
-    assert end.returncode == 2 and end.stderr.startswith("error: ") and end.stderr.count("\n") == 1, end.stderr
+    assert end.returncode == 2 and end.stderr.startswith("error: ") and end.stderr.count("\n") == 1, (
+        end.stderr
+    )
     for word in words:
         assert word in end.stderr, end.stderr
 
@@ -77,19 +84,30 @@ def test_every_prompt_once_and_in_order(folder, count, world):
     end = merge(folder, world)
     assert (end.returncode, end.stderr) == (0, "")
     assert ids(folder / "merged.jsonl") == [f"id{i}" for i in range(count)]
-    assert read_manifest(folder / "merged.jsonl")["counts"] == {"prompts": count, "records": count, "skipped": 0}
+    assert read_manifest(folder / "merged.jsonl")["counts"] == {
+        "prompts": count,
+        "records": count,
+        "skipped": 0,
+    }
 
 
 def test_manifest_and_skipped_stand_for_the_whole(three):
     slow = read_manifest(three / "gen1.jsonl")
-    write_json(three / "gen1.manifest.json", slow | {"seconds": 99.5, "counts": slow["counts"] | {"engine_seconds": 12.5}})
+    write_json(
+        three / "gen1.manifest.json",
+        slow | {"seconds": 99.5, "counts": slow["counts"] | {"engine_seconds": 12.5}},
+    )
     last = read_manifest(three / "gen2.jsonl")
     write_json(three / "gen2.manifest.json", last | {"counts": last["counts"] | {"engine_seconds": 3.0}})
     assert merge(three, 3, output="new/folder/gen.json").returncode == 0
     path = three / "new/folder/gen.json"
     made = read_manifest(path)
     assert ids(path) == ["id0", "id1", "id3", "id4", "id6"]
-    assert made["complete"] and made["counts"] == {"prompts": 7, "records": 5, "skipped": 2, "engine_seconds": 12.5} and made["seconds"] == 99.5
+    assert (
+        made["complete"]
+        and made["counts"] == {"prompts": 7, "records": 5, "skipped": 2, "engine_seconds": 12.5}
+        and made["seconds"] == 99.5
+    )
     assert difference(made, SETTINGS, {"dataset_name_or_path": three / "prompts.jsonl"}) is None
     assert "K was 2" in difference(made, SETTINGS | {"K": 3}, {})
     skipped = [json.loads(line)["id"] for line in beside(path, ".skipped.jsonl").read_text().splitlines()]
@@ -113,7 +131,10 @@ def test_again_and_overwrite(three):
         "merged.jsonl is complete, nothing to do\n",
     ) and path.stat().st_mtime_ns == before
     refused(merge(three, 3, "--shuffle_seed", "1"), "--overwrite")
-    assert merge(three, 3, "--shuffle_seed", "1", "--overwrite").returncode == 0 and path.stat().st_mtime_ns != before
+    assert (
+        merge(three, 3, "--shuffle_seed", "1", "--overwrite").returncode == 0
+        and path.stat().st_mtime_ns != before
+    )
     (three / "mine.jsonl").write_text("mine")
     refused(merge(three, 3, output="mine.jsonl"), "--overwrite")
     assert (three / "mine.jsonl").read_text() == "mine"
@@ -154,7 +175,13 @@ def test_settings_inputs_and_prompt_counts_must_agree(folder):
 def test_shards_of_two_days_agree_where_no_prompt_is_dated(folder):
     for dated in (False, True):
         for index in range(2):
-            shard(folder, index, 2, settings=SETTINGS | {"date": f"2026-01-0{index + 1}"}, more={"prompt_date": "x"} if dated else {})
+            shard(
+                folder,
+                index,
+                2,
+                settings=SETTINGS | {"date": f"2026-01-0{index + 1}"},
+                more={"prompt_date": "x"} if dated else {},
+            )
         done = merge(folder, 2, output=f"merged{dated}.jsonl")
         assert (done.returncode == 0) != dated, done.stderr
         for path in folder.glob("gen*"):
@@ -216,7 +243,9 @@ def test_files_of_other_tools_are_merged_with_a_note(folder):
     (folder / "gen2.jsonl").write_text('{"id": 3}\r\n')
     (folder / "gen3.jsonl").write_text('{"id": 4}\n')
     end = merge(folder, 3)
-    assert end.returncode == 0 and "no manifest beside" in end.stdout and "gen3.jsonl is there too" in end.stdout
+    assert (
+        end.returncode == 0 and "no manifest beside" in end.stdout and "gen3.jsonl is there too" in end.stdout
+    )
     assert (folder / "merged.jsonl").read_bytes() == b'{"id": 1}\n{"id": 2}\n{"id": 3}\n'
 
 

@@ -1,4 +1,7 @@
-"""report/metrics.py: figures against independent computations, pairing, the table, refusals. Needs numpy, no torch."""
+"""report/metrics.py: figures against independent computations, pairing, the table, refusals.
+
+Needs numpy, no torch.
+"""
 
 import itertools
 import json
@@ -29,16 +32,24 @@ def bad(messages, response):
 
 
 def rewarded(path, prompts=40, K=4, shift=0.0, seed=0):
-    """A rewarded file; a prompt's difficulty is shared by all seeds, so that pairing matters. Returns its records."""
+    """A rewarded file; a prompt's difficulty is shared by all seeds, so that pairing matters.
+
+    Returns its records.
+    """
     rng, rows = random.Random(f"{seed} {K}"), []
     for i in range(prompts):
         hard = random.Random(f"prompt {i}").gauss(0, 5)
         responses = ["x\u2028" * rng.randrange(1, 9) for _ in range(K)]
-        rows.append({
-            "id": f"p{i}", "prompt": [{"role": "user", "content": f"{i}"}], "responses": responses,
-            "rewards": [hard + shift + rng.gauss(0, 1) for _ in range(K)], "num_tokens": [len(r) for r in responses],
-            "finish_reasons": [rng.choice(["stop", "stop", "length"]) for _ in range(K)],
-        })  # fmt: skip
+        rows.append(
+            {
+                "id": f"p{i}",
+                "prompt": [{"role": "user", "content": f"{i}"}],
+                "responses": responses,
+                "rewards": [hard + shift + rng.gauss(0, 1) for _ in range(K)],
+                "num_tokens": [len(r) for r in responses],
+                "finish_reasons": [rng.choice(["stop", "stop", "length"]) for _ in range(K)],
+            }
+        )
     write(path, rows)
     return rows
 
@@ -58,17 +69,28 @@ def test_measure_against_plain_sums(tmp_path):
     rows = rewarded(tmp_path / "s.jsonl")
     rows[0]["rewards"][1], rows[1]["rewards"] = None, [None] * 4
     write(tmp_path / "s.jsonl", rows)
-    got = metrics.measure(metrics.read_rewarded(tmp_path / "s.jsonl"), lambda messages, response: len(response))
-    finite = [[x for x in r["rewards"] if x is not None] for r in rows if any(x is not None for x in r["rewards"])]
+    got = metrics.measure(
+        metrics.read_rewarded(tmp_path / "s.jsonl"), lambda messages, response: len(response)
+    )
+    finite = [
+        [x for x in r["rewards"] if x is not None] for r in rows if any(x is not None for x in r["rewards"])
+    ]
     means = [sum(v) / len(v) for v in finite]
     spread = math.sqrt(sum((m - sum(means) / 39) ** 2 for m in means) / 38)
     gold = [sum(map(len, r["responses"])) / 4 for r in rows]
     expected = {
-        "prompts": 40, "K": 4, "null_rewards": 5, "reward": sum(means) / 39, "reward_se": spread / math.sqrt(39),
-        "best_of_k": sum(map(max, finite)) / 39, "length": sum(n for r in rows for n in r["num_tokens"]) / 160,
+        "prompts": 40,
+        "K": 4,
+        "null_rewards": 5,
+        "reward": sum(means) / 39,
+        "reward_se": spread / math.sqrt(39),
+        "best_of_k": sum(map(max, finite)) / 39,
+        "length": sum(n for r in rows for n in r["num_tokens"]) / 160,
         "truncated": sum(f == "length" for r in rows for f in r["finish_reasons"]) / 160,
-        "empty": 0.0, "gold": sum(gold) / 40, "gold_se": statistics.stdev(gold) / math.sqrt(40),
-    }  # fmt: skip
+        "empty": 0.0,
+        "gold": sum(gold) / 40,
+        "gold_se": statistics.stdev(gold) / math.sqrt(40),
+    }
     assert got == pytest.approx(expected, abs=1e-6)
 
 
@@ -76,7 +98,9 @@ def test_measure_says_none_for_what_the_file_does_not_tell(tmp_path):
     write(tmp_path / "g.jsonl", [{"prompt": "q", "responses": ["a"], "rewards": [2.0]}])
     got = metrics.measure(metrics.read_rewarded(tmp_path / "g.jsonl"))
     none = {"reward_se": None, "length": None, "truncated": None}
-    assert got == {"prompts": 1, "K": 1, "null_rewards": 0, "reward": 2.0, "empty": 0.0} | none  # and no best of one
+    assert (
+        got == {"prompts": 1, "K": 1, "null_rewards": 0, "reward": 2.0, "empty": 0.0} | none
+    )  # and no best of one
 
 
 def test_bootstrap_interval_is_that_of_the_normal():
@@ -98,7 +122,9 @@ def test_bootstrap_interval_is_that_of_all_resamples():
     values = [0.1, 0.3, 0.2, 5.0, 0.7, 1.1]
     means = sorted(sum(pick) / 6 for pick in itertools.product(values, repeat=6))
     exact = [means[round(q * (len(means) - 1))] for q in (0.025, 0.975)]
-    _, low, high = metrics.paired_bootstrap(dict.fromkeys(range(6), 0.0), dict(enumerate(values)), samples=40000)
+    _, low, high = metrics.paired_bootstrap(
+        dict.fromkeys(range(6), 0.0), dict(enumerate(values)), samples=40000
+    )
     assert (low, high) == pytest.approx(tuple(exact), abs=0.02 * (exact[1] - exact[0]))
 
 
@@ -122,9 +148,11 @@ def test_load_gold(tmp_path):
     (tmp_path / "broken.py").write_text("import nothing_of_that_name\n")
     assert metrics.load_gold(f"{tmp_path}/gold.py:gold_score")([], "12345") == 0.5
     for spec, message in [
-        ("gold.py", "FILE.py:NAME"), (f"{tmp_path}/gold.py:gold_scor", "did you mean 'gold_score'"),
-        (f"{tmp_path}/gol.py:gold_score", "there is .*gold.py"), (f"{tmp_path}/broken.py:f", "ModuleNotFoundError"),
-    ]:  # fmt: skip
+        ("gold.py", "FILE.py:NAME"),
+        (f"{tmp_path}/gold.py:gold_scor", "did you mean 'gold_score'"),
+        (f"{tmp_path}/gol.py:gold_score", "there is .*gold.py"),
+        (f"{tmp_path}/broken.py:f", "ModuleNotFoundError"),
+    ]:
         with pytest.raises(UserError, match=message) as caught:
             metrics.load_gold(spec)
         assert "\n" not in str(caught.value)
@@ -137,7 +165,9 @@ def test_load_gold(tmp_path):
 
 def test_table_is_aligned_and_leaves_out_empty_columns():
     sampled = {"reward": -1.25, "reward_se": 0.1, "best_of_k": 12.5, "K": 8, "length": 9.04, "truncated": 0.0}
-    text = metrics.format_table([{"sampled": sampled, "seconds": 12.3}, {"sampled": sampled | {"reward": 10.0}}])
+    text = metrics.format_table(
+        [{"sampled": sampled, "seconds": 12.3}, {"sampled": sampled | {"reward": 10.0}}]
+    )
     lines = text.split("\n")
     assert len({len(line) for line in lines}) == 1 and len(lines) == 4
     assert "gold" not in lines[0] and "greedy" not in lines[0]
@@ -169,8 +199,12 @@ def test_the_commands(tmp_path):
     assert [row.split()[0] for row in rows[2:5]] == ["0", "2", "10"]
     assert "iterate 10 − iterate 0" in out
     # the prompts' own spread is 5: only pairing sees a shift of 1 with 40 prompts
-    found = {(kind, what): tuple(map(float, numbers)) for kind, what, *numbers in re.findall(
-        r"(sampled|greedy) +(reward|gold) +(\S+) +\[(\S+), (\S+)\]", out)}  # fmt: skip
+    found = {
+        (kind, what): tuple(map(float, numbers))
+        for kind, what, *numbers in re.findall(
+            r"(sampled|greedy) +(reward|gold) +(\S+) +\[(\S+), (\S+)\]", out
+        )
+    }
     assert len(found) == 4
     difference, low, high = found["sampled", "reward"]
     assert 0.7 < difference < 1.3 and 0.5 < low < difference < high < 1.5
@@ -181,17 +215,33 @@ def a_run(folder, iterates, **more):
     for n, shift in iterates.items():
         place = folder / f"iter{n}"
         rewarded(place / "heldout_sampled.jsonl", shift=shift, seed=n)
-        metrics_of = {"sampled": metrics.measure(metrics.read_rewarded(place / "heldout_sampled.jsonl")), "files": {"sampled": "heldout_sampled.jsonl"}}
+        metrics_of = {
+            "sampled": metrics.measure(metrics.read_rewarded(place / "heldout_sampled.jsonl")),
+            "files": {"sampled": "heldout_sampled.jsonl"},
+        }
         (place / "metrics.json").write_text(json.dumps(metrics_of | more))
     return folder
 
 
 @pytest.mark.parametrize("width", [120, 80, 60, 20])
 def test_a_narrow_table_leaves_out_what_is_missed_least(width):
-    one = {"K": 4, "reward": 1.0, "reward_se": 0.1, "best_of_k": 2.0, "gold": 0.5, "gold_se": 0.01, "length": 9.0, "truncated": 0.1}
-    rows = metrics.format_table([{"sampled": one, "greedy": one, "divergence": {"kl": 1.0}, "seconds": 9.0}] * 2, width).split("\n")
+    one = {
+        "K": 4,
+        "reward": 1.0,
+        "reward_se": 0.1,
+        "best_of_k": 2.0,
+        "gold": 0.5,
+        "gold_se": 0.01,
+        "length": 9.0,
+        "truncated": 0.1,
+    }
+    rows = metrics.format_table(
+        [{"sampled": one, "greedy": one, "divergence": {"kl": 1.0}, "seconds": 9.0}] * 2, width
+    ).split("\n")
     assert all(len(row) <= width for row in rows) or width == 20
-    assert {"iterate", "reward", "gold", "KL"} <= set(rows[0].split()) and ("seconds" in rows[0]) == (width == 120)
+    assert {"iterate", "reward", "gold", "KL"} <= set(rows[0].split()) and ("seconds" in rows[0]) == (
+        width == 120
+    )
 
 
 def test_several_runs_stand_in_one_table(tmp_path):
@@ -202,11 +252,18 @@ def test_several_runs_stand_in_one_table(tmp_path):
     assert (code, err) == (0, "")
     head, _, *rows = out.split("\n\n")[0].split("\n")
     assert head.split()[:2] == ["run", "iterate"] and [row.split()[:2] for row in rows] == [
-        ["dpo", "0"], ["dpo", "1"], ["dpo", "2"], ["ppo", "0"], ["ppo", "1"], ["s", "0"]]  # fmt: skip
+        ["dpo", "0"],
+        ["dpo", "1"],
+        ["dpo", "2"],
+        ["ppo", "0"],
+        ["ppo", "1"],
+        ["s", "0"],
+    ]
     assert len({len(row) for row in (head, *rows)}) == 1
     parts = out.rstrip().split("\n\n")[1:]
     assert [part.split("\n")[0] for part in parts] == [
-        f"{name}: iterate {n} − iterate 0, same prompts, 95% bootstrap interval" for name, n in (("dpo", 2), ("ppo", 1))
+        f"{name}: iterate {n} − iterate 0, same prompts, 95% bootstrap interval"
+        for name, n in (("dpo", 2), ("ppo", 1))
     ]
     for folder, part in zip((dpo, ppo), parts, strict=True):
         assert metrics.table(folder).endswith("\n".join(part.split("\n")[1:]))
@@ -216,18 +273,28 @@ def test_several_runs_stand_in_one_table(tmp_path):
     assert script("--run", dpo)[1].split()[0] == "iterate"
     twin = a_run(tmp_path / "more" / "dpo", {0: 0.0})
     rows = metrics.table_of_runs([str(dpo), str(twin)]).split("\n")[2:6]
-    assert all(row.lstrip().startswith(f"{name} ") for row, name in zip(rows, [dpo] * 3 + [twin], strict=True))
+    assert all(
+        row.lstrip().startswith(f"{name} ") for row, name in zip(rows, [dpo] * 3 + [twin], strict=True)
+    )
 
 
 def test_bad_input_is_one_line(tmp_path):
     rows = rewarded(tmp_path / "s.jsonl", 3)
-    cases = [((), "nothing to measure"), (("--sampled", tmp_path / "t.jsonl"), "no such rewarded file"),
-             (("--run", tmp_path / "no"), "no such folder"), (("--run", tmp_path), "no iterN/metrics.json"),
-             (("--runs", tmp_path / "no", tmp_path), "no such folder"), (("--run", "a", "--runs", "b"), "not both"),
-             (("--sample", "x"), "did you mean '--sampled'"),
-             (("--sampled", tmp_path / "s.jsonl", "--output_dir", tmp_path), "is a folder")]  # fmt: skip
-    bad = {"no": [{k: v for k, v in r.items() if k != "rewards"} for r in rows],
-           "short": [r | {"rewards": [1.0]} for r in rows], "twice": [rows[0], rows[0]]}  # fmt: skip
+    cases = [
+        ((), "nothing to measure"),
+        (("--sampled", tmp_path / "t.jsonl"), "no such rewarded file"),
+        (("--run", tmp_path / "no"), "no such folder"),
+        (("--run", tmp_path), "no iterN/metrics.json"),
+        (("--runs", tmp_path / "no", tmp_path), "no such folder"),
+        (("--run", "a", "--runs", "b"), "not both"),
+        (("--sample", "x"), "did you mean '--sampled'"),
+        (("--sampled", tmp_path / "s.jsonl", "--output_dir", tmp_path), "is a folder"),
+    ]
+    bad = {
+        "no": [{k: v for k, v in r.items() if k != "rewards"} for r in rows],
+        "short": [r | {"rewards": [1.0]} for r in rows],
+        "twice": [rows[0], rows[0]],
+    }
     messages = {"no": "has no `rewards`", "short": "4 responses and 1 rewards", "twice": "ids must be unique"}
     for name, message in messages.items():
         write(tmp_path / f"{name}.jsonl", bad[name])

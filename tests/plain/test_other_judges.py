@@ -1,4 +1,6 @@
-"""What the loop makes of `eval_reward_model`, `divergence` and `report_to`: which steps are left, and with which arguments."""
+"""What the loop makes of `eval_reward_model`, `divergence` and `report_to`: which steps are left, and with
+which arguments.
+"""
 
 from pathlib import Path
 
@@ -26,13 +28,23 @@ def make(tmp_path, monkeypatch):
 
 
 def test_the_judge_scores_the_held_out_answers_with_its_own_arguments(make):
-    run = make(eval_reward_model=["a/one", "b/two"], eval_annotation={"reward_weights": [1, 0.5]}, annotation={"max_length": 99})
+    run = make(
+        eval_reward_model=["a/one", "b/two"],
+        eval_annotation={"reward_weights": [1, 0.5]},
+        annotation={"max_length": 99},
+    )
     steps, _ = run.steps(1, "evaluate")
     assert steps == ["generate", "annotate", "judge", "divergence", "metrics"]
     args = build(get_rewards.Arguments, yaml.safe_load(Path(run.path(1, "evaluate_judge.yaml")).read_text()))
-    assert args.reward_name_or_path == ["a/one", "b/two"] and args.reward_weights == [1.0, 0.5] and args.max_length == 4096
+    assert (
+        args.reward_name_or_path == ["a/one", "b/two"]
+        and args.reward_weights == [1.0, 0.5]
+        and args.max_length == 4096
+    )
     assert args.output_dir == [run.path(1, f"heldout_{kind}.judged.jsonl") for kind in ("sampled", "greedy")]
-    assert args.dataset_name_or_path == [run.path(1, f"heldout_{kind}.generated.jsonl") for kind in ("sampled", "greedy")]
+    assert args.dataset_name_or_path == [
+        run.path(1, f"heldout_{kind}.generated.jsonl") for kind in ("sampled", "greedy")
+    ]
     assert "judge" not in make().steps(1, "evaluate")[0] and "judge" not in run.steps(1, "generate")[0]
 
 
@@ -40,7 +52,11 @@ def test_the_kl_is_to_the_start_at_the_held_out_temperature(make):
     run = make(reference="previous", heldout={"temperature": 0.7})
     run.steps(2, "evaluate")
     args = build(divergence.Arguments, yaml.safe_load(Path(run.path(2, "divergence.yaml")).read_text()))
-    assert (args.model_name_or_path, args.ref_model_name_or_path, args.temperature) == (run.iterate(2), run.iterate(0), 0.7)
+    assert (args.model_name_or_path, args.ref_model_name_or_path, args.temperature) == (
+        run.iterate(2),
+        run.iterate(0),
+        0.7,
+    )
     for more in ({"divergence": False}, {"heldout": {"temperature": 0.0}}):
         assert "divergence" not in make(**more).steps(2, "evaluate")[0]
 
@@ -54,7 +70,9 @@ def done(run, i):
             Path(name).parent.mkdir(parents=True, exist_ok=True)
             Path(name).write_text("{}\n")
     marks = {key: fingerprint(name) for key, name in inputs.items() if name}
-    write_json(run.path(i, "divergence.manifest.json"), {"settings": settings, "inputs": marks, "complete": True})
+    write_json(
+        run.path(i, "divergence.manifest.json"), {"settings": settings, "inputs": marks, "complete": True}
+    )
     Path(args.output_dir).write_text("{}\n")
     write_json(divergence.summary_path(args.output_dir), {"kl": 1.0})
 
@@ -72,13 +90,19 @@ def test_what_is_there_is_left_alone_and_what_changed_is_refused(make):
     assert not run.divergence_left(1)
 
 
-@pytest.mark.parametrize("more, named", [
-    ({"eval_reward_model": ["tiny/built/reward_model"]}, "eval_reward_model tiny/built/reward_model is what training is rewarded by"),
-    ({"eval_reward_model": ["./nowhere"]}, "nowhere: no such folder"),
-    ({"eval_reward_model": ["a/b"], "eval_annotation": {"max_lenght": 3}}, "did you mean 'max_length'"),
-    ({"eval_reward_model": ["a/b", "c/d"]}, "need --reward_weights"),
-    ({"report_to": ["wanbd"]}, "report_to wanbd: one of none, wandb, tensorboard, "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "more, named",
+    [
+        (
+            {"eval_reward_model": ["tiny/built/reward_model"]},
+            "eval_reward_model tiny/built/reward_model is what training is rewarded by",
+        ),
+        ({"eval_reward_model": ["./nowhere"]}, "nowhere: no such folder"),
+        ({"eval_reward_model": ["a/b"], "eval_annotation": {"max_lenght": 3}}, "did you mean 'max_length'"),
+        ({"eval_reward_model": ["a/b", "c/d"]}, "need --reward_weights"),
+        ({"report_to": ["wanbd"]}, "report_to wanbd: one of none, wandb, tensorboard, "),
+    ],
+)
 def test_wrong_settings_are_problems_of_the_check(make, more, named):
     found = preflight.Findings()
     preflight.check_models(make(**more), found)

@@ -33,10 +33,16 @@ def test_round_robin_is_the_mean_probability_of_winning():
 
 
 def test_ties_single_responses_and_pairs_that_cannot_be_compared():
-    assert compared([1], "round_robin", None)[0] == [([0.5], [[None]])] == compared([1], "tournament", None)[0]
+    assert (
+        compared([1], "round_robin", None)[0] == [([0.5], [[None]])] == compared([1], "tournament", None)[0]
+    )
     assert compared([4], "round_robin", lambda *_: 0.5)[0][0][0] == [0.5] * 4
     table = {(0, 1): 0.9, (0, 2): None, (1, 2): None}
-    assert compared([3], "round_robin", lambda n, i, j: table[i, j])[0][0][0] == [0.9, pytest.approx(0.1), None]
+    assert compared([3], "round_robin", lambda n, i, j: table[i, j])[0][0][0] == [
+        0.9,
+        pytest.approx(0.1),
+        None,
+    ]
     assert compared([2], "tournament", lambda *_: None)[0][0][0] == [None, None]
 
 

@@ -17,9 +17,11 @@ from common.records import (
     sample_seed,
     shard_range,
     to_messages,
-)  # fmt: skip
+)
 
-needs_datasets = pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="datasets is not installed")
+needs_datasets = pytest.mark.skipif(
+    importlib.util.find_spec("datasets") is None, reason="datasets is not installed"
+)
 
 
 def user(text):
@@ -46,7 +48,11 @@ def test_ids_follow_the_prompt_not_its_place(tmp_path):
     rows = [{"prompt": text} for text in ("a", "b", "a", "c", "a")]
     ids = [p["id"] for p in read_prompts(write(tmp_path / "x.jsonl", *rows))]
     assert len(set(ids)) == 5
-    assert ids[0] == record_id(user("a")) and ids[2] == record_id(user("a"), 1) and ids[4] == record_id(user("a"), 2)
+    assert (
+        ids[0] == record_id(user("a"))
+        and ids[2] == record_id(user("a"), 1)
+        and ids[4] == record_id(user("a"), 2)
+    )
     grown = [{"prompt": "new"}, *reversed(rows)]
     again = [p["id"] for p in read_prompts(write(tmp_path / "y.jsonl", *grown))]
     assert set(ids) < set(again)
@@ -112,22 +118,36 @@ def test_the_nearest_namesake_is_offered(tmp_path):
     refusal(lambda: read_records(str(tmp_path / "p.txt")), ".jsonl", "hub")
 
 
-@pytest.mark.parametrize("row, wanted", [
-    ({"context_messages": user("a"), "prompt": "b"}, user("a")),
-    ({"prompt": "b"}, user("b")),
-    ({"messages": [*user("c"), {"role": "assistant", "content": "d"}]}, user("c")),
-    ({"prompt": [{"role": "system", "content": "s"}, *user("e")]}, [{"role": "system", "content": "s"}, *user("e")]),
-    ({"context_messages": None, "prompt": "f"}, user("f")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "row, wanted",
+    [
+        ({"context_messages": user("a"), "prompt": "b"}, user("a")),
+        ({"prompt": "b"}, user("b")),
+        ({"messages": [*user("c"), {"role": "assistant", "content": "d"}]}, user("c")),
+        (
+            {"prompt": [{"role": "system", "content": "s"}, *user("e")]},
+            [{"role": "system", "content": "s"}, *user("e")],
+        ),
+        ({"context_messages": None, "prompt": "f"}, user("f")),
+    ],
+)
 def test_every_form_of_a_prompt(tmp_path, row, wanted):
     [record] = read_prompts(write(tmp_path / "x.jsonl", row))
     assert record["prompt"] == wanted
 
 
-@pytest.mark.parametrize("value", [
-    [], 3, [{"role": "user"}], [{"role": "user", "content": None}], ["a"], [{"role": "assistant", "content": "a"}],
-    [*user("a"), {"role": "system", "content": "b"}],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "value",
+    [
+        [],
+        3,
+        [{"role": "user"}],
+        [{"role": "user", "content": None}],
+        ["a"],
+        [{"role": "assistant", "content": "a"}],
+        [*user("a"), {"role": "system", "content": "b"}],
+    ],
+)
 def test_what_is_no_prompt_is_refused(value):
     with pytest.raises(UserError, match="^place"):
         to_messages(value, "place")
@@ -171,7 +191,10 @@ def test_shards_are_contiguous_even_and_whole(count, world):
 
 def test_seeds_are_spaced_and_depend_on_all_three():
     seeds = {
-        sample_seed(run, iteration, name) for run in (0, 1) for iteration in (0, 1) for name in map(str, range(500))
+        sample_seed(run, iteration, name)
+        for run in (0, 1)
+        for iteration in (0, 1)
+        for name in map(str, range(500))
     }
     assert len(seeds) == 2000
     assert all(seed % 1024 == 0 and 0 <= seed < 2**62 for seed in seeds)

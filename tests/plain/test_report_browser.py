@@ -1,7 +1,8 @@
-"""The page in a real browser: nothing in the console, charts drawn, samples searched, nothing fetched, nothing injected, phone, dark.
+"""The page in a real browser: nothing in the console, charts drawn, samples searched, nothing fetched,
+nothing injected, phone, dark.
 
-Needs a Chromium on the machine and the package playwright; skipped by name where either is missing. Playwright's own browsers are
-not downloaded.
+Needs a Chromium on the machine and the package playwright; skipped by name where either is missing.
+Playwright's own browsers are not downloaded.
 """
 
 import json
@@ -25,7 +26,10 @@ import report_runs as runs
 
 from report import make_report
 
-EVIL = "</script><img src=x onerror=\"window.owned=1\"><script>window.owned=1</script><svg onload=window.owned=1><a href='javascript:window.owned=1'>x</a>"
+EVIL = (
+    '</script><img src=x onerror="window.owned=1"><script>window.owned=1</script><svg '
+    "onload=window.owned=1><a href='javascript:window.owned=1'>x</a>"
+)
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 
 
@@ -41,9 +45,16 @@ def browser():
 def html(tmp_path_factory):
     """The page of a run whose names, prompts and answers all try to get out, with every kind of figure."""
     # A folder's name cannot hold a slash; the entities are what a chart's legend would decode
-    folder = runs.make_run(tmp_path_factory.mktemp("runs") / "<img src=x onerror=window.owned=1>&lt;b&gt;", judge=lambda i: 0.3 * i, kl=lambda i: 2.0 * i,
-                           settings={"note": EVIL, EVIL: 1})  # fmt: skip
-    for path, number in [*((p, 0) for p in folder.glob("iter*/heldout_*.rewarded.jsonl")), (folder / "iter1/rewarded.jsonl", 3)]:
+    folder = runs.make_run(
+        tmp_path_factory.mktemp("runs") / "<img src=x onerror=window.owned=1>&lt;b&gt;",
+        judge=lambda i: 0.3 * i,
+        kl=lambda i: 2.0 * i,
+        settings={"note": EVIL, EVIL: 1},
+    )
+    for path, number in [
+        *((p, 0) for p in folder.glob("iter*/heldout_*.rewarded.jsonl")),
+        (folder / "iter1/rewarded.jsonl", 3),
+    ]:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         rows[number]["responses"][0] = f"needle {EVIL} \u2028 gold=0.5 end"
         rows[number]["prompt"] = [{"role": EVIL, "content": EVIL}]
@@ -57,7 +68,11 @@ class Seen:
     """A page that is open, with what its console and the network saw."""
 
     def __init__(self, browser, path, **options):
-        self.context = browser.new_context(viewport={"width": 1280, "height": 900}, **options) if "viewport" not in options else browser.new_context(**options)
+        self.context = (
+            browser.new_context(viewport={"width": 1280, "height": 900}, **options)
+            if "viewport" not in options
+            else browser.new_context(**options)
+        )
         self.page, self.console, self.requests = self.context.new_page(), [], []
         self.page.on("console", lambda message: self.console.append(f"{message.type}: {message.text}"))
         self.page.on("pageerror", lambda error: self.console.append(f"error: {error}"))
@@ -76,7 +91,9 @@ class Seen:
         return self.page.locator(selector).count()
 
     def wait_count(self, text):
-        self.page.wait_for_function("text => document.getElementById('count').textContent.startsWith(text)", arg=text)
+        self.page.wait_for_function(
+            "text => document.getElementById('count').textContent.startsWith(text)", arg=text
+        )
 
 
 @pytest.fixture
@@ -88,22 +105,51 @@ def seen(browser, html, request):
 
 def test_no_errors_all_charts_and_no_request(seen, html):
     seen.scroll()
-    drawn = seen.page.evaluate("[...document.querySelectorAll('.plot')].map(p => [p.dataset.chart, p.querySelectorAll('.trace, .bars .point').length])")
+    drawn = seen.page.evaluate(
+        "[...document.querySelectorAll('.plot')].map(p => [p.dataset.chart, p.querySelectorAll('.trace, "
+        ".bars .point').length])"
+    )
     assert len(drawn) > 18 and all(marks > 0 for _, marks in drawn), drawn
-    assert {"reward", "gold", "judge", "wins_start", "by_length", "kl", "best_of", "gold_of_best", "histogram", "dpo_loss", "seconds"} <= {k for k, _ in drawn}
+    assert {
+        "reward",
+        "gold",
+        "judge",
+        "wins_start",
+        "by_length",
+        "kl",
+        "best_of",
+        "gold_of_best",
+        "histogram",
+        "dpo_loss",
+        "seconds",
+    } <= {k for k, _ in drawn}
     assert seen.console == []
     assert [url for url in seen.requests if not url.startswith(("data:", "blob:"))] == [html.as_uri()]
 
 
 def test_a_ppo_page_offers_no_training_samples(browser, tmp_path):
-    """It has none: rollouts are not kept. Of its one iteration the win rate is shown once; a share that stays 0 begins at 0."""
+    """It has none: rollouts are not kept.
+
+    Of its one iteration the win rate is shown once; a share that stays 0 begins at 0.
+    """
     folder = runs.make_run(tmp_path / "ppo", iterations=1, kind="ppo")
     make_report.make(make_report.Arguments(runs=[str(folder)], output_dir=str(tmp_path / "index.html")))
     opened = Seen(browser, tmp_path / "index.html")
     opened.scroll()
-    assert opened.page.locator("input[name=view]").count() == 2 and not opened.page.locator("input[value=training]").is_visible()
-    shown = opened.page.evaluate("Object.fromEntries([...document.querySelectorAll('.plot')].map(p => [p.dataset.chart, p.layout.yaxis.range]))")
-    assert "wins_start" in shown and "wins_previous" not in shown and shown["ppo_truncated_fraction"] == [0, 1] and shown["ppo_clip_fraction"][0] == 0
+    assert (
+        opened.page.locator("input[name=view]").count() == 2
+        and not opened.page.locator("input[value=training]").is_visible()
+    )
+    shown = opened.page.evaluate(
+        "Object.fromEntries([...document.querySelectorAll('.plot')].map(p => [p.dataset.chart, "
+        "p.layout.yaxis.range]))"
+    )
+    assert (
+        "wins_start" in shown
+        and "wins_previous" not in shown
+        and shown["ppo_truncated_fraction"] == [0, 1]
+        and shown["ppo_clip_fraction"][0] == 0
+    )
     assert opened.console == []
     opened.context.close()
 
@@ -140,7 +186,9 @@ def test_search_and_filters(seen, html):
 
     def texts(entry):
         answers = [one for column in entry.get("a", [{"r": entry.get("r")}]) for one in column["r"]]
-        return " ".join([*(turn[1] for turn in entry["p"]), *(one["t"][0] for one in answers)]).lower(), answers
+        return " ".join(
+            [*(turn[1] for turn in entry["p"]), *(one["t"][0] for one in answers)]
+        ).lower(), answers
 
     page.fill("#search", word.upper())
     expected = sum(word.lower() in texts(entry)[0] for entry in heldout)
@@ -153,7 +201,11 @@ def test_search_and_filters(seen, html):
             page.fill(f"#{name}-{side}", "" if value is None else str(value))
 
         def fits(one, key=key, low=low, high=high):
-            return one.get(key) is not None and (low is None or one[key] >= low) and (high is None or one[key] <= high)
+            return (
+                one.get(key) is not None
+                and (low is None or one[key] >= low)
+                and (high is None or one[key] <= high)
+            )
 
         count = sum(any(fits(one) for one in texts(entry)[1]) for entry in heldout)
         assert 0 < count < len(heldout)
@@ -171,7 +223,10 @@ def test_search_and_filters(seen, html):
     seen.wait_count(f"{sum(entry['i'] == 2 for entry in training)} of")
     page.select_option("#order", "margin")
     page.wait_for_timeout(300)
-    margins = [float(text.split("margin ")[1]) for text in page.locator("#list .sample > .facts:first-child").all_inner_texts()]
+    margins = [
+        float(text.split("margin ")[1])
+        for text in page.locator("#list .sample > .facts:first-child").all_inner_texts()
+    ]
     assert margins == sorted(margins, reverse=True) and len(margins) == 10
     first = page.locator("#list .sample").first
     assert first.locator(".chosen").count() == 1 and first.locator(".rejected").count() == 1
@@ -185,7 +240,9 @@ def test_every_iterate_side_by_side(seen):
     assert labels == ["iterate 0", "iterate 1", "iterate 2"]
 
 
-@pytest.mark.parametrize("seen", [{"viewport": {"width": 360, "height": 780}, "is_mobile": True, "has_touch": True}], indirect=True)
+@pytest.mark.parametrize(
+    "seen", [{"viewport": {"width": 360, "height": 780}, "is_mobile": True, "has_touch": True}], indirect=True
+)
 def test_a_phone_needs_no_sideways_scrolling(seen):
     seen.scroll()
     for name in ("heldout", "training"):
@@ -198,7 +255,9 @@ def test_a_phone_needs_no_sideways_scrolling(seen):
 @pytest.mark.parametrize("seen", [{"color_scheme": "dark"}], indirect=True)
 def test_dark_follows_the_system_and_the_switch(seen):
     def ground():
-        red, green, blue = seen.page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")[:3]
+        red, green, blue = seen.page.evaluate(
+            "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)"
+        )[:3]
         return (red + green + blue) / 3
 
     def line():
@@ -222,16 +281,21 @@ def test_keyboard_and_names(seen):
         ".filter(e => !e.labels?.length && !e.getAttribute('aria-label') && !e.textContent.trim()).length"
     )
     assert nameless == 0
-    assert page.evaluate("[...document.querySelectorAll('table')].every(t => t.caption && t.querySelector('th[scope=col]'))")
+    assert page.evaluate(
+        "[...document.querySelectorAll('table')].every(t => t.caption && t.querySelector('th[scope=col]'))"
+    )
     assert page.evaluate("[...document.querySelectorAll('.plot')].every(p => p.getAttribute('aria-label'))")
-    assert page.evaluate("[...document.querySelectorAll('a.hint')].every(a => document.getElementById(a.hash.slice(1)))")
+    assert page.evaluate(
+        "[...document.querySelectorAll('a.hint')].every(a => document.getElementById(a.hash.slice(1)))"
+    )
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "skip"
 
 
 @pytest.mark.long
 def test_60000_prompts(browser, tmp_path):
-    """Three iterations of 20,000 prompts with 8 answers of about 1,400 characters (0.9 GB): size, memory, and time to open.
+    """Three iterations of 20,000 prompts with 8 answers of about 1,400 characters (0.9 GB): size, memory, and
+    time to open.
 
     The time is that of the page's own thread, so that a busy machine does not decide.
     """
@@ -249,8 +313,13 @@ def test_60000_prompts(browser, tmp_path):
         with open(path, "w", encoding="utf-8") as file:
             for n in range(prompts):
                 texts = [text() for _ in range(K)]
-                record = {"id": f"{tag}{n}", "prompt": [{"role": "user", "content": text()[:300]}], "responses": texts,
-                          "rewards": [rng.gauss(shift, 1) for _ in texts], "num_tokens": [len(t) // 4 for t in texts]}  # fmt: skip
+                record = {
+                    "id": f"{tag}{n}",
+                    "prompt": [{"role": "user", "content": text()[:300]}],
+                    "responses": texts,
+                    "rewards": [rng.gauss(shift, 1) for _ in texts],
+                    "num_tokens": [len(t) // 4 for t in texts],
+                }
                 file.write(json.dumps(record) + "\n")
 
     for i in range(4):
@@ -259,9 +328,17 @@ def test_60000_prompts(browser, tmp_path):
         if i:
             fill(folder / f"iter{i}" / "rewarded.jsonl", f"t{i}-", 20000, 8, 0.3 * i)
     (folder / "loop.yaml").write_text("iterations: 3\n")
-    code = "import resource, runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__'); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    code = (
+        "import resource, runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__'); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
     code = "import sys; sys.argv = sys.argv[1:]\n" + code.replace("sys.argv[1]", "sys.argv[0]")
-    made = subprocess.run([sys.executable, "-c", code, str(ROOT / "report" / "make_report.py"), str(folder)], capture_output=True, text=True, timeout=900)
+    made = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT / "report" / "make_report.py"), str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert made.returncode == 0, made.stderr
     megabytes = int(made.stdout.split()[-1]) / 1024
     target = folder / "report" / "index.html"
@@ -273,5 +350,8 @@ def test_60000_prompts(browser, tmp_path):
     page.wait_for_selector(".plot .main-svg")
     seconds = {m["name"]: m["value"] for m in session.send("Performance.getMetrics")["metrics"]}["ThreadTime"]
     context.close()
-    print(f"{target.stat().st_size / 1e6:.1f} MB, {megabytes:.0f} MB of memory, {seconds:.2f} s of the page's thread")
+    print(
+        f"{target.stat().st_size / 1e6:.1f} MB, {megabytes:.0f} MB of memory, {seconds:.2f} s of the page's "
+        "thread"
+    )
     assert target.stat().st_size < 15e6 and megabytes < 500 and seconds < 3

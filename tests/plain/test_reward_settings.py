@@ -1,4 +1,6 @@
-"""Settings of annotate_data/get_rewards.py, as the loop and its check before the run see them; no model, no torch."""
+"""Settings of annotate_data/get_rewards.py, as the loop and its check before the run see them; no model, no
+torch.
+"""
 
 import json
 from pathlib import Path
@@ -19,8 +21,13 @@ ROOT = Path(__file__).resolve().parents[2]
 def settings(tmp_path, monkeypatch):
     """Makes the settings of a tiny run whose models are folders with a config and a template only."""
     monkeypatch.chdir(ROOT)
-    kinds = {"policy": "LlamaForCausalLM", "bt": "LlamaForSequenceClassification", "armo": "LlamaForRewardModelWithGating",
-             "pair-preference-model-1B": "LlamaForCausalLM", "odd": "InternLM2ForRewardModel"}  # fmt: skip
+    kinds = {
+        "policy": "LlamaForCausalLM",
+        "bt": "LlamaForSequenceClassification",
+        "armo": "LlamaForRewardModelWithGating",
+        "pair-preference-model-1B": "LlamaForCausalLM",
+        "odd": "InternLM2ForRewardModel",
+    }
     for name, architecture in kinds.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps({"architectures": [architecture]}))
@@ -32,10 +39,14 @@ def settings(tmp_path, monkeypatch):
     def make(*models, **annotation):
         base = yaml.safe_load((ROOT / "configs" / "loop_tiny.yaml").read_text())
         changed = {
-            "run_dir": str(tmp_path / "run"), "model_name_or_path": str(tmp_path / "policy"), "gold_function": None,
-            "prompts": [str(tmp_path / "train.jsonl")], "heldout_prompts": str(tmp_path / "heldout.jsonl"),
-            "reward_name_or_path": [str(tmp_path / name) for name in models] or None, "annotation": annotation,
-        }  # fmt: skip
+            "run_dir": str(tmp_path / "run"),
+            "model_name_or_path": str(tmp_path / "policy"),
+            "gold_function": None,
+            "prompts": [str(tmp_path / "train.jsonl")],
+            "heldout_prompts": str(tmp_path / "heldout.jsonl"),
+            "reward_name_or_path": [str(tmp_path / name) for name in models] or None,
+            "annotation": annotation,
+        }
         return Run(build(LoopSettings, base | changed))
 
     return make
@@ -53,26 +64,44 @@ def told(run, capsys):
 def test_every_kind_passes_the_check_before_the_run(settings, tmp_path, capsys):
     function = f"{tmp_path / 'f.py'}:f"
     for run in (
-        settings("bt"), settings("armo"), settings("pair-preference-model-1B", ranking="tournament"),
-        settings("policy", reward_type="pair_preference"), settings(reward_function=function),
-        settings("bt", "armo", reward_weights=[0.7, 0.3]), settings("bt", reward_function=function, reward_weights=[1, 2]),
-    ):  # fmt: skip
+        settings("bt"),
+        settings("armo"),
+        settings("pair-preference-model-1B", ranking="tournament"),
+        settings("policy", reward_type="pair_preference"),
+        settings(reward_function=function),
+        settings("bt", "armo", reward_weights=[0.7, 0.3]),
+        settings("bt", reward_function=function, reward_weights=[1, 2]),
+    ):
         assert told(run, capsys) == ""
         args = build(get_rewards.Arguments, run.annotation([("a", "b")]))
         assert get_rewards.shaping(args, "a") == get_rewards.shaping(args, "a")
 
 
 def test_prompts_that_the_template_refuses_are_told_by_the_check(settings, tmp_path, capsys):
-    refusing = "{% for m in messages %}{{ raise_exception('not this') if m.content == 'bad' else bos_token + m.content }}{% endfor %}"
+    refusing = (
+        "{% for m in messages %}{{ raise_exception('not this') if m.content == 'bad' else bos_token + "
+        "m.content }}{% endfor %}"
+    )
     (tmp_path / "policy" / "chat_template.jinja").write_text(refusing)
-    (tmp_path / "policy" / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "<s>"}, "chat_template": "another"}))
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("good", "bad", 5, "fine")))
+    (tmp_path / "policy" / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": {"content": "<s>"}, "chat_template": "another"})
+    )
+    (tmp_path / "train.jsonl").write_text(
+        "".join(json.dumps({"prompt": text}) + "\n" for text in ("good", "bad", 5, "fine"))
+    )
     run = settings("bt")
     preflight.check(run)
     noted = capsys.readouterr().err
-    assert "2 prompts of" in noted and "train.jsonl record 2: the chat template of" in noted and "not this" in noted
+    assert (
+        "2 prompts of" in noted
+        and "train.jsonl record 2: the chat template of" in noted
+        and "not this" in noted
+    )
     run.settings.generation["bad_prompts"] = "refuse"
-    assert "train.jsonl record 2: the chat template" in (refused := told(run, capsys)) and "1 more prompts" in refused
+    assert (
+        "train.jsonl record 2: the chat template" in (refused := told(run, capsys))
+        and "1 more prompts" in refused
+    )
     run.settings.generation["bad_prompts"] = "skip"
     (tmp_path / "heldout.jsonl").write_text(json.dumps({"prompt": "bad"}) + "\n")
     assert "heldout.jsonl record 1: the chat template" in told(run, capsys)
@@ -105,17 +134,34 @@ def test_names_that_only_look_like_the_hubs(tmp_path, monkeypatch):
 
 def test_none_on_the_command_line_leaves_a_function_alone(tmp_path):
     (tmp_path / "run.yaml").write_text("reward_name_or_path: my/model\n")
-    arguments = [str(tmp_path / "run.yaml"), "--dataset_name_or_path", "a", "--output_dir", "b", "--reward_function", "f.py:f"]
+    arguments = [
+        str(tmp_path / "run.yaml"),
+        "--dataset_name_or_path",
+        "a",
+        "--output_dir",
+        "b",
+        "--reward_function",
+        "f.py:f",
+    ]
     assert parse(get_rewards.Arguments, "", arguments).reward_name_or_path == ["my/model"]
     args = parse(get_rewards.Arguments, "", [*arguments, "--reward_name_or_path", "none"])
     assert args.reward_name_or_path is None and get_rewards.names(args) == []
 
 
 def test_what_shapes_a_reward_and_what_an_earlier_version_wrote():
-    """One Bradley-Terry model has the settings that its manifests always had; everything new is noted unless default."""
+    """One Bradley-Terry model has the settings that its manifests always had; everything new is noted unless
+    default.
+    """
     plain = build(get_rewards.Arguments, {"dataset_name_or_path": "a", "output_dir": "b"})
     settings, inputs = get_rewards.shaping(plain, "a")
     assert set(settings) == {"max_length", "dtype", "revision", "template_kwargs", "date"}
-    assert inputs == {"dataset_name_or_path": "a", "reward_name_or_path": "sfairXC/FsfairX-LLaMA3-RM-v0.1", "chat_template": None}
-    more = build(get_rewards.Arguments, {"dataset_name_or_path": "a", "output_dir": "b", "ranking": "tournament", "batch_tokens": 5})
+    assert inputs == {
+        "dataset_name_or_path": "a",
+        "reward_name_or_path": "sfairXC/FsfairX-LLaMA3-RM-v0.1",
+        "chat_template": None,
+    }
+    more = build(
+        get_rewards.Arguments,
+        {"dataset_name_or_path": "a", "output_dir": "b", "ranking": "tournament", "batch_tokens": 5},
+    )
     assert get_rewards.shaping(more, "a")[0] == settings | {"ranking": "tournament"}

@@ -1,4 +1,6 @@
-"""report/watch.py and report/state.py: runs that are not begun, at work, stopped, failed, finished; progress, rate, time left."""
+"""report/watch.py and report/state.py: runs that are not begun, at work, stopped, failed, finished; progress,
+rate, time left.
+"""
 
 import fcntl
 import json
@@ -28,7 +30,12 @@ EVIL = "\x1b[2J\x1b]0;owned\x07[bold red]not markup[/bold red] \x08"
 
 
 def frame(folder, *more):
-    done = subprocess.run([sys.executable, SCRIPT, str(folder), "--once", "true", *more], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, SCRIPT, str(folder), "--once", "true", *more],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     return done.returncode, done.stdout, done.stderr
 
 
@@ -37,7 +44,11 @@ def folder(tmp_path):
     """A DPO run of two iterations, evaluated up to iterate 1, with prompt files that can be counted."""
     for name, count in (("a.jsonl", 60), ("heldout.jsonl", 60)):
         runs.write(tmp_path / name, [{"prompt": str(n)} for n in range(count)])
-    made = runs.make_run(tmp_path / "run", upto=1, settings={"prompts": [str(tmp_path / "a.jsonl")], "heldout_prompts": str(tmp_path / "heldout.jsonl")})
+    made = runs.make_run(
+        tmp_path / "run",
+        upto=1,
+        settings={"prompts": [str(tmp_path / "a.jsonl")], "heldout_prompts": str(tmp_path / "heldout.jsonl")},
+    )
     runs.write(made / "iter2" / "generated.jsonl", [{"id": n} for n in range(60)])
     runs.write(made / "iter2" / "rewarded.jsonl", [{"id": n} for n in range(60)])
     (made / "iter2" / "logs").mkdir()
@@ -72,7 +83,8 @@ def test_not_begun(tmp_path):
 
 def test_training_at_work(folder):
     (folder / "iter2/logs/train.log").write_text(
-        "$ 'accelerate' 'launch'\ntrain: step 1/9, loss 9\n$ 'accelerate' 'launch'\nreference: 10/60 pairs, 12.0/s, 4s left\n"
+        "$ 'accelerate' 'launch'\ntrain: step 1/9, loss 9\n$ 'accelerate' 'launch'\nreference: 10/60 pairs, "
+        "12.0/s, 4s left\n"
         "train: step 7/28, loss 0.6147, accuracy 0.94, margin 0.2141, lr 8.61e-05, 63.5 pairs/s, 1m02s left\n"
     )
     with Held(folder):
@@ -81,7 +93,12 @@ def test_training_at_work(folder):
         code, out, _ = frame(folder)
     assert (found.word, found.at) == ("running", (2, "train", "train"))
     assert (found.done, found.total, found.rate, found.left) == (7, 28, "63.5 pairs/s", "1m02s")
-    assert code == 0 and "running" in out and "7/28 steps (25%), 63.5 pairs/s, 1m02s left" in out and "loss 0.6147" in out
+    assert (
+        code == 0
+        and "running" in out
+        and "7/28 steps (25%), 63.5 pairs/s, 1m02s left" in out
+        and "loss 0.6147" in out
+    )
     assert "in work: iteration 2, train" in out and "left in all" in out
     assert "iterate" in out and "best of K" not in out  # metrics.json of the hand-made run has no averages
 
@@ -100,7 +117,9 @@ def test_generation_counts_shards_and_partials(folder):
     runs.write(shards / "heldout_sampled.generated.of2.0.jsonl", [{"id": n} for n in range(30)])
     runs.write(shards / "heldout_sampled.generated.of2.1.jsonl.partial", [{"id": n} for n in range(5)])
     runs.write(shards / "heldout_greedy.generated.of2.0.jsonl.partial", [{"id": n} for n in range(7)])
-    (folder / "iter2/logs/evaluate.0.log").write_text("$ x\ngenerate: 42/120 prompts, 40.9/s, 5s left, 2071 tokens/s\n")
+    (folder / "iter2/logs/evaluate.0.log").write_text(
+        "$ x\ngenerate: 42/120 prompts, 40.9/s, 5s left, 2071 tokens/s\n"
+    )
     lines = state.Lines()
     with Held(folder):
         found = read_state(folder, lines)
@@ -117,7 +136,11 @@ def test_annotation_counts_partials(folder):
         runs.write(folder / f"iter2/heldout_{kind}.generated.jsonl", [{"id": n} for n in range(60)])
     runs.write(folder / "iter2/heldout_sampled.rewarded.jsonl.partial", [{"id": n} for n in range(24)])
     found = read_state(folder)
-    assert found.at == (2, "evaluate", "annotate") and (found.done, found.total, found.unit) == (24, 120, "records")
+    assert found.at == (2, "evaluate", "annotate") and (found.done, found.total, found.unit) == (
+        24,
+        120,
+        "records",
+    )
 
 
 def test_stopped_and_failed(folder):
@@ -126,13 +149,24 @@ def test_stopped_and_failed(folder):
     old(folder)
     found = read_state(folder)
     assert found.word == "stopped" and "nothing was written for" in found.detail
-    (folder / "iter2/logs/train.log").write_text("$ x\nerror: of an earlier start\n$ x\ntrain: step 7/28, loss 0.6\n")
+    (folder / "iter2/logs/train.log").write_text(
+        "$ x\nerror: of an earlier start\n$ x\ntrain: step 7/28, loss 0.6\n"
+    )
     assert read_state(folder).word == "stopped"
-    (folder / "iter2/logs/train.log").write_text(f"$ x\ntrain: step 7/28, loss 0.6\n{EVIL}\nerror: the disk is full\n")
+    (folder / "iter2/logs/train.log").write_text(
+        f"$ x\ntrain: step 7/28, loss 0.6\n{EVIL}\nerror: the disk is full\n"
+    )
     code, out, _ = frame(folder)
     assert code == 0 and "failed" in out and out.count("error: the disk is full") == 2
-    assert "[bold red]not markup[/bold red]" in out and "\x1b" not in out and "\x08" not in out and "owned" not in out
-    (folder / "iter2/logs/train.log").write_text("$ x\nTraceback (most recent call last):\n  File\ntorch.cuda.OutOfMemoryError: CUDA out of memory\n")
+    assert (
+        "[bold red]not markup[/bold red]" in out
+        and "\x1b" not in out
+        and "\x08" not in out
+        and "owned" not in out
+    )
+    (folder / "iter2/logs/train.log").write_text(
+        "$ x\nTraceback (most recent call last):\n  File\ntorch.cuda.OutOfMemoryError: CUDA out of memory\n"
+    )
     found = read_state(folder)
     assert (found.word, found.detail) == ("failed", "torch.cuda.OutOfMemoryError: CUDA out of memory")
 
@@ -156,13 +190,17 @@ def test_finished_and_ppo(tmp_path):
     assert code == 0 and "9 of 9 stages done" in out
     ppo = runs.make_run(tmp_path / "ppo", iterations=1, upto=0, kind="ppo")
     (ppo / "iter1" / "logs").mkdir(parents=True)
-    (ppo / "iter1/logs/train.log").write_text("$ x\nppo: rollout 4/18, reward -1.2, kl 0.31, entropy 0.9, 850 tokens/s, 3m05s left\n")
+    (ppo / "iter1/logs/train.log").write_text(
+        "$ x\nppo: rollout 4/18, reward -1.2, kl 0.31, entropy 0.9, 850 tokens/s, 3m05s left\n"
+    )
     found = read_state(ppo)
     assert found.at == (1, "train", "train") and (found.done, found.total, found.left) == (4, 18, "3m05s")
 
 
 def test_time_left_of_the_run(folder):
-    """Stages left: training of iteration 2 (12 s as the one before) and its evaluation (30 s); 5 s are gone."""
+    """Stages left: training of iteration 2 (12 s as the one before) and its evaluation (30 s); 5 s are
+    gone.
+    """
     (folder / ".lock").touch()
     ended = state.datetime.strptime("2026-01-01T00:01:30+0000", "%Y-%m-%dT%H:%M:%S%z").timestamp()
     with Held(folder):
@@ -193,21 +231,32 @@ def test_damaged_files_do_not_end_the_view(folder):
 
 
 def test_refusals(tmp_path):
-    for arguments, message in [((), "no run was given"), (("x", "--every", "0"), "must be above 0"), (("x", "--one"), "did you mean '--once'")]:
-        done = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=60)
+    for arguments, message in [
+        ((), "no run was given"),
+        (("x", "--every", "0"), "must be above 0"),
+        (("x", "--one"), "did you mean '--once'"),
+    ]:
+        done = subprocess.run(
+            [sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr
     (tmp_path / "file").touch()
     assert "is a file" in frame(tmp_path / "file")[2]
 
 
 def test_on_a_terminal_it_refreshes_until_ctrl_c(folder):
-    """A real terminal (pty): the second frame shows what was written after the first; Ctrl-C ends with status 0."""
+    """A real terminal (pty): the second frame shows what was written after the first; Ctrl-C ends with status
+    0.
+    """
     log = folder / "iter2/logs/train.log"
     log.write_text("$ x\ntrain: step 7/28, loss 0.6\n")
     leader, follower = pty.openpty()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "120", "LINES": "40"}
     command = [sys.executable, SCRIPT, str(folder), "--every", "0.3"]
-    with Held(folder), subprocess.Popen(command, stdout=follower, stderr=follower, env=environment) as process:
+    with (
+        Held(folder),
+        subprocess.Popen(command, stdout=follower, stderr=follower, env=environment) as process,
+    ):
         os.close(follower)
         seen, end, written, ended = b"", time.monotonic() + 60, False, False
         while time.monotonic() < end and process.poll() is None:
@@ -238,7 +287,11 @@ def test_lines_of_progress_as_the_project_writes_them(capsys):
     assert found["rate"].endswith("records/s") and found["left"] and "12 responses" in found["note"]
     Progress(60, "generate", "prompts", every=0.0).tick()
     found = state.progress_line([line := capsys.readouterr().out.strip()])
-    assert line == "generate: 0/60 prompts, none finished in 0s" and (found["done"], found["rate"], found["left"]) == (0, "", "")
+    assert line == "generate: 0/60 prompts, none finished in 0s" and (
+        found["done"],
+        found["rate"],
+        found["left"],
+    ) == (0, "", "")
     Progress(60, "generate", "prompts").tick()  # not due yet
     assert capsys.readouterr().out == ""
     assert state.progress_line(["a model said: generate: 1/2", json.dumps({"x": 1})]) is None

@@ -1,4 +1,6 @@
-"""run_dpo.py, which says after the reference's pass how much of the reference is still in memory: started in its place by a test."""
+"""run_dpo.py, which says after the reference's pass how much of the reference is still in memory: started in
+its place by a test.
+"""
 
 import gc
 import sys
@@ -17,7 +19,11 @@ def main():
     held, load, compute = [], models.load_model, reference.compute_reference
 
     def size(parameter):
-        return 0 if parameter is None else parameter.untyped_storage().nbytes() + parameter.ds_tensor.untyped_storage().nbytes()
+        return (
+            0
+            if parameter is None
+            else parameter.untyped_storage().nbytes() + parameter.ds_tensor.untyped_storage().nbytes()
+        )
 
     def loaded(*given):
         model = load(*given)

@@ -1,4 +1,6 @@
-"""LoRA and QLoRA of run_dpo.py on micro models: what moves, what is merged and saved, resume, ZeRO-2, and the refusals."""
+"""LoRA and QLoRA of run_dpo.py on micro models: what moves, what is merged and saved, resume, ZeRO-2, and the
+refusals.
+"""
 
 import importlib.util
 import json
@@ -33,17 +35,29 @@ def work(tmp_path_factory):
 
 
 def argv(work, name, *more):
-    paths = ["--model_name_or_path", work / "policy", "--train_dir", work / "rewarded.jsonl", "--output_dir", work / name]
+    paths = [
+        "--model_name_or_path",
+        work / "policy",
+        "--train_dir",
+        work / "rewarded.jsonl",
+        "--output_dir",
+        work / name,
+    ]
     return [str(a) for a in [ROOT / "configs" / "training.yaml", *paths, *SMALL, *LORA, *more]]
 
 
 def losses(folder):
-    return [entry["loss"] for entry in read_json(f"{folder}.trainer_state.json")["log_history"] if "loss" in entry]
+    return [
+        entry["loss"] for entry in read_json(f"{folder}.trainer_state.json")["log_history"] if "loss" in entry
+    ]
 
 
 def added(folder):
     """Weight name → alpha / r · B·A in float64, from the adapter's files alone."""
-    config, tensors = read_json(folder / "adapter_config.json"), load_file(folder / "adapter_model.safetensors")
+    config, tensors = (
+        read_json(folder / "adapter_config.json"),
+        load_file(folder / "adapter_model.safetensors"),
+    )
     sums = {}
     for name, A in tensors.items():
         if name.endswith(".lora_A.weight"):
@@ -54,8 +68,13 @@ def added(folder):
 
 
 def is_merged(work, name, largest):
-    """Whether the model of run `name` is the policy plus its adapter, in every weight to `largest`; returns both."""
-    policy, model = load_file(work / "policy" / "model.safetensors"), load_file(work / name / "model.safetensors")
+    """Whether the model of run `name` is the policy plus its adapter, in every weight to `largest`; returns
+    both.
+    """
+    policy, model = (
+        load_file(work / "policy" / "model.safetensors"),
+        load_file(work / name / "model.safetensors"),
+    )
     delta = added(work / name / "adapter")
     assert set(model) == set(policy) and set(delta) < set(policy)
     for key, weight in policy.items():
@@ -79,7 +98,9 @@ def test_the_model_is_the_policy_plus_the_adapter(work, here):
     still = [key for key in policy if torch.equal(policy[key], model[key])]
     assert {key for key in policy if key not in added(work / "plain" / "adapter")} == set(still)
     assert {"lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"} < set(still)
-    assert losses(work / "plain")[0] == pytest.approx(math.log(2), abs=1e-6)  # the reference is the policy without adapters
+    assert losses(work / "plain")[0] == pytest.approx(
+        math.log(2), abs=1e-6
+    )  # the reference is the policy without adapters
     loads(work / "plain", torch.float32)
     assert read_json(work / "plain" / "config.json") == read_json(work / "policy" / "config.json")
     manifest = read_json(work / "plain.manifest.json")
@@ -89,12 +110,18 @@ def test_the_model_is_the_policy_plus_the_adapter(work, here):
 def test_peft_reads_the_adapter(work):
     from peft import PeftModel
 
-    assert {f.name for f in (work / "plain" / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {f.name for f in (work / "plain" / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     weights = load_file(work / "plain" / "adapter" / "adapter_model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
     ids = torch.arange(20)[None]
     base = AutoModelForCausalLM.from_pretrained(work / "policy")
-    wrapped, merged = PeftModel.from_pretrained(base, work / "plain" / "adapter"), loads(work / "plain", torch.float32)
+    wrapped, merged = (
+        PeftModel.from_pretrained(base, work / "plain" / "adapter"),
+        loads(work / "plain", torch.float32),
+    )
     assert (wrapped(ids).logits - merged(ids).logits).abs().max() < 1e-5
 
 
@@ -107,13 +134,17 @@ def test_an_overwritten_run_keeps_no_adapter(work, here):
 
 
 def test_bf16_holds_the_policy_in_bf16_and_the_adapters_in_fp32(work, here):
-    """The base is frozen, so bf16 loses nothing while training; the sum is made in the source's fp32 and rounded once."""
+    """The base is frozen, so bf16 loses nothing while training; the sum is made in the source's fp32 and
+    rounded once.
+    """
     here(argv(work, "bf16", "--gradient_checkpointing", "true"))
     is_merged(work, "bf16", 2**-8)
     model = loads(work / "bf16", torch.bfloat16).state_dict()
     for key, update in added(work / "bf16" / "adapter").items():
         once = (load_file(work / "policy" / "model.safetensors")[key].double() + update).float().bfloat16()
-        assert (model[key] != once).float().mean() < 1e-3, key  # but for ties that fp32 and float64 break otherwise
+        assert (model[key] != once).float().mean() < 1e-3, (
+            key
+        )  # but for ties that fp32 and float64 break otherwise
     weights = load_file(work / "bf16" / "adapter" / "adapter_model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
     assert losses(work / "bf16")[0] == pytest.approx(math.log(2), abs=1e-6)
@@ -127,8 +158,28 @@ def test_gradient_checkpointing_gives_the_same_model(work, here):
 
 def test_chosen_modules_a_tied_head_and_another_reference(work, here, tmp_path):
     micro.make_policy(tmp_path / "policy", tie_word_embeddings=True)
-    more = ["--model_name_or_path", tmp_path / "policy", "--ref_model_name_or_path", work / "policy", "--bf16", "false"]
-    here(argv(work, tmp_path / "some", *more, "--lora_target_modules", "q_proj", "down_proj", "--lora_dropout", "0.1", "--disable_dropout", "false"))
+    more = [
+        "--model_name_or_path",
+        tmp_path / "policy",
+        "--ref_model_name_or_path",
+        work / "policy",
+        "--bf16",
+        "false",
+    ]
+    here(
+        argv(
+            work,
+            tmp_path / "some",
+            *more,
+            "--lora_target_modules",
+            "q_proj",
+            "down_proj",
+            "--lora_dropout",
+            "0.1",
+            "--disable_dropout",
+            "false",
+        )
+    )
     delta = added(tmp_path / "some" / "adapter")
     assert len(delta) == 4 and all(key.split(".")[-2] in ("q_proj", "down_proj") for key in delta)
     is_merged(tmp_path, "some", 1e-6)
@@ -141,9 +192,16 @@ def test_a_killed_run_ends_at_the_same_weights(work, here, capfd):
     settings = ["--bf16", "false", "--max_steps", "12", "--save_steps", "4"]
     here(argv(work, "whole", *settings))
     command = [sys.executable, training.SCRIPT, *argv(work, "killed", *settings)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    ) as process:
         for _ in range(6000):
-            if (work / "killed" / "checkpoint-4" / "trainer_state.json").exists() or process.poll() is not None:
+            if (
+                work / "killed" / "checkpoint-4" / "trainer_state.json"
+            ).exists() or process.poll() is not None:
                 break
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
@@ -170,19 +228,31 @@ def test_zero_on_two_processes(work, stage):
 @pytest.fixture(scope="module")
 def bitsandbytes():
     """QLoRA's tests run without a GPU too: bitsandbytes has CPU kernels for nf4."""
-    pytest.importorskip("bitsandbytes", reason="an environment from before bitsandbytes was in requirements-train.txt")
+    pytest.importorskip(
+        "bitsandbytes", reason="an environment from before bitsandbytes was in requirements-train.txt"
+    )
 
 
 @pytest.mark.parametrize("avx512_bf16", [False, True])
 def test_qlora_merges_into_the_unquantised_policy(work, here, bitsandbytes, monkeypatch, avx512_bf16):
-    """On either kind of CPU: bitsandbytes packs 4-bit weights in another way where it finds AVX512-BF16, which is stood in for."""
+    """On either kind of CPU: bitsandbytes packs 4-bit weights in another way where it finds AVX512-BF16,
+    which is stood in for.
+    """
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: avx512_bf16)
     name, seen = f"qlora_{avx512_bf16}", []
-    monkeypatch.setattr(adapters, "keep_fp32", lambda trainer, keep=adapters.keep_fp32: (keep(trainer), seen.append(trainer.model)))
+    monkeypatch.setattr(
+        adapters,
+        "keep_fp32",
+        lambda trainer, keep=adapters.keep_fp32: (keep(trainer), seen.append(trainer.model)),
+    )
     here(argv(work, name, "--load_in_4bit", "true", "--bf16", "false", "--gradient_checkpointing", "true"))
     [model] = seen
     layer = model.get_base_model().model.layers[0].mlp.up_proj.base_layer
-    assert type(layer).__name__ == "Linear4bit" and layer.weight.dtype == torch.uint8 and layer.weight.quant_state.nested
+    assert (
+        type(layer).__name__ == "Linear4bit"
+        and layer.weight.dtype == torch.uint8
+        and layer.weight.quant_state.nested
+    )
     trained = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
     assert set(trained.values()) == {torch.float32} and all(".lora_" in name for name in trained)
     is_merged(work, name, 1e-6)
@@ -236,7 +306,9 @@ def test_refusals(settings, message):
 def test_missing_packages_are_named(monkeypatch):
     find = importlib.util.find_spec
     for missing, settings in (("peft", [ON]), ("bitsandbytes", [ON, ("load_in_4bit", True)])):
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name, missing=missing: None if name == missing else find(name))
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, missing=missing: None if name == missing else find(name)
+        )
         assert f"{missing} is not installed here" in refusal(*settings)
 
 
@@ -258,7 +330,9 @@ def test_modules_that_are_not_there_and_a_quantised_policy(work, here, tmp_path,
         here(argv(work, tmp_path / "none", "--lora_target_modules", "no_such_proj"))
     from transformers import BitsAndBytesConfig
 
-    small = AutoModelForCausalLM.from_pretrained(work / "policy", quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    small = AutoModelForCausalLM.from_pretrained(
+        work / "policy", quantization_config=BitsAndBytesConfig(load_in_4bit=True)
+    )
     small.save_pretrained(tmp_path / "small")
     AutoTokenizer.from_pretrained(work / "policy").save_pretrained(tmp_path / "small")
     with pytest.raises(UserError, match="small is quantised: give the model it was made from"):

@@ -1,4 +1,6 @@
-"""benchmarks/dpo.py runs, and counts the tokens that it bases its ceiling on as TRL's collator and our rows have them."""
+"""benchmarks/dpo.py runs, and counts the tokens that it bases its ceiling on as TRL's collator and our rows
+have them.
+"""
 
 import json
 import subprocess
@@ -19,7 +21,10 @@ def test_padded_tokens_are_those_of_trls_batches():
     rows, order = benchmark.make_rows("recipe", 12, 200, 3), [5, 3, 8, 0, 1, 2, 4, 6, 7, 11, 9, 10]
     collate = DataCollatorForPreference(pad_token_id=0)
     for at_once in (1, 2, 4):
-        want = sum(collate([rows[i] for i in order[k : k + at_once]])["input_ids"].numel() for k in range(0, 12, at_once))
+        want = sum(
+            collate([rows[i] for i in order[k : k + at_once]])["input_ids"].numel()
+            for k in range(0, 12, at_once)
+        )
         assert benchmark.padded_tokens(rows, order, at_once) == want
 
 
@@ -32,8 +37,27 @@ def test_lengths_are_the_recipes():
 @pytest.mark.long
 def test_it_measures_all_ways(tmp_path):
     policy = micro.make_policy(tmp_path / "policy", max_position_embeddings=4096)
-    words = ["--shape", "short", "--steps", "2", "--pairs", "2", "--batch_sizes", "1", "2", "--model_name_or_path", policy, "--output_dir", tmp_path / "b.json"]
-    end = subprocess.run([sys.executable, ROOT / "benchmarks/dpo.py", *map(str, words)], capture_output=True, text=True, timeout=600)
+    words = [
+        "--shape",
+        "short",
+        "--steps",
+        "2",
+        "--pairs",
+        "2",
+        "--batch_sizes",
+        "1",
+        "2",
+        "--model_name_or_path",
+        policy,
+        "--output_dir",
+        tmp_path / "b.json",
+    ]
+    end = subprocess.run(
+        [sys.executable, ROOT / "benchmarks/dpo.py", *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert end.returncode == 0, end.stdout + end.stderr
     found = json.loads((tmp_path / "b.json").read_text())
     assert set(found["ways"]) == set(benchmark.WAYS) and found["ceiling"] > 1

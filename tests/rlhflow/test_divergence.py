@@ -1,4 +1,6 @@
-"""report/divergence.py: the KL of an iterate against plain forward passes in float64, and what it leaves and refuses."""
+"""report/divergence.py: the KL of an iterate against plain forward passes in float64, and what it leaves and
+refuses.
+"""
 
 import json
 import math
@@ -29,11 +31,15 @@ MADE = "generation/get_hf2.py"
 def models(tmp_path_factory):
     """(policy, reference): alike, but for their weights."""
     folder = tmp_path_factory.mktemp("models")
-    return micro.make_policy(folder / "policy", seed=1, initializer_range=0.15), micro.make_policy(folder / "reference", seed=2, initializer_range=0.15)
+    return micro.make_policy(folder / "policy", seed=1, initializer_range=0.15), micro.make_policy(
+        folder / "reference", seed=2, initializer_range=0.15
+    )
 
 
 def answers(path, count=9, K=4, ids=True):
-    """A generated file with alike beginnings, an empty response, one cut off, several turns; returns its records."""
+    """A generated file with alike beginnings, an empty response, one cut off, several turns; returns its
+    records.
+    """
     rows, tokenizer = [], micro.make_tokenizer()
     end = [chat.end_of_turn(tokenizer)]
     for i in range(count):
@@ -50,26 +56,48 @@ def answers(path, count=9, K=4, ids=True):
             responses, reasons = [f"the same {i}"] * K, ["stop"] * K
         rows.append({"id": f"p{i}", "prompt": prompt, "responses": responses, "finish_reasons": reasons})
         if ids:
-            own = [tokenizer(text, add_special_tokens=False)["input_ids"] + end * (reason == "stop") for text, reason in zip(responses, reasons)]
+            own = [
+                tokenizer(text, add_special_tokens=False)["input_ids"] + end * (reason == "stop")
+                for text, reason in zip(responses, reasons)
+            ]
             rows[-1] |= {"prompt_token_ids": chat.encode(tokenizer, prompt, True), "response_token_ids": own}
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return rows
 
 
 def run(*arguments, status=0, launch=(sys.executable,)):
-    process = subprocess.run([*launch, SCRIPT, *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False,
-                             env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    process = subprocess.run(
+        [*launch, SCRIPT, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert process.returncode == status, process.stdout + process.stderr
     return process
 
 
 def arguments(models, path, output, *more):
-    return ["--dataset_name_or_path", path, "--model_name_or_path", models[0], "--ref_model_name_or_path", models[1], "--output_dir", output, *more]
+    return [
+        "--dataset_name_or_path",
+        path,
+        "--model_name_or_path",
+        models[0],
+        "--ref_model_name_or_path",
+        models[1],
+        "--output_dir",
+        output,
+        *more,
+    ]
 
 
 def plain(folder, rows, temperature=1.0):
     """Log-probabilities of each response's tokens, {id: K lists}: one sequence at a time, in float64."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager"), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager"),
+        AutoTokenizer.from_pretrained(folder),
+    )
     end = tokenizer.convert_tokens_to_ids("<|eot_id|>")
     found = {}
     for row in rows:
@@ -77,7 +105,9 @@ def plain(folder, rows, temperature=1.0):
         prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
         found[row["id"]] = []
         for response, reason in zip(row["responses"], row["finish_reasons"], strict=True):
-            ids = tokenizer(response, add_special_tokens=False)["input_ids"] + ([end] if reason == "stop" else [])
+            ids = tokenizer(response, add_special_tokens=False)["input_ids"] + (
+                [end] if reason == "stop" else []
+            )
             with torch.no_grad():
                 logits = model(torch.tensor([prompt + ids])).logits[0] / temperature
             logps = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, torch.tensor(ids)[:, None])[:, 0]
@@ -85,7 +115,10 @@ def plain(folder, rows, temperature=1.0):
     return found
 
 
-@pytest.mark.parametrize("more, temperature", [((), 1.0), (("--share_prompts", "false"), 1.0), (("--temperature", "0.7", "--batch_tokens", "60"), 0.7)])
+@pytest.mark.parametrize(
+    "more, temperature",
+    [((), 1.0), (("--share_prompts", "false"), 1.0), (("--temperature", "0.7", "--batch_tokens", "60"), 0.7)],
+)
 def test_it_is_that_of_plain_passes_in_float64(models, tmp_path, more, temperature):
     rows = answers(tmp_path / "answers.jsonl")
     run(*arguments(models, tmp_path / "answers.jsonl", tmp_path / "divergence.jsonl", *more))
@@ -105,27 +138,43 @@ def test_it_is_that_of_plain_passes_in_float64(models, tmp_path, more, temperatu
         k3.append(statistics.fmean(want))
         total, tokens = total + sum(map(sum, ratios)), tokens + sum(map(len, a))
     summary = json.loads((tmp_path / "divergence.json").read_text())
-    assert summary["kl"] == pytest.approx(statistics.fmean(kl), abs=1e-3) and summary["k3"] == pytest.approx(statistics.fmean(k3), rel=1e-3)
+    assert summary["kl"] == pytest.approx(statistics.fmean(kl), abs=1e-3) and summary["k3"] == pytest.approx(
+        statistics.fmean(k3), rel=1e-3
+    )
     assert summary["kl_se"] == pytest.approx(statistics.stdev(kl) / len(kl) ** 0.5, rel=1e-3)
     assert summary["kl_per_token"] == pytest.approx(total / tokens, abs=1e-4) and summary["tokens"] == tokens
-    assert (summary["responses"], summary["prompts"], summary["left_out"], summary["temperature"]) == (36, 9, 0, temperature)
+    assert (summary["responses"], summary["prompts"], summary["left_out"], summary["temperature"]) == (
+        36,
+        9,
+        0,
+        temperature,
+    )
     assert summary["exact"] and summary["estimator"] == "k1" and abs(summary["kl"]) > 0.1
 
 
 def test_samples_of_the_policy_itself_give_its_kl(models, tmp_path):
-    """With many samples the estimates come near the KL that is summed over the whole vocabulary along the answers."""
+    """With many samples the estimates come near the KL that is summed over the whole vocabulary along the
+    answers.
+    """
     tokenizer = AutoTokenizer.from_pretrained(models[0])
     policy, reference = (AutoModelForCausalLM.from_pretrained(folder) for folder in models)
     prompt = [{"role": "user", "content": "Go"}]
-    ids = tokenizer(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True), add_special_tokens=False)["input_ids"]
+    ids = tokenizer(
+        tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True),
+        add_special_tokens=False,
+    )["input_ids"]
     with torch.no_grad():
-        p, q = (model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1) for model in (policy, reference))
+        p, q = (
+            model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1) for model in (policy, reference)
+        )
     true = float((p.exp() * (p - q)).sum())  # of answers of one token
     generator = torch.Generator().manual_seed(0)
     draws = torch.multinomial(p.exp(), 4000, replacement=True, generator=generator)
     ratios = (p - q)[draws].tolist()
     mean, error = divergence.mean_and_error(ratios)
-    entries = [{"tokens": [1], "logps": [r], "ref_logps": [0.0], "k3": [math.exp(-r) - 1 + r]} for r in ratios]
+    entries = [
+        {"tokens": [1], "logps": [r], "ref_logps": [0.0], "k3": [math.exp(-r) - 1 + r]} for r in ratios
+    ]
     found = divergence.summarise(entries, {})
     assert found["kl"] == pytest.approx(mean, abs=1e-5) and abs(found["kl"] - true) < 4 * error
     assert abs(found["k3"] - true) < 4 * found["k3_se"]
@@ -136,7 +185,11 @@ def test_of_a_model_to_itself_it_is_nothing(models, tmp_path):
     answers(tmp_path / "answers.jsonl")
     run(*arguments((models[0], models[0]), tmp_path / "answers.jsonl", tmp_path / "same.jsonl"))
     summary = json.loads((tmp_path / "same.json").read_text())
-    assert summary["kl"] == summary["kl_se"] == 0.0 and summary["responses"] == 0 and "one model" in summary["estimator"]
+    assert (
+        summary["kl"] == summary["kl_se"] == 0.0
+        and summary["responses"] == 0
+        and "one model" in summary["estimator"]
+    )
     assert len((tmp_path / "same.jsonl").read_text().splitlines()) == 9
     copy = micro.make_policy(tmp_path / "copy", seed=1, initializer_range=0.15)
     run(*arguments((models[0], copy), tmp_path / "answers.jsonl", tmp_path / "copy.jsonl"))
@@ -145,7 +198,9 @@ def test_of_a_model_to_itself_it_is_nothing(models, tmp_path):
 
 
 def test_in_bf16_k3_is_rounding_and_not_shown(models, tmp_path, monkeypatch):
-    """Equal weights on both sides, computed in other layouts: kl is nothing within its error, k3 would be something, always above 0."""
+    """Equal weights on both sides, computed in other layouts: kl is nothing within its error, k3 would be
+    something, always above 0.
+    """
     torch.set_num_threads(1)
     answers(tmp_path / "answers.jsonl", 3)
     ids = torch.randint(3, 250, (6, 60), generator=torch.Generator().manual_seed(0)).tolist()
@@ -155,7 +210,9 @@ def test_in_bf16_k3_is_rounding_and_not_shown(models, tmp_path, monkeypatch):
         policy = divergence.Policy(str(strong), 1.0, dtype="bfloat16", share_prompts=share)
         policy.load()
         with torch.no_grad():
-            found.append([value for _, group in sorted(policy.logps(groups)) for one in group for value in one])
+            found.append(
+                [value for _, group in sorted(policy.logps(groups)) for one in group for value in one]
+            )
     ratios = [a - b for a, b in zip(*found, strict=True)]
     mean, error = divergence.mean_and_error(ratios)
     k3, k3_error = divergence.mean_and_error([math.exp(-r) - 1 + r for r in ratios])
@@ -163,24 +220,56 @@ def test_in_bf16_k3_is_rounding_and_not_shown(models, tmp_path, monkeypatch):
     given = arguments(models, tmp_path / "answers.jsonl", tmp_path / "d.jsonl", "--dtype", "bfloat16")
     monkeypatch.setattr(sys, "argv", ["divergence.py", *map(str, given)])
     divergence.main()
-    summary, entries = json.loads((tmp_path / "d.json").read_text()), [json.loads(line) for line in (tmp_path / "d.jsonl").read_text().splitlines()]
-    assert summary["k3"] is summary["k3_se"] is summary["k3_per_token"] is None and "--dtype float32" in summary["k3_null"]
-    assert summary["kl"] is not None and summary["kl_se"] > 0 and {value for entry in entries for value in entry["k3"]} == {None}
+    summary, entries = (
+        json.loads((tmp_path / "d.json").read_text()),
+        [json.loads(line) for line in (tmp_path / "d.jsonl").read_text().splitlines()],
+    )
+    assert (
+        summary["k3"] is summary["k3_se"] is summary["k3_per_token"] is None
+        and "--dtype float32" in summary["k3_null"]
+    )
+    assert (
+        summary["kl"] is not None
+        and summary["kl_se"] > 0
+        and {value for entry in entries for value in entry["k3"]} == {None}
+    )
 
 
 def test_two_processes_find_what_one_finds(models, tmp_path):
     answers(tmp_path / "answers.jsonl", 13)
     run(*arguments(models, tmp_path / "answers.jsonl", tmp_path / "one.jsonl", "--chunk_records", 5))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-              "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
-    run(*arguments(models, tmp_path / "answers.jsonl", tmp_path / "two.jsonl", "--chunk_records", 5), launch=launch)
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+    ]
+    run(
+        *arguments(models, tmp_path / "answers.jsonl", tmp_path / "two.jsonl", "--chunk_records", 5),
+        launch=launch,
+    )
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
-    assert {k: v for k, v in two.items() if k != "seconds"} == pytest.approx({k: v for k, v in one.items() if k != "seconds"}, abs=1e-4)
+    assert {k: v for k, v in two.items() if k != "seconds"} == pytest.approx(
+        {k: v for k, v in one.items() if k != "seconds"}, abs=1e-4
+    )
 
 
 def test_a_killed_one_continues(models, tmp_path, monkeypatch):
     answers(tmp_path / "answers.jsonl")
-    given = [str(word) for word in arguments(models, tmp_path / "answers.jsonl", tmp_path / "d.jsonl", "--chunk_records", 2)]
+    given = [
+        str(word)
+        for word in arguments(models, tmp_path / "answers.jsonl", tmp_path / "d.jsonl", "--chunk_records", 2)
+    ]
     monkeypatch.setattr(sys, "argv", ["divergence.py", *given])
     torch.set_num_threads(1)
     true, passes = divergence.Policy.logps, []
@@ -198,8 +287,18 @@ def test_a_killed_one_continues(models, tmp_path, monkeypatch):
     divergence.main()
     assert len(passes) == 7 + 4 and set(passes[7:]) == {str(models[1])}
     run(*arguments(models, tmp_path / "answers.jsonl", tmp_path / "whole.jsonl"))
-    for one, other in zip(*([json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()] for name in ("d", "whole")), strict=True):
-        assert one["id"] == other["id"] and one["logps"] == pytest.approx(other["logps"], abs=1e-3) and one["k3"] == pytest.approx(other["k3"], abs=1e-3)
+    for one, other in zip(
+        *(
+            [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+            for name in ("d", "whole")
+        ),
+        strict=True,
+    ):
+        assert (
+            one["id"] == other["id"]
+            and one["logps"] == pytest.approx(other["logps"], abs=1e-3)
+            and one["k3"] == pytest.approx(other["k3"], abs=1e-3)
+        )
     summary = (tmp_path / "d.json").read_text()
     divergence.main()  # nothing is left
     (tmp_path / "d.json").unlink()
@@ -209,16 +308,25 @@ def test_a_killed_one_continues(models, tmp_path, monkeypatch):
 
 def test_temperature_is_read_off_the_manifests_and_greedy_answers_are_refused(models, tmp_path):
     answers(tmp_path / "g.jsonl")
-    write_json(tmp_path / "g.manifest.json", {"script": MADE, "settings": {"temperature": 0.6, "top_p": 0.9, "top_k": -1}, "inputs": {}})
+    write_json(
+        tmp_path / "g.manifest.json",
+        {"script": MADE, "settings": {"temperature": 0.6, "top_p": 0.9, "top_k": -1}, "inputs": {}},
+    )
     answers(tmp_path / "r.jsonl")
-    write_json(tmp_path / "r.manifest.json", {"settings": {}, "inputs": {"dataset_name_or_path": {"path": str(tmp_path / "g.jsonl")}}})
+    write_json(
+        tmp_path / "r.manifest.json",
+        {"settings": {}, "inputs": {"dataset_name_or_path": {"path": str(tmp_path / "g.jsonl")}}},
+    )
     held = divergence.Arguments(str(tmp_path / "r.jsonl"), *map(str, models), str(tmp_path / "o.jsonl"))
     assert divergence.sampling(held) == {"temperature": 0.6, "top_p": 0.9, "top_k": -1}
     write_json(tmp_path / "g.manifest.json", {"script": MADE, "settings": {"temperature": 0.0}, "inputs": {}})
     with pytest.raises(UserError, match="sampled at temperature 0: a KL is estimated"):
         divergence.check(held)
     answers(tmp_path / "b.jsonl")
-    write_json(tmp_path / "b.manifest.json", {"script": MADE, "settings": {"temperature": 1.0, "top_p": 0.9}, "inputs": {}})
+    write_json(
+        tmp_path / "b.manifest.json",
+        {"script": MADE, "settings": {"temperature": 1.0, "top_p": 0.9}, "inputs": {}},
+    )
     biased = run(*arguments(models, tmp_path / "b.jsonl", tmp_path / "biased.jsonl"))
     assert "biased" in biased.stdout and not json.loads((tmp_path / "biased.json").read_text())["exact"]
 
@@ -231,7 +339,9 @@ def test_temperature_is_read_off_the_manifests_and_greedy_answers_are_refused(mo
 ])  # fmt: skip
 def test_refusals_are_one_line_at_once(models, tmp_path, change, named):
     answers(tmp_path / "answers.jsonl")
-    given = dict(zip(*[iter(arguments(models, tmp_path / "answers.jsonl", tmp_path / "d.jsonl"))] * 2)) | change
+    given = (
+        dict(zip(*[iter(arguments(models, tmp_path / "answers.jsonl", tmp_path / "d.jsonl"))] * 2)) | change
+    )
     begun = time.monotonic()
     refused = run(*(word for pair in given.items() for word in pair), status=2)
     assert named in refused.stderr and refused.stderr.count("\n") == 1 and "Traceback" not in refused.stderr
@@ -257,18 +367,36 @@ def test_text_alone_is_tokenised_as_it_was_sampled_and_not_called_exact(models, 
     (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     told = run(*arguments(models, tmp_path / "text.jsonl", tmp_path / "text_d.jsonl"))
     summary = json.loads((tmp_path / "text_d.json").read_text())
-    assert (summary["from_text"], summary["exact"]) == (4, False) and "4 responses have no token ids" in told.stdout
-    assert summary["retokenised"] == sum(a != b for a, b in zip(rows[0]["num_tokens"], (9, 9, 10, 2))) and "biased" not in told.stdout
+    assert (summary["from_text"], summary["exact"]) == (
+        4,
+        False,
+    ) and "4 responses have no token ids" in told.stdout
+    assert (
+        summary["retokenised"] == sum(a != b for a, b in zip(rows[0]["num_tokens"], (9, 9, 10, 2)))
+        and "biased" not in told.stdout
+    )
 
 
 def test_an_interrupt_ends_it_with_a_word(models, tmp_path):
     answers(tmp_path / "answers.jsonl", 400)
-    process = subprocess.Popen([sys.executable, SCRIPT, *map(str, arguments(models, tmp_path / "answers.jsonl", tmp_path / "d.jsonl", "--chunk_records", 1))],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            SCRIPT,
+            *map(
+                str, arguments(models, tmp_path / "answers.jsonl", tmp_path / "d.jsonl", "--chunk_records", 1)
+            ),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     until = time.monotonic() + 120
     while not ((tmp_path / "d.jsonl.partial").exists() and (tmp_path / "d.jsonl.partial").stat().st_size):
         assert time.monotonic() < until and process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "start the same command again" in errors and "Traceback" not in errors
+    assert (
+        process.returncode == 130 and "start the same command again" in errors and "Traceback" not in errors
+    )

@@ -1,4 +1,6 @@
-"""The trainer against TRL's: the same steps, the same losses, the same log; what it refuses; what it leans on."""
+"""The trainer against TRL's: the same steps, the same losses, the same log; what it refuses; what it leans
+on.
+"""
 
 import importlib.metadata
 import re
@@ -35,19 +37,35 @@ def fresh_state(monkeypatch):
 
 
 def rows_with_reference(count=PAIRS, seed=0):
-    """Rows whose reference is another model than the policy, so that losses and margins are not those of step 0."""
+    """Rows whose reference is another model than the policy, so that losses and margins are not those of step
+    0.
+    """
     rows = make_rows(count, seed)
     for i, row in enumerate(rows):
-        row |= {"ref_chosen_logps": -5.0 * len(row["chosen_ids"]) - i % 3, "ref_rejected_logps": -5.2 * len(row["rejected_ids"])}
+        row |= {
+            "ref_chosen_logps": -5.0 * len(row["chosen_ids"]) - i % 3,
+            "ref_rejected_logps": -5.2 * len(row["rejected_ids"]),
+        }
     return rows
 
 
 def settings(folder, **more):
     defaults = {
-        "max_steps": 10, "learning_rate": 1e-3, "per_device_train_batch_size": PER_STEP, "per_device_eval_batch_size": 8, "bf16": False,
-        "use_cpu": True, "report_to": "none", "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "max_length": None,
-        "precompute_ref_log_probs": True, "gradient_checkpointing": False, "seed": 5,
-    }  # fmt: skip
+        "max_steps": 10,
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": PER_STEP,
+        "per_device_eval_batch_size": 8,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "max_length": None,
+        "precompute_ref_log_probs": True,
+        "gradient_checkpointing": False,
+        "seed": 5,
+    }
     return DPOConfig(output_dir=str(folder), **defaults | more)
 
 
@@ -67,47 +85,87 @@ class Plain(DPOTrainer):
 
 
 def trl(folder, rows, held_out, architecture="llama", **more):
-    return Plain(model=policy(folder, architecture), args=settings(folder, **more), processing_class=micro.make_tokenizer(),
-                 train_dataset=Dataset.from_list(rows), eval_dataset=Dataset.from_list(held_out))  # fmt: skip
+    return Plain(
+        model=policy(folder, architecture),
+        args=settings(folder, **more),
+        processing_class=micro.make_tokenizer(),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(held_out),
+    )
 
 
-def ours(folder, rows, held_out, sharing=True, architecture="llama", own=True, margin_scale=0.0, weights=None, budget=200, **more):
+def ours(
+    folder,
+    rows,
+    held_out,
+    sharing=True,
+    architecture="llama",
+    own=True,
+    margin_scale=0.0,
+    weights=None,
+    budget=200,
+    **more,
+):
     args, steps = settings(folder, **more), [None, None]
     if own:
         costs = [[columns_of(row) for row in part] for part in (rows, held_out)]
         steps = [
-            Steps(costs[0], PER_STEP, budget if sharing else None, 4, seed=args.seed, weights=weights, epochs=4),
+            Steps(
+                costs[0], PER_STEP, budget if sharing else None, 4, seed=args.seed, weights=weights, epochs=4
+            ),
             Steps(costs[1], len(held_out), budget if sharing else None, 4),
         ]
         args.gradient_accumulation_steps = steps[0].accumulation
     data = [Dataset.from_list(part) for part in (rows, held_out)]
     return IterativeDPOTrainer(
-        model=policy(folder, architecture), args=args, processing_class=micro.make_tokenizer(), train_dataset=data[0], eval_dataset=data[1],
-        rows={"train": rows, "eval": held_out}, steps=steps[0], eval_steps=steps[1], sharing=sharing and own, margin_scale=margin_scale,
-    )  # fmt: skip
+        model=policy(folder, architecture),
+        args=args,
+        processing_class=micro.make_tokenizer(),
+        train_dataset=data[0],
+        eval_dataset=data[1],
+        rows={"train": rows, "eval": held_out},
+        steps=steps[0],
+        eval_steps=steps[1],
+        sharing=sharing and own,
+        margin_scale=margin_scale,
+    )
 
 
 def run(trainer):
     """(logs of the steps, metrics of the evaluation, weights)."""
     trainer.train()
     steps = [entry for entry in trainer.state.log_history if "rewards/margins" in entry]
-    return steps, trainer.evaluate(), {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+    return (
+        steps,
+        trainer.evaluate(),
+        {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()},
+    )
 
 
 def assert_same_course(one, other, tolerance=1e-4):
     """Losses, gradients and what is logged of two runs agree step by step; so do evaluation and weights."""
     (steps, evaluation, weights), (steps2, evaluation2, weights2) = one, other
-    assert [entry["step"] for entry in steps] == [entry["step"] for entry in steps2] == list(range(1, len(steps) + 1))
+    assert (
+        [entry["step"] for entry in steps]
+        == [entry["step"] for entry in steps2]
+        == list(range(1, len(steps) + 1))
+    )
     times = ("runtime", "per_second", "epoch", "num_tokens", "total_flos", "tokens/")
     for mine, theirs in [*zip(steps, steps2, strict=True), (evaluation, evaluation2)]:
         for name in {name for name in theirs if not any(part in name for part in times)}:
-            assert mine[name] == pytest.approx(theirs[name], rel=tolerance, abs=tolerance), (name, theirs.get("step"))
+            assert mine[name] == pytest.approx(theirs[name], rel=tolerance, abs=tolerance), (
+                name,
+                theirs.get("step"),
+            )
     for name, weight in weights.items():
         # The keys' bias has no gradient but rounding (a softmax does not see it), of which Adam makes steps.
-        assert (weight - weights2[name]).norm() <= tolerance * weights2[name].norm() + 1e-5 * ("k_proj.bias" in name), name
+        assert (weight - weights2[name]).norm() <= tolerance * weights2[name].norm() + 1e-5 * (
+            "k_proj.bias" in name
+        ), name
 
 
-# Rows that fill the steps without a rest, which TRL computes in one pass each: its means of means are means then.
+# Rows that fill the steps without a rest, which TRL computes in one pass each: its means of means are means
+# then.
 WHOLE = rows_with_reference(24), rows_with_reference(8, seed=1)
 
 
@@ -121,27 +179,68 @@ def test_ten_steps_follow_trls(tmp_path, architecture):
 def test_checkpointing_and_the_size_of_rows_change_nothing(tmp_path):
     want = run(ours(tmp_path, *WHOLE))
     for budget, checkpointing in ((90, False), (5000, True)):
-        assert_same_course(run(ours(tmp_path, *WHOLE, budget=budget, gradient_checkpointing=checkpointing)), want, 1e-5)
+        assert_same_course(
+            run(ours(tmp_path, *WHOLE, budget=budget, gradient_checkpointing=checkpointing)), want, 1e-5
+        )
 
 
-@pytest.mark.parametrize("loss_type", ["hinge", "ipo", "robust", "exo_pair", "bco_pair", "sppo_hard", "nca_pair", "apo_zero", "apo_down", "discopop"])
+@pytest.mark.parametrize(
+    "loss_type",
+    [
+        "hinge",
+        "ipo",
+        "robust",
+        "exo_pair",
+        "bco_pair",
+        "sppo_hard",
+        "nca_pair",
+        "apo_zero",
+        "apo_down",
+        "discopop",
+    ],
+)
 def test_every_loss_follows_trls(tmp_path, loss_type):
-    more = {"loss_type": loss_type, "label_smoothing": 0.1 if loss_type in ("robust", "exo_pair") else 0.0, "max_steps": 2, "learning_rate": 1e-4}
+    more = {
+        "loss_type": loss_type,
+        "label_smoothing": 0.1 if loss_type in ("robust", "exo_pair") else 0.0,
+        "max_steps": 2,
+        "learning_rate": 1e-4,
+    }
     assert_same_course(run(ours(tmp_path, *WHOLE, **more)), run(trl(tmp_path, *WHOLE, **more)))
 
 
-TRLS = [{"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]}, {"loss_type": "aot"}, {"use_weighting": True}, {"ld_alpha": 0.5}]
+TRLS = [
+    {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]},
+    {"loss_type": "aot"},
+    {"use_weighting": True},
+    {"ld_alpha": 0.5},
+]
 
 
 @pytest.mark.parametrize("more", TRLS)
 def test_what_is_trls_own_is_trls(tmp_path, more):
-    assert_same_course(run(ours(tmp_path, *WHOLE, own=False, max_steps=3, **more)), run(trl(tmp_path, *WHOLE, max_steps=3, **more)), 1e-6)
+    assert_same_course(
+        run(ours(tmp_path, *WHOLE, own=False, max_steps=3, **more)),
+        run(trl(tmp_path, *WHOLE, max_steps=3, **more)),
+        1e-6,
+    )
 
 
 def test_in_trls_own_loss_sigmoid_is_conservative_dpo_too(tmp_path):
-    trainer = ours(tmp_path, *WHOLE, own=False, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.2], label_smoothing=0.1)
-    assert trainer.loss_types == ["robust", "sft"] and trainer.label_smoothing == robust_equivalent(0.1) == pytest.approx(-0.125)
-    assert trainer.args.loss_type == ["sigmoid", "sft"] and trainer.args.label_smoothing == 0.1  # the user's names
+    trainer = ours(
+        tmp_path,
+        *WHOLE,
+        own=False,
+        loss_type=["sigmoid", "sft"],
+        loss_weights=[1.0, 0.2],
+        label_smoothing=0.1,
+    )
+    assert trainer.loss_types == ["robust", "sft"] and trainer.label_smoothing == robust_equivalent(
+        0.1
+    ) == pytest.approx(-0.125)
+    assert (
+        trainer.args.loss_type == ["sigmoid", "sft"] and trainer.args.label_smoothing == 0.1
+    )  # the user's names
     conservative = run(ours(tmp_path, *WHOLE, own=False, max_steps=3, label_smoothing=0.1))
     assert_same_course(run(ours(tmp_path, *WHOLE, max_steps=3, label_smoothing=0.1)), conservative)
 
@@ -167,11 +266,19 @@ def run_pair(trainer, row):
 def test_weights_and_margins_reach_the_loss(tmp_path):
     rows, held_out = WHOLE
     plain, _, before = run(ours(tmp_path, rows, held_out, max_steps=1))
-    weighted, _, other = run(ours(tmp_path, rows, held_out, max_steps=1, weights=[0.5 + i % 2 for i in range(24)]))
+    weighted, _, other = run(
+        ours(tmp_path, rows, held_out, max_steps=1, weights=[0.5 + i % 2 for i in range(24)])
+    )
     offset, _, third = run(ours(tmp_path, rows, held_out, max_steps=1, margin_scale=0.1))
     assert len({round(found[0]["loss"], 5) for found in (plain, weighted, offset)}) == 3
-    assert plain[0]["rewards/margins"] == pytest.approx(weighted[0]["rewards/margins"]) == pytest.approx(offset[0]["rewards/margins"])
-    assert any((before[name] != other[name]).any() for name in before) and any((before[name] != third[name]).any() for name in before)
+    assert (
+        plain[0]["rewards/margins"]
+        == pytest.approx(weighted[0]["rewards/margins"])
+        == pytest.approx(offset[0]["rewards/margins"])
+    )
+    assert any((before[name] != other[name]).any() for name in before) and any(
+        (before[name] != third[name]).any() for name in before
+    )
 
 
 # The first row is looked at
@@ -179,8 +286,12 @@ def test_weights_and_margins_reach_the_loss(tmp_path):
 
 def test_a_row_that_is_computed_wrongly_stops_the_run(tmp_path, monkeypatch):
     true = shared_prompts._mask
-    monkeypatch.setattr(shared_prompts, "_mask", lambda length, total, *more: true(length, total, *more).roll(1, 0))
-    with pytest.raises(UserError, match=r"packed rows give .* differ from the padded ones by .*--share_prompts false"):
+    monkeypatch.setattr(
+        shared_prompts, "_mask", lambda length, total, *more: true(length, total, *more).roll(1, 0)
+    )
+    with pytest.raises(
+        UserError, match=r"packed rows give .* differ from the padded ones by .*--share_prompts false"
+    ):
         ours(tmp_path, *WHOLE).train()
 
 
@@ -194,7 +305,9 @@ def test_the_first_row_is_computed_padded_too(tmp_path, capsys):
 
 def test_dropout_is_not_taken_for_a_wrong_row(tmp_path):
     trainer = ours(tmp_path, *WHOLE, max_steps=2, disable_dropout=False)
-    trainer.model.model.layers[0].mlp.act_fn = torch.nn.Sequential(trainer.model.model.layers[0].mlp.act_fn, torch.nn.Dropout(0.3))
+    trainer.model.model.layers[0].mlp.act_fn = torch.nn.Sequential(
+        trainer.model.model.layers[0].mlp.act_fn, torch.nn.Dropout(0.3)
+    )
     trainer.train()
     assert trainer.checked and trainer.model.training
 
@@ -202,19 +315,35 @@ def test_dropout_is_not_taken_for_a_wrong_row(tmp_path):
 # Which models can share
 
 
-@pytest.mark.parametrize("architecture, more, expected", [
-    ("llama", {}, ""), ("qwen3", {}, ""), ("gemma2", {}, ""),
-    ("llama", {"attention_dropout": 0.3}, ""),  # it is switched off
-    ("nemotron", {}, "do not hand on"), ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}, "sinks"), ("mamba", {}, "recurrent"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "architecture, more, expected",
+    [
+        ("llama", {}, ""),
+        ("qwen3", {}, ""),
+        ("gemma2", {}, ""),
+        ("llama", {"attention_dropout": 0.3}, ""),  # it is switched off
+        ("nemotron", {}, "do not hand on"),
+        ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}, "sinks"),
+        ("mamba", {}, "recurrent"),
+    ],
+)
 def test_models_that_cannot_share_are_known_before_anything_is_loaded(tmp_path, architecture, more, expected):
     micro.make_config(micro.make_tokenizer(), architecture, **more).save_pretrained(tmp_path)
-    args = SimpleNamespace(model_name_or_path=str(tmp_path), revision=None, trust_remote_code=False, model_init_kwargs=None, disable_dropout=None)
+    args = SimpleNamespace(
+        model_name_or_path=str(tmp_path),
+        revision=None,
+        trust_remote_code=False,
+        model_init_kwargs=None,
+        disable_dropout=None,
+    )
     found = models.reason_against_sharing(args)
     assert (expected in found) if expected else found == ""
 
 
-@pytest.mark.parametrize("architecture, expected", [("llama", "sdpa"), ("gemma2", "eager"), ("gpt_oss", "eager"), ("bloom", "eager")])
+@pytest.mark.parametrize(
+    "architecture, expected",
+    [("llama", "sdpa"), ("gemma2", "eager"), ("gpt_oss", "eager"), ("bloom", "eager")],
+)
 def test_the_padded_computations_attention_is_one_that_the_model_has(tmp_path, architecture, expected):
     more = {"attn_logit_softcapping": 50.0} if architecture == "gemma2" else {}
     micro.make_config(micro.make_tokenizer(), architecture, **more).save_pretrained(tmp_path)
@@ -231,10 +360,16 @@ def test_numbers_of_a_batch_stay_as_they_are(tmp_path, monkeypatch):
     trainer.is_deepspeed_enabled = True
     plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.bfloat16))
     monkeypatch.setattr(AcceleratorState, "deepspeed_plugin", property(lambda self: plugin))
-    batch = {"scale": torch.tensor([1.0001]), "ref_chosen_logps": torch.tensor([-300.123]), "other": torch.tensor([-300.123])}
+    batch = {
+        "scale": torch.tensor([1.0001]),
+        "ref_chosen_logps": torch.tensor([-300.123]),
+        "other": torch.tensor([-300.123]),
+    }
     prepared = trainer._prepare_inputs(batch)
     assert prepared["other"].dtype == torch.bfloat16  # what TRL's own precomputed values become
-    assert torch.equal(prepared["ref_chosen_logps"], batch["ref_chosen_logps"]) and torch.equal(prepared["scale"], batch["scale"])
+    assert torch.equal(prepared["ref_chosen_logps"], batch["ref_chosen_logps"]) and torch.equal(
+        prepared["scale"], batch["scale"]
+    )
 
 
 def test_trl_hashes_no_weights(tmp_path, monkeypatch):

@@ -1,4 +1,6 @@
-"""Arguments of run_dpo.py: defaults against the YAML, settings for TRL, and refusals before torch is imported."""
+"""Arguments of run_dpo.py: defaults against the YAML, settings for TRL, and refusals before torch is
+imported.
+"""
 
 import dataclasses
 import json
@@ -86,19 +88,28 @@ def test_fields_read_from_source_are_those_of_the_class():
 def test_settings_of_trl_are_passed_on_with_their_types(files, tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text(
-        "adam_beta1: 0.8\nlr_scheduler_kwargs: {num_cycles: 2}\ndisable_dropout: false\nloss_weights: [1, 0.5]\n"
+        "adam_beta1: 0.8\nlr_scheduler_kwargs: {num_cycles: 2}\ndisable_dropout: false\nloss_weights: [1, "
+        "0.5]\n"
     )
     more = ["--precompute_ref_batch_size", "4", "--pad_to_multiple_of", "8"]
     args, extra = parsed(str(config), *files, *more, "--loss_type", "sigmoid", "sft")
     assert extra == {
-        "adam_beta1": 0.8, "lr_scheduler_kwargs": {"num_cycles": 2}, "disable_dropout": False, "loss_weights": [1, 0.5],
-        "precompute_ref_batch_size": 4, "pad_to_multiple_of": 8,
-    }  # fmt: skip
+        "adam_beta1": 0.8,
+        "lr_scheduler_kwargs": {"num_cycles": 2},
+        "disable_dropout": False,
+        "loss_weights": [1, 0.5],
+        "precompute_ref_batch_size": 4,
+        "pad_to_multiple_of": 8,
+    }
     run_dpo.accumulate(args, 8)
     got = settings.training_config(args, extra, Arguments, False)
     assert (got.adam_beta1, got.pad_to_multiple_of, got.disable_dropout) == (0.8, 8, False)
     assert (got.learning_rate, got.max_length, got.beta, got.label_smoothing) == (5e-7, 2048, 0.1, 0.1)
-    assert got.gradient_accumulation_steps == 16 and got.lr_scheduler_type == "cosine" and got.save_strategy == "no"
+    assert (
+        got.gradient_accumulation_steps == 16
+        and got.lr_scheduler_type == "cosine"
+        and got.save_strategy == "no"
+    )
 
 
 @pytest.mark.parametrize(
@@ -151,14 +162,17 @@ def test_zero3_without_a_loadable_model_is_refused(files, monkeypatch):
 
 
 def test_more_processes_than_gpus_are_refused_without_torch(files, tmp_path):
-    """As on a machine with two GPUs, eight processes launched; and nothing heavy is imported before any refusal."""
+    """As on a machine with two GPUs, eight processes launched; and nothing heavy is imported before any
+    refusal.
+    """
     smi = tmp_path / "bin" / "nvidia-smi"
     smi.parent.mkdir()
     smi.write_text("#!/bin/sh\necho 'GPU 0: H'; echo 'GPU 1: H'\n")
     smi.chmod(0o755)
     program = (
         "import sys, atexit; sys.argv = sys.argv[1:]\n"
-        "atexit.register(lambda: print('HEAVY', [m for m in ('torch', 'transformers', 'trl') if m in sys.modules]))\n"
+        "atexit.register(lambda: print('HEAVY', [m for m in ('torch', 'transformers', 'trl') if m in "
+        "sys.modules]))\n"
         "import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     base = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
@@ -166,13 +180,17 @@ def test_more_processes_than_gpus_are_refused_without_torch(files, tmp_path):
     command = [sys.executable, "-c", program, training.SCRIPT, *files]
     done = subprocess.run(command, env=env | {"RANK": "0"}, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "HEAVY []\n"
-    assert "--num_processes 2" in done.stderr and len(done.stderr.splitlines()) == 1  # what other ranks say: tests/plain/test_cli.py
+    assert (
+        "--num_processes 2" in done.stderr and len(done.stderr.splitlines()) == 1
+    )  # what other ranks say: tests/plain/test_cli.py
 
 
 def test_a_missing_yaml_offers_the_real_one():
     done = training.start("./config/training.yaml")
     assert (
-        done.returncode == 2 and "there is configs/training.yaml" in done.stderr and len(done.stderr.splitlines()) == 1
+        done.returncode == 2
+        and "there is configs/training.yaml" in done.stderr
+        and len(done.stderr.splitlines()) == 1
     )
 
 
@@ -212,7 +230,9 @@ def test_fewer_pairs_than_processes(files, monkeypatch):
 
 def test_where_trl_makes_the_batches_they_have_to_divide():
     """Rows of our own need not: the pairs of a step are laid out over the processes there are."""
-    args = SimpleNamespace(gradient_accumulation_steps=None, per_device_train_batch_size=1, global_batch_size=12)
+    args = SimpleNamespace(
+        gradient_accumulation_steps=None, per_device_train_batch_size=1, global_batch_size=12
+    )
     with pytest.raises(UserError, match="12 does not divide by 8 processes"):
         run_dpo.accumulate(args, 8)
     run_dpo.accumulate(args, 6)
@@ -222,10 +242,19 @@ def test_where_trl_makes_the_batches_they_have_to_divide():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--loss_type", "aot", "--share_prompts", "true", "--per_device_train_batch_size", "2"], "depends on which pairs share a pass"),
-        (["--loss_type", "sft", "sigmoid", "--label_smoothing", "0", "--margin_weight", "1"], "cannot be used where"),
+        (
+            ["--loss_type", "aot", "--share_prompts", "true", "--per_device_train_batch_size", "2"],
+            "depends on which pairs share a pass",
+        ),
+        (
+            ["--loss_type", "sft", "sigmoid", "--label_smoothing", "0", "--margin_weight", "1"],
+            "cannot be used where",
+        ),
         (["--ld_alpha", "0.5", "--margin_scale", "1"], "ld_alpha is TRL's own"),
-        (["--loss_type", "ipo", "--label_smoothing", "0", "--margin_scale", "1"], "--margin_scale is defined for"),
+        (
+            ["--loss_type", "ipo", "--label_smoothing", "0", "--margin_scale", "1"],
+            "--margin_scale is defined for",
+        ),
         (["--loss_type", "aot"], "with --per_device_train_batch_size 1 it is sigmoid"),
         (["--save_only_model", "true"], "could not continue"),
         (["--precompute_ref_log_probs", "false"], "always computed before training"),
@@ -244,8 +273,9 @@ def test_settings_of_rows_and_margins_that_cannot_be(files, monkeypatch, argv, m
 def test_weights_by_margin():
     rows = [{"margin": 1.0}, {"margin": 4.0}]
     assert packing.weights(rows, 0.0) is None
-    assert packing.weights(rows, 1.0) == [0.4, 1.6] and packing.weights(rows, 0.5) == pytest.approx([2 / 3, 4 / 3])
-
+    assert packing.weights(rows, 1.0) == [0.4, 1.6] and packing.weights(rows, 0.5) == pytest.approx(
+        [2 / 3, 4 / 3]
+    )
 
 
 def test_a_folder_of_unknown_origin_is_refused(files, monkeypatch, tmp_path):
@@ -280,10 +310,23 @@ def test_a_checkpoint_of_another_number_of_processes_is_refused(files, monkeypat
         run_dpo.main()
 
 
-@pytest.mark.parametrize("pairs, given, processes, expected", [
-    (20000, {}, 8, 128), (512, {}, 8, 128), (511, {}, 8, 64), (40, {}, 1, 8), (40, {"per_device_train_batch_size": 16}, 1, 16), (3, {}, 1, 1),
-    (40, {"gradient_accumulation_steps": 128}, 1, 128), (40, {"global_batch_size": 6}, 1, 6), (40, {}, 8, 8), (40, {}, 3, 128),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "pairs, given, processes, expected",
+    [
+        (20000, {}, 8, 128),
+        (512, {}, 8, 128),
+        (511, {}, 8, 64),
+        (40, {}, 1, 8),
+        (40, {"per_device_train_batch_size": 16}, 1, 16),
+        (3, {}, 1, 1),
+        (40, {"gradient_accumulation_steps": 128}, 1, 128),
+        (40, {"global_batch_size": 6}, 1, 6),
+        (40, {}, 8, 8),
+        (40, {}, 3, 128),
+    ],
+)
 def test_few_pairs_get_smaller_steps(pairs, given, processes, expected):
-    args = build(run_dpo.Arguments, {"model_name_or_path": "a/b", "train_dir": ["x"], "output_dir": "y"} | given)
+    args = build(
+        run_dpo.Arguments, {"model_name_or_path": "a/b", "train_dir": ["x"], "output_dir": "y"} | given
+    )
     assert run_dpo.halved(run_dpo.pairs_per_step(args, processes), pairs, args, processes) == expected

@@ -16,7 +16,9 @@ LENGTH = 12
 
 
 def per_token(seed):
-    """[8, 12] log-probabilities a token, those of four chosen and four rejected responses; zero beyond their ends."""
+    """[8, 12] log-probabilities a token, those of four chosen and four rejected responses; zero beyond their
+    ends.
+    """
     tokens = torch.cat([CHOSEN_TOKENS, REJECTED_TOKENS])
     mask = torch.arange(LENGTH) < tokens[:, None]
     torch.manual_seed(seed)
@@ -29,23 +31,44 @@ def pairs_of(policy, reference, margin=0.0):
 
 
 def trls(policy, reference, mask, loss_types, weights, beta, smoothing):
-    """TRL's loss of the same log-probabilities; its model and accelerator are stand-ins, so that its formulas alone count."""
+    """TRL's loss of the same log-probabilities; its model and accelerator are stand-ins, so that its formulas
+    alone count.
+    """
 
     def model(log_probs):
         zeros = torch.zeros_like(log_probs)
-        return lambda **inputs: SimpleNamespace(log_probs=log_probs, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
+        return lambda **inputs: SimpleNamespace(
+            log_probs=log_probs, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool()
+        )
 
     same = lambda value: value  # noqa: E731
     trainer = SimpleNamespace(
-        model=SimpleNamespace(training=True), accelerator=SimpleNamespace(device="cpu", gather_for_metrics=same, gather=same, unwrap_model=same),
-        aux_loss_enabled=False, ld_alpha=None, precompute_ref_logps=True, f_divergence_type="reverse_kl", loss_types=loss_types,
-        loss_weights=weights, beta=beta, label_smoothing=smoothing, use_weighting=False, args=SimpleNamespace(discopop_tau=0.05),
-        _metrics={"train": defaultdict(list)}, _total_train_tokens=0, _tp_size=1,
-    )  # fmt: skip
+        model=SimpleNamespace(training=True),
+        accelerator=SimpleNamespace(device="cpu", gather_for_metrics=same, gather=same, unwrap_model=same),
+        aux_loss_enabled=False,
+        ld_alpha=None,
+        precompute_ref_logps=True,
+        f_divergence_type="reverse_kl",
+        loss_types=loss_types,
+        loss_weights=weights,
+        beta=beta,
+        label_smoothing=smoothing,
+        use_weighting=False,
+        args=SimpleNamespace(discopop_tau=0.05),
+        _metrics={"train": defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
     # One column more: the first token has no log-probability.
     completion = torch.cat([torch.zeros(8, 1, dtype=torch.bool), mask], 1).long()
     chosen, rejected = reference.sum(1).chunk(2)
-    inputs = {"input_ids": completion, "attention_mask": completion, "completion_mask": completion, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+    inputs = {
+        "input_ids": completion,
+        "attention_mask": completion,
+        "completion_mask": completion,
+        "ref_chosen_logps": chosen,
+        "ref_rejected_logps": rejected,
+    }
     return DPOTrainer._compute_loss(trainer, model(policy), inputs, False)
 
 
@@ -53,7 +76,10 @@ def test_there_is_a_loss_for_each_name():
     assert set(LOSSES) == settings.PAIRWISE
 
 
-CASES = [([name], [1.0]) for name in sorted(settings.PAIRWISE)] + [(["sigmoid", "hinge", "nca_pair"], [0.5, 2.0, 0.1]), (["robust", "exo_pair"], [1.0, 0.3])]
+CASES = [([name], [1.0]) for name in sorted(settings.PAIRWISE)] + [
+    (["sigmoid", "hinge", "nca_pair"], [0.5, 2.0, 0.1]),
+    (["robust", "exo_pair"], [1.0, 0.3]),
+]
 
 
 @pytest.mark.parametrize("loss_types, weights", CASES)
@@ -88,10 +114,19 @@ def test_sigmoid_with_label_smoothing_is_conservative_dpo(smoothing):
 
 
 KNOWN = {  # at Δ = 0 with both log-ratios 0
-    "sigmoid": math.log(2), "robust": math.log(2), "sigmoid_norm": math.log(2), "hinge": 1.0, "bco_pair": 2 * math.log(2),
-    "nca_pair": 2 * math.log(2), "apo_zero": 1.0, "apo_down": 1.0, "sppo_hard": 2 * 5.0**2, "ipo": 5.0**2,
-    "discopop": 0.5 * math.log(2) + 0.5, "exo_pair": math.log(0.5) - 0.5 * (math.log(0.9) + math.log(0.1)),
-}  # fmt: skip
+    "sigmoid": math.log(2),
+    "robust": math.log(2),
+    "sigmoid_norm": math.log(2),
+    "hinge": 1.0,
+    "bco_pair": 2 * math.log(2),
+    "nca_pair": 2 * math.log(2),
+    "apo_zero": 1.0,
+    "apo_down": 1.0,
+    "sppo_hard": 2 * 5.0**2,
+    "ipo": 5.0**2,
+    "discopop": 0.5 * math.log(2) + 0.5,
+    "exo_pair": math.log(0.5) - 0.5 * (math.log(0.9) + math.log(0.1)),
+}
 
 
 @pytest.mark.parametrize("name", sorted(settings.PAIRWISE))
@@ -107,8 +142,12 @@ def test_the_offset_is_a_shift_of_the_difference(name):
     """β(Δ - c/β) = βΔ - c: a margin moves the loss as moving the reference's chosen log-probability does."""
     (policy, _), (reference, _) = per_token(6), per_token(7)
     smoothing = 0.1 if name in ("robust", "exo_pair") else 0.0
-    offset = pair_losses(pairs_of(policy, reference, margin=2.0), [name], [1.0], Settings(0.5, smoothing, margin_scale=0.3))
+    offset = pair_losses(
+        pairs_of(policy, reference, margin=2.0), [name], [1.0], Settings(0.5, smoothing, margin_scale=0.3)
+    )
     moved = pairs_of(policy, reference)
     moved.ref_chosen = moved.ref_chosen + 0.3 * 2.0 / 0.5
     assert torch.allclose(offset, pair_losses(moved, [name], [1.0], Settings(0.5, smoothing)), atol=1e-12)
-    assert not torch.allclose(offset, pair_losses(pairs_of(policy, reference), [name], [1.0], Settings(0.5, smoothing)))
+    assert not torch.allclose(
+        offset, pair_losses(pairs_of(policy, reference), [name], [1.0], Settings(0.5, smoothing))
+    )

@@ -1,4 +1,6 @@
-"""The memory that `--check true` foretells, against published numbers, DeepSpeed's estimators and what torch really keeps."""
+"""The memory that `--check true` foretells, against published numbers, DeepSpeed's estimators and what torch
+really keeps.
+"""
 
 import json
 from types import SimpleNamespace
@@ -40,13 +42,22 @@ def test_parameters_are_counted_from_the_config(llama):
 
 @pytest.mark.parametrize(
     ("method", "bytes_a_parameter"),
-    [("ddp", 16), ("zero1", 4 + 12 / 8), ("zero2", 2 + 14 / 8), ("zero3", 16 / 8), ("fsdp2", 16 / 8), ("zero3_offload", 0)],
+    [
+        ("ddp", 16),
+        ("zero1", 4 + 12 / 8),
+        ("zero2", 2 + 14 / 8),
+        ("zero3", 16 / 8),
+        ("fsdp2", 16 / 8),
+        ("zero3_offload", 0),
+    ],
 )
 def test_states_are_those_of_the_zero_paper(method, bytes_a_parameter):
     gpu, cpu = states(method, COUNT, 8)
     assert gpu == pytest.approx(COUNT * bytes_a_parameter)
     assert cpu == (16 * COUNT if method == "zero3_offload" else 0)
-    assert states(method, COUNT, 1)[0] + states(method, COUNT, 1)[1] == 16 * COUNT  # alone, nothing is shared out
+    assert (
+        states(method, COUNT, 1)[0] + states(method, COUNT, 1)[1] == 16 * COUNT
+    )  # alone, nothing is shared out
 
 
 def test_the_papers_own_example():
@@ -57,11 +68,15 @@ def test_the_papers_own_example():
 
 @pytest.mark.parametrize("gpus", [1, 2, 8, 64])
 def test_deepspeeds_estimators_agree(llama, gpus):
-    """DeepSpeed adds to the paper's states the fp32 gradients of the step, 4 bytes (2 more than bf16 ones in stage 3), and in
-    stage 3 one gathered layer with its gradients, 4 bytes. We name these buffers, beside a bucket of gradients."""
+    """DeepSpeed adds to the paper's states the fp32 gradients of the step, 4 bytes (2 more than bf16 ones in
+    stage 3), and in
+    stage 3 one gathered layer with its gradients, 4 bytes. We name these buffers, beside a bucket of
+    gradients."""
     largest, bucket = max(llama.layer, llama.head), 2 * 5e8
     ours = states("zero2", COUNT, gpus)[0] + memory.buffers("zero2", llama, gpus)[0]
-    assert ours - bucket == pytest.approx(estimate_zero2_model_states_mem_needs(COUNT, gpus, 1, False)[1], abs=2)
+    assert ours - bucket == pytest.approx(
+        estimate_zero2_model_states_mem_needs(COUNT, gpus, 1, False)[1], abs=2
+    )
     _, theirs, _ = estimate_zero3_model_states_mem_needs(COUNT, largest, gpus, 1, False)
     ours = states("zero3", COUNT, gpus)[0] + memory.buffers("zero3", llama, gpus)[0]
     assert ours - bucket == pytest.approx(theirs, abs=2)
@@ -82,12 +97,21 @@ def test_lora_trains_little(llama):
 def test_four_bits_are_held_whole(llama):
     few = llama.lora(16)
     how = {"trainable": few, "frozen": FOUR_BITS}
-    assert need("ddp", llama, 1, 1, 2048, **how).total < 16 * GIB < need("ddp", llama, 1, 1, 2048, trainable=few).total
-    assert recommend(llama, 1, 24 * GIB, 128, 2048, **how)[0] in WHOLE and recommend(llama, 1, 4 * GIB, 128, 2048, **how) is None
+    assert (
+        need("ddp", llama, 1, 1, 2048, **how).total
+        < 16 * GIB
+        < need("ddp", llama, 1, 1, 2048, trainable=few).total
+    )
+    assert (
+        recommend(llama, 1, 24 * GIB, 128, 2048, **how)[0] in WHOLE
+        and recommend(llama, 1, 4 * GIB, 128, 2048, **how) is None
+    )
 
 
 def test_checkpoints_are_counted_as_they_are_kept():
-    """Two that are kept and the one being written, 16 bytes a parameter; test_sharding.py weighs a real one."""
+    """Two that are kept and the one being written, 16 bytes a parameter; test_sharding.py weighs a real
+    one.
+    """
     args = SimpleNamespace(save_steps=10, save_total_limit=2, bf16=True)
     assert memory.checkpoint_bytes(args, 8e9) == 3 * 16 * 8e9
     args.save_steps = 0
@@ -95,7 +119,9 @@ def test_checkpoints_are_counted_as_they_are_kept():
 
 
 def test_the_pass_of_the_reference_counts(llama):
-    """LoRA under FSDP on one GPU trains in less than the frozen policy's first pass takes where that is held in fp32."""
+    """LoRA under FSDP on one GPU trains in less than the frozen policy's first pass takes where that is held
+    in fp32.
+    """
     found = need("ddp", llama, 8, 1, 2048, bf16=False)
     assert found.reference == 4 * COUNT and need("zero2", llama, 8, 1, 2048).reference == 2 * COUNT
     assert found.total >= found.reference
@@ -108,14 +134,20 @@ def kept_by_torch(sizes, method, bf16, checkpointing):
     def count(layers):
         config = AutoConfig.for_model("llama", vocab_size=64, num_hidden_layers=layers, **sizes)
         dtype = torch.bfloat16 if bf16 and not mixed else torch.float32
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").model.train()
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation="sdpa"
+        ).model.train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        shapes = {p.shape for p in model.parameters()} | {p.t().shape for p in model.parameters() if p.dim() == 2}
+        shapes = {p.shape for p in model.parameters()} | {
+            p.t().shape for p in model.parameters() if p.dim() == 2
+        }
         found = {}
 
         def pack(tensor):
-            if tensor.shape not in shapes and tensor.numel() > 128:  # autocast's copies of the weights too are left out
+            if (
+                tensor.shape not in shapes and tensor.numel() > 128
+            ):  # autocast's copies of the weights too are left out
                 found[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
             return tensor
 
@@ -128,10 +160,19 @@ def kept_by_torch(sizes, method, bf16, checkpointing):
     return count(3) - count(2)
 
 
-@pytest.mark.parametrize("wide", [{}, {"intermediate_size": 320}, {"num_key_value_heads": 4}, {"hidden_size": 128}])
-@pytest.mark.parametrize(("method", "bf16"), [("zero2", True), ("fsdp2", True), ("ddp", True), ("ddp", False)])
+@pytest.mark.parametrize(
+    "wide", [{}, {"intermediate_size": 320}, {"num_key_value_heads": 4}, {"hidden_size": 128}]
+)
+@pytest.mark.parametrize(
+    ("method", "bf16"), [("zero2", True), ("fsdp2", True), ("ddp", True), ("ddp", False)]
+)
 def test_activations_are_what_torch_keeps(tmp_path, wide, method, bf16):
-    sizes = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2} | wide
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    } | wide
     shape = memory.shape_of(saved(tmp_path, vocab_size=64, num_hidden_layers=2, **sizes))
     kept = memory.layer_activations(shape, method, bf16)
     assert kept == pytest.approx(kept_by_torch(sizes, method, bf16, False), rel=0.01)
@@ -180,10 +221,24 @@ def test_the_command(tmp_path):
     config = ROOT / "configs" / "training.yaml"
     model = saved(tmp_path / "model", **LLAMA)
     eight = ["--check", "true", "--num_gpus", "8", "--gpu_memory_gib", "80"]
-    done = start(config, *eight, "--model_name_or_path", model, "--train_dir", "nowhere.jsonl", "--output_dir", tmp_path / "out")
+    done = start(
+        config,
+        *eight,
+        "--model_name_or_path",
+        model,
+        "--train_dir",
+        "nowhere.jsonl",
+        "--output_dir",
+        tmp_path / "out",
+    )
     assert done.returncode == 0, done.stderr
-    assert "8.03 billion parameters; 8 GPUs of 80 GiB" in done.stdout and "take configs/zero2.yaml" in done.stdout
-    table = {line.split()[1]: line for line in done.stdout.splitlines() if "fit" in line and "LoRA" not in line}
+    assert (
+        "8.03 billion parameters; 8 GPUs of 80 GiB" in done.stdout
+        and "take configs/zero2.yaml" in done.stdout
+    )
+    table = {
+        line.split()[1]: line for line in done.stdout.splitlines() if "fit" in line and "LoRA" not in line
+    }
     assert set(METHODS) <= set(table) and "does not fit" in table["ddp"] and " 28.0 " in table["zero2"]
     assert not (tmp_path / "out").exists()
     (tmp_path / "bare").mkdir()
@@ -192,8 +247,10 @@ def test_the_command(tmp_path):
     done = start(config, *eight, *bare)
     assert done.returncode == 2 and "give --model_size_b" in done.stderr and "Traceback" not in done.stderr
     done = start(config, *eight, *bare, "--model_size_b", "8.03")
-    assert done.returncode == 0 and "cannot be read: an estimate" in done.stdout and "take configs/zero2.yaml" in done.stdout
+    assert (
+        done.returncode == 0
+        and "cannot be read: an estimate" in done.stdout
+        and "take configs/zero2.yaml" in done.stdout
+    )
     done = start(config, "--check", "true", *bare)
     assert done.returncode == 2 and "--num_gpus" in done.stderr
-
-

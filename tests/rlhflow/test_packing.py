@@ -1,4 +1,6 @@
-"""Which pairs share a step and a row, and that a packed row gives what each sequence gives alone: log-probabilities, gradients."""
+"""Which pairs share a step and a row, and that a packed row gives what each sequence gives alone:
+log-probabilities, gradients.
+"""
 
 import random
 from collections import Counter
@@ -25,8 +27,19 @@ def make_rows(count, seed=0, longest=40):
     for i in range(count):
         chosen = draw(rng.randint(1, longest))
         # Some responses begin alike, or one is the other's beginning.
-        rejected = chosen[: rng.randint(0, len(chosen))] + draw(rng.randint(1, 9)) if i % 3 == 1 else draw(rng.randint(1, longest))
-        rows.append({"prompt_ids": [1, *draw(rng.randint(0, longest))], "chosen_ids": chosen, "rejected_ids": rejected, "margin": 1.0 + i})
+        rejected = (
+            chosen[: rng.randint(0, len(chosen))] + draw(rng.randint(1, 9))
+            if i % 3 == 1
+            else draw(rng.randint(1, longest))
+        )
+        rows.append(
+            {
+                "prompt_ids": [1, *draw(rng.randint(0, longest))],
+                "chosen_ids": chosen,
+                "rejected_ids": rejected,
+                "margin": 1.0 + i,
+            }
+        )
     return rows
 
 
@@ -37,11 +50,24 @@ def collected(steps, epoch=0):
     """[step][pass of each process]: what every process is given."""
     made = []
     for process in range(steps.processes):
-        one = Steps(steps.costs, steps.pairs_per_step, steps.budget, steps.at_once, steps.processes, process, steps.weights, steps.seed, steps.epochs, epoch)
+        one = Steps(
+            steps.costs,
+            steps.pairs_per_step,
+            steps.budget,
+            steps.at_once,
+            steps.processes,
+            process,
+            steps.weights,
+            steps.seed,
+            steps.epochs,
+            epoch,
+        )
         made.append(list(one))
         assert len(made[-1]) == len(one) == len(steps)
     a = steps.accumulation
-    return [[made[p][k] for k in range(s, s + a) for p in range(steps.processes)] for s in range(0, len(steps), a)]
+    return [
+        [made[p][k] for k in range(s, s + a) for p in range(steps.processes)] for s in range(0, len(steps), a)
+    ]
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])
@@ -50,13 +76,16 @@ def test_each_step_has_the_pairs_of_the_unpacked_computation(processes, budget):
     costs = [random.Random(i).randint(5, 90) for i in range(103)]
     steps = Steps(costs, 24, budget, 2, processes, seed=7, epochs=2)
     for epoch in (0, 1):
-        order = torch.randperm(103, generator=torch.Generator().manual_seed(7 + epoch)).tolist()  # TRL's, see test_dpo.py
+        order = torch.randperm(
+            103, generator=torch.Generator().manual_seed(7 + epoch)
+        ).tolist()  # TRL's, see test_dpo.py
         made = collected(steps, epoch)
         assert len(made) == 5
         for n, rows in enumerate(made):
             real = [(i, scale) for row in rows for i, scale in row if scale]
             assert sorted(i for i, _ in real) == sorted(order[24 * n : 24 * n + 24])
-            # Σ scale × loss over all passes, divided by them as Trainer and mean over processes do, is the mean over the pairs.
+            # Σ scale × loss over all passes, divided by them as Trainer and mean over processes do, is the
+            # mean over the pairs.
             assert {round(scale / len(rows) * len(real), 9) for _, scale in real} == {1.0}
             if budget:
                 assert all(sum(costs[i] for i, _ in row) <= budget or len(row) == 1 for row in rows)
@@ -81,7 +110,10 @@ def test_one_very_long_pair_is_a_row_of_its_own():
 
 def test_fewer_pairs_than_processes_leave_rows_without_a_pair():
     [rows] = collected(Steps([9, 5, 7], 8, 100, processes=8))
-    assert sum(bool(row[0][1]) for row in rows) == 3 and [row for row in rows if not row[0][1]] == [[(1, 0.0)]] * 5
+    assert (
+        sum(bool(row[0][1]) for row in rows) == 3
+        and [row for row in rows if not row[0][1]] == [[(1, 0.0)]] * 5
+    )
 
 
 def test_weights_scale_the_loss():
@@ -107,7 +139,10 @@ def make_model(architecture="llama", dtype=torch.float32, **more):
     torch.manual_seed(3)
     config = micro.make_config(micro.make_tokenizer(), architecture, **(ARCHITECTURES[architecture] | more))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
-    for name, weight in model.named_parameters():  # attention far from even, or a wrong mask would hardly show
+    for (
+        name,
+        weight,
+    ) in model.named_parameters():  # attention far from even, or a wrong mask would hardly show
         if weight.ndim == 2:
             torch.nn.init.normal_(weight, std=0.2 if "proj" in name else 0.6)
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
@@ -115,7 +150,9 @@ def make_model(architecture="llama", dtype=torch.float32, **more):
 
 
 def alone(model, row):
-    """[log-probability of chosen, of rejected], one sequence at a time, by the model's own head and log_softmax in float64."""
+    """[log-probability of chosen, of rejected], one sequence at a time, by the model's own head and
+    log_softmax in float64.
+    """
     found = []
     for side in ("chosen_ids", "rejected_ids"):
         ids = torch.tensor([row["prompt_ids"] + row[side]])
@@ -138,8 +175,14 @@ def test_log_probabilities_and_gradients_are_those_of_one_sequence_at_a_time(arc
     settings, weights = Settings(0.1, 0.1), torch.rand(7)
 
     def loss(chosen, rejected):
-        zeros, tokens = torch.zeros(7), (torch.tensor([len(row[f"{side}_ids"]) for row in rows]) for side in ("chosen", "rejected"))
-        return (pair_losses(Pairs(chosen, rejected, zeros, zeros, *tokens, zeros), ["sigmoid"], [1.0], settings) * weights).sum()
+        zeros, tokens = (
+            torch.zeros(7),
+            (torch.tensor([len(row[f"{side}_ids"]) for row in rows]) for side in ("chosen", "rejected")),
+        )
+        return (
+            pair_losses(Pairs(chosen, rejected, zeros, zeros, *tokens, zeros), ["sigmoid"], [1.0], settings)
+            * weights
+        ).sum()
 
     want = [alone(model, row) for row in rows]
     loss(torch.stack([w[0] for w in want]).float(), torch.stack([w[1] for w in want]).float()).backward()
@@ -160,10 +203,11 @@ def test_log_probabilities_and_gradients_are_those_of_one_sequence_at_a_time(arc
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2", "mistral"])
 @pytest.mark.parametrize("capability", [7, 8])
 def test_a_gpus_branches_under_autocast(architecture, capability, monkeypatch):
-    """fp32 weights and bf16 autocast, as configs/ddp.yaml has it: rotary positions leave query and key in fp32, value is bf16.
+    """fp32 weights and bf16 autocast, as configs/ddp.yaml has it: rotary positions leave query and key in
+    fp32, value is bf16.
 
-    A CPU takes a GPU's branches here: below capability 8 a call for each span with torch's causal bias, else the kernel for
-    all spans, which runs on GPUs only: it refuses mixed dtypes, and so does its stand-in.
+    A CPU takes a GPU's branches here: below capability 8 a call for each span with torch's causal bias, else
+    the kernel for all spans, which runs on GPUs only: it refuses mixed dtypes, and so does its stand-in.
     """
 
     def kernel(query, key, value, starts_q, starts_k, *_, scale, window_size, enable_gqa):
@@ -174,7 +218,11 @@ def test_a_gpus_branches_under_autocast(architecture, capability, monkeypatch):
             may = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))
             may = may.triu(d - c - (b - a) - window_size[0]) if window_size[0] >= 0 else may
             q, k, v = (one.transpose(0, 1)[None] for one in (query[a:b], key[c:d], value[c:d]))
-            made.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, may, scale=scale, enable_gqa=enable_gqa)[0])
+            made.append(
+                torch.nn.functional.scaled_dot_product_attention(
+                    q, k, v, may, scale=scale, enable_gqa=enable_gqa
+                )[0]
+            )
         return torch.cat(made, 1).transpose(0, 1)
 
     model, rows, calls = make_model(architecture), [row | {"scale": 1.0} for row in make_rows(5)], []
@@ -187,9 +235,14 @@ def test_a_gpus_branches_under_autocast(architecture, capability, monkeypatch):
         packed = score(shared(model), collate_packed(rows))
     (packed.chosen - packed.rejected).sum().backward()
     assert bool(calls) == (capability == 8 and architecture != "gemma2")  # its soft-cap has no kernel
-    for ours, theirs, tokens in ((packed.chosen, padded.chosen, packed.chosen_tokens), (packed.rejected, padded.rejected, packed.rejected_tokens)):
+    for ours, theirs, tokens in (
+        (packed.chosen, padded.chosen, packed.chosen_tokens),
+        (packed.rejected, padded.rejected, packed.rejected_tokens),
+    ):
         assert ((ours - theirs).abs() <= 0.02 * tokens + 0.3 * tokens.sqrt()).all()
-    assert all(weight.grad is not None and weight.grad.dtype == torch.float32 for weight in model.parameters())
+    assert all(
+        weight.grad is not None and weight.grad.dtype == torch.float32 for weight in model.parameters()
+    )
 
 
 def test_padded_batches_give_the_same_and_so_do_their_metrics():
@@ -208,12 +261,19 @@ def test_padded_batches_give_the_same_and_so_do_their_metrics():
 def test_ld_alpha_is_trls():
     rows, model = make_rows(4), make_model()
     batch = PaddedCollator(0)(rows)
-    trainer = SimpleNamespace(accelerator=SimpleNamespace(device="cpu", autocast=nullcontext), ref_model=model, model=model, ld_alpha=0.3,
-                              args=SimpleNamespace(gradient_checkpointing_kwargs=None))  # fmt: skip
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(device="cpu", autocast=nullcontext),
+        ref_model=model,
+        model=model,
+        ld_alpha=0.3,
+        args=SimpleNamespace(gradient_checkpointing_kwargs=None),
+    )
     tensors = {k: v for k, v in batch.items() if k not in ("tokens", "margin")}
     want = DPOTrainer.compute_ref_log_probs(trainer, model, tensors)
     scored = score(model, batch, ld_alpha=0.3)
-    assert torch.allclose(scored.chosen, want[0], atol=1e-5) and torch.allclose(scored.rejected, want[1], atol=1e-5)
+    assert torch.allclose(scored.chosen, want[0], atol=1e-5) and torch.allclose(
+        scored.rejected, want[1], atol=1e-5
+    )
     assert not torch.allclose(scored.chosen, score(model, batch).chosen)
 
 
@@ -232,5 +292,7 @@ def test_a_prompt_of_one_token_and_no_prompt_at_all():
     model = make_model()
     padded = score(model, PaddedCollator(0)(rows))
     packed = score(shared(model), collate_packed(rows))
-    assert torch.allclose(packed.chosen, padded.chosen, atol=1e-5) and torch.allclose(packed.rejected, padded.rejected, atol=1e-5)
+    assert torch.allclose(packed.chosen, padded.chosen, atol=1e-5) and torch.allclose(
+        packed.rejected, padded.rejected, atol=1e-5
+    )
     assert packed.chosen_tokens.tolist() == [1, 1]  # without a prompt the first token has no probability

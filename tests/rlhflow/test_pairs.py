@@ -1,4 +1,7 @@
-"""Pair selection: which two responses, what is left out and why, and the held-out prompts. No model is needed."""
+"""Pair selection: which two responses, what is left out and why, and the held-out prompts.
+
+No model is needed.
+"""
 
 import json
 import random
@@ -47,7 +50,12 @@ def test_max_min_takes_best_and_worst_with_all_fields():
     assert (pair["chosen_reward"], pair["rejected_reward"]) == (2.0, -1.0)
     assert (pair["chosen_finish_reason"], pair["rejected_finish_reason"]) == ("stop", "length")
     assert (pair["chosen_num_tokens"], pair["rejected_num_tokens"]) == (4, 5)
-    assert pair["source_id"] == "x7" and not {"responses", "rewards", "reward_parts", "pair_probabilities"} & set(pair)
+    assert pair["source_id"] == "x7" and not {
+        "responses",
+        "rewards",
+        "reward_parts",
+        "pair_probabilities",
+    } & set(pair)
 
 
 def test_max_max_takes_best_and_second_best():
@@ -88,7 +96,9 @@ def test_max_min_p_penalises_length_in_tokens_for_choice_and_margin():
 
 def test_responses_that_cannot_take_part_are_counted_by_reason():
     nan = float("nan")
-    row = record([9.0, None, nan, float("inf"), 1.0, 5.0, 2.0, 0.0], ["", "b", "c", "d", "e", "e", "g", " \n"])
+    row = record(
+        [9.0, None, nan, float("inf"), 1.0, 5.0, 2.0, 0.0], ["", "b", "c", "d", "e", "e", "g", " \n"]
+    )
     pair, _, left_out = make_pair(row, drop_empty=True)
     assert indices(pair) == (6, 4)
     assert left_out == {"empty response": 2, "reward not finite": 3, "repeated response": 1}
@@ -112,7 +122,11 @@ def test_responses_of_equal_text_and_other_tokens_are_two():
     row = record([1.0, 2.0, 3.0], ["same", "same", "same"], response_token_ids=[[1, 2], [1, 3], [1, 2]])
     pair, _, left_out = make_pair(row)
     assert indices(pair) == (1, 0) and left_out == {"repeated response": 1}
-    assert pair["chosen_token_ids"] == [1, 3] and pair["rejected_token_ids"] == [1, 2] and "response_token_ids" not in pair
+    assert (
+        pair["chosen_token_ids"] == [1, 3]
+        and pair["rejected_token_ids"] == [1, 2]
+        and "response_token_ids" not in pair
+    )
     for ids in ([[], []], [[7], [7]]):  # of another tool, or of texts that were edited
         assert indices(make_pair(record([1.0, 2.0], ["a", "b"], response_token_ids=ids))[0]) == (1, 0)
 
@@ -149,9 +163,15 @@ def test_choice_among_equals_is_the_earlier():
 
 
 def test_files_of_past_iterations_may_repeat_ids(tmp_path):
-    one, two = write(tmp_path / "1.jsonl", [record([1.0, 0.0])]), write(tmp_path / "2.jsonl", [record([0.0, 1.0])])
+    one, two = (
+        write(tmp_path / "1.jsonl", [record([1.0, 0.0])]),
+        write(tmp_path / "2.jsonl", [record([0.0, 1.0])]),
+    )
     selection = select_pairs([one, two])
-    assert [(p["id"], p["source"], indices(p)) for p in selection.pairs] == [("r0", one, (0, 1)), ("r0", two, (1, 0))]
+    assert [(p["id"], p["source"], indices(p)) for p in selection.pairs] == [
+        ("r0", one, (0, 1)),
+        ("r0", two, (1, 0)),
+    ]
 
 
 def test_skipped_records_are_listed_and_counted(tmp_path):
@@ -215,13 +235,28 @@ def test_a_string_prompt_and_a_missing_id_are_taken(tmp_path):
 def test_several_pairs_of_a_prompt_share_no_response():
     row = record([3.0, 1.0, 2.0, 5.0, 4.0, 4.5, 0.0], extra="kept")
     pairs, reason, _ = make_pairs(row, pairs_per_prompt=9)
-    assert [indices(pair) for pair in pairs] == [(3, 6), (5, 1), (4, 2)] and reason is None  # best and worst, then the next
-    assert [pair["margin"] for pair in pairs] == [5.0, 3.5, 2.0] and all(pair["extra"] == "kept" for pair in pairs)
+    assert [indices(pair) for pair in pairs] == [
+        (3, 6),
+        (5, 1),
+        (4, 2),
+    ] and reason is None  # best and worst, then the next
+    assert [pair["margin"] for pair in pairs] == [5.0, 3.5, 2.0] and all(
+        pair["extra"] == "kept" for pair in pairs
+    )
     assert [indices(pair) for pair in make_pairs(row, pairs_per_prompt=2)[0]] == [(3, 6), (5, 1)]
-    assert [indices(pair) for pair in make_pairs(row, min_margin=3.0, pairs_per_prompt=9)[0]] == [(3, 6), (5, 1)]
-    assert [indices(pair) for pair in make_pairs(record([2.0, 1.0, 1.0, 1.0]), pairs_per_prompt=2)[0]] == [(0, 1)]
+    assert [indices(pair) for pair in make_pairs(row, min_margin=3.0, pairs_per_prompt=9)[0]] == [
+        (3, 6),
+        (5, 1),
+    ]
+    assert [indices(pair) for pair in make_pairs(record([2.0, 1.0, 1.0, 1.0]), pairs_per_prompt=2)[0]] == [
+        (0, 1)
+    ]
     for choose_type in CHOOSE_TYPES:
-        used = [i for pair in make_pairs(row, choose_type, pairs_per_prompt=3, count_tokens=len)[0] for i in indices(pair)]
+        used = [
+            i
+            for pair in make_pairs(row, choose_type, pairs_per_prompt=3, count_tokens=len)[0]
+            for i in indices(pair)
+        ]
         assert len(used) == len(set(used)) == 6
 
 
@@ -231,7 +266,12 @@ def test_pairs_of_a_prompt_are_on_one_side_of_the_split(tmp_path):
     sides = {}
     for pair in chosen:
         sides.setdefault(pair["id"], set()).add(pair["split"])
-    assert len(chosen) > 80 and all(len(side) == 1 for side in sides.values()) and {"train"} in sides.values() and {"eval"} in sides.values()
+    assert (
+        len(chosen) > 80
+        and all(len(side) == 1 for side in sides.values())
+        and {"train"} in sides.values()
+        and {"eval"} in sides.values()
+    )
 
 
 def test_nan_in_a_field_that_is_carried_names_the_record(tmp_path):

@@ -1,4 +1,6 @@
-"""ppo/train_ppo.py as a person starts it, on micro models: what it computes, what it learns, stopped, continued, refused."""
+"""ppo/train_ppo.py as a person starts it, on micro models: what it computes, what it learns, stopped,
+continued, refused.
+"""
 
 import json
 import math
@@ -14,7 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from training import ROOT, read_json, read_jsonl
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
 
 from common.cli import UserError, build, read_yaml
 from ppo import output
@@ -26,7 +33,10 @@ FUNCTION = "def letters(messages, response):\n    return response.count('a') - 0
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """A folder with models, prompts and a reward function. Micro models are random, so a response seldom ends by itself."""
+    """A folder with models, prompts and a reward function.
+
+    Micro models are random, so a response seldom ends by itself.
+    """
     folder = tmp_path_factory.mktemp("ppo")
     policy = micro.make_policy(folder / "policy", tie_word_embeddings=True)
     (policy / "preprocessor_config.json").write_text("{}")
@@ -41,11 +51,24 @@ def work(tmp_path_factory):
 
 def settings(work, name, **more):
     values = {
-        "model_name_or_path": str(work / "policy"), "reward_function": f"{work / 'reward.py'}:letters", "output_dir": str(work / name),
-        "dataset_name_or_path": [str(work / "prompts.jsonl")], "max_input_length": 200, "max_new_tokens": 6, "rollout_batch_size": 4,
-        "samples_per_prompt": 2, "batch_size": 4, "micro_batch_size": 2, "generation_batch_size": 4, "learning_rate": 1e-3,
-        "critic_learning_rate": 1e-3, "kl_coef": 0.05, "num_episodes": 1, "cpu_threads": 1, "bf16": False,
-    }  # fmt: skip
+        "model_name_or_path": str(work / "policy"),
+        "reward_function": f"{work / 'reward.py'}:letters",
+        "output_dir": str(work / name),
+        "dataset_name_or_path": [str(work / "prompts.jsonl")],
+        "max_input_length": 200,
+        "max_new_tokens": 6,
+        "rollout_batch_size": 4,
+        "samples_per_prompt": 2,
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "generation_batch_size": 4,
+        "learning_rate": 1e-3,
+        "critic_learning_rate": 1e-3,
+        "kl_coef": 0.05,
+        "num_episodes": 1,
+        "cpu_threads": 1,
+        "bf16": False,
+    }
     values |= more
     return {key: value for key, value in values.items() if value is not ...}
 
@@ -81,15 +104,28 @@ def make(work, name="unused", **more):
     GradientState._reset_state()
     torch.set_num_threads(1)
     precision = more.pop("precision", "no")
-    return ppo.PPO(build(ppo.Arguments, settings(work, name, **more)), Accelerator(cpu=True, mixed_precision=precision))
+    return ppo.PPO(
+        build(ppo.Arguments, settings(work, name, **more)), Accelerator(cpu=True, mixed_precision=precision)
+    )
 
 
 def begin(words, launcher=(), **options):
     hidden = ("CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-    env = {k: v for k, v in os.environ.items() if k not in hidden} | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    env = {k: v for k, v in os.environ.items() if k not in hidden} | {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     program = ["-m", "accelerate.commands.launch", *launcher] if launcher else []
-    return subprocess.Popen([sys.executable, *program, SCRIPT, *words], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, start_new_session=True, **options)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, *program, SCRIPT, *words],
+        cwd=ROOT,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        **options,
+    )
 
 
 def weights(folder):
@@ -103,7 +139,10 @@ def equal(a, b, **limits):
 
 
 def without_seconds(path):
-    return [{k: v for k, v in entry.items() if not k.startswith(("seconds", "tokens_per"))} for entry in read_jsonl(path)]
+    return [
+        {k: v for k, v in entry.items() if not k.startswith(("seconds", "tokens_per"))}
+        for entry in read_jsonl(path)
+    ]
 
 
 # What is computed
@@ -111,7 +150,9 @@ def without_seconds(path):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probabilities_and_values_are_those_of_one_sequence_alone(work, temperature):
-    """In float64 a response at a time, without padding: log-probabilities, entropies, and the value before each token."""
+    """In float64 a response at a time, without padding: log-probabilities, entropies, and the value before
+    each token.
+    """
     it = make(work, reward_name_or_path=[str(work / "rm")], reward_function=..., temperature=temperature)
     rows, _ = it.rollout(1)
     assert len({len(row["prompt"]) for row in rows}) > 1  # padded on the left
@@ -143,28 +184,46 @@ def test_padding_changes_nothing(work):
     n = mask.shape[1]
     torch.testing.assert_close(again[:-1, :n] * mask, found * mask, atol=1e-5, rtol=0)
     assert torch.equal(more[:-1, :n], mask) and not more[:-1, n:].any()
-    for row, places, there in zip(wider, inputs["position_ids"], inputs["attention_mask"]):  # where a model counts from 0
+    for row, places, there in zip(
+        wider, inputs["position_ids"], inputs["attention_mask"]
+    ):  # where a model counts from 0
         assert places[there > 0].tolist() == list(range(len(row["prompt"]) + len(row["response"])))
 
 
 def test_sampling_follows_the_log_probabilities(work):
-    """One token of one prompt, 2048 times: frequencies against the probabilities that are trained on, at a temperature."""
+    """One token of one prompt, 2048 times: frequencies against the probabilities that are trained on, at a
+    temperature.
+    """
     model = AutoModelForCausalLM.from_pretrained(micro.make_policy(work / "untied"))
     with torch.no_grad():
         model.lm_head.weight.mul_(25)  # far from uniform
-    model.generation_config.update(do_sample=True, top_k=3, repetition_penalty=3.0)  # the model's own taste must not matter
+    model.generation_config.update(
+        do_sample=True, top_k=3, repetition_penalty=3.0
+    )  # the model's own taste must not matter
     model.save_pretrained(work / "peaked")
     AutoTokenizer.from_pretrained(work / "policy").save_pretrained(work / "peaked")
-    it = make(work, model_name_or_path=str(work / "peaked"), dataset_name_or_path=[str(work / "one.jsonl")], rollout_batch_size=1, max_new_tokens=1,
-              samples_per_prompt=2048, generation_batch_size=2048, batch_size=2048, micro_batch_size=2048, temperature=0.8,
-              chat_template=str(work / "plain.jinja"))  # fmt: skip
+    it = make(
+        work,
+        model_name_or_path=str(work / "peaked"),
+        dataset_name_or_path=[str(work / "one.jsonl")],
+        rollout_batch_size=1,
+        max_new_tokens=1,
+        samples_per_prompt=2048,
+        generation_batch_size=2048,
+        batch_size=2048,
+        micro_batch_size=2048,
+        temperature=0.8,
+        chat_template=str(work / "plain.jinja"),
+    )
     assert it.policy.generation_config.top_k == 0  # transformers' own default is 50
     rows, _ = it.rollout(1)
     counts = torch.bincount(torch.tensor([row["response"][0] for row in rows]), minlength=288) / len(rows)
     inputs, *_ = ppo.padded([rows[0] | {"response": []}], it.pad, "cpu")
     with torch.no_grad():
         logits = it.policy(**inputs).logits[0, -1]
-    right, wrong = (0.5 * (counts - (logits / temperature).softmax(-1)).abs().sum().item() for temperature in (0.8, 1.0))
+    right, wrong = (
+        0.5 * (counts - (logits / temperature).softmax(-1)).abs().sum().item() for temperature in (0.8, 1.0)
+    )
     assert right < 0.06 and wrong > 0.1, (right, wrong)
 
 
@@ -181,7 +240,12 @@ def test_responses_end_at_any_stop_token_also_where_pad_is_eos(work, monkeypatch
     monkeypatch.setattr(it.policy, "generate", generate)
     rows = it.generate(it.prompts[:2], 0)
     assert [row["response"] for row in rows] == [[a, a, eot], [end], [a] * 5, [a] * 4 + [eot]]
-    assert [row["text"] for row in rows] == ["aa", "", "aaaaa", "aaaa"] and [row["cut"] for row in rows] == [False, False, True, False]
+    assert [row["text"] for row in rows] == ["aa", "", "aaaaa", "aaaa"] and [row["cut"] for row in rows] == [
+        False,
+        False,
+        True,
+        False,
+    ]
     it.score(rows)
     assert [round(row["score"], 6) for row in rows] == [1.6, 0, 4, 3.2]
     it.evaluate(rows)
@@ -189,7 +253,11 @@ def test_responses_end_at_any_stop_token_also_where_pad_is_eos(work, monkeypatch
     data, figures = it.advantages(rows)
     assert data["mask"].sum(1).tolist() == [3, 1, 5, 5]
     assert data["returns"][:, 0].tolist() == pytest.approx([1.6, 0, 4 - 7, 3.2])
-    assert figures["truncated_fraction"] == 0.25 and figures["reward"] == pytest.approx(2.2) and figures["response_length"] == 3.5
+    assert (
+        figures["truncated_fraction"] == 0.25
+        and figures["reward"] == pytest.approx(2.2)
+        and figures["response_length"] == 3.5
+    )
 
 
 def test_the_value_model_starts_as_the_reward_model(work, capsys):
@@ -197,8 +265,14 @@ def test_the_value_model_starts_as_the_reward_model(work, capsys):
     assert f"value model: from {work / 'rm'}, head and all" in capsys.readouterr().out
     rows, _ = it.rollout(1)
     for row, text in zip(rows, ("", "a", "Paris is it.", "bb", "no", "x y", "z", "a longer answer")):
-        row["response"] = it.tokenizer(text, add_special_tokens=False)["input_ids"] + [it.tokenizer.convert_tokens_to_ids("<|eot_id|>")]
-        row |= {"text": text, "cut": False, "record": next(p for p in it.prompts if p["ids"] == row["prompt"])}
+        row["response"] = it.tokenizer(text, add_special_tokens=False)["input_ids"] + [
+            it.tokenizer.convert_tokens_to_ids("<|eot_id|>")
+        ]
+        row |= {
+            "text": text,
+            "cut": False,
+            "record": next(p for p in it.prompts if p["ids"] == row["prompt"]),
+        }
     it.score(rows)
     for row in rows:  # one token more, so that the value behind the last token is among those given out
         inputs, responses, _ = ppo.padded([row | {"response": row["response"] + [0]}], it.pad, "cpu")
@@ -210,7 +284,10 @@ def test_the_value_model_starts_as_the_reward_model(work, capsys):
 
 def test_another_vocabulary_scores_texts_and_the_value_model_starts_from_the_policy(work, capsys):
     it = make(work, reward_name_or_path=[str(work / "rm_chatml")], reward_weights=[0.5, 2.0])
-    assert f"value model: from {work / 'policy'}, the policy, with a new head that says 0" in capsys.readouterr().out
+    assert (
+        f"value model: from {work / 'policy'}, the policy, with a new head that says 0"
+        in capsys.readouterr().out
+    )
     rows, _ = it.rollout(1)
     assert all(not row["values"].any() for row in rows)
     from annotate_data.reward_models import BradleyTerry
@@ -226,7 +303,9 @@ def test_another_vocabulary_scores_texts_and_the_value_model_starts_from_the_pol
 
 
 def test_the_gradient_is_one_mean_over_the_steps_tokens(work):
-    """Micro batches of 1, 3 and all give the gradient of the plain mean over all tokens, responses having 1 to 6."""
+    """Micro batches of 1, 3 and all give the gradient of the plain mean over all tokens, responses having 1
+    to 6.
+    """
     gradients = {}
     for size in (1, 3, 8):
         it = make(work, micro_batch_size=size, batch_size=8)
@@ -245,13 +324,21 @@ def test_the_gradient_is_one_mean_over_the_steps_tokens(work):
     total = 0.0
     for i, row in enumerate(rows):
         inputs, responses, _ = ppo.padded([row], it.pad, "cpu")
-        total = total - (ppo.log_probs_of(it.policy, inputs, responses, 1.0)[0][0] * data["advantages"][i, : responses.shape[1]]).sum()
+        total = (
+            total
+            - (
+                ppo.log_probs_of(it.policy, inputs, responses, 1.0)[0][0]
+                * data["advantages"][i, : responses.shape[1]]
+            ).sum()
+        )
     (total / tokens).backward()
     equal({name: p.grad for name, p in it.policy.named_parameters()}, gradients[8], atol=1e-6, rtol=1e-4)
 
 
 def test_a_learning_pass_holds_no_tensors_for_entropies(work):
-    """Of the vocabulary's size, 16 rows × 1024 tokens × 128,256 × 4 bytes are 8 GB each: nothing of it beside log_softmax."""
+    """Of the vocabulary's size, 16 rows × 1024 tokens × 128,256 × 4 bytes are 8 GB each: nothing of it beside
+    log_softmax.
+    """
     from torch.utils._python_dispatch import TorchDispatchMode
 
     it = make(work)
@@ -280,9 +367,15 @@ def test_prompts_come_once_a_pass_and_in_another_order_each(work):
 
 
 def test_checkpointing_and_bf16_compute_nearly_the_same(work):
-    """bf16 by the CPU's autocast, as on a GPU: weights and values stay fp32, the first ratio is 1 to bf16's rounding."""
+    """bf16 by the CPU's autocast, as on a GPU: weights and values stay fp32, the first ratio is 1 to bf16's
+    rounding.
+    """
     found = {}
-    for name, more in {"plain": {}, "checkpointing": {"gradient_checkpointing": True}, "bf16": {"precision": "bf16"}}.items():
+    for name, more in {
+        "plain": {},
+        "checkpointing": {"gradient_checkpointing": True},
+        "bf16": {"precision": "bf16"},
+    }.items():
         it = make(work, **more)
         rows, _ = it.rollout(1)
         if name == "checkpointing":
@@ -291,7 +384,9 @@ def test_checkpointing_and_bf16_compute_nearly_the_same(work):
         it.check_start(figures)
         figures = it.learn(rows, data, 1)
         found[name] = {key: p.detach().clone() for key, p in it.policy.named_parameters()}
-        assert {p.dtype for p in it.policy.parameters()} == {torch.float32} and data["values"].dtype == torch.float32
+        assert {p.dtype for p in it.policy.parameters()} == {torch.float32} and data[
+            "values"
+        ].dtype == torch.float32
     equal(found["plain"], found["checkpointing"], atol=1e-6)
     assert any(not torch.equal(found["plain"][key], found["bf16"][key]) for key in found["plain"])
 
@@ -302,7 +397,9 @@ def test_a_ratio_off_one_stops_the_run(work):
     data, figures = it.advantages(rows)
     it.check_start(figures)
     data["log_probs"] = data["log_probs"] + 0.01
-    with pytest.raises(UserError, match="ratio of the first step is off 1 by 0.01.*dropout.*--attn_implementation"):
+    with pytest.raises(
+        UserError, match="ratio of the first step is off 1 by 0.01.*dropout.*--attn_implementation"
+    ):
         it.learn(rows, data, 1)
     with pytest.raises(UserError, match="nats off the reference before anything was learned"):
         it.check_start(figures | {"kl": 0.5})
@@ -310,14 +407,19 @@ def test_a_ratio_off_one_stops_the_run(work):
 
 @pytest.mark.parametrize("spread", [2.0, 8.0])
 def test_in_bf16_rounding_passes_and_dropout_does_not(work, spread):
-    """A policy whose attention is far from even and whose logits are large rounds far; its passes differ from rollout to step."""
+    """A policy whose attention is far from even and whose logits are large rounds far; its passes differ from
+    rollout to step.
+    """
     it = make(work, precision="bf16", max_new_tokens=12, micro_batch_size=3)
     torch.manual_seed(1)
     with torch.no_grad():
         for policy in (it.policy, it.reference):
             for name, weight in policy.named_parameters():
                 if weight.ndim == 2:
-                    weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name))) * (0.2 if "proj" in name else 1.0))
+                    weight.copy_(
+                        torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name)))
+                        * (0.2 if "proj" in name else 1.0)
+                    )
             policy.lm_head.weight.mul_(spread / 8)
     rows, _ = it.rollout(1)
     data, figures = it.advantages(rows)
@@ -352,13 +454,29 @@ def test_an_unfinished_number_stops_the_run_before_the_weights(work):
 
 
 def test_a_bandit_reaches_its_known_optimum(work):
-    """One prompt, one token, reward 1 for `a`: with the KL in the reward the optimum is π_ref(x) · e^(r(x)/β) / Z."""
+    """One prompt, one token, reward 1 for `a`: with the KL in the reward the optimum is π_ref(x) · e^(r(x)/β)
+    / Z.
+    """
     (work / "bandit.py").write_text("def f(messages, response):\n    return float(response == 'a')\n")
     beta, rollouts = 0.18, 50
-    it = make(work, reward_function=f"{work / 'bandit.py'}:f", dataset_name_or_path=[str(work / "one.jsonl")], rollout_batch_size=1, max_new_tokens=1,
-              samples_per_prompt=256, generation_batch_size=256, batch_size=64, micro_batch_size=64, kl_coef=beta, learning_rate=3e-3,
-              critic_learning_rate=3e-3, num_episodes=rollouts, lr_scheduler_type="linear", missing_eos_penalty=0.0,
-              chat_template=str(work / "plain.jinja"))  # fmt: skip
+    it = make(
+        work,
+        reward_function=f"{work / 'bandit.py'}:f",
+        dataset_name_or_path=[str(work / "one.jsonl")],
+        rollout_batch_size=1,
+        max_new_tokens=1,
+        samples_per_prompt=256,
+        generation_batch_size=256,
+        batch_size=64,
+        micro_batch_size=64,
+        kl_coef=beta,
+        learning_rate=3e-3,
+        critic_learning_rate=3e-3,
+        num_episodes=rollouts,
+        lr_scheduler_type="linear",
+        missing_eos_penalty=0.0,
+        chat_template=str(work / "plain.jinja"),
+    )
     a = it.tokenizer.convert_tokens_to_ids("a")
     inputs, *_ = ppo.padded([{"prompt": it.prompts[0]["ids"], "response": []}], it.pad, "cpu")
 
@@ -390,15 +508,29 @@ def undisturbed(work):
     return work / "undisturbed"
 
 
-RUN = {"num_episodes": 2, "kl_target": 0.05, "kl_horizon": 20, "ppo_epochs": 2, "save_steps": 1, "keep_checkpoints": True,
-       "whiten_rewards": True, "missing_eos_penalty": 3, "report_to": ["tensorboard"]}  # fmt: skip
+RUN = {
+    "num_episodes": 2,
+    "kl_target": 0.05,
+    "kl_horizon": 20,
+    "ppo_epochs": 2,
+    "save_steps": 1,
+    "keep_checkpoints": True,
+    "whiten_rewards": True,
+    "missing_eos_penalty": 3,
+    "report_to": ["tensorboard"],
+}
 
 
 def test_what_a_run_leaves(work, undisturbed):
     assert undisturbed.is_dir()
-    tokenizer, model = AutoTokenizer.from_pretrained(undisturbed), AutoModelForCausalLM.from_pretrained(undisturbed)
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(undisturbed),
+        AutoModelForCausalLM.from_pretrained(undisturbed),
+    )
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(work / "policy").chat_template
-    assert read_json(undisturbed / "generation_config.json") == read_json(work / "policy" / "generation_config.json")
+    assert read_json(undisturbed / "generation_config.json") == read_json(
+        work / "policy" / "generation_config.json"
+    )
     assert read_json(undisturbed / "config.json") == read_json(work / "policy" / "config.json")
     assert GenerationConfig.from_pretrained(undisturbed).eos_token_id == model.generation_config.eos_token_id
     assert (undisturbed / "preprocessor_config.json").is_file()
@@ -406,21 +538,44 @@ def test_what_a_run_leaves(work, undisturbed):
     assert set(after) == set(before) and "lm_head.weight" not in after  # a tied head is no weight of its own
     assert max((after[name] - before[name]).abs().max() for name in before) > 1e-3
     manifest = read_json(work / "undisturbed.manifest.json")
-    assert manifest["complete"] and manifest["script"] == "ppo/train_ppo.py" and manifest["settings"]["clip"] == 0.2
+    assert (
+        manifest["complete"]
+        and manifest["script"] == "ppo/train_ppo.py"
+        and manifest["settings"]["clip"] == 0.2
+    )
     assert manifest["counts"] == {"prompts": 12, "skipped": 0, "rollouts": 6, "responses": 48}
     assert {"model_name_or_path", "dataset_name_or_path 1", "reward_function"} <= manifest["inputs"].keys()
     assert [f.name for f in sorted(undisturbed.glob("checkpoint-*"))] == ["checkpoint-5", "checkpoint-6"]
-    assert list((undisturbed / "runs").rglob("events.out.tfevents.*")) and not (work / "undisturbed.lock").exists()
+    assert (
+        list((undisturbed / "runs").rglob("events.out.tfevents.*"))
+        and not (work / "undisturbed.lock").exists()
+    )
 
 
 def test_each_rollout_is_logged(work, undisturbed):
     log = read_jsonl(work / "undisturbed.log.jsonl")
     assert [entry["step"] for entry in log] == [1, 2, 3, 4, 5, 6] and log[-1]["episode"] == 2
     wanted = {
-        "reward", "reward_less_kl", "kl", "entropy", "response_length", "truncated_fraction", "policy_loss", "value_loss", "clip_fraction",
-        "approx_kl", "ratio", "explained_variance", "kl_coef", "policy_learning_rate", "critic_learning_rate", "policy_grad_norm", "critic_grad_norm",
-        "tokens_per_second", "seconds",
-    }  # fmt: skip
+        "reward",
+        "reward_less_kl",
+        "kl",
+        "entropy",
+        "response_length",
+        "truncated_fraction",
+        "policy_loss",
+        "value_loss",
+        "clip_fraction",
+        "approx_kl",
+        "ratio",
+        "explained_variance",
+        "kl_coef",
+        "policy_learning_rate",
+        "critic_learning_rate",
+        "policy_grad_norm",
+        "critic_grad_norm",
+        "tokens_per_second",
+        "seconds",
+    }
     assert all(wanted <= entry.keys() for entry in log)
     assert log[0]["kl"] == 0 and log[1]["kl"] != 0
     for old, new in zip(log, log[1:]):  # the controller of kl_target
@@ -432,7 +587,10 @@ def test_each_rollout_is_logged(work, undisturbed):
 def test_a_finished_run_is_left_alone_and_another_setting_is_refused(work, undisturbed, here, capsys):
     stamp = (undisturbed / "model.safetensors").stat().st_mtime_ns
     here(argv(work, "undisturbed", **RUN))
-    assert "is complete, nothing to do" in capsys.readouterr().out and (undisturbed / "model.safetensors").stat().st_mtime_ns == stamp
+    assert (
+        "is complete, nothing to do" in capsys.readouterr().out
+        and (undisturbed / "model.safetensors").stat().st_mtime_ns == stamp
+    )
     here(argv(work, "undisturbed", **RUN, micro_batch_size=1))  # mere speed
     with pytest.raises(UserError, match="kl_horizon was 20 and is now 30.*--overwrite"):
         here(argv(work, "undisturbed", **RUN | {"kl_horizon": 30}))
@@ -443,7 +601,11 @@ def test_a_killed_run_ends_with_the_same_weights(work, undisturbed):
     words = argv(work, "killed", **RUN)
     process = begin(words)
     until = time.monotonic() + 200
-    while not (work / "killed" / "checkpoint-2").exists() and process.poll() is None and time.monotonic() < until:
+    while (
+        not (work / "killed" / "checkpoint-2").exists()
+        and process.poll() is None
+        and time.monotonic() < until
+    ):
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -454,18 +616,30 @@ def test_a_killed_run_ends_with_the_same_weights(work, undisturbed):
     equal(weights(undisturbed), weights(work / "killed"))
     assert without_seconds(work / "killed.log.jsonl") == without_seconds(work / "undisturbed.log.jsonl")
     for name in ("policy", "critic"):
-        a, b = (torch.load(work / run / "checkpoint-6" / "state.pt", weights_only=True)[name] for run in ("undisturbed", "killed"))
+        a, b = (
+            torch.load(work / run / "checkpoint-6" / "state.pt", weights_only=True)[name]
+            for run in ("undisturbed", "killed")
+        )
         equal(a[0], b[0])
         assert str(a[2]) == str(b[2])
 
 
 def test_two_processes_train_what_one_does(work, undisturbed):
-    launcher = ["--config_file", str(ROOT / "configs" / "ddp.yaml"), "--num_processes", "2", "--main_process_port", "0"]
+    launcher = [
+        "--config_file",
+        str(ROOT / "configs" / "ddp.yaml"),
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+    ]
     process = begin(argv(work, "two", **RUN, micro_batch_size=1), launcher)
     said, _ = process.communicate(timeout=200)
     assert process.returncode == 0, said
     equal(weights(undisturbed), weights(work / "two"), atol=2e-5)
-    for one, two in zip(without_seconds(work / "undisturbed.log.jsonl"), without_seconds(work / "two.log.jsonl")):
+    for one, two in zip(
+        without_seconds(work / "undisturbed.log.jsonl"), without_seconds(work / "two.log.jsonl")
+    ):
         assert one == pytest.approx(two, rel=2e-3, abs=1e-4)
     assert read_json(work / "two.manifest.json")["num_processes"] == 2
 
@@ -513,13 +687,17 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(work, undisturbed, here, monkeypatch, capsys, damage):
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    work, undisturbed, here, monkeypatch, capsys, damage
+):
     name = damage.replace(" ", "_")
     words = argv(work, name, **RUN)
     stopped_before("finish", here, monkeypatch, words)
     DAMAGE[damage](work / name / "checkpoint-6")
     log = work / f"{name}.log.jsonl"
-    log.write_text("\n".join(log.read_text().split("\n")[:4]) + '\n{"step": 5, "rew')  # what a loss of power leaves
+    log.write_text(
+        "\n".join(log.read_text().split("\n")[:4]) + '\n{"step": 5, "rew'
+    )  # what a loss of power leaves
     here(words)
     assert f"continuing from {work / name / 'checkpoint-5'}" in capsys.readouterr().out
     equal(weights(undisturbed), weights(work / name))
@@ -531,11 +709,15 @@ def test_checkpoints_of_which_none_can_be_read_are_not_passed_over_in_silence(wo
     stopped_before("finish", here, monkeypatch, words)
     for state in (work / "unreadable").glob("checkpoint-*/state.pt"):
         os.truncate(state, 1000)
-    with pytest.raises(UserError, match="checkpoint-5 cannot be read .*nor is there an older one.*--overwrite true"):
+    with pytest.raises(
+        UserError, match="checkpoint-5 cannot be read .*nor is there an older one.*--overwrite true"
+    ):
         here(words)
     for note in (work / "unreadable").glob("checkpoint-*/trainer_state.json"):
         os.truncate(note, 5)
-    with pytest.raises(UserError, match="checkpoint-. cannot be read .*trainer_state.json is damaged.*--overwrite true"):
+    with pytest.raises(
+        UserError, match="checkpoint-. cannot be read .*trainer_state.json is damaged.*--overwrite true"
+    ):
         here(words)
 
 
@@ -596,7 +778,12 @@ WRONG = {
 @pytest.mark.parametrize("message", WRONG)
 def test_wrong_settings_end_with_one_clear_line(work, here, message):
     (work / "file").write_text("")
-    places = {"RM": work / "rm", "RM_CHATML": work / "rm_chatml", "POLICY": work / "policy", "FILE": work / "file"}
+    places = {
+        "RM": work / "rm",
+        "RM_CHATML": work / "rm_chatml",
+        "POLICY": work / "policy",
+        "FILE": work / "file",
+    }
 
     def there(value):
         if isinstance(value, list):
@@ -622,11 +809,24 @@ def test_a_policy_without_a_template_or_under_another_vocabulary_size_is_refused
 
 
 def test_one_response_a_prompt_is_refused_where_responses_are_compared(work, here):
-    """`auto` knows a pair-preference model by its published name; alone each response would score 0.5, for the whole run."""
+    """`auto` knows a pair-preference model by its published name; alone each response would score 0.5, for
+    the whole run.
+    """
     name = str(micro.make_pair_preference(work / "pair-preference-model-x"))
     for kind in ("auto", "pair_preference"):
-        with pytest.raises(UserError, match="compares the responses of a prompt: give --samples_per_prompt 2 or more"):
-            here(argv(work, "wrong", reward_name_or_path=[name], reward_type=[kind], reward_function=..., samples_per_prompt=1))
+        with pytest.raises(
+            UserError, match="compares the responses of a prompt: give --samples_per_prompt 2 or more"
+        ):
+            here(
+                argv(
+                    work,
+                    "wrong",
+                    reward_name_or_path=[name],
+                    reward_type=[kind],
+                    reward_function=...,
+                    samples_per_prompt=1,
+                )
+            )
 
 
 def test_a_second_run_into_the_same_folder_is_refused_and_sharding_too(work, here, monkeypatch):
@@ -641,7 +841,10 @@ def test_a_second_run_into_the_same_folder_is_refused_and_sharding_too(work, her
 
 
 def test_the_command_line_answers_at_once(work):
-    for words, status, said in ((["--help"], 0, "--kl_coef"), (["--kl_coeff", "1"], 2, "did you mean '--kl_coef'")):
+    for words, status, said in (
+        (["--help"], 0, "--kl_coef"),
+        (["--kl_coeff", "1"], 2, "did you mean '--kl_coef'"),
+    ):
         begun = time.monotonic()
         process = begin(words)
         out, _ = process.communicate(timeout=60)

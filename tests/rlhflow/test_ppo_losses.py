@@ -1,4 +1,6 @@
-"""The mathematics of ppo/train_ppo.py: against OpenRLHF's own functions, float64, and answers known beforehand."""
+"""The mathematics of ppo/train_ppo.py: against OpenRLHF's own functions, float64, and answers known
+beforehand.
+"""
 
 import ast
 import importlib
@@ -15,7 +17,9 @@ import torch
 
 from ppo import train_ppo as ppo
 
-WHEEL = Path(os.environ.get("TOOLS", "/nowhere")) / "wheels" / "openrlhf-0.11.2-cp311-cp311-manylinux1_x86_64.whl"
+WHEEL = (
+    Path(os.environ.get("TOOLS", "/nowhere")) / "wheels" / "openrlhf-0.11.2-cp311-cp311-manylinux1_x86_64.whl"
+)
 INSIDE = "openrlhf-0.11.2.data/purelib/"
 
 
@@ -25,7 +29,9 @@ def openrlhf():
     if not WHEEL.is_file():
         pytest.skip(f"no {WHEEL.name} in $TOOLS/wheels")
     before = set(sys.modules)
-    with_deepspeed = sys.modules.setdefault("deepspeed", types.ModuleType("deepspeed"))  # 20 s to import, for nothing that is used here
+    with_deepspeed = sys.modules.setdefault(
+        "deepspeed", types.ModuleType("deepspeed")
+    )  # 20 s to import, for nothing that is used here
     for package in ("openrlhf", "openrlhf.models", "openrlhf.trainer", "openrlhf.trainer.ppo_utils"):
         stub = sys.modules[package] = types.ModuleType(package)
         stub.__path__ = [f"{WHEEL}/{INSIDE}{package.replace('.', '/')}"]
@@ -42,7 +48,13 @@ def method(name, **names):
     with zipfile.ZipFile(WHEEL) as wheel:
         source = wheel.read(f"{INSIDE}openrlhf/trainer/ppo_utils/experience_maker.py").decode()
     [node] = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef) and n.name == name]
-    space = {"torch": torch, "itertools": itertools, "List": list, "Tuple": tuple, "Experience": object} | names
+    space = {
+        "torch": torch,
+        "itertools": itertools,
+        "List": list,
+        "Tuple": tuple,
+        "Experience": object,
+    } | names
     exec(compile(ast.Module([node], []), "experience_maker.py", "exec"), space)
     return space[name]
 
@@ -56,8 +68,17 @@ def numbers(seed, shape=(6, 9), dtype=torch.float32):
     def draw(scale=1.0):
         return torch.randn(shape, generator=g, dtype=torch.float64).mul(scale).to(dtype) * mask
 
-    return types.SimpleNamespace(mask=mask, new=draw(0.4) - 2, old=draw(0.4) - 2, ref=draw(0.4) - 2, values=draw(), older=draw(), returns=draw(2),
-                                 advantages=draw(), scores=torch.randn(shape[0], generator=g, dtype=torch.float64).to(dtype))  # fmt: skip
+    return types.SimpleNamespace(
+        mask=mask,
+        new=draw(0.4) - 2,
+        old=draw(0.4) - 2,
+        ref=draw(0.4) - 2,
+        values=draw(),
+        older=draw(),
+        returns=draw(2),
+        advantages=draw(),
+        scores=torch.randn(shape[0], generator=g, dtype=torch.float64).to(dtype),
+    )
 
 
 def same(a, b, **limits):
@@ -91,16 +112,27 @@ def test_advantages_and_returns_are_openrlhfs(openrlhf, gamma, lam):
     """From log-probabilities, values and scores to whitened advantages, through OpenRLHF's own method."""
     x = numbers(7)
     advantages_of = method("get_advantages_and_returns")
-    whole = method("compute_advantages_and_returns", compute_reward=openrlhf.utils.compute_reward, apply_length_penalties=lambda *_: None)
+    whole = method(
+        "compute_advantages_and_returns",
+        compute_reward=openrlhf.utils.compute_reward,
+        apply_length_penalties=lambda *_: None,
+    )
     space = types.SimpleNamespace
     args = space(
-        rollout=space(n_samples_per_prompt=1), reward=space(clip_range=None),
+        rollout=space(n_samples_per_prompt=1),
+        reward=space(clip_range=None),
         algo=space(advantage=space(estimator="gae", gamma=gamma, lambd=lam, no_std_norm=False)),
-    )  # fmt: skip
+    )
     kl = ppo.kl_estimate(x.new, x.ref, "k1")
-    maker = space(strategy=space(args=args), kl_ctl=space(value=0.2), advantage_estimator="gae",
-                  get_advantages_and_returns=lambda *rest: advantages_of(None, *rest))  # fmt: skip
-    experience = space(rewards=x.scores, kl=kl, values=x.values, action_mask=x.mask, index=list(range(6)), info={})
+    maker = space(
+        strategy=space(args=args),
+        kl_ctl=space(value=0.2),
+        advantage_estimator="gae",
+        get_advantages_and_returns=lambda *rest: advantages_of(None, *rest),
+    )
+    experience = space(
+        rewards=x.scores, kl=kl, values=x.values, action_mask=x.mask, index=list(range(6)), info={}
+    )
     [theirs] = whole(maker, [experience])
     advantages, returns = ppo.gae(x.values, ppo.token_rewards(x.scores, kl, x.mask, 0.2), x.mask, gamma, lam)
     same(ppo.whiten(advantages, x.mask), theirs.advantages * x.mask, atol=1e-5)
@@ -148,9 +180,13 @@ def test_policy_loss_known_answers_and_gradients():
     new = torch.tensor([1.5, 1.5, 0.5, 0.5], dtype=torch.float64).log().requires_grad_()
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
     losses, ratio = ppo.policy_loss(new, old, advantages, 0.2)
-    assert losses.tolist() == pytest.approx([-1.2, 1.5, -0.5, 0.8]) and ratio.tolist() == pytest.approx([1.5, 1.5, 0.5, 0.5])
+    assert losses.tolist() == pytest.approx([-1.2, 1.5, -0.5, 0.8]) and ratio.tolist() == pytest.approx(
+        [1.5, 1.5, 0.5, 0.5]
+    )
     losses.sum().backward()
-    assert new.grad.tolist() == pytest.approx([0, 1.5, -0.5, 0])  # d(−ratio · A)/d(log π) = −ratio · A, or clipped away
+    assert new.grad.tolist() == pytest.approx(
+        [0, 1.5, -0.5, 0]
+    )  # d(−ratio · A)/d(log π) = −ratio · A, or clipped away
 
 
 def test_value_loss_known_answers():
@@ -162,7 +198,9 @@ def test_value_loss_known_answers():
 def test_kl_estimators_expect_the_kl(estimator, unbiased):
     """Σ_a π(a) k(a) over a whole distribution, against Σ π log π/π_ref."""
     g = torch.Generator().manual_seed(0)
-    log_p, log_q = (torch.randn(50, generator=g, dtype=torch.float64).mul(0.5).log_softmax(0) for _ in range(2))
+    log_p, log_q = (
+        torch.randn(50, generator=g, dtype=torch.float64).mul(0.5).log_softmax(0) for _ in range(2)
+    )
     kl = (log_p.exp() * (log_p - log_q)).sum()
     k = ppo.kl_estimate(log_p, log_q, estimator)
     expected = (log_p.exp() * k).sum()
@@ -173,7 +211,10 @@ def test_kl_estimators_expect_the_kl(estimator, unbiased):
 def test_rewards_stand_where_they_belong():
     kl = torch.tensor([[1.0, 2.0, 5.0], [4.0, 5.0, 5.0]])
     mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
-    assert ppo.token_rewards(torch.tensor([10.0, 20.0]), kl, mask, 0.5).tolist() == [[-0.5, 9.0, 0.0], [18.0, 0.0, 0.0]]
+    assert ppo.token_rewards(torch.tensor([10.0, 20.0]), kl, mask, 0.5).tolist() == [
+        [-0.5, 9.0, 0.0],
+        [18.0, 0.0, 0.0],
+    ]
 
 
 def test_whitening_sees_the_mask_alone():

@@ -1,4 +1,6 @@
-"""Reference log-probabilities: right, kept on disk under a key of all that shapes them, and continued after a kill."""
+"""Reference log-probabilities: right, kept on disk under a key of all that shapes them, and continued after a
+kill.
+"""
 
 import math
 import os
@@ -33,7 +35,9 @@ def add(folder, cache, rows, sharing=True, loads=None, **about):
         model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
         return reference.ready(model, SimpleNamespace(deepspeed_plugin=None), sharing)
 
-    return reference.add_reference(rows, load, str(folder), None, cache, {"dtype": "float32"} | about, sharing, 300, 2, 0, None)
+    return reference.add_reference(
+        rows, load, str(folder), None, cache, {"dtype": "float32"} | about, sharing, 300, 2, 0, None
+    )
 
 
 def values(rows):
@@ -57,9 +61,19 @@ def test_what_is_known_is_not_computed_again(folder, tmp_path):
     loads, first = [], make_rows(6)
     add(folder, tmp_path / "cache", first, loads=loads)
     again = make_rows(6)
-    assert add(folder, tmp_path / "cache", again, loads=loads)[0] == 6 and loads == [1] and values(again) == values(first)
-    more = make_rows(6)[3:] + make_rows(4, seed=9)  # an iteration that trains on old and new pairs, in another order
-    assert add(folder, tmp_path / "cache", more, loads=loads)[0] == 3 and loads == [1, 1] and values(more)[:3] == values(first)[3:]
+    assert (
+        add(folder, tmp_path / "cache", again, loads=loads)[0] == 6
+        and loads == [1]
+        and values(again) == values(first)
+    )
+    more = make_rows(6)[3:] + make_rows(
+        4, seed=9
+    )  # an iteration that trains on old and new pairs, in another order
+    assert (
+        add(folder, tmp_path / "cache", more, loads=loads)[0] == 3
+        and loads == [1, 1]
+        and values(more)[:3] == values(first)[3:]
+    )
 
 
 def test_one_changed_byte_of_pair_or_weights_misses_the_cache(folder, tmp_path):
@@ -106,19 +120,30 @@ def test_files_are_safetensors_and_a_damaged_one_is_computed_again(folder, tmp_p
     _, key = add(folder, tmp_path / "cache", rows)
     [path] = (tmp_path / "cache" / key).glob("*.safetensors")
     held = load_file(path)
-    assert held["pairs"].shape == (3, 32) and held["pairs"].dtype == torch.uint8 and held["logps"].dtype == torch.float32
+    assert (
+        held["pairs"].shape == (3, 32)
+        and held["pairs"].dtype == torch.uint8
+        and held["logps"].dtype == torch.float32
+    )
     by_key = dict(zip(map(bytes, held["pairs"].numpy()), held["logps"].tolist(), strict=True))
-    assert all(by_key[reference.pair_key(row)] == list(pair) for row, pair in zip(rows, values(rows), strict=True))
+    assert all(
+        by_key[reference.pair_key(row)] == list(pair) for row, pair in zip(rows, values(rows), strict=True)
+    )
     path.write_bytes(path.read_bytes()[:-5])
     again = make_rows(3)
     assert add(folder, tmp_path / "cache", again)[0] == 0 and values(again) == values(rows)
     assert "is damaged and not used" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("change", [
-    lambda held: held["logps"].add_(5.0), lambda held: held["logps"][1].fill_(math.inf), lambda held: held["logps"][0, 1].fill_(math.nan),
-    lambda held: held.update(logps=held["logps"][:2].clone()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda held: held["logps"].add_(5.0),
+        lambda held: held["logps"][1].fill_(math.inf),
+        lambda held: held["logps"][0, 1].fill_(math.nan),
+        lambda held: held.update(logps=held["logps"][:2].clone()),
+    ],
+)
 def test_values_that_were_not_written_so_are_not_used(folder, tmp_path, capsys, change):
     rows = make_rows(3)
     _, key = add(folder, tmp_path / "cache", rows)

@@ -1,4 +1,6 @@
-"""The check of packed rows against padded ones in bf16: it passes what is rounding, and no fault of the layout, at any length."""
+"""The check of packed rows against padded ones in bf16: it passes what is rounding, and no fault of the
+layout, at any length.
+"""
 
 import micro
 import pytest
@@ -22,9 +24,17 @@ def one_process():
 
 
 def make_model(layers, spread, seed=0):
-    """A prepared model in bf16 whose attention is far from even and whose logits have the standard deviation `spread`."""
+    """A prepared model in bf16 whose attention is far from even and whose logits have the standard deviation
+    `spread`.
+    """
     torch.manual_seed(seed)
-    config = micro.make_config(micro.make_tokenizer(), num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    config = micro.make_config(
+        micro.make_tokenizer(),
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -41,9 +51,19 @@ def sampled(model, pairs=3):
     """Pairs of responses that the model itself sampled, of LONGEST tokens each."""
     prompts = torch.randint(3, 250, (pairs, PROMPT), generator=torch.Generator().manual_seed(1)).repeat(2, 1)
     torch.manual_seed(1)
-    found = model.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=True, top_k=0, min_new_tokens=LONGEST, max_new_tokens=LONGEST)
+    found = model.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        do_sample=True,
+        top_k=0,
+        min_new_tokens=LONGEST,
+        max_new_tokens=LONGEST,
+    )
     both = found[:, PROMPT:].view(2, pairs, -1).transpose(0, 1).tolist()
-    return [{"prompt_ids": prompt, "chosen_ids": a, "rejected_ids": b, "scale": 1.0} for prompt, (a, b) in zip(prompts.tolist(), both, strict=False)]
+    return [
+        {"prompt_ids": prompt, "chosen_ids": a, "rejected_ids": b, "scale": 1.0}
+        for prompt, (a, b) in zip(prompts.tolist(), both, strict=False)
+    ]
 
 
 def cut(rows, length):
@@ -62,7 +82,9 @@ def look(model, batch):
 
 @pytest.mark.parametrize("layers, spread", [(2, 2.0), (8, 6.0)])
 def test_rounding_passes_at_any_length(layers, spread, capsys):
-    """The kernel of a GPU is not here, so attention's sums are rounded once more, as another order of sums would."""
+    """The kernel of a GPU is not here, so attention's sums are rounded once more, as another order of sums
+    would.
+    """
     model = make_model(layers, spread)
     rows = sampled(model)
     for length in (1, LONGEST):
@@ -81,11 +103,17 @@ def hidden(at, length, start, before):
 
 
 def spans(change):
-    """Plant a fault: `change` (first column, columns, first column of the prefix, its columns) of each response."""
+    """Plant a fault: `change` (first column, columns, first column of the prefix, its columns) of each
+    response.
+    """
 
     def plant(patch, rows):
         true = Packed.spans
-        patch.setattr(Packed, "spans", lambda self, narrow=False: (change(*one) if one[3] else one for one in true(self, narrow)))
+        patch.setattr(
+            Packed,
+            "spans",
+            lambda self, narrow=False: (change(*one) if one[3] else one for one in true(self, narrow)),
+        )
         return collate_packed(rows)
 
     return plant
@@ -99,20 +127,30 @@ def positions(patch, rows):
 
 
 def missing(patch, rows):
-    return collate_packed([row | {"prompt_ids": row["prompt_ids"][:9] + row["prompt_ids"][10:]} for row in rows]) | {"pairs": rows}
+    return collate_packed(
+        [row | {"prompt_ids": row["prompt_ids"][:9] + row["prompt_ids"][10:]} for row in rows]
+    ) | {"pairs": rows}
 
 
 def swapped(patch, rows):
-    return collate_packed([row | {"chosen_ids": row["rejected_ids"], "rejected_ids": row["chosen_ids"]} for row in rows]) | {"pairs": rows}
+    return collate_packed(
+        [row | {"chosen_ids": row["rejected_ids"], "rejected_ids": row["chosen_ids"]} for row in rows]
+    ) | {"pairs": rows}
 
 
 FAULTS = {
-    "a prompt token is missing": missing, "positions are off by one": positions, "the responses are swapped": swapped,
-    "the prompt's last token is not seen": spans(lambda at, length, start, before: (at, length, start, before - 1)),
-    "ten tokens of the prompt are not seen": spans(lambda at, length, start, before: (at, length, start + 10, before - 10)),
+    "a prompt token is missing": missing,
+    "positions are off by one": positions,
+    "the responses are swapped": swapped,
+    "the prompt's last token is not seen": spans(
+        lambda at, length, start, before: (at, length, start, before - 1)
+    ),
+    "ten tokens of the prompt are not seen": spans(
+        lambda at, length, start, before: (at, length, start + 10, before - 10)
+    ),
     "chosen leaks into rejected": spans(lambda at, length, start, before: (at, length, start, at - start)),
     "the pair before leaks": spans(lambda at, length, start, before: (at, length, 0, start + before)),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

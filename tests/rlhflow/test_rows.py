@@ -38,12 +38,16 @@ def rows_of_trl(tokenizer, pairs):
     """What TRL's own `_prepare_dataset` makes of the conversational records."""
     config = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_start")
     data = Dataset.from_list([{k: p[k] for k in ("prompt", "chosen", "rejected")} for p in pairs])
-    rows = DPOTrainer._prepare_dataset(SimpleNamespace(_tokenizer=tokenizer), data, tokenizer, config, "train")
+    rows = DPOTrainer._prepare_dataset(
+        SimpleNamespace(_tokenizer=tokenizer), data, tokenizer, config, "train"
+    )
     return [{k: row[k] for k in ("prompt_ids", "chosen_ids", "rejected_ids")} for row in rows]
 
 
 def ended(tokenizer, ids):
-    """TRL's tokens up to the end of turn: what the template writes behind it, a line break, was nobody's choice."""
+    """TRL's tokens up to the end of turn: what the template writes behind it, a line break, was nobody's
+    choice.
+    """
     end = chat.end_of_turn(tokenizer)
     return ids[: len(ids) - ids[::-1].index(end)]
 
@@ -56,13 +60,17 @@ def test_rows_equal_trls_up_to_the_end_of_turn(family):
         pairs.append(make_pair([{"role": "system", "content": "Be brief."}, *CONVERSATIONS[0]]))
     to_row = PairTokenizer(tokenizer, 500, 400)
     ours, trls = [to_row(pair)[0] for pair in pairs], rows_of_trl(tokenizer, pairs)
-    assert ours == [row | {key: ended(tokenizer, row[key]) for key in ("chosen_ids", "rejected_ids")} for row in trls]
+    assert ours == [
+        row | {key: ended(tokenizer, row[key]) for key in ("chosen_ids", "rejected_ids")} for row in trls
+    ]
     assert not to_row.counts
     for row, trl in zip(ours, trls):
         if tokenizer.bos_token_id is not None:
             assert (row["prompt_ids"] + row["chosen_ids"]).count(tokenizer.bos_token_id) == 1
         assert tokenizer.decode(row["chosen_ids"]).strip().startswith("Good answer.")
-        assert len(trl["chosen_ids"]) - len(row["chosen_ids"]) == (family in ("chatml", "gemma", "phi"))  # the line break
+        assert len(trl["chosen_ids"]) - len(row["chosen_ids"]) == (
+            family in ("chatml", "gemma", "phi")
+        )  # the line break
 
 
 @pytest.mark.parametrize("family", micro.TEMPLATES)
@@ -78,30 +86,54 @@ def test_a_cut_off_response_has_no_end_of_turn(family):
 
 
 def sampled(tokenizer, messages, texts, end, template_kwargs=None):
-    """A pair with the token ids of an engine: the prompt as templated, the responses' own tokens and the one that ended them."""
+    """A pair with the token ids of an engine: the prompt as templated, the responses' own tokens and the one
+    that ended them.
+    """
     prompt = chat.encode(tokenizer, messages, True, template_kwargs)
-    ids = {f"{side}_token_ids": tokenizer(text, add_special_tokens=False)["input_ids"] + end for side, text in zip(("chosen", "rejected"), texts)}
+    ids = {
+        f"{side}_token_ids": tokenizer(text, add_special_tokens=False)["input_ids"] + end
+        for side, text in zip(("chosen", "rejected"), texts)
+    }
     texts = (tokenizer.decode(one, skip_special_tokens=True) for one in ids.values())
-    return make_pair(messages, *texts, prompt_token_ids=prompt, chosen_finish_reason="stop", rejected_finish_reason="stop") | ids
+    return (
+        make_pair(
+            messages,
+            *texts,
+            prompt_token_ids=prompt,
+            chosen_finish_reason="stop",
+            rejected_finish_reason="stop",
+        )
+        | ids
+    )
 
 
 # A thought in front of </think> is left out of a turn that is rendered; the prompt opens one.
 THINKING = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% "
+    "endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
 # Nothing closes a turn but the next one's role.
-UNCLOSED = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+UNCLOSED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}{% if "
+    "add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 # A channel's header, of control tokens, is written in front of an answer.
 CHANNEL = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role == 'assistant' %}<|endoftext|>final{% endif %}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role == 'assistant' %}<|endoftext|>final{% endif "
+    "%}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
 )
 
 
-@pytest.mark.parametrize("template, texts", [
-    (THINKING, ("Because.</think>Yes", "Since.</think>Yes")), (UNCLOSED, ("Yes", "No")), (CHANNEL, ("<|endoftext|>think\n yes", "<|endoftext|>final\n no")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "template, texts",
+    [
+        (THINKING, ("Because.</think>Yes", "Since.</think>Yes")),
+        (UNCLOSED, ("Yes", "No")),
+        (CHANNEL, ("<|endoftext|>think\n yes", "<|endoftext|>final\n no")),
+    ],
+)
 def test_sampled_tokens_are_trained_one_for_one(template, texts):
     tokenizer = micro.make_tokenizer("chatml")
     tokenizer.chat_template = template
@@ -109,7 +141,11 @@ def test_sampled_tokens_are_trained_one_for_one(template, texts):
     pair = sampled(tokenizer, CONVERSATIONS[0], texts, stop)
     to_row = PairTokenizer(tokenizer, 500, 400)
     row, _ = to_row(pair)
-    assert row == {"prompt_ids": pair["prompt_token_ids"], "chosen_ids": pair["chosen_token_ids"], "rejected_ids": pair["rejected_token_ids"]}
+    assert row == {
+        "prompt_ids": pair["prompt_token_ids"],
+        "chosen_ids": pair["chosen_token_ids"],
+        "rejected_ids": pair["rejected_token_ids"],
+    }
     assert to_row.counts == {"as_sampled": 2}
 
 
@@ -117,13 +153,22 @@ def test_text_alone_keeps_what_the_template_would_change_and_says_so():
     tokenizer = micro.make_tokenizer("chatml")
     tokenizer.chat_template = THINKING
     to_row = PairTokenizer(tokenizer, 500, 400)
-    row, _ = to_row(make_pair(chosen="Because.</think>Yes", rejected="Since.</think>Yes", chosen_num_tokens=20, rejected_num_tokens=5))
+    row, _ = to_row(
+        make_pair(
+            chosen="Because.</think>Yes",
+            rejected="Since.</think>Yes",
+            chosen_num_tokens=20,
+            rejected_num_tokens=5,
+        )
+    )
     assert tokenizer.decode(row["prompt_ids"]).endswith("<think>\n")
     assert tokenizer.decode(row["chosen_ids"]) == "Because.</think>Yes<|im_end|>"
     assert to_row.counts == {"written_otherwise": 2, "retokenised": 1}  # 20 tokens of a byte each
     tokenizer.chat_template = UNCLOSED
     to_row = PairTokenizer(tokenizer, 500, 400)
-    assert tokenizer.decode(to_row(make_pair())[0]["chosen_ids"]) == "Good answer." and to_row.counts == {"never_closed": 2}
+    assert tokenizer.decode(to_row(make_pair())[0]["chosen_ids"]) == "Good answer." and to_row.counts == {
+        "never_closed": 2
+    }
 
 
 def test_an_empty_thought_of_the_prompt_stays_in_the_prompt():
@@ -131,13 +176,20 @@ def test_an_empty_thought_of_the_prompt_stays_in_the_prompt():
     tokenizer, kwargs = micro.make_tokenizer("chatml"), {"enable_thinking": False}
     row, _ = PairTokenizer(tokenizer, 500, 400, kwargs)(make_pair())
     assert row["prompt_ids"] == chat.encode(tokenizer, CONVERSATIONS[0], True, kwargs)
-    assert tokenizer.decode(row["prompt_ids"]).endswith("</think>\n\n") and tokenizer.decode(row["chosen_ids"]) == "Good answer.<|im_end|>"
+    assert (
+        tokenizer.decode(row["prompt_ids"]).endswith("</think>\n\n")
+        and tokenizer.decode(row["chosen_ids"]) == "Good answer.<|im_end|>"
+    )
 
 
 def test_token_ids_that_are_not_the_text_give_way_to_it():
     tokenizer = micro.make_tokenizer()
     pair = sampled(tokenizer, CONVERSATIONS[0], ("Good", "Bad"), [chat.end_of_turn(tokenizer)])
-    for changed in ({"chosen": [{"role": "assistant", "content": "Edited"}]}, {"chosen_token_ids": [9999]}, {"chosen_token_ids": [1, True]}):
+    for changed in (
+        {"chosen": [{"role": "assistant", "content": "Edited"}]},
+        {"chosen_token_ids": [9999]},
+        {"chosen_token_ids": [1, True]},
+    ):
         to_row = PairTokenizer(tokenizer, 500, 400)
         row, _ = to_row(pair | changed)
         text = (pair | changed)["chosen"][0]["content"]
@@ -156,7 +208,9 @@ def byte_tokens():
 
 
 def engine_text(tokenizer, ids, ended):
-    """What vLLM 0.32 writes of sampled ids: token by token (v1/engine/detokenizer.py), without the one that ended them."""
+    """What vLLM 0.32 writes of sampled ids: token by token (v1/engine/detokenizer.py), without the one that
+    ended them.
+    """
     stream, text = decoders.DecodeStream(skip_special_tokens=True), ""
     for token in ids[:-1] if ended else ids:
         try:
@@ -171,35 +225,82 @@ def engine_text(tokenizer, ids, ended):
 
 @pytest.mark.parametrize("make", [micro.make_tokenizer, byte_tokens])
 def test_what_an_engine_sampled_is_known_as_such_whatever_it_is(make):
-    """Also characters cut at the length limit, bytes that make none, rows beyond the vocabulary, and a word as the end."""
+    """Also characters cut at the length limit, bytes that make none, rows beyond the vocabulary, and a word
+    as the end.
+    """
     tokenizer, rng = make(), random.Random(0)
     to_row = PairTokenizer(tokenizer, 500, 400)
-    prompt, words = to_row.encoder.rendered(make_pair()), [tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("do not", "数字", "🙂", "é.")]
+    prompt, words = (
+        to_row.encoder.rendered(make_pair()),
+        [tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("do not", "数字", "🙂", "é.")],
+    )
     for _ in range(300):
-        ids = [token for _ in range(rng.randrange(5)) for token in (rng.choice(words) if rng.random() < 0.7 else [rng.randrange(len(tokenizer) + 20)])]
-        ids = ids[: rng.randrange(12)] + [rng.choice([*words[0], tokenizer.eos_token_id, len(tokenizer) + 1, *words[1][:1]])]
+        ids = [
+            token
+            for _ in range(rng.randrange(5))
+            for token in (rng.choice(words) if rng.random() < 0.7 else [rng.randrange(len(tokenizer) + 20)])
+        ]
+        ids = ids[: rng.randrange(12)] + [
+            rng.choice([*words[0], tokenizer.eos_token_id, len(tokenizer) + 1, *words[1][:1]])
+        ]
         ended = rng.random() < 0.5
         answer = Answer(engine_text(tokenizer, ids, ended), "stop" if ended else "length", len(ids), ids)
         assert to_row.encoder.are_sampled({"prompt_token_ids": prompt}, [answer]), (ids, answer)
 
 
-@pytest.mark.parametrize("text, decoded, same", [
-    ("🙂 a", "🙂a", True), ("数N", "\ufffd\ufffd\ufffdN", True), ("", "\ufffd", True), ("aNb", "a\ufffdN\ufffdb", True),
-    ("a", "b", False), ("aN", "a\ufffdM", False), ("ab", "a\ufffdb\ufffdb", False), ("xa", "a\ufffd", False), ("a", "a\ufffda", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, decoded, same",
+    [
+        ("🙂 a", "🙂a", True),
+        ("数N", "\ufffd\ufffd\ufffdN", True),
+        ("", "\ufffd", True),
+        ("aNb", "a\ufffdN\ufffdb", True),
+        ("a", "b", False),
+        ("aN", "a\ufffdM", False),
+        ("ab", "a\ufffdb\ufffdb", False),
+        ("xa", "a\ufffd", False),
+        ("a", "a\ufffda", False),
+    ],
+)
 def test_bytes_that_make_no_character_stand_for_any_text(text, decoded, same):
     assert is_decoded(text, decoded) == same
 
 
 def test_a_prompt_that_is_written_otherwise_than_it_was_sampled_is_refused(tmp_path):
     tokenizer = micro.make_tokenizer("chatml")
-    pair = sampled(tokenizer, CONVERSATIONS[0], ("Good", "Bad"), [chat.end_of_turn(tokenizer)], {"enable_thinking": False})
-    made = {"script": "generation/get_hf2.py", "settings": {"template_kwargs": {"enable_thinking": False}}, "inputs": {"chat_template": {"path": "x.jinja"}}}
+    pair = sampled(
+        tokenizer,
+        CONVERSATIONS[0],
+        ("Good", "Bad"),
+        [chat.end_of_turn(tokenizer)],
+        {"enable_thinking": False},
+    )
+    made = {
+        "script": "generation/get_hf2.py",
+        "settings": {"template_kwargs": {"enable_thinking": False}},
+        "inputs": {"chat_template": {"path": "x.jinja"}},
+    }
     write_json(tmp_path / "g.manifest.json", made)
-    write_json(tmp_path / "r.manifest.json", {"script": "a", "settings": {}, "inputs": {"dataset_name_or_path": {"path": str(tmp_path / "g.jsonl")}}})
-    with pytest.raises(UserError, match=r"r.jsonl record p: its answers were sampled behind .*think.*x.jinja.*enable_thinking.*--template_kwargs"):
+    write_json(
+        tmp_path / "r.manifest.json",
+        {
+            "script": "a",
+            "settings": {},
+            "inputs": {"dataset_name_or_path": {"path": str(tmp_path / "g.jsonl")}},
+        },
+    )
+    with pytest.raises(
+        UserError,
+        match=(
+            r"r.jsonl record p: its answers were sampled behind "
+            r".*think.*x.jinja.*enable_thinking.*--template_kwargs"
+        ),
+    ):
         PairTokenizer(tokenizer, 500, 400)(pair | {"source": str(tmp_path / "r.jsonl")})
-    assert PairTokenizer(tokenizer, 500, 400, {"enable_thinking": False})(pair)[0]["prompt_ids"] == pair["prompt_token_ids"]
+    assert (
+        PairTokenizer(tokenizer, 500, 400, {"enable_thinking": False})(pair)[0]["prompt_ids"]
+        == pair["prompt_token_ids"]
+    )
 
 
 def test_a_prompt_is_dated_by_the_day_of_its_sampling():
@@ -209,7 +310,9 @@ def test_a_prompt_is_dated_by_the_day_of_its_sampling():
     prompt = chat.encode(tokenizer, CONVERSATIONS[0], True, date="2024-02-29")
     assert tokenizer.decode(prompt).startswith("29 Feb 2024")
     ids = tokenizer("Good", add_special_tokens=False)["input_ids"]
-    pair = make_pair(chosen="Good", rejected="Bad", prompt_token_ids=prompt, prompt_date="2024-02-29", chosen_token_ids=ids)
+    pair = make_pair(
+        chosen="Good", rejected="Bad", prompt_token_ids=prompt, prompt_date="2024-02-29", chosen_token_ids=ids
+    )
     pair["rejected_token_ids"] = tokenizer("Bad", add_special_tokens=False)["input_ids"]
     assert PairTokenizer(tokenizer, 500, 400)(pair)[0]["prompt_ids"] == prompt
     with pytest.raises(UserError, match="YYYY-MM-DD"):
@@ -217,10 +320,15 @@ def test_a_prompt_is_dated_by_the_day_of_its_sampling():
 
 
 def test_what_is_asked_of_a_template_needs_no_turns_that_it_refuses():
-    """A system turn that must be there or that alone is dated, line breaks that are added tokens, content in parts."""
+    """A system turn that must be there or that alone is dated, line breaks that are added tokens, content in
+    parts.
+    """
     tokenizer = micro.make_tokenizer("chatml")
     plain, end = tokenizer.chat_template, tokenizer.convert_tokens_to_ids("<|im_end|>")
-    tokenizer.chat_template = "{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}{{ strftime_now('%d') }}" + plain
+    tokenizer.chat_template = (
+        "{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}{{ strftime_now('%d') }}"
+        + plain
+    )
     assert chat.writes_date(tokenizer) and chat.end_of_turn(tokenizer) == end
     tokenizer.chat_template = plain.replace("<|im_end|>", "\n<|im_end|>")
     tokenizer.add_tokens(["\n"])
@@ -254,7 +362,9 @@ def test_a_long_prompt_is_cut_on_the_left_and_keeps_its_bos():
 
 def test_pairs_that_teach_nothing_are_returned_with_a_reason():
     tokenizer = micro.make_tokenizer()
-    row, reason = PairTokenizer(tokenizer, 500, 400)(make_pair(chosen="same ", rejected=" same"))  # the template trims
+    row, reason = PairTokenizer(tokenizer, 500, 400)(
+        make_pair(chosen="same ", rejected=" same")
+    )  # the template trims
     assert row is None and reason == "equal token ids"
     length = len(PairTokenizer(tokenizer, 500, 400)(make_pair())[0]["prompt_ids"])
     row, reason = PairTokenizer(tokenizer, length + 4, length)(

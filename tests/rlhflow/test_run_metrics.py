@@ -1,4 +1,6 @@
-"""report/run_metrics.py: the rows of a run against what its files say, as JSON, as CSV, and as the trackers' own readers read them."""
+"""report/run_metrics.py: the rows of a run against what its files say, as JSON, as CSV, and as the trackers'
+own readers read them.
+"""
 
 import csv
 import json
@@ -20,9 +22,17 @@ MEASURE, SCRIPT = ROOT / "report/metrics.py", ROOT / "report/run_metrics.py"
 
 def rewarded(path, seed, K, shift=0.0, prompts=12):
     rng = random.Random(seed)
-    rows = [{"id": f"p{i}", "prompt": [{"role": "user", "content": str(i)}], "responses": ["x" * (k + 1) for k in range(K)],
-             "rewards": [round(rng.gauss(shift, 1), 1) for _ in range(K)], "num_tokens": list(range(1, K + 1)), "finish_reasons": ["stop"] * K}
-            for i in range(prompts)]  # fmt: skip
+    rows = [
+        {
+            "id": f"p{i}",
+            "prompt": [{"role": "user", "content": str(i)}],
+            "responses": ["x" * (k + 1) for k in range(K)],
+            "rewards": [round(rng.gauss(shift, 1), 1) for _ in range(K)],
+            "num_tokens": list(range(1, K + 1)),
+            "finish_reasons": ["stop"] * K,
+        }
+        for i in range(prompts)
+    ]
     rows[3]["rewards"][0] = None
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -37,21 +47,44 @@ def run(tmp_path):
         for i, (kind, K) in enumerate((("sampled", 4), ("greedy", 1))):
             rewarded(place / f"heldout_{kind}.rewarded.jsonl", n * 10 + i, K, shift=n)
             rewarded(place / f"heldout_{kind}.judged.jsonl", n * 10 + i + 5, K, shift=-n)
-        given = [word for kind in ("sampled", "greedy") for word in (f"--{kind}", place / f"heldout_{kind}.rewarded.jsonl",
-                                                                     f"--judge_{kind}", place / f"heldout_{kind}.judged.jsonl")]  # fmt: skip
+        given = [
+            word
+            for kind in ("sampled", "greedy")
+            for word in (
+                f"--{kind}",
+                place / f"heldout_{kind}.rewarded.jsonl",
+                f"--judge_{kind}",
+                place / f"heldout_{kind}.judged.jsonl",
+            )
+        ]
         given += ["--output_dir", place / "metrics.json", "--seconds", 10 + n]
         subprocess.run([sys.executable, MEASURE, *map(str, given)], check=True, capture_output=True)
-        (place / "divergence.json").write_text(json.dumps({"kl": 1.5 * n, "kl_se": 0.1, "kl_per_token": 0.2 * n, "model": "m", "responses": 48}))
-    (folder / "iter2/model.manifest.json").write_text(json.dumps({"metrics": {"train_loss": 0.5, "rewards/margins": 0.25, "epoch": 2.0}}))
-    stages = [{"iteration": i, "stage": name, "seconds": n} for i, name, n in ((1, "train", 7), (1, "train", 5), (2, "evaluate", 3))]
-    (folder / "stages.jsonl").write_text("".join(json.dumps(stage) + "\n" for stage in stages) + '{"iteration": 2, "sta')
+        (place / "divergence.json").write_text(
+            json.dumps({"kl": 1.5 * n, "kl_se": 0.1, "kl_per_token": 0.2 * n, "model": "m", "responses": 48})
+        )
+    (folder / "iter2/model.manifest.json").write_text(
+        json.dumps({"metrics": {"train_loss": 0.5, "rewards/margins": 0.25, "epoch": 2.0}})
+    )
+    stages = [
+        {"iteration": i, "stage": name, "seconds": n}
+        for i, name, n in ((1, "train", 7), (1, "train", 5), (2, "evaluate", 3))
+    ]
+    (folder / "stages.jsonl").write_text(
+        "".join(json.dumps(stage) + "\n" for stage in stages) + '{"iteration": 2, "sta'
+    )
     (folder / "loop.yaml").write_text("seed: 7\n")
     return folder
 
 
 def save(run, *more, **environment):
-    process = subprocess.run([sys.executable, SCRIPT, "--run", run, *more], capture_output=True, text=True, check=False,
-                             env=os.environ | environment, timeout=300)  # fmt: skip
+    process = subprocess.run(
+        [sys.executable, SCRIPT, "--run", run, *more],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | environment,
+        timeout=300,
+    )
     assert process.returncode == 0, process.stdout + process.stderr
     return process.stdout
 
@@ -77,13 +110,26 @@ def test_the_rows_say_what_the_files_say(run):
             pairs = [(x, y) for x in a["rewards"] for y in b["rewards"] if x is not None and y is not None]
             if pairs:
                 wins.append(sum(1.0 if x > y else 0.5 if x == y else 0.0 for x, y in pairs) / len(pairs))
-        assert last[f"{prefix}_win_rate"] == pytest.approx(sum(wins) / len(wins), abs=1e-6) and start[f"{prefix}_win_rate"] is None
+        assert (
+            last[f"{prefix}_win_rate"] == pytest.approx(sum(wins) / len(wins), abs=1e-6)
+            and start[f"{prefix}_win_rate"] is None
+        )
     assert last["sampled_win_rate"] > 0.8 and last["judge_sampled_win_rate"] < 0.2
-    assert (last["kl"], last["kl_se"], last["kl_per_token"], last["train_loss"], last["train_rewards_margins"]) == (3.0, 0.1, 0.4, 0.5, 0.25)
-    assert (last["seconds"], last["evaluate_seconds"], last["train_seconds"]) == (12, 3, None) and found["iterates"][1]["train_seconds"] == 12
+    assert (
+        last["kl"],
+        last["kl_se"],
+        last["kl_per_token"],
+        last["train_loss"],
+        last["train_rewards_margins"],
+    ) == (3.0, 0.1, 0.4, 0.5, 0.25)
+    assert (last["seconds"], last["evaluate_seconds"], last["train_seconds"]) == (12, 3, None) and found[
+        "iterates"
+    ][1]["train_seconds"] == 12
     with open(run / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [{key: None if value == "" else float(value) for key, value in row.items()} for row in rows] == found["iterates"]
+    assert [
+        {key: None if value == "" else float(value) for key, value in row.items()} for row in rows
+    ] == found["iterates"]
     head = table.splitlines()[0]
     assert "judge" in head and "greedy judge" in head and "KL" in head and "3.00 ±0.10" in table
     assert table.count(" judge ") >= 3 and "  sampled judge  -" in table
@@ -112,7 +158,9 @@ def test_tensorboard_reads_the_iterations_as_steps(run, monkeypatch, capsys):
     (run / "iter2/metrics.json").rename(run / "later.json")
     save("--report_to", "tensorboard")
     (run / "later.json").rename(run / "iter2/metrics.json")
-    (run / "loop.yaml").write_text("seed: 7\nreport_to: [tensorboard]\n")  # what a driver's start at a finished run leaves
+    (run / "loop.yaml").write_text(
+        "seed: 7\nreport_to: [tensorboard]\n"
+    )  # what a driver's start at a finished run leaves
     assert "tensorboard: logged 1 iterate, 2 iterates had been logged before\n" in save()
     assert "tensorboard: logged 0 iterates, 3 iterates had been logged before\n" in save()
     assert "tensorboard" not in save("--report_to", "none")
@@ -126,7 +174,9 @@ def test_tensorboard_reads_the_iterations_as_steps(run, monkeypatch, capsys):
 
 
 def wandb_records(data):
-    """The records of an offline file, by W&B's own message type: behind 7 bytes a LevelDB log, blocks of 32 KiB of (crc, size, kind, bytes)."""
+    """The records of an offline file, by W&B's own message type: behind 7 bytes a LevelDB log, blocks of 32
+    KiB of (crc, size, kind, bytes).
+    """
     from wandb.proto import wandb_internal_pb2
 
     at, parts = 7, b""
@@ -155,7 +205,10 @@ def test_wandb_offline_is_one_run(run):
         if record.WhichOneof("record_type") == "run":
             named.append((record.run.project, record.run.display_name))
         if record.WhichOneof("record_type") == "history":
-            items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            items = {
+                item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                for item in record.history.item
+            }
             steps[items["_step"]] = items
     assert set(named) == {("nights", "the first")}
     rows = json.loads((run / "metrics.json").read_text())["iterates"]
@@ -177,19 +230,32 @@ def test_a_tracker_that_fails_is_a_note(run, monkeypatch, capsys):
 
 
 def test_refusals(run):
-    for arguments, named in (((), "missing --run"), (("--run", run, "--report_to", "wanbd"), "one of none, wandb")):
-        process = subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, check=False)
-        assert process.returncode == 2 and named in process.stderr and process.stderr.count("\n") == 1, process.stderr
+    for arguments, named in (
+        ((), "missing --run"),
+        (("--run", run, "--report_to", "wanbd"), "one of none, wandb"),
+    ):
+        process = subprocess.run(
+            [sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, check=False
+        )
+        assert process.returncode == 2 and named in process.stderr and process.stderr.count("\n") == 1, (
+            process.stderr
+        )
 
 
 def test_the_judges_interval_stands_beside_the_others(run):
     iterates = metrics.read_run(run)
-    found = {(kind, quantity): interval for kind, quantity, interval in metrics.compare(iterates[0], iterates[-1])}
-    assert set(found) == {(kind, quantity) for kind in ("sampled", "greedy") for quantity in ("reward", "judge")}
+    found = {
+        (kind, quantity): interval for kind, quantity, interval in metrics.compare(iterates[0], iterates[-1])
+    }
+    assert set(found) == {
+        (kind, quantity) for kind in ("sampled", "greedy") for quantity in ("reward", "judge")
+    }
     assert found["sampled", "reward"][1] > 0 > found["sampled", "judge"][2]
 
 
-@pytest.mark.parametrize("change", [{"files": [1]}, {"files": {"sampled": [1]}}, {"judge": {"sampled": 1e308}}, {"sampled": True}])
+@pytest.mark.parametrize(
+    "change", [{"files": [1]}, {"files": {"sampled": [1]}}, {"judge": {"sampled": 1e308}}, {"sampled": True}]
+)
 def test_metrics_of_another_form_are_refused_by_name(tmp_path, change):
     path = tmp_path / "iter0" / "metrics.json"
     path.parent.mkdir()

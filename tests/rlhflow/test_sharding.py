@@ -1,7 +1,8 @@
-"""Each accelerate configuration with two processes on the CPU: it trains what one process trains, and leaves a whole model.
+"""Each accelerate configuration with two processes on the CPU: it trains what one process trains, and leaves
+a whole model.
 
-FSDP2 and offloading run here for real (see `models.prepare_sharding`); offloaded states are stepped by torch's Adam instead of
-DeepSpeed's, which has to be compiled for minutes.
+FSDP2 and offloading run here for real (see `models.prepare_sharding`); offloaded states are stepped by
+torch's Adam instead of DeepSpeed's, which has to be compiled for minutes.
 """
 
 import json
@@ -23,23 +24,39 @@ from transformers import AutoModelForCausalLM
 
 from dpo_iteration import memory
 
-EXACT = "--bf16 false --learning_rate 1e-3 --max_steps 3 --gradient_checkpointing true --save_steps 3 --keep_checkpoints".split()
+EXACT = (
+    "--bf16 false --learning_rate 1e-3 --max_steps 3 --gradient_checkpointing true --save_steps 3 "
+    "--keep_checkpoints"
+).split()
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharding")
-    micro.make_policy(folder / "policy", tie_word_embeddings=True)  # what is gathered holds the head as if it were a weight of its own
+    micro.make_policy(
+        folder / "policy", tie_word_embeddings=True
+    )  # what is gathered holds the head as if it were a weight of its own
     training.write_rewarded(folder / "rewarded.jsonl")
     return folder
 
 
 def train(work, name, *more, config=None, processes=2):
-    paths = ["--model_name_or_path", work / "policy", "--train_dir", work / "rewarded.jsonl", "--output_dir", work / name]
-    launcher = ["--config_file", ROOT / "configs" / f"{config}.yaml", "--num_processes", processes] if config else []
+    paths = [
+        "--model_name_or_path",
+        work / "policy",
+        "--train_dir",
+        work / "rewarded.jsonl",
+        "--output_dir",
+        work / name,
+    ]
+    launcher = (
+        ["--config_file", ROOT / "configs" / f"{config}.yaml", "--num_processes", processes] if config else []
+    )
     done = start(ROOT / "configs" / "training.yaml", *paths, *SMALL, *more, launcher=launcher)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done, [entry for entry in read_json(work / f"{name}.trainer_state.json")["log_history"] if "loss" in entry]
+    return done, [
+        entry for entry in read_json(work / f"{name}.trainer_state.json")["log_history"] if "loss" in entry
+    ]
 
 
 def weights(folder, dtype):
@@ -66,24 +83,32 @@ def alone(work):
 def proof(config, checkpoint):
     """A file that only this way of training leaves in a checkpoint."""
     return {
-        "ddp": checkpoint / "optimizer.pt", "fsdp2": checkpoint / "pytorch_model_fsdp.bin",
+        "ddp": checkpoint / "optimizer.pt",
+        "fsdp2": checkpoint / "pytorch_model_fsdp.bin",
         "zero2": checkpoint / "global_step3" / "mp_rank_00_model_states.pt",
-    }.get(config, checkpoint / "global_step3" / "zero_pp_rank_1_mp_rank_00_model_states.pt")  # fmt: skip
+    }.get(config, checkpoint / "global_step3" / "zero_pp_rank_1_mp_rank_00_model_states.pt")
 
 
 LONG = pytest.mark.long  # test_run_dpo.py has ZeRO-2 and ZeRO-3 in the ordinary run, in bf16
 
 
-@pytest.mark.parametrize("config", [*(pytest.param(name, marks=LONG) for name in ("ddp", "zero2", "zero3", "zero3_offload")), "fsdp2"])
+@pytest.mark.parametrize(
+    "config",
+    [*(pytest.param(name, marks=LONG) for name in ("ddp", "zero2", "zero3", "zero3_offload")), "fsdp2"],
+)
 def test_two_processes_train_what_one_trains(work, alone, config):
     expected, expected_log = alone
     done, logged = train(work, config, *EXACT, config=config)
     assert proof(config, work / config / "checkpoint-3").exists()
     assert logged[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert [entry["loss"] for entry in logged] == pytest.approx([entry["loss"] for entry in expected_log], abs=1e-5)
+    assert [entry["loss"] for entry in logged] == pytest.approx(
+        [entry["loss"] for entry in expected_log], abs=1e-5
+    )
     found = weights(work / config, torch.float32)
     assert furthest(found, expected) < 1e-5
-    assert furthest(found, load_file(work / "policy" / "model.safetensors")) > 1e-3  # they have moved far more than that
+    assert (
+        furthest(found, load_file(work / "policy" / "model.safetensors")) > 1e-3
+    )  # they have moved far more than that
 
 
 def test_fsdp2_in_bf16_has_fp32_weights_and_unrounded_log_probabilities(work):
@@ -96,8 +121,12 @@ def test_fsdp2_in_bf16_has_fp32_weights_and_unrounded_log_probabilities(work):
     source = load_file(work / "policy" / "model.safetensors")
     master = torch.load(work / "bf16" / "checkpoint-3" / "pytorch_model_fsdp.bin")
     assert {weight.dtype for weight in master.values()} == {torch.float32}
-    assert master.pop("lm_head.weight").equal(master["model.embed_tokens.weight"])  # still one weight, in two copies
-    assert 1e-8 < furthest(master, source) < 1e-5  # three steps of at most 5e-7 each, which bf16 weights could not hold
+    assert master.pop("lm_head.weight").equal(
+        master["model.embed_tokens.weight"]
+    )  # still one weight, in two copies
+    assert (
+        1e-8 < furthest(master, source) < 1e-5
+    )  # three steps of at most 5e-7 each, which bf16 weights could not hold
 
 
 @LONG
@@ -135,16 +164,40 @@ def test_two_machines_train_what_one_process_trains(work, alone, tmp_path, confi
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     slurm = {
-        "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "here[1-2]", "SLURM_SUBMIT_DIR": str(ROOT),
-        "accelerate_config": f"configs/{config}.yaml", "gpus_per_node": "1", "main_port": str(port),
-        "envs_dir": str(tmp_path / "envs"), "env_manager": "venv", "own_envs": "yes", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "here[1-2]",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "accelerate_config": f"configs/{config}.yaml",
+        "gpus_per_node": "1",
+        "main_port": str(port),
+        "envs_dir": str(tmp_path / "envs"),
+        "env_manager": "venv",
+        "own_envs": "yes",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     hidden = ("CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     env = {key: value for key, value in os.environ.items() if key not in hidden} | slurm
     out = work / f"machines_{config}"
-    paths = ["--model_name_or_path", work / "policy", "--train_dir", work / "rewarded.jsonl", "--output_dir", out]
-    script = [ROOT / "configs" / "train_multinode.slurm", ROOT / "configs" / "training.yaml", *paths, *SMALL, *EXACT]
-    done = subprocess.run(["bash", *map(str, script)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    paths = [
+        "--model_name_or_path",
+        work / "policy",
+        "--train_dir",
+        work / "rewarded.jsonl",
+        "--output_dir",
+        out,
+    ]
+    script = [
+        ROOT / "configs" / "train_multinode.slurm",
+        ROOT / "configs" / "training.yaml",
+        *paths,
+        *SMALL,
+        *EXACT,
+    ]
+    done = subprocess.run(
+        ["bash", *map(str, script)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert read_json(work / f"machines_{config}.manifest.json")["num_processes"] == 2
     assert proof(config, out / "checkpoint-3").exists()

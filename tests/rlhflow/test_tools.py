@@ -1,4 +1,6 @@
-"""Tool calls, their results and the definitions of tools: each stage writes them as the policy's or the scorer's template does."""
+"""Tool calls, their results and the definitions of tools: each stage writes them as the policy's or the
+scorer's template does.
+"""
 
 import json
 
@@ -19,11 +21,15 @@ from generation import sampling
 from ppo import inputs, openrlhf_prompts
 from report import samples
 
-# Written for these tests in the shape of Qwen2.5's and its kin: definitions in front, calls and results in turns of their own.
+# Written for these tests in the shape of Qwen2.5's and its kin: definitions in front, calls and results in
+# turns of their own.
 TEMPLATE = (
-    "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{% if m.role == 'tool' %}user\n<tool_response>{{ m.content }}</tool_response>"
-    "{% else %}{{ m.role }}\n{{ m.content or '' }}{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}"
+    "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t | tojson }}\n{% endfor %}<|im_end|>\n{% "
+    "endif %}"
+    "{% for m in messages %}<|im_start|>{% if m.role == 'tool' %}user\n<tool_response>{{ m.content "
+    "}}</tool_response>"
+    "{% else %}{{ m.role }}\n{{ m.content or '' }}{% for c in m.tool_calls or [] %}<tool_call>{{ c.function "
+    "| tojson }}</tool_call>{% endfor %}"
     "{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CALL = [{"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}]
@@ -32,13 +38,23 @@ TALK = [
     {"role": "assistant", "content": None, "tool_calls": CALL},
     {"role": "tool", "tool_call_id": "c1", "content": "4 degrees"},
 ]
-TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        },
+    }
+]
 RESPONSES = ["Cold.", "Mild."]
 
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
-    folder = micro.make_reward_model(tmp_path_factory.mktemp("model") / "m", "chatml")  # its tokenizer is a policy's too
+    folder = micro.make_reward_model(
+        tmp_path_factory.mktemp("model") / "m", "chatml"
+    )  # its tokenizer is a policy's too
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
 
@@ -65,7 +81,11 @@ def test_every_stage_renders_the_same_prompt(policy, tokenizer, prompts, tmp_pat
     found.check()
     [item] = found
     assert item.token_ids == ids
-    output.append(sampling.answered(item, RESPONSES, ["stop"] * 2, [tokenizer(f"{text}<|im_end|>")["input_ids"] for text in RESPONSES]))
+    output.append(
+        sampling.answered(
+            item, RESPONSES, ["stop"] * 2, [tokenizer(f"{text}<|im_end|>")["input_ids"] for text in RESPONSES]
+        )
+    )
     found.finish(1.0)
     # annotation: what a reward model reads
     [record] = read_generated(tmp_path / "gen.jsonl")
@@ -81,9 +101,14 @@ def test_every_stage_renders_the_same_prompt(policy, tokenizer, prompts, tmp_pat
     [pair] = select_pairs([tmp_path / "rewarded.jsonl"]).pairs
     write_jsonl(tmp_path / "pairs.jsonl", [pair])
     [pair] = records.read_jsonl(tmp_path / "pairs.jsonl")
-    for given in (pair, {key: value for key, value in pair.items() if not key.endswith("token_ids")}):  # as sampled, and from text
+    for given in (
+        pair,
+        {key: value for key, value in pair.items() if not key.endswith("token_ids")},
+    ):  # as sampled, and from text
         row, _ = PairTokenizer(tokenizer, 2000, 2000)(given)
-        written = [tokenizer.decode(row["prompt_ids"] + row[f"{side}_ids"]) for side in ("rejected", "chosen")]
+        written = [
+            tokenizer.decode(row["prompt_ids"] + row[f"{side}_ids"]) for side in ("rejected", "chosen")
+        ]
         assert row["prompt_ids"] == ids and written == [text.removesuffix("\n") for text in whole]
     # divergence, PPO and the page
     assert tokens.Encoder(tokenizer)(record, tokens.answers_of(record))[0] == ids
@@ -106,12 +131,27 @@ def test_what_a_template_leaves_out_is_named(tokenizer):
 
 
 def test_a_record_that_a_reward_model_refuses_costs_that_record(tmp_path, monkeypatch, capsys):
-    """The reward model takes no system turn. Such a record has rewards of null, and the others have theirs."""
+    """The reward model takes no system turn.
+
+    Such a record has rewards of null, and the others have theirs.
+    """
     folder = micro.make_reward_model(tmp_path / "m", "mistral", "mistral")
     user = [{"role": "user", "content": "a"}]
-    rows = [{"id": "a", "prompt": user}, {"id": "b", "prompt": [{"role": "system", "content": "s"}, *user]}, {"id": "c", "prompt": user}]
+    rows = [
+        {"id": "a", "prompt": user},
+        {"id": "b", "prompt": [{"role": "system", "content": "s"}, *user]},
+        {"id": "c", "prompt": user},
+    ]
     write_jsonl(tmp_path / "gen.jsonl", [row | {"responses": ["x", "yy"]} for row in rows])
-    argv = ["x", "--dataset_name_or_path", str(tmp_path / "gen.jsonl"), "--output_dir", str(tmp_path / "out.jsonl"), "--reward_name_or_path", str(folder)]
+    argv = [
+        "x",
+        "--dataset_name_or_path",
+        str(tmp_path / "gen.jsonl"),
+        "--output_dir",
+        str(tmp_path / "out.jsonl"),
+        "--reward_name_or_path",
+        str(folder),
+    ]
     monkeypatch.setattr("sys.argv", argv)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     get_rewards.main()
@@ -120,17 +160,31 @@ def test_a_record_that_a_reward_model_refuses_costs_that_record(tmp_path, monkey
     found = {record["id"]: record["rewards"] for record in records.read_jsonl(tmp_path / "out.jsonl")}
     assert found["b"] == [None, None] and None not in found["a"] + found["c"]
     write_jsonl(tmp_path / "gen.jsonl", [rows[1] | {"responses": ["x", "yy"]}])
-    with pytest.raises(UserError, match="gen.jsonl record 1: the chat template"):  # one that takes none is the wrong model, or template
-        get_rewards.check_turns([Backbone(str(folder))], [get_rewards.Job(tmp_path / "gen.jsonl", None, *survey(tmp_path / "gen.jsonl"))])
+    with pytest.raises(
+        UserError, match="gen.jsonl record 1: the chat template"
+    ):  # one that takes none is the wrong model, or template
+        get_rewards.check_turns(
+            [Backbone(str(folder))],
+            [get_rewards.Job(tmp_path / "gen.jsonl", None, *survey(tmp_path / "gen.jsonl"))],
+        )
 
 
 def test_ppo_leaves_out_what_it_cannot_use(tokenizer, tmp_path, capsys):
-    talks = [[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}, {"role": "robot", "content": "c"}], TALK]
+    talks = [
+        [{"role": "user", "content": "a"}],
+        [{"role": "user", "content": "b"}, {"role": "robot", "content": "c"}],
+        TALK,
+    ]
     write_jsonl(tmp_path / "p.jsonl", [{"messages": talk} for talk in talks])
-    args, bad = sampling.SamplingArguments(dataset_name_or_path=[str(tmp_path / "p.jsonl")], bad_prompts="skip"), []
+    args, bad = (
+        sampling.SamplingArguments(dataset_name_or_path=[str(tmp_path / "p.jsonl")], bad_prompts="skip"),
+        [],
+    )
     args.rollout_batch_size = 1
     kept = [record for record, _ in inputs.rendered_prompts(args, tokenizer, bad)]
-    assert [record["prompt"] for record in kept] == [talks[0], TALK] and "record 2: the last turn" in bad[0]["reason"]
+    assert [record["prompt"] for record in kept] == [talks[0], TALK] and "record 2: the last turn" in bad[0][
+        "reason"
+    ]
     assert "1 prompts cannot be used" in capsys.readouterr().err
 
     class NoTools:

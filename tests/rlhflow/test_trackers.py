@@ -1,4 +1,6 @@
-"""common/trackers.py against transformers' own list, and what a tracker's own reader finds of the figures that it was told."""
+"""common/trackers.py against transformers' own list, and what a tracker's own reader finds of the figures
+that it was told.
+"""
 
 import os
 import sys
@@ -13,14 +15,19 @@ from common.cli import UserError
 def test_the_trackers_are_those_of_transformers():
     assert set(trackers.MODULES) == set(integration_utils.INTEGRATION_TO_CALLBACK) - {"kubeflow"}
     here = set(integration_utils.get_available_reporting_integrations()) - {"kubeflow"}
-    assert {name for name in trackers.MODULES if trackers.is_installed(name)} == here >= {"tensorboard", "wandb"}
+    assert (
+        {name for name in trackers.MODULES if trackers.is_installed(name)} == here >= {"tensorboard", "wandb"}
+    )
 
 
 def test_one_that_is_not_installed_and_one_that_there_is_not(tmp_path, monkeypatch):
     trackers.check(["none", "wandb", "tensorboard"])
     with pytest.raises(UserError, match="--report_to mlfow: one of none, wandb, .*did you mean 'mlflow'"):
         trackers.check(["mlfow"])
-    with pytest.raises(UserError, match="report_to azure_ml: it is not installed .*pip install azureml-core, or report_to none"):
+    with pytest.raises(
+        UserError,
+        match="report_to azure_ml: it is not installed .*pip install azureml-core, or report_to none",
+    ):
         trackers.check(["azure_ml"], "report_to")
     with pytest.raises(UserError, match="pip install dagshub mlflow"):
         trackers.check(["dagshub"])
@@ -40,13 +47,22 @@ def test_the_project_is_the_given_one_or_the_environments_or_ours(monkeypatch):
         monkeypatch.delenv(variable)
     monkeypatch.setenv("WANDB_PROJECT", "theirs")
     assert trackers.name_project(["wandb", "mlflow", "neptune"]) == trackers.PROJECT
-    assert os.environ["WANDB_PROJECT"] == "theirs" and os.environ["MLFLOW_EXPERIMENT_NAME"] == trackers.PROJECT
+    assert (
+        os.environ["WANDB_PROJECT"] == "theirs" and os.environ["MLFLOW_EXPERIMENT_NAME"] == trackers.PROJECT
+    )
     assert "NEPTUNE_PROJECT" not in os.environ and "COMET_PROJECT_NAME" not in os.environ
-    assert trackers.name_project(["wandb", "neptune"], "mine/all") == os.environ["WANDB_PROJECT"] == os.environ["NEPTUNE_PROJECT"] == "mine/all"
+    assert (
+        trackers.name_project(["wandb", "neptune"], "mine/all")
+        == os.environ["WANDB_PROJECT"]
+        == os.environ["NEPTUNE_PROJECT"]
+        == "mine/all"
+    )
 
 
 def test_figures_arrive_by_the_callback_of_transformers(tmp_path, monkeypatch):
-    """TensorBoard stands for all: the others' callbacks are called in the same way, and want accounts or are not installed."""
+    """TensorBoard stands for all: the others' callbacks are called in the same way, and want accounts or are
+    not installed.
+    """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("TRACKIO_PROJECT", "x")

@@ -1,9 +1,11 @@
-"""What TRL's tests ask of DPOTrainer, asked of run_dpo.py: each run ends with a finite loss, its metrics, and weights that moved.
+"""What TRL's tests ask of DPOTrainer, asked of run_dpo.py: each run ends with a finite loss, its metrics, and
+weights that moved.
 
-TRL's file enters by the constructor, on models of the hub; here the same settings go through the script, on micro models.
-Not here because it has another place: losses step by step (test_dpo.py), adapters and quantisation (test_adapters.py), the card
-(test_card.py), ZeRO and FSDP (test_sharding.py). Not taken at all, and refused by name (test_dpo_settings.py): padding_free,
-sync_ref_model, truncation_mode, Liger where it is not installed. TRL's vision models and iterable datasets are not offered.
+TRL's file enters by the constructor, on models of the hub; here the same settings go through the script, on
+micro models. Not here because it has another place: losses step by step (test_dpo.py), adapters and
+quantisation (test_adapters.py), the card (test_card.py), ZeRO and FSDP (test_sharding.py). Not taken at all,
+and refused by name (test_dpo_settings.py): padding_free, sync_ref_model, truncation_mode, Liger where it is
+not installed. TRL's vision models and iterable datasets are not offered.
 """
 
 import math
@@ -17,7 +19,9 @@ from training import ROOT, SMALL, read_json, read_jsonl
 
 from common.cli import UserError
 
-FLOAT32 = "--bf16 false --learning_rate 0.1 --max_steps 3 --per_device_train_batch_size 2 --label_smoothing 0".split()
+FLOAT32 = (
+    "--bf16 false --learning_rate 0.1 --max_steps 3 --per_device_train_batch_size 2 --label_smoothing 0"
+).split()
 
 
 @pytest.fixture(scope="module")
@@ -47,35 +51,80 @@ def all_moved(before, after, but=()):
 
 def usually(cases, *some):
     """The cases, all but some of them `long`: they differ in what is TRL's or transformers' own."""
-    return [pytest.param(case, marks=[] if case in some or case[-1] in some else pytest.mark.long) for case in cases]
+    return [
+        pytest.param(case, marks=[] if case in some or case[-1] in some else pytest.mark.long)
+        for case in cases
+    ]
 
 
 FAMILIES = {
-    "llama": {}, "qwen2": {}, "qwen3": {}, "cohere2": {}, "olmo3": {}, "gpt_neox": {}, "phi3": {},
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1},
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "cohere2": {},
+    "olmo3": {},
+    "gpt_neox": {},
+    "phi3": {},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "decoder_sparse_step": 1,
+    },
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "lfm2": {"layer_types": ["full_attention", "conv"]},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("architecture", usually(FAMILIES, "llama", "cohere2", "qwen3_moe"))
 def test_architectures_train(work, here, architecture):
-    micro.make_policy(work / f"of_{architecture}", architecture=architecture, initializer_range=0.1, **FAMILIES[architecture])
+    micro.make_policy(
+        work / f"of_{architecture}",
+        architecture=architecture,
+        initializer_range=0.1,
+        **FAMILIES[architecture],
+    )
     before, after, log = train(here, work, f"from_{architecture}", policy=f"of_{architecture}")
     # Experts that no token was sent to, and the router's bias where all are, stand still.
-    assert all_moved(before, after, ("router.bias", "sinks") if architecture == "gpt_oss" else ()) and set(before) == set(after)
-    metrics = {"loss", "grad_norm", "learning_rate", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
-               "logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected", "mean_token_accuracy", "entropy", "num_tokens"}  # fmt: skip
+    assert all_moved(before, after, ("router.bias", "sinks") if architecture == "gpt_oss" else ()) and set(
+        before
+    ) == set(after)
+    metrics = {
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/accuracies",
+        "rewards/margins",
+        "logps/chosen",
+        "logps/rejected",
+        "logits/chosen",
+        "logits/rejected",
+        "mean_token_accuracy",
+        "entropy",
+        "num_tokens",
+    }
     assert metrics <= set(log[0])
 
 
 COMBINED = ["--loss_type", "sigmoid", "bco_pair", "sft", "--loss_weights", "0.8", "0.2", "1.0"]
 OPTIONS = [
-    COMBINED, ["--loss_type", "sft"], ["--loss_type", "aot_unpaired"], ["--loss_type", "sigmoid_norm"], ["--use_weighting", "true"], ["--ld_alpha", "0.5"],
-    *(["--f_divergence_type", kind] for kind in ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")),
+    COMBINED,
+    ["--loss_type", "sft"],
+    ["--loss_type", "aot_unpaired"],
+    ["--loss_type", "sigmoid_norm"],
+    ["--use_weighting", "true"],
+    ["--ld_alpha", "0.5"],
+    *(
+        ["--f_divergence_type", kind]
+        for kind in ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+    ),
     ["--gradient_checkpointing", "true", "--gradient_checkpointing_kwargs", '{"use_reentrant": true}'],
-    ["--optim", "sgd"], ["--disable_dropout", "false"], ["--attn_implementation", "eager"],
-]  # fmt: skip
+    ["--optim", "sgd"],
+    ["--disable_dropout", "false"],
+    ["--attn_implementation", "eager"],
+]
 
 
 USUAL = usually(OPTIONS, "1.0", "aot_unpaired", "0.5", "js_divergence", "false")
@@ -99,19 +148,25 @@ def test_an_explicit_reference_is_used_and_not_changed(work, here):
     frozen = load_file(work / "reference" / "model.safetensors")
     _, _, log = train(here, work, "explicit", "--ref_model_name_or_path", work / "reference")
     assert log[0]["rewards/margins"] != 0 and log[0]["loss"] != pytest.approx(math.log(2), abs=1e-4)
-    assert all(torch.equal(weight, frozen[name]) for name, weight in load_file(work / "reference" / "model.safetensors").items())
+    assert all(
+        torch.equal(weight, frozen[name])
+        for name, weight in load_file(work / "reference" / "model.safetensors").items()
+    )
 
 
 def test_evaluation_in_training(work, here):
     _, _, log = train(here, work, "evaluated", "--eval_fraction", "0.3", "--eval_steps", "1")
     assert [entry["step"] for entry in log if "eval_loss" in entry][:3] == [1, 2, 3]
-    assert {"eval_rewards/accuracies", "eval_rewards/margins", "eval_logps/chosen"} <= set(next(entry for entry in log if "eval_loss" in entry))
+    assert {"eval_rewards/accuracies", "eval_rewards/margins", "eval_logps/chosen"} <= set(
+        next(entry for entry in log if "eval_loss" in entry)
+    )
 
 
 def test_template_arguments_reach_the_tokens(work, here):
     thought = "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
     template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}THOUGHT{% endif %}{{ m.content }}<|im_end|>{% endfor %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}THOUGHT{% endif %}{{ "
+        "m.content }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\nTHOUGHT{% endif %}"
     )
     (work / "thinking.jinja").write_text(template.replace("THOUGHT", thought))
@@ -125,12 +180,16 @@ def test_template_arguments_reach_the_tokens(work, here):
 
 
 def test_a_response_that_the_prompt_leaves_no_room_for_is_cut_not_lost(work, here):
-    """TRL drops a pair whose response is cut away whole; here the prompt is cut first, so that every response keeps tokens."""
+    """TRL drops a pair whose response is cut away whole; here the prompt is cut first, so that every response
+    keeps tokens.
+    """
     training.write_rewarded(work / "long.jsonl", count=10, prompt=[{"role": "user", "content": "x" * 300}])
     _, _, log = train(here, work, "cut", "--max_length", "64", "--max_prompt_length", "56", data="long.jsonl")
     counts = read_json(work / "cut.manifest.json")["counts"]
     assert counts["train_pairs"] == 10 and counts["prompts_cut"] == 10 and counts["responses_cut"] == 20
-    assert len(read_jsonl(work / "cut.pairs.jsonl")) == 10 and log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert len(read_jsonl(work / "cut.pairs.jsonl")) == 10 and log[0]["loss"] == pytest.approx(
+        math.log(2), abs=1e-6
+    )
 
 
 def test_all_responses_alike_leave_nothing_to_train_on(work, here):

@@ -1,4 +1,6 @@
-"""What the tests of training share: rewarded answers to write, and the script to start, plain or under a launcher."""
+"""What the tests of training share: rewarded answers to write, and the script to start, plain or under a
+launcher.
+"""
 
 import json
 import os
@@ -11,29 +13,37 @@ import micro
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "dpo_iteration" / "run_dpo.py")
-SMALL = (
-    "--gradient_accumulation_steps 2 --gradient_checkpointing false --logging_steps 1".split()
-)
+SMALL = "--gradient_accumulation_steps 2 --gradient_checkpointing false --logging_steps 1".split()
 
 
 def write_rewarded(path, count=24, seed=0, K=4, **change):
-    """Answers of which the one with more letters `a` has the higher reward, so that there is something to learn."""
+    """Answers of which the one with more letters `a` has the higher reward, so that there is something to
+    learn.
+    """
     rng = random.Random(seed)
     rows = []
     for i, prompt in enumerate(micro.write_prompts(Path(path).with_suffix(".prompts"), count)):
-        texts = ["".join(rng.choice("aaab" if k % 2 else "bbba") for _ in range(12)) + f" {k}" for k in range(K)]
+        texts = [
+            "".join(rng.choice("aaab" if k % 2 else "bbba") for _ in range(12)) + f" {k}" for k in range(K)
+        ]
         row = {
-            "id": f"r{i:03}", "prompt": prompt["context_messages"], "responses": texts, "number": i,
+            "id": f"r{i:03}",
+            "prompt": prompt["context_messages"],
+            "responses": texts,
+            "number": i,
             "rewards": [float(text.count("a")) + k / 10 for k, text in enumerate(texts)],
-            "finish_reasons": ["length" if k == 0 else "stop" for k in range(K)], "num_tokens": [15] * K,
-        }  # fmt: skip
+            "finish_reasons": ["length" if k == 0 else "stop" for k in range(K)],
+            "num_tokens": [15] * K,
+        }
         rows.append(row | change)
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 
 def start(*argv, launcher=(), cwd=None, script=SCRIPT, **environment):
-    """The finished process of `run_dpo.py ARGV`, or of `accelerate launch LAUNCHER run_dpo.py ARGV`; `script`: in its place."""
+    """The finished process of `run_dpo.py ARGV`, or of `accelerate launch LAUNCHER run_dpo.py ARGV`;
+    `script`: in its place.
+    """
     program = ["-m", "accelerate.commands.launch", *map(str, launcher)] if launcher else []
     hidden = ("CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     env = (

@@ -27,13 +27,34 @@ def run(folder, *arguments):
 
 def test_ways_of_scoring_agree(tmp_path):
     micro.make_reward_model(tmp_path / "rm", max_position_embeddings=1024)
-    done = run(tmp_path, "--reward_name_or_path", "rm", "--records", 3, "--K", 3, "--repeats", 2, "--ways", *WAYS,
-               "--batch_tokens", 900, "--shared_tokens", 900, "--output_dir", "out/numbers.json")  # fmt: skip
+    done = run(
+        tmp_path,
+        "--reward_name_or_path",
+        "rm",
+        "--records",
+        3,
+        "--K",
+        3,
+        "--repeats",
+        2,
+        "--ways",
+        *WAYS,
+        "--batch_tokens",
+        900,
+        "--shared_tokens",
+        900,
+        "--output_dir",
+        "out/numbers.json",
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out" / "numbers.json").read_text())
     assert list(found["ways"]) == WAYS and found["sequences"] == 9 and found["dtype"] == "float32"
     for name, numbers in found["ways"].items():
-        assert 0 < numbers["largest_difference"] < 1e-4 or name == "pipeline" and numbers["largest_difference"] < 1e-4
+        assert (
+            0 < numbers["largest_difference"] < 1e-4
+            or name == "pipeline"
+            and numbers["largest_difference"] < 1e-4
+        )
         assert len(numbers["seconds"]) == 2 and numbers["sequences_per_second"] > 0
         assert name in done.stdout
     rates = {name: numbers["sequences_per_second"] for name, numbers in found["ways"].items()}
@@ -59,7 +80,12 @@ def test_records_have_the_lengths_that_are_told():
     prompts = [len(record["prompt"][0]["content"]) for record in made]
     responses = [len(text) for record in made for text in record["responses"]]
     assert min(prompts) >= 100 and max(prompts) <= 400 and max(prompts) - min(prompts) > 150
-    assert len(responses) == 160 and min(responses) >= 20 and max(responses) <= 300 and max(responses) - min(responses) > 200
+    assert (
+        len(responses) == 160
+        and min(responses) >= 20
+        and max(responses) <= 300
+        and max(responses) - min(responses) > 200
+    )
     assert made == annotation.make_records(20, 8, 1) != annotation.make_records(20, 8, 2)
 
 
@@ -77,13 +103,18 @@ def test_wrong_arguments_are_one_line(tmp_path):
 def test_kept_memory_is_not_cleared_again():
     """Minor page faults of 20 tensors of 64 MiB: thousands when the kernel hands out new pages."""
     code = (
-        "import resource, sys, torch; from common import devices; devices.keep_memory(sys.argv[1] == 'keep'); torch.ones(2**24);"
+        "import resource, sys, torch; from common import devices; devices.keep_memory(sys.argv[1] == "
+        "'keep'); torch.ones(2**24);"
         "f = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt; a = f()\n"
         "for _ in range(20): torch.ones(2**24)\n"
         "print(f() - a)"
     )
     faults = [
-        int(subprocess.run([sys.executable, "-c", code, word], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+        int(
+            subprocess.run(
+                [sys.executable, "-c", code, word], cwd=ROOT, capture_output=True, text=True, check=True
+            ).stdout
+        )
         for word in ("keep", "give")
     ]
     assert 2 * faults[0] < faults[1]

@@ -39,9 +39,14 @@ def wait_for(condition, seconds=60):
 
 
 class Mock:
-    """A server in a thread. `behave(count, body)` names what the count-th completion request meets; None is an answer."""
+    """A server in a thread.
 
-    def __init__(self, behave=lambda count, body: None, model="mock", length=512, port=0, tokens=None, pause=0.0):
+    `behave(count, body)` names what the count-th completion request meets; None is an answer.
+    """
+
+    def __init__(
+        self, behave=lambda count, body: None, model="mock", length=512, port=0, tokens=None, pause=0.0
+    ):
         self.behave, self.model, self.length, self.port, self.tokens, self.pause = (
             behave,
             model,
@@ -85,7 +90,9 @@ class Mock:
         await runner.cleanup()
 
     async def models(self, request):
-        return web.json_response({"data": [{"id": self.model, "root": self.root, "max_model_len": self.length}]})
+        return web.json_response(
+            {"data": [{"id": self.model, "root": self.root, "max_model_len": self.length}]}
+        )
 
     async def tokenize(self, request):
         if self.tokens is None:
@@ -126,7 +133,9 @@ class Mock:
             ]
             if isinstance(what, dict):  # the first choice otherwise
                 choices[0] |= what
-            return web.json_response({"model": "another" if what == "another" else self.model, "choices": choices[::-1]})
+            return web.json_response(
+                {"model": "another" if what == "another" else self.model, "choices": choices[::-1]}
+            )
         finally:
             self.in_flight -= 1
 
@@ -143,7 +152,9 @@ def client(monkeypatch, folder, mocks, *more):
         "3",
     ]
     ports = [m.port if isinstance(m, Mock) else m for m in mocks]
-    monkeypatch.setattr(sys, "argv", [str(part) for part in ("gen_hf.py", *command, "--ports", *ports, *more)])
+    monkeypatch.setattr(
+        sys, "argv", [str(part) for part in ("gen_hf.py", *command, "--ports", *ports, *more)]
+    )
     gc.collect()  # the lock of a run that failed in this process ends with its Output
     gen_hf.main()
 
@@ -170,9 +181,21 @@ def test_work_is_shared_bounded_ordered_and_explicit(folder, monkeypatch, capsys
         assert len(a.bodies) + len(b.bodies) == 30 and len(a.bodies) > len(b.bodies) > 3
         assert a.most <= 4 and b.most <= 4
         for body in a.bodies:
-            assert all(isinstance(t, int) for t in body["prompt"]) and body["model"] == "mock" and body["n"] == 3
-            assert {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
-                    "seed", "stop_token_ids", "skip_special_tokens"} <= set(body)  # fmt: skip
+            assert (
+                all(isinstance(t, int) for t in body["prompt"]) and body["model"] == "mock" and body["n"] == 3
+            )
+            assert {
+                "temperature",
+                "top_p",
+                "top_k",
+                "min_p",
+                "repetition_penalty",
+                "presence_penalty",
+                "frequency_penalty",
+                "seed",
+                "stop_token_ids",
+                "skip_special_tokens",
+            } <= set(body)
             assert body["max_tokens"] == min(500, 512 - len(body["prompt"]))
     out = capsys.readouterr().out
     assert (
@@ -181,7 +204,9 @@ def test_work_is_shared_bounded_ordered_and_explicit(folder, monkeypatch, capsys
         and "sampled 180 tokens" in out
         and "tokens/s" in out
     )
-    client(monkeypatch, folder, [a, b], "--concurrency", "4", "--max_new_tokens", "500")  # needs no servers any more
+    client(
+        monkeypatch, folder, [a, b], "--concurrency", "4", "--max_new_tokens", "500"
+    )  # needs no servers any more
     assert "complete, nothing to do" in capsys.readouterr().out
     with pytest.raises(UserError, match="top_p was 1.0 and is now 0.5"):
         client(monkeypatch, folder, [a, b], "--max_new_tokens", "500", "--top_p", "0.5")
@@ -192,14 +217,39 @@ def test_a_client_whose_prompts_are_all_in_work_says_that_it_lives(folder, monke
     monkeypatch.setattr(gen_hf, "Progress", functools.partial(gen_hf.Progress, every=0.2))
     with Mock(pause=1.0) as server:
         client(monkeypatch, folder, [server])
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("generate: 0/30 prompts, none finished in ")]
+    lines = [
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("generate: 0/30 prompts, none finished in ")
+    ]
     assert 2 <= len(lines) <= 6, lines
 
 
-@pytest.mark.parametrize("what", [
-    408, 429, 500, 503, "hang", "cut", "half", "garbage", "deep", "list", "another", "fewer", "abort", "null", {"text": None}, {"text": "\ud800"},
-    {"finish_reason": ["stop"]}, {"index": 1}, {"token_ids": None},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "what",
+    [
+        408,
+        429,
+        500,
+        503,
+        "hang",
+        "cut",
+        "half",
+        "garbage",
+        "deep",
+        "list",
+        "another",
+        "fewer",
+        "abort",
+        "null",
+        {"text": None},
+        {"text": "\ud800"},
+        {"finish_reason": ["stop"]},
+        {"index": 1},
+        {"token_ids": None},
+    ],
+    ids=str,
+)
 def test_what_fails_is_asked_again(folder, monkeypatch, what):
     with Mock(lambda count, body: what if count in (1, 2, 9) else None) as a, Mock() as b:
         client(monkeypatch, folder, [a, b], "--concurrency", "3", "--timeout", "1")
@@ -214,7 +264,10 @@ def test_a_busy_server_is_not_held_against_a_prompt(folder, monkeypatch):
 
 
 def test_servers_of_another_length_do_not_go_on_with_half_done_work(folder, monkeypatch):
-    with Mock(lambda count, body: 400 if count == 9 else None) as a, pytest.raises(UserError, match="HTTP 400"):
+    with (
+        Mock(lambda count, body: 400 if count == 9 else None) as a,
+        pytest.raises(UserError, match="HTTP 400"),
+    ):
         client(monkeypatch, folder, [a], "--concurrency", "1")
     with Mock(length=400) as b:
         with pytest.raises(UserError, match="max_model_len 512, now it is 400"):
@@ -258,8 +311,22 @@ def test_what_fails_for_good_ends_the_run(folder, monkeypatch, what, words):
 @pytest.mark.parametrize("what", [429, 500, "garbage", "cut"])
 @pytest.mark.parametrize("pause", [0.0, 0.3])
 def test_a_sick_server_does_not_keep_prompts_from_a_healthy_one(folder, monkeypatch, what, pause):
-    with Mock(lambda count, body: what) as sick, Mock(lambda count, body: what) as ill, Mock(pause=pause) as well:
-        client(monkeypatch, folder, [sick, ill, well], "--concurrency", "4", "--retries", "2", "--give_up_after", "2")
+    with (
+        Mock(lambda count, body: what) as sick,
+        Mock(lambda count, body: what) as ill,
+        Mock(pause=pause) as well,
+    ):
+        client(
+            monkeypatch,
+            folder,
+            [sick, ill, well],
+            "--concurrency",
+            "4",
+            "--retries",
+            "2",
+            "--give_up_after",
+            "2",
+        )
         assert len(well.bodies) == 30
         assert len(sick.bodies) <= 4 + 5  # what it had at once, then one at a time with growing pauses
     check_whole(folder, 30)
@@ -280,7 +347,9 @@ def test_a_prompt_that_every_server_refuses_ends_the_run_and_no_server(folder, m
         return 500 if body["seed"] == bad[0] else None
 
     with Mock(behave, pause=0.1) as a, Mock(behave, pause=0.1) as b:
-        with pytest.raises(UserError, match="prompt [0-9a-f]{16} failed 5 times.*HTTP 500.*29 records are kept"):
+        with pytest.raises(
+            UserError, match="prompt [0-9a-f]{16} failed 5 times.*HTTP 500.*29 records are kept"
+        ):
             client(monkeypatch, folder, [a, b], "--retries", "4", "--concurrency", "1")
         asked = [sum(body["seed"] == bad[0] for body in mock.bodies) for mock in (a, b)]
         assert sum(asked) == 5 and min(asked) >= 1
@@ -331,24 +400,39 @@ def test_a_server_that_is_back_has_time_to_answer(folder, monkeypatch, capsys):
 
 def test_a_server_that_answers_only_probes_is_given_up(folder, monkeypatch):
     monkeypatch.setattr(dispatch, "pause", lambda failures: 0.3)
-    with Mock(lambda count, body: "cut") as a, pytest.raises(UserError, match="no server has answered for 2s"):
+    with (
+        Mock(lambda count, body: "cut") as a,
+        pytest.raises(UserError, match="no server has answered for 2s"),
+    ):
         client(monkeypatch, folder, [a], "--give_up_after", "2", "--retries", "1000")
 
 
-@pytest.mark.parametrize("status, asked, seconds", [
-    (429, "3", 3), (503, "3", 3), (503, "1000", 4), (429, "9" * 5000, 4), (429, "Wed, 21 Oct 2037 07:28:00 GMT", 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "status, asked, seconds",
+    [
+        (429, "3", 3),
+        (503, "3", 3),
+        (503, "1000", 4),
+        (429, "9" * 5000, 4),
+        (429, "Wed, 21 Oct 2037 07:28:00 GMT", 0),
+    ],
+)
 def test_a_server_that_asks_for_patience_has_it(folder, monkeypatch, status, asked, seconds):
     micro.write_prompts(folder / "p.jsonl", 2)
     times = []
-    with Mock(lambda count, body: times.append(time.monotonic()) or ((status, asked) if count == 1 else None)) as a:
+    with Mock(
+        lambda count, body: times.append(time.monotonic()) or ((status, asked) if count == 1 else None)
+    ) as a:
         client(monkeypatch, folder, [a], "--concurrency", "1", "--give_up_after", "4", "--retries", "0")
     assert seconds <= times[1] - times[0] < seconds + 2.5
     check_whole(folder, 2)
 
 
 def test_a_dead_server_s_work_goes_on_and_it_is_used_again(folder, monkeypatch, capsys):
-    a, b = Mock(pause=0.1), Mock(lambda count, body: b.loop.call_soon(b.stopped.set) and "cut" if count >= 3 else None)
+    a, b = (
+        Mock(pause=0.1),
+        Mock(lambda count, body: b.loop.call_soon(b.stopped.set) and "cut" if count >= 3 else None),
+    )
     with a, b:
         again = Mock(port=b.port)
 
@@ -368,7 +452,10 @@ def test_a_dead_server_s_work_goes_on_and_it_is_used_again(folder, monkeypatch, 
 
 
 def test_a_server_that_returns_with_another_model_is_not_used(folder, monkeypatch):
-    a, b = Mock(pause=0.1), Mock(lambda count, body: b.loop.call_soon(b.stopped.set) and "cut" if count >= 2 else None)
+    a, b = (
+        Mock(pause=0.1),
+        Mock(lambda count, body: b.loop.call_soon(b.stopped.set) and "cut" if count >= 2 else None),
+    )
     with a, b:
         other = Mock(port=b.port, model="other")
         threading.Thread(target=lambda: (b.thread.join(), other.__enter__())).start()

@@ -1,7 +1,8 @@
-"""report/evaluate_benchmarks.py against lm-evaluation-harness itself: its parser takes our commands, and it runs a small task of ours.
+"""report/evaluate_benchmarks.py against lm-evaluation-harness itself: its parser takes our commands, and it
+runs a small task of ours.
 
-Needs environment lm_eval (bash -c "source envs.sh; make_envs lm_eval"); skipped where it is not made. The published benchmarks' data
-come from the hub, which the tests do not use.
+Needs environment lm_eval (bash -c "source envs.sh; make_envs lm_eval"); skipped where it is not made. The
+published benchmarks' data come from the hub, which the tests do not use.
 """
 
 import json
@@ -40,7 +41,13 @@ metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}
 @pytest.fixture(scope="module")
 def harness():
     """The interpreter of environment lm_eval."""
-    found = subprocess.run(["bash", "-c", "source ./envs.sh; env_prefix lm_eval"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    found = subprocess.run(
+        ["bash", "-c", "source ./envs.sh; env_prefix lm_eval"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
     if not found or not Path(found, ".rlhf-stamp").is_file():
         pytest.skip("environment lm_eval is not made: source envs.sh; make_envs lm_eval")
     return f"{found}/bin/python"
@@ -52,7 +59,9 @@ def model(tmp_path_factory):
 
 
 def script(*arguments, python=sys.executable, status=0):
-    process = subprocess.run([python, SCRIPT, *map(str, arguments)], capture_output=True, text=True, timeout=600, check=False)
+    process = subprocess.run(
+        [python, SCRIPT, *map(str, arguments)], capture_output=True, text=True, timeout=600, check=False
+    )
     assert process.returncode == status, process.stdout + process.stderr
     return process
 
@@ -63,7 +72,9 @@ def planned(*arguments):
     notes = [line for line in out.splitlines() if line.startswith("note:")]
     words, commands = shlex.split("\n".join(line for line in out.splitlines() if line not in notes)), []
     for word in words:  # a command on the CPU takes several lines
-        if word.startswith("HF_ALLOW") or (word == sys.executable and (not commands or len(commands[-1]) > 1)):
+        if word.startswith("HF_ALLOW") or (
+            word == sys.executable and (not commands or len(commands[-1]) > 1)
+        ):
             commands.append([])
         commands[-1].append(word)
     return commands, notes
@@ -72,10 +83,19 @@ def planned(*arguments):
 def test_tasks_of_one_number_of_examples_share_a_command(model, tmp_path):
     commands, notes = planned("--model_name_or_path", model, "--output_dir", tmp_path)
     tasks = [words[words.index("--tasks") + 1 : words.index("--batch_size")] for words in commands]
-    assert tasks == [["gsm8k", "mmlu"], ["arc_challenge"], ["truthfulqa_mc2"]] and "humaneval left out" in notes[0]
-    assert [words[words.index("--num_fewshot") + 1] if "--num_fewshot" in words else None for words in commands] == ["5", "25", None]
-    commands, notes = planned("--model_name_or_path", model, "--output_dir", tmp_path, "--run_code", "true", "--tasks", "humaneval")
-    assert commands[0][0] == "HF_ALLOW_CODE_EVAL=1" and "--confirm_run_unsafe_code" in commands[0] and not notes
+    assert (
+        tasks == [["gsm8k", "mmlu"], ["arc_challenge"], ["truthfulqa_mc2"]]
+        and "humaneval left out" in notes[0]
+    )
+    assert [
+        words[words.index("--num_fewshot") + 1] if "--num_fewshot" in words else None for words in commands
+    ] == ["5", "25", None]
+    commands, notes = planned(
+        "--model_name_or_path", model, "--output_dir", tmp_path, "--run_code", "true", "--tasks", "humaneval"
+    )
+    assert (
+        commands[0][0] == "HF_ALLOW_CODE_EVAL=1" and "--confirm_run_unsafe_code" in commands[0] and not notes
+    )
 
 
 def test_a_runs_iterate_and_its_start(tmp_path):
@@ -83,33 +103,65 @@ def test_a_runs_iterate_and_its_start(tmp_path):
     micro.make_policy(run / "iter2/model")
     (run / "loop.yaml").write_text("model_name_or_path: RLHFlow/LLaMA3-SFT\n")
     [words], _ = planned("--run", run, "--iterate", 2, "--tasks", "gsm8k")
-    assert f"pretrained={run}/iter2/model" in words and words[words.index("--output_path") + 1] == f"{run}/iter2/benchmarks/default"
+    assert (
+        f"pretrained={run}/iter2/model" in words
+        and words[words.index("--output_path") + 1] == f"{run}/iter2/benchmarks/default"
+    )
     [words], _ = planned("--run", run, "--iterate", 0, "--tasks", "gsm8k")
     assert "pretrained=RLHFlow/LLaMA3-SFT" in words
     assert "iter3/model is not there" in script("--run", run, "--iterate", 3, status=2).stderr
     model = "--model_name_or_path", "a/b", "--output_dir", "o", "--tasks"
-    for more, named in ((("--run", run), "--iterate is missing"), ((), "give --run FOLDER"), ((*model, "x:y"), "NAME:EXAMPLES"),
-                        ((*model, "humaneval"), "no task is left")):  # fmt: skip
+    for more, named in (
+        (("--run", run), "--iterate is missing"),
+        ((), "give --run FOLDER"),
+        ((*model, "x:y"), "NAME:EXAMPLES"),
+        ((*model, "humaneval"), "no task is left"),
+    ):
         assert named in script(*more, status=2).stderr
 
 
-ALL = ("--run_code", "true", "--apply_chat_template", "true", "--limit", "3", "--max_model_len", "256", "--include_path", ".",
-       "--trust_remote_code", "true", "--model_args.enable_thinking", "false")  # fmt: skip
+ALL = (
+    "--run_code",
+    "true",
+    "--apply_chat_template",
+    "true",
+    "--limit",
+    "3",
+    "--max_model_len",
+    "256",
+    "--include_path",
+    ".",
+    "--trust_remote_code",
+    "true",
+    "--model_args.enable_thinking",
+    "false",
+)
 
 
 @pytest.mark.parametrize("more", [(), ("--backend", "hf"), ALL])
 def test_the_harness_takes_the_commands(harness, model, tmp_path, more):
     commands, _ = planned("--model_name_or_path", model, "--output_dir", tmp_path, *more)
-    parse = "import json, sys; from lm_eval._cli.harness import HarnessCLI; print(json.dumps(vars(HarnessCLI()._parser.parse_args(sys.argv[1:])), default=str))"
+    parse = (
+        "import json, sys; from lm_eval._cli.harness import HarnessCLI; "
+        "print(json.dumps(vars(HarnessCLI()._parser.parse_args(sys.argv[1:])), default=str))"
+    )
     for words in commands:
         words = words[words.index("run") :]
-        parsed = subprocess.run([harness, "-c", parse, *words], capture_output=True, text=True, check=False, timeout=120)
+        parsed = subprocess.run(
+            [harness, "-c", parse, *words], capture_output=True, text=True, check=False, timeout=120
+        )
         assert parsed.returncode == 0, parsed.stderr
         found = json.loads(parsed.stdout.splitlines()[-1])
-        assert found["model_args"]["pretrained"] == str(model) and found["model"] == ("hf" if "hf" in more else "vllm")
+        assert found["model_args"]["pretrained"] == str(model) and found["model"] == (
+            "hf" if "hf" in more else "vllm"
+        )
         assert found["tasks"] and found["output_path"].startswith(str(tmp_path))
         if "enable_thinking" in str(more):
-            assert found["model_args"]["enable_thinking"] is False and found["limit"] == 3 and found["model_args"]["max_model_len"] == 256
+            assert (
+                found["model_args"]["enable_thinking"] is False
+                and found["limit"] == 3
+                and found["model_args"]["max_model_len"] == 256
+            )
 
 
 def test_a_task_runs_on_vllm_and_is_not_run_again(harness, model, tmp_path):
@@ -119,11 +171,28 @@ def test_a_task_runs_on_vllm_and_is_not_run_again(harness, model, tmp_path):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, text in (("tiny_choice", CHOICE), ("tiny_write", WRITE)):
         (tmp_path / "tasks" / f"{name}.yaml").write_text(text.format(data=data))
-    arguments = ["--model_name_or_path", model, "--output_dir", tmp_path / "out", "--tasks", "tiny_choice:0", "tiny_write:0",
-                 "--include_path", tmp_path / "tasks", "--dtype", "float32", "--max_model_len", "256"]  # fmt: skip
+    arguments = [
+        "--model_name_or_path",
+        model,
+        "--output_dir",
+        tmp_path / "out",
+        "--tasks",
+        "tiny_choice:0",
+        "tiny_write:0",
+        "--include_path",
+        tmp_path / "tasks",
+        "--dtype",
+        "float32",
+        "--max_model_len",
+        "256",
+    ]
     told = script(*arguments, python=harness)
     found = json.loads((tmp_path / "out/results.json").read_text())["tasks"]
-    assert set(found) == {"tiny_choice", "tiny_write"} and 0 <= found["tiny_choice"]["acc,none"] <= 1 and "tiny_choice" in told.stdout
+    assert (
+        set(found) == {"tiny_choice", "tiny_write"}
+        and 0 <= found["tiny_choice"]["acc,none"] <= 1
+        and "tiny_choice" in told.stdout
+    )
     assert found["tiny_write"]["exact_match,none"] == 0.0 and found["tiny_write"]["examples"] == 0
     again = script(*arguments, python=harness)
     assert "done already" in again.stdout

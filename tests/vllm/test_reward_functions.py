@@ -1,4 +1,6 @@
-"""Reward functions of the user's own, weighted sums with models, several processes, and memory that does not grow."""
+"""Reward functions of the user's own, weighted sums with models, several processes, and memory that does not
+grow.
+"""
 
 import gc
 import json
@@ -24,7 +26,7 @@ from common import cli
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: micro models gain nothing from threads
 
 
-FUNCTIONS = '''
+FUNCTIONS = """
 def length(messages, response):
     return len(response) / 10
 
@@ -54,7 +56,7 @@ def slow(messages, response):
     import time
     time.sleep(0.05)
     return 1.0
-'''
+"""
 
 
 @pytest.fixture
@@ -65,10 +67,17 @@ def function(tmp_path):
 
 def by_function(monkeypatch, tmp_path, spec, *more, target="out.jsonl"):
     monkeypatch.setattr(sys, "argv", ["x"])
-    arguments = ["--dataset_name_or_path", str(tmp_path / "gen.jsonl"), "--output_dir", str(tmp_path / target)]
+    arguments = [
+        "--dataset_name_or_path",
+        str(tmp_path / "gen.jsonl"),
+        "--output_dir",
+        str(tmp_path / target),
+    ]
     from annotate_data import get_rewards
 
-    monkeypatch.setattr(sys, "argv", ["get_rewards.py", *arguments, "--reward_function", spec, *map(str, more)])
+    monkeypatch.setattr(
+        sys, "argv", ["get_rewards.py", *arguments, "--reward_function", spec, *map(str, more)]
+    )
     get_rewards.main()
     return read(tmp_path / target)
 
@@ -91,9 +100,13 @@ def test_a_function_alone_needs_no_model(tmp_path, monkeypatch, function):
     assert [{k: v for k, v in r.items() if k != "rewards"} for r in out] == rows
     out = by_function(monkeypatch, tmp_path, function("tagged"), target="b.jsonl")
     assert [r["rewards"] for r in out] == [[r["number"] + len(r["prompt"]) * 100.0] * 4 for r in rows]
-    assert by_function(monkeypatch, tmp_path, function("optional"), target="c.jsonl")[0]["rewards"] == [0.0] * 4
+    assert (
+        by_function(monkeypatch, tmp_path, function("optional"), target="c.jsonl")[0]["rewards"] == [0.0] * 4
+    )
     out = by_function(monkeypatch, tmp_path, function("sometimes"), target="d.jsonl")
-    assert [r["rewards"] for r in out] == [[None if len(x) % 2 else len(x) for x in r["responses"]] for r in rows]
+    assert [r["rewards"] for r in out] == [
+        [None if len(x) % 2 else len(x) for x in r["responses"]] for r in rows
+    ]
     # its file is an input like a model's folder
     (tmp_path / "f.py").write_text(FUNCTIONS + "\n# other\n")
     with pytest.raises(cli.UserError, match="f.py\\) has changed"):
@@ -118,10 +131,15 @@ def test_what_is_wrong_with_a_function_is_one_line(tmp_path, monkeypatch, functi
     with pytest.raises(cli.UserError, match="f.py has no function nowhere"):
         by_function(monkeypatch, tmp_path, function("nowhere"))
     rows = read(tmp_path / "gen.jsonl")
-    with pytest.raises(cli.UserError, match="gen.jsonl record 4: the reward function .*:broken fails: KeyError"):
+    with pytest.raises(
+        cli.UserError, match="gen.jsonl record 4: the reward function .*:broken fails: KeyError"
+    ):
         by_function(monkeypatch, tmp_path, function("broken"))
     assert "Question 3" in rows[3]["prompt"][-1]["content"]
-    for spec, said in (("f.py", "give FILE.py:NAME"), (str(tmp_path / "g.py") + ":f", "no such reward function file")):
+    for spec, said in (
+        ("f.py", "give FILE.py:NAME"),
+        (str(tmp_path / "g.py") + ":f", "no such reward function file"),
+    ):
         with pytest.raises(cli.UserError, match=said):
             by_function(monkeypatch, tmp_path, spec)
     (tmp_path / "bad.py").write_text("import nothing_of_that_name")
@@ -132,22 +150,56 @@ def test_what_is_wrong_with_a_function_is_one_line(tmp_path, monkeypatch, functi
 def test_a_weighted_sum_of_three_kinds(models, tmp_path, monkeypatch, function):  # noqa: F811
     rows = generated(tmp_path / "gen.jsonl", 5)
     names = [str(models["bt"]), str(models["armorm"]), function("sometimes")]
-    out = annotate(monkeypatch, tmp_path / "gen.jsonl", tmp_path / "out.jsonl", names[0], names[1], "--reward_function", names[2],
-                   "--reward_weights", 0.7, -0.3, 2, "--chunk_records", 2)  # fmt: skip
+    out = annotate(
+        monkeypatch,
+        tmp_path / "gen.jsonl",
+        tmp_path / "out.jsonl",
+        names[0],
+        names[1],
+        "--reward_function",
+        names[2],
+        "--reward_weights",
+        0.7,
+        -0.3,
+        2,
+        "--chunk_records",
+        2,
+    )
     for record, row in zip(out, rows, strict=True):
         parts = record["reward_parts"]
         assert list(parts) == names
         for k, text in enumerate(row["responses"]):
-            a, b = bradley_terry(models["bt"], row["prompt"], text), armorm(models["armorm"], row["prompt"], text)
-            assert parts[names[0]][k] == pytest.approx(a, abs=1e-4) and parts[names[1]][k] == pytest.approx(b, abs=1e-4)
+            a, b = (
+                bradley_terry(models["bt"], row["prompt"], text),
+                armorm(models["armorm"], row["prompt"], text),
+            )
+            assert parts[names[0]][k] == pytest.approx(a, abs=1e-4) and parts[names[1]][k] == pytest.approx(
+                b, abs=1e-4
+            )
             if len(text) % 2:
                 assert parts[names[2]][k] is None and record["rewards"][k] is None
             else:
                 assert record["rewards"][k] == pytest.approx(0.7 * a - 0.3 * b + 2 * len(text), abs=2e-4)
     manifest = json.loads((tmp_path / "out.manifest.json").read_text())
-    assert set(manifest["inputs"]) == {"dataset_name_or_path", "reward_name_or_path", "reward_name_or_path 2", "reward_function"}
-    message = refused(monkeypatch, tmp_path / "gen.jsonl", tmp_path / "out.jsonl", names[0], names[1], "--reward_function", names[2],
-                      "--reward_weights", 0.7, -0.3, 1)  # fmt: skip
+    assert set(manifest["inputs"]) == {
+        "dataset_name_or_path",
+        "reward_name_or_path",
+        "reward_name_or_path 2",
+        "reward_function",
+    }
+    message = refused(
+        monkeypatch,
+        tmp_path / "gen.jsonl",
+        tmp_path / "out.jsonl",
+        names[0],
+        names[1],
+        "--reward_function",
+        names[2],
+        "--reward_weights",
+        0.7,
+        -0.3,
+        1,
+    )
     assert "reward_weights was [0.7, -0.3, 2.0] and is now [0.7, -0.3, 1.0]" in message
     # annotated anew, the fields of the earlier annotation go
     again = annotate(monkeypatch, tmp_path / "out.jsonl", tmp_path / "again.jsonl", models["bt"])
@@ -158,10 +210,16 @@ def test_sums_that_make_no_sense_are_refused(models, tmp_path, monkeypatch, func
     generated(tmp_path / "gen.jsonl", 2)
     files, bt, other = (tmp_path / "gen.jsonl", tmp_path / "out.jsonl"), models["bt"], models["armorm"]
     assert "2 scorers need --reward_weights" in refused(monkeypatch, *files, bt, other)
-    assert "3 numbers in --reward_weights for 2" in refused(monkeypatch, *files, bt, other, "--reward_weights", 1, 2, 3)
-    assert "finite numbers other than 0" in refused(monkeypatch, *files, bt, other, "--reward_weights", 1, "nan")
+    assert "3 numbers in --reward_weights for 2" in refused(
+        monkeypatch, *files, bt, other, "--reward_weights", 1, 2, 3
+    )
+    assert "finite numbers other than 0" in refused(
+        monkeypatch, *files, bt, other, "--reward_weights", 1, "nan"
+    )
     assert "named twice" in refused(monkeypatch, *files, bt, bt, "--reward_weights", 1, 2)
-    message = refused(monkeypatch, *files, bt, other, "--reward_weights", 1, 2, "--reward_type", "auto", "auto", "auto")
+    message = refused(
+        monkeypatch, *files, bt, other, "--reward_weights", 1, 2, "--reward_type", "auto", "auto", "auto"
+    )
     assert "3 in --reward_type for 2 reward models" in message
     assert "--max_length must be" in refused(monkeypatch, *files, bt, "--max_length", 0)
     assert not list(tmp_path.glob("out*"))
@@ -172,22 +230,37 @@ def test_a_run_of_two_scorers_is_continued_by_two_processes(models, tmp_path, mo
     rows = generated(tmp_path / "gen.jsonl", 12)
     name, files = str(models["bt"]), (tmp_path / "gen.jsonl", tmp_path / "out.jsonl")
     fragile = function("fragile")
-    (tmp_path / "f.py").write_text(FUNCTIONS + f"""
+    (tmp_path / "f.py").write_text(
+        FUNCTIONS
+        + f"""
 def fragile(messages, response):
     import os
-    if "Question 3" in messages[-1]["content"] and not os.path.exists({str(tmp_path / 'mended')!r}):
+    if "Question 3" in messages[-1]["content"] and not os.path.exists({str(tmp_path / "mended")!r}):
         raise OSError("no server")
     return len(response)
-""")  # fmt: skip
+"""
+    )
     arguments = ["--reward_function", fragile, "--reward_weights", 1, 0.5]
     message = refused(monkeypatch, *files, name, *arguments, "--chunk_records", 2)
     assert "record 4: the reward function" in message and "OSError: no server" in message
     saved = [json.loads(line)["id"] for line in Path(f"{files[1]}.partial").read_text().splitlines()]
-    assert sorted(saved[1:]) in ([*range(14)], [*range(15)]) and saved[0] == "records"  # 12 + i: the function on record i
+    assert (
+        sorted(saved[1:]) in ([*range(14)], [*range(15)]) and saved[0] == "records"
+    )  # 12 + i: the function on record i
     (tmp_path / "mended").touch()
     gc.collect()  # the refusal's traceback still holds the lock on the output
-    code, out, err = outcome(launch("--dataset_name_or_path", files[0], "--output_dir", files[1], "--reward_name_or_path", name,
-                                    *arguments, processes=2))  # fmt: skip
+    code, out, err = outcome(
+        launch(
+            "--dataset_name_or_path",
+            files[0],
+            "--output_dir",
+            files[1],
+            "--reward_name_or_path",
+            name,
+            *arguments,
+            processes=2,
+        )
+    )
     assert code == 0, err
     assert out.count("scoring ") == 1 and f"scored {25 - len(saved)} records" in out
     for record, row in zip(read(files[1]), rows, strict=True):
@@ -198,28 +271,53 @@ def fragile(messages, response):
 
 def test_an_error_of_one_process_is_told_once_and_at_once(tmp_path, function):
     generated(tmp_path / "gen.jsonl", 40)
-    arguments = ["--dataset_name_or_path", tmp_path / "gen.jsonl", "--output_dir", tmp_path / "out.jsonl", "--chunk_records", 8]
+    arguments = [
+        "--dataset_name_or_path",
+        tmp_path / "gen.jsonl",
+        "--output_dir",
+        tmp_path / "out.jsonl",
+        "--chunk_records",
+        8,
+    ]
     code, out, err = outcome(launch(*arguments, "--reward_function", function("broken"), processes=2))
     assert code != 0 and err.count("error: ") >= 1
-    assert len([line for line in err.splitlines() if line.startswith("error: ") and "record 4: the reward function" in line]) == 1
+    assert (
+        len(
+            [
+                line
+                for line in err.splitlines()
+                if line.startswith("error: ") and "record 4: the reward function" in line
+            ]
+        )
+        == 1
+    )
 
 
 @pytest.mark.parametrize("processes", [0, 2])
 def test_ctrl_c_says_how_to_go_on(processes, tmp_path, function):
     generated(tmp_path / "gen.jsonl", 300)
     target = tmp_path / "out.jsonl"
-    arguments = ["--dataset_name_or_path", tmp_path / "gen.jsonl", "--output_dir", target, "--reward_function", function("slow")]
+    arguments = [
+        "--dataset_name_or_path",
+        tmp_path / "gen.jsonl",
+        "--output_dir",
+        target,
+        "--reward_function",
+        function("slow"),
+    ]
     process = launch(*arguments, processes=processes, start_new_session=True)
     partial, deadline = Path(f"{target}.partial"), time.monotonic() + 90
     while not (partial.exists() and partial.stat().st_size > 300) and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     out, err = process.communicate(timeout=60)
-    assert process.returncode != 0 and err.count("stopped; start the same command again to continue") == 1, err
+    assert process.returncode != 0 and err.count("stopped; start the same command again to continue") == 1, (
+        err
+    )
     assert not target.exists() and partial.stat().st_size > 300
 
 
-# ---- Memory ----------------------------------------------------------------------------------------------------------
+# ---- Memory ------------------------------------------------------------------------------------------------
 
 
 def peak(tmp_path, count):
@@ -228,17 +326,25 @@ def peak(tmp_path, count):
     with open(source, "w", encoding="utf-8") as file:
         for i in range(count):
             responses = [f"{rng.random()} some text" * 3 for _ in range(4)]
-            record = {"id": f"r{i}", "prompt": f"question {i}", "responses": responses, "num_tokens": [5, 6, 7, 8]}
+            record = {
+                "id": f"r{i}",
+                "prompt": f"question {i}",
+                "responses": responses,
+                "num_tokens": [5, 6, 7, 8],
+            }
             file.write(json.dumps(record) + "\n")
     (tmp_path / "f.py").write_text("def f(messages, response):\n    return float(response[:9])\n")
     script = str(ROOT / "annotate_data" / "get_rewards.py")
     arguments = ["--dataset_name_or_path", source, "--output_dir", tmp_path / f"{count}.out.jsonl"]
     code = (
-        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL);"
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, "
+        "stdout=subprocess.DEVNULL);"
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)"
     )
     command = [sys.executable, script, *arguments, "--reward_function", f"{tmp_path / 'f.py'}:f"]
-    answer = subprocess.run([sys.executable, "-c", code, *map(str, command)], capture_output=True, text=True, check=False)
+    answer = subprocess.run(
+        [sys.executable, "-c", code, *map(str, command)], capture_output=True, text=True, check=False
+    )
     assert answer.returncode == 0, answer.stderr
     assert sum(1 for _ in open(tmp_path / f"{count}.out.jsonl", "rb")) == count
     return float(answer.stdout)
@@ -247,5 +353,6 @@ def peak(tmp_path, count):
 def test_memory_does_not_grow_with_the_records(tmp_path):
     few, many = peak(tmp_path, 2000), peak(tmp_path, 60000)
     print(f"{few:.0f} MB with 2,000 records, {many:.0f} MB with 60,000")
-    # SQLite's two tables may fill 16 MiB of pages each; 58,000 records of 4 responses held in memory take 100 MB
+    # SQLite's two tables may fill 16 MiB of pages each; 58,000 records of 4 responses held in memory take 100
+    # MB
     assert many < few + 25, (few, many)

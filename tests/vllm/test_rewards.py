@@ -1,4 +1,6 @@
-"""annotate_data/: rewards against transformers' own forward pass of one sequence, resume, processes, refusals."""
+"""annotate_data/: rewards against transformers' own forward pass of one sequence, resume, processes,
+refusals.
+"""
 
 import functools
 import gc
@@ -52,14 +54,26 @@ def model(tmp_path_factory):
 
 
 def generated(path, count=6, K=4, seed=0, longest=120):
-    """A generated file as generation/ writes it, with an empty response and U+2028 in some; returns its records."""
+    """A generated file as generation/ writes it, with an empty response and U+2028 in some; returns its
+    records.
+    """
     rng, rows = random.Random(seed), []
     for i, prompt in enumerate(micro.write_prompts(path, count)):
-        responses = ["".join(rng.choice("abc d\u2028é") for _ in range(rng.randrange(1, longest))) for _ in range(K)]
+        responses = [
+            "".join(rng.choice("abc d\u2028é") for _ in range(rng.randrange(1, longest))) for _ in range(K)
+        ]
         responses[i % K] = "" if i == 1 else responses[i % K]
         lengths = [len(r.encode()) for r in responses]
-        rows.append({"id": f"r{i}", "prompt": prompt["context_messages"], "responses": responses,
-                     "finish_reasons": ["stop"] * K, "num_tokens": lengths, "number": i})  # fmt: skip
+        rows.append(
+            {
+                "id": f"r{i}",
+                "prompt": prompt["context_messages"],
+                "responses": responses,
+                "finish_reasons": ["stop"] * K,
+                "num_tokens": lengths,
+                "number": i,
+            }
+        )
     write(path, rows)
     return rows
 
@@ -75,7 +89,15 @@ def read(path):
 def annotate(monkeypatch, source, target, reward, *more):
     """The script in this process."""
     gc.collect()  # an earlier refusal's traceback still holds the lock on its output
-    arguments = ["--dataset_name_or_path", source, "--output_dir", target, "--reward_name_or_path", reward, *more]
+    arguments = [
+        "--dataset_name_or_path",
+        source,
+        "--output_dir",
+        target,
+        "--reward_name_or_path",
+        reward,
+        *more,
+    ]
     monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, arguments)])
     get_rewards.main()
     return read(target)
@@ -94,20 +116,25 @@ def load(folder):
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
     model.config.pad_token_id = None
     return AutoTokenizer.from_pretrained(folder), model.eval()
 
 
 def reference(folder, messages, response, max_length=None):
-    """transformers alone, as FsfairX is published: one sequence, its own truncation; without a pad id it pools the very last token.
+    """transformers alone, as FsfairX is published: one sequence, its own truncation; without a pad id it
+    pools the very last token.
 
     For tokenizers that add the BOS that their template writes, or have none.
     """
     import torch
 
     tokenizer, model = load(folder)
-    text = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": response}], tokenize=False)
+    text = tokenizer.apply_chat_template(
+        [*messages, {"role": "assistant", "content": response}], tokenize=False
+    )
     if tokenizer.bos_token and text.startswith(tokenizer.bos_token):
         text = text[len(tokenizer.bos_token) :]
     tokenizer.truncation_side = "left"
@@ -117,7 +144,8 @@ def reference(folder, messages, response, max_length=None):
 
 
 def launch(*arguments, processes=0, env=None, **options):
-    """The real command: plain Python, or `accelerate launch` with several processes (on the CPU: --multi_gpu, for
+    """The real command: plain Python, or `accelerate launch` with several processes (on the CPU: --multi_gpu,
+    for
     --cpu starts one process whatever it is told)."""
     command = [sys.executable, SCRIPT]
     if processes:
@@ -141,9 +169,13 @@ def test_scores_equal_one_sequence_at_a_time(architecture, model, tmp_path, monk
     rows = generated(tmp_path / "gen.jsonl")
     for budget in (1, 4096):  # one by one, and all in few padded batches
         target = tmp_path / f"{budget}.jsonl"
-        out = annotate(monkeypatch, tmp_path / "gen.jsonl", target, model(architecture), "--batch_tokens", budget)
+        out = annotate(
+            monkeypatch, tmp_path / "gen.jsonl", target, model(architecture), "--batch_tokens", budget
+        )
         assert [{k: v for k, v in r.items() if k != "rewards"} for r in out] == rows
-        expected = [[reference(model(architecture), r["prompt"], x) for x in r["responses"]] for r in rows[:3]]
+        expected = [
+            [reference(model(architecture), r["prompt"], x) for x in r["responses"]] for r in rows[:3]
+        ]
         assert sum((r["rewards"] for r in out[:3]), []) == pytest.approx(sum(expected, []), abs=1e-4)
         assert len({x for r in out for x in r["rewards"]}) > 20
     assert out[5]["prompt"][-1]["content"].count("\u2028") == 1
@@ -169,7 +201,9 @@ def test_last_token_is_found_where_padding_is_the_end_of_turn(model, tmp_path, m
 @pytest.mark.parametrize(("architecture", "keeps"), [("llama", True), ("qwen2", False)])
 def test_left_truncation_keeps_bos(architecture, keeps, model, tmp_path, monkeypatch):
     rows = generated(tmp_path / "gen.jsonl", 2)
-    out = annotate(monkeypatch, tmp_path / "gen.jsonl", tmp_path / "out.jsonl", model(architecture), "--max_length", 60)
+    out = annotate(
+        monkeypatch, tmp_path / "gen.jsonl", tmp_path / "out.jsonl", model(architecture), "--max_length", 60
+    )
     expected = [reference(model(architecture), rows[0]["prompt"], x, 60) for x in rows[0]["responses"]]
     assert out[0]["rewards"] == pytest.approx(expected, abs=1e-4)
     scorer = reward_models.BradleyTerry(str(model(architecture)), max_length=60)
@@ -187,19 +221,25 @@ def test_one_bos_and_the_models_own_limit(model, tmp_path):
 
 
 def processed(tokenizer, front=None, behind=None):
-    """`tokenizer` that adds the token `front` and the token `behind` to a text by itself, in place of what it added."""
+    """`tokenizer` that adds the token `front` and the token `behind` to a text by itself, in place of what it
+    added.
+    """
     from tokenizers import processors
 
     single = " ".join(part for part in (front, "$A", behind) if part)
     special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (front, behind) if token]
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=special
+    )
     return tokenizer
 
 
 BOS, TURN = "<|begin_of_text|>", "<|eot_id|>"
 WRITES = micro.TEMPLATES["llama3"]
 SILENT = WRITES.replace("{{ bos_token }}", "")
-CONVENTIONS = {  # name → (template, what the tokenizer adds in front and behind, text that must be tokenised exactly so; {} is what SILENT writes)
+# name → (template, what the tokenizer adds in front and behind, text that must be tokenised exactly so; {} is
+# what SILENT writes)
+CONVENTIONS = {
     "both": (WRITES, BOS, None, BOS + "{}"),
     "template alone": (WRITES, None, None, BOS + "{}"),
     "tokenizer alone": (SILENT, BOS, None, BOS + "{}"),
@@ -215,11 +255,16 @@ CONVENTIONS = {  # name → (template, what the tokenizer adds in front and behi
 
 @pytest.mark.parametrize("name", CONVENTIONS)
 def test_one_bos_and_what_the_tokenizer_adds_once(name, model, tmp_path):
-    """What the template says, and what the tokenizer adds where the template did not; a BOS in the user's own text stays."""
+    """What the template says, and what the tokenizer adds where the template did not; a BOS in the user's own
+    text stays.
+    """
     import torch
 
     template, front, behind, expected = CONVENTIONS[name]
-    folder, tokenizer = shutil.copytree(model(), tmp_path / "rm"), processed(micro.make_tokenizer(), front, behind)
+    folder, tokenizer = (
+        shutil.copytree(model(), tmp_path / "rm"),
+        processed(micro.make_tokenizer(), front, behind),
+    )
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(template)
@@ -228,7 +273,9 @@ def test_one_bos_and_what_the_tokenizer_adds_once(name, model, tmp_path):
     turns = [*prompt, {"role": "assistant", "content": response}]
     plain = tokenizer.apply_chat_template(turns, tokenize=False, chat_template=SILENT)
     ids = tokenizer(expected.replace("{}", plain), add_special_tokens=False)["input_ids"]
-    assert list(scorer.encode(prompt, response).ids) == ids and ids.count(tokenizer.bos_token_id) == 3 + (BOS in expected)
+    assert list(scorer.encode(prompt, response).ids) == ids and ids.count(tokenizer.bos_token_id) == 3 + (
+        BOS in expected
+    )
     if name in ("both", "template alone", "neither, though there is one"):
         assert ids == tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
     scorer.load()
@@ -243,11 +290,25 @@ def test_one_bos_and_what_the_tokenizer_adds_once(name, model, tmp_path):
 
 
 def test_records_of_other_tools_and_several_files(model, tmp_path, monkeypatch):
-    write(tmp_path / "a.jsonl", [{"prompt": "Hi", "responses": ["a", "b"]}, {"prompt": "Hi", "responses": ["c", "d"]}])
-    write(tmp_path / "b.jsonl", [{"id": 7, "prompt": "Ho", "responses": ["e"], "rewards": [9.0], "tag": "\u2028"}])
+    write(
+        tmp_path / "a.jsonl",
+        [{"prompt": "Hi", "responses": ["a", "b"]}, {"prompt": "Hi", "responses": ["c", "d"]}],
+    )
+    write(
+        tmp_path / "b.jsonl",
+        [{"id": 7, "prompt": "Ho", "responses": ["e"], "rewards": [9.0], "tag": "\u2028"}],
+    )
     arguments = [tmp_path / "b.jsonl", "--output_dir", tmp_path / "A.jsonl"]
-    a = annotate(monkeypatch, tmp_path / "a.jsonl", tmp_path / "A.jsonl", model(), "--dataset_name_or_path",
-                 tmp_path / "a.jsonl", *arguments, tmp_path / "B.jsonl")  # fmt: skip
+    a = annotate(
+        monkeypatch,
+        tmp_path / "a.jsonl",
+        tmp_path / "A.jsonl",
+        model(),
+        "--dataset_name_or_path",
+        tmp_path / "a.jsonl",
+        *arguments,
+        tmp_path / "B.jsonl",
+    )
     b = read(tmp_path / "B.jsonl")
     assert a[0]["id"] != a[1]["id"] and a[0]["prompt"] == [{"role": "user", "content": "Hi"}]
     assert b[0]["source_id"] == 7 and b[0]["tag"] == "\u2028" and len(b[0]["id"]) == 16
@@ -259,7 +320,10 @@ def test_bad_input_is_refused_before_the_model(model, tmp_path, monkeypatch):
     monkeypatch.setattr(get_rewards, "World", None)
     source, target = tmp_path / "gen_data.json", tmp_path / "out.jsonl"
     rows = generated(source)
-    assert "gen_data.json" in refused(monkeypatch, tmp_path / "gen_data.jsonl", target, model()).split("there is")[1]
+    assert (
+        "gen_data.json"
+        in refused(monkeypatch, tmp_path / "gen_data.jsonl", target, model()).split("there is")[1]
+    )
     assert "--K is 8, but 6 of 6 records" in refused(monkeypatch, source, target, model(), "--K", "8")
     text = source.read_text(encoding="utf-8")
     source.write_text(text[:-20], encoding="utf-8")
@@ -278,7 +342,9 @@ def test_bad_input_is_refused_before_the_model(model, tmp_path, monkeypatch):
         write(source, [r | change if i == 2 else r for i, r in enumerate(rows)])
         assert message in refused(monkeypatch, source, target, model())
     write(source, [{"response" if k == "responses" else k: v for k, v in r.items()} for r in rows])
-    assert "record 1 has no `responses`, did you mean 'response'?" in refused(monkeypatch, source, target, model())
+    assert "record 1 has no `responses`, did you mean 'response'?" in refused(
+        monkeypatch, source, target, model()
+    )
     write(source, rows)
     assert "different files" in refused(monkeypatch, source, source, model())
     assert "1 files in --data" in refused(monkeypatch, source, target, model(), "--output_dir", "a", "b")
@@ -324,14 +390,19 @@ def test_a_template_that_refuses_a_system_turn(model, tmp_path, monkeypatch):
     assert "gen.jsonl record" in message and "refuses the turns (system, user, assistant)" in message
     assert "--chat_template" in message
     (tmp_path / "t.jinja").write_text(micro.TEMPLATES["phi"])
-    assert len(annotate(monkeypatch, source, target, model("gemma2"), "--chat_template", tmp_path / "t.jinja")) == 2
+    assert (
+        len(annotate(monkeypatch, source, target, model("gemma2"), "--chat_template", tmp_path / "t.jinja"))
+        == 2
+    )
 
 
 def test_changed_settings_and_complete_output(model, tmp_path, monkeypatch):
     source, target = tmp_path / "gen.jsonl", tmp_path / "out.jsonl"
     generated(source, 2)
     first = annotate(monkeypatch, source, target, model())
-    assert "max_length was 4096 and is now 50" in refused(monkeypatch, source, target, model(), "--max_length", "50")
+    assert "max_length was 4096 and is now 50" in refused(
+        monkeypatch, source, target, model(), "--max_length", "50"
+    )
     poison = tmp_path / "poison"
     poison.mkdir()
     for name in ("torch", "transformers"):
@@ -360,14 +431,20 @@ def test_two_processes_agree_with_one(model, tmp_path, monkeypatch):
     assert "2 × cpu" in out and out.count("scored 9 records (36 responses)") == 1
     two = read(tmp_path / "two.jsonl")
     assert [r["id"] for r in two] == [r["id"] for r in rows]
-    assert sum((r["rewards"] for r in two), []) == pytest.approx(sum((r["rewards"] for r in one), []), abs=1e-4)
+    assert sum((r["rewards"] for r in two), []) == pytest.approx(
+        sum((r["rewards"] for r in one), []), abs=1e-4
+    )
     assert sorted(p.name for p in tmp_path.glob("two*")) == ["two.jsonl", "two.manifest.json"]
 
     # one bad record meets one rank only: its error is told once, by rank 0
     generated(tmp_path / "bad.jsonl", 6, 1)
-    (tmp_path / "f.py").write_text("def score(messages, response, record):\n    return 1 / (record['id'] != 'r4')\n")
+    (tmp_path / "f.py").write_text(
+        "def score(messages, response, record):\n    return 1 / (record['id'] != 'r4')\n"
+    )
     arguments = ["--dataset_name_or_path", tmp_path / "bad.jsonl", "--output_dir", tmp_path / "bad_out.jsonl"]
-    code, out, err = outcome(launch(*arguments, "--reward_function", f"{tmp_path / 'f.py'}:score", processes=2))
+    code, out, err = outcome(
+        launch(*arguments, "--reward_function", f"{tmp_path / 'f.py'}:score", processes=2)
+    )
     assert code != 0 and len(re.findall("^error: .*bad.jsonl record 5: ", err, re.M)) == 1
 
 
@@ -412,5 +489,7 @@ def test_killed_and_resumed_with_another_number_of_processes(model, tmp_path, mo
     capsys.readouterr()
     out = annotate(monkeypatch, source, target, model())
     assert f"scored {120 - len(saved)} records" in capsys.readouterr().out
-    assert sum((r["rewards"] for r in out), []) == pytest.approx(sum((r["rewards"] for r in whole), []), abs=1e-4)
+    assert sum((r["rewards"] for r in out), []) == pytest.approx(
+        sum((r["rewards"] for r in whole), []), abs=1e-4
+    )
     assert not [p for p in tmp_path.iterdir() if "partial" in p.name]

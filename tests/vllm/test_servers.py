@@ -1,7 +1,7 @@
 """register_server.sh, and its servers with the client against the engine.
 
-`register_server.sh` is run with real vLLM once (two servers for all tests that need them), and otherwise with a stand-in
-for `python -m vllm…` that takes the same arguments and answers at once.
+`register_server.sh` is run with real vLLM once (two servers for all tests that need them), and otherwise with
+a stand-in for `python -m vllm…` that takes the same arguments and answers at once.
 """
 
 import json
@@ -52,7 +52,8 @@ def stub(tmp_path):
     (tmp_path / "stub.py").write_text(STUB)
     wrapper = tmp_path / "python"
     wrapper.write_text(
-        f'#!/bin/sh\nif [ "$1" = -m ]; then shift 2; exec "{sys.executable}" "{tmp_path}/stub.py" "$@"; fi\nexec "{sys.executable}" "$@"\n'
+        f'#!/bin/sh\nif [ "$1" = -m ]; then shift 2; exec "{sys.executable}" "{tmp_path}/stub.py" "$@"; '
+        f'fi\nexec "{sys.executable}" "$@"\n'
     )
     wrapper.chmod(0o755)
     port = free_ports(4)
@@ -64,8 +65,13 @@ def stub(tmp_path):
             | {k: str(v) for k, v in variables.items()}
         )
         process = subprocess.Popen(
-            ["bash", REGISTER, *argv], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            ["bash", REGISTER, *argv],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         return finished(process) if wait else process
 
     start.port, start.folder = port, tmp_path
@@ -103,13 +109,28 @@ def test_start_answer_stop(stub):
     assert all(len(group_members(pid)) == 2 for pid in processes.values())
     made = json.loads((stub.folder / f"stub_{stub.port}.json").read_text())
     line = " ".join(made["argv"])
-    for part in ("--model o/m", "--served-model-name o/m", "--host 127.0.0.1", "--generation-config vllm", "--dtype auto", "--enforce-eager",
-                 "--no-enable-chunked-prefill", "--max-model-len 8192", "--max-num-batched-tokens 8192", "--kv-cache-memory-bytes 1073741824",
-                 "--max-num-seqs 7", "--revision v2 --tokenizer-revision v2", "--trust-remote-code"):  # fmt: skip
+    for part in (
+        "--model o/m",
+        "--served-model-name o/m",
+        "--host 127.0.0.1",
+        "--generation-config vllm",
+        "--dtype auto",
+        "--enforce-eager",
+        "--no-enable-chunked-prefill",
+        "--max-model-len 8192",
+        "--max-num-batched-tokens 8192",
+        "--kv-cache-memory-bytes 1073741824",
+        "--max-num-seqs 7",
+        "--revision v2 --tokenizer-revision v2",
+        "--trust-remote-code",
+    ):
         assert part in line
     assert made["env"]["VLLM_CPU_OMP_THREADS_BIND"] == "nobind" and int(made["env"]["OMP_NUM_THREADS"]) >= 1
     again = stub("o/m")
-    assert again.returncode == 2 and f"port {stub.port} already serves o/m, started by this script" in again.stderr
+    assert (
+        again.returncode == 2
+        and f"port {stub.port} already serves o/m, started by this script" in again.stderr
+    )
     assert all(map(listening, processes))
     begin, end = time.monotonic(), stub("stop")
     assert end.returncode == 0 and "stopped 3 servers" in end.stdout
@@ -134,7 +155,9 @@ def test_stop_ends_the_stubborn_and_the_orphaned(stub):
 def test_a_process_that_got_the_number_is_not_stopped(stub):
     (stub.folder / "state").mkdir()
     with subprocess.Popen(["sleep", "1000"], start_new_session=True) as innocent:
-        for k, start in enumerate(("1@boot", f"1@{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}", "")):
+        for k, start in enumerate(
+            ("1@boot", f"1@{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}", "")
+        ):
             (stub.folder / "state" / f"{9000 + k}.server").write_text(f"{innocent.pid} {start} o/m\n")
         assert "stopped 0 servers" in stub("stop").stdout
         assert innocent.poll() is None and not recorded(stub.folder)
@@ -171,7 +194,11 @@ def test_a_start_keeps_the_servers_of_an_earlier_one(stub):
     wait_for(lambda: len(recorded(stub.folder)) == 2)
     before = recorded(stub.folder)
     end = stub("o/m")
-    assert end.returncode == 2 and "another start is at work in state" in end.stderr and "stop state" in end.stderr
+    assert (
+        end.returncode == 2
+        and "another start is at work in state" in end.stderr
+        and "stop state" in end.stderr
+    )
     process.kill()  # as kill -9 does: its servers go on
     process.communicate()
     end = stub("o/m", servers=2)
@@ -183,10 +210,14 @@ def test_a_start_keeps_the_servers_of_an_earlier_one(stub):
 
 
 def test_a_number_with_a_zero_in_front_is_no_octal_number(stub):
-    end = stub("o/m", port=f"0{stub.port}", servers="01", max_model_len="0512", deadline="09", stop_seconds="08")
+    end = stub(
+        "o/m", port=f"0{stub.port}", servers="01", max_model_len="0512", deadline="09", stop_seconds="08"
+    )
     assert end.returncode == 0 and f":{stub.port} serves o/m" in end.stdout and not end.stderr, end.stderr
     assert list(recorded(stub.folder)) == [stub.port] and listening(stub.port)
-    assert "--max-model-len 512" in " ".join(json.loads((stub.folder / f"stub_{stub.port}.json").read_text())["argv"])
+    assert "--max-model-len 512" in " ".join(
+        json.loads((stub.folder / f"stub_{stub.port}.json").read_text())["argv"]
+    )
 
 
 def test_a_port_in_use_is_named_with_its_model(stub):
@@ -213,15 +244,22 @@ def test_groups_of_gpus(stub, monkeypatch):
     assert end.returncode == 0, end.stderr
     for port, devices in ((stub.port, "0,1"), (stub.port + 1, "2,3")):
         made = json.loads((stub.folder / f"stub_{port}.json").read_text())
-        assert made["env"]["CUDA_VISIBLE_DEVICES"] == devices and made["env"]["VLLM_CPU_OMP_THREADS_BIND"] is None
-        assert made["env"]["VLLM_USE_FLASHINFER_SAMPLER"] == "0"  # or it is compiled at the start, and there may be no nvcc
+        assert (
+            made["env"]["CUDA_VISIBLE_DEVICES"] == devices
+            and made["env"]["VLLM_CPU_OMP_THREADS_BIND"] is None
+        )
+        assert (
+            made["env"]["VLLM_USE_FLASHINFER_SAMPLER"] == "0"
+        )  # or it is compiled at the start, and there may be no nvcc
         assert (
             "--tensor-parallel-size 2 --gpu-memory-utilization 0.5" in " ".join(made["argv"])
             and "--enforce-eager" not in made["argv"]
         )
     stub("stop")
     assert stub("o/m", gpus="3", **path).returncode == 0
-    assert json.loads((stub.folder / f"stub_{stub.port}.json").read_text())["env"]["CUDA_VISIBLE_DEVICES"] == "3"
+    assert (
+        json.loads((stub.folder / f"stub_{stub.port}.json").read_text())["env"]["CUDA_VISIBLE_DEVICES"] == "3"
+    )
     stub("stop")
     for variables, words in (
         ({"tensor_parallel_size": 8}, "4 GPUs"),
@@ -232,13 +270,23 @@ def test_groups_of_gpus(stub, monkeypatch):
         assert end.returncode == 2 and end.stderr.startswith("error: ") and words in end.stderr
 
 
-@pytest.mark.parametrize("argv, variables, words", [
-    ([], {}, "no MODEL"), (["./nowhere"], {}, "./nowhere"), (["o/m"], {"python": "/no/python"}, "/no/python"),
-    (["o/m"], {"tensor_parallel_size": "2"}, "needs GPUs"), (["o/m"], {"gpus": "0"}, "no GPU"), (["o/m"], {"servers": "0"}, "servers=0"),
-    (["o/m"], {"tensor_parallel_size": "0"}, "at least 1"), (["o/m"], {"port": "80x"}, "port=80x is not a whole number"),
-    (["o/m"], {"port": "-1"}, "port=-1 is"), (["o/m"], {"port": "0"}, "1 to 65535"), (["o/m"], {"port": "65535", "servers": "2"}, "1 to 65535"),
-    (["o/m"], {"port": "18446744073709559616"}, "whole number"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv, variables, words",
+    [
+        ([], {}, "no MODEL"),
+        (["./nowhere"], {}, "./nowhere"),
+        (["o/m"], {"python": "/no/python"}, "/no/python"),
+        (["o/m"], {"tensor_parallel_size": "2"}, "needs GPUs"),
+        (["o/m"], {"gpus": "0"}, "no GPU"),
+        (["o/m"], {"servers": "0"}, "servers=0"),
+        (["o/m"], {"tensor_parallel_size": "0"}, "at least 1"),
+        (["o/m"], {"port": "80x"}, "port=80x is not a whole number"),
+        (["o/m"], {"port": "-1"}, "port=-1 is"),
+        (["o/m"], {"port": "0"}, "1 to 65535"),
+        (["o/m"], {"port": "65535", "servers": "2"}, "1 to 65535"),
+        (["o/m"], {"port": "18446744073709559616"}, "whole number"),
+    ],
+)
 def test_refusals_before_a_start(stub, argv, variables, words):
     end = stub(*argv, **{"CUDA_VISIBLE_DEVICES": ""} | variables)
     assert (
@@ -256,15 +304,27 @@ def real(tmp_path_factory):
     """Two vLLM servers on one machine."""
     folder = tmp_path_factory.mktemp("servers")
     port = free_ports(2)
-    variables = {"python": sys.executable, "servers": "2", "port": str(port), "max_model_len": "512", "dtype": "float32",
-                 "kv_cache_gib": "0.5", "state_dir": str(folder / "state"), "deadline": "400"}  # fmt: skip
+    variables = {
+        "python": sys.executable,
+        "servers": "2",
+        "port": str(port),
+        "max_model_len": "512",
+        "dtype": "float32",
+        "kv_cache_gib": "0.5",
+        "state_dir": str(folder / "state"),
+        "deadline": "400",
+    }
     command = ["bash", str(REGISTER)]
-    end = subprocess.run([*command, str(policy())], env=os.environ | variables, capture_output=True, text=True)
+    end = subprocess.run(
+        [*command, str(policy())], env=os.environ | variables, capture_output=True, text=True
+    )
     assert end.returncode == 0, end.stderr
     yield (
         folder,
         port,
-        lambda *argv: subprocess.run([*command, *argv], env=os.environ | variables, capture_output=True, text=True),
+        lambda *argv: subprocess.run(
+            [*command, *argv], env=os.environ | variables, capture_output=True, text=True
+        ),
     )
     subprocess.run([*command, "stop"], env=os.environ | variables)
 
@@ -293,7 +353,9 @@ def test_servers_give_the_engine_s_answers(real, tmp_path, monkeypatch, starts):
         ("nucleus", ["--K", "2", "--top_p", "0.8"]),
     ):
         end = finished(
-            real_client(tmp_path, port, tmp_path / "p.jsonl", f"{name}.jsonl", "--max_new_tokens", "20", *more)
+            real_client(
+                tmp_path, port, tmp_path / "p.jsonl", f"{name}.jsonl", "--max_new_tokens", "20", *more
+            )
         )
         assert end.returncode == 0 and "is not checked" not in end.stdout, end.stderr
         get_hf2_main(monkeypatch, *arguments(tmp_path / "p.jsonl", tmp_path / name, max_new_tokens=20), *more)
@@ -306,7 +368,10 @@ def test_a_killed_server_s_work_is_done_by_the_other(real, tmp_path, monkeypatch
     settings = ("--K", "2", "--max_new_tokens", "100")
     process = real_client(tmp_path, port, tmp_path / "p.jsonl", "out.jsonl", *settings, "--concurrency", "2")
     partial = tmp_path / "out.jsonl.partial"
-    wait_for(lambda: process.poll() is not None or (partial.exists() and partial.read_bytes().count(b"\n") >= 5), 200)
+    wait_for(
+        lambda: process.poll() is not None or (partial.exists() and partial.read_bytes().count(b"\n") >= 5),
+        200,
+    )
     os.killpg(recorded(folder)[port + 1], signal.SIGKILL)
     assert len(records(partial)) < 35
     end = finished(process)

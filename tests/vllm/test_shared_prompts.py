@@ -24,7 +24,11 @@ WINDOW = 7  # smaller than the prompts below
 ARCHITECTURES = {  # what its config says beside the micro one
     "llama": {},
     "mistral": {"sliding_window": WINDOW},
-    "qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "layer_types": ["full_attention", "sliding_attention"]},
+    "qwen2": {
+        "use_sliding_window": True,
+        "sliding_window": WINDOW,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
     "qwen3": {"num_key_value_heads": 2},
     "gemma2": {"sliding_window": WINDOW, "attn_logit_softcapping": 0.5, "query_pre_attn_scalar": 9},
     "gemma3_text": {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
@@ -42,12 +46,20 @@ def sequences(prompt, *own, seed=0):
 
 
 # prompts long and short, 1 to 4 responses, a single token beside a long one, nothing in common
-GROUPS = [sequences(23, 5, 1, 40, 5), sequences(9, 12, seed=1), sequences(3, 8, 8, seed=2), sequences(0, 6, 11, seed=3), sequences(40, 2, 3, seed=4)]
+GROUPS = [
+    sequences(23, 5, 1, 40, 5),
+    sequences(9, 12, seed=1),
+    sequences(3, 8, 8, seed=2),
+    sequences(0, 6, 11, seed=3),
+    sequences(40, 2, 3, seed=4),
+]
 
 
 def configured(architecture, **overrides):
     tokenizer = micro.make_tokenizer()
-    return micro.make_config(tokenizer, architecture, **({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0} | overrides))
+    return micro.make_config(
+        tokenizer, architecture, **({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0} | overrides)
+    )
 
 
 @functools.cache
@@ -102,7 +114,9 @@ def check(model, groups, tolerance=2e-5, **options):
 @each
 def test_states_equal_one_sequence_at_a_time(architecture, fresh):
     packed = check(fresh(architecture), GROUPS)
-    assert packed.ids.shape[1] == sum(map(packed_tokens, GROUPS)) < sum(len(s) for g in GROUPS for s in g) - 100
+    assert (
+        packed.ids.shape[1] == sum(map(packed_tokens, GROUPS)) < sum(len(s) for g in GROUPS for s in g) - 100
+    )
 
 
 @pytest.mark.parametrize("name", ["mistral", "qwen2", "gemma2", "gemma3_text", "phi3"])
@@ -123,7 +137,9 @@ def test_last_states_are_computed_for_last_tokens_only(architecture, fresh):
     model, seen = fresh(architecture), []
     prepare(model)
     for layer in model.layers:
-        next(layer.mlp.children()).register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[:-1].numel()))
+        next(layer.mlp.children()).register_forward_pre_hook(
+            lambda _, given: seen.append(given[0].shape[:-1].numel())
+        )
     with torch.no_grad():
         last_states(model, pack(GROUPS))
     assert seen == [sum(map(packed_tokens, GROUPS)), sum(map(len, GROUPS))]
@@ -184,22 +200,36 @@ def test_labelled_rows_give_each_column_one_next_token(fresh):
 
 
 def varlen(query, key, value, starts_q, starts_k, most_q, most_k, *, scale, window_size, enable_gqa):
-    """What torch.nn.attention.varlen's documentation says its CUDA kernel computes, span by span in plain operations."""
+    """What torch.nn.attention.varlen's documentation says its CUDA kernel computes, span by span in plain
+    operations.
+    """
     made, (left, right) = [], window_size
     assert right == 0 and enable_gqa == (query.shape[1] != key.shape[1]) and query.is_contiguous()
     assert starts_q.dtype == starts_k.dtype == torch.int32
     for a, b, c, d in zip(starts_q, starts_q[1:], starts_k, starts_k[1:], strict=False):
         assert b - a <= most_q and d - c <= most_k
-        q, k, v = query[a:b].transpose(0, 1), *(x[c:d].transpose(0, 1).repeat_interleave(query.shape[1] // key.shape[1], 0) for x in (key, value))
-        ahead = torch.arange(d - c) - torch.arange(b - a)[:, None] - (d - c - (b - a))  # the last query stands at the last key
+        q, k, v = (
+            query[a:b].transpose(0, 1),
+            *(
+                x[c:d].transpose(0, 1).repeat_interleave(query.shape[1] // key.shape[1], 0)
+                for x in (key, value)
+            ),
+        )
+        ahead = (
+            torch.arange(d - c) - torch.arange(b - a)[:, None] - (d - c - (b - a))
+        )  # the last query stands at the last key
         may = (ahead <= 0) & (ahead >= -left if left >= 0 else True)
         made.append(((q @ k.mT) * scale).masked_fill(~may, float("-inf")).softmax(-1) @ v)
     return torch.cat(made, 1).transpose(0, 1)
 
 
-@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "gemma2"])  # its soft-cap has no such kernel
+@pytest.mark.parametrize(
+    "architecture", [name for name in ARCHITECTURES if name != "gemma2"]
+)  # its soft-cap has no such kernel
 def test_one_call_for_all_spans_is_laid_out_right(architecture, fresh, monkeypatch):
-    """The kernel runs on GPUs only, so an emulation of what it documents stands in; the layout and the gradients are ours."""
+    """The kernel runs on GPUs only, so an emulation of what it documents stands in; the layout and the
+    gradients are ours.
+    """
     monkeypatch.setattr(shared_prompts, "uses_varlen", lambda query, softcap: True)
     monkeypatch.setattr(shared_prompts, "varlen_attn", varlen)
     check(fresh(architecture), GROUPS)
@@ -214,7 +244,9 @@ def test_one_call_for_all_spans_is_laid_out_right(architecture, fresh, monkeypat
             monkeypatch.setattr(shared_prompts, "varlen_attn", varlen)
         model.zero_grad()
         hidden_states(model, pack(GROUPS, labelled=True)).square().mean().backward()
-        found.append(torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None]))
+        found.append(
+            torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
+        )
     assert (found[0] - found[1]).norm() < 1e-5 * found[0].norm()
 
 
@@ -239,7 +271,9 @@ def test_gradients_equal_the_sum_of_one_at_a_time(architecture, fresh):
         return (states * toward[: len(states)]).sum() / 100 + states.square().mean()
 
     sum(loss(alone(model, sequence)) for group in GROUPS for sequence in group).backward()
-    expected = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    expected = {
+        name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None
+    }
     model.zero_grad()
     prepare(model)
     packed = pack(GROUPS)
@@ -260,14 +294,18 @@ def test_gradients_with_checkpointing_are_the_same(architecture, fresh):
             model.gradient_checkpointing_enable({"use_reentrant": False})
         prepare(model)
         hidden_states(model, pack(GROUPS)).square().mean().backward()
-        found.append(torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None]))
+        found.append(
+            torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
+        )
     assert torch.allclose(*found, rtol=1e-5, atol=1e-8) and found[0].norm() > 0
 
 
 @each
 def test_bfloat16_is_as_close_as_bfloat16_is(architecture, fresh):
     model = fresh(architecture)
-    for weight in model.parameters():  # gentler than above, so that rounding does not grow from layer to layer
+    for (
+        weight
+    ) in model.parameters():  # gentler than above, so that rounding does not grow from layer to layer
         weight.data.mul_(0.3 if weight.ndim == 2 else 1)
     with torch.no_grad():
         expected = [alone(model, sequence) for group in GROUPS for sequence in group]
@@ -294,9 +332,13 @@ def test_attention_goes_through_the_layout(architecture, fresh, monkeypatch):
     packed = pack(GROUPS)
     with torch.no_grad():
         hidden = hidden_states(model, packed)
-        assert len(calls) == model.config.num_hidden_layers and all(mask is None and layout is packed for mask, layout in calls)
+        assert len(calls) == model.config.num_hidden_layers and all(
+            mask is None and layout is packed for mask, layout in calls
+        )
         merged = [shared_prompts.Group(0, 0, (packed.ids.shape[1],))]  # one long causal sequence
-        ignored = hidden_states(model, shared_prompts.Packed(packed.ids, packed.positions, merged, packed.last))
+        ignored = hidden_states(
+            model, shared_prompts.Packed(packed.ids, packed.positions, merged, packed.last)
+        )
         assert (ignored - hidden).abs().max() > 0.01 * hidden.abs().max()
         with pytest.raises(RuntimeError, match="without `shared_prompts`"):
             model(input_ids=packed.ids)
@@ -317,7 +359,10 @@ def test_one_pass_for_scoring_does_not_spoil_the_row_for_training(fresh, monkeyp
 
 def test_plan_holds_the_budget_and_forgets_nothing():
     rng = random.Random(0)
-    groups = [sequences(rng.randrange(60), *[rng.randrange(1, 50) for _ in range(rng.randrange(1, 9))], seed=i) for i in range(40)]
+    groups = [
+        sequences(rng.randrange(60), *[rng.randrange(1, 50) for _ in range(rng.randrange(1, 9))], seed=i)
+        for i in range(40)
+    ]
     for budget in (1, 60, 200, 5000):
         seen, sizes = [], []
         for batch in plan(groups, budget):
@@ -332,14 +377,18 @@ def test_plan_holds_the_budget_and_forgets_nothing():
 def test_prepare_with_an_example_takes_what_agrees(fresh):
     for architecture in ARCHITECTURES:
         model = fresh(architecture)
-        assert prepare(model, GROUPS[0]) == "eager" and model.config._attn_implementation == shared_prompts.NAME
+        assert (
+            prepare(model, GROUPS[0]) == "eager" and model.config._attn_implementation == shared_prompts.NAME
+        )
 
 
 def test_prepare_refuses_what_does_not_agree_and_leaves_the_model_alone(fresh, monkeypatch):
     true = shared_prompts._attend
 
     def wrong(query, key, value, *more):
-        return true(query, key[:, :, -query.shape[2] :], value[:, :, -query.shape[2] :], *more)  # forgets the prompt
+        return true(
+            query, key[:, :, -query.shape[2] :], value[:, :, -query.shape[2] :], *more
+        )  # forgets the prompt
 
     monkeypatch.setattr(shared_prompts, "_attend", wrong)
     model = fresh()
@@ -393,10 +442,14 @@ def test_attention_sinks_are_refused_by_the_trial():
 def test_a_classifier_and_its_saved_config(tmp_path):
     """The whole model is prepared through its head; another attention's name does not reach the disk."""
     torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_config(configured("llama", num_labels=1), attn_implementation="sdpa").eval()
+    model = AutoModelForSequenceClassification.from_config(
+        configured("llama", num_labels=1), attn_implementation="sdpa"
+    ).eval()
     model.config.pad_token_id = None
     with torch.no_grad():
-        expected = [model(torch.tensor([sequence])).logits[0, 0].item() for group in GROUPS for sequence in group]
+        expected = [
+            model(torch.tensor([sequence])).logits[0, 0].item() for group in GROUPS for sequence in group
+        ]
         assert prepare(model, GROUPS[0]) == "sdpa"
         packed = pack(GROUPS)
         scores = model.score(hidden_states(model.base_model, packed)[packed.last])[:, 0].tolist()
