@@ -63,8 +63,8 @@ train() { # YAML
   fi
   [ "$dry_run" = yes ] || make_for_run ppo_train
   enter ppo_train
-  run "$logs/train.log" python ppo/run_openrlhf.py "$1" || failed training $? "$logs/train.log"
-  [ "$dry_run" = no ] || "$driver" ppo/run_openrlhf.py "$1" --dry_run true | sed 's/^/# /' # what that would start
+  run "$logs/train.log" python ppo/openrlhf/run_openrlhf.py "$1" || failed training $? "$logs/train.log"
+  [ "$dry_run" = no ] || "$driver" ppo/openrlhf/run_openrlhf.py "$1" --dry_run true | sed 's/^/# /' # what that would start
 }
 
 # do_stage (loop/stages.sh) runs what is left of a stage: evaluation answers the held-out prompts, scores the answers and

@@ -83,16 +83,24 @@ def refuse(problems):
         raise UserErrors(problems) if len(problems) > 1 else UserError(problems[0])
 
 
-def arg(default=dataclasses.MISSING, help="", choices=None, metavar=None):
+def arg(default=dataclasses.MISSING, help="", choices=None, metavar=None, shapes=True):
     """A dataclass field with its help text; without a default it is required. Lists and dicts may be
     defaults.
 
-    `metavar` names the value in `--help` where its type and key do not tell (see `_metavar`).
+    Args:
+        metavar: names the value in `--help` where its type and key do not tell (see `_metavar`).
+        shapes: whether the argument shapes what the script writes. Those that do not (where things go, how fast,
+            what is logged) may change between two starts of the same output; see `shaping_values`.
     """
-    metadata = {"help": help, "choices": choices, "metavar": metavar}
+    metadata = {"help": help, "choices": choices, "metavar": metavar, "shapes": shapes}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def shaping_values(args) -> dict:
+    """{name: value} of the arguments that shape an output, as a manifest holds them."""
+    return {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.metadata.get("shapes", True)}
 
 
 def count(number, one, many=None):

@@ -29,11 +29,11 @@ from common.cli import UserError, build, nearest, parse, read_yaml, run
 from common.devices import none_visible
 from common.manifest import difference, read_manifest, write_yaml
 from dpo_iteration import run_dpo
+from evaluation import divergence
 from generation import gen_hf, get_hf2
 from generation.sampling import check_sampling, context_length
 from loop import preflight
 from loop.settings import CLIENT, LoopSettings, gpu_groups, gpus_of, processes, refuse_other_kind
-from report import divergence
 
 STAGES = ("generate", "annotate", "train", "evaluate")
 
@@ -124,7 +124,7 @@ class Run:
         )
 
     def divergence(self, i):
-        """Arguments of report/divergence.py.
+        """Arguments of evaluation/divergence.py.
 
         The reference is the start, also where training's is the previous iterate.
         """

@@ -86,7 +86,7 @@ class RunSettings:
     eval_annotation: dict = arg({}, "arguments of annotate_data/get_rewards.py for `eval_reward_model`")
     divergence: bool = arg(
         True,
-        "estimate each iterate's KL to the starting policy from its held-out answers (report/divergence.py)",
+        "estimate each iterate's KL to the starting policy from its held-out answers (evaluation/divergence.py)",
     )
     report: bool = arg(True, "make RUN/report/index.html anew after each stage")
     report_to: list[str] | None = arg(

@@ -280,7 +280,7 @@ annotate() { # YAML [WHAT]
 
 divergence() { # YAML
   enter rlhflow
-  launch "$logs/divergence.log" report/divergence.py "$1" || failed divergence $? "$logs/divergence.log"
+  launch "$logs/divergence.log" evaluation/divergence.py "$1" || failed divergence $? "$logs/divergence.log"
 }
 
 spent() { # ITERATION → seconds of its stages so far
@@ -292,14 +292,14 @@ metrics() { # ITERATION
   [ -z "$gold_function" ] || more+=(--gold_function "$gold_function")
   [ "$judge" = no ] || more+=(--judge_sampled "$folder/heldout_sampled.judged.jsonl" --judge_greedy "$folder/heldout_greedy.judged.jsonl")
   enter rlhflow
-  run "$logs/metrics.log" python report/metrics.py --sampled "$folder/heldout_sampled.rewarded.jsonl" \
+  run "$logs/metrics.log" python evaluation/metrics.py --sampled "$folder/heldout_sampled.rewarded.jsonl" \
     --greedy "$folder/heldout_greedy.rewarded.jsonl" --output_dir "$folder/metrics.json" \
     --seconds "$(($(spent "$1") + SECONDS - began))" "${more[@]}" ||
     failed metrics $? "$logs/metrics.log"
   more=()
   [ "${#trackers[@]}" -eq 0 ] || more=(--report_to "${trackers[@]}")
   # What it sums up is on disk: a night's run does not end because an earlier iterate's file cannot be read.
-  run "$logs/metrics.log" python report/run_metrics.py --run "$run_dir" "${more[@]}" || say "note: the run was not summed up, see $logs/metrics.log"
+  run "$logs/metrics.log" python evaluation/run_metrics.py --run "$run_dir" "${more[@]}" || say "note: the run was not summed up, see $logs/metrics.log"
 }
 
 refresh_report() { # a page that cannot be made ends nothing
@@ -345,7 +345,7 @@ do_stage() { # ITERATION NAME
 conclude() { # the table where an iterate has been evaluated, and the page
   [ "$dry_run" = no ] || { printf '# the settings that these commands read are in %s\n' "$settings_dir"; return 0; }
   if [ -n "$(find "$run_dir" -maxdepth 2 -path '*/iter*/metrics.json' 2>/dev/null)" ]; then
-    "$driver" report/run_metrics.py --run "$run_dir"
+    "$driver" evaluation/run_metrics.py --run "$run_dir"
   else
     say "no iterate of $run_dir has been evaluated yet, so there is no table" >&2
   fi

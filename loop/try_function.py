@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any fol
 
 from annotate_data.functions import RewardFunction
 from common.cli import UserError, run
-from report.metrics import gold_scores, load_gold
+from evaluation.metrics import gold_scores, load_gold
 
 SECONDS = 60  # that a function is given, with its imports
 RESPONSE = "This is a made-up response. It is here to see whether the function takes it and returns a number."

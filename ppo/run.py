@@ -7,7 +7,7 @@ left to do.
 
 A PPO run is a run of one iteration: `iter0/` holds the held-out answers of the starting policy, `iter1/` the
 model that PPO trains, its held-out answers and `train.yaml`, from which either backend can be started by
-hand. Evaluation, folders and manifests are those of the loop (loop/run.py), so that report/metrics.py shows
+hand. Evaluation, folders and manifests are those of the loop (loop/run.py), so that evaluation/metrics.py shows
 both alike; so is what stands in place of RUN.
 """
 
@@ -25,9 +25,10 @@ from common.devices import none_visible
 from loop import preflight
 from loop.run import Run, is_planning, load, settle, setup, todo
 from loop.settings import LoopSettings, RunSettings, gpus_of, processes
-from ppo import arguments, openrlhf_arguments, train_ppo
+from ppo import arguments, train_ppo
+from ppo.openrlhf import arguments as openrlhf_arguments
 
-BACKENDS = {"openrlhf": "ppo.run_openrlhf", "small": "ppo.train_ppo"}
+BACKENDS = {"openrlhf": "ppo.openrlhf.run_openrlhf", "small": "ppo.train_ppo"}
 # What `generation` and `annotation` say for evaluation holds for training too, unless `ppo` says otherwise:
 # key there → key of a backend.
 SHARED = {
@@ -104,7 +105,8 @@ class PPOSettings(RunSettings):
     )
     ppo: dict = arg({}, "arguments of the algorithm; --ppo.kl_coef 0.1")
     openrlhf: dict = arg(
-        {}, "more arguments of ppo/run_openrlhf.py: placement on the GPUs; the small backend takes no notice"
+        {},
+        "more arguments of ppo/openrlhf/run_openrlhf.py: placement on the GPUs; the small backend takes no notice",
     )
 
     iterations = 1  # not a setting: what PPO trains is iterate 1

@@ -12,7 +12,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from common.records import finite
-from report import measures
+from evaluation import measures
 
 MOST_POINTS = 2000  # of a line; longer logs are thinned evenly
 DPO_CURVES = (

@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from common.records import finite, is_empty
-from report import measures
-from report.metrics import same_answers
+from evaluation import measures
+from evaluation.metrics import same_answers
 
 QUANTITIES = ("reward", "gold", "judge")
 

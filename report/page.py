@@ -18,7 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from report import charts, figures, measures
+from evaluation import measures
+from report import charts, figures
 from report.definitions import DEFINITIONS
 
 HERE = Path(__file__).resolve().parent

@@ -22,8 +22,8 @@ import numpy as np
 from common import cli
 from common.cli import UserError
 from common.records import finite, record_id
+from evaluation.metrics import KINDS, load_gold, read_object
 from report.hide import hidden
-from report.metrics import KINDS, load_gold, read_object
 from report.state import finished_stages, iterations_of, written_at
 
 KEEP_TEXTS = 500  # prompts of a file whose texts are held while it is read: n-grams are counted on them

@@ -113,10 +113,10 @@ def frame(folder, state, log_lines, width=None):
 
 
 def metrics_table(folder, width=None):
-    """The table of report/metrics.py, as far as it goes into `width`, or the empty string while nothing has
+    """The table of evaluation/metrics.py, as far as it goes into `width`, or the empty string while nothing has
     been measured.
     """
-    from report import metrics
+    from evaluation import metrics
 
     try:
         return metrics.format_table([found for _, found in metrics.read_run(folder)], width)

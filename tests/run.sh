@@ -2,9 +2,9 @@
 # Make what the tests need and run them: bash tests/run.sh [--all] [FILE…] [pytest arguments]
 #
 #   --all     the long ones too (five seeds of the tiny loop, hundreds of kills); see pytest's `long` marker
-#   FILE…     only these, for example tests/plain or tests/loop/test_faults.py, each in its environment
+#   FILE…     only these, for example tests/ppo or tests/loop/test_faults.py, each in its environment
 #
-# Four parts: code without a model, environment vllm, environment rlhflow, the whole loop on the tiny models. The last runs beside
+# Three parts: what needs environment vllm (a mark in the file says so), scripts, and whole runs on the tiny models, which go beside
 # the others where there are two cores; `serial=yes bash tests/run.sh` runs one after the other. The tools
 # (pytest, ruff, shellcheck, and playwright, which drives the machine's Chromium where there is one) live in .envs/tools, so that
 # the environments stay as their requirements say.
@@ -50,19 +50,31 @@ for argument in "$@"; do
 done
 
 status=0
-tests_in() { # ENVIRONMENT FOLDER: pytest there on all or the chosen files, its tools behind the environment's own packages
-  local name="$1" folder="$2" file files=()
-  for file in "${chosen[@]:-$folder}"; do
-    case "$file" in "$folder" | "$folder"/*) files+=("$file") ;; esac
-  done
+tests_in() { # ENVIRONMENT PART: pytest there on what is chosen of a part, its tools behind the environment's own packages
+  local name="$1" file one files=()
+  while read -r file; do
+    for one in "${chosen[@]:-$file}"; do
+      case "$file" in "${one%%::*}" | "${one%/}"/*) [[ "$one" != *::* ]] && files+=("$file") || files+=("$one") ;; esac
+    done
+  done < <(part "$2")
   [ "${#files[@]}" -gt 0 ] || return 0
-  echo "== environment $name: ${files[*]}"
+  echo "== environment $name: ${#files[@]} files"
   use_env "$name"
   TOOLS="$tools" python -c 'import os, sys; sys.path.append(os.environ["TOOLS"]); import pytest; sys.exit(pytest.main(sys.argv[1:]))' \
     -q -rs --durations 8 "${long[@]}" "${arguments[@]}" "${files[@]}" || status=$?
 }
 
-lane() { # NUMBER, then ENVIRONMENT FOLDER again and again: one after the other, each line with the lane's number in front
+part() { # PART: its test files. vllm is what says so by its mark; loop is what lies there; the rest is scripts
+  local vllm
+  vllm="$(grep -rlE '^pytestmark = pytest.mark.env\("vllm"\)' tests --include='test_*.py')"
+  case "$1" in
+    vllm) sort <<<"$vllm" ;;
+    loop) find tests/loop -name 'test_*.py' | sort ;;
+    *) find tests -name 'test_*.py' | grep -vxF "$vllm" | grep -v '^tests/loop/' | sort ;;
+  esac
+}
+
+lane() { # NUMBER, then ENVIRONMENT PART again and again: one after the other, each line with the lane's number in front
   exec > >(trap '' INT; exec sed -u "s/^/[$1] /") 2>&1 # it ends with what it reads
   local writer="$!"
   trap 'exit 130' INT # as below; a subshell forgets its parent's traps
@@ -78,19 +90,18 @@ lane() { # NUMBER, then ENVIRONMENT FOLDER again and again: one after the other,
 
 trap 'exit 130' INT # pytest ends of it by itself, and bash would go on with the next part
 if [ "${#chosen[@]}" -gt 0 ] || [ "${serial:-no}" = yes ] || [ "$(nproc)" -lt 2 ]; then
-  tests_in rlhflow tests/plain
-  tests_in vllm tests/vllm
-  tests_in rlhflow tests/rlhflow
-  tests_in rlhflow tests/loop
+  tests_in vllm vllm
+  tests_in rlhflow scripts
+  tests_in rlhflow loop
   exit "$status"
 fi
 
 # Two lanes: most tests keep one core busy. OMP_NUM_THREADS is for those that would take both.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 set -m # a group for each lane: else their processes would not know Ctrl-C, and ours would not end theirs
-lane 1 rlhflow tests/plain vllm tests/vllm rlhflow tests/rlhflow &
+lane 1 vllm vllm rlhflow scripts &
 lanes=($!)
-lane 2 rlhflow tests/loop &
+lane 2 rlhflow loop &
 lanes+=($!)
 trap 'trap - INT TERM; for group in "${lanes[@]}"; do kill -INT -- "-$group" 2>/dev/null; done; wait; exit 130' INT TERM
 for group in "${lanes[@]}"; do

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def built():
     """Tiny models and prompts, built from nothing by the loop's own setup command where they are not there
     yet.

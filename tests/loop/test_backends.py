@@ -10,6 +10,8 @@ import faults
 import pytest
 import yaml
 
+pytestmark = pytest.mark.usefixtures("built")
+
 STOPS = "--stop_stage", "0.4"
 
 

@@ -18,6 +18,8 @@ from pathlib import Path
 import faults
 import pytest
 
+pytestmark = pytest.mark.usefixtures("built")
+
 VLLM = faults.vllm_python()
 MANY = {"engine": 30, "client": 115, "annotation": 65, "driver": 20}  # under --all
 LONG = pytest.mark.long

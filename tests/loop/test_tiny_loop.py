@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("built")
+
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "configs/loop_tiny.yaml"
 
@@ -136,7 +138,7 @@ def test_a_finished_run_of_before_gets_its_kl_and_no_more(finished, tmp_path):
     for path in folder.glob("iter*/divergence*"):
         path.unlink()
     planned = loop("--run_dir", folder, "--dry_run")
-    assert planned.returncode == 0 and planned.stdout.count("report/divergence.py") == 4, (
+    assert planned.returncode == 0 and planned.stdout.count("evaluation/divergence.py") == 4, (
         planned.stdout + planned.stderr
     )
     assert (
@@ -147,7 +149,7 @@ def test_a_finished_run_of_before_gets_its_kl_and_no_more(finished, tmp_path):
     assert "# iteration" not in loop("--run_dir", folder, "--divergence", "false", "--dry_run").stdout
     shutil.rmtree(folder / "iter1/model")
     (folder / "iter1/model.pruned").touch()
-    assert loop("--run_dir", folder, "--dry_run").stdout.count("report/divergence.py") == 3
+    assert loop("--run_dir", folder, "--dry_run").stdout.count("evaluation/divergence.py") == 3
 
 
 def test_a_second_reward_model_may_come_later(finished, tmp_path):
@@ -223,7 +225,7 @@ def test_a_printed_command_runs_by_hand(finished, tmp_path):
     folder, _ = finished
     (folder / "iter3" / "metrics.json").rename(tmp_path / "metrics.json")
     planned = loop("--run_dir", folder, "--dry_run")
-    assert "report/metrics.py" in planned.stdout, planned.stdout + planned.stderr
+    assert "evaluation/metrics.py" in planned.stdout, planned.stdout + planned.stderr
     pasted = subprocess.run(
         ["bash", "-c", f"set -e\n{planned.stdout}"], cwd=tmp_path, capture_output=True, text=True, check=False
     )

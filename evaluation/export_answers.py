@@ -1,0 +1,275 @@
+r"""Write answers in the formats that AlpacaEval 2 and Arena-Hard judge, and print the commands that judge
+them.
+
+In:  generated or rewarded JSON Lines, best of one greedy answer a prompt.
+Out: `--format alpaca_eval`         a JSON list of {"dataset", "instruction", "output", "generator"};
+     `--format arena_hard`          JSON Lines as today's arena-hard-auto reads them, for its sets v2.0 and v0.1: `uid`, `ans_id`,
+                                    `model`, `messages`, `tstamp`, `metadata`;
+     `--format arena_hard_fastchat` JSON Lines as arena-hard-auto read them before April 2025: `question_id`,
+     `answer_id`, `model_id`,
+                                    `choices`, `tstamp`, `conv_metadata`.
+
+    python evaluation/export_answers.py --dataset_name_or_path runs/tiny/iter3/heldout_greedy.rewarded.jsonl \
+        --format alpaca_eval --generator tiny-iter3 --output_dir runs/tiny/iter3/alpaca_eval.json
+
+Both benchmarks compare with the answers of a baseline to their own prompts, so answer these first:
+AlpacaEval's with `get_hf2.py --dataset_key instruction`, Arena-Hard's by giving its `question.jsonl` as the
+prompts. Their fields (`dataset`, `uid`, …) are carried into the answers and found here. Against other answers
+of yours (the starting policy's, say) any prompts do.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import re
+import shlex
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from annotate_data.generated import read_generated
+from common import cli, manifest, records
+from common.cli import UserError, arg
+
+FORMATS = ("alpaca_eval", "arena_hard", "arena_hard_fastchat")
+
+
+@dataclass
+class Arguments:
+    dataset_name_or_path: str = arg(help="answers: generated or rewarded JSON Lines file")
+    output_dir: str = arg(help="file to write; of Arena-Hard its name is the model's name there")
+    format: str = arg(help="who judges", choices=FORMATS)
+    generator: str = arg(help="the model's name on the leaderboard, for example mine-iter3")
+    choose: str = arg(
+        "first",
+        "which of K answers: the first, or the one with the highest reward (best of K)",
+        ("first", "best"),
+    )
+    skip_multi_turn: bool = arg(
+        False,
+        help="leave prompts of several turns out, which these formats cannot hold, instead of refusing them",
+    )
+    overwrite: bool = arg(False, help="replace a file that is there")
+
+
+def instruction_of(record, where):
+    """The prompt as one text.
+
+    Raises:
+        UserError: it has several turns, or a system prompt, which the judge would not see.
+    """
+    roles = [message["role"] for message in record["prompt"]]
+    if roles != ["user"] or record.get("tools"):
+        turns = f"the turns {', '.join(roles)}{' and tools' if record.get('tools') else ''}"
+        raise UserError(
+            f"{where} has {turns}, and these formats hold one user turn: leave such prompts out with "
+            "--skip_multi_turn true"
+        )
+    return record["prompt"][0]["content"]
+
+
+def chosen(record, how, where):
+    """Index of the answer that is exported."""
+    if how == "first":
+        return 0
+    rewards = record.get("rewards")
+    known = [i for i, reward in enumerate(rewards or []) if records.finite(reward)]
+    if not known:
+        raise UserError(
+            f"{where} has no rewards to choose by: score it with annotate_data/get_rewards.py, or give "
+            "--choose first"
+        )
+    return max(known, key=lambda i: rewards[i])
+
+
+def markdown_counts(text):
+    """Arena-Hard's style features of an answer, what stands between ``` left out: headers by level, list
+    items, bold spans.
+    """
+    blocks = re.findall("```([^`]*)```", text)
+    text = functools.reduce(lambda rest, block: rest.replace(block, ""), blocks, text)
+    levels = Counter(map(len, re.findall(r"^(#{1,6})\s", text, re.MULTILINE)))
+    return {
+        "header_count": {f"h{n}": levels[n] for n in range(1, 7)},
+        "list_count": {
+            "ordered": len(re.findall(r"^\s*\d+\.\s", text, re.MULTILINE)),
+            "unordered": len(re.findall(r"^\s*[-*+]\s", text, re.MULTILINE)),
+        },
+        "bold_count": {
+            mark * 2: len(
+                re.findall(rf"{re.escape(mark * 2)}[^{re.escape(mark)}\n]+{re.escape(mark * 2)}", text)
+            )
+            for mark in "*_"
+        },
+    }
+
+
+def token_counter(fastchat):
+    """Arena-Hard's own count of an answer's tokens where tiktoken and its vocabulary can be had, else
+    None.
+    """
+    try:
+        import tiktoken
+
+        encoding = tiktoken.encoding_for_model("gpt-3.5-turbo" if fastchat else "gpt-4o")
+        return lambda text: len(encoding.encode(text, disallowed_special=()))
+    except Exception:  # not installed, or no network to fetch the vocabulary
+        return None
+
+
+def key_of(record, names, where):
+    for name in names:
+        if isinstance(record.get(name), (str, int)):
+            return record[name]
+    raise UserError(
+        f"{where} has no `{names[0]}`: answer arena-hard-auto's question.jsonl, whose fields are carried "
+        "into the answers"
+    )
+
+
+def alpaca_entry(record, instruction, answer, args):
+    dataset = record.get("dataset")
+    return {
+        "dataset": dataset if isinstance(dataset, str) else Path(args.dataset_name_or_path).stem,
+        "instruction": instruction,
+        "output": answer,
+        "generator": args.generator,
+    }
+
+
+def arena_entry(record, instruction, answer, args, tokens, where):
+    """One line of a model_answer file; `tokens` of the answer for its style control."""
+    counts = {"token_len": tokens} | markdown_counts(answer)
+    digest = hashlib.sha256(f"{args.generator}\0{instruction}\0{answer}".encode()).hexdigest()[:22]
+    if args.format == "arena_hard":
+        messages = [
+            {"role": "user", "content": instruction},
+            {"role": "assistant", "content": {"answer": answer}},
+        ]
+        return {
+            "uid": key_of(record, ("uid", "question_id"), where),
+            "ans_id": digest,
+            "model": args.generator,
+            "messages": messages,
+            "tstamp": time.time(),
+            "metadata": counts,
+        }
+    choices = [{"index": 0, "turns": [{"content": answer, "token_len": tokens}]}]
+    return {
+        "question_id": key_of(record, ("question_id", "uid"), where),
+        "answer_id": digest,
+        "model_id": args.generator,
+        "choices": choices,
+        "tstamp": time.time(),
+        "conv_metadata": counts,
+    }
+
+
+def make_entries(args):
+    """(the entries, Counter of notes)."""
+    entries, notes, arena = [], Counter(), args.format != "alpaca_eval"
+    count = token_counter(args.format == "arena_hard_fastchat") if arena else None
+    for number, record in enumerate(read_generated_with_rewards(args.dataset_name_or_path), 1):
+        where = f"{args.dataset_name_or_path} record {number}"
+        try:
+            instruction = instruction_of(record, where)
+        except UserError:
+            if not args.skip_multi_turn:
+                raise
+            notes["prompts of several turns left out"] += 1
+            continue
+        i = chosen(record, args.choose, where)
+        answer = record["responses"][i]
+        if len(record["responses"]) > 1:
+            notes[f"prompts have several answers, the {args.choose} one was taken"] += 1
+        if not arena:
+            entries.append(alpaca_entry(record, instruction, answer, args))
+            continue
+        if count is None:
+            notes[
+                "answers were counted in the policy's tokens, as tiktoken or its vocabulary cannot be had: "
+                "leave style control out"
+            ] += 1
+        tokens = count(answer) if count else (record.get("num_tokens") or [None] * (i + 1))[i]
+        if tokens is None:
+            raise UserError(
+                f"{where} has no `num_tokens` and tiktoken cannot be had: install it (pip install tiktoken)"
+            )
+        entries.append(arena_entry(record, instruction, answer, args, tokens, where))
+    if not entries:
+        raise UserError(f"{args.dataset_name_or_path} has no prompt of one user turn")
+    key = {"alpaca_eval": "instruction", "arena_hard": "uid"}.get(args.format, "question_id")
+    twins = [value for value, n in Counter(entry[key] for entry in entries).items() if n > 1]
+    if twins:
+        raise UserError(
+            f"{len(twins)} prompts stand twice in {args.dataset_name_or_path} ({str(twins[0])[:60]!r}); the "
+            "judge takes one answer each"
+        )
+    return (sorted(entries, key=lambda entry: str(entry[key])) if arena else entries), notes
+
+
+def read_generated_with_rewards(path):
+    """`read_generated` with the rewards of the file's records."""
+    for record, whole in zip(read_generated(path), records.read_jsonl(path, "generated file"), strict=True):
+        yield record | ({"rewards": whole["rewards"]} if isinstance(whole.get("rewards"), list) else {})
+
+
+def commands(args):
+    """Lines to judge the file by; both judges need a hosted model."""
+    name, target = shlex.quote(args.generator), shlex.quote(str(args.output_dir))
+    if args.format == "alpaca_eval":
+        return [
+            "pip install alpaca-eval; export OPENAI_API_KEY=…",
+            f"alpaca_eval --model_outputs {target}                                  # AlpacaEval's prompts, "
+            "against GPT-4 Turbo",
+            f"alpaca_eval --model_outputs {target} --reference_outputs START.json   # any prompts, against "
+            "other answers to them",
+        ]
+    bench = "arena-hard-v2.0" if args.format == "arena_hard" else "arena-hard-v0.1"
+    more = "" if args.format == "arena_hard" else " && git checkout 8f2f44d"
+    return [
+        f"git clone https://github.com/lmarena/arena-hard-auto && cd arena-hard-auto{more}   # and fetch its "
+        "data as its README says",
+        f"cp {target} data/{bench}/model_answer/{name}.jsonl",
+        f"# add {name} to model_list of config/{bench}.yaml, and the judge's key to config/api_config.yaml",
+        f"python gen_judgment.py --setting-file config/{bench}.yaml && python show_result.py",
+    ]
+
+
+def main():
+    args = cli.parse(Arguments, __doc__)
+    cli.existing_file(args.dataset_name_or_path, "generated file")
+    target = Path(args.output_dir)
+    wanted = ".json" if args.format == "alpaca_eval" else ".jsonl"
+    if target.is_dir() or target.suffix != wanted:
+        raise UserError(f"--output_dir {target}: a file name that ends in {wanted} was expected")
+    if not args.generator.strip() or "/" in args.generator:
+        raise UserError(f"--generator {args.generator!r}: a name without a slash was expected")
+    if target.exists() and not args.overwrite:
+        raise UserError(f"{target} is there already; give another --output_dir or --overwrite")
+    entries, notes = make_entries(args)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if args.format == "alpaca_eval":
+        manifest.write_json(target, entries)
+    else:
+        temporary = target.with_name(f"{target.name}.tmp")
+        with manifest.writing(target):
+            temporary.write_text(
+                "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries),
+                encoding="utf-8",
+                newline="\n",
+            )
+        os.replace(temporary, target)
+    print(f"wrote {len(entries)} answers of {args.generator} to {target}")
+    for note, n in notes.items():
+        print(f"note: {n} {note}")
+    print("to judge them:", *commands(args), sep="\n  ")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,324 @@
+"""Statistics of a report: pure functions over numbers and texts, no files.
+
+Intervals are 95%, and prompts are the sample.
+"""
+
+import math
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+
+from evaluation.metrics import paired_bootstrap
+
+RIDGE = 0.01  # of the logistic regression, so that a comparison that is won throughout has a finite answer
+SUPPORT = 0.05  # least share of comparisons on either side of equal length
+# A word, a sign, or one character of a script that is written without spaces.
+TOKEN = re.compile(
+    r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|[^\w\s]"
+)
+
+
+def resamples(prompts):
+    """Bootstrap resamples for so many prompts: 10,000, fewer where their mean is as good as normal anyway."""
+    return int(min(10000, max(1000, 2e7 / max(prompts, 1))))
+
+
+def mean_interval(values, seed=0):
+    """(mean, low, high) of `{id: value}` by bootstrap over the prompts; None without any, no interval for
+    one.
+    """
+    if not values:
+        return None
+    if len(values) == 1:
+        return (*values.values(), None, None)
+    return paired_bootstrap(dict.fromkeys(values, 0.0), values, resamples(len(values)), seed)
+
+
+def difference(before, after, seed=0):
+    """(mean difference, low, high) over the prompts that both `{id: value}` have; None without two in
+    common.
+    """
+    common = sum(key in after for key in before)
+    return paired_bootstrap(before, after, resamples(common), seed) if common > 1 else None
+
+
+def wins(before, after):
+    """`{id: share}` of the pairs of answers to a prompt, one of each policy, in which `after` has more; ties
+    count half.
+
+    Args:
+        before, after: `{id: array of K values}`; all K × K pairs of a prompt are compared.
+    """
+    found = {}
+    for key, old in before.items():
+        if key in after:
+            new = after[key][:, None]
+            found[key] = float((new > old).mean() + 0.5 * (new == old).mean())
+    return found
+
+
+def fit_logistic(x, y, groups=None, ridge=RIDGE, steps=100):
+    """Weights w of P(y) = 1 / (1 + exp(−x·w)), by Newton's method, and their covariance.
+
+    Minimises −Σ [y log p + (1 − y) log(1 − p)] + ridge/2 · |w|²; y may be a share (a tie is ½).
+
+    Args:
+        x: float[rows, columns]. y: float[rows] in [0, 1].
+        groups: int[rows], rows of one prompt: the covariance is the sandwich clustered by them; None: by row.
+
+    Returns:
+        (w float[columns], covariance float[columns, columns]).
+    """
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    w = np.zeros(x.shape[1])
+
+    def loss(w):
+        z = x @ w
+        return float(np.sum(np.logaddexp(0, z) - y * z) + ridge / 2 * w @ w)
+
+    now = loss(w)
+    for _ in range(steps):
+        p = 1 / (1 + np.exp(-np.clip(x @ w, -500, 500)))
+        gradient = x.T @ (p - y) + ridge * w
+        hessian = (x * (p * (1 - p))[:, None]).T @ x + ridge * np.eye(len(w))
+        step, scale = np.linalg.solve(hessian, gradient), 1.0
+        while loss(w - scale * step) > now and scale > 1e-6:
+            scale /= 2
+        w, before, now = w - scale * step, now, loss(w - scale * step)
+        if np.abs(gradient).max() < 1e-9 * max(1, len(y)) or before - now < 1e-13 * max(1.0, abs(now)):
+            break
+    p = 1 / (1 + np.exp(-np.clip(x @ w, -500, 500)))
+    bread = np.linalg.inv((x * (p * (1 - p))[:, None]).T @ x + ridge * np.eye(len(w)))
+    scores = x * (y - p)[:, None]
+    if groups is not None:
+        _, groups = np.unique(groups, return_inverse=True)
+        summed = np.zeros((groups.max() + 1, x.shape[1]))
+        np.add.at(summed, groups, scores)
+        scores = summed
+    return w, bread @ (scores.T @ scores) @ bread
+
+
+def length_controlled_win_rate(before, after, before_lengths, after_lengths):
+    """Win rate of `after` over `before` if their answers were equally long, in the manner of
+    length-controlled AlpacaEval.
+
+    Dubois et al. 2024 (arXiv 2404.04475) fit a logistic regression of the preference and predict it with the
+    length term at zero. Here, of two policies: P(after wins) = σ(θ + φ · tanh(Δ / s)), Δ the difference of
+    lengths, s its standard deviation; the rate is σ(θ). Their third term, an instruction's difficulty, needs
+    many models and is left out. A row is a pair of answers, the k-th of each policy to one prompt; a tie is
+    half a win. Interval: ±1.96 standard errors of θ, clustered by prompt.
+
+    Args:
+        before, after: `{id: array of values}`, rewards say. before_lengths, after_lengths: `{id: array}`,
+            aligned with them.
+
+    Returns:
+        (rate, low, high), shares; None without two prompts in common, or where fewer than a twentieth of the
+        comparisons have an `after` that is not longer, or not shorter: there the data say nothing about equal
+        lengths.
+    """
+    y, delta, groups = [], [], []
+    for n, key in enumerate(key for key in before if key in after):
+        size = min(
+            len(before[key]),
+            len(after[key]),
+            len(before_lengths.get(key, ())),
+            len(after_lengths.get(key, ())),
+        )
+        old, new = before[key][:size], after[key][:size]
+        y.append((new > old) + 0.5 * (new == old))
+        delta.append(after_lengths[key][:size] - before_lengths[key][:size] if size else np.zeros(0))
+        groups.append(np.full(size, n))
+    if len(y) < 2 or not sum(map(len, y)):
+        return None
+    y, delta, groups = np.concatenate(y), np.concatenate(delta).astype(float), np.concatenate(groups)
+    spread = delta.std()
+    if min((delta <= 0).mean(), (delta >= 0).mean()) < SUPPORT:
+        return None
+    w, covariance = fit_logistic(
+        np.stack([np.ones(len(y)), np.tanh(delta / spread) if spread > 0 else np.zeros(len(y))], 1), y, groups
+    )
+    error = math.sqrt(max(covariance[0, 0], 0.0))
+    return tuple(
+        float(1 / (1 + math.exp(-max(min(z, 500), -500))))
+        for z in (w[0], w[0] - 1.96 * error, w[0] + 1.96 * error)
+    )
+
+
+def best_of(values, others=None):
+    """Expected best of k of n answers, k = 1 … n, each prompt's k drawn without replacement, averaged over
+    the prompts.
+
+    The unbiased estimator: with the n values sorted, Σᵢ C(i − 1, k − 1) / C(n, k) · value₍ᵢ₎. Prompts with
+    another number of values than most have are left out, so that every k is of the same prompts.
+
+    Args:
+        values: `{id: array}` to choose by.
+        others: `{id: array}` aligned with them; then it is their expectation at the chosen one (ties share
+            evenly).
+
+    Returns:
+        list of n numbers; empty without values.
+    """
+    n = max(Counter(map(len, values.values())).items(), key=lambda item: (item[1], item[0]), default=(0, 0))[
+        0
+    ]
+    curve, count = np.zeros(n), 0
+    weights = np.array([[math.comb(i, k - 1) / math.comb(n, k) for i in range(n)] for k in range(1, n + 1)])
+    for key, own in values.items():
+        if len(own) != n or (others is not None and len(others.get(key, ())) != n):
+            continue
+        order = np.argsort(own, kind="stable")
+        shown = own[order]
+        if others is not None:
+            shown = np.asarray(others[key], float)[order]
+            _, starts = np.unique(own[order], return_index=True)
+            for block in np.split(np.arange(n), starts[1:]):
+                shown[block] = shown[block].mean()
+        curve, count = curve + weights @ shown, count + 1
+    return [float(v) for v in curve / count] if count else []
+
+
+def tokens(text):
+    """Words and signs of a text, as n-grams count them."""
+    return TOKEN.findall(text)
+
+
+def repetition(text, n=4):
+    """Share of a text's n-grams that stood in it before (seq-rep-n of Welleck et al.
+
+    2019, arXiv 1908.04319); 0 if too short.
+    """
+    words = tokens(text)
+    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def distinct(texts, n):
+    """Different n-grams over all n-grams of the texts (Li et al.
+
+    2016, arXiv 1510.03055); None where there is none.
+    """
+    total, seen = 0, set()
+    for text in texts:
+        words = tokens(text)
+        total += max(0, len(words) - n + 1)
+        seen.update(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+    return len(seen) / total if total else None
+
+
+def histogram(values, bins=40, low=None, high=None):
+    """(edges, shares) of the finite values in equal bins; the outer ones take what lies beyond low and
+    high.
+    """
+    values = np.asarray(values, float)
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return [], []
+    low = float(values.min()) if low is None else low
+    high = float(values.max()) if high is None else high
+    if high <= low:
+        low, high = low - 0.5, high + 0.5
+    counts, edges = np.histogram(np.clip(values, low, high), bins, (low, high))
+    return [float(e) for e in edges], [float(c) for c in counts / len(values)]
+
+
+def by_length(rewards, lengths, edges):
+    """(mean length, mean reward, responses) of the responses within each of the length bins; None where a bin
+    has fewer than 5.
+    """
+    found = []
+    for k in range(len(edges) - 1):
+        inside = (lengths >= edges[k]) & (
+            (lengths < edges[k + 1]) | (k == len(edges) - 2) & (lengths <= edges[k + 1])
+        )
+        inside &= np.isfinite(rewards) & (lengths >= 0)
+        enough = inside.sum() >= 5
+        found.append(
+            (float(lengths[inside].mean()), float(rewards[inside].mean()), int(inside.sum()))
+            if enough
+            else None
+        )
+    return found
+
+
+def length_edges(lengths, bins=8):
+    """Edges that cut lengths into bins of about as many responses, at most `bins`."""
+    lengths = lengths[lengths >= 0]
+    return (
+        [float(e) for e in np.unique(np.quantile(lengths, np.linspace(0, 1, bins + 1)))]
+        if len(lengths)
+        else []
+    )
+
+
+def length_correlation(rewards, lengths, offsets):
+    """Pearson correlation of reward and length, both centred within each prompt; None where nothing
+    varies.
+    """
+    known = np.isfinite(rewards) & (lengths >= 0)
+    prompt = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))[known]
+    if not len(prompt):
+        return None
+    counts = np.maximum(np.bincount(prompt, minlength=len(offsets) - 1), 1)
+    x, y = rewards[known], lengths[known].astype(float)
+    x = x - (np.bincount(prompt, x, len(counts)) / counts)[prompt]
+    y = y - (np.bincount(prompt, y, len(counts)) / counts)[prompt]
+    scale = math.sqrt(float(x @ x) * float(y @ y))
+    return float(x @ y) / scale if scale > 1e-12 else None
+
+
+def spread_within(rewards, offsets):
+    """(mean over prompts of the standard deviation of their rewards, share of the prompts whose rewards are
+    all equal).
+
+    Of prompts with two finite rewards or more; (None, None) without one.
+    """
+    spreads = []
+    for n in range(len(offsets) - 1):
+        own = rewards[offsets[n] : offsets[n + 1]]
+        own = own[np.isfinite(own)]
+        if len(own) > 1:
+            spreads.append(0.0 if own.min() == own.max() else float(own.std()))
+    return (float(np.mean(spreads)), float(np.mean(np.array(spreads) == 0))) if spreads else (None, None)
+
+
+def at_the_ends(rewards):
+    """(share of the finite rewards that equal the largest, share that equal the smallest); None, None without
+    any.
+    """
+    rewards = rewards[np.isfinite(rewards)]
+    if not len(rewards):
+        return None, None
+    return float((rewards == rewards.max()).mean()), float((rewards == rewards.min()).mean())
+
+
+def differing(settings):
+    """Settings in which runs differ: `{key: list of values}`, mappings flattened to `key.sub`.
+
+    Args:
+        settings: list of mappings, one a run; a key that a run lacks has None.
+    """
+    flat = [flatten(one) for one in settings]
+    keys = Counter(key for one in flat for key in one)
+    return {
+        key: [one.get(key) for one in flat]
+        for key in sorted(keys)
+        if len({repr(one.get(key)) for one in flat}) > 1
+    }
+
+
+def flatten(mapping, prefix=""):
+    """`{"a": {"b": 1}}` → `{"a.b": 1}`."""
+    found = {}
+    for key, value in mapping.items():
+        if isinstance(value, dict) and value:
+            found |= flatten(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found

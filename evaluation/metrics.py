@@ -1,0 +1,477 @@
+r"""Measure an iterate on held-out prompts, and compare iterates.
+
+In:  rewarded held-out files: `responses`, `rewards`, `num_tokens`, `finish_reasons` (annotate_data/get_rewards.py).
+Out: a JSON file of metrics for the sampled and the greedy answers, or the table of a run, or of several, in
+the terminal.
+
+    python evaluation/metrics.py --sampled runs/tiny/iter1/heldout_sampled.rewarded.jsonl \
+        --greedy runs/tiny/iter1/heldout_greedy.rewarded.jsonl --output_dir runs/tiny/iter1/metrics.json
+    python evaluation/metrics.py --run runs/tiny
+    python evaluation/metrics.py --runs runs/tiny runs/ppo_tiny
+
+`--gold_function tiny/task.py:gold_score` adds a quality that a program computes and the reward model never
+sees. `--judge_sampled` and `--judge_greedy` are the same answers, scored by a second reward model. Prompts
+are the sample: a prompt's K answers are averaged first, and standard errors and intervals are over prompts.
+"""
+
+import json
+import math
+import os
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import cli, manifest, records
+from common.cli import UserError, arg
+from common.functions import as_number, load_function
+
+KINDS = ("sampled", "greedy")
+JUDGED = {f"judge_{kind}": kind for kind in KINDS}
+
+
+@dataclass
+class Arguments:
+    sampled: str | None = arg(None, help="rewarded held-out file with K sampled answers a prompt")
+    greedy: str | None = arg(None, help="rewarded held-out file with one greedy answer a prompt")
+    judge_sampled: str | None = arg(None, help="`sampled` as scored by a second reward model")
+    judge_greedy: str | None = arg(None, help="`greedy` as scored by a second reward model")
+    output_dir: str | None = arg(
+        None, help="JSON file to write (a file name); without it the metrics are printed"
+    )
+    gold_function: str | None = arg(None, help="FILE.py:NAME, a function (messages, response) -> number")
+    seconds: float | None = arg(None, help="wall-clock seconds of the iteration, for the table")
+    run: str | None = arg(None, help="a run's folder: print the table of iter0, iter1, … and stop")
+    runs: list[str] | None = arg(
+        None, help="folders of several runs, of DPO or PPO: print them in one table and stop"
+    )
+
+
+def load_gold(spec):
+    """The function that `path.py:name` names, taking (messages, response); a UserError as `load_function`."""
+    return load_function(spec, "--gold_function", "tiny/task.py:gold_score")
+
+
+def gold_scores(record, gold):
+    """Gold of each response of a record; a bad return value or a refusal names the record."""
+    scores = []
+    for response in record["responses"]:
+        try:
+            score = as_number(gold(record["prompt"], response))
+        except Exception as error:
+            raise UserError(
+                f"the gold function fails on {record['id']}: {type(error).__name__}: {error}"
+            ) from None
+        if not math.isfinite(score):
+            raise UserError(
+                f"the gold function gives {score} for {record['id']}, a finite number was expected"
+            )
+        scores.append(score)
+    return scores
+
+
+def read_object(path, missing=None, what=""):
+    """The JSON object in a file, `{}` where it is not there; a damaged one is named in `missing`."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (ValueError, OSError, RecursionError):
+        value = None
+    if isinstance(value, dict):
+        return value
+    if missing is not None:
+        missing.append(f"{what or path} cannot be read")
+    return {}
+
+
+def read_rewarded(path):
+    """Records of a rewarded file by id, in file order."""
+    found, identify = {}, records.Identifier()
+    for number, record in enumerate(records.read_jsonl(path, "rewarded file"), 1):
+        for field in ("prompt", "responses", "rewards"):
+            if field not in record:
+                todo = "; score it with annotate_data/get_rewards.py first" if field == "rewards" else ""
+                raise UserError(f"{path} record {number} has no `{field}`{todo}")
+        where = f"{path} record {number}"
+        for field in ("responses", "rewards", "num_tokens", "finish_reasons"):
+            kinds = {
+                "responses": str,
+                "rewards": (int, float, type(None)),
+                "num_tokens": (int, type(None)),
+                "finish_reasons": (str, type(None)),
+            }
+            value = record.get(field, [])
+            if not isinstance(value, list) or not all(isinstance(item, kinds[field]) for item in value):
+                raise UserError(
+                    f"{where}: `{field}` is {str(value)[:40]!r}, a list with one entry a response was "
+                    "expected"
+                )
+        if not record["responses"]:
+            raise UserError(f"{where} has no responses")
+        record["prompt"] = records.to_messages(record["prompt"], where)
+        sizes = len(record["responses"]), len(record["rewards"])
+        if sizes[0] != sizes[1]:
+            raise UserError(f"{path} record {number} has {sizes[0]} responses and {sizes[1]} rewards")
+        made = identify(record["prompt"], records.to_tools(record.get("tools"), where))
+        record = {"id": made} | record
+        if not isinstance(record["id"], (str, int)):
+            raise UserError(f"{where}: `id` is {str(record['id'])[:40]!r}, a text was expected")
+        if record["id"] in found:
+            raise UserError(
+                f"{path} record {number} has the id {record['id']!r} of an earlier one; ids must be unique"
+            )
+        found[record["id"]] = record
+    return found
+
+
+def prompt_means(by_id, gold=None):
+    """`{id: mean}` over a prompt's responses: of its rewards (prompts with none but null left out), or of
+    gold.
+    """
+    means = {}
+    for key, record in by_id.items():
+        values = gold_scores(record, gold) if gold else [r for r in record["rewards"] if r is not None]
+        if values:
+            means[key] = statistics.fmean(values)
+    return means
+
+
+def same_answers(before, after):
+    """Share of an iterate's answers that are word for word those of another, in the same place of the same
+    prompt.
+
+    Args:
+        before, after: `{id: responses}`.
+
+    Returns:
+        a share of the answers to the prompts that both have; None without such prompts.
+    """
+    pairs = [
+        pair
+        for key, texts in after.items()
+        if key in before
+        for pair in zip(before[key], texts, strict=False)
+    ]
+    return sum(old == new for old, new in pairs) / len(pairs) if pairs else None
+
+
+def mean_and_error(values):
+    """Mean, and its standard error over prompts (None for fewer than two)."""
+    values = list(values)
+    if not values:
+        return None, None
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return statistics.fmean(values), error
+
+
+def measure(by_id, gold=None):
+    """Metrics of one rewarded file; what the file does not tell is None.
+
+    Returns:
+        dict: `prompts`, `K`, `null_rewards`; `reward` and `reward_se`; `best_of_k` where K > 1 (mean over
+            prompts of
+        the largest reward); `length` (tokens of a response); `truncated` (fraction of responses that hit the
+        limit); `empty` (fraction without text); `gold` and `gold_se` where a gold function is given.
+    """
+    rewards = [[r for r in record["rewards"] if r is not None] for record in by_id.values()]
+    lengths = [n for record in by_id.values() for n in record.get("num_tokens") or [] if n is not None]
+    reasons = [reason for record in by_id.values() for reason in record.get("finish_reasons") or []]
+    K = max(len(record["responses"]) for record in by_id.values())
+    found = {
+        "prompts": len(by_id),
+        "K": K,
+        "null_rewards": sum(r is None for x in by_id.values() for r in x["rewards"]),
+    }
+    found["reward"], found["reward_se"] = mean_and_error(prompt_means(by_id).values())
+    if K > 1:
+        found["best_of_k"] = mean_and_error(max(r) for r in rewards if r)[0]
+    found["length"] = statistics.fmean(lengths) if lengths else None
+    found["truncated"] = sum(reason == "length" for reason in reasons) / len(reasons) if reasons else None
+    texts = [text for record in by_id.values() for text in record["responses"]]
+    found["empty"] = sum(map(records.is_empty, texts)) / len(texts)
+    if gold:
+        found["gold"], found["gold_se"] = mean_and_error(prompt_means(by_id, gold).values())
+    return {key: round(value, 6) if isinstance(value, float) else value for key, value in found.items()}
+
+
+def paired_bootstrap(a, b, samples=10000, seed=0):
+    """Mean difference b − a over the prompts that both have, with its 95% percentile bootstrap interval.
+
+    Args:
+        a, b: dicts id → value of a prompt; pairing by id takes the prompts' own difficulty out of the
+            comparison.
+        samples: number of resamples of the prompts, with replacement.
+
+    Returns:
+        (difference, low, high).
+
+    Raises:
+        UserError: no id in common.
+    """
+    import numpy as np
+
+    common = [key for key in a if key in b]
+    if not common:
+        raise UserError("the two files have no prompt in common, so they cannot be compared in pairs")
+    differences = np.array([b[key] - a[key] for key in common])
+    generator = np.random.default_rng(seed)
+    means = np.empty(samples)
+    for start in range(0, samples, 256):  # slices, so that memory stays at 256 × prompts
+        size = min(256, samples - start)
+        picks = generator.integers(0, len(common), (size, len(common)))
+        means[start : start + size] = differences[picks].mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(differences.mean()), float(low), float(high)
+
+
+def format_table(iterates, width=None):
+    """The terminal's table: a row for each of the list of metrics (as `main` writes them, maybe with `run`),
+    columns aligned.
+
+    Where it would be wider than `width` characters, columns are left out, those first that are missed least.
+    """
+
+    def number(metrics, kind, key, digits=3, sign="+"):
+        value, error = (metrics.get(kind) or {}).get(key), (metrics.get(kind) or {}).get(f"{key}_se")
+        return (
+            f"{value:{sign}.{digits}f}" + (f" ±{error:.{digits}f}" if records.finite(error) else "")
+            if records.finite(value)
+            else "–"
+        )
+
+    def silent(metrics):
+        shares = [(metrics.get(kind) or {}).get("empty") for kind in KINDS]
+        return "/".join(f"{share:.2f}" for share in shares if records.finite(share)) if any(shares) else "–"
+
+    names = (
+        "run",
+        "iterate",
+        "reward",
+        "best of K",
+        "greedy reward",
+        "judge",
+        "greedy judge",
+        "gold",
+        "greedy gold",
+        "length",
+        "cut off",
+        "empty",
+        "KL",
+        "seconds",
+    )
+    rows = [names]
+    for i, m in enumerate(iterates):
+        best = number(m, "sampled", "best_of_k") + (f" (K={m['sampled']['K']})" if m.get("sampled") else "")
+        rows.append(
+            (
+                m.get("run", "–"),
+                str(m.get("iterate", i)),
+                number(m, "sampled", "reward"),
+                best,
+                number(m, "greedy", "reward"),
+                number(m.get("judge") or {}, "sampled", "reward"),
+                number(m.get("judge") or {}, "greedy", "reward"),
+                number(m, "sampled", "gold", sign=""),
+                number(m, "greedy", "gold", sign=""),
+                number(m, "sampled", "length", 1, ""),
+                number(m, "sampled", "truncated", 3, ""),
+                silent(m),
+                number(m, "divergence", "kl", 2, ""),
+                f"{m['seconds']:.0f}" if records.finite(m.get("seconds")) else "–",
+            )
+        )
+    kept = [column for column in zip(*rows, strict=True) if any(cell != "–" for cell in column[1:])]
+    for name in (
+        "best of K",
+        "greedy judge",
+        "seconds",
+        "cut off",
+        "greedy gold",
+        "greedy reward",
+        "length",
+        "judge",
+    ):
+        if width and sum(max(map(len, column)) + 2 for column in kept) - 2 > width:
+            kept = [column for column in kept if column[0] != name]
+    widths = [max(map(len, column)) for column in kept]
+    lines = [
+        "  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True))
+        for row in zip(*kept, strict=True)
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def measured(metrics):
+    """(name of the kind, its figures) of all that metrics hold: sampled, greedy, judge_sampled,
+    judge_greedy.
+    """
+    found = {kind: metrics.get(kind) for kind in KINDS} | {
+        name: (metrics.get("judge") or {}).get(kind) for name, kind in JUDGED.items()
+    }
+    return [(name, values) for name, values in found.items() if values]
+
+
+def are_metrics(value):
+    """Whether a JSON value has the form of what `main` writes."""
+    if not isinstance(value, dict) or not all(
+        isinstance(value.get(key, {}), dict) for key in (*KINDS, "judge", "files")
+    ):
+        return False
+    return all(isinstance(own, dict) for own in value.get("judge", {}).values()) and all(
+        isinstance(file, str) for file in value.get("files", {}).values()
+    )
+
+
+def read_run(folder):
+    """`(folder of the iterate, its metrics)` of every `iterN/metrics.json` of a run, in order, with `iterate`
+    = N.
+
+    Where evaluation/divergence.py has been, its estimates stand under `divergence`.
+
+    Raises:
+        UserError: no such folder, or no metrics in it yet.
+    """
+    folder, iterates = Path(folder), []
+    for path in folder.glob("iter*/metrics.json"):
+        if path.parent.name[4:].isdigit():
+            try:
+                metrics = json.loads(path.read_text(encoding="utf-8"))
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path} is not valid JSON ({error}); delete it and measure again") from None
+            if not are_metrics(metrics):
+                raise UserError(f"{path} does not hold metrics; delete it and measure again")
+            estimates = read_object(path.with_name("divergence.json"))
+            more = {"divergence": estimates} if estimates else {}
+            iterates.append((path.parent, {"iterate": int(path.parent.name[4:])} | metrics | more))
+    if not iterates:
+        raise UserError(
+            f"no iterN/metrics.json in {folder}" + ("" if folder.is_dir() else ", there is no such folder")
+        )
+    return sorted(iterates, key=lambda item: item[1]["iterate"])
+
+
+def compare(first, last, gold=None):
+    """Paired intervals between two iterates, from their held-out files.
+
+    Args:
+        first, last: items of `read_run`.
+        gold: gold function; None leaves gold out.
+
+    Returns:
+        list of (kind, quantity, (difference, low, high)), quantity out of reward, judge (the second reward
+        model's reward) and gold; nothing for a file that is not there any more.
+    """
+    found = []
+    for kind in KINDS:
+        for quantity, name in (("reward", kind), ("judge", f"judge_{kind}"), ("gold", kind)):
+            names = [
+                (metrics.get("files") or {}).get(name, f"heldout_{kind}.jsonl" if name == kind else None)
+                for _, metrics in (first, last)
+            ]
+            if None in names or (quantity == "gold" and not gold):
+                continue
+            paths = [folder / file for (folder, _), file in zip((first, last), names, strict=True)]
+            if all(path.is_file() for path in paths):
+                pair = [
+                    prompt_means(read_rewarded(path), gold if quantity == "gold" else None) for path in paths
+                ]
+                found.append((kind, quantity, paired_bootstrap(*pair)))
+    return found
+
+
+def gains(iterates, gold_function=None):
+    """Lines: how the last of a run's iterates (see `read_run`) differs from the first on the same prompts;
+    none for one iterate.
+
+    Gold is compared with `gold_function` (FILE.py:NAME), or with the one that the last metrics were made
+    with.
+    """
+    if len(iterates) < 2:
+        return []
+    first, last = iterates[0], iterates[-1]
+    spec = gold_function or last[1].get("gold_function")
+    lines = [
+        f"iterate {last[1]['iterate']} − iterate {first[1]['iterate']}, same prompts, 95% bootstrap interval"
+    ]
+    for kind, quantity, (difference, low, high) in compare(first, last, load_gold(spec) if spec else None):
+        lines.append(f"  {kind:7} {quantity:6} {difference:+.3f}  [{low:+.3f}, {high:+.3f}]")
+    return lines
+
+
+def table(run_folder, gold_function=None):
+    """Text: the table of a run's iterates, and how the last differs from the first; `gold_function` as in
+    `gains`.
+    """
+    iterates = read_run(run_folder)
+    lines = gains(iterates, gold_function)
+    return "\n".join([format_table([metrics for _, metrics in iterates]), *([""] if lines else []), *lines])
+
+
+def table_of_runs(folders, gold_function=None):
+    """Text: the iterates of several runs in one table, and how each run's last differs from its own first.
+
+    A run is called by its folder's name, or by the path as given where two names are alike.
+    """
+    names = [Path(folder).resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    runs = {name: read_run(folder) for name, folder in zip(names, folders, strict=True)}
+    text = [
+        format_table([{"run": name} | metrics for name, iterates in runs.items() for _, metrics in iterates])
+    ]
+    for name, iterates in runs.items():
+        lines = gains(iterates, gold_function)
+        text += ["", f"{name}: {lines[0]}", *lines[1:]] if lines else []
+    return "\n".join(text)
+
+
+def main():
+    args = cli.parse(Arguments, __doc__)
+    if args.run and args.runs:
+        raise UserError("give --run FOLDER or --runs FOLDER FOLDER …, not both")
+    if args.run or args.runs:
+        print(
+            table(args.run, args.gold_function) if args.run else table_of_runs(args.runs, args.gold_function)
+        )
+        return
+    files = {name: getattr(args, name) for name in (*KINDS, *JUDGED) if getattr(args, name)}
+    if not files:
+        raise UserError(
+            "nothing to measure: give --sampled and --greedy files, or --run FOLDER for the table of a run"
+        )
+    for path in files.values():
+        cli.existing_file(path, "rewarded file")
+    gold = load_gold(args.gold_function) if args.gold_function else None
+    found = {
+        name: measure(read_rewarded(path), None if name in JUDGED else gold) for name, path in files.items()
+    }
+    metrics = {kind: found[kind] for kind in KINDS if kind in found}
+    judge = {kind: found[name] for name, kind in JUDGED.items() if name in found}
+    metrics |= {"judge": judge} if judge else {}
+    if args.output_dir is None:
+        print(json.dumps(metrics, indent=1))
+        return
+    target = Path(args.output_dir)
+    if target.is_dir():
+        raise UserError(
+            f"--output_dir {target} is a folder, a file name was expected (for example {target}/metrics.json)"
+        )
+    if target.resolve() in [Path(path).resolve() for path in files.values()]:
+        raise UserError(f"{target} is to be read and written at once; give another --output_dir")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # relative to the metrics, so that a run's folder may move
+    metrics["files"] = {kind: os.path.relpath(path, target.parent) for kind, path in files.items()}
+    metrics |= {"gold_function": args.gold_function, "seconds": args.seconds}
+    manifest.write_json(target, metrics)
+    counts = ", ".join(
+        f"{values['prompts']} prompts × {values['K']} {name}" for name, values in measured(metrics)
+    )
+    print(f"read {counts}; wrote {target}")
+    print(format_table([metrics]))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,205 @@
+"""Who is at work, on file systems that have locks, that refuse them, and in processes that were forked
+meanwhile.
+"""
+
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from common import locks
+from common.cli import UserError
+from common.manifest import Output
+from report.state import is_held
+
+ROOT = Path(__file__).resolve().parents[2]
+REFUSALS = ("ENOSYS", "ENOLCK", "EOPNOTSUPP", "EINVAL", "EIO")
+
+
+def output(folder):
+    return Output(folder / "x.jsonl", "test", {}, {})
+
+
+def training(folder):
+    from dpo_iteration.output import prepare_output
+
+    args = SimpleNamespace(output_dir=str(folder / "model"), overwrite=False, pairs_path=None)
+    return prepare_output(args, SimpleNamespace(pairs=[], skipped=[]), {}, {})
+
+
+def small_ppo(folder):
+    from ppo.output import lock_output
+
+    return lock_output(SimpleNamespace(output_dir=str(folder / "model")))
+
+
+def openrlhf(folder):
+    from ppo.openrlhf.run_openrlhf import locked
+
+    return locked(SimpleNamespace(output_dir=str(folder / "model")))
+
+
+def merge(folder):
+    from generation import merge_data
+
+    sys.argv = [
+        "merge_data.py",
+        "--base_path",
+        str(folder / "part"),
+        "--output_dir",
+        str(folder / "all.jsonl"),
+        "--num_datasets",
+        "1",
+    ]
+    merge_data.main()
+
+
+TAKERS = (output, training, small_ppo, openrlhf, merge)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """With a shard for merge_data.py, made while there were locks."""
+    made = Output(tmp_path / "part0.jsonl", "test", {"local_index": 0, "my_world_size": 1}, {})
+    made.append({"id": "a", "responses": ["b"]})
+    made.finish(["a"], {"prompts": 1, "records": 1, "skipped": 0})
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    return tmp_path
+
+
+def refuse(monkeypatch, name):
+    def flock(*_):
+        raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    locks._note.cache_clear()
+
+
+@pytest.mark.parametrize("take", TAKERS)
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_file_system_that_refuses_locks_is_no_other_process(folder, monkeypatch, capsys, take, name):
+    refuse(monkeypatch, name)
+    take(folder)
+    said = capsys.readouterr().out
+    assert (
+        said.count("refuses locks") == 1 and os.strerror(getattr(errno, name)) in said and str(folder) in said
+    )
+
+
+@pytest.mark.parametrize("take", TAKERS)
+@pytest.mark.parametrize("name", ["EWOULDBLOCK", "EACCES"])
+def test_a_lock_that_another_holds_is(folder, monkeypatch, take, name):
+    refuse(monkeypatch, name)
+    with pytest.raises(UserError, match="another process is (writing|training)"):
+        take(folder)
+
+
+def test_a_forked_process_does_not_hold_what_its_parent_locked(tmp_path):
+    """As vLLM's engine is forked: `kill -9` of the parent leaves it alive, and a second start must not wait
+    for it.
+    """
+    script = (
+        f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "from common.manifest import Output\n"
+        f"output = Output({str(tmp_path / 'x.jsonl')!r}, 'test', {{}}, {{}})\n"
+        "if not os.fork():\n"
+        "    print(os.getpid(), flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        child = int(process.stdout.readline())
+        with pytest.raises(UserError, match="another process"):
+            output(tmp_path)
+        process.kill()
+        process.wait()
+        os.kill(child, 0)  # alive
+        try:
+            output(tmp_path)
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+HOLD = (
+    'set -euo pipefail; source common/lock.sh; lock_file "$1" ${2:-} || { echo another; exit 2; }; echo '
+    "mine; read -r || true"
+)
+
+
+def bash(lock, *seconds, path=None):
+    environment = os.environ | ({"PATH": f"{path}:{os.environ['PATH']}"} if path else {})
+    return subprocess.Popen(
+        ["bash", "-c", HOLD, "bash", str(lock), *seconds],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+@pytest.fixture(params=[65, 71, 127])
+def without_locks(request, tmp_path):
+    """A folder with a `flock` that ends as the real one does on a file system without locks, or where it is
+    not installed.
+
+    A stand-in: such a file system cannot be mounted here.
+    """
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "flock").write_text(
+        f'#!/bin/sh\necho "flock: $2: Function not implemented" >&2\nexit {request.param}\n'
+    )
+    (folder / "flock").chmod(0o755)
+    return folder
+
+
+def test_bash_tells_a_lock_that_is_held(tmp_path):
+    lock = tmp_path / ".lock"
+    with bash(lock) as first:
+        assert first.stdout.readline() == "mine\n" and is_held(tmp_path) is True
+        for seconds in ([], ["0.1"]):
+            with bash(lock, *seconds) as second:
+                assert second.communicate() == ("another\n", "") and second.returncode == 2
+        with pytest.raises(UserError, match="another process is at work"):
+            locks.hold(lock, "at work")
+        first.communicate("\n")
+    with bash(lock) as third:
+        assert third.communicate("\n") == ("mine\n", "")
+    assert is_held(tmp_path) is False
+
+
+def test_bash_goes_on_where_locks_are_refused(tmp_path, without_locks):
+    """One note; a second start on the same machine is refused all the same, and one behind a start that was
+    killed is not.
+    """
+    lock = tmp_path / ".lock"
+    with bash(lock, path=without_locks) as first:
+        assert first.stdout.readline() == "mine\n" and is_held(tmp_path) is None  # the view cannot know
+        with bash(lock, "1", path=without_locks) as second:
+            assert second.communicate() == ("another\n", "")
+        first.kill()
+        assert first.communicate()[1].count("refuses locks (Function not implemented)") == 1
+    with bash(lock, path=without_locks) as third:
+        assert third.communicate("\n")[0] == "mine\n"
+    lock.write_text(f"elsewhere {lock.read_text().split(' ', 1)[1]}")
+    with bash(lock, path=without_locks) as fourth:
+        assert fourth.communicate("\n")[0] == "mine\n"
+    with bash(lock) as fifth:  # on a file system with locks again
+        assert fifth.communicate("\n") == ("mine\n", "") and is_held(tmp_path) is False
+
+
+def test_waiting(tmp_path):
+    with bash(tmp_path / ".lock") as first:
+        assert first.stdout.readline() == "mine\n"
+        subprocess.Popen(["bash", "-c", f"sleep 0.3; kill {first.pid}"])
+        started = time.monotonic()
+        locks.hold(tmp_path / ".lock", "at work", wait=True)
+        assert time.monotonic() - started > 0.2

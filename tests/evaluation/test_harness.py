@@ -1,0 +1,202 @@
+"""evaluation/evaluate_benchmarks.py against lm-evaluation-harness itself: its parser takes our commands, and it
+runs a small task of ours.
+
+Needs environment lm_eval (bash -c "source envs.sh; make_envs lm_eval"); skipped where it is not made. The
+published benchmarks' data come from the hub, which the tests do not use.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import micro
+import pytest
+
+pytestmark = pytest.mark.env("vllm")
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "evaluation/evaluate_benchmarks.py"
+CHOICE = """task: tiny_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+WRITE = """task: tiny_write
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{choices[answer]}}}}"
+generation_kwargs: {{until: ["\\n"], max_gen_toks: 8, do_sample: false}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+@pytest.fixture(scope="module")
+def harness():
+    """The interpreter of environment lm_eval."""
+    found = subprocess.run(
+        ["bash", "-c", "source ./envs.sh; env_prefix lm_eval"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    if not found or not Path(found, ".rlhf-stamp").is_file():
+        pytest.skip("environment lm_eval is not made: source envs.sh; make_envs lm_eval")
+    return f"{found}/bin/python"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return micro.make_policy(tmp_path_factory.mktemp("model") / "policy")
+
+
+def script(*arguments, python=sys.executable, status=0):
+    process = subprocess.run(
+        [python, SCRIPT, *map(str, arguments)], capture_output=True, text=True, timeout=600, check=False
+    )
+    assert process.returncode == status, process.stdout + process.stderr
+    return process
+
+
+def planned(*arguments):
+    """The commands of a dry run, as lists of words, and the notes."""
+    out = script(*arguments, "--dry_run").stdout
+    notes = [line for line in out.splitlines() if line.startswith("note:")]
+    words, commands = shlex.split("\n".join(line for line in out.splitlines() if line not in notes)), []
+    for word in words:  # a command on the CPU takes several lines
+        if word.startswith("HF_ALLOW") or (
+            word == sys.executable and (not commands or len(commands[-1]) > 1)
+        ):
+            commands.append([])
+        commands[-1].append(word)
+    return commands, notes
+
+
+def test_tasks_of_one_number_of_examples_share_a_command(model, tmp_path):
+    commands, notes = planned("--model_name_or_path", model, "--output_dir", tmp_path)
+    tasks = [words[words.index("--tasks") + 1 : words.index("--batch_size")] for words in commands]
+    assert (
+        tasks == [["gsm8k", "mmlu"], ["arc_challenge"], ["truthfulqa_mc2"]]
+        and "humaneval left out" in notes[0]
+    )
+    assert [
+        words[words.index("--num_fewshot") + 1] if "--num_fewshot" in words else None for words in commands
+    ] == ["5", "25", None]
+    commands, notes = planned(
+        "--model_name_or_path", model, "--output_dir", tmp_path, "--run_code", "true", "--tasks", "humaneval"
+    )
+    assert (
+        commands[0][0] == "HF_ALLOW_CODE_EVAL=1" and "--confirm_run_unsafe_code" in commands[0] and not notes
+    )
+
+
+def test_a_runs_iterate_and_its_start(tmp_path):
+    run = tmp_path / "run"
+    micro.make_policy(run / "iter2/model")
+    (run / "loop.yaml").write_text("model_name_or_path: RLHFlow/LLaMA3-SFT\n")
+    [words], _ = planned("--run", run, "--iterate", 2, "--tasks", "gsm8k")
+    assert (
+        f"pretrained={run}/iter2/model" in words
+        and words[words.index("--output_path") + 1] == f"{run}/iter2/benchmarks/default"
+    )
+    [words], _ = planned("--run", run, "--iterate", 0, "--tasks", "gsm8k")
+    assert "pretrained=RLHFlow/LLaMA3-SFT" in words
+    assert "iter3/model is not there" in script("--run", run, "--iterate", 3, status=2).stderr
+    model = "--model_name_or_path", "a/b", "--output_dir", "o", "--tasks"
+    for more, named in (
+        (("--run", run), "--iterate is missing"),
+        ((), "give --run FOLDER"),
+        ((*model, "x:y"), "NAME:EXAMPLES"),
+        ((*model, "humaneval"), "no task is left"),
+    ):
+        assert named in script(*more, status=2).stderr
+
+
+ALL = (
+    "--run_code",
+    "true",
+    "--apply_chat_template",
+    "true",
+    "--limit",
+    "3",
+    "--max_model_len",
+    "256",
+    "--include_path",
+    ".",
+    "--trust_remote_code",
+    "true",
+    "--model_args.enable_thinking",
+    "false",
+)
+
+
+@pytest.mark.parametrize("more", [(), ("--backend", "hf"), ALL])
+def test_the_harness_takes_the_commands(harness, model, tmp_path, more):
+    commands, _ = planned("--model_name_or_path", model, "--output_dir", tmp_path, *more)
+    parse = (
+        "import json, sys; from lm_eval._cli.harness import HarnessCLI; "
+        "print(json.dumps(vars(HarnessCLI()._parser.parse_args(sys.argv[1:])), default=str))"
+    )
+    for words in commands:
+        words = words[words.index("run") :]
+        parsed = subprocess.run(
+            [harness, "-c", parse, *words], capture_output=True, text=True, check=False, timeout=120
+        )
+        assert parsed.returncode == 0, parsed.stderr
+        found = json.loads(parsed.stdout.splitlines()[-1])
+        assert found["model_args"]["pretrained"] == str(model) and found["model"] == (
+            "hf" if "hf" in more else "vllm"
+        )
+        assert found["tasks"] and found["output_path"].startswith(str(tmp_path))
+        if "enable_thinking" in str(more):
+            assert (
+                found["model_args"]["enable_thinking"] is False
+                and found["limit"] == 3
+                and found["model_args"]["max_model_len"] == 256
+            )
+
+
+def test_a_task_runs_on_vllm_and_is_not_run_again(harness, model, tmp_path):
+    rows = [{"question": f"Is {i} odd?", "choices": ["yes", "no"], "answer": 1 - i % 2} for i in range(6)]
+    data = tmp_path / "tasks" / "data.jsonl"
+    data.parent.mkdir()
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, text in (("tiny_choice", CHOICE), ("tiny_write", WRITE)):
+        (tmp_path / "tasks" / f"{name}.yaml").write_text(text.format(data=data))
+    arguments = [
+        "--model_name_or_path",
+        model,
+        "--output_dir",
+        tmp_path / "out",
+        "--tasks",
+        "tiny_choice:0",
+        "tiny_write:0",
+        "--include_path",
+        tmp_path / "tasks",
+        "--dtype",
+        "float32",
+        "--max_model_len",
+        "256",
+    ]
+    told = script(*arguments, python=harness)
+    found = json.loads((tmp_path / "out/results.json").read_text())["tasks"]
+    assert (
+        set(found) == {"tiny_choice", "tiny_write"}
+        and 0 <= found["tiny_choice"]["acc,none"] <= 1
+        and "tiny_choice" in told.stdout
+    )
+    assert found["tiny_write"]["exact_match,none"] == 0.0 and found["tiny_write"]["examples"] == 0
+    again = script(*arguments, python=harness)
+    assert "done already" in again.stdout
+    failed = script(*arguments[:4], "--tasks", "no_such_task", python=harness, status=2)
+    assert "lm_eval ended with status" in failed.stderr and failed.stderr.count("\n") == 1

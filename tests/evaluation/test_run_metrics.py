@@ -1,0 +1,264 @@
+"""evaluation/run_metrics.py: the rows of a run against what its files say, as JSON, as CSV, and as the trackers'
+own readers read them.
+"""
+
+import csv
+import json
+import os
+import random
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.cli import UserError
+from evaluation import metrics, run_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+MEASURE, SCRIPT = ROOT / "evaluation/metrics.py", ROOT / "evaluation/run_metrics.py"
+
+
+def rewarded(path, seed, K, shift=0.0, prompts=12):
+    rng = random.Random(seed)
+    rows = [
+        {
+            "id": f"p{i}",
+            "prompt": [{"role": "user", "content": str(i)}],
+            "responses": ["x" * (k + 1) for k in range(K)],
+            "rewards": [round(rng.gauss(shift, 1), 1) for _ in range(K)],
+            "num_tokens": list(range(1, K + 1)),
+            "finish_reasons": ["stop"] * K,
+        }
+        for i in range(prompts)
+    ]
+    rows[3]["rewards"][0] = None
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of two iterations with a second reward model; the start has a KL of 0."""
+    folder = tmp_path / "night"
+    for n in range(3):
+        place = folder / f"iter{n}"
+        place.mkdir(parents=True)
+        for i, (kind, K) in enumerate((("sampled", 4), ("greedy", 1))):
+            rewarded(place / f"heldout_{kind}.rewarded.jsonl", n * 10 + i, K, shift=n)
+            rewarded(place / f"heldout_{kind}.judged.jsonl", n * 10 + i + 5, K, shift=-n)
+        given = [
+            word
+            for kind in ("sampled", "greedy")
+            for word in (
+                f"--{kind}",
+                place / f"heldout_{kind}.rewarded.jsonl",
+                f"--judge_{kind}",
+                place / f"heldout_{kind}.judged.jsonl",
+            )
+        ]
+        given += ["--output_dir", place / "metrics.json", "--seconds", 10 + n]
+        subprocess.run([sys.executable, MEASURE, *map(str, given)], check=True, capture_output=True)
+        (place / "divergence.json").write_text(
+            json.dumps({"kl": 1.5 * n, "kl_se": 0.1, "kl_per_token": 0.2 * n, "model": "m", "responses": 48})
+        )
+    (folder / "iter2/model.manifest.json").write_text(
+        json.dumps({"metrics": {"train_loss": 0.5, "rewards/margins": 0.25, "epoch": 2.0}})
+    )
+    stages = [
+        {"iteration": i, "stage": name, "seconds": n}
+        for i, name, n in ((1, "train", 7), (1, "train", 5), (2, "evaluate", 3))
+    ]
+    (folder / "stages.jsonl").write_text(
+        "".join(json.dumps(stage) + "\n" for stage in stages) + '{"iteration": 2, "sta'
+    )
+    (folder / "loop.yaml").write_text("seed: 7\n")
+    return folder
+
+
+def save(run, *more, **environment):
+    process = subprocess.run(
+        [sys.executable, SCRIPT, "--run", run, *more],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | environment,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
+
+
+def held(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_rows_say_what_the_files_say(run):
+    table = save(run)
+    found = json.loads((run / "metrics.json").read_text())
+    assert found["run"] == "night" and [row["iterate"] for row in found["iterates"]] == [0, 1, 2]
+    keys = [tuple(row) for row in found["iterates"]]
+    assert len(set(keys)) == 1
+    start, _, last = found["iterates"]
+    of_two = json.loads((run / "iter2/metrics.json").read_text())
+    for kind in ("sampled", "greedy"):
+        assert {key: last[f"{kind}_{key}"] for key in of_two[kind]} == of_two[kind]
+        assert {key: last[f"judge_{kind}_{key}"] for key in of_two["judge"][kind]} == of_two["judge"][kind]
+    for prefix, name in (("sampled", "heldout_sampled.rewarded"), ("judge_greedy", "heldout_greedy.judged")):
+        wins = []
+        for a, b in zip(held(run / f"iter2/{name}.jsonl"), held(run / f"iter0/{name}.jsonl"), strict=True):
+            pairs = [(x, y) for x in a["rewards"] for y in b["rewards"] if x is not None and y is not None]
+            if pairs:
+                wins.append(sum(1.0 if x > y else 0.5 if x == y else 0.0 for x, y in pairs) / len(pairs))
+        assert (
+            last[f"{prefix}_win_rate"] == pytest.approx(sum(wins) / len(wins), abs=1e-6)
+            and start[f"{prefix}_win_rate"] is None
+        )
+    assert last["sampled_win_rate"] > 0.8 and last["judge_sampled_win_rate"] < 0.2
+    assert (
+        last["kl"],
+        last["kl_se"],
+        last["kl_per_token"],
+        last["train_loss"],
+        last["train_rewards_margins"],
+    ) == (3.0, 0.1, 0.4, 0.5, 0.25)
+    assert (last["seconds"], last["evaluate_seconds"], last["train_seconds"]) == (12, 3, None) and found[
+        "iterates"
+    ][1]["train_seconds"] == 12
+    with open(run / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [
+        {key: None if value == "" else float(value) for key, value in row.items()} for row in rows
+    ] == found["iterates"]
+    head = table.splitlines()[0]
+    assert "judge" in head and "greedy judge" in head and "KL" in head and "3.00 ±0.10" in table
+    assert table.count(" judge ") >= 3 and "  sampled judge  -" in table
+
+
+def test_a_run_that_has_not_changed_is_left_as_it_is(run):
+    save(run)
+    before = {name: (run / name).stat().st_mtime_ns for name in ("metrics.json", "metrics.csv")}
+    save(run)
+    assert {name: (run / name).stat().st_mtime_ns for name in before} == before
+    (run / "iter2/divergence.json").unlink()  # of an older run
+    (run / "iter1/metrics.json").unlink()
+    save(run)
+    rows = json.loads((run / "metrics.json").read_text())["iterates"]
+    assert [row["iterate"] for row in rows] == [0, 2] and rows[1]["kl"] is None
+
+
+def test_tensorboard_reads_the_iterations_as_steps(run, monkeypatch, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def save(*more):
+        monkeypatch.setattr(sys, "argv", ["run_metrics.py", "--run", str(run), *more])
+        run_metrics.main()
+        return capsys.readouterr().out
+
+    (run / "iter2/metrics.json").rename(run / "later.json")
+    save("--report_to", "tensorboard")
+    (run / "later.json").rename(run / "iter2/metrics.json")
+    (run / "loop.yaml").write_text(
+        "seed: 7\nreport_to: [tensorboard]\n"
+    )  # what a driver's start at a finished run leaves
+    assert "tensorboard: logged 1 iterate, 2 iterates had been logged before\n" in save()
+    assert "tensorboard: logged 0 iterates, 3 iterates had been logged before\n" in save()
+    assert "tensorboard" not in save("--report_to", "none")
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    rows = json.loads((run / "metrics.json").read_text())["iterates"]
+    for key in ("sampled_reward", "kl", "judge_sampled_win_rate"):
+        want = [(row["iterate"], row[key]) for row in rows if row[key] is not None]
+        assert [(event.step, pytest.approx(event.value, rel=1e-6)) for event in events.Scalars(key)] == want
+    assert "iterate" not in events.Tags()["scalars"]
+
+
+def wandb_records(data):
+    """The records of an offline file, by W&B's own message type: behind 7 bytes a LevelDB log, blocks of 32
+    KiB of (crc, size, kind, bytes).
+    """
+    from wandb.proto import wandb_internal_pb2
+
+    at, parts = 7, b""
+    while at + 7 <= len(data):
+        if 2**15 - at % 2**15 < 7:
+            at += 2**15 - at % 2**15
+        size, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+        parts += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            yield wandb_internal_pb2.Record.FromString(parts)
+            parts = b""
+
+
+def test_wandb_offline_is_one_run(run):
+    environment = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_PROJECT": "of the environment"}
+    (run / "loop.yaml").write_text("seed: 7\nproject: nights\nrun_name: the first\n")
+    out = save(run, "--report_to", "wandb", **environment)
+    assert "note:" not in out, out
+    states = json.loads((run / "trackers.json").read_text())
+    assert states["wandb"]["iterates"] == [0, 1, 2]
+    [folder] = (run / "wandb").glob("offline-run-*")
+    assert folder.name.endswith(states["wandb"]["id"])
+    steps, named = {}, []
+    for record in wandb_records(next(folder.glob("*.wandb")).read_bytes()):
+        if record.WhichOneof("record_type") == "run":
+            named.append((record.run.project, record.run.display_name))
+        if record.WhichOneof("record_type") == "history":
+            items = {
+                item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                for item in record.history.item
+            }
+            steps[items["_step"]] = items
+    assert set(named) == {("nights", "the first")}
+    rows = json.loads((run / "metrics.json").read_text())["iterates"]
+    assert {step: [items[key] for key in ("sampled_reward", "kl")] for step, items in steps.items()} == {
+        row["iterate"]: [row["sampled_reward"], row["kl"]] for row in rows
+    }
+
+
+def test_a_tracker_that_fails_is_a_note(run, monkeypatch, capsys):
+    def fails(*given):
+        raise OSError("no network")
+
+    monkeypatch.setattr(run_metrics, "to_wandb", fails)
+    rows = run_metrics.rows(run)
+    run_metrics.log(run, rows, ["wandb", "tensorboard"])
+    assert "note: wandb was not told of this run: OSError: no network" in capsys.readouterr().out
+    states = json.loads((run / "trackers.json").read_text())
+    assert states["tensorboard"]["iterates"] == [0, 1, 2] and not states["wandb"]["iterates"]
+
+
+def test_refusals(run):
+    for arguments, named in (
+        ((), "missing --run"),
+        (("--run", run, "--report_to", "wanbd"), "one of none, wandb"),
+    ):
+        process = subprocess.run(
+            [sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, check=False
+        )
+        assert process.returncode == 2 and named in process.stderr and process.stderr.count("\n") == 1, (
+            process.stderr
+        )
+
+
+def test_the_judges_interval_stands_beside_the_others(run):
+    iterates = metrics.read_run(run)
+    found = {
+        (kind, quantity): interval for kind, quantity, interval in metrics.compare(iterates[0], iterates[-1])
+    }
+    assert set(found) == {
+        (kind, quantity) for kind in ("sampled", "greedy") for quantity in ("reward", "judge")
+    }
+    assert found["sampled", "reward"][1] > 0 > found["sampled", "judge"][2]
+
+
+@pytest.mark.parametrize(
+    "change", [{"files": [1]}, {"files": {"sampled": [1]}}, {"judge": {"sampled": 1e308}}, {"sampled": True}]
+)
+def test_metrics_of_another_form_are_refused_by_name(tmp_path, change):
+    path = tmp_path / "iter0" / "metrics.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(change))
+    with pytest.raises(UserError, match="iter0/metrics.json does not hold metrics"):
+        run_metrics.rows(tmp_path)

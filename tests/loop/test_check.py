@@ -1,0 +1,494 @@
+"""What --check and --dry_run of both drivers see, say, and leave alone."""
+
+import fcntl
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import micro
+import pytest
+import yaml
+
+from common.cli import UserError, build, check_policy
+from loop import preflight, run, settings
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def drive(script, *arguments, **environment):
+    """Run a driver as on a machine without GPUs (or with those of an nvidia-smi in PATH); returns the
+    finished process.
+    """
+    base = (
+        {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+        if "PATH" not in environment
+        else {"HF_HUB_OFFLINE": "1"}
+    )
+    done = subprocess.run(
+        ["bash", script, *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | base | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def make_model(folder, architecture, **config):
+    """What is looked at before anything runs: a model's config and template, without weights."""
+    folder.mkdir()
+    shape = {
+        "model_type": "llama",
+        "num_labels": 1,
+        "hidden_size": 64,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 512,
+    }
+    (folder / "config.json").write_text(json.dumps({"architectures": [architecture]} | shape | config))
+    (folder / "chat_template.jinja").write_text(micro.TEMPLATES["llama3"])
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folder of models, prompts and functions."""
+    folder = tmp_path_factory.mktemp("models")
+    make_model(folder / "policy", "LlamaForCausalLM")
+    make_model(folder / "reward", "LlamaForSequenceClassification")
+    micro.write_prompts(folder / "prompts.jsonl", 40)
+    (folder / "heldout.jsonl").write_text('{"prompt": "And this?", "number": 7}\n')
+    (folder / "mine.py").write_text("""
+print("exit 3")
+def good(messages, response, record):
+    print("exit 4")
+    return record["number"] - len(response)
+def gold(messages, response): return 1
+def none(messages, response): pass
+def zero(messages, response): return 1 / 0
+def trl(completions, **kwargs): return [0.0 for _ in completions]
+def prompts_too(prompts, completions, **kwargs): return [0.0 for _ in completions]
+def narrow(response): return 1.0
+def nan(messages, response): return float("nan")
+def text(messages, response): return "3"
+def answer(messages, response, record): return record["answer"]
+def dies(messages, response):
+    import os
+    os._exit(9)
+""")
+    return folder
+
+
+@pytest.fixture
+def config(models, tmp_path):
+    """A function that writes a configuration with some keys changed and returns its path."""
+
+    def write(**changes):
+        values = {
+            "run_dir": str(tmp_path / "run"),
+            "iterations": 2,
+            "without_gpu": True,
+            "model_name_or_path": str(models / "policy"),
+            "reward_name_or_path": str(models / "reward"),
+            "prompts": [str(models / "prompts.jsonl")],
+            "heldout_prompts": str(models / "heldout.jsonl"),
+            "generation": {"K": 4, "max_input_length": 128, "max_new_tokens": 32},
+            "training": "configs/training_tiny.yaml",
+        }
+        (tmp_path / "mine.yaml").write_text(
+            yaml.safe_dump({k: v for k, v in (values | changes).items() if v is not None})
+        )
+        return tmp_path / "mine.yaml"
+
+    return write
+
+
+def contents(folder):
+    return {
+        path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
+        for path in [folder, *folder.rglob("*")]
+    }
+
+
+def test_check_and_dry_run_write_nothing_into_a_run(config, tmp_path):
+    run, given = tmp_path / "run", config()
+    fresh = drive("run_loop.sh", given, "--dry_run", "--stop_stage", "0.4")
+    assert fresh.returncode == 0 and "get_hf2.py" in fresh.stdout and not run.exists(), fresh.stderr
+    (run / "iter1").mkdir(parents=True)
+    (run / "loop.yaml").write_text(given.read_text())
+    (run / "iter1" / "train.yaml").write_text("beta: 0.1\n")
+    before = contents(run)
+    other = ("--iterations", 5, "--training_args.beta", 0.2, "--report_to", "wandb")
+    for more in (("--check",), ("--dry_run", "--stage", "5.3", "--stop_stage", "5.3")):
+        asked = drive("run_loop.sh", given, *other, *more)
+        assert asked.returncode == 0 and contents(run) == before, asked.stderr
+    # What is printed reads the settings of this start, in the folder that is named.
+    named = re.search("^# the settings that these commands read are in (.+)$", asked.stdout, re.MULTILINE)[1]
+    [training] = [line for line in asked.stdout.splitlines() if "run_dpo.py" in line and "/iter5/" in line]
+    given = yaml.safe_load(Path(shlex.split(training)[-1]).read_text())
+    assert (
+        shlex.split(training)[-1] == f"{named}/iter5/train.yaml"
+        and given["beta"] == 0.2
+        and given["output_dir"] == f"{run}/iter5/model"
+    )
+
+
+def test_check_may_look_at_a_run_that_is_at_work(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    with open(tmp_path / "run" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert drive("run_loop.sh", config(), "--check").returncode == 0
+        started = drive("run_loop.sh", config())
+        assert started.returncode == 2 and "another loop is at work" in started.stderr
+
+
+def test_the_loop_is_planned_without_a_gpu():
+    planned = drive("run_loop.sh", "--check", "--num_gpus", 8, "--gpu_memory_gib", 80)
+    assert (
+        planned.returncode == 0 and "8 generation processes, 8 training processes, GPUs" in planned.stderr
+    ), planned.stderr
+    assert (
+        "zero2 over 8 processes takes about 39 GiB a GPU; a GPU has 80, 76 of which" in planned.stderr
+        and "for A100s" in planned.stderr
+    )
+    for name in (
+        "model_name_or_path RLHFlow/LLaMA3-SFT",
+        "sfairXC/FsfairX-LLaMA3-RM-v0.1",
+        "RLHFlow/test_generation_2k",
+    ):
+        assert re.search(f"on the hub, not looked at: .*{name}", planned.stderr), planned.stderr
+    shards = drive(
+        "run_loop.sh", "--dry_run", "--num_gpus", 8, "--gpu_memory_gib", 80, "--stop_stage", "0.4"
+    ).stdout
+    assert "CUDA_VISIBLE_DEVICES=7 " in shards and "--my_world_size 8" in shards
+
+
+def test_a_run_takes_the_gpus_that_are_here(config):
+    refused = drive("run_loop.sh", config(), "--num_gpus", 8)
+    assert refused.returncode == 2 and "are for --check and --dry_run" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["without_gpu: on", '"without_gpu": true', "without_gpu: True  # yes", "{without_gpu: yes, seed: 1}"],
+)
+def test_permission_to_use_the_cpu_is_read_from_the_yaml(tmp_path, text):
+    """It is then the next thing that lacks."""
+    (tmp_path / "mine.yaml").write_text(f"{text}\n")
+    assert (
+        "missing --run_dir"
+        in drive("run_loop.sh", tmp_path / "mine.yaml", envs_dir=str(tmp_path / "envs")).stderr
+    )
+
+
+@pytest.mark.parametrize(
+    "text, named",
+    [
+        ("run_dir: x\n\tseed: 1\n", "is not valid YAML"),
+        ("- run_dir: x\n", "it holds a list"),
+        ("run_dir: x\nseed: 1\nrun_dir: y\n", "'run_dir' is given twice, in lines 1 and 3"),
+        ("generation:\n  K: 4\n  top_p: 1.0\n  K: 8\n", "'K' is given twice, in lines 2 and 4"),
+        (
+            "run_dir: x\nmodel_name_or_path: a/b\nprompts: [c/d]\nheldout_prompts: e/f\n# without_gpu: "
+            "true\n",
+            "`without_gpu: true` in its YAML",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_yaml_is_said_before_any_environment_is_made(tmp_path, text, named):
+    (tmp_path / "mine.yaml").write_text(text)
+    for script in ("run_loop.sh", "run_ppo.sh"):
+        refused = drive(script, tmp_path / "mine.yaml", envs_dir=str(tmp_path / "envs"))
+        assert refused.returncode == 2 and named in refused.stderr and refused.stderr.count("\n") == 1, (
+            refused.stderr
+        )
+        assert not (tmp_path / "envs").exists()
+
+
+def checked(values, monkeypatch):
+    """What `--check` says of these settings; a UserError where it refuses."""
+    monkeypatch.chdir(ROOT)
+    preflight.check(run.Run(build(settings.LoopSettings, values), planning=True))
+
+
+@pytest.mark.parametrize(
+    "name, named",
+    [
+        ("none", "it returned None, a number was expected"),
+        ("zero", "ZeroDivisionError"),
+        ("narrow", "takes 1 positional argument but 2 were given"),
+        ("trl", "def trl(messages, response)"),
+        ("prompts_too", "def prompts_too(messages, response)"),
+        ("nan", "gives nan: a finite number was expected"),
+        ("text", "it returned '3', a number"),
+        ("answer", "KeyError: 'answer'"),
+        ("dies", "status 9"),
+    ],
+)
+def test_a_reward_function_is_called_once(config, models, monkeypatch, name, named):
+    monkeypatch.setenv("RLHF_VLLM_ENV", sys.prefix)
+    monkeypatch.setattr(settings, "visible_gpus", lambda: [])
+    values = yaml.safe_load(
+        config(
+            annotation={"reward_function": f"{models}/mine.py:{name}"}, reward_name_or_path=None
+        ).read_text()
+    )
+    with pytest.raises(UserError) as refused:
+        checked(values, monkeypatch)
+    assert named in str(
+        refused.value
+    ) and "annotation.reward_function, tried on a made-up response to the first prompt of" in str(
+        refused.value
+    )
+
+
+def test_functions_that_work_are_no_matter(config, models):
+    """It gets the record's fields, and what it prints does not reach the driver."""
+    values = {
+        "annotation": {"reward_function": f"{models}/mine.py:good"},
+        "reward_name_or_path": None,
+        "gold_function": f"{models}/mine.py:gold",
+    }
+    asked = drive("run_loop.sh", config(**values), "--check")
+    assert asked.returncode == 0 and "was not tried" not in asked.stderr, asked.stderr
+    wrong = drive("run_loop.sh", config(**values), "--check", "--gold_function", f"{models}/mine.py:none")
+    assert wrong.returncode == 2 and "gold_function, tried on a made-up response" in wrong.stderr, (
+        wrong.stderr
+    )
+
+
+def test_a_reward_model_is_no_policy(config, models, monkeypatch):
+    with pytest.raises(UserError, match="is a LlamaForSequenceClassification, which writes no text"):
+        checked(yaml.safe_load(config(model_name_or_path=str(models / "reward")).read_text()), monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "names, writes",
+    [
+        (["LlamaForCausalLM"], True),
+        (["Gemma3ForConditionalGeneration"], True),
+        (["GPT2LMHeadModel"], True),
+        ([], True),
+        (["ChatGLMModel"], "auto_map"),
+        (["LlamaForRewardModelWithGating"], False),
+        (["Qwen2ForProcessRewardModel"], False),
+        (["BertForMaskedLM"], False),
+        (["MistralModel"], False),
+    ],
+)
+def test_which_models_write(tmp_path, names, writes):
+    more = {"auto_map": {"AutoModelForCausalLM": "modeling.X"}} if writes == "auto_map" else {}
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": names} | more))
+    if writes:
+        check_policy(tmp_path)
+    else:
+        with pytest.raises(UserError, match=f"is a {names[0]}, which writes no text"):
+            check_policy(tmp_path)
+
+
+def test_head_sizes_of_the_cpu_build(config, tmp_path, monkeypatch):
+    make_model(tmp_path / "small", "LlamaForCausalLM", num_attention_heads=4)
+    monkeypatch.setattr(settings, "visible_gpus", lambda: [])
+    with pytest.raises(UserError, match="attention heads of size 16"):
+        checked(yaml.safe_load(config(model_name_or_path=str(tmp_path / "small")).read_text()), monkeypatch)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A function that makes this a machine with GPUs of a name and as many MiB as nvidia-smi reports, and
+    checks the 8B recipe there.
+    """
+    recipe = yaml.safe_load((ROOT / "configs/loop_llama3_8b.yaml").read_text())
+
+    def check(name, mib, count, **changes):
+        monkeypatch.setattr(settings, "visible_gpus", lambda: [str(k) for k in range(count)])
+        monkeypatch.setattr(preflight, "gpu_memory", lambda: mib / 1024)
+        monkeypatch.setattr(preflight, "gpu_name", lambda: name)
+        checked(recipe | changes, monkeypatch)
+
+    return check
+
+
+def test_advice_for_a_48_gb_card_holds_on_one(machine, capsys):
+    """An L40S reports 46068 MiB. What is said of 48 GiB fits there, and what does not fit is not advised."""
+    advice = "take configs/zero3.yaml with per_device_train_batch_size 1$"
+    with pytest.raises(UserError, match=f"a GPU has 45, 43 of which may be filled; {advice}"):
+        machine("NVIDIA L40S", 46068, 4)
+    with pytest.raises(UserError, match=advice):
+        machine(None, 0, 0, num_gpus=4, gpu_memory_gib=48)
+    with pytest.raises(UserError, match=advice):  # what is in use is not what is advised
+        machine(
+            "NVIDIA L40S",
+            46068,
+            4,
+            accelerate_config="configs/zero3.yaml",
+            training_args={"per_device_train_batch_size": 4},
+        )
+    machine("NVIDIA L40S", 46068, 4, accelerate_config="configs/zero3.yaml")
+    assert "an estimate for L40Ss" in capsys.readouterr().err
+    with pytest.raises(
+        UserError, match="no configuration fits: take more or larger GPUs, a max_length below 2048 or LoRA"
+    ):
+        machine("small", 4096, 1)
+    lora = {
+        "training": "configs/training_lora.yaml",
+        "training_args": {"max_length": 16384, "max_prompt_length": 8192},
+    }
+    with pytest.raises(UserError) as refused:
+        machine("small", 4096, 1, **lora)
+    assert "QLoRA" in str(refused.value) and " LoRA" not in str(refused.value)
+
+
+def test_hours_follow_the_gpu(machine, capsys):
+    assert [
+        preflight.speed_of(name)
+        for name in (
+            "NVIDIA A100-SXM4-80GB",
+            "NVIDIA H100 80GB HBM3",
+            "NVIDIA A10",
+            "NVIDIA A10G",
+            "Tesla T4",
+            None,
+        )
+    ] == [("A100", True), ("H100", True), ("A10", True), ("A100", False), ("A100", False), ("A100", False)]
+    slow, fast = (preflight.estimate(8e9, 20000, 8, 2, 8, kind) for kind in ("A100", "H100"))
+    assert fast[1] == pytest.approx(slow[1] * 312 / 989) and fast[0] == pytest.approx(slow[0] * 2.0 / 3.35)
+    machine("NVIDIA X1000", 81559, 8)
+    assert "an estimate for A100s: nothing is known here of the NVIDIA X1000" in capsys.readouterr().err
+
+
+def test_a_run_that_cannot_learn_is_told(config, models, monkeypatch, capsys):
+    monkeypatch.setattr(settings, "visible_gpus", lambda: [])
+    few = {
+        "training": "configs/training.yaml",
+        "generation": {"K": 4, "max_input_length": 128, "max_new_tokens": 32},
+    }
+    checked(yaml.safe_load(config(**few).read_text()), monkeypatch)
+    told = capsys.readouterr().err
+    assert (
+        "this run will hardly learn: an iteration of 40 prompts has at most 10 optimizer steps, and at "
+        "learning_rate 5e-07" in told
+    )
+    assert "bf16 on a CPU is slow" in told
+    checked(
+        yaml.safe_load(config(**few, training_args={"learning_rate": 3e-4, "bf16": False}).read_text()),
+        monkeypatch,
+    )
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_the_readmes_own_loop_can_learn(config, monkeypatch, capsys):
+    """The YAML under "Bring your own", with models and prompts that are here."""
+    monkeypatch.setattr(settings, "visible_gpus", lambda: [])
+    [text] = [
+        block
+        for block in re.findall(
+            "```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
+        )
+        if "run_dir: runs/mine" in block
+    ]
+    here = yaml.safe_load(config().read_text())
+    own = yaml.safe_load(text) | {
+        key: here[key]
+        for key in ("run_dir", "model_name_or_path", "reward_name_or_path", "prompts", "heldout_prompts")
+    }
+    checked(own, monkeypatch)
+    assert "warning" not in capsys.readouterr().err and own["without_gpu"]
+
+
+def test_a_run_of_some_stages_ends_well(tmp_path):
+    """Without an evaluation there is no table to print; with one there is.
+
+    `driver` stands in for the environment's Python.
+    """
+    command = (
+        "set -euo pipefail; source ./envs.sh; source loop/stages.sh; "
+        f"run_dir={shlex.quote(str(tmp_path))}; driver=echo; conclude; echo ended"
+    )
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (
+        done.returncode == 0
+        and done.stdout == "ended\n"
+        and "has been evaluated yet, so there is no table" in done.stderr
+    ), done.stderr
+    (tmp_path / "iter0").mkdir()
+    (tmp_path / "iter0" / "metrics.json").write_text("{}")
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == [f"evaluation/run_metrics.py --run {tmp_path}", "ended"], done.stderr
+
+
+def test_the_settings_are_read_with_nothing_but_pyyaml(config):
+    """As a bare Python does before any environment is made."""
+    for script in ("loop/run.py", "ppo/run.py"):
+        program = (
+            "import sys, runpy; sys.argv = sys.argv[1:]; heavy = {'numpy', 'torch', 'transformers', "
+            "'jinja2', 'aiohttp', 'datasets'}\n"
+            "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+            "finally: print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
+        )
+        given = [config()] if "loop" in script else ["configs/ppo_tiny.yaml"]
+        done = subprocess.run(
+            [sys.executable, "-c", program, script, "setup", *map(str, given)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0 and done.stderr == "[]\n", done.stderr
+
+
+def test_what_the_run_decides_is_not_passed_over(config, monkeypatch, capsys):
+    """A seed or a folder in a section would change nothing, and another K in annotation would end the run
+    behind an hour of sampling.
+    """
+    monkeypatch.setattr(settings, "visible_gpus", lambda: [])
+    given = {"generation": {"K": 1, "seed": 3}, "annotation": {"K": 4}, "training_args": {"output_dir": "x"}}
+    with pytest.raises(UserError, match="^generation.K 1 leaves no pairs to train on"):
+        checked(yaml.safe_load(config(**given).read_text()), monkeypatch)
+    told = [
+        line.partition(" is what the run itself decides: leave it out and give ")
+        for line in capsys.readouterr().err.splitlines()
+    ]
+    assert [(key, instead) for key, _, instead in told] == [
+        ("error: generation.seed", "seed"),
+        ("error: annotation.K", "generation.K"),
+        ("error: training_args.output_dir", "run_dir"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "script, given, told",
+    [
+        (
+            "run_loop.sh",
+            ["configs/ppo_tiny.yaml"],
+            "unknown key 'backend' in configs/ppo_tiny.yaml, which is a key of another kind of run: bash "
+            "run_ppo.sh",
+        ),
+        ("run_ppo.sh", ["configs/loop_tiny.yaml"], "which is a key of another kind of run: bash run_loop.sh"),
+        (
+            "run_loop.sh",
+            ["--ppo.kl_coef", "1"],
+            "unknown argument --ppo.kl_coef, which is a key of another kind of run: bash run_ppo.sh",
+        ),
+        ("run_loop.sh", ["--chekc"], "unknown argument --chekc, did you mean '--check'?"),
+        ("run_loop.sh", ["--K", "4"], "unknown argument --K, did you mean --generation.K?"),
+        (
+            "run_loop.sh",
+            ["configs/loop_tiny.yaml", "--generation.K", "0", "--check"],
+            "error: --generation.K 0: a number of responses",
+        ),
+        (
+            "run_loop.sh",
+            ["configs/loop_tiny.yml"],
+            "no such config: configs/loop_tiny.yml; there is: configs/loop_tiny.yaml",
+        ),
+    ],
+)
+def test_typos_name_what_was_meant(script, given, told):
+    done = drive(script, *given)
+    assert done.returncode == 2 and told in done.stderr, done.stderr
