@@ -1,8 +1,9 @@
 """Arguments from a YAML file and the command line, and errors that a person can act on.
 
 A script declares its arguments as a dataclass and calls `parse`. Values come from the dataclass defaults,
-then from an optional positional YAML file, then from `--key value`; the last one wins. An unknown key is an
-error that names the nearest known one. `run` turns a `UserError` into one line on stderr and exit status 2.
+then from an optional positional YAML file (or one section of it, `FILE.yaml:SECTION`), then from `--key value`;
+the last one wins. An unknown key is an error that names the nearest known one. `run` turns a `UserError` into
+one line on stderr and exit status 2.
 
 A class whose mappings are another script's arguments says so by `sections`: their keys and values are looked
 at where they are read, so that a message names the place where they were written. What is wrong is left out
@@ -379,7 +380,9 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
     def _format_args(self, action, default_metavar):
         return (
-            f"{action.metavar} ..." if action.nargs == "*" else super()._format_args(action, default_metavar)
+            f"{action.metavar} ..."
+            if action.nargs in ("*", "+")
+            else super()._format_args(action, default_metavar)
         )
 
 
@@ -409,51 +412,72 @@ def _metavar(name, kind, choices):
     return next((called for end, called in ends.items() if name.endswith(end)), "NAME")
 
 
-def parse(cls, description, argv=None, yaml_positional=True):
+def parse(cls, description: str, argv: list[str] | None = None, yaml_positional: bool = True):
     """An instance of the dataclass `cls` from defaults, YAML and command line.
 
     Args:
         cls: dataclass whose fields are made by `arg`.
         description: the script's docstring, shown by `--help`.
         argv: arguments, `sys.argv[1:]` if None.
-        yaml_positional: whether a YAML file may be given as the first positional argument.
+        yaml_positional: whether a YAML file, or a section of one as `FILE.yaml:SECTION`, may be given as the
+            first positional argument. A section may hold keys of `cls.shares_section`, another dataclass,
+            which are passed over.
 
     Raises:
-        UserError: unknown key, wrong type, value outside its choices, missing required key, unreadable YAML.
+        UserError: unknown key, wrong type, value outside its choices, missing required key, unreadable YAML,
+            unknown section.
+    """
+    config, values, dotted = _read_command_line(cls, description, argv, yaml_positional)
+    mappings = _read_config(cls, config)
+    if len(mappings) > 1:
+        raise UserError(f"{config} names {len(mappings)} sections, this script takes one")
+    return _settle(cls, *mappings[0], values, dotted)
+
+
+def parse_jobs(cls, description: str, argv: list[str] | None = None) -> list:
+    """As `parse`, for a script that does several jobs in one start: an instance of `cls` for each.
+
+    `FILE.yaml:SECTION,SECTION` gives a section to each job, and the arguments that `cls.per_job` names take
+    one value for all jobs or one per job on the command line.
+
+    Raises:
+        UserError: as `parse`, and where the numbers of values differ.
+    """
+    config, values, dotted = _read_command_line(cls, description, argv, True, cls.per_job)
+    mappings = _read_config(cls, config)
+    given = {f"--{name}": len(values[name]) for name in cls.per_job if name in values}
+    given |= {str(config): len(mappings)}
+    longest = max(given, key=given.get)
+    for name, number in given.items():
+        if number not in (1, given[longest]):
+            raise UserError(
+                f"{name} gives {number} and {longest} {given[longest]}: give one for all jobs, or one per job"
+            )
+    jobs = []
+    for k in range(given[longest]):
+        own = {key: value[k % len(value)] if key in cls.per_job else value for key, value in values.items()}
+        jobs.append(_settle(cls, *mappings[k % len(mappings)], own, dotted))
+    return jobs
+
+
+def _read_command_line(cls, description, argv, yaml_positional, per_job=()):
+    """(positional YAML or None, {key: converted value}, list of (mapping, key, value) of dotted keys).
+
+    The value of a key in `per_job` is a list of values.
     """
     argv = sys.argv[1:] if argv is None else argv
     hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
     parser = _Parser(description=description, formatter_class=_Help, allow_abbrev=False)
     if yaml_positional:
         parser.add_argument(
-            "config", nargs="?", help="YAML file with any of the keys below; the command line wins"
+            "config",
+            nargs="?",
+            help="YAML file with any of the keys below, or FILE.yaml:SECTION; the command line wins",
         )
-    for name, field in fields.items():
-        kind, item, _ = _unwrap(hints[name])
-        default = field.default
-        if default is dataclasses.MISSING:
-            default = "" if field.default_factory is dataclasses.MISSING else field.default_factory()
-        choices = f" ({', '.join(map(str, field.metadata['choices']))})" if field.metadata["choices"] else ""
-        shown = (
-            field.metadata["help"] + choices + (f" [{default}]" if default not in ("", None, [], {}) else "")
-        )
-        options = {
-            "help": shown.replace("%", "%%"),
-            "default": argparse.SUPPRESS,
-            "metavar": field.metadata["metavar"],
-        }
-        options["metavar"] = options["metavar"] or _metavar(
-            name, item if kind is list else kind, field.metadata["choices"]
-        )
-        if kind is bool:
-            options |= {"nargs": "?", "const": True}
-        elif kind is list:
-            options |= {"nargs": "*"}
-        parser.add_argument(f"--{name}", **options)
-    argv, dotted = _split_dotted(
-        argv, [name for name, field in fields.items() if _unwrap(hints[name])[0] is dict]
-    )
+    for field in dataclasses.fields(cls):
+        options = _option(field, hints[field.name])
+        parser.add_argument(f"--{field.name}", **options | ({"nargs": "+"} if field.name in per_job else {}))
+    argv, dotted = _split_dotted(argv, [name for name in hints if _unwrap(hints[name])[0] is dict])
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         key = unknown[0].split("=")[0]
@@ -462,22 +486,78 @@ def parse(cls, description, argv=None, yaml_positional=True):
         raise UserError(f"unknown argument {key}{_meant(cls, key[2:], '--')}")
     values = vars(namespace)
     config = values.pop("config", None)
-    merged, problems = {}, []
-    if config is not None:
-        merged = {
-            key: convert(f"{key} in {config}", value, hints[key])
-            for key, value in known(cls, read_yaml(config), config).items()
-        }
-        for name in _sections(cls).keys() & merged.keys():
-            merged[name] = _right(
-                cls,
-                name,
-                merged[name],
-                problems,
-                "{name}.{key} in " + str(config),
-                "unknown key {key!r} in {name} of " + str(config),
+    for key, value in values.items():
+        if key in per_job:
+            values[key] = [convert(f"--{key}", one, hints[key]) for one in _listed(value)]
+        else:
+            values[key] = convert(f"--{key}", _listed(value), hints[key])
+    return config, values, dotted
+
+
+def _option(field, hint):
+    """How argparse is to show and read a field."""
+    kind, item, _ = _unwrap(hint)
+    default = field.default
+    if default is dataclasses.MISSING:
+        default = "" if field.default_factory is dataclasses.MISSING else field.default_factory()
+    choices = field.metadata["choices"]
+    shown = field.metadata["help"] + (f" ({', '.join(map(str, choices))})" if choices else "")
+    shown += f" [{default}]" if default not in ("", None, [], {}) else ""
+    called = field.metadata["metavar"] or _metavar(field.name, item if kind is list else kind, choices)
+    options = {"help": shown.replace("%", "%%"), "default": argparse.SUPPRESS, "metavar": called}
+    if kind is bool:
+        options |= {"nargs": "?", "const": True}
+    elif kind is list:
+        options |= {"nargs": "*"}
+    return options
+
+
+def _read_config(cls, config):
+    """[(place, mapping)] of a positional YAML: the file, or each section that `FILE.yaml:SECTION,…` names."""
+    if config is None:
+        return [(None, {})]
+    path, colon, names = config.rpartition(":")
+    if not colon or Path(config).exists():
+        return [(config, read_yaml(config))]
+    whole, found = read_yaml(path), []
+    for name in names.split(","):
+        if not isinstance(whole.get(name), dict):
+            there = [str(key) for key, value in whole.items() if isinstance(value, dict)]
+            raise UserError(
+                f"{path} has no section {name!r}{nearest(name, there)}; "
+                + (f"its sections: {', '.join(there)}" if there else "it has none")
             )
-    merged |= {key: convert(f"--{key}", _listed(value), hints[key]) for key, value in values.items()}
+        found.append((f"{path}:{name}", _of_section(cls, whole[name])))
+    return found
+
+
+def _of_section(cls, mapping):
+    """The keys of a section that are given to `cls`: not those of the class that it shares the section with,
+    nor an empty value where `cls` needs one.
+    """
+    hints, others = typing.get_type_hints(cls), getattr(cls, "shares_section", None)
+    passed_over = set(others.__dataclass_fields__) - set(hints) if others else set()
+    return {
+        key: value
+        for key, value in mapping.items()
+        if key not in passed_over and (value is not None or key not in hints or _unwrap(hints[key])[2])
+    }
+
+
+def _settle(cls, place, mapping, values, dotted):
+    """An instance of `cls`: the mapping of the YAML at `place`, then the command line's `values` and `dotted`
+    keys.
+    """
+    hints, problems = typing.get_type_hints(cls), []
+    merged = {
+        key: convert(f"{key} in {place}", value, hints[key])
+        for key, value in known(cls, mapping, place).items()
+    }
+    for name in _sections(cls).keys() & merged.keys():
+        called = "{name}.{key} in " + str(place)
+        unknown = "unknown key {key!r} in {name} of " + str(place)
+        merged[name] = _right(cls, name, merged[name], problems, called, unknown)
+    merged |= values
     for name in _sections(cls).keys() & values.keys():  # JSON
         merged[name] = _right(cls, name, merged[name], problems)
     for name, key, value in dotted:  # --generation.K 4

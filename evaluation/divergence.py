@@ -50,6 +50,7 @@ from common import chat, cli, devices, manifest, progress
 from common.cli import UserError, arg
 from common.records import dumps
 from common.tokens import Encoder, answers_of
+from generation import get_hf2
 
 SCRIPT = "evaluation/divergence.py"
 HALVES = ("bfloat16", "float16")
@@ -87,6 +88,8 @@ class Arguments:
     template_kwargs: dict = arg({}, help='variables for the template, {"name": value}')
     trust_remote_code: bool = arg(False, help="run Python code that comes with the models")
     overwrite: bool = arg(False, help="start anew, whatever is there")
+
+    shares_section = get_hf2.Arguments  # a YAML section may serve both scripts
 
 
 def summary_path(output_dir):

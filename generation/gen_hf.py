@@ -3,12 +3,11 @@ them.
 
 In:  prompts (hub name, a data set's folder, .jsonl, .json, .parquet, .csv) and the ports of servers of one model.
 Out: `--output_dir`, a JSON Lines file with `id`, `prompt`, `responses`, `finish_reasons`, `num_tokens`, the
-token
-     ids that were read and sampled, and the prompt's other fields, in the order of the prompt file.
+     token ids that were read and sampled, and the prompt's other fields, in the order of the prompt file.
 
     python generation/gen_hf.py --ports 8000 8001 8002 8003 --tokenizer RLHFlow/LLaMA3-SFT \
-        --dataset_name_or_path RLHFlow/test_generation_2k --output_dir data/gen_data.jsonl --K 4 --temperature
-        1.0
+        --dataset_name_or_path RLHFlow/test_generation_2k --output_dir data/gen_data.jsonl \
+        --K 4 --temperature 1.0
 
 Token ids and every sampling field are sent, so the answers are those of `get_hf2.py`. Each answer is saved as
 it arrives; a stopped run continues with the same command. A failed request is asked again, at another server
@@ -28,24 +27,25 @@ from common import chat
 from common.cli import UserError, arg, check_model, parse, run
 from common.manifest import Output, beside, with_date, write_json
 from common.progress import Progress, duration
-from generation import sampling
+from generation import get_hf2, sampling
 from generation.dispatch import Failure, Run, Server, agree, ask
 
 
 @dataclasses.dataclass(kw_only=True)
 class Arguments(sampling.SamplingArguments):
     tokenizer: str = arg(help="the served model's tokenizer and generation config: hub name or folder")
-    ports: list[int] = arg([8000], "the servers' ports")
-    hosts: list[str] = arg(["127.0.0.1"], "the servers' machines: one for all ports, or one a port")
-    concurrency: int = arg(64, "requests in flight per server")
-    timeout: float = arg(1800.0, "seconds that one request may take")
-    retries: int = arg(8, "how often one prompt may fail before the run ends")
+    ports: list[int] = arg([8000], "the servers' ports", shapes=False)
+    hosts: list[str] = arg(
+        ["127.0.0.1"], "the servers' machines: one for all ports, or one a port", shapes=False
+    )
+    concurrency: int = arg(64, "requests in flight per server", shapes=False)
+    timeout: float = arg(1800.0, "seconds that one request may take", shapes=False)
+    retries: int = arg(8, "how often one prompt may fail before the run ends", shapes=False)
     give_up_after: float = arg(
-        120.0, "seconds of nothing but failures at every server after which the run ends"
+        120.0, "seconds of nothing but failures at every server after which the run ends", shapes=False
     )
 
-
-HOW = {"ports", "hosts", "concurrency", "timeout", "retries", "give_up_after"}  # not what
+    shares_section = get_hf2.Arguments  # a YAML section may serve both scripts
 
 
 async def check_tokenizer(session, server, model, args, tokenizer, item):
@@ -79,12 +79,7 @@ async def generate(args):
     args = with_date(args, args.output_dir)
     hosts = args.hosts * len(args.ports) if len(args.hosts) == 1 else args.hosts
     servers = [Server(f"http://{host}:{port}") for host, port in zip(hosts, args.ports)]
-    inputs = {
-        "dataset_name_or_path": args.dataset_name_or_path,
-        "tokenizer": args.tokenizer,
-        "chat_template": args.chat_template,
-    }
-    settings = {k: v for k, v in sampling.shaping_settings(args).items() if k not in HOW}
+    settings, inputs = sampling.shaping(args, "tokenizer")
     there = Path(args.output_dir).exists() and not args.overwrite
     count = (
         0 if there else sampling.count_prompts(args)

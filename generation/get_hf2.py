@@ -2,17 +2,22 @@ r"""Generate K responses per prompt with a vLLM engine in this process: one proc
 
 In:  prompts (hub name, a data set's folder, .jsonl, .json, .parquet, .csv) and a policy.
 Out: `--output_dir` is a prefix: shard i writes `PREFIXi.jsonl`, with `id`, `prompt`, `responses`,
-`finish_reasons`,
-     `num_tokens`, the token ids that the engine read and sampled, and the prompt's other fields.
-     `merge_data.py` puts the shards together.
+     `finish_reasons`, `num_tokens`, the token ids that the engine read and sampled, and the prompt's other
+     fields. `merge_data.py` puts the shards together.
 
     CUDA_VISIBLE_DEVICES=0 python generation/get_hf2.py --model_name_or_path RLHFlow/LLaMA3-SFT \
-        --dataset_name_or_path RLHFlow/test_generation_2k --output_dir ./data/gen_data --K 4 --temperature 1.0
-        \ --local_index 0 --my_world_size 8
+        --dataset_name_or_path RLHFlow/test_generation_2k --output_dir ./data/gen_data --K 4 --temperature 1.0 \
+        --local_index 0 --my_world_size 8
 
-Several data sets can be answered in one engine start: a YAML file may hold `jobs:`, a list of mappings whose
-keys stand in place of the others (data set, output, K, temperature, …). Answers are saved as they finish; a
-stopped run continues with the same command.
+Several data sets can be answered in one engine start, each with its own K and temperature:
+
+    python generation/get_hf2.py loop.yaml:heldout,heldout,generation --model_name_or_path … \
+        --dataset_name_or_path heldout.jsonl heldout.jsonl prompts.jsonl --output_dir sampled greedy generated \
+        --K 4 1 8 --temperature 1 0 1
+
+takes one section of the YAML file for each job (or one for all of them) and one value for all jobs or one per
+job of --dataset_name_or_path, --output_dir, --K, --temperature and --iteration. Answers are saved as they
+finish; a stopped run continues with the same command.
 """
 
 import dataclasses
@@ -26,7 +31,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
 from common import models
-from common.cli import UserError, arg, check_policy, convert, nearest, parse, read_json, run
+from common.cli import UserError, arg, check_policy, parse_jobs, read_json, run
 from common.devices import check_torch, prepare_threads, visible_gpus
 from common.manifest import Output, with_date
 from common.progress import Progress, duration
@@ -36,20 +41,21 @@ from generation import sampling
 @dataclasses.dataclass(kw_only=True)
 class Arguments(sampling.SamplingArguments):
     model_name_or_path: str = arg(help="policy: hub name or folder")
-    local_index: int = arg(0, "this process's shard, from 0; it also names the output")
-    my_world_size: int = arg(1, "number of shards")
-    tensor_parallel_size: int = arg(1, "GPUs that hold one copy of the model together")
+    local_index: int = arg(0, "this process's shard, from 0; it also names the output", shapes=False)
+    my_world_size: int = arg(1, "number of shards", shapes=False)
+    tensor_parallel_size: int = arg(1, "GPUs that hold one copy of the model together", shapes=False)
     dtype: str = arg(
         "auto", "of the weights in the engine", choices=["auto", "bfloat16", "float16", "float32"]
     )
-    gpu_memory_utilization: float = arg(0.9, "share of a GPU's memory that the engine may take")
+    gpu_memory_utilization: float = arg(0.9, "share of a GPU's memory that the engine may take", shapes=False)
     kv_cache_gib: float | None = arg(
-        None, "GiB of key-value cache; None: what is left on a GPU, 1 without one"
+        None, "GiB of key-value cache; None: what is left on a GPU, 1 without one", shapes=False
     )
     max_num_seqs: int | None = arg(
-        None, "responses decoded at once (slots); None: the engine's own choice for the GPU"
+        None, "responses decoded at once (slots); None: the engine's own choice for the GPU", shapes=False
     )
-    jobs: list[dict] = arg([], "several data sets for one engine start (YAML only)")
+
+    per_job = ("dataset_name_or_path", "output_dir", "K", "temperature", "iteration")  # see cli.parse_jobs
 
 
 CPU_HEAD_SIZES = (
@@ -66,44 +72,17 @@ CPU_HEAD_SIZES = (
     256,
     512,
 )  # that vLLM 0.32's CPU build has a kernel for; a test asks it
-HOW = {"tensor_parallel_size", "gpu_memory_utilization", "kv_cache_gib", "max_num_seqs", "jobs"}  # not what
 IN_ENGINE = (
     4  # sequences that the engine holds, decoding or waiting, per slot; enough that no slot ever waits for us
 )
 FIRST = 256  # prompts that are tokenised before the engine starts; the others while it decodes
-ENGINE = {
-    "model_name_or_path",
-    "revision",
-    "trust_remote_code",
-    "dtype",
-    "local_index",
-    "my_world_size",
-}  # one for all jobs
+# One for all jobs: what the engine is, and which shard this process does.
+ONE_FOR_ALL = (*Arguments.__annotations__, "revision", "trust_remote_code")
 
 
-def split_jobs(args):
-    """One Arguments per job; a job's keys stand in place of the script's own."""
-    hints = {f.name: f.type for f in dataclasses.fields(Arguments)}
-    jobs = []
-    for job in args.jobs or [{}]:
-        for key in job:
-            if key not in hints or key in HOW | ENGINE:
-                raise UserError(f"unknown key {key!r} in a job{nearest(key, hints)}")
-        jobs.append(
-            dataclasses.replace(args, **{k: convert(f"{k} in a job", v, hints[k]) for k, v in job.items()})
-        )
-    return jobs
-
-
-def shaping(job):
+def shaping(job: Arguments) -> tuple[dict, dict]:
     """(settings, inputs) of a job that shape its answers, the shard apart; what a manifest holds."""
-    settings = {
-        k: v
-        for k, v in sampling.shaping_settings(job).items()
-        if k not in HOW | {"local_index", "my_world_size"}
-    }
-    inputs = {"dataset_name_or_path": job.dataset_name_or_path, "model_name_or_path": job.model_name_or_path}
-    return settings, inputs | {"chat_template": job.chat_template}
+    return sampling.shaping(job, "model_name_or_path")
 
 
 def check_head_size(name):
@@ -126,10 +105,15 @@ def check_head_size(name):
         )
 
 
-def check(args, jobs):
+def check(jobs):
     """Refuse what cannot work before the engine is imported."""
+    args = jobs[0]
     for job in jobs:
         sampling.check_sampling(job)
+        for name in ONE_FOR_ALL:
+            one, other = getattr(args, name), getattr(job, name)
+            if one != other:
+                raise UserError(f"the jobs have {name} {one!r} and {other!r}: one engine answers all of them")
     if len({os.path.abspath(job.output_dir) for job in jobs}) < len(jobs):
         raise UserError("two jobs have the same output_dir")
     if (
@@ -260,9 +244,9 @@ def answer(llm, requests, window, progress):
 
 
 def main():
-    args = parse(Arguments, __doc__)
-    jobs = split_jobs(args)
-    check(args, jobs)
+    jobs = parse_jobs(Arguments, __doc__)
+    check(jobs)
+    args = jobs[0]
     todo = []
     for job in jobs:
         path = f"{job.output_dir}{job.local_index}.jsonl"

@@ -130,9 +130,9 @@ def common_manifest(paths):
             )
     counts = {"prompts": first["counts"]["prompts"]}
     counts |= {key: sum(m["counts"][key] for _, _, m in known) for key in ("records", "skipped")}
-    # Shards run side by side, so the longest one's seconds are the whole's.
     if worked := [m["counts"]["engine_seconds"] for _, _, m in known if "engine_seconds" in m["counts"]]:
-        counts["engine_seconds"] = max(worked)
+        # Shards run side by side: the longest one's seconds pass on the clock, their sum is paid for.
+        counts |= {"engine_seconds": max(worked), "engine_seconds_sum": round(sum(worked), 1)}
     if len(known) == len(paths) and counts["records"] + counts["skipped"] != counts["prompts"]:
         raise UserError(
             f"the shards hold {counts['records']} records and skipped {counts['skipped']}, "

@@ -10,7 +10,7 @@ import itertools
 from array import array
 
 from common import chat, models, tokens
-from common.cli import UserError, arg, existing_file
+from common.cli import UserError, arg, existing_file, shaping_values
 from common.manifest import beside
 from common.messages import text_of
 from common.records import BadRecord, read_prompts, sample_seed, shard_range
@@ -34,8 +34,9 @@ class SamplingArguments:
         "what becomes of a record that holds no prompt or one that the chat template refuses: it is "
         "skipped and listed, or the run is refused",
         ["skip", "refuse"],
+        shapes=False,
     )
-    output_dir: str | None = arg(None, "where the answers go; see the top of this help")
+    output_dir: str | None = arg(None, "where the answers go; see the top of this help", shapes=False)
     K: int = arg(8, "responses per prompt")
     temperature: float = arg(1.0, "sampling temperature; 0 is greedy and takes K 1")
     top_p: float = arg(1.0, "nucleus sampling: smallest set of tokens with this probability")
@@ -52,22 +53,8 @@ class SamplingArguments:
     chat_template: str | None = arg(None, "file with a jinja chat template to use instead of the tokenizer's")
     template_kwargs: dict = arg({}, "arguments of the template, JSON: '{\"enable_thinking\": false}'")
     revision: str | None = arg(None, "branch, tag or commit of the model on the hub")
-    trust_remote_code: bool = arg(False, "run Python code that comes with the model")
-    overwrite: bool = arg(False, "start anew where an output exists or is half done")
-
-
-# Settings that do not shape the answers: where they go, how they are computed. All others stand in the
-# manifest.
-NOT_SHAPING = {
-    "overwrite",
-    "output_dir",
-    "dataset_name_or_path",
-    "model_name_or_path",
-    "tokenizer",
-    "chat_template",
-    "trust_remote_code",
-    "bad_prompts",
-}
+    trust_remote_code: bool = arg(False, "run Python code that comes with the model", shapes=False)
+    overwrite: bool = arg(False, "start anew where an output exists or is half done", shapes=False)
 
 
 @dataclasses.dataclass
@@ -350,6 +337,7 @@ def answered(item, responses, finish_reasons, token_ids):
     }
 
 
-def shaping_settings(args, **more):
-    """The settings that shape the answers, for the manifest."""
-    return {k: v for k, v in dataclasses.asdict(args).items() if k not in NOT_SHAPING} | more
+def shaping(args: SamplingArguments, model: str) -> tuple[dict, dict]:
+    """(settings, inputs) that shape the answers, for the manifest; `model` names the argument of the model."""
+    inputs = {name: getattr(args, name) for name in ("dataset_name_or_path", model, "chat_template")}
+    return {k: v for k, v in shaping_values(args).items() if k not in inputs}, inputs

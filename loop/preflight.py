@@ -368,7 +368,7 @@ def check_positions(run, found):
     samples.
     """
     limit = positions(run.settings.model_name_or_path)
-    jobs = get_hf2.split_jobs(build(get_hf2.Arguments, run.generation(0, run.jobs(0)), "generation"))
+    jobs = run.asked(0, run.jobs(0))
     prompt, response = max(((job.max_input_length, job.max_new_tokens) for job in jobs), key=sum)
     if limit and prompt + response > limit:
         found.notes.append(

@@ -91,12 +91,17 @@ class Run:
         return [self.responses_job(max(i, 1)), *self.heldout_jobs(i)]
 
     def generation(self, i, jobs):
-        """Arguments of get_hf2.py for iterate i; `output_dir` of a job is still the merged file."""
-        return (
+        """Arguments of get_hf2.py for iterate i, a mapping a job; its `output_dir` is still the merged file."""
+        shared = (
             {"date": self.settings.date}
             | self.settings.generation
-            | {"model_name_or_path": self.iterate(i), "seed": self.settings.seed, "jobs": jobs}
+            | {"model_name_or_path": self.iterate(i), "seed": self.settings.seed}
         )
+        return [shared | job for job in jobs]
+
+    def asked(self, i, jobs):
+        """The same as get_hf2.py reads them."""
+        return [build(get_hf2.Arguments, values, "generation") for values in self.generation(i, jobs)]
 
     def annotation(self, files):
         """Arguments of get_rewards.py for a list of (generated, rewarded)."""
@@ -206,9 +211,9 @@ class Run:
         """Settings of register_server.sh, so that servers answer these jobs as the engine of get_hf2.py
         would.
         """
-        args = build(get_hf2.Arguments, self.generation(0, jobs), "generation")
+        args, *_ = split = self.asked(0, jobs)
         limit = context_length(args.model_name_or_path, args)  # of the start: later iterates have the same
-        needed = max(job.max_input_length + job.max_new_tokens for job in get_hf2.split_jobs(args))
+        needed = max(job.max_input_length + job.max_new_tokens for job in split)
         names = (
             "dtype",
             "kv_cache_gib",
@@ -228,8 +233,7 @@ class Run:
     def check_sampling(self):
         """Refuse wrong sampling arguments, of the responses and of the held-out answers."""
         jobs = self.jobs(0)
-        args = build(get_hf2.Arguments, self.generation(0, jobs), "generation")
-        for job in get_hf2.split_jobs(args):
+        for job in self.asked(0, jobs):
             try:
                 check_sampling(job)
             except UserError as error:  # a script's flags are keys of the section here
@@ -254,9 +258,7 @@ class Run:
 
     def unfinished_jobs(self, model, jobs):
         """The jobs of iterate `model` whose answers are not there, whichever backend made them."""
-        args = build(get_hf2.Arguments, self.generation(model, jobs), "generation")
-        split = get_hf2.split_jobs(args)
-        return [job for job, asked in zip(jobs, split) if not self.is_answer(asked)]
+        return [job for job, asked in zip(jobs, self.asked(model, jobs)) if not self.is_answer(asked)]
 
     def is_answer(self, asked):
         """Whether a job's answers are there.
@@ -421,7 +423,8 @@ class Run:
             world = len(gpu_groups(self.settings))
             answers = [(shard_prefix(job["output_dir"], world), job["output_dir"]) for job in jobs]
             sharded = [job | {"output_dir": prefix} for job, (prefix, _) in zip(jobs, answers)]
-            write_yaml(folder / f"{stage}.yaml", self.generation(model, sharded))
+            sections = {f"job{k}": values for k, values in enumerate(self.generation(model, sharded))}
+            write_yaml(folder / f"{stage}.yaml", sections)
             left.append("generate")
         if stage in ("annotate", "evaluate"):
             new = {made for _, made in answers}

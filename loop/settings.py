@@ -23,7 +23,6 @@ DECIDED = {
         "model_name_or_path",
         "dataset_name_or_path",
         "output_dir",
-        "jobs",
         "iteration",
         "seed",
         "local_index",

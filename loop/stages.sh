@@ -225,13 +225,14 @@ failed() { # STEP STATUS LOG
 # ---- The steps -------------------------------------------------------------------------------------------------------
 
 generate() { # YAML: one process per GPU (or group of GPUs), then the shards of each output are merged
-  local k pid pids=() status=0 bad='' visible
+  local k pid pids=() status=0 bad='' visible jobs
+  jobs="$(sed -n 's/^\(job[0-9]*\):.*/\1/p' "$1" | paste -sd,)"
   enter vllm
   for k in "${!gpu_groups[@]}"; do
     visible=()
     [ "$dry_run" = no ] || [ "${#gpu_groups[@]}" -eq 1 ] || printf '(' # pasted, the shards run side by side too
     [ -z "${gpu_groups[k]}" ] || visible=(env "CUDA_VISIBLE_DEVICES=${gpu_groups[k]}")
-    run "$logs/$name.$k.log" "${visible[@]}" python generation/get_hf2.py "$1" \
+    run "$logs/$name.$k.log" "${visible[@]}" python generation/get_hf2.py "$1:$jobs" \
       --local_index "$k" --my_world_size "${#gpu_groups[@]}" {lock}>&- & # a subshell would hold the lock beyond our death
     pids+=("$!")
     [ "$dry_run" = no ] || { wait "$!"; [ "${#gpu_groups[@]}" -eq 1 ] || echo ') &'; }

@@ -28,9 +28,7 @@ def test_a_loop_config_is_accepted_by_every_stage(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     run = Run(build(LoopSettings, yaml.safe_load(path.read_text()), path.name))
     for i in range(1, run.settings.iterations + 1):
-        get_hf2.split_jobs(
-            build(get_hf2.Arguments, run.generation(i - 1, [*run.heldout_jobs(i - 1), run.responses_job(i)]))
-        )
+        run.asked(i - 1, [*run.heldout_jobs(i - 1), run.responses_job(i)])
         build(gen_hf.Arguments, run.client(i - 1, run.responses_job(i)))
         build(get_rewards.Arguments, run.annotation(run.rewarded_files(i, "annotate")))
         if run.settings.eval_reward_model:

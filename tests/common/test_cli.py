@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from common import cli
-from common.cli import UserError, arg, count, existing_file, parse, read_yaml
+from common.cli import UserError, arg, count, existing_file, parse, parse_jobs, read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -187,6 +187,87 @@ def test_a_key_outside_its_section_is_told_the_section(tmp_path, key, meant):
         assert str(caught.value).endswith(
             f", did you mean {meant[:1] + lead + meant[1:] if meant[0] == chr(39) else lead + meant}?"
         ), str(caught.value)
+
+
+LOOP = """
+rounds: 2
+heldout: {K: 4, train_dir: null, dtype: float32}
+generation: {K: 8, dtype: float32}
+wrong: {k: 8}
+"""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Engine:
+    K: int = arg(8, "responses per prompt")
+    dtype: str = arg("auto", "of the engine")
+    output_dir: str | None = arg(None, "where to")
+    limit: int | None = arg(None, "or none")
+    train_dir: list[str] = arg([], "files")
+
+    per_job = ("K", "output_dir")
+
+
+@dataclasses.dataclass(kw_only=True)
+class Client(Sampling):
+    ports: list[int] = arg([8000], "ports")
+
+    shares_section = Engine
+
+
+@pytest.fixture
+def loop_yaml(tmp_path):
+    path = tmp_path / "loop.yaml"
+    path.write_text(LOOP)
+    return str(path)
+
+
+def test_a_section_of_a_yaml_is_read_as_a_file(loop_yaml):
+    assert parse(Engine, "", [f"{loop_yaml}:heldout", "--dtype", "auto"]) == Engine(K=4)
+    assert parse(Client, "", [f"{loop_yaml}:heldout"]) == Client(K=4)  # dtype is the engine's
+    whole = Path(f"{loop_yaml}:heldout")  # a file of that name is no section
+    whole.write_text("K: 1\n")
+    assert parse(Engine, "", [str(whole)]) == Engine(K=1)
+
+
+@pytest.mark.parametrize(
+    "cls, sections, told",
+    [
+        (Engine, "helduot", "has no section 'helduot', did you mean 'heldout'?; its sections: heldout, gen"),
+        (Engine, "rounds", "has no section 'rounds'"),
+        (Engine, "wrong", "unknown key 'k' in .*loop.yaml:wrong, did you mean 'K'?"),
+        (Sampling, "heldout", "unknown key 'dtype' in .*loop.yaml:heldout"),
+        (Engine, "heldout,generation", "names 2 sections, this script takes one"),
+    ],
+)
+def test_refused_sections(loop_yaml, cls, sections, told):
+    with pytest.raises(UserError, match=told.replace("?", "[?]")):
+        parse(cls, "", [f"{loop_yaml}:{sections}"])
+    with pytest.raises(UserError, match="no such YAML file: .*lop.yaml; there is .*loop.yaml"):
+        parse(cls, "", [f"{loop_yaml.replace('loop.yaml', 'lop.yaml')}:{sections}"])
+
+
+def test_one_value_for_all_jobs_or_one_per_job(loop_yaml):
+    def jobs(*argv):
+        return [(job.K, job.dtype, job.output_dir) for job in parse_jobs(Engine, "", argv)]
+
+    assert jobs() == [(8, "auto", None)]
+    assert jobs("--output_dir", "a", "b", "--K=4") == [(4, "auto", "a"), (4, "auto", "b")]
+    assert jobs(f"{loop_yaml}:heldout,generation", "--output_dir", "a", "b") == [
+        (4, "float32", "a"),
+        (8, "float32", "b"),
+    ]
+    assert jobs(f"{loop_yaml}:heldout", "--K", "4", "1") == [(4, "float32", None), (1, "float32", None)]
+    for argv, told in (
+        (["--K", "1", "2", "--output_dir", "a", "b", "c"], "--K gives 2 and --output_dir 3"),
+        (
+            [f"{loop_yaml}:heldout,heldout", "--K", "1", "2", "3"],
+            "loop.yaml:heldout,heldout gives 2 and --K 3",
+        ),
+        (["--K", "1", "x"], "--K: 'x' is not a whole number"),
+    ):
+        with pytest.raises(UserError, match=told):
+            jobs(*argv)
 
 
 def test_a_missing_argument_says_what_it_is():

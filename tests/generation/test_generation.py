@@ -138,7 +138,9 @@ def test_every_prompt_once_whatever_the_number_of_shards(tmp_path, monkeypatch, 
         seconds = [
             read_manifest(tmp_path / f"w{world}_{i}.jsonl")["counts"]["engine_seconds"] for i in range(world)
         ]
-        assert read_manifest(tmp_path / f"{world}.jsonl")["counts"]["engine_seconds"] == max(seconds)
+        counts = read_manifest(tmp_path / f"{world}.jsonl")["counts"]
+        assert counts["engine_seconds"] == max(seconds)
+        assert counts["engine_seconds_sum"] == pytest.approx(sum(seconds))
     assert merged[1] == merged[2] == merged[8]
     got = records(tmp_path / "1.jsonl")
     assert [(r["number"], r["prompt"]) for r in got] == [(r["number"], r["context_messages"]) for r in rows]
@@ -293,13 +295,12 @@ def test_greedy_and_sampled_jobs_share_one_start(tmp_path, monkeypatch, starts):
     micro.write_prompts(tmp_path / "p.jsonl", 9)
     write(tmp_path / "held_out.jsonl", "one", "two")
     config = tmp_path / "c.yaml"
-    config.write_text(
-        f"model_name_or_path: {policy()}\ndtype: float32\nmax_new_tokens: 8\nK: 4\njobs:\n"
-        f"- {{dataset_name_or_path: {tmp_path}/p.jsonl, output_dir: {tmp_path}/sampled}}\n"
-        f"- {{dataset_name_or_path: {tmp_path}/held_out.jsonl, output_dir: {tmp_path}/greedy, K: 1, "
-        f"temperature: 0.0}}\n"
-    )
-    get_hf2_main(monkeypatch, config)
+    shared = f"model_name_or_path: {policy()}, dtype: float32, max_new_tokens: 8, K: 4"
+    config.write_text(f"generation: {{{shared}}}\nheldout: {{{shared}, temperature: 0.5}}\n")
+    command = [f"{config}:generation,heldout", "--K", 4, 1, "--temperature", 1, 0]
+    command += ["--dataset_name_or_path", tmp_path / "p.jsonl", tmp_path / "held_out.jsonl"]
+    command += ["--output_dir", tmp_path / "sampled", tmp_path / "greedy"]
+    get_hf2_main(monkeypatch, *command)
     assert len(starts) == 1
     assert [len(r["responses"]) for r in records(tmp_path / "sampled0.jsonl")] == [4] * 9
     assert [len(r["responses"]) for r in records(tmp_path / "greedy0.jsonl")] == [1] * 2
@@ -311,15 +312,13 @@ def test_greedy_and_sampled_jobs_share_one_start(tmp_path, monkeypatch, starts):
     ]
     assert spent[0] >= spent[1] and spent[0] > 0  # one engine's seconds, shared out by tokens
     settings = read_manifest(tmp_path / "greedy0.jsonl")["settings"]
-    assert settings["temperature"] == 0 and settings["K"] == 1 and "jobs" not in settings
-    get_hf2_main(monkeypatch, config)
+    assert settings["temperature"] == 0 and settings["K"] == 1 and "local_index" in settings
+    get_hf2_main(monkeypatch, *command)
     assert len(starts) == 2  # the lone run's; a complete one needs no engine
-    for key in ("revision: x", "tensor_parallel_size: 2", "temprature: 0.5"):
-        config.write_text(
-            f"model_name_or_path: {policy()}\njobs:\n- {{dataset_name_or_path: p, output_dir: o, {key}}}\n"
-        )
-        with pytest.raises(UserError, match=key.split(":")[0]):
-            get_hf2_main(monkeypatch, config)
+    for key, told in (("revision: x", "revision None and 'x'"), ("tensor_parallel_size: 2", "1 and 2")):
+        config.write_text(f"generation: {{{shared}}}\nheldout: {{{shared}, {key}}}\n")
+        with pytest.raises(UserError, match=f"the jobs have .*{told}: one engine answers all of them"):
+            get_hf2_main(monkeypatch, *command)
 
 
 def test_a_stopped_and_a_killed_run_continue_to_the_same_file(tmp_path, monkeypatch, starts):

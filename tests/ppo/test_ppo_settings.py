@@ -15,7 +15,6 @@ import pytest
 import yaml
 
 from common.cli import UserError, build
-from generation import get_hf2
 from loop import run as loop_run
 from loop import settings as run_settings
 from ppo import arguments, train_ppo
@@ -72,7 +71,7 @@ def test_a_config_is_accepted_by_every_stage(path):
         run.settings.backend = backend
         assert run.arguments().output_dir == f"{values['run_dir']}/iter1/model"
     for i in (0, 1):
-        get_hf2.split_jobs(build(get_hf2.Arguments, run.generation(i, run.heldout_jobs(i))))
+        run.asked(i, run.heldout_jobs(i))
     run.check_sampling()
     assert f"configs/{path.name}" in path.read_text() or "bash run_ppo.sh\n" in path.read_text()
 
