@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Online iterative DPO: iterations × (generate → annotate → train → evaluate).
+# Online iterative DPO. A run is a list of policies: each one is sampled, its answers are annotated and measured, and the next
+# policy is trained on the best and worst of its responses.
 #
 #   bash run_loop.sh                                  the Llama-3-8B recipe on the GPUs there are
 #   bash run_loop.sh configs/loop_tiny.yaml           the same on tiny models, without a GPU
@@ -8,69 +9,109 @@
 #   --dry_run                 print each command, so that it can be pasted and run by hand
 #   --check                   check settings, paths, GPUs, memory, disk, templates; then stop
 #   --num_gpus 8 --gpu_memory_gib 80    behind --check or --dry_run: plan for GPUs that are elsewhere
-#   --stage I.S               start at stage S of iteration I: 1 generate, 2 annotate, 3 train, 4 evaluate
-#   --stop_stage I.S          stop behind that stage; a bare S means iteration 1, 0.4 evaluates the start
+#   --stage I.STAGE           start at a stage of iteration I: generate, annotate, train or evaluate (or 1 to 4)
+#   --stop_stage I.STAGE      stop behind it; 0.evaluate measures the start
 #
 # A second start continues: what is finished is skipped, what was cut off is taken up where it stopped. Relative paths in a
 # YAML and in --key value are from this file's folder. --dry_run and --check make no environment, write nothing into the
 # run and do not run the setup command.
 
 set -euo pipefail
-caller="$PWD"
-again="bash $(printf '%q' "$0")$([ "$#" -eq 0 ] || printf ' %q' "$@")"
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source ./envs.sh
-source loop/stages.sh # how a command is run, and the steps of generate, annotate and evaluate
-thinker=loop/run.py
+source loop/launch.sh
 
-# ---- Arguments -------------------------------------------------------------------------------------------------------
-
-config=configs/loop_llama3_8b.yaml stage=0.4 stop_stage=999999.4
-
-ordinal() { # I.S or S → a number that orders stages
-  local name="$1" i=1 s="$1"
-  case "$name" in *.*) i="${name%%.*}" s="${name#*.}" ;; esac
-  case "$s" in generate) s=1 ;; annotate) s=2 ;; train) s=3 ;; evaluate) s=4 ;; esac
-  [[ "$i" =~ ^[0-9]+$ && "$s" =~ ^[1-4]$ ]] ||
-    fail 2 "stage $name: ITERATION.STAGE was expected, with STAGE 1 generate, 2 annotate, 3 train or 4 evaluate, for example 2.3"
-  echo $((10#$i * 4 + s))
-}
-
-read_arguments "$@"
-refuse_early loop
-
-# ---- Settings, and what is left to do --------------------------------------------------------------------------------
-
-start_thinking
-iterations=0 accelerate_config='' keep_iterates=''
-settings="$("$driver" loop/run.py setup "$config" "${options[@]}")"
-eval "$settings"
-hold "$run_dir" loop
-set_up "$setup_command"
-settle "$config"
-[ "$stage" = 0.4 ] || [ "$first" -le $((iterations * 4 + 4)) ] || fail 2 "--stage $stage: there are $iterations iterations"
-make_ready vllm rlhflow
-
-# ---- The loop --------------------------------------------------------------------------------------------------------
-
-train() { # YAML
-  enter rlhflow
-  run "$logs/train.log" accelerate launch --config_file "$accelerate_config" --num_processes "$processes" \
-    dpo_iteration/run_dpo.py "$1" || failed training $? "$logs/train.log"
-}
-
-# do_stage (loop/stages.sh) runs what is left of a stage: generate.yaml and annotate.yaml in environment vllm, train.yaml in
-# rlhflow; evaluation answers and scores the held-out prompts, and with the same engine the next iteration's.
-[ "$dry_run" = no ] || printf 'cd %q\n' "$PWD"
-number=0
-for ((i = 0; i <= iterations; i++)); do
-  for name in generate annotate train evaluate; do
-    number="$(ordinal "$i.$name")"
-    [ "$i" -gt 0 ] || [ "$name" = evaluate ] || continue # iteration 0 is the starting policy: evaluated only
-    if [ "$number" -ge "$first" ] && [ "$number" -le "$last" ] && [[ " $left " == *" $i.$name "* ]]; then
-      do_stage "$i" "$name"
-    fi
+turns() { # of one policy after the other; policy 0 is the start
+  local i policy
+  run="${plan[run_dir]}" settings="$run/loop.yaml"
+  for ((i = 0; i <= plan[iterations]; i++)); do
+    [ "$i" -eq 0 ] && policy="${plan[model_name_or_path]}" || policy="$run/iter$i/model"
+    here="$run/iter$i" next="$run/iter$((i + 1))"
+    step sample "$policy" "$i"
+    step annotate "$policy" "$i"
+    step measure "$policy" "$i"
+    step train "$policy" "$i"
+    prune "$i"
   done
-  [ -z "$keep_iterates" ] || [ "$dry_run" = yes ] || [ "$number" -gt "$last" ] || "$driver" loop/run.py prune "$run_dir" "$i"
-done
+}
+
+sample() { # POLICY I: held-out answers, and the responses that the next policy is trained on, by one start of the engine
+  local k n=$(($2 + 1)) outputs=() sections=() prompts=() K=() temperature=() iteration=() parts=()
+  job() { done_already "$1" || { outputs+=("$1") sections+=("$2") prompts+=("$3") K+=("$4") temperature+=("$5") iteration+=("$6"); }; }
+  if wanted "$2.evaluate"; then # -1: seeds that no iteration meets
+    job "$here/heldout_sampled.generated.jsonl" heldout "${plan[heldout_prompts]}" "${plan[heldout.K]}" "${plan[heldout.temperature]}" -1
+    job "$here/heldout_greedy.generated.jsonl" heldout "${plan[heldout_prompts]}" 1 0 -1
+  fi
+  ! wanted "$n.generate" || job "$next/generated.jsonl" generation "${plan[prompts.$n]}" "${plan[generation.K]}" "${plan[generation.temperature]}" "$n"
+  [ "${#outputs[@]}" -gt 0 ] || return 0
+
+  if [ "${plan[generation_backend]}" = servers ]; then
+    in_env vllm "$here/logs/servers.log" "${start_servers[@]}" "$1"
+    for k in "${!outputs[@]}"; do
+      in_env vllm "$here/logs/client.log" python generation/gen_hf.py "$settings:${sections[k]}" --tokenizer "$1" "${ask_servers[@]}" \
+        --dataset_name_or_path "${prompts[k]}" --output_dir "${outputs[k]}" \
+        --K "${K[k]}" --temperature "${temperature[k]}" --iteration "${iteration[k]}" --seed "${plan[seed]}"
+    done
+    in_env vllm "$here/logs/servers.log" "${stop_servers[@]}"
+    return
+  fi
+  for k in "${outputs[@]}"; do parts+=("${k%/*}/shards/$(basename "$k" .jsonl).of${#gpu_groups[@]}."); done
+  shards vllm "$here/logs/sample.%s.log" python generation/get_hf2.py "$settings:$(IFS=,; echo "${sections[*]}")" \
+    --model_name_or_path "$1" --dataset_name_or_path "${prompts[@]}" --output_dir "${parts[@]}" \
+    --K "${K[@]}" --temperature "${temperature[@]}" --iteration "${iteration[@]}" --seed "${plan[seed]}"
+  for k in "${!outputs[@]}"; do
+    in_env vllm "$here/logs/sample.merge.log" python generation/merge_data.py --base_path "${parts[k]}" --output_dir "${outputs[k]}" \
+      --num_datasets "${#gpu_groups[@]}"
+    remove "${parts[k]}" "${outputs[k]}.partial"
+  done
+}
+
+annotate() { # POLICY I: rewards of its answers
+  local files=()
+  ! wanted "$2.evaluate" || files+=("$here"/heldout_{sampled,greedy})
+  ! wanted "$(($2 + 1)).annotate" || files+=("$next/")
+  rewards annotation rewarded "${files[@]}"
+}
+
+rewards() { # SECTION SUFFIX PREFIX…: score PREFIX.generated.jsonl into PREFIX.SUFFIX.jsonl where that is not there
+  local file answers=() scores=() models=() log="$here/logs/annotate.log"
+  for file in "${@:3}"; do
+    [[ "$file" == */ ]] || file+=.
+    done_already "$file$2.jsonl" || { answers+=("${file}generated.jsonl") scores+=("$file$2.jsonl"); }
+  done
+  [ "${#answers[@]}" -gt 0 ] || return 0
+  if [ "$1" = annotation ]; then models=("${reward_models[@]}"); else models=("${judges[@]}") log="$here/logs/judge.log"; fi
+  in_env vllm "$log" "${each_gpu[@]}" annotate_data/get_rewards.py "$settings:$1" \
+    ${models[0]:+--reward_name_or_path "${models[@]}"} --dataset_name_or_path "${answers[@]}" --output_dir "${scores[@]}"
+}
+
+measure() { # POLICY I: what a second judge says, KL to the start, and the figures
+  local more=()
+  wanted "$2.evaluate" || return 0
+  [ "${#judges[@]}" -eq 0 ] || rewards eval_annotation judged "$here"/heldout_{sampled,greedy}
+  [ -z "${plan[divergence]}" ] || done_already "$here/divergence.json" || [ -e "$1.pruned" ] ||
+    in_env rlhflow "$here/logs/divergence.log" "${each_gpu[@]}" evaluation/divergence.py "$settings:heldout" \
+      --model_name_or_path "$1" --ref_model_name_or_path "${plan[model_name_or_path]}" \
+      --dataset_name_or_path "$here/heldout_sampled.generated.jsonl" --output_dir "$here/divergence.jsonl"
+  [ "$worked" = no ] && done_already "$here/metrics.json" && [[ " ${plan[stale]} " != *" $2 "* ]] && return
+  [ -z "${plan[gold_function]}" ] || more+=(--gold_function "${plan[gold_function]}")
+  [ "${#judges[@]}" -eq 0 ] || more+=(--judge_sampled "$here/heldout_sampled.judged.jsonl" --judge_greedy "$here/heldout_greedy.judged.jsonl")
+  in_env rlhflow "$here/logs/metrics.log" python evaluation/metrics.py --sampled "$here/heldout_sampled.rewarded.jsonl" \
+    --greedy "$here/heldout_greedy.rewarded.jsonl" --output_dir "$here/metrics.json" "${more[@]}"
+  attempt rlhflow "$here/logs/metrics.log" python evaluation/run_metrics.py --run "$run" "${report_to[@]}"
+}
+
+declare -F train >/dev/null || train() { # POLICY I: policy I+1, by DPO on the best and worst of the responses; run_ppo.sh has another
+  local reference="$1" n=$(($2 + 1)) data=("$next/rewarded.jsonl")
+  wanted "$n.train" && ! done_already "$next/model" || return 0
+  [ "${plan[reference]}" = previous ] || reference="${plan[model_name_or_path]}"
+  [ "${plan[train_on]}" = new ] || mapfile -t data < <(seq -f "$run/iter%g/rewarded.jsonl" "$n")
+  in_env rlhflow "$next/logs/train.log" accelerate launch --config_file "${plan[accelerate_config]}" \
+    --num_processes "${plan[num_processes]}" dpo_iteration/run_dpo.py "$settings:training_args" --model_name_or_path "$1" \
+    --ref_model_name_or_path "$reference" --train_dir "${data[@]}" --output_dir "$next/model" \
+    --pairs_path "$next/pairs.jsonl" --reference_cache "$run/reference_logps" --seed "${plan[seed]}"
+}
+
+begin "${planner:-loop/plan.py}" "$@"
+turns
 conclude

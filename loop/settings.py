@@ -64,7 +64,7 @@ class RunSettings:
         None, "reward models: hub names or folders; none where annotation.reward_function scores alone"
     )
     prompts: list[str] = arg(help="prompt sets")
-    heldout_prompts: str = arg(help="prompts for evaluation only")
+    heldout_prompts: str | None = arg(None, "prompts for evaluation only; null: nothing is evaluated")
     seed: int = arg(42, "seed of the run; sampling, pair selection and training derive theirs from it")
     date: str | None = arg(
         None, "day for chat templates that write today's, YYYY-MM-DD; None: the day on which the run began"
@@ -76,7 +76,11 @@ class RunSettings:
         ["engine", "servers"],
     )
     server_port: int = arg(8000, "port of the first API server; the others follow")
-    servers: dict = arg({}, f"arguments of generation/gen_hf.py that tell how it asks: {', '.join(CLIENT)}")
+    servers: dict = arg(
+        {},
+        f"of generation_backend servers: {', '.join(CLIENT)} of generation/gen_hf.py; and for servers on other machines "
+        "hosts, ports, and the commands start and stop",
+    )
     heldout: dict = arg({}, "arguments of the held-out sampling that differ from `generation`")
     annotation: dict = arg({}, "arguments of annotate_data/get_rewards.py")
     eval_reward_model: list[str] | None = arg(
@@ -174,6 +178,28 @@ def decided(settings):
                 yield f"{section}.{key} is what the run itself decides: " + (
                     f"leave it out and give {instead}" if named else "leave it out"
                 )
+
+
+def complete(cls, given: dict, without: tuple, where: str) -> dict:
+    """All arguments of a script, those that were not given by their defaults, in their types.
+
+    Args:
+        cls: its dataclass. given: some of them. without: names that the run decides. where: for messages.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.name not in without}
+    needed = {
+        name: "-" for name, f in cls.__dataclass_fields__.items() if name not in fields and is_required(f)
+    }
+    made = build(
+        cls,
+        {key: value for key, value in given.items() if key in fields or key not in without} | needed,
+        where,
+    )
+    return {name: getattr(made, name) for name in fields}
+
+
+def is_required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def gpus_of(settings):

@@ -1,14 +1,13 @@
-"""What run_ppo.sh needs thought for: the settings of a PPO run, what each stage reads and writes, and what is
-left to do.
+"""The settings of a PPO run, resolved: what run_ppo.sh needs of them, and RUN/loop.yaml.
 
-    python ppo/run.py prepare RUN configs/ppo_tiny.yaml [--key value …] check, write RUN/loop.yaml, print variables
-    python ppo/run.py todo RUN ITERATION STAGE                          print the steps left, write their YAML
-    python ppo/run.py plan CONFIG --openrlhf.num_gpus 8 --openrlhf.gpu_memory_gib 80    what OpenRLHF would do on GPUs that need not be here
+    python ppo/run.py values CONFIG [--key value …]   KEY<TAB>VALUE lines for the driver
+    python ppo/run.py check  CONFIG [--key value …]   check all that can be known now; writes nothing
+    python ppo/run.py write  CONFIG [--key value …]   the same, then RUN/loop.yaml, which the commands of a run read
+    python ppo/run.py plan   CONFIG [--key value …]   what OpenRLHF would do on GPUs that need not be here, such as
+                                                      --openrlhf.num_gpus 8 --openrlhf.gpu_memory_gib 80
 
-A PPO run is a run of one iteration: `iter0/` holds the held-out answers of the starting policy, `iter1/` the
-model that PPO trains, its held-out answers and `train.yaml`, from which either backend can be started by
-hand. Evaluation, folders and manifests are those of the loop (loop/run.py), so that evaluation/metrics.py shows
-both alike; so is what stands in place of RUN.
+A PPO run has two policies: the start, and what PPO makes of it. All but the training is as in loop/plan.py, so that both
+kinds of runs can be compared. The section `ppo` of RUN/loop.yaml has the complete arguments of the backend that trains.
 """
 
 import dataclasses
@@ -20,11 +19,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
-from common.cli import UserError, arg, build, nearest, parse, refuse, run
+from common.cli import UserError, arg, build, parse, refuse, run
 from common.devices import none_visible
-from loop import preflight
-from loop.run import Run, is_planning, load, settle, setup, todo
-from loop.settings import LoopSettings, RunSettings, gpus_of, processes
+from common.manifest import read_manifest
+from loop import changes
+from loop import check as checks
+from loop.plan import Plan, with_config
+from loop.plan import main as plan_main
+from loop.settings import LoopSettings, RunSettings, complete, gpus_of, processes
 from ppo import arguments, train_ppo
 from ppo.openrlhf import arguments as openrlhf_arguments
 
@@ -119,14 +121,17 @@ class PPOSettings(RunSettings):
     )
 
 
-class PPORun(Run):
-    """Paths, arguments and state of one PPO run."""
+class PPOPlan(Plan):
+    """One PPO run: its resolved settings and what each script is told."""
 
     Settings = PPOSettings
+    default = "configs/ppo_llama3_8b.yaml"
     example = "bash run_ppo.sh configs/ppo_tiny.yaml"
+    plain = tuple(key for key in Plan.plain if key in PPOSettings.__dataclass_fields__ or key == "iterations")
+    DECIDED = ("model_name_or_path", "reward_name_or_path", "dataset_name_or_path", "output_dir", "seed")
 
     @property
-    def backend(self):
+    def backend(self) -> str:
         """openrlhf or small."""
         if self.settings.backend != "auto":
             return self.settings.backend
@@ -134,46 +139,38 @@ class PPORun(Run):
 
     @property
     def module(self):
-        """The backend's module, with `Arguments`, `arguments(values, where)` and `shaping(args)`; imports
-        nothing heavy.
-        """
+        """The backend's module, with `Arguments`, `arguments(values, where)` and `shaping(args)`; imports nothing heavy."""
         return importlib.import_module(BACKENDS[self.backend])
 
-    def stages(self, i):
-        return {0: ("evaluate",), 1: ("train", "evaluate")}.get(i, ())
+    def all_stages(self):
+        return ["0.evaluate", "1.train", "1.evaluate"]
 
-    def jobs(self, i):
-        return self.heldout_jobs(i)
+    def expected(self):
+        return "one of 0.evaluate, 1.train and 1.evaluate was expected"
 
-    def training(self, i):
-        """Flat arguments of the backend: `ppo`, `openrlhf` where it is that, then what the run decides."""
+    def jobs(self):
+        return self.heldout_jobs()
+
+    def training(self) -> dict:
+        """Complete arguments of the backend but for what the run decides: what evaluation says of prompts and rewards, then
+        `ppo`, and `openrlhf` where it is that.
+
+        Raises:
+            UserError: a key is the run's own, or the other backend's.
+        """
         settings = self.settings
         chosen = settings.ppo | (settings.openrlhf if self.backend == "openrlhf" else {})
-        decided = {
-            "model_name_or_path": self.iterate(0),
-            "reward_name_or_path": settings.reward_name_or_path,
-            "dataset_name_or_path": settings.prompts,
-            "output_dir": self.path(i, "model"),
-            "seed": settings.seed,
-        }
-        for key in decided:
+        for key in self.DECIDED:
             if key in chosen:
-                raise UserError(
-                    f"ppo: {key} is the run's own; give "
-                    f"{'prompts' if key.startswith('dataset') else 'run_dir' if key == 'output_dir' else key}"
-                )
+                own = {"dataset_name_or_path": "prompts", "output_dir": "run_dir"}.get(key, key)
+                raise UserError(f"ppo: {key} is the run's own; give {own}")
         known = self.module.Arguments.__dataclass_fields__
         for other in BACKENDS.keys() - {self.backend}:
-            foreign = [
-                key
-                for key in settings.ppo
-                if key not in known
-                and key in importlib.import_module(BACKENDS[other]).Arguments.__dataclass_fields__
-            ]
+            others = importlib.import_module(BACKENDS[other]).Arguments.__dataclass_fields__
+            foreign = [key for key in settings.ppo if key not in known and key in others]
             if foreign:
                 raise UserError(
-                    f"ppo: {', '.join(foreign)} for backend {other} alone; leave that out with backend "
-                    f"{self.backend}"
+                    f"ppo: {', '.join(foreign)} for backend {other} alone; leave that out with backend {self.backend}"
                 )
         shared = {
             ours: value
@@ -184,7 +181,30 @@ class PPORun(Run):
         if "date" in known:
             shared.setdefault("date", settings.date)
         shared |= {key: value for key in OF_PLAN if key in known and (value := getattr(settings, key))}
-        return decided | shared | chosen
+        return complete(self.module.Arguments, shared | chosen, self.DECIDED, self.where)
+
+    def training_of(self, i: int) -> dict:
+        settings = self.settings
+        return self.training() | {
+            "model_name_or_path": settings.model_name_or_path,
+            "reward_name_or_path": settings.reward_name_or_path,
+            "dataset_name_or_path": settings.prompts,
+            "output_dir": str(self.folder.model(i)),
+            "seed": settings.seed,
+        }
+
+    def trained(self):
+        return {"ppo": self.training()}
+
+    def shaping_training(self, section):
+        return {f.name for f in dataclasses.fields(self.module.Arguments) if f.metadata["shapes"]}
+
+    def values(self, stages):
+        return [
+            *super().values(stages),
+            ("backend", self.backend),
+            *(("prompt_sets[]", name) for name in self.settings.prompts),
+        ]
 
     def left_out(self):
         """(section, key) of what evaluation would use and the backend could not."""
@@ -195,10 +215,10 @@ class PPORun(Run):
 
     def arguments(self):
         """The backend's arguments as it reads them, checked as far as can be before anything is loaded."""
-        return self.ask(self.module.arguments, self.training(1), self.where)
+        return self.ask(self.module.arguments, self.training_of(1), self.where)
 
     @property
-    def where(self):
+    def where(self) -> str:
         """The sections that hold the backend's arguments, for messages."""
         return "ppo and openrlhf" if self.backend == "openrlhf" else "ppo"
 
@@ -226,53 +246,62 @@ class PPORun(Run):
                 [re.sub(r"--(\w+)", name, problem) for problem in getattr(error, "problems", [str(error)])]
             )
 
-    def is_trained(self, i):
-        args = self.arguments()
-        return self.is_done(args.output_dir, *self.module.shaping(args))
+    def is_trained(self) -> bool:
+        held = read_manifest(self.folder.model(1))
+        return bool(held and held.get("complete"))
+
+    def refuse_early(self):
+        if self.backend == "openrlhf" and not gpus_of(self.settings):
+            raise UserError(
+                f"backend openrlhf needs GPUs and {none_visible()}; --backend small, or on tiny models: "
+                f"{self.example}; for a plan only: python ppo/run.py plan …"
+            )
+
+    def check(self, left):
+        check(self, left)
 
 
-def check(current):
+def check(plan, left):
     """Print findings about a PPO run and refuse what cannot work.
 
-    Returns:
-        the stages that have something left, as `Run.stages_left` names them.
+    Args:
+        left: whether anything is left to do.
 
     Raises:
         UserError: all problems, a line each.
     """
-    settings, found = current.settings, preflight.Findings()
-    if not settings.prompts:
-        raise UserError("prompts name at least one set")
-    preflight.check_models(current, found)
-    for name, key in current.left_out():
+    settings, found = plan.settings, checks.Findings()
+    checks.check_models(plan, found)
+    for name, key in plan.left_out():
         found.problems.append(
-            f"{name}: PPO (backend {current.backend}) would train without {key}, which evaluation uses; "
+            f"{name}: PPO (backend {plan.backend}) would train without {key}, which evaluation uses; "
             "leave it out"
         )
     # What has the right types is looked at further, so that all that is wrong is told at once.
-    args = found.attempt(lambda: build(current.module.Arguments, current.training(1), current.where))
+    args = found.attempt(lambda: build(plan.module.Arguments, plan.training_of(1), plan.where))
     before = len(found.problems)
     if args:
         found.attempt(
-            current.ask,
-            current.module.check,
+            plan.ask,
+            plan.module.check,
             args,
-            *([processes(settings)] if current.backend == "small" else []),
+            *([processes(settings)] if plan.backend == "small" else []),
         )
     right = args is not None and len(found.problems) == before
-    left = None if found.problems else found.attempt(current.stages_left)
-    sets = preflight.check_prompts(current, found)
+    if not found.problems:
+        found.attempt(changes.refuse, plan, plan.resolved())
+    sets = checks.check_prompts(plan, found)
     there = None if None in sets.values() else sum(len(sets[name]) for name in settings.prompts)
-    check_rollouts(current, args, there, found)
-    if right and (left is None or "1.train" in left):
-        check_backend(current, args, found)
-    _, count = preflight.check_gpus(current, found)
-    if count and args and current.backend == "small":
+    check_rollouts(plan, args, there, found)
+    if right and not plan.is_trained():
+        check_backend(plan, args, found)
+    _, count = checks.check_gpus(plan, found)
+    if count and args and plan.backend == "small":
         # The model; while training, checkpoints of policy and value model with Adam's two states, in 4 bytes
         # each.
         kept = args.save_total_limit + 1 if args.save_steps else 0
-        preflight.check_disk(
-            current,
+        checks.check_disk(
+            plan,
             found,
             (4 + 24 * kept) * count / 2**30,
             "the model and checkpoints",
@@ -284,29 +313,28 @@ def check(current):
         # written
     ):
         kept = 2 * 14 * args.save_total_limit if args.save_steps and not args.lora_r else 0
-        preflight.check_disk(
-            current,
+        checks.check_disk(
+            plan,
             found,
             (4 + kept) * count / 2**30,
             "the model and checkpoints",
             "see ppo.save_total_limit",
         )
-    preflight.conclude(
-        current,
+    checks.conclude(
+        plan,
         left,
         found,
-        "" if found.problems else f"{preflight.summary(current)}, backend {current.backend}",
+        "" if found.problems else f"{checks.summary(plan)}, backend {plan.backend}",
     )
-    return left
 
 
-def check_rollouts(current, args, prompts, found):
+def check_rollouts(plan, args, prompts, found):
     """Refuse fewer prompts than a rollout takes, with sizes that fit together in place of what was said of
     the sizes without them.
     """
     if args is None or prompts is None or not 0 <= prompts < args.rollout_batch_size:
         return
-    if current.backend == "openrlhf":  # its sizes follow from where it is placed, see its plan
+    if plan.backend == "openrlhf":  # its sizes follow from where it is placed, see its plan
         found.problems.append(
             f"{prompts} prompts are fewer than a rollout takes: lower --ppo.rollout_batch_size "
             f"{args.rollout_batch_size}, or give more"
@@ -314,25 +342,25 @@ def check_rollouts(current, args, prompts, found):
         return
 
     def sizes(*given):
-        return current.ask(lambda: refuse(arguments.check_batches(args, processes(current.settings), *given)))
+        return plan.ask(lambda: refuse(arguments.check_batches(args, processes(plan.settings), *given)))
 
-    before = preflight.Findings()
+    before = checks.Findings()
     before.attempt(sizes)
     found.problems = [problem for problem in found.problems if problem not in before.problems]
     found.attempt(sizes, prompts)
 
 
-def check_backend(current, args, found):
+def check_backend(plan, args, found):
     """What the backend itself refuses before it loads anything, on as many processes as will be started."""
     if (
-        current.backend == "openrlhf"
+        plan.backend == "openrlhf"
     ):  # as its dry run: what its environment holds is looked at when that is made
         args = dataclasses.replace(args, dry_run=True)
-        planned = found.attempt(current.ask, current.module.plan, args)
-        found.notes.extend(current.module.describe(args, planned) if planned else [])
+        planned = found.attempt(plan.ask, plan.module.plan, args)
+        found.notes.extend(plan.module.describe(args, planned) if planned else [])
         return
-    found.attempt(current.ask, current.module.check_paths, args)
-    limit = preflight.positions(args.model_name_or_path)
+    found.attempt(plan.ask, plan.module.check_paths, args)
+    limit = checks.positions(args.model_name_or_path)
     if limit and args.max_input_length + args.max_new_tokens > limit:
         found.problems.append(
             f"the policy has {limit} positions: generation.max_input_length {args.max_input_length} + "
@@ -341,52 +369,20 @@ def check_backend(current, args, found):
         )
 
 
-def prepare(settings_dir, argv):
-    """Check everything that can be known now, write loop.yaml, and print what run_ppo.sh needs as shell
-    variables.
-    """
-    settings = parse(PPOSettings, __doc__, argv)
-    current = PPORun(settings, planning=is_planning(settings, settings_dir))
-    settle(current, check(current), settings_dir)
-
-
-def plan(argv):
-    """Print where OpenRLHF would put what, and its command; on a machine without GPUs, for so many as are
-    asked for.
-    """
-    settings = parse(PPOSettings, __doc__, argv)
+def show_plan(argv: list[str]):
+    """Print where OpenRLHF would put what, and its command; on a machine without GPUs, for so many as are asked for."""
+    settings = parse(PPOSettings, __doc__, with_config(argv, PPOPlan.default))
     refuse(settings.problems)
     settings.backend = "openrlhf"
-    current = PPORun(settings)
-    module, args = current.module, dataclasses.replace(current.arguments(), dry_run=True)
-    current.ask(module.show_plan, args)
+    plan = PPOPlan(settings)
+    plan.ask(plan.module.show_plan, dataclasses.replace(plan.arguments(), dry_run=True))
 
 
 def main():
-    commands = {"prepare": 1, "setup": 1, "todo": 4, "plan": 1}
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
-    if name in ("-h", "--help"):
-        print(__doc__)
-    elif name not in commands:
-        raise UserError(f"unknown command {name!r}{nearest(name, commands)}; see the top of ppo/run.py")
-    elif name == "prepare":
-        settings_dir, *rest = (
-            sys.argv[2:] if sys.argv[2:3] not in ([], ["-h"], ["--help"]) else ["", "--help"]
-        )
-        prepare(settings_dir, rest)
-    elif name == "plan":
-        plan(sys.argv[2:])
-    elif name == "setup":
-        current = PPORun(setup(PPORun, __doc__, sys.argv[2:]))
-        if current.backend == "openrlhf" and not gpus_of(current.settings):
-            raise UserError(
-                f"backend openrlhf needs GPUs and {none_visible()}; --backend small, or on tiny models: "
-                + PPORun.example
-                + "; for a plan only: python ppo/run.py plan …"
-            )
-        print(f"backend={current.backend}")
+    if sys.argv[1:2] == ["plan"]:
+        show_plan(sys.argv[2:])
     else:
-        todo(load(sys.argv[2], PPORun), int(sys.argv[3]), sys.argv[4], sys.argv[2])
+        plan_main(PPOPlan, __doc__)
 
 
 if __name__ == "__main__":

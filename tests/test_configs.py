@@ -13,29 +13,45 @@ from common.cli import build, parse
 from dpo_iteration import run_dpo
 from evaluation import divergence, evaluate_benchmarks, export_answers, metrics
 from generation import gen_hf, get_hf2, merge_data
-from loop.run import Run
+from loop.plan import Plan
 from loop.settings import LoopSettings
 from ppo import train_ppo
 from ppo.openrlhf import run_openrlhf
-from ppo.run import PPORun, PPOSettings
+from ppo.run import PPOPlan, PPOSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 LOOPS = sorted((ROOT / "configs").glob("loop_*.yaml"))
 
 
 @pytest.mark.parametrize("path", LOOPS, ids=lambda p: p.stem)
-def test_a_loop_config_is_accepted_by_every_stage(path, monkeypatch):
+def test_a_loop_config_is_accepted_by_every_stage(path, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    run = Run(build(LoopSettings, yaml.safe_load(path.read_text()), path.name))
-    for i in range(1, run.settings.iterations + 1):
-        run.asked(i - 1, [*run.heldout_jobs(i - 1), run.responses_job(i)])
-        build(gen_hf.Arguments, run.client(i - 1, run.responses_job(i)))
-        build(get_rewards.Arguments, run.annotation(run.rewarded_files(i, "annotate")))
-        if run.settings.eval_reward_model:
-            build(get_rewards.Arguments, run.judging(run.judged_files(i)))
-        build(divergence.Arguments, run.divergence(i))
-        run_dpo.arguments(run.training(i))
-    assert (ROOT / run.settings.accelerate_config).is_file()
+    plan = Plan(build(LoopSettings, yaml.safe_load(path.read_text()), path.name))
+    assert len(plan.jobs()) == 3
+    resolved = plan.resolved()
+    models = {
+        "dataset_name_or_path": ["a"],
+        "output_dir": ["b"],
+        "reward_name_or_path": plan.settings.reward_name_or_path,
+    }
+    build(get_rewards.Arguments, resolved["annotation"] | models)
+    run_dpo.arguments(plan.training_of(1))
+    (tmp_path / "loop.yaml").write_text(
+        yaml.safe_dump(resolved)
+    )  # every section is read by the scripts that are given it
+    parse(gen_hf.Arguments, "", [f"{tmp_path}/loop.yaml:heldout", "--tokenizer", "a/b"])
+    words = [
+        "--model_name_or_path",
+        "a/b",
+        "--ref_model_name_or_path",
+        "c/d",
+        "--dataset_name_or_path",
+        "x",
+        "--output_dir",
+        "y",
+    ]
+    parse(divergence.Arguments, "", [f"{tmp_path}/loop.yaml:heldout", *words])
+    assert (ROOT / plan.settings.accelerate_config).is_file()
     assert f"configs/{path.name}" in path.read_text() or "bash run_loop.sh\n" in path.read_text()
 
 
@@ -44,7 +60,7 @@ def test_a_ppo_config_is_accepted_as_it_is_read(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     settings = parse(PPOSettings, "", [str(path), "--backend", "openrlhf" if "8b" in path.stem else "small"])
     assert settings.problems == []
-    PPORun(settings).arguments()
+    PPOPlan(settings).arguments()
 
 
 def test_a_key_of_both_backends_takes_the_values_of_either(monkeypatch):

@@ -530,9 +530,8 @@ def test_requirements_that_others_include_are_in_their_stamp(venv):
 # ---- What the drivers do -----------------------------------------------------------------------------------
 
 DRIVER = (
-    f"cd {ROOT}; caller=$PWD; again='the same'; source loop/stages.sh; {{}}; start_thinking; echo $driver; "
-    'hold "$FOLDER/run" loop; run_dir="$FOLDER/run"; '
-    "left='{}'; make_ready vllm rlhflow"
+    f"cd {ROOT}; source loop/launch.sh; again='the same'; {{}}; plan[run_dir]=$FOLDER/run; enter_rlhflow; echo $python; "
+    'hold "$FOLDER/run"; make_ready {}'
 )
 
 
@@ -543,28 +542,28 @@ def thinking(shell):
     return f"{shell.envs}/rlhflow/bin/python"
 
 
-@pytest.mark.parametrize("mode", ["check=yes", "dry_run=yes"])
+@pytest.mark.parametrize("mode", ["mode=check", "mode=dry_run"])
 def test_check_and_dry_run_make_no_environment(shell, mode):
     assert (
-        "there is no environment rlhflow" in refused(shell, DRIVER.format(mode, "1.generate"))
+        "there is no environment rlhflow" in refused(shell, DRIVER.format(mode, "vllm rlhflow"))
         and not (shell.folder / "pip").exists()
     )
     python = thinking(shell)
-    done = shell(DRIVER.format(mode, "1.generate"))
+    done = shell(DRIVER.format(mode, "vllm rlhflow"))
     assert good(done).splitlines() == [python] and shell.made() == ["rlhflow"]
     assert ("environment vllm is not made yet, a start makes it from requirements.txt" in done.stderr) == (
-        mode == "check=yes"
+        mode == "mode=check"
     )
 
 
 def test_a_check_says_what_the_machine_lacks(venv):
     thinking(venv)
     venv.gpus(driver="535.1")
-    assert "driver is 535.1" in venv(DRIVER.format("check=yes", "1.generate")).stderr and venv.made() == [
+    assert "driver is 535.1" in venv(DRIVER.format("mode=check", "vllm rlhflow")).stderr and venv.made() == [
         "rlhflow"
     ]
     # Also where there is no environment yet: before somebody makes one.
-    told = venv(DRIVER.format("check=yes", "1.generate"), envs_dir=f"{venv.folder}/none").stderr
+    told = venv(DRIVER.format("mode=check", "vllm rlhflow"), envs_dir=f"{venv.folder}/none").stderr
     assert "driver is 535.1" in told and told.splitlines()[-1].startswith(
         "error: there is no environment rlhflow"
     )
@@ -578,7 +577,7 @@ def test_a_finished_run_makes_no_environment(shell):
         and "nothing is left to do" in done.stderr
         and shell.made() == ["rlhflow"]
     )
-    begun = good(shell(DRIVER.format("true", "1.generate") + "; echo $driver")).splitlines()
+    begun = good(shell(DRIVER.format("true", "vllm rlhflow") + "; echo $python")).splitlines()
     assert begun[0] == python and begun[-1] != python and len(shell.made()) == 3
 
 
@@ -587,7 +586,7 @@ def test_a_driver_that_is_ended_ends_its_installs(venv):
     thinking(venv)
     venv.requirements.write_text("slow\n")
     process = subprocess.Popen(
-        venv.command(DRIVER.format("true", "1.generate")),
+        venv.command(DRIVER.format("true", "vllm rlhflow")),
         env=venv.env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -614,12 +613,12 @@ def test_a_dry_run_of_the_benchmarks_makes_no_environment(shell):
 
 
 def test_a_start_from_nothing_makes_both_first(shell):
-    out = good(shell(DRIVER.format("true", "1.generate"))).splitlines()
+    out = good(shell(DRIVER.format("true", "vllm rlhflow"))).splitlines()
     assert out[-1] == f"{shell.envs}/rlhflow/bin/python" and shell.made() == ["rlhflow", "vllm"]
 
 
 def test_dry_runs_print_how_to_enter(shell):
-    lines = f"{DRIVER.format('dry_run=yes', '1.generate')}; enter rlhflow; enter vllm"
+    lines = f"{DRIVER.format('mode=dry_run', 'vllm rlhflow')}; enter rlhflow; enter vllm"
     good(shell("make_envs rlhflow"))
     out = good(shell(lines)).splitlines()
     assert out[1] == (

@@ -10,8 +10,8 @@ import yaml
 
 from annotate_data import get_rewards
 from common.cli import UserError, build, check_model, parse
-from loop import preflight
-from loop.run import Run
+from loop import check
+from loop.plan import Plan
 from loop.settings import LoopSettings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +47,7 @@ def settings(tmp_path, monkeypatch):
             "reward_name_or_path": [str(tmp_path / name) for name in models] or None,
             "annotation": annotation,
         }
-        return Run(build(LoopSettings, base | changed))
+        return Plan(build(LoopSettings, base | changed))
 
     return make
 
@@ -55,7 +55,7 @@ def settings(tmp_path, monkeypatch):
 def told(run, capsys):
     """What the check refuses, all of it; empty where it accepts."""
     try:
-        preflight.check(run)
+        check.check(run, left=True)
     except UserError as error:
         return capsys.readouterr().err + str(error)
     return ""
@@ -73,7 +73,15 @@ def test_every_kind_passes_the_check_before_the_run(settings, tmp_path, capsys):
         settings("bt", reward_function=function, reward_weights=[1, 2]),
     ):
         assert told(run, capsys) == ""
-        args = build(get_rewards.Arguments, run.annotation([("a", "b")]))
+        args = build(
+            get_rewards.Arguments,
+            run.resolved()["annotation"]
+            | {
+                "dataset_name_or_path": ["a"],
+                "output_dir": ["b"],
+                "reward_name_or_path": run.settings.reward_name_or_path,
+            },
+        )
         assert get_rewards.shaping(args, "a") == get_rewards.shaping(args, "a")
 
 
@@ -90,7 +98,7 @@ def test_prompts_that_the_template_refuses_are_told_by_the_check(settings, tmp_p
         "".join(json.dumps({"prompt": text}) + "\n" for text in ("good", "bad", 5, "fine"))
     )
     run = settings("bt")
-    preflight.check(run)
+    check.check(run, left=True)
     noted = capsys.readouterr().err
     assert (
         "2 prompts of" in noted

@@ -2,13 +2,14 @@
 needs it.
 """
 
+import json
 import os
+import shlex
 import signal
 from pathlib import Path
 
 import faults
 import pytest
-import yaml
 
 pytestmark = pytest.mark.usefixtures("built")
 
@@ -70,8 +71,8 @@ def test_no_server_outlives_its_loop(served, tmp_path):
     assert (
         "error: " in said
         and "does not answer" in said
-        and "iter0/logs/evaluate.client.log" in said
-        and "iter0/logs/server_" in said
+        and "iter0/logs/client.log" in said
+        and "servers/logs/server_" in said
     ), said
     assert not faults.started_by(folder) and not servers(folder)
     # Ctrl-C while servers start.
@@ -123,7 +124,7 @@ def test_a_finished_run_may_change_its_backend(served, undisturbed):
             again = faults.loop(
                 folder, *settings, *more, *(STOPS if backend == "engine" else ()), "--dry_run"
             )
-            assert again.returncode == 0 and "python" not in again.stdout, again.stdout + again.stderr
+            assert again.returncode == 0 and again.stdout == "", again.stdout + again.stderr
             changed = faults.loop(folder, *settings, *more, "--generation.dtype", "bfloat16", "--dry_run")
             assert (
                 changed.returncode == 2 and "dtype was 'float32' and is now 'bfloat16'" in changed.stderr
@@ -162,29 +163,45 @@ def test_a_dry_run_prints_servers_clients_and_the_end(tmp_path):
         "register_server.sh tiny/built/policy",
     ):
         assert part in lines[0]
-    assert lines[1].split()[-3:] == ["--ports", "8100", "8101"] and lines[4].split()[-2:] == [
-        "stop",
-        f"{tmp_path}/run/servers",
+    client = shlex.split(lines[1])
+    assert f"{tmp_path}/run/loop.yaml:heldout" in client and "--ports 8100 8101 --concurrency 3 " in lines[1]
+    assert lines[4].split()[-2:] == ["stop", f"{tmp_path}/run/servers"]
+    assert f"register_server.sh {tmp_path}/run/iter1/model" in lines[5] and not (tmp_path / "run").exists()
+    assert "--K 1 --temperature 0 --iteration -1" in lines[2]
+
+
+def test_servers_on_other_machines_are_started_and_stopped_by_commands(tmp_path):
+    """As the client takes them, by --hosts; the commands of a user's own get the model and say when it is served."""
+    given = {
+        "hosts": ["node1", "node2"],
+        "ports": [8000, 8000],
+        "start": "ssh node1 serve",
+        "stop": "ssh node1 stop",
+    }
+    settings = [
+        *faults.small_settings(tmp_path),
+        "--generation_backend",
+        "servers",
+        "--servers",
+        json.dumps(given),
     ]
-    assert f"register_server.sh {tmp_path}/run/iter1/model" in lines[5]
-    assert (
-        lines[1].split("gen_hf.py ")[1].split()[0].endswith("/iter0/heldout_sampled.generated.yaml")
-        and not (tmp_path / "run").exists()
-    )
-    asked = yaml.safe_load(Path(lines[2].split("gen_hf.py ")[1].split()[0]).read_text())
-    assert (
-        asked["concurrency"] == 3
-        and asked["K"] == 1
-        and asked["temperature"] == 0
-        and "dtype" not in asked
-        and "kv_cache_gib" not in asked
-    )
+    end = faults.loop(tmp_path / "run", *settings, "--dry_run", "--stop_stage", "0.4")
+    lines = [shlex.split(line) for line in end.stdout.split("# policy 0: annotate")[0].splitlines()]
+    assert ["bash", "-c", 'ssh node1 serve "$@"', "start", "tiny/built/policy"] in lines, end.stderr
+    assert lines[-1] == ["bash", "-c", "ssh node1 stop"]
+    [client, *_] = [line for line in lines if "generation/gen_hf.py" in line]
+    at = client.index("--ports")
+    assert client[at : at + 6] == ["--ports", "8000", "8000", "--hosts", "node1", "node2"]
+    del given["start"]
+    settings[-1] = json.dumps(given)
+    end = faults.loop(tmp_path / "run", *settings, "--check")
+    assert end.returncode == 2 and "servers.start must be the command" in end.stderr
 
 
 @pytest.mark.parametrize("wrong, named", [
     (("--generation_backend", "server"), "'server' is not one of engine, servers"),
     (("--servers.concurency", 3), "did you mean 'concurrency'"),
-    (("--servers.ports", 8000), "unknown key 'ports' in servers"),
+    (("--servers.port", 8000), "unknown key 'port' in servers"),
     (("--servers.give_up_after", 0), "give_up_after must be above 0"),
     (("--server_port", 65535, "--num_shards", 2, "--generation_backend", "servers"), "server_port 65535"),
 ])  # fmt: skip

@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from common.cli import UserError, build, check_policy
-from loop import preflight, run, settings
+from loop import check as checks
+from loop import plan, settings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -126,15 +127,37 @@ def test_check_and_dry_run_write_nothing_into_a_run(config, tmp_path):
     for more in (("--check",), ("--dry_run", "--stage", "5.3", "--stop_stage", "5.3")):
         asked = drive("run_loop.sh", given, *other, *more)
         assert asked.returncode == 0 and contents(run) == before, asked.stderr
-    # What is printed reads the settings of this start, in the folder that is named.
-    named = re.search("^# the settings that these commands read are in (.+)$", asked.stdout, re.MULTILINE)[1]
-    [training] = [line for line in asked.stdout.splitlines() if "run_dpo.py" in line and "/iter5/" in line]
-    given = yaml.safe_load(Path(shlex.split(training)[-1]).read_text())
+    # What is printed first writes the settings of this start, which the commands behind it read.
+    [write] = [line for line in asked.stdout.splitlines() if "loop/plan.py write" in line]
+    assert "--training_args.beta 0.2" in write and "--stage 5.3" in write
+    [training] = [line for line in asked.stdout.splitlines() if "run_dpo.py" in line]
+    words = shlex.split(training)
     assert (
-        shlex.split(training)[-1] == f"{named}/iter5/train.yaml"
-        and given["beta"] == 0.2
-        and given["output_dir"] == f"{run}/iter5/model"
+        f"{run}/loop.yaml:training_args" in words
+        and words[words.index("--output_dir") + 1] == f"{run}/iter5/model"
     )
+
+
+def test_a_run_without_evaluation_is_planned_and_said(config, tmp_path):
+    planned = drive("run_loop.sh", config(heldout_prompts=None), "--dry_run")
+    assert planned.returncode == 0 and "heldout" not in planned.stdout.split("# policy 0", 1)[1], (
+        planned.stderr
+    )
+    scripts = re.findall(r"\w+/(\w+)\.py", planned.stdout.split("# policy 0", 1)[1])
+    assert scripts == ["get_hf2", "merge_data", "get_rewards", "run_dpo"] * 2
+
+
+def test_loop_yaml_holds_every_setting(config, tmp_path, monkeypatch):
+    """Those of training too, and the defaults of what was not given; it can be read as a config again."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(settings, "visible_gpus", lambda: [])
+    values = yaml.safe_load(config(training_args={"beta": 0.3}).read_text())
+    held = plan.Plan(build(settings.LoopSettings, values)).resolved()
+    assert held["training_args"]["beta"] == 0.3 and held["training_args"]["learning_rate"] == 3e-4
+    assert {"choose_type", "loss_type", "num_train_epochs"} <= held["training_args"].keys()
+    assert held["generation"]["top_p"] == 1.0 and held["generation"]["K"] == 4 == held["heldout"]["K"]
+    again = plan.Plan(build(settings.LoopSettings, yaml.safe_load(yaml.safe_dump(held)))).resolved()
+    assert again == held
 
 
 def test_check_may_look_at_a_run_that_is_at_work(config, tmp_path):
@@ -143,7 +166,7 @@ def test_check_may_look_at_a_run_that_is_at_work(config, tmp_path):
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert drive("run_loop.sh", config(), "--check").returncode == 0
         started = drive("run_loop.sh", config())
-        assert started.returncode == 2 and "another loop is at work" in started.stderr
+        assert started.returncode == 2 and "another run is at work" in started.stderr
 
 
 def test_the_loop_is_planned_without_a_gpu():
@@ -212,7 +235,7 @@ def test_what_is_wrong_with_a_yaml_is_said_before_any_environment_is_made(tmp_pa
 def checked(values, monkeypatch):
     """What `--check` says of these settings; a UserError where it refuses."""
     monkeypatch.chdir(ROOT)
-    preflight.check(run.Run(build(settings.LoopSettings, values), planning=True))
+    checks.check(plan.Plan(build(settings.LoopSettings, values), planning=True), left=True)
 
 
 @pytest.mark.parametrize(
@@ -306,8 +329,8 @@ def machine(monkeypatch):
 
     def check(name, mib, count, **changes):
         monkeypatch.setattr(settings, "visible_gpus", lambda: [str(k) for k in range(count)])
-        monkeypatch.setattr(preflight, "gpu_memory", lambda: mib / 1024)
-        monkeypatch.setattr(preflight, "gpu_name", lambda: name)
+        monkeypatch.setattr(checks, "gpu_memory", lambda: mib / 1024)
+        monkeypatch.setattr(checks, "gpu_name", lambda: name)
         checked(recipe | changes, monkeypatch)
 
     return check
@@ -345,7 +368,7 @@ def test_advice_for_a_48_gb_card_holds_on_one(machine, capsys):
 
 def test_hours_follow_the_gpu(machine, capsys):
     assert [
-        preflight.speed_of(name)
+        checks.speed_of(name)
         for name in (
             "NVIDIA A100-SXM4-80GB",
             "NVIDIA H100 80GB HBM3",
@@ -355,7 +378,7 @@ def test_hours_follow_the_gpu(machine, capsys):
             None,
         )
     ] == [("A100", True), ("H100", True), ("A10", True), ("A100", False), ("A100", False), ("A100", False)]
-    slow, fast = (preflight.estimate(8e9, 20000, 8, 2, 8, kind) for kind in ("A100", "H100"))
+    slow, fast = (checks.estimate(8e9, 20000, 8, 2, 8, kind) for kind in ("A100", "H100"))
     assert fast[1] == pytest.approx(slow[1] * 312 / 989) and fast[0] == pytest.approx(slow[0] * 2.0 / 3.35)
     machine("NVIDIA X1000", 81559, 8)
     assert "an estimate for A100s: nothing is known here of the NVIDIA X1000" in capsys.readouterr().err
@@ -403,17 +426,17 @@ def test_the_readmes_own_loop_can_learn(config, monkeypatch, capsys):
 def test_a_run_of_some_stages_ends_well(tmp_path):
     """Without an evaluation there is no table to print; with one there is.
 
-    `driver` stands in for the environment's Python.
+    `python` stands in for the environment's Python.
     """
     command = (
-        "set -euo pipefail; source ./envs.sh; source loop/stages.sh; "
-        f"run_dir={shlex.quote(str(tmp_path))}; driver=echo; conclude; echo ended"
+        "set -euo pipefail; source ./envs.sh; source loop/launch.sh; "
+        f"plan[run_dir]={shlex.quote(str(tmp_path))}; python=echo; conclude; echo ended"
     )
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (
         done.returncode == 0
         and done.stdout == "ended\n"
-        and "has been evaluated yet, so there is no table" in done.stderr
+        and "has been measured yet, so there is no table" in done.stderr
     ), done.stderr
     (tmp_path / "iter0").mkdir()
     (tmp_path / "iter0" / "metrics.json").write_text("{}")
@@ -423,7 +446,7 @@ def test_a_run_of_some_stages_ends_well(tmp_path):
 
 def test_the_settings_are_read_with_nothing_but_pyyaml(config):
     """As a bare Python does before any environment is made."""
-    for script in ("loop/run.py", "ppo/run.py"):
+    for script in ("loop/plan.py", "ppo/run.py"):
         program = (
             "import sys, runpy; sys.argv = sys.argv[1:]; heavy = {'numpy', 'torch', 'transformers', "
             "'jinja2', 'aiohttp', 'datasets'}\n"
@@ -432,7 +455,7 @@ def test_the_settings_are_read_with_nothing_but_pyyaml(config):
         )
         given = [config()] if "loop" in script else ["configs/ppo_tiny.yaml"]
         done = subprocess.run(
-            [sys.executable, "-c", program, script, "setup", *map(str, given)],
+            [sys.executable, "-c", program, script, "values", *map(str, given)],
             cwd=ROOT,
             capture_output=True,
             text=True,
@@ -485,7 +508,7 @@ def test_what_the_run_decides_is_not_passed_over(config, monkeypatch, capsys):
         (
             "run_loop.sh",
             ["configs/loop_tiny.yml"],
-            "no such config: configs/loop_tiny.yml; there is: configs/loop_tiny.yaml",
+            "no such YAML file: configs/loop_tiny.yml; there is configs/loop_tiny.yaml",
         ),
     ],
 )

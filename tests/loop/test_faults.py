@@ -86,7 +86,7 @@ def test_a_loop_killed_at_every_stage_ends_as_an_undisturbed_one(undisturbed, tm
     kills += under_the_driver(
         "generation/get_hf2.py",
         lambda: partial.exists() and partial.stat().st_size,
-        "error: generation shard 0 ended with status 137",
+        "error: policy 0: sample: ended with status 137",
     )
     with open(partial, "ab") as file:
         file.write(b'{"id": "torn", "respon')  # what a kill in the middle of a write leaves
@@ -95,13 +95,13 @@ def test_a_loop_killed_at_every_stage_ends_as_an_undisturbed_one(undisturbed, tm
     kills += under_the_driver(
         "annotate_data/get_rewards.py",
         after(moments.uniform(0, 2)),
-        "error: annotation ended with status 137",
+        "error: policy 0: annotate: ended with status 137",
     )
     log = folder / "iter1/logs/train.log"
     kills += under_the_driver(
         "dpo_iteration/run_dpo.py",
         lambda: log.exists() and "training on" in log.read_text(),
-        "error: training ended with status",
+        "error: policy 0: train policy 1: ended with status",
     )
     end = faults.loop(folder, *settings)
     assert end.returncode == 0, end.stderr
@@ -339,7 +339,11 @@ def stages(undisturbed, tmp_path):
             "training": [
                 sys.executable,
                 "dpo_iteration/run_dpo.py",
-                run / "iter1/train.yaml",
+                f"{run}/loop.yaml:training_args",
+                "--model_name_or_path",
+                "tiny/built/policy",
+                "--train_dir",
+                run / "iter1/rewarded.jsonl",
                 "--output_dir",
                 folder / "model",
                 "--pairs_path",

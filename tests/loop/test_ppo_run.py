@@ -114,8 +114,9 @@ def test_a_run_ends_with_the_loops_table(finished):
     manifest = json.loads((folder / "iter1/model.manifest.json").read_text())
     assert manifest["complete"] and len(log_of(folder)) == 12
     assert manifest["inputs"]["model_name_or_path"]["path"] == "tiny/built/policy"
-    stages = [(entry["iteration"], entry["stage"]) for entry in faults.records(folder / "stages.jsonl")]
-    assert stages == [(0, "evaluate"), (1, "train"), (1, "evaluate")]
+    steps = [(entry["policy"], entry["step"]) for entry in faults.records(folder / "stages.jsonl")]
+    each = ["sample", "annotate", "measure"]
+    assert steps == [*((0, step) for step in [*each, "train"]), *((1, step) for step in each)]
     for i in (0, 1):
         metrics = json.loads((folder / f"iter{i}/metrics.json").read_text())
         assert metrics["sampled"]["prompts"] == 6 and metrics["gold_function"] == "tiny/task.py:gold_score"
@@ -149,7 +150,7 @@ def test_a_second_start_does_nothing(finished):
     }
     begun = time.monotonic()
     again = ppo("--run_dir", folder, *settings)
-    assert again.returncode == 0 and "iteration" not in again.stdout, again.stdout + again.stderr
+    assert again.returncode == 0 and "policy" not in again.stdout, again.stdout + again.stderr
     assert f"every stage of {folder} is done, nothing is left to do" in again.stderr
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert output.endswith(again.stdout) and again.stdout.startswith("iterate")
@@ -177,7 +178,7 @@ def test_one_run_at_a_time(finished):
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         refused = ppo("--run_dir", folder, *settings)
-    assert refused.returncode == 2 and "another PPO run is at work" in refused.stderr
+    assert refused.returncode == 2 and "another run is at work" in refused.stderr
 
 
 def test_a_training_stopped_in_every_way_ends_as_an_undisturbed_one(finished, untrained, tmp_path):
@@ -209,7 +210,7 @@ def test_a_training_stopped_in_every_way_ends_as_an_undisturbed_one(finished, un
     assert driver.wait(timeout=60) == 1
     text = Path(said).read_text()
     assert (
-        "error: training ended with status" in text
+        "error: policy 0: train policy 1: ended with status" in text
         and f"log: {folder}/iter1/logs/train.log" in text
         and "to continue: bash run_ppo.sh" in text
     )
@@ -240,13 +241,6 @@ def test_a_training_stopped_in_every_way_ends_as_an_undisturbed_one(finished, un
     assert not (folder / "iter1/metrics.json").exists()  # --stop_stage
 
 
-def settings_dir(planned):
-    """The temporary folder that a dry run names."""
-    return re.search(r"^# the settings that these commands read are in (.+)$", planned.stdout, re.MULTILINE)[
-        1
-    ]
-
-
 def test_printed_commands_run_by_hand(untrained, tmp_path):
     """A dry run of a fresh run names the three stages in order; the printed training, pasted, is what the
     driver then finds done.
@@ -255,12 +249,13 @@ def test_printed_commands_run_by_hand(untrained, tmp_path):
     planned = ppo("--run_dir", folder, *settings, "--dry_run")
     assert planned.returncode == 0 and not (folder / "iter1/model").exists(), planned.stderr
     lines = planned.stdout.splitlines()
-    assert [line for line in lines if line.startswith("# iter")] == [
-        "# iteration 1, train",
-        "# iteration 1, evaluate",
+    assert [line for line in lines if line.startswith("# policy")] == [
+        "# policy 0: train policy 1",
+        *(f"# policy 1: {step}" for step in ("sample", "annotate", "measure")),
     ]
     scripts = [word for line in lines for word in shlex.split(line) if re.fullmatch(r"\w+/\w+\.py", word)]
     assert scripts == [
+        "ppo/run.py",
         "ppo/train_ppo.py",
         "generation/get_hf2.py",
         *["generation/merge_data.py"] * 2,
@@ -270,9 +265,9 @@ def test_printed_commands_run_by_hand(untrained, tmp_path):
         "evaluation/run_metrics.py",
     ]
     [training] = [line for line in lines if "train_ppo.py" in line]
-    assert training.strip() == (
+    assert training.startswith(
         "accelerate launch --config_file configs/ddp.yaml --num_processes 1 ppo/train_ppo.py "
-        f"{settings_dir(planned)}/iter1/train.yaml"
+        f"{folder}/loop.yaml:ppo --model_name_or_path tiny/built/policy --reward_name_or_path "
     )
     only = ppo("--run_dir", folder, *settings, "--dry_run", *ONLY_TRAIN)
     pasted = subprocess.run(
@@ -280,9 +275,9 @@ def test_printed_commands_run_by_hand(untrained, tmp_path):
     )
     assert pasted.returncode == 0, pasted.stderr
     again = ppo("--run_dir", folder, *settings, "--dry_run")
-    assert (
-        again.returncode == 0 and "train" not in again.stdout and "# iteration 1, evaluate" in again.stdout
-    ), again.stdout + again.stderr
+    assert again.returncode == 0 and "train" not in again.stdout and "# policy 1: measure" in again.stdout, (
+        again.stdout + again.stderr
+    )
 
 
 def test_check_says_what_is_there_and_makes_nothing(built, tmp_path):
@@ -341,7 +336,10 @@ def test_without_a_gpu_the_recipe_says_so_before_any_environment(tmp_path):
             ("--stage", "1.evaluate", "--stop_stage", "1.train"),
             "--stage 1.evaluate comes behind --stop_stage 1.train",
         ),
-        (("configs/ppo_tny.yaml",), "no such config: configs/ppo_tny.yaml; there are: "),
+        (
+            ("configs/ppo_tny.yaml",),
+            "no such YAML file: configs/ppo_tny.yaml; there is configs/ppo_tiny.yaml",
+        ),
         (("--backend", "openrlhf"), "backend openrlhf needs GPUs"),
         (("--stop_stage",), "--stop_stage needs a value"),
     ],
@@ -387,19 +385,14 @@ def test_a_dry_run_of_openrlhf_prints_its_command(built, eight_gpus, tmp_path):
     planned = ppo("--run_dir", tmp_path / "run", *here, "--dry_run", config=None, **eight_gpus)
     assert planned.returncode == 0 and "backend openrlhf" in planned.stderr, planned.stderr
     lines = planned.stdout.splitlines()
-    assert [line for line in lines if line.startswith("# iteration")] == [
-        "# iteration 0, evaluate",
-        "# iteration 1, train",
-        "# iteration 1, evaluate",
-    ]
     assert (
         sum("generation/get_hf2.py" in line for line in lines) == 16
     )  # one process per GPU, before and after
-    start = lines.index("# iteration 1, train")
-    part = lines[start + 1 : lines.index("# iteration 1, evaluate")]
-    assert f"python ppo/openrlhf/run_openrlhf.py {settings_dir(planned)}/iter1/train.yaml" in [
-        line.strip() for line in part
-    ]
+    start = lines.index("# policy 0: train policy 1")
+    part = lines[start + 1 : lines.index("# policy 1: sample")]
+    assert any(
+        line.startswith(f"python ppo/openrlhf/run_openrlhf.py {tmp_path}/run/loop.yaml:ppo ") for line in part
+    )
     assert any("ppo_train" in line for line in part)
     command_shown = "\n".join(
         line.removeprefix("# ") for line in part[part.index("# python -m openrlhf.cli.train_ppo_ray \\") :]

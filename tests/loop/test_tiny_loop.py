@@ -142,11 +142,11 @@ def test_a_finished_run_of_before_gets_its_kl_and_no_more(finished, tmp_path):
         planned.stdout + planned.stderr
     )
     assert (
-        "generate" not in planned.stdout
+        "get_hf2" not in planned.stdout
         and "get_rewards" not in planned.stdout
         and "run_dpo" not in planned.stdout
     )
-    assert "# iteration" not in loop("--run_dir", folder, "--divergence", "false", "--dry_run").stdout
+    assert "# policy" not in loop("--run_dir", folder, "--divergence", "false", "--dry_run").stdout
     shutil.rmtree(folder / "iter1/model")
     (folder / "iter1/model.pruned").touch()
     assert loop("--run_dir", folder, "--dry_run").stdout.count("evaluation/divergence.py") == 3
@@ -159,7 +159,7 @@ def test_a_second_reward_model_may_come_later(finished, tmp_path):
     other = tmp_path / "judge"
     shutil.copytree(ROOT / "tiny/built/reward_model", other)
     planned = loop("--run_dir", folder, "--eval_reward_model", other, "--dry_run")
-    assert planned.stdout.count("evaluate_judge.yaml") == 4 and "generate" not in planned.stdout, (
+    assert planned.stdout.count("loop.yaml:eval_annotation") == 4 and "get_hf2" not in planned.stdout, (
         planned.stdout + planned.stderr
     )
     ran = loop("--run_dir", folder, "--eval_reward_model", other, "--stage", "3.4", "--stop_stage", "3.4")
@@ -175,7 +175,7 @@ def test_a_second_start_skips_what_is_finished(finished):
     folder, _ = finished
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.jsonl")}
     again = loop("--run_dir", folder)
-    assert again.returncode == 0 and "iteration" not in again.stdout, again.stdout
+    assert again.returncode == 0 and "policy 0" not in again.stdout, again.stdout
     assert f"every stage of {folder} is done, nothing is left to do" in again.stderr
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*.jsonl")} == before
     assert intervals(again.stdout)
@@ -184,7 +184,7 @@ def test_a_second_start_skips_what_is_finished(finished):
 @pytest.mark.parametrize("change, named", [
     (("--generation.temperature", "0.7"), "temperature was 1.0 and is now 0.7"),
     (("--training_args.beta", "0.3"), "beta was"),
-    (("--reward_name_or_path", "tiny/built/policy"), "is a LlamaForCausalLM"),
+    (("--reward_name_or_path", "tiny/built/policy"), "reward_name_or_path was ['tiny/built/reward_model'] and is now"),
     (("--seed", "7"), "seed was 0 and is now 7"),
 ])  # fmt: skip
 def test_a_changed_setting_is_refused_by_name(finished, change, named):
@@ -206,7 +206,7 @@ def test_weights_are_pruned_behind_the_last_finished_iteration_only(finished, tm
     loop(*settings, "--stage", "2.4", "--stop_stage", "2.4")
     assert not (folder / "iter1" / "model").exists() and (folder / "iter2" / "model").exists()
     again = loop(*settings, "--dry_run")
-    assert "# iteration 3, train" in again.stdout and "# iteration 2" not in again.stdout, (
+    assert "# policy 2: train policy 3" in again.stdout and "# policy 1" not in again.stdout, (
         again.stdout + again.stderr
     )
 
@@ -215,8 +215,8 @@ def test_more_iterations_can_be_given(finished):
     folder, _ = finished
     planned = loop("--run_dir", folder, "--iterations", 4, "--dry_run")
     assert planned.returncode == 0, planned.stderr
-    assert "# iteration 4, train" in planned.stdout and "# iteration 3" not in planned.stdout
-    assert "run_dpo.py" in planned.stdout and "/iter4/train.yaml" in planned.stdout
+    assert "# policy 3: train policy 4" in planned.stdout and "# policy 2" not in planned.stdout
+    assert "run_dpo.py" in planned.stdout and f"--output_dir {folder}/iter4/model" in planned.stdout
     loop("--run_dir", folder)  # back to three
 
 
@@ -239,7 +239,7 @@ def test_one_loop_at_a_time(finished):
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         refused = loop("--run_dir", folder)
-    assert refused.returncode == 2 and "another loop is at work" in refused.stderr
+    assert refused.returncode == 2 and "another run is at work" in refused.stderr
 
 
 def test_a_failing_stage_shows_its_log_and_how_to_continue(finished):
@@ -290,7 +290,7 @@ def test_a_stopped_loop_leaves_nothing_running_and_continues(finished, tmp_path,
     with open(said, "w") as errors:  # a pipe would be waited for until what was left behind has closed it
         driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=errors)
     deadline = time.time() + 120
-    log = folder / "iter0" / "logs" / "evaluate.0.log"
+    log = folder / "iter0" / "logs" / "sample.0.log"
     while not (log.exists() and marked(folder)) and time.time() < deadline:
         time.sleep(0.2)
     assert marked(folder)
@@ -306,10 +306,10 @@ def test_a_stopped_loop_leaves_nothing_running_and_continues(finished, tmp_path,
         )
     planned = loop("--run_dir", folder, "--check")  # looks only, and stops nothing
     assert planned.returncode == 0 and bool(marked(folder)) == (how == signal.SIGKILL), planned.stderr
-    started = loop("--run_dir", folder, "--stage", "9.1")  # refused, but by then the folder is held
-    assert started.returncode == 2 and "there are 3 iterations" in started.stderr and not marked(folder), (
-        started.stderr
-    )
+    started = loop(
+        "--run_dir", folder, "--gold_function", "nope.py:x"
+    )  # refused, but by then the folder is held
+    assert started.returncode == 2 and "nope.py" in started.stderr and not marked(folder), started.stderr
 
 
 def test_problems_are_found_before_anything_runs(tmp_path):

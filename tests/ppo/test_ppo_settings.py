@@ -5,7 +5,6 @@ is refused.
 import dataclasses
 import datetime
 import json
-import shlex
 import subprocess
 import sys
 import types
@@ -15,11 +14,12 @@ import pytest
 import yaml
 
 from common.cli import UserError, build
-from loop import run as loop_run
+from generation.sampling import check_sampling
+from loop import plan as loop_plan
 from loop import settings as run_settings
 from ppo import arguments, train_ppo
 from ppo import run as ppo_run
-from ppo.run import PPORun, PPOSettings
+from ppo.run import PPOPlan, PPOSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("ppo_*.yaml"))
@@ -60,19 +60,18 @@ def settings(tmp_path):
 
 
 def made(values):
-    return PPORun(build(PPOSettings, values))
+    return PPOPlan(build(PPOSettings, values))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_is_accepted_by_every_stage(path):
     values = yaml.safe_load(path.read_text())
-    run = PPORun(build(PPOSettings, values, path.name))
+    run = PPOPlan(build(PPOSettings, values, path.name))
     for backend in [values["backend"]] if values.get("backend", "auto") != "auto" else ["openrlhf"]:
         run.settings.backend = backend
         assert run.arguments().output_dir == f"{values['run_dir']}/iter1/model"
-    for i in (0, 1):
-        run.asked(i, run.heldout_jobs(i))
-    run.check_sampling()
+    for job in run.jobs():
+        check_sampling(job)
     assert f"configs/{path.name}" in path.read_text() or "bash run_ppo.sh\n" in path.read_text()
 
 
@@ -93,7 +92,7 @@ def test_the_tiny_run_is_comparable_with_the_tiny_loop():
 
 def test_the_tiny_run_trains_as_the_yaml_for_use_by_hand():
     by_hand = train_ppo.arguments(yaml.safe_load((ROOT / "configs/train_ppo_tiny.yaml").read_text()))
-    run = PPORun(build(PPOSettings, yaml.safe_load((ROOT / "configs/ppo_tiny.yaml").read_text())))
+    run = PPOPlan(build(PPOSettings, yaml.safe_load((ROOT / "configs/ppo_tiny.yaml").read_text())))
     by_hand.date = run.settings.date  # resolved by each at its start
     assert train_ppo.shaping(run.arguments()) == train_ppo.shaping(by_hand)
 
@@ -102,8 +101,8 @@ def test_training_gets_what_evaluation_says_unless_ppo_says_otherwise(settings):
     settings["generation"] |= {"dataset_key": "prompt", "K": 4, "top_p": 0.8}
     settings["annotation"] = {"reward_function": "my.py:score", "reward_weights": [1, 2], "batch_tokens": 64}
     settings["ppo"] |= {"top_p": 1.0, "kl_coef": 0.3}
-    found = made(settings).training(1)
-    assert found == {
+    found = made(settings).training_of(1)
+    expected = {
         "model_name_or_path": settings["model_name_or_path"],
         "reward_name_or_path": settings["reward_name_or_path"],
         "dataset_name_or_path": settings["prompts"],
@@ -122,6 +121,8 @@ def test_training_gets_what_evaluation_says_unless_ppo_says_otherwise(settings):
         "bf16": False,
         "date": str(datetime.date.today()),
     }
+    assert expected.items() <= found.items()
+    assert found.keys() == train_ppo.Arguments.__dataclass_fields__.keys()  # all of them, resolved
 
 
 def test_each_backend_gets_what_it_knows(settings):
@@ -129,21 +130,21 @@ def test_each_backend_gets_what_it_knows(settings):
     settings["annotation"] = {"chat_template": "my.jinja", "max_length": 300, "template_kwargs": {}}
     settings["generation"]["template_kwargs"] = {"enable_thinking": False}
     small, other = made(settings), made(settings | {"backend": "openrlhf"})
-    assert small.training(1)["template_kwargs"] == {
+    assert small.training_of(1)["template_kwargs"] == {
         "enable_thinking": False
-    } and "reward_chat_template" not in small.training(1)
+    } and "reward_chat_template" not in small.training_of(1)
     assert (
-        other.training(1)["reward_chat_template"] == "my.jinja"
-        and other.training(1)["reward_max_length"] == 300
+        other.training_of(1)["reward_chat_template"] == "my.jinja"
+        and other.training_of(1)["reward_max_length"] == 300
     )
-    assert other.training(1)["template_kwargs"] == {"enable_thinking": False}
+    assert other.training_of(1)["template_kwargs"] == {"enable_thinking": False}
     assert list(small.left_out()) == [("annotation", "chat_template")] and list(other.left_out()) == []
 
 
 def test_placement_goes_to_openrlhf_alone(settings):
     settings["openrlhf"] = {"num_gpus": 4}
-    assert "num_gpus" not in made(settings).training(1)
-    assert made(settings | {"backend": "openrlhf"}).training(1)["num_gpus"] == 4
+    assert "num_gpus" not in made(settings).training_of(1)
+    assert made(settings | {"backend": "openrlhf"}).training_of(1)["num_gpus"] == 4
 
 
 @pytest.mark.parametrize(
@@ -162,29 +163,18 @@ def test_which_backend(settings, monkeypatch, backend, gpus, taken):
 
 
 def test_the_stages(settings):
-    run = made(settings)
-    assert run.stages_left() == ["0.evaluate", "1.train", "1.evaluate"]
-    steps, answers = run.steps(0, "evaluate")
-    assert steps == ["generate", "annotate", "divergence", "metrics"]
-    assert [Path(target).name for _, target in answers] == [
-        "heldout_sampled.generated.jsonl",
-        "heldout_greedy.generated.jsonl",
-    ]
-    assert run.steps(1, "train") == (["train"], [])
-    written = yaml.safe_load(Path(run.path(1, "train.yaml")).read_text())
-    assert train_ppo.arguments(written) == run.arguments()
-    assert run.steps(1, "evaluate")[0] == steps
-    assert yaml.safe_load(Path(run.path(1, "evaluate.yaml")).read_text())[
-        "model_name_or_path"
-    ] == run.iterate(1)
+    plan = made(settings)
+    assert plan.stages(None, None) == ["0.evaluate", "1.train", "1.evaluate"]
+    assert plan.stages("1.3", "train") == ["1.train"] == plan.stages("1.train", "1.3")
+    assert made(settings | {"heldout_prompts": None}).stages(None, None) == ["1.train"]
 
 
 def check(values):
-    return ppo_run.check(made(values))
+    ppo_run.check(made(values), left=True)
 
 
 def test_what_is_right_passes_and_says_so(settings, capsys):
-    assert check(settings) == ["0.evaluate", "1.train", "1.evaluate"]
+    check(settings)
     assert "1 training process, CPU, backend small" in capsys.readouterr().err
 
 
@@ -247,25 +237,25 @@ def test_a_folder_of_the_other_kind_of_run_is_called_that(settings, tmp_path, mo
         "heldout_prompts": "h",
         "without_gpu": True,
     }
-    for kind, values, name in ((PPORun, settings, "ppo"), (loop_run.Run, dpo, "dpo")):
+    for kind, values, name in ((PPOPlan, settings, "ppo"), (loop_plan.Plan, dpo, "dpo")):
         Path(values["run_dir"]).mkdir()
         Path(values["run_dir"], "loop.yaml").write_text(
             yaml.safe_dump(dataclasses.asdict(build(kind.Settings, values)))
         )
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(values))
     for kind, name, other, held, wanted in (
-        (PPORun, "ppo", "dpo", "DPO (run_loop.sh)", "PPO (run_ppo.sh)"),
-        (loop_run.Run, "dpo", "ppo", "PPO (run_ppo.sh)", "DPO (run_loop.sh)"),
+        (PPOPlan, "ppo", "dpo", "DPO (run_loop.sh)", "PPO (run_ppo.sh)"),
+        (loop_plan.Plan, "dpo", "ppo", "PPO (run_ppo.sh)", "DPO (run_loop.sh)"),
     ):
         own, others = ({"dpo": dpo, "ppo": settings}[which]["run_dir"] for which in (name, other))
         with pytest.raises(UserError) as refused:
-            loop_run.setup(kind, "", [str(tmp_path / f"{name}.yaml"), "--run_dir", others])
+            loop_plan.read(kind, [str(tmp_path / f"{name}.yaml"), "--run_dir", others], planning=True)
         assert (
             str(refused.value)
             == f"{others} holds a run of {held}, this would be one of {wanted}: give another --run_dir"
         )
-        loop_run.setup(kind, "", [str(tmp_path / f"{name}.yaml")])
-        assert f"run_dir={shlex.quote(own)}" in capsys.readouterr().out
+        plan, _, _ = loop_plan.read(kind, [str(tmp_path / f"{name}.yaml")], planning=True)
+        assert plan.settings.run_dir == own
 
 
 def test_a_set_that_is_not_there_is_not_mistaken_for_one_that_has_another_part(settings, capsys, tmp_path):
@@ -405,42 +395,31 @@ def command(*arguments):
     return done
 
 
-def test_overrides_and_shell_variables(settings, tmp_path):
-    """What run_ppo.sh evaluates, and the settings that stand in loop.yaml."""
+def test_overrides_and_the_drivers_values(settings, tmp_path):
+    """What run_ppo.sh reads, and the settings that stand in loop.yaml."""
     config = tmp_path / "mine.yaml"
     config.write_text(
         yaml.safe_dump(settings | {"run_dir": str(tmp_path / "a run"), "setup_command": "echo 'it'"})
     )
-    begun = command("setup", config)
-    assert dict(word.split("=", 1) for word in shlex.split(begun.stdout)) == {
+    values = [line.split("\t") for line in command("values", config).stdout.splitlines()]
+    assert {
         "run_dir": str(tmp_path / "a run"),
         "setup_command": "echo 'it'",
         "backend": "small",
-    }
-    ready = command(
-        "prepare",
-        tmp_path / "a run",
-        config,
-        "--ppo.kl_coef",
-        "0.1",
-        "--ppo.learning_rate",
-        "1e-5",
-        "--prompts",
-        tmp_path / "two.jsonl",
-    )
-    assert ready.returncode == 0 and "left='0.evaluate 1.train 1.evaluate'" in ready.stdout, ready.stderr
+    }.items() <= dict(values).items()
+    assert [value for key, value in values if key == "prompt_sets[]"] == settings["prompts"]
+    more = ("--ppo.kl_coef", "0.1", "--ppo.learning_rate", "1e-5", "--prompts", tmp_path / "two.jsonl")
+    ready = command("write", config, *more)
+    assert ready.returncode == 0, ready.stderr
     written = yaml.safe_load((tmp_path / "a run/loop.yaml").read_text())
-    assert written["ppo"] == settings["ppo"] | {"kl_coef": 0.1, "learning_rate": "1e-5"} and written[
-        "prompts"
-    ] == [str(tmp_path / "two.jsonl")]
-    left = command("todo", tmp_path / "a run", 1, "train")
-    assert "steps=(train)" in left.stdout, left.stderr
-    flat = yaml.safe_load((tmp_path / "a run/iter1/train.yaml").read_text())
-    assert (flat["kl_coef"], float(flat["learning_rate"]), flat["dataset_name_or_path"]) == (
+    assert written["prompts"] == [str(tmp_path / "two.jsonl")]
+    assert (written["ppo"]["kl_coef"], written["ppo"]["learning_rate"], written["ppo"]["batch_size"]) == (
         0.1,
         1e-5,
-        [str(tmp_path / "two.jsonl")],
+        8,
     )
+    refused = command("write", config, *more, "--num_gpus", 8)
+    assert refused.returncode == 2 and "are for --check and --dry_run" in refused.stderr
 
 
 @pytest.mark.parametrize(
@@ -461,7 +440,7 @@ def test_overrides_and_shell_variables(settings, tmp_path):
 def test_wrong_arguments_are_one_line(settings, tmp_path, monkeypatch, arguments, named):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(settings))
-    refused = command("setup", tmp_path / "mine.yaml", *arguments)
+    refused = command("values", tmp_path / "mine.yaml", *arguments)
     assert refused.returncode == 2 and named in refused.stderr and refused.stderr.count("\n") == 1, (
         refused.stderr
     )
@@ -469,7 +448,7 @@ def test_wrong_arguments_are_one_line(settings, tmp_path, monkeypatch, arguments
 
 def test_an_unknown_key_of_the_yaml_names_the_nearest(settings, tmp_path):
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(settings | {"heldout_prompt": "x"}))
-    refused = command("setup", tmp_path / "mine.yaml")
+    refused = command("values", tmp_path / "mine.yaml")
     assert (
         refused.returncode == 2
         and "unknown key 'heldout_prompt'" in refused.stderr

@@ -1,7 +1,7 @@
 """What can be known before an hour is spent: settings, paths, GPUs, memory, disk, templates, vocabularies,
 overlap.
 
-`check(run)` prints what it found and refuses what cannot work, all problems at once. Of models and data on
+`check(plan)` prints what it found and refuses what cannot work, all problems at once. Of models and data on
 the hub it says what it could not look at; functions of the user's own are called once, on a made-up response.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from annotate_data import get_rewards
 from annotate_data.functions import EXAMPLE
 from common import chat, models, trackers
-from common.cli import UserError, build, check_policy, existing_file, read_json
+from common.cli import UserError, build, check_policy, existing_file, nearest, read_json
 from common.cli import count as counted
 from common.devices import gpu_memory, gpu_name
 from common.functions import function_file
@@ -24,7 +24,8 @@ from common.progress import duration
 from common.records import BadRecord, is_local, read_prompts, record_id, with_system
 from dpo_iteration import memory, run_dpo
 from dpo_iteration.settings import reason_for_trl
-from generation import get_hf2
+from generation import get_hf2, sampling
+from loop import changes
 from loop.settings import decided, gpu_groups, gpus_of, processes
 from loop.try_function import made_up, try_function
 
@@ -231,11 +232,13 @@ class Findings:
             print(f"check: {line}", file=sys.stderr)
 
 
-def check_models(run, found):
+def check_models(plan, found):
     """Look at what every run has: the policy, the reward models, templates, the gold function, and the
     arguments of evaluation.
     """
-    settings = run.settings
+    settings = plan.settings
+    if not settings.prompts:
+        raise UserError("prompts name at least one set")
     found.problems.extend(settings.problems)
     found.problems.extend(decided(settings))
     for key in ("num_shards", "num_processes"):
@@ -285,27 +288,46 @@ def check_models(run, found):
                 f"vocabulary, positions{size}"
             )
     found.attempt(gpu_groups, settings)
-    found.attempt(run.check_sampling)
-    found.attempt(check_positions, run, found)
-    asked = found.attempt(
-        lambda: build(get_rewards.Arguments, run.annotation([("generated", "rewarded")]), "annotation")
-    )
-    if asked:
-        found.attempt(get_rewards.check, asked)
+    found.attempt(check_sampling, plan, found)
+    found.attempt(plan.check_servers)
+    sections = {"annotation": ("reward_name_or_path", rewards)}
     if judges:
-        asked = found.attempt(
-            lambda: build(get_rewards.Arguments, run.judging([("generated", "judged")]), "eval_annotation")
-        )
+        sections["eval_annotation"] = ("eval_reward_model", judges)
+    for section, (_, names) in sections.items():
+        decided_ones = {"reward_name_or_path": names} if names else {}
+        decided_ones |= {"dataset_name_or_path": ["generated"], "output_dir": ["rewarded"]}
+        asked = found.attempt(plan.annotation, getattr(settings, section), section)
+        asked = found.attempt(build, get_rewards.Arguments, asked | decided_ones, section) if asked else None
         if asked:
             found.attempt(get_rewards.check, asked)
 
 
-def check_functions(run, found):
+def refuse_unknown(given: dict, known: tuple, section: str):
+    """Refuse keys of a section that are none of `known`."""
+    for key in given:
+        if key not in known:
+            raise UserError(
+                f"unknown key {key!r} in {section}{nearest(key, known)}; there are {', '.join(known)}"
+            )
+
+
+def check_sampling(plan, found):
+    """Refuse wrong sampling arguments, of the responses and of the held-out answers."""
+    for job in plan.jobs():
+        try:
+            sampling.check_sampling(job)
+        except UserError as error:  # a script's flags are keys of the section here
+            raise UserError(re.sub(r"--(\w+)", r"--generation.\1", str(error))) from None
+    check_positions(plan, found)
+
+
+def check_functions(plan, found):
     """Call the run's own functions on a made-up response to the first prompt of each set whose answers they
     are to judge.
     """
-    settings = run.settings
-    sets, heldout = [*dict.fromkeys(settings.prompts), settings.heldout_prompts], [settings.heldout_prompts]
+    settings = plan.settings
+    heldout = [] if settings.heldout_prompts is None else [settings.heldout_prompts]
+    sets = [*dict.fromkeys(settings.prompts), *heldout]
     vllm = (
         Path(os.environ.get("RLHF_VLLM_ENV", "")) / "bin" / "python"
     )  # of the environment that annotation runs in
@@ -321,7 +343,7 @@ def check_functions(run, found):
     ]
     asked += [("gold_function", "gold", settings.gold_function, heldout, Path(sys.executable))]
     for key, kind, spec, names, python in asked:
-        records = {name: first_prompt(name, run) for name in names if spec}
+        records = {name: first_prompt(name, plan) for name in names if spec}
         for name, record in records.items():
             if record is None:
                 found.notes.append(f"{key} {spec} was not tried on {name}, which is on the hub")
@@ -343,10 +365,10 @@ def check_functions(run, found):
                     break
 
 
-def first_prompt(name, run):
+def first_prompt(name, plan):
     """The first record of a local prompt set, None for a set on the hub."""
-    generation = run.settings.generation | (
-        run.settings.heldout if name == run.settings.heldout_prompts else {}
+    generation = plan.settings.generation | (
+        plan.settings.heldout if name == plan.settings.heldout_prompts else {}
     )
     if not is_local(name):
         return None
@@ -363,13 +385,14 @@ def first_prompt(name, run):
     )
 
 
-def check_positions(run, found):
+def check_positions(plan, found):
     """Note where prompts and responses may be longer than the policy's positions: generation caps what it
     samples.
     """
-    limit = positions(run.settings.model_name_or_path)
-    jobs = run.asked(0, run.jobs(0))
-    prompt, response = max(((job.max_input_length, job.max_new_tokens) for job in jobs), key=sum)
+    limit = positions(plan.settings.model_name_or_path)
+    prompt, response = max(
+        ((job.max_input_length, job.max_new_tokens) for job in plan.jobs()), key=sum, default=(0, 0)
+    )
     if limit and prompt + response > limit:
         found.notes.append(
             f"the policy has {limit} positions, max_input_length {prompt} + max_new_tokens {response} are "
@@ -382,24 +405,23 @@ def check_positions(run, found):
         )
 
 
-def check_prompts(run, found):
+def check_prompts(plan, found):
     """Read the prompt sets and refuse an overlap with the held-out set.
 
     Returns:
-        dict name → hashes of its prompts, None for a set on the hub; the held-out set is the last.
+        dict name → hashes of its prompts, None for a set on the hub; the held-out set, if any, is the last.
     """
-    settings = run.settings
+    settings = plan.settings
     own = dict.fromkeys(settings.prompts, settings.generation)
-    own[settings.heldout_prompts] = (
-        settings.generation | settings.heldout
-    )  # the last, also where it is a training set too
+    if settings.heldout_prompts is not None:  # the last, also where it is a training set too
+        own[settings.heldout_prompts] = settings.generation | settings.heldout
     sets = {}
     for name, generation in own.items():
         template = found.attempt(template_of, settings.model_name_or_path, generation)
         sets[name] = found.attempt(
             local_prompts, name, generation, template, found.notes, own.keys() - {name}
         )
-    heldout = set(sets[settings.heldout_prompts] or [])
+    heldout = set(sets.get(settings.heldout_prompts) or [])
     for name in dict.fromkeys(settings.prompts):
         both = sum(prompt in heldout for prompt in sets[name] or [])
         if both and not settings.allow_overlap:
@@ -417,11 +439,11 @@ def check_prompts(run, found):
     return sets
 
 
-def check_gpus(run, found):
+def check_gpus(plan, found):
     """Refuse more processes than GPUs, and a large model without any; returns (visible GPUs, parameters of
     the policy or None).
     """
-    settings, gpus = run.settings, gpus_of(run.settings)
+    settings, gpus = plan.settings, gpus_of(plan.settings)
     if gpus and processes(settings) > len(gpus):
         found.problems.append(f"num_processes {processes(settings)}, but {len(gpus)} GPUs are visible")
     count = parameters(settings.model_name_or_path, settings.model_size_b)
@@ -430,22 +452,22 @@ def check_gpus(run, found):
     return gpus, count
 
 
-def check_disk(run, found, gib, what, instead):
+def check_disk(plan, found, gib, what, instead):
     """Refuse less room than `gib` GiB where the run lies; `instead` says what to do."""
-    folder = run.folder.absolute()
+    folder = plan.folder.path.absolute()
     free = shutil.disk_usage(next(p for p in [folder, *folder.parents] if p.exists())).free / 2**30
     found.notes.append(
         f"disk: about {gib:.1f} GiB for {what}, {free:.0f} GiB are "
-        f"free{' here' if run.settings.num_gpus else ''}"
+        f"free{' here' if plan.settings.num_gpus else ''}"
     )
-    if gib > free and not run.settings.num_gpus:  # a plan is for another machine
+    if gib > free and not plan.settings.num_gpus:  # a plan is for another machine
         found.problems.append(
-            f"about {gib:.0f} GiB of disk are needed in {run.settings.run_dir} and {free:.0f} are free; "
+            f"about {gib:.0f} GiB of disk are needed in {plan.settings.run_dir} and {free:.0f} are free; "
             f"{instead}"
         )
 
 
-def check_learning(run, asked, sets, found):
+def check_learning(plan, asked, sets, found):
     """Note a training that can hardly change the policy: few steps at a small rate, or bf16 where there is no
     GPU.
 
@@ -454,11 +476,11 @@ def check_learning(run, asked, sets, found):
         sets: as `check_prompts` returns.
     """
     args, _ = asked
-    counts = [len(sets[name]) for name in run.settings.prompts if sets.get(name)]
+    counts = [len(sets[name]) for name in plan.settings.prompts if sets.get(name)]
     if counts:
         pairs = round(min(counts) * args.pairs_per_prompt * (1 - args.eval_fraction))
         per_step = run_dpo.halved(
-            run_dpo.pairs_per_step(args, processes(run.settings)), pairs, args, processes(run.settings)
+            run_dpo.pairs_per_step(args, processes(plan.settings)), pairs, args, processes(plan.settings)
         )
         steps = (
             args.max_steps
@@ -475,44 +497,42 @@ def check_learning(run, asked, sets, found):
                 "(5e-7 is for 8 billion parameters and some hundred steps) or num_train_epochs, or give "
                 "more prompts"
             )
-    if args.bf16 and not gpus_of(run.settings):
+    if args.bf16 and not gpus_of(plan.settings):
         found.notes.append(
             "warning: bf16 on a CPU is slow, and what training changes is rounded when the policy is saved: "
             "give --training_args.bf16 false"
         )
 
 
-def summary(run):
+def summary(plan):
     """How many processes of what will be at work."""
-    generators = "API server" if run.settings.generation_backend == "servers" else "generation process"
-    where = "GPUs" if gpus_of(run.settings) else "CPU"
+    generators = "API server" if plan.settings.generation_backend == "servers" else "generation process"
+    where = "GPUs" if gpus_of(plan.settings) else "CPU"
     return (
-        f"{counted(len(gpu_groups(run.settings)), generators)}, "
-        f"{counted(processes(run.settings), 'training process')}, {where}"
+        f"{counted(len(gpu_groups(plan.settings)), generators)}, "
+        f"{counted(processes(plan.settings), 'training process')}, {where}"
     )
 
 
-def check(run):
+def check(plan, left):
     """Print findings about a run of the loop and refuse what cannot work.
 
-    Returns:
-        the stages that have something left, as `Run.stages_left` names them.
+    Args:
+        left: whether anything is left to do.
 
     Raises:
         UserError: all problems, a line each.
     """
-    settings, found = run.settings, Findings()
-    if settings.iterations < 1 or not settings.prompts:
-        raise UserError("iterations must be at least 1 and prompts name at least one set")
+    settings, found = plan.settings, Findings()
     if settings.keep_iterates is not None and settings.keep_iterates < 1:
         raise UserError(f"keep_iterates {settings.keep_iterates} must be at least 1")
-    check_models(run, found)
-    if run.settings.generation.get("K") == 1:
+    check_models(plan, found)
+    if plan.settings.generation.get("K") == 1:
         found.problems.append(
             "generation.K 1 leaves no pairs to train on: 2 responses a prompt are the least, 8 are usual"
         )
     method = found.attempt(memory.method_of, settings.accelerate_config)
-    training, asked = found.attempt(run.training, 1), None
+    training, asked = found.attempt(plan.training_of, 1), None
     if training is not None:
         asked = found.attempt(run_dpo.arguments, training, settings.training)
         if asked:
@@ -524,17 +544,18 @@ def check(run):
                     "load_in_4bit does not work where weights are shared out "
                     f"({settings.accelerate_config}): {instead}"
                 )
-    left = None if found.problems else found.attempt(run.stages_left)
-    sets = check_prompts(run, found)
+    if not found.problems:
+        found.attempt(changes.refuse, plan, plan.resolved())
+    sets = check_prompts(plan, found)
     if settings.iterations > len(settings.prompts):
         found.notes.append(
             f"{settings.iterations} iterations take turns over {len(settings.prompts)} prompt sets; the "
             "samples differ, the prompts repeat"
         )
-    gpus, count = check_gpus(run, found)
+    gpus, count = check_gpus(plan, found)
     if count and method is not None:
         describe(
-            run,
+            plan,
             count,
             method,
             gpus,
@@ -543,37 +564,36 @@ def check(run):
             found,
         )
     if asked and not found.problems:
-        check_learning(run, asked, sets, found)
-    conclude(run, left, found, summary(run) if not found.problems else "")
-    return left
+        check_learning(plan, asked, sets, found)
+    conclude(plan, left, found, summary(plan) if not found.problems else "")
 
 
-def conclude(run, left, found, summary):
+def conclude(plan, left, found, summary):
     """Try the run's functions where something is left to do, and tell what was found."""
     if left and not found.problems:
-        check_functions(run, found)
+        check_functions(plan, found)
     if (
         found.problems
-        and run.planning
-        and run.settings.setup_command
-        and not Path(run.settings.model_name_or_path).exists()
+        and plan.planning
+        and plan.settings.setup_command
+        and not Path(plan.settings.model_name_or_path).exists()
     ):
         found.problems.append(
             "what is missing may be what the setup command makes, which --check and --dry_run do not run: "
-            f"{run.settings.setup_command}"
+            f"{plan.settings.setup_command}"
         )
     found.tell(summary)
 
 
-def check_memory(run, count, method, args, found):
+def check_memory(plan, count, method, args, found):
     """Tell what training takes of a GPU, as `run_dpo.py --check true` does, and refuse what does not fit.
 
     `args`: of run_dpo.py.
     """
     name, world, there = (
-        run.settings.model_name_or_path,
-        processes(run.settings),
-        run.settings.gpu_memory_gib or gpu_memory(),
+        plan.settings.model_name_or_path,
+        processes(plan.settings),
+        plan.settings.gpu_memory_gib or gpu_memory(),
     )
     shape = memory.shape_of(name) if Path(name).is_dir() else memory.shape_like(count / 1e9)
     few, frozen = (
@@ -600,21 +620,21 @@ def check_memory(run, count, method, args, found):
     )
     if needed > limit:
         found.problems.append(
-            f"training needs about {needed / memory.GIB:.0f} GiB a GPU by {run.settings.accelerate_config} "
+            f"training needs about {needed / memory.GIB:.0f} GiB a GPU by {plan.settings.accelerate_config} "
             "with per_device_train_batch_size "
             f"{args.per_device_train_batch_size}, and {has}; "
             f"{memory.remedy(args, shape, world, limit, **how)}"
         )
 
 
-def describe(run, count, method, gpus, local_size, args, found):
+def describe(plan, count, method, gpus, local_size, args, found):
     """Memory, disk and hours against what there is, as notes; what certainly does not fit as problems.
 
     `args`: of run_dpo.py, or None.
     """
-    settings = run.settings
+    settings = plan.settings
     if gpus and args is not None:
-        check_memory(run, count, method, args, found)
+        check_memory(plan, count, method, args, found)
     # An iterate in 2 bytes a parameter (4 on the CPU), and what training keeps meanwhile.
     kept = settings.iterations if settings.keep_iterates is None else settings.keep_iterates
     name, trained = settings.model_name_or_path, count
@@ -628,7 +648,7 @@ def describe(run, count, method, gpus, local_size, args, found):
     what = f"{kept} iterates" + (
         f" and {args.save_total_limit + 1} checkpoints" if args and args.save_steps else ""
     )
-    check_disk(run, found, disk, what, "see keep_iterates, save_steps and save_total_limit")
+    check_disk(plan, found, disk, what, "see keep_iterates, save_steps and save_total_limit")
     if gpus:
         prompts = local_size / len(settings.prompts) if local_size else 20000
         name = gpu_name() if settings.num_gpus is None else None
@@ -646,5 +666,5 @@ def describe(run, count, method, gpus, local_size, args, found):
             f"time: about {duration(sum(parts) * settings.iterations)} in all without evaluations; an "
             f"iteration of {prompts:.0f} prompts: "
             f"generation {duration(parts[0])}, annotation {duration(parts[1])}, training "
-            f"{duration(parts[2])} (an estimate for {whose}; see the README)"
+            f"{duration(parts[2])} (an estimate for {whose}; see docs/performance.md)"
         )

@@ -1,0 +1,100 @@
+"""Whether what a run has made so far was made from today's settings and inputs."""
+
+from pathlib import Path
+
+from common.cli import UserError
+from common.manifest import read_manifest, same_content
+from common.run_folder import RunFolder
+
+# Files of a run, and the settings that they depend on, besides what they were made from.
+SAMPLED = ("model_name_or_path", "seed", "date")
+DEPENDS = {
+    "iter*/heldout_*.generated.jsonl": (*SAMPLED, "heldout_prompts", "heldout"),
+    "iter*/generated.jsonl": (*SAMPLED, "generation"),
+    "iter*/*rewarded.jsonl": ("reward_name_or_path", "annotation"),
+    "iter*/*judged.jsonl": ("eval_reward_model", "eval_annotation"),
+    "iter*/model": ("model_name_or_path", "seed", "training_args", "ppo", "reference", "train_on"),
+}
+ANEW = "Start another run with --run_dir, or delete what is to be made anew (this output and what comes after it)"
+
+
+def outputs(folder: RunFolder, pattern: str) -> list[Path]:
+    """The complete outputs of a pattern; weights that were pruned are still there by their manifest."""
+    found = []
+    for manifest in sorted(folder.path.glob(f"{pattern.removesuffix('.jsonl')}.manifest.json")):
+        output = manifest.with_name(manifest.name.removesuffix(".manifest.json"))
+        output = output if "." not in pattern else output.with_name(output.name + ".jsonl")
+        held = read_manifest(output)
+        if held and held.get("complete") and (output.exists() or Path(f"{output}.pruned").exists()):
+            found.append(output)
+    return found
+
+
+def refuse(plan, now: dict):
+    """Refuse settings that differ from those that what is there was made with, and inputs that have changed since.
+
+    Args:
+        plan: the Plan. now: its resolved settings.
+
+    Raises:
+        UserError: names the output, and the setting or the input.
+    """
+    for pattern, keys in DEPENDS.items():
+        for output in outputs(plan.folder, pattern):
+            for key in keys:
+                differs = difference(plan, plan.before, now, key, output) if plan.before else None
+                if differs:
+                    raise UserError(f"{output} was made with other settings: {differs}. {ANEW}")
+            refuse_inputs(output)
+    refuse_prompts(plan)
+
+
+def difference(plan, before: dict, now: dict, key: str, output: Path) -> str | None:
+    """In what a setting, or a key of a section, that shapes an output differs, in words."""
+    old, new = before.get(key), now.get(key)
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return None if old == new or same_files(old, new, output) else f"{key} was {old!r} and is now {new!r}"
+    shaping = plan.shaping(key) | {"chat_template", "reward_function"}  # files: by their content
+    for name in [*old, *(name for name in new if name not in old)]:
+        if name not in shaping or old.get(name) == new.get(name):
+            continue
+        if not same_files(old.get(name), new.get(name), output):
+            return f"{name} was {old.get(name)!r} and is now {new.get(name)!r}"
+    return None
+
+
+def same_files(old, new, output: Path) -> bool:
+    """Whether another path leads to what the output was made from."""
+    olds, news = ([value] if isinstance(value, str) else value or [] for value in (old, new))
+    if not isinstance(olds, list) or not isinstance(news, list) or len(olds) != len(news):
+        return False
+    if not all(isinstance(name, str) for name in [*olds, *news]):
+        return False
+    held = {entry["path"]: entry for entry in read_manifest(output)["inputs"].values()}
+    return all(
+        was == name or (was in held and Path(name).exists() and same_content(held[was], name))
+        for was, name in zip(olds, news)
+    )
+
+
+def refuse_inputs(output: Path):
+    """Refuse an output one of whose inputs is not what it was made from any more."""
+    for key, entry in read_manifest(output)["inputs"].items():
+        path = entry["path"]
+        # Weights that were pruned cannot be compared; the stage that wrote them has been.
+        if not Path(f"{path}.pruned").exists() and not same_content(entry, path):
+            raise UserError(f"{output} was made from other data: {key} ({path}) has changed since. {ANEW}")
+
+
+def refuse_prompts(plan):
+    """Refuse other prompts for an iteration whose responses are there."""
+    for i in range(1, plan.settings.iterations + 1):
+        held = read_manifest(plan.folder.generated(i))
+        if not held or not held.get("complete") or not plan.folder.generated(i).exists():
+            continue
+        entry, name = held["inputs"].get("dataset_name_or_path", {}), plan.prompts(i)
+        if entry.get("path") != name and not (Path(name).exists() and same_content(entry, name)):
+            path = plan.folder.generated(i)
+            raise UserError(
+                f"{path} was made with other settings: prompts was {entry.get('path')!r} and is now {name!r}. {ANEW}"
+            )

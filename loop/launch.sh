@@ -1,0 +1,316 @@
+# shellcheck shell=bash
+# How a driver (run_loop.sh, run_ppo.sh) starts what it names: in which environment, on which GPUs, into which log. To be
+# sourced behind envs.sh.
+#
+#   begin PLAN ARGUMENTS…     settings into the array `plan` and the lists below it, the hold on the run's folder, all checks,
+#                             the environments
+#   wanted I.STAGE            whether --stage and --stop_stage leave this stage in
+#   done_already FILE         whether an output is there; what exists is whole
+#   step NAME POLICY I        call a step of the driver and write its seconds down
+#   in_env ENV LOG COMMAND…   run a command; what it says goes into the log, and its failure ends the driver
+#   attempt ENV LOG COMMAND…  the same, but a failure is only noted
+#   shards ENV LOG COMMAND…   one process per group of GPUs, side by side, each told its --local_index
+#   prune I                   delete the weights that `keep_iterates` lets go
+#   conclude                  the table, and where the page is
+#
+# PLAN is the Python that knows the settings (loop/plan.py, ppo/run.py). The driver defines `turns`, the loop itself, which
+# is gone through in three modes: `count` finds out what is left, `run` runs it, `dry_run` prints it. --check and --dry_run
+# hold nothing, stop nothing and write nothing into the run.
+
+source common/lock.sh
+
+log_lines="${log_lines:-15}" # lines of a failed command's log that are shown
+declare -A plan=() # what PLAN printed, and its lists:
+gpu_groups=()      # CUDA_VISIBLE_DEVICES of each process that generates
+each_gpu=()        # what starts one process per GPU: python, or accelerate launch …
+reward_models=()   # models that training is rewarded by
+judges=()          # and those that only judge the held-out answers
+report_to=()       # --report_to with the trackers
+prompt_sets=()     # all of them, for PPO
+start_servers=() ask_servers=() stop_servers=() # of generation_backend servers
+arguments=()       # what PLAN is called with
+declare -A needed=()         # environments of what is left
+mode=run at='' worked=no entered='' python='' again='' mark=''
+
+say() { printf '[%(%H:%M:%S)T] %s\n' -1 "$*"; }
+
+fail() { # MESSAGE…
+  printf 'error: %s\n' "$*" >&2
+  exit 2
+}
+
+wanted() { [[ " ${plan[stages]} " == *" $1 "* ]]; }
+
+done_already() { # FILE, or the folder of a model, which is whole when its manifest says so
+  [ ! -e "$1.pruned" ] || return 0
+  if [ -d "$1" ]; then grep -qs '"complete": true' "$1.manifest.json"; else [ -e "$1" ]; fi
+}
+
+# ---- Running a command -----------------------------------------------------------------------------------------------
+
+enter() { # ENVIRONMENT: switch, or print how
+  local found
+  [ "$entered" != "$1" ] || return 0
+  entered="$1"
+  if [ "$mode" = run ]; then
+    use_env "$1" || exit
+  elif ! found="$(find_env "$1")"; then
+    echo "source ./envs.sh; make_envs $1; use_env $1"
+  elif with_conda; then
+    echo "conda activate ${found%%$'\t'*}; export PYTHONNOUSERSITE=1"
+  else
+    printf 'source %q\n' "${found#*$'\t'}/bin/activate"
+  fi
+}
+
+begins() { # ENVIRONMENT: whether its command is to be run now; said once a step
+  needed[$1]=yes
+  [ "$mode" != count ] || return 1
+  [ "$worked" = yes ] || { if [ "$mode" = run ]; then say "$at …"; else echo "# $at"; fi; }
+  worked=yes
+  enter "$1"
+}
+
+shown() { # COMMAND…: as one would type it
+  local word line=''
+  for word in "$@"; do
+    [[ "$word" =~ ^[A-Za-z0-9_./:,=@%+-]+$ ]] || word="${word@Q}"
+    line+=" $word"
+  done
+  printf '%s\n' "${line:1}"
+}
+
+start() { # LOG COMMAND…: in the background and waited for, so that a signal to this script is answered at once
+  mkdir -p "$(dirname "$1")"
+  printf '$ %s\n' "$(shown "${@:2}")" >>"$1"
+  # vLLM renames its processes; without SPT_NOENV the new name is written over the environment that the mark stands in.
+  env RLHF_RUN="$mark" SPT_NOENV=1 "${@:2}" >>"$1" 2>&1 {lock}>&- &
+}
+
+in_env() { # ENVIRONMENT LOG COMMAND…
+  begins "$1" || return 0
+  if [ "$mode" = dry_run ]; then shown "${@:3}"; return; fi
+  start "${@:2}"
+  wait "$!" || failed "$2" "$?"
+}
+
+attempt() { # ENVIRONMENT LOG COMMAND…: what cannot be done ends nothing
+  begins "$1" || return 0
+  if [ "$mode" = dry_run ]; then shown "${@:3}"; return; fi
+  start "${@:2}"
+  wait "$!" || say "note: ${*: -1} was left out, see $2"
+}
+
+shards() { # ENVIRONMENT LOG COMMAND…: LOG has a %s for the number of the process
+  local log="$2" k n="${#gpu_groups[@]}" visible command pids=() bad='' status=0
+  begins "$1" || return 0
+  for ((k = 0; k < n; k++)); do
+    visible=()
+    [ -z "${gpu_groups[k]}" ] || visible=(env "CUDA_VISIBLE_DEVICES=${gpu_groups[k]}")
+    command=("${visible[@]}" "${@:3}" --local_index "$k" --my_world_size "$n")
+    if [ "$mode" = dry_run ]; then
+      if [ "$n" -eq 1 ]; then shown "${command[@]}"; else echo "($(shown "${command[@]}")) &"; fi
+    else
+      # shellcheck disable=SC2059
+      start "$(printf "$log" "$k")" "${command[@]}"
+      pids+=("$!")
+    fi
+  done
+  [ "$mode" != dry_run ] || [ "$n" -eq 1 ] || echo wait
+  for k in "${!pids[@]}"; do
+    wait "${pids[k]}" || { status=$? bad="$k"; }
+  done
+  # shellcheck disable=SC2059
+  [ -z "$bad" ] || failed "$(printf "$log" "$bad")" "$status"
+}
+
+remove() { # PREFIX…: files that begin so and are not needed any more
+  local prefix
+  for prefix in "$@"; do
+    case "$mode" in run) rm -f -- "${prefix:?}"* ;; dry_run) echo "rm -f -- $(shown "$prefix")*" ;; esac
+  done
+}
+
+failed() { # LOG STATUS
+  local line
+  printf '\n--- last lines of %s\n' "$1" >&2
+  { grep -v '^ *$' "$1" | tail -n "$log_lines" >&2; } || true
+  line="$(awk '/^[$] /{line=""} /^error: /{line=$0} END{print line}' "$1" || true)" # of the last start alone
+  printf -- '---\n%s\nlog: %s\nto continue: %s\n' "${line:-error: $at: ended with status $2}" "$1" "$again" >&2
+  exit 1
+}
+
+step() { # NAME POLICY I
+  local began=$SECONDS
+  at="policy $3: $1" worked=no
+  [ "$1" != train ] || at="policy $3: train policy $(($3 + 1))"
+  "$@"
+  [ "$worked$mode" = yesrun ] || return 0
+  printf '{"policy": %d, "step": "%s", "seconds": %d, "finished": "%(%Y-%m-%dT%H:%M:%S%z)T"}\n' \
+    "$3" "$1" "$((SECONDS - began))" -1 >>"${plan[run_dir]}/stages.jsonl"
+  say "$at: $((SECONDS - began)) s"
+  [ -z "${plan[report]:-}" ] || attempt rlhflow "${plan[run_dir]}/report.log" python report/make_report.py "${plan[run_dir]}"
+}
+
+prune() { # I: once policy I is there and measured, the weights before the last `keep_iterates`, never the start's
+  local k old
+  [ "$mode" = run ] && [ -n "${plan[keep_iterates]}" ] && done_already "${plan[run_dir]}/iter$1/model" || return 0
+  for ((k = 0; k <= $1; k++)); do
+    [ -e "${plan[run_dir]}/iter$k/metrics.json" ] || [ -z "${plan[heldout_prompts]}" ] || return 0
+  done
+  for ((k = 1; k <= $1 - plan[keep_iterates]; k++)); do
+    old="${plan[run_dir]}/iter$k/model"
+    [ -d "$old" ] && [ ! "$old" -ef "${plan[model_name_or_path]}" ] || continue
+    : >"$old.pruned"
+    rm -rf -- "$old"
+    say "pruned $old (keep_iterates ${plan[keep_iterates]})"
+  done
+}
+
+# ---- One driver at a time holds a run's folder -----------------------------------------------------------------------
+
+stop_started() { # end what this run started, and what a killed driver of this run left behind
+  local pid pids signal
+  [ -z "$(find "${plan[run_dir]}/servers" -name '*.server' 2>/dev/null)" ] ||
+    stop_seconds=10 bash generation/register_server.sh stop "${plan[run_dir]}/servers" >&2 {lock}>&- || true
+  for signal in TERM KILL; do
+    for _ in 1 2 3 4 5 6 7 8 9 10; do
+      pids="$(grep -lsxzF "RLHF_RUN=$mark" /proc/[0-9]*/environ | cut -d/ -f3 || true)"
+      [ -n "$pids" ] || return 0
+      for pid in $pids; do kill -s "$signal" "$pid" 2>/dev/null || true; done
+      sleep 1
+    done
+  done
+}
+
+hold() { # RUN_DIR: until this script ends, however it does
+  local path="$1"
+  if [ "$mode" != run ]; then
+    while [ ! -e "$path" ] && [ ! -L "$path" ]; do path="$(dirname "$path")"; done
+    [ -d "$path" ] && [ -w "$path" ] || fail "cannot write $1; give another --run_dir"
+    exec {lock}</dev/null # nothing to hold
+    return 0
+  fi
+  mkdir -p "$1" 2>/dev/null || fail "cannot write $1; give another --run_dir"
+  lock_file "$1/.lock" || fail "another run is at work in $1; wait for it, stop it, or give another --run_dir"
+  mark="$(cd "$1" && pwd -P)" # what we start carries it in its environment, so that exactly that can be stopped
+  trap stop_started EXIT
+  trap 'trap - INT; printf "\nstopped; to continue: %s\n" "$again" >&2; exit 130' INT
+  trap 'trap - TERM; printf "\nterminated; to continue: %s\n" "$again" >&2; exit 143' TERM
+  stop_started
+}
+
+waited() { # COMMAND…: of our own, ended with this script; its output on stderr, since stdout is for commands and the table
+  (exec {lock}>&-; export RLHF_RUN="$mark"; "$@") >&2 &
+  wait "$!"
+}
+
+# ---- Settings, checks, environments ----------------------------------------------------------------------------------
+
+find_planner() { # → a Python that can read the settings before any environment is made; empty without one
+  local candidate
+  for candidate in "$(env_prefix rlhflow 2>/dev/null)/bin/python" python3 python; do
+    ! "$candidate" -c 'import sys, yaml; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "$candidate"; return; }
+  done
+}
+
+read_plan() { # PYTHON PLAN ARGUMENTS…: its lines KEY<TAB>VALUE into `plan`, and KEY[]<TAB>VALUE into the list KEY
+  local lines key value
+  lines="$("$1" "$2" values "${@:3}")" || exit
+  # shellcheck disable=SC2034 # the driver reads them
+  gpu_groups=() each_gpu=() reward_models=() judges=() report_to=() prompt_sets=() start_servers=() ask_servers=() stop_servers=()
+  while IFS= read -r value; do
+    key="${value%%$'\t'*}" value="${value#*$'\t'}"
+    case "$key" in
+      *'[]') local -n values="${key%'[]'}" && values+=("$value") ;;
+      *) plan[$key]="$value" ;;
+    esac
+  done <<<"$lines"
+}
+
+enter_rlhflow() { # the checks run there: one of older requirements will do, and it is made only where there is none at all
+  local found status=0
+  found="$(find_env rlhflow older)" || status=$?
+  [ "$status" -lt 2 ] || exit "$status"
+  if [ "$status" -eq 1 ]; then
+    [ "$mode" != check ] || check_machine vllm rlhflow || true # told before gigabytes are installed
+    [ "$mode" = run ] || { no_env rlhflow; exit 2; }
+    waited make_envs vllm rlhflow || exit 2
+    found="$(find_env rlhflow)"
+  fi
+  enter_env "$found"
+  python="$(command -v python)" # also while another environment is active
+}
+
+check_envs() { # NAME…: in --check, what a start would make and what this machine lacks for it
+  local name status
+  for name in "$@"; do
+    status=0
+    find_env "$name" >/dev/null || status=$?
+    [ "$status" -lt 2 ] || return 2
+    [ "$status" -eq 0 ] || no_env "$name" foreign || return
+    [ "$status" -eq 0 ] ||
+      echo "check: environment $name is not made yet, a start makes it from $(basename "$(env_requirements "$name")")" >&2
+  done
+  check_machine "$@"
+}
+
+make_ready() { # ENVIRONMENT…: of what is left; --check ends here, and --dry_run makes none
+  if [ "$mode" = check ]; then
+    check_envs "$@" || exit 2
+    exit 0
+  fi
+  [ "$#" -gt 0 ] || say "every stage of ${plan[run_dir]} is done, nothing is left to do" >&2
+  [ "$#" -gt 0 ] && [ "$mode" = run ] || return 0
+  waited make_envs "$@" || exit 2
+  enter rlhflow
+  python="$(command -v python)"
+}
+
+begin() { # PLAN ARGUMENTS…
+  local script="$1" planner chosen left
+  again="bash $(shown "$0" "${@:2}")"
+  for chosen in "${@:2}"; do
+    case "$chosen" in
+      -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "$(basename "$0")"; exit 0 ;;
+      --dry_run) mode=dry_run ;;
+      --check) mode=check ;;
+      *) arguments+=("$chosen") ;;
+    esac
+  done
+  chosen="$mode"
+  export RLHF_CALLER="$OLDPWD" # where a relative path of a config is from
+  planner="$(find_planner)"
+  [ -n "$planner" ] || { enter_rlhflow; planner="$python"; }
+  read_plan "$planner" "$script" "${arguments[@]}"
+  hold "${plan[run_dir]}"
+  enter_rlhflow
+  if [ -n "${plan[setup_command]:-}" ] && [ "$mode" = run ]; then
+    waited bash -c "${plan[setup_command]}" || fail "the setup command failed: ${plan[setup_command]}"
+    [ "${plan[generation_backend]}" = engine ] || read_plan "$python" "$script" "${arguments[@]}" # servers fit the model
+  fi
+
+  mode=count needed=()
+  turns
+  mode="$chosen" left="${!needed[*]}"
+  RLHF_VLLM_ENV="$(env_prefix vllm)" "$python" "$script" "$([ "$mode" = run ] && echo write || echo check)" --left "$left" \
+    "${arguments[@]}" || exit
+  # shellcheck disable=SC2086
+  make_ready $left
+  if [ "$mode" = dry_run ] && [ -n "$left" ]; then
+    shown cd "$PWD"
+    enter rlhflow
+    [ -z "${plan[setup_command]:-}" ] || shown bash -c "${plan[setup_command]}"
+    shown python "$script" write "${arguments[@]}" # RUN/loop.yaml, which the commands read
+  fi
+}
+
+conclude() { # the table where a policy has been measured, and the page
+  [ "$mode" = run ] || return 0
+  if [ -n "$(find "${plan[run_dir]}" -maxdepth 2 -path '*/iter*/metrics.json' 2>/dev/null)" ]; then
+    "$python" evaluation/run_metrics.py --run "${plan[run_dir]}"
+  else
+    say "no policy of ${plan[run_dir]} has been measured yet, so there is no table" >&2
+  fi
+  [ ! -f "${plan[run_dir]}/report/index.html" ] || say "the page of this run: ${plan[run_dir]}/report/index.html" >&2
+}

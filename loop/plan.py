@@ -1,0 +1,414 @@
+"""The settings of a run, resolved: what run_loop.sh needs of them, and RUN/loop.yaml.
+
+    python loop/plan.py values CONFIG [--key value …]   KEY<TAB>VALUE lines for the driver; looks at nothing but the YAML
+    python loop/plan.py check  CONFIG [--key value …]   check all that can be known now; writes nothing
+    python loop/plan.py write  CONFIG [--key value …]   the same, then RUN/loop.yaml, which the commands of a run read
+
+`--stage I.STAGE` and `--stop_stage I.STAGE` leave stages out; `--left ""` says that nothing is left to do, so that only
+changed settings are looked for.
+
+RUN/loop.yaml holds every setting, those that were not given too: its sections `generation`, `heldout`, `annotation`,
+`eval_annotation` and `training_args` are complete arguments of the scripts that read them.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
+
+from annotate_data import get_rewards
+from common.chat import parse_date
+from common.cli import UserError, build, parse, read_yaml, run
+from common.devices import none_visible
+from common.manifest import write_yaml
+from common.run_folder import RunFolder
+from dpo_iteration import run_dpo
+from generation import gen_hf, get_hf2
+from loop import changes, check
+from loop.settings import (
+    CLIENT,
+    DECIDED,
+    LoopSettings,
+    complete,
+    gpu_groups,
+    gpus_of,
+    processes,
+    refuse_other_kind,
+)
+
+STAGES = ("generate", "annotate", "train", "evaluate")  # of an iteration; the start is evaluated only
+ONE_PER_GPU = "accelerate launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no"
+HELDOUT = -1  # the iteration that is mixed into the seeds of held-out answers, which no other has
+
+
+class Plan:
+    """One run of the loop: its resolved settings and what each script is told. ppo/run.py has that of PPO."""
+
+    Settings = LoopSettings
+    default = "configs/loop_llama3_8b.yaml"
+    example = "bash run_loop.sh configs/loop_tiny.yaml"  # what a machine without GPUs can do
+
+    def __init__(self, settings, planning: bool = False):
+        self.settings, self.planning = settings, planning
+        self.folder = RunFolder(settings.run_dir)
+        self.before = read_yaml(self.folder.settings) if self.folder.settings.is_file() else {}
+        settings.date = settings.date or self.before.get("date") or str(parse_date(None))
+
+    def all_stages(self) -> list[str]:
+        """Names such as 2.train, in their order, those that are left out too."""
+        later = [f"{i}.{name}" for i in range(1, self.settings.iterations + 1) for name in STAGES]
+        return ["0.evaluate", *later]
+
+    def stages(self, first: str | None, last: str | None) -> list[str]:
+        """The stages from `first` to `last`; without held-out prompts nothing is evaluated.
+
+        Raises:
+            UserError: there is no such stage, or `first` comes behind `last`.
+        """
+        names = self.all_stages()
+        begin = 0 if first is None else self.position(first, "--stage")
+        end = len(names) - 1 if last is None else self.position(last, "--stop_stage")
+        if begin > end:
+            raise UserError(f"--stage {first} comes behind --stop_stage {last}")
+        measured = self.settings.heldout_prompts is not None
+        return [name for name in names[begin : end + 1] if measured or not name.endswith("evaluate")]
+
+    def position(self, asked: str, flag: str) -> int:
+        """Where a stage stands in `all_stages`: 2.train, 2.3, or the name alone, which is iteration 1's."""
+        names = self.all_stages()
+        iteration, _, stage = asked.rpartition(".")
+        if stage in ("1", "2", "3", "4"):
+            stage = STAGES[int(stage) - 1]
+        name = f"{int(iteration) if iteration.isdecimal() else iteration or 1}.{stage}"
+        if name in names:
+            return names.index(name)
+        if stage in STAGES and iteration.isdecimal() and int(iteration) > self.settings.iterations:
+            if flag == "--stop_stage":  # to the end
+                return len(names) - 1
+            raise UserError(f"{flag} {asked}: there are {self.settings.iterations} iterations")
+        raise UserError(f"{flag} {asked}: {self.expected()}")
+
+    def expected(self) -> str:
+        return (
+            "ITERATION.STAGE was expected, with STAGE 1 generate, 2 annotate, 3 train or 4 evaluate, for example "
+            "2.3; 0.4 evaluates the start"
+        )
+
+    def prompts(self, i: int) -> str:
+        """The prompt set of iteration i: they are taken in turn."""
+        return self.settings.prompts[(i - 1) % len(self.settings.prompts)]
+
+    # ---- What the scripts are told ------------------------------------------------------------------------
+
+    def generation(self) -> dict:
+        """Complete arguments of get_hf2.py but for what the run decides."""
+        given = {"date": self.settings.date} | self.settings.generation
+        return complete(get_hf2.Arguments, given, DECIDED["generation"], "generation")
+
+    def heldout(self) -> dict:
+        """The same for the held-out prompts."""
+        return complete(
+            get_hf2.Arguments, self.generation() | self.settings.heldout, DECIDED["generation"], "heldout"
+        )
+
+    def annotation(self, given: dict, where: str) -> dict:
+        """Complete arguments of get_rewards.py but for what the run decides."""
+        return complete(get_rewards.Arguments, {"date": self.settings.date} | given, DECIDED[where], where)
+
+    def training(self) -> dict:
+        """Complete arguments of run_dpo.py but for what the run decides: the YAML, then `training_args`, then
+        how generation writes prompts.
+
+        Raises:
+            UserError: training would write prompts otherwise than generation.
+        """
+        given = read_yaml(self.settings.training) | self.settings.training_args
+        sampled = self.settings.generation
+        for key in ("chat_template", "template_kwargs"):
+            if given.get(key) and given[key] != sampled.get(key):
+                raise UserError(
+                    f"training has {key} {given[key]!r} and generation {sampled.get(key)!r}: give it once, in generation"
+                )
+        shared = ("chat_template", "template_kwargs", "revision", "trust_remote_code")
+        given |= {key: sampled[key] for key in shared if sampled.get(key) and not given.get(key)}
+        kept = {key: value for key, value in given.items() if key not in DECIDED["training_args"]}
+        own = complete(
+            run_dpo.Arguments,
+            {k: v for k, v in kept.items() if k in run_dpo.Arguments.__dataclass_fields__},
+            DECIDED["training_args"],
+            self.settings.training,
+        )
+        return own | {key: value for key, value in kept.items() if key not in own}  # TRL's
+
+    def training_of(self, i: int) -> dict:
+        """All arguments of the training of iteration i, as the driver gives them; for the checks."""
+        return self.training() | {
+            "model_name_or_path": self.settings.model_name_or_path,
+            "ref_model_name_or_path": self.settings.model_name_or_path,
+            "train_dir": [str(self.folder.rewarded(i))],
+            "output_dir": str(self.folder.model(i)),
+            "pairs_path": str(self.folder.pairs(i)),
+            "seed": self.settings.seed,
+        }
+
+    def job(self, section: dict, prompts: str, output: Path, **more):
+        """The arguments of get_hf2.py for one job."""
+        decided = {
+            "model_name_or_path": self.settings.model_name_or_path,
+            "dataset_name_or_path": prompts,
+            "output_dir": str(output),
+            "seed": self.settings.seed,
+        }
+        return build(get_hf2.Arguments, section | decided | more, "generation")
+
+    def jobs(self) -> list:
+        """Sampling of one turn, for the checks: responses, and the held-out answers where there are any."""
+        return [self.job(self.generation(), self.prompts(1), self.folder.generated(1)), *self.heldout_jobs()]
+
+    def heldout_jobs(self) -> list:
+        if self.settings.heldout_prompts is None:
+            return []
+        section, prompts = self.heldout(), self.settings.heldout_prompts
+        greedy = {"K": 1, "temperature": 0.0}
+        return [
+            self.job(section, prompts, self.folder.heldout(0, "sampled"), iteration=HELDOUT),
+            self.job(section, prompts, self.folder.heldout(0, "greedy"), iteration=HELDOUT, **greedy),
+        ]
+
+    def resolved(self) -> dict:
+        """What RUN/loop.yaml holds."""
+        values = dataclasses.asdict(self.settings)
+        values["generation"] = self.generation()
+        values["heldout"] = self.heldout() if self.settings.heldout_prompts is not None else {}
+        values["annotation"] = self.annotation(self.settings.annotation, "annotation")
+        if self.settings.eval_reward_model:
+            values["eval_annotation"] = self.annotation(self.settings.eval_annotation, "eval_annotation")
+        return values | self.trained()
+
+    def trained(self) -> dict:
+        """The part of RUN/loop.yaml that tells how policies are trained."""
+        return {"training_args": self.training()}
+
+    # ---- What the driver is told --------------------------------------------------------------------------
+
+    def values(self, stages: list[str]) -> list[tuple[str, object]]:
+        """(key, value) pairs for the driver; a key with [] is an element of a list."""
+        settings, many = self.settings, processes(self.settings)
+        found = [(key, getattr(settings, key)) for key in self.plain]
+        found += [("stages", " ".join(stages)), ("num_processes", many), ("stale", self.stale())]
+        found += [(f"prompts.{i}", self.prompts(i)) for i in range(1, settings.iterations + 1)]
+        generation, heldout = settings.generation, settings.generation | settings.heldout
+        for name, section in (("generation", generation), ("heldout", heldout)):
+            found += [
+                (f"{name}.K", section.get("K", 8)),
+                (f"{name}.temperature", section.get("temperature", 1.0)),
+            ]
+        sampled = (heldout.get("temperature", 1.0) or 0) > 0
+        found.append(("divergence", "yes" if settings.divergence and sampled else ""))
+        lists = {
+            "gpu_groups": gpu_groups(settings),
+            "each_gpu": ["python"] if many == 1 else [*ONE_PER_GPU.split(), "--num_processes", many],
+            "reward_models": settings.reward_name_or_path or [],
+            "judges": settings.eval_reward_model or [],
+            "report_to": ["--report_to", *settings.report_to] if settings.report_to else [],
+        }
+        if settings.generation_backend == "servers":
+            lists |= self.servers()
+        return found + [(f"{key}[]", value) for key, values in lists.items() for value in values]
+
+    plain = (
+        *("run_dir", "setup_command", "model_name_or_path", "iterations", "heldout_prompts", "seed"),
+        *("generation_backend", "gold_function", "report", "reference", "train_on", "accelerate_config"),
+        "keep_iterates",
+    )
+
+    def servers(self) -> dict[str, list]:
+        """Commands that start and stop the servers of a policy, and what the client is told of them."""
+        given, settings = self.settings.servers, self.settings
+        ports = given.get("ports") or [settings.server_port + k for k in range(len(gpu_groups(settings)))]
+        asked = ["--ports", *ports, *(["--hosts", *given["hosts"]] if given.get("hosts") else [])]
+        for key in CLIENT:
+            asked += [f"--{key}", given[key]] if key in given else []
+        folder = str(self.folder.path / "servers")
+        if given.get("start"):  # of servers on other machines: a command that gets the model as its last word
+            return {
+                "start_servers": ["bash", "-c", f'{given["start"]} "$@"', "start"],
+                "stop_servers": ["bash", "-c", given.get("stop") or ":"],
+                "ask_servers": asked,
+            }
+        variables = self.server_variables() | {"state_dir": folder, "log_dir": f"{folder}/logs"}
+        script = "generation/register_server.sh"
+        return {
+            "start_servers": ["env", *(f"{key}={value}" for key, value in variables.items()), "bash", script],
+            "stop_servers": ["bash", script, "stop", folder],
+            "ask_servers": asked,
+        }
+
+    def server_variables(self) -> dict:
+        """Settings of register_server.sh, so that servers answer as the engine of get_hf2.py would."""
+        jobs = self.jobs()
+        args = jobs[0]
+        limit = check.positions(args.model_name_or_path)  # of the start: later policies have the same
+        needed = max(job.max_input_length + job.max_new_tokens for job in jobs)
+        found = {
+            "port": self.settings.server_port,
+            "servers": len(gpu_groups(self.settings)),
+            "max_model_len": min(needed, limit or needed),
+        }
+        names = (
+            "dtype",
+            "kv_cache_gib",
+            "gpu_memory_utilization",
+            "max_num_seqs",
+            "tensor_parallel_size",
+            "revision",
+        )
+        found |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        return found | ({"trust_remote_code": "yes"} if args.trust_remote_code else {})
+
+    def stale(self) -> str:
+        """Numbers of the policies whose figures are of another gold function, or want the second judge's."""
+        found = []
+        for i in range(self.settings.iterations + 1):
+            try:
+                metrics = json.loads(self.folder.metrics(i).read_text(encoding="utf-8"))
+                judged = "judge" in metrics or not self.settings.eval_reward_model
+                fresh = metrics["gold_function"] == self.settings.gold_function and judged
+            except FileNotFoundError:
+                continue
+            except (OSError, ValueError, KeyError, TypeError):
+                fresh = False
+            found += [] if fresh else [str(i)]
+        return " ".join(found)
+
+    # ---- Checks -------------------------------------------------------------------------------------------
+
+    def check_servers(self):
+        """Refuse settings of servers and client that cannot work."""
+        given, known = self.settings.servers, (*CLIENT, "hosts", "ports", "start", "stop")
+        check.refuse_unknown(given, known, "servers")
+        if given.get("hosts") and not given.get("start"):
+            raise UserError(
+                "servers.hosts are other machines: servers.start must be the command that starts a model there (it gets the "
+                "model as its last word, and returns when they answer), servers.stop the one that ends them"
+            )
+        client = {key: value for key, value in given.items() if key not in ("start", "stop")}
+        args = build(gen_hf.Arguments, client | {"tokenizer": "-"}, "servers")
+        if args.concurrency < 1 or args.timeout <= 0 or args.retries < 0 or args.give_up_after <= 0:
+            raise UserError(
+                "servers: concurrency, timeout and give_up_after must be above 0 and retries not negative"
+            )
+        first, count = self.settings.server_port, len(gpu_groups(self.settings))
+        if not 1 <= first <= 65536 - count:
+            raise UserError(f"server_port {first}: {count} ports from there on must lie from 1 to 65535")
+
+    def shaping(self, section: str) -> set[str]:
+        """The keys of a section that shape what is made with it."""
+        scripts = {"annotation": get_rewards.Arguments, "eval_annotation": get_rewards.Arguments}
+        scripts |= {"generation": get_hf2.Arguments, "heldout": get_hf2.Arguments}
+        if section in scripts:
+            return {f.name for f in dataclasses.fields(scripts[section]) if f.metadata["shapes"]}
+        return self.shaping_training(section)
+
+    def shaping_training(self, section: str) -> set[str]:
+        """The same of a section of trainings; what TRL is told besides shapes them too."""
+        own = run_dpo.Arguments.__dataclass_fields__
+        others = {*self.before.get(section, {}), *self.training()} - own.keys() - run_dpo.QUIET
+        return {name for name, field in own.items() if field.metadata["shapes"]} | others
+
+    def refuse_early(self):
+        """What a kind of run refuses besides, by its settings alone."""
+
+    def check(self, left: bool):
+        """Refuse what cannot work, all of it at once, and print what was found."""
+        check.check(self, left)
+
+
+def read(kind: type[Plan], argv: list[str], planning: bool) -> tuple[Plan, list[str], argparse.Namespace]:
+    """The plan of a command line, the names of its stages, and the driver's own flags.
+
+    Raises:
+        UserError: all that the settings alone show to be wrong.
+    """
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--stage", "--stop_stage", "--left"):
+        flags.add_argument(name)
+    own, rest = flags.parse_known_args(argv)
+    settings = parse(kind.Settings, __doc__, with_config(rest, kind.default))
+    if not settings.run_dir.strip():
+        raise UserError("run_dir is empty; name a folder, for example --run_dir runs/mine")
+    for line in (settings.run_dir, settings.setup_command, settings.gold_function, *settings.prompts):
+        if line and set(line) & {"\n", "\t"} and line != settings.setup_command:
+            raise UserError(f"{line!r}: no line break and no tab may stand in a name")
+    if settings.iterations < 1 or not settings.prompts:
+        raise UserError("iterations must be at least 1 and prompts name at least one set")
+    refuse_other_kind(settings)
+    if not settings.without_gpu and not gpus_of(settings):
+        raise UserError(
+            f"this run needs GPUs and {none_visible()}: `without_gpu: true` in its YAML (or --without_gpu true) lets it use "
+            "the CPU, which is for small models; to plan it for GPUs elsewhere: --check --num_gpus 8 --gpu_memory_gib 80; "
+            f"the same on tiny models: {kind.example}"
+        )
+    plan = kind(settings, planning)
+    plan.refuse_early()
+    return plan, plan.stages(own.stage, own.stop_stage), own
+
+
+def with_config(argv: list[str], default: str) -> list[str]:
+    """`argv` with the config in front: the first word, if it is no flag; else the word behind a flag's value that is a YAML
+    file. A relative path is from the folder that the driver was started in, if it is there, else from the project's.
+    """
+    words = list(argv)
+    at = next((k for k, word in enumerate(words) if not word.startswith("--") and word.endswith((".yaml", ".yml"))
+               and (k == 0 or "=" in words[k - 1] or not words[k - 1].startswith("--"))), None)  # fmt: skip
+    if at is None and words and not words[0].startswith("--"):
+        at = 0
+    config = words.pop(at) if at is not None else default
+    caller = Path(os.environ.get("RLHF_CALLER", "."))
+    elsewhere = at is not None and caller.resolve() != Path.cwd() and (caller / config).is_file()
+    return [str(caller / config) if elsewhere else config, *words]
+
+
+def print_values(plan: Plan, stages: list[str]):
+    for key, value in plan.values(stages):
+        if isinstance(value, bool) or value is None:
+            value = "yes" if value else ""
+        print(f"{key}\t{value}")
+
+
+def main(kind: type[Plan] = Plan, description: str = __doc__):
+    name, argv = (sys.argv[1] if len(sys.argv) > 1 else "-h"), sys.argv[2:]
+    if name in ("-h", "--help") or {"-h", "--help"} & {*argv}:
+        print(description)
+        if {"-h", "--help"} & {*argv}:
+            parse(kind.Settings, description, ["--help"])
+        return
+    if name not in ("values", "check", "write"):
+        raise UserError(
+            f"unknown command {shlex.quote(name)}: values, check or write was expected, see --help"
+        )
+    plan, stages, own = read(kind, argv, planning=name != "write")
+    if name == "values":
+        print_values(plan, stages)
+        return
+    if name == "write" and (plan.settings.num_gpus or plan.settings.gpu_memory_gib):
+        raise UserError(
+            "num_gpus and gpu_memory_gib are for --check and --dry_run: a run takes the GPUs that it sees "
+            "(CUDA_VISIBLE_DEVICES)"
+        )
+    if name == "write" and own.left == "":
+        changes.refuse(plan, plan.resolved())
+    else:
+        plan.check(own.left != "")
+    if name == "write":
+        plan.folder.path.mkdir(parents=True, exist_ok=True)
+        write_yaml(plan.folder.settings, plan.resolved())
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,172 @@
+"""What the settings of a run come to: values for the driver, sections for the scripts, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from common.cli import UserError, build
+from loop import changes, check
+from loop.plan import Plan, with_config
+from loop.settings import LoopSettings
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """A plan of the tiny configuration with some settings changed; nothing of it is there yet."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("loop.settings.visible_gpus", lambda: [])
+    settings = yaml.safe_load((ROOT / "configs/loop_tiny.yaml").read_text())
+    settings |= {"run_dir": str(tmp_path / "run"), "model_name_or_path": str(tmp_path / "start")}
+    return lambda **more: Plan(build(LoopSettings, settings | more))
+
+
+def values(plan):
+    found = {}
+    for key, value in plan.values(plan.stages(None, None)):
+        if key.endswith("[]"):
+            found.setdefault(key, []).append(value)
+        else:
+            found[key] = value
+    return found
+
+
+def test_the_second_judge_has_its_own_models_and_arguments(make):
+    plan = make(
+        eval_reward_model=["a/one", "b/two"],
+        eval_annotation={"reward_weights": [1, 0.5]},
+        annotation={"max_length": 99},
+    )
+    assert values(plan)["judges[]"] == ["a/one", "b/two"] and "judges[]" not in values(make())
+    held = plan.resolved()
+    assert (
+        held["eval_annotation"]["reward_weights"] == [1.0, 0.5]
+        and held["eval_annotation"]["max_length"] == 4096
+    )
+    assert held["annotation"]["max_length"] == 99
+
+
+def test_the_kl_is_at_the_held_out_temperature_and_none_of_greedy_answers(make):
+    assert make(heldout={"temperature": 0.7}).resolved()["heldout"]["temperature"] == 0.7
+    assert values(make())["divergence"] == "yes"
+    for more in ({"divergence": False}, {"heldout": {"temperature": 0.0}}):
+        assert values(make(**more))["divergence"] == ""
+
+
+@pytest.mark.parametrize(
+    "first, last, named",
+    [
+        (None, "0.4", "0.evaluate"),
+        ("1.1", "1.1", "1.generate"),
+        ("generate", "2", "1.generate 1.annotate"),
+        ("3.train", "7.1", "3.train 3.evaluate"),
+    ],
+)
+def test_stages(make, first, last, named):
+    assert " ".join(make().stages(first, last)) == named
+
+
+@pytest.mark.parametrize(
+    "first, last, told",
+    [("7", None, "--stage 7: ITERATION.STAGE was expected"), ("9.1", None, "there are 3 iterations"), ("2.1", "1.4", "comes behind"),
+     ("x.train", None, "was expected"), ("-1.train", None, "was expected"), ("0.train", None, "was expected")],
+)  # fmt: skip
+def test_stages_that_are_not_there(make, first, last, told):
+    with pytest.raises(UserError, match=told):
+        make().stages(first, last)
+
+
+def test_prompt_sets_are_taken_in_turn(make):
+    found = values(make(prompts=["a", "b"], iterations=3))
+    assert [found[f"prompts.{i}"] for i in (1, 2, 3)] == ["a", "b", "a"]
+
+
+def test_without_held_out_prompts_nothing_is_evaluated(make):
+    plan = make(heldout_prompts=None)
+    assert plan.stages(None, None)[:4] == ["1.generate", "1.annotate", "1.train", "2.generate"]
+    assert plan.resolved()["heldout"] == {} and len(plan.jobs()) == 1
+
+
+@pytest.mark.parametrize(
+    "words, given",
+    [
+        (["a.yaml", "--K", "4"], ["a.yaml", "--K", "4"]),
+        (["--iterations", "5", "a.yaml"], ["a.yaml", "--iterations", "5"]),
+        (["--seed=3", "a.yml"], ["a.yml", "--seed=3"]),
+        (["--prompts", "p", "--seed", "1"], ["default.yaml", "--prompts", "p", "--seed", "1"]),
+        (["--training", "t.yaml"], ["default.yaml", "--training", "t.yaml"]),
+        ([], ["default.yaml"]),
+    ],
+)
+def test_where_the_config_stands(words, given):
+    assert with_config(words, "default.yaml") == given
+
+
+def made(plan, name, settings, inputs):
+    """Put a complete output of a run there, as a script leaves it."""
+    from common.manifest import beside, fingerprint, write_json
+
+    path = plan.folder.path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{}\n")
+    marks = {key: fingerprint(str(value)) for key, value in inputs.items()}
+    write_json(beside(path, ".manifest.json"), {"settings": settings, "inputs": marks, "complete": True})
+
+
+def test_changes_are_refused_where_something_was_made_from_what_was(make, tmp_path):
+    first = tmp_path / "p.jsonl"
+    first.write_text('{"prompt": "a"}\n')
+    plan = make(prompts=[str(first)])
+    plan.before = plan.resolved()
+
+    def refused(**more):
+        other = make(**({"prompts": [str(first)]} | more))
+        other.before = plan.before
+        try:
+            changes.refuse(other, other.resolved())
+        except UserError as error:
+            return str(error)
+        return ""
+
+    assert refused(seed=9, generation={"K": 2}) == ""  # nothing is there yet
+    made(plan, "iter1/generated.jsonl", {}, {"dataset_name_or_path": first})
+    assert "iter1/generated.jsonl was made with other settings: seed was 0 and is now 9" in refused(seed=9)
+    assert "K was 8 and is now 2" in refused(generation=plan.settings.generation | {"K": 2})
+    assert (
+        refused(
+            training_args={"beta": 0.7},
+            generation=plan.settings.generation | {"kv_cache_gib": 3},
+            iterations=9,
+        )
+        == ""
+    )
+    other = tmp_path / "q.jsonl"
+    other.write_text('{"prompt": "b, and longer"}\n')
+    assert f"prompts was '{first}' and is now '{other}'" in refused(prompts=[str(other)])
+    other.write_bytes(first.read_bytes())
+    assert refused(prompts=[str(other)]) == ""  # the same data under another name
+    made(plan, "iter1/model", {}, {})
+    assert "iter1/model was made with other settings: beta was" in refused(training_args={"beta": 0.7})
+    first.write_text('{"prompt": "edited in place"}\n')
+    assert "dataset_name_or_path" in refused() and "has changed since" in refused()
+
+
+@pytest.mark.parametrize(
+    "more, named",
+    [
+        (
+            {"eval_reward_model": ["tiny/built/reward_model"]},
+            "eval_reward_model tiny/built/reward_model is what training is rewarded by",
+        ),
+        ({"eval_reward_model": ["./nowhere"]}, "nowhere: no such folder"),
+        ({"eval_reward_model": ["a/b"], "eval_annotation": {"max_lenght": 3}}, "did you mean 'max_length'"),
+        ({"eval_reward_model": ["a/b", "c/d"]}, "need --reward_weights"),
+        ({"report_to": ["wanbd"]}, "report_to wanbd: one of none, wandb, tensorboard, "),
+    ],
+)
+def test_wrong_settings_are_problems_of_the_check(make, more, named):
+    found = check.Findings()
+    check.check_models(make(**more), found)
+    assert any(named in problem for problem in found.problems), found.problems
