@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from annotate_data.arguments import MODEL, Arguments, check, check_ranking, dated, names, shaping, types
 from annotate_data.backbone import BadRecord, read_config
 from annotate_data.functions import RewardFunction
-from annotate_data.generated import read_generated, survey
+from annotate_data.generated import read_unscored, survey
 from annotate_data.preference import PairPreference
 from annotate_data.ranks import World, leave, share
 from annotate_data.reward_models import ArmoRM, BradleyTerry, kind_of
@@ -142,7 +142,7 @@ def chunks(job, done, size):
     chunk = []
     if all(done):
         return
-    for number, record in enumerate(read_generated(job.source)):
+    for number, record in enumerate(read_unscored(job.source)):
         if not done[number]:
             chunk.append((number, record))
         if len(chunk) == size:
@@ -242,7 +242,7 @@ def rewarded(job, scorers, weights, counts):
     order = (s * job.N + i for i in range(job.N) for s in range(len(scorers)))
     saved, summary, nulls, cut, refused = map(json.loads, job.output.saved(order)), Summary(), 0, 0, 0
     empty = 0
-    for record in read_generated(job.source):
+    for record in read_unscored(job.source):
         entries = [next(saved) for _ in scorers]
         parts = [entry["rewards"] for entry in entries]
         record["rewards"] = combine(parts, weights) if weights else parts[0]

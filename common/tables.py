@@ -6,8 +6,8 @@ import csv
 from pathlib import Path
 
 from common.cli import UserError, existing_file
+from common.jsonl import BadRecord, decoding, jsonl_records, open_text
 from common.messages import is_messages
-from common.records import BadRecord, decoding, jsonl_records, open_text
 
 POINTER = b"version https://git-lfs"  # what stands in place of a large file in a clone without Git LFS
 
