@@ -26,7 +26,7 @@ import sys
 import time
 import types
 import typing
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 
 # What a script may miss when it is started in another environment than its own.
@@ -99,9 +99,13 @@ def arg(default=dataclasses.MISSING, help="", choices=None, metavar=None, shapes
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def shaping_values(args) -> dict:
-    """{name: value} of the arguments that shape an output, as a manifest holds them."""
-    return {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.metadata.get("shapes", True)}
+def shaping_values(args, inputs: Iterable[str] = ()) -> dict:
+    """{name: value} of the arguments that shape an output, as a manifest holds them.
+
+    `inputs`: names of arguments to leave out, since the manifest holds what they name: files and models.
+    """
+    shaping = (f.name for f in dataclasses.fields(args) if f.metadata.get("shapes", True))
+    return {name: getattr(args, name) for name in shaping if name not in inputs}
 
 
 def count(number, one, many=None):

@@ -340,4 +340,4 @@ def answered(item, responses, finish_reasons, token_ids):
 def shaping(args: SamplingArguments, model: str) -> tuple[dict, dict]:
     """(settings, inputs) that shape the answers, for the manifest; `model` names the argument of the model."""
     inputs = {name: getattr(args, name) for name in ("dataset_name_or_path", model, "chat_template")}
-    return {k: v for k, v in shaping_values(args).items() if k not in inputs}, inputs
+    return shaping_values(args, inputs), inputs
