@@ -11,6 +11,7 @@ from annotate_data.ranking import RANKINGS
 from annotate_data.reward_models import KINDS, kind_of
 from common import chat, cli, functions, manifest
 from common.cli import UserError, arg
+from common.models import check_model, read_json
 
 DEFAULT_MODEL = "sfairXC/FsfairX-LLaMA3-RM-v0.1"
 
@@ -170,9 +171,9 @@ def check(args: Arguments) -> None:
         functions.function_file(args.reward_function, "--reward_function", EXAMPLE)
     found = []
     for name, kind in zip(models, kinds, strict=True):
-        cli.check_model(name, "--reward_name_or_path")
+        check_model(name, "--reward_name_or_path")
         config = Path(name) / "config.json"
-        found += [kind_of(cli.read_json(config), kind, name)] if config.is_file() else []
+        found += [kind_of(read_json(config), kind, name)] if config.is_file() else []
     if len(found) == len(models):  # none on the hub
         check_ranking(args, found)
     if args.chat_template:

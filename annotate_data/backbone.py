@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from annotate_data.batches import WINDOW, Batches, Row, windows
 from common import chat, models
-from common.cli import UserError
+from common.cli import UserError, one_line
 from common.devices import keep_memory
 
 GPU_TOKENS, CPU_TOKENS = 16384, 2048  # of a forward pass; a CPU's caches like small ones
@@ -38,24 +38,6 @@ class Sequence(NamedTuple):
 
     ids: array
     positions: list
-
-
-def one_line(error, limit=300):
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:limit]}"
-
-
-def read_config(name, revision=None, trust_remote_code=False, what="reward model"):
-    """The config of a reward model (or what `what` calls it), quietly."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()  # its load report is judged in `load_weights`
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        return transformers.AutoConfig.from_pretrained(
-            name, revision=revision, trust_remote_code=trust_remote_code
-        )
-    except Exception as error:  # hub, file and remote code fail in many ways
-        raise UserError(f"cannot load the {what} {name}: {one_line(error)}") from None
 
 
 class Backbone:
@@ -105,7 +87,7 @@ class Backbone:
         self.source = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.batches, self.model = Batches(batch_tokens), None
         self.share_prompts, self.before = share_prompts, None
-        self.config = read_config(name, **self.source, what=self.what)
+        self.config = models.load_config(name, **self.source, what=self.what)
         self.tokenizer = models.load_tokenizer(name, **self.source, chat_template=chat_template)
         self.added = chat.added_specials(self.tokenizer)
         self.apart = models.encoding_of_length(self.config)
@@ -198,22 +180,17 @@ class Backbone:
         if self.dtype == "auto":
             self.dtype = "bfloat16" if gpu else "float32"
         if self.attention == "auto":
-            self.attention = self._choose_attention(auto_class, gpu)
-        try:
-            self.model, report = auto_class.from_pretrained(
-                self.name,
-                dtype=getattr(torch, self.dtype),
-                attn_implementation=self.attention,
-                output_loading_info=True,
-                device_map={"": self.device} if gpu else None,
-                **self.source,
-            )
-        except torch.OutOfMemoryError:
-            raise UserError(
-                f"{self.name} in {self.dtype} does not fit {self.device}: free it, or use a smaller model"
-            ) from None
-        except Exception as error:
-            raise UserError(f"cannot load the {self.what} {self.name}: {one_line(error)}") from None
+            flash = gpu and self.dtype != "float32"
+            self.attention = models.choose_attention(self.config, auto_class, flash)
+        self.model, report = models.load_weights(
+            auto_class,
+            self.name,
+            self.what,
+            dtype=getattr(torch, self.dtype),
+            attn_implementation=self.attention,
+            device_map={"": self.device} if gpu else None,
+            **self.source,
+        )
         self.refuse_missing(report["missing_keys"])
         self.unplaced = report["unexpected_keys"]
         self.attention = self.attention or getattr(self.model.config, "_attn_implementation", None)
@@ -230,18 +207,6 @@ class Backbone:
         self.batches.tokens = self.batches.tokens or (GPU_TOKENS if gpu else CPU_TOKENS)
         if not gpu:
             keep_memory()
-
-    def _choose_attention(self, auto_class, gpu):
-        """flash_attention_2 where it can be, eager where sdpa would leave something out; None: what
-        transformers takes for the model.
-        """
-        import transformers
-
-        if getattr(self.config.get_text_config(), "attn_logit_softcapping", None):
-            return "eager"  # transformers' sdpa drops the soft-cap of Gemma-2's attention without a word
-        model_class = getattr(auto_class, "_model_mapping", {}).get(type(self.config), None) or auto_class
-        flash = gpu and self.dtype != "float32" and transformers.utils.is_flash_attn_2_available()
-        return "flash_attention_2" if flash and getattr(model_class, "_supports_flash_attn", False) else None
 
     def refuse_missing(self, missing):
         """Refuse a checkpoint that lacks the weights `missing` (names)."""

@@ -5,7 +5,8 @@ number.
 import copy
 import inspect
 
-from annotate_data.backbone import BadRecord, one_line
+from annotate_data.backbone import BadRecord
+from common.cli import one_line
 from common.functions import as_number, load_function
 
 EXAMPLE = "tiny/task.py:gold_score"

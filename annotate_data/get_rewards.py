@@ -26,14 +26,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from annotate_data.arguments import MODEL, Arguments, check, check_ranking, dated, names, shaping, types
-from annotate_data.backbone import BadRecord, read_config
+from annotate_data.backbone import BadRecord
 from annotate_data.functions import RewardFunction
 from annotate_data.generated import read_unscored, survey
 from annotate_data.preference import PairPreference
 from annotate_data.ranks import World, leave, share
 from annotate_data.reward_models import ArmoRM, BradleyTerry, kind_of
 from annotate_data.summary import Summary
-from common import cli, devices, manifest, progress, records
+from common import cli, devices, manifest, models, progress, records
 from common.cli import UserError
 from common.messages import text_of
 from common.records import is_empty
@@ -62,7 +62,8 @@ def make_scorers(args):
     """The scorers in the order of `--reward_weights`: models, without weights as yet, then the function."""
     scorers, kinds, options = [], [], {key: getattr(args, key) for key in MODEL}
     for name, asked in zip(names(args), types(args), strict=True):
-        kinds.append(kind_of(read_config(name, args.revision, args.trust_remote_code).to_dict(), asked, name))
+        config = models.load_config(name, args.revision, args.trust_remote_code, "reward model")
+        kinds.append(kind_of(config.to_dict(), asked, name))
         if kinds[-1] == "pair_preference":
             scorers.append(PairPreference(name, args.ranking, args.save_pair_probabilities, **options))
         else:

@@ -23,8 +23,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
-from common import chat
-from common.cli import UserError, arg, check_model, parse, run
+from common import chat, models
+from common.cli import UserError, arg, parse, run
 from common.manifest import Output, beside, with_date, write_json
 from common.progress import Progress, duration
 from generation import get_hf2, sampling
@@ -131,7 +131,7 @@ async def generate(args):
 def main():
     args = parse(Arguments, __doc__)
     sampling.check_sampling(args)
-    check_model(args.tokenizer, "--tokenizer")
+    models.check_model(args.tokenizer, "--tokenizer")
     if not args.ports or len(
         set(zip(args.hosts * (len(args.ports) if len(args.hosts) == 1 else 1), args.ports))
     ) < len(args.ports):

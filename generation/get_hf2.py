@@ -31,7 +31,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
 from common import models
-from common.cli import UserError, arg, check_policy, parse_jobs, read_json, run
+from common.cli import UserError, arg, parse_jobs, run
 from common.devices import check_torch, prepare_threads, visible_gpus
 from common.manifest import Output, with_date
 from common.progress import Progress, duration
@@ -88,7 +88,7 @@ def shaping(job: Arguments) -> tuple[dict, dict]:
 def check_head_size(name):
     """Refuse a local model whose attention heads have a size that vLLM cannot compute without a GPU."""
     path = Path(name) / "config.json"
-    config = read_json(path) if path.is_file() else {}
+    config = models.read_json(path) if path.is_file() else {}
     shape = config.get("text_config") or config
     hidden, heads = (
         shape.get("hidden_size") or shape.get("n_embd"),
@@ -130,7 +130,7 @@ def check(jobs):
             f"--local_index {args.local_index} must be from 0 to --my_world_size minus 1 "
             f"({args.my_world_size - 1})"
         )
-    check_policy(args.model_name_or_path)
+    models.check_policy(args.model_name_or_path)
     gpus = visible_gpus()
     if not gpus:
         check_head_size(args.model_name_or_path)

@@ -103,17 +103,9 @@ def stop_ids(name, tokenizer, args):
     return chat.stop_token_ids(tokenizer, eos, args.eos_ids)
 
 
-def context_length(name, args):
+def context_length(name: str, args: SamplingArguments) -> int | None:
     """Tokens of prompt and response that the model can take, or None where its config does not say."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(
-            name, revision=args.revision, trust_remote_code=args.trust_remote_code
-        )
-    except Exception as error:
-        raise UserError(f"cannot load the config of {name}: {' '.join(str(error).split())[:300]}") from None
-    return models.positions(config)
+    return models.positions(models.load_config(name, args.revision, args.trust_remote_code))
 
 
 class Prompts:

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from annotate_data import get_rewards
-from common.cli import UserError, build, check_model, parse
+from common.cli import UserError, build, parse
+from common.models import check_model
 from loop import preflight
 from loop.run import Run
 from loop.settings import LoopSettings

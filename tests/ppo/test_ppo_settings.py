@@ -174,9 +174,8 @@ def test_the_stages(settings):
     written = yaml.safe_load(Path(run.path(1, "train.yaml")).read_text())
     assert train_ppo.arguments(written) == run.arguments()
     assert run.steps(1, "evaluate")[0] == steps
-    assert yaml.safe_load(Path(run.path(1, "evaluate.yaml")).read_text())[
-        "model_name_or_path"
-    ] == run.iterate(1)
+    written = yaml.safe_load(Path(run.path(1, "evaluate.yaml")).read_text())
+    assert {job["model_name_or_path"] for job in written.values()} == {run.iterate(1)}
 
 
 def check(values):
