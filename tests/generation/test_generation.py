@@ -245,7 +245,7 @@ def test_one_bos_and_literal_special_tokens(tmp_path, monkeypatch, starts, capsy
     assert tokenizer.decode(ids[0]) == (
         "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nplain<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
     )
-    assert "note: 1 prompts hold the text of a special token" in capsys.readouterr().out
+    assert "note: 1 prompt holds the text of a special token" in capsys.readouterr().out
 
 
 def test_too_long_prompts_are_listed_not_lost(tmp_path, monkeypatch, starts):
@@ -388,17 +388,17 @@ def test_other_templates(tmp_path, family):
         dataset_name_or_path=str(write(tmp_path / "p.jsonl", "hello")), output_dir=""
     )
     output = Output(tmp_path / "o.jsonl", "test", {}, {})
-    count = sampling.count_prompts(args)
-    [item] = sampling.Prompts(args, tokenizer, output, 512, count)
+    records = sampling.load_prompts(args)
+    [item] = sampling.Prompts(args, tokenizer, output, 512, records).items
     text = tokenizer.decode(item.token_ids)
     bos = tokenizer.bos_token
-    assert count == 1 and (bos is None or (text.startswith(bos) and text.count(bos) == 1))
+    assert len(records) == 1 and (bos is None or (text.startswith(bos) and text.count(bos) == 1))
     assert "hello" in text and item.token_ids == tokenizer(text, add_special_tokens=False)["input_ids"]
     ends = {"chatml": "<|im_end|>", "gemma": "<end_of_turn>", "mistral": "</s>", "phi": "<|end|>"}
     assert tokenizer.convert_tokens_to_ids(ends[family]) in chat.stop_token_ids(tokenizer)
     if family == "chatml":
         args.template_kwargs = {"enable_thinking": False}
-        [item] = sampling.Prompts(args, tokenizer, output, 512, count)
+        [item] = sampling.Prompts(args, tokenizer, output, 512, records).items
         assert tokenizer.decode(item.token_ids) == text + "<think>\n\n</think>\n\n"
 
 
