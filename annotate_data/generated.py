@@ -5,7 +5,6 @@ from pathlib import Path
 
 from common import records
 from common.cli import UserError
-from common.index import Index
 from common.records import read_generated
 
 ADDED = ("rewards", "reward_parts", "pair_probabilities")  # of an earlier annotation: replaced
@@ -28,7 +27,7 @@ def survey(path: str | Path, wanted_k: int | None = None) -> tuple[int, int, dic
         UserError: as `read_generated`; NaN, an id that stands twice, K that differs within the file or from
             `wanted_k`.
     """
-    ids, roles, count, K, odd, first_odd = Index(), {}, 0, wanted_k, 0, None
+    ids, roles, count, K, odd, first_odd = {}, {}, 0, wanted_k, 0, None
     for count, record in enumerate(read_unscored(path), 1):
         try:
             records.dumps(record)
@@ -37,13 +36,11 @@ def survey(path: str | Path, wanted_k: int | None = None) -> tuple[int, int, dic
                 f"{path} record {count} holds NaN or infinity, which is no JSON: mend or remove that field"
             )
             raise UserError(message) from None
-        twin = ids.get(record["id"])
-        if twin:
+        if ids.setdefault(record["id"], count) != count:
             raise UserError(
-                f"{path} record {count} has the id {record['id']!r} of record {twin[0]}; make ids unique or "
-                "leave them out"
+                f"{path} record {count} has the id {record['id']!r} of record {ids[record['id']]}; make ids "
+                "unique or leave them out"
             )
-        ids[record["id"]] = (count, 0)
         K = K or len(record["responses"])
         if len(record["responses"]) != K:
             odd, first_odd = odd + 1, first_odd or (record["id"], len(record["responses"]))

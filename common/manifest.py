@@ -25,7 +25,6 @@ from pathlib import Path
 from common import locks, records
 from common.chat import parse_date
 from common.cli import UserError
-from common.index import Index
 from common.tables import split_config
 
 PACKAGES = (
@@ -258,10 +257,10 @@ class Output:
 
     Attributes:
         complete: the output is there and was made from the same settings and inputs; nothing is to be done.
-        done: an Index from the ids of the records that the `.partial` file holds to (offset, length) there.
+        done: {id: (offset, length)} of the records that the `.partial` file holds.
         skipped: number of records left out in this start; a start looks at all records anew.
 
-    No record is held in memory, and no list of them.
+    Only the places of records are held in memory.
 
     Raises:
         UserError: settings or inputs changed, another process is at work on it, or the folder cannot be
@@ -271,7 +270,7 @@ class Output:
     def __init__(self, path, script, settings, inputs, overwrite=False):
         self.path, self.partial = Path(path), Path(f"{path}.partial")
         self.settings, self.script = settings, script
-        self.started, self.skipped, self.done = time.time(), 0, Index()
+        self.started, self.skipped, self.done = time.time(), 0, {}
         self._file = self._skipped_file = None
         if any(name is not None and Path(name).resolve() == self.path.resolve() for name in inputs.values()):
             raise UserError(f"{path} is to be read and written at once; give another --output_dir")

@@ -8,11 +8,11 @@ sets in common/tables.py, messages in common/messages.py.
 import hashlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from common.cli import UserError, existing_file, nearest
-from common.index import Index
 from common.jsonl import BadRecord, dumps, jsonl_records, list_inside, raising
 from common.jsonl import read_jsonl as read_jsonl  # for those who take both from here
 from common.messages import as_json, is_messages, text_of, to_messages, to_tools
@@ -85,11 +85,11 @@ class Identifier:
     """Gives each prompt of one file its id, counting twins: equal prompts are answered anew, not merged."""
 
     def __init__(self):
-        self._seen = Index()
+        self._seen = Counter()
 
     def __call__(self, messages: list[dict], tools: list | None = None) -> str:
         base = record_id(messages, tools=tools)
-        twin = self._seen.count(base)
+        twin, self._seen[base] = self._seen[base], self._seen[base] + 1
         return record_id(messages, twin, tools) if twin else base
 
 

@@ -2,8 +2,7 @@
 
 In:  the shards that `get_hf2.py` wrote, their manifests and lists of skipped prompts.
 Out: `--output_dir`, JSON Lines whatever its extension, in the order of the prompt file or shuffled; beside it
-the
-     merged list of skipped prompts and a manifest that stands for the whole.
+     the merged list of skipped prompts and a manifest that stands for the whole.
 
     python generation/merge_data.py --base_path ./data/gen_data --output_dir ./data/gen_data.jsonl --num_datasets 8
 
@@ -30,7 +29,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any fol
 
 from common import locks
 from common.cli import UserError, arg, parse, run
-from common.index import Index
 from common.manifest import beside, fingerprint, read_manifest, same_content, write_json, writing
 from common.tokens import DATE
 
@@ -90,67 +88,72 @@ def common_manifest(paths):
         UserError: settings, inputs or positions disagree, or prompts are missing from the sum.
     """
     manifests = [read_manifest(path) for path in paths]
-    known = [(i, path, m) for i, (path, m) in enumerate(zip(paths, manifests)) if m is not None]
+    known = [(path, m) for path, m in zip(paths, manifests) if m is not None]
     if len(known) < len(paths):
         bare = ", ".join(str(path) for path, m in zip(paths, manifests) if m is None)
         print(f"note: no manifest beside {bare}: merged as found, without checking how it was made")
     if not known:
         return {"settings": {}, "inputs": {}, "counts": {}, "seconds": 0.0, "versions": {}}, manifests
-    _, first_path, first = known[0]
-    for i, path, m in known:
-        if not m.get("complete"):
-            raise UserError(f"{path} is not finished, its manifest says; run the command of shard {i} again")
-        place, world = (m["settings"].get(key) for key in SHARD)
-        if (place, world) != (i, len(paths)):
-            raise UserError(
-                f"{path} was made with --local_index {place} --my_world_size {world}, as shard {i} of "
-                f"{len(paths)} it "
-                f"cannot be merged: give --num_datasets {world}, or generate it again"
-            )
-        for key in [*first["settings"], *(k for k in m["settings"] if k not in first["settings"])]:
-            ours, theirs = first["settings"].get(key), m["settings"].get(key)
-            if key == "date" and ours != theirs and not is_dated(path) and not is_dated(first_path):
-                continue  # begun on two days, by a template that writes none
-            if key not in SHARD and ours != theirs:
-                raise UserError(
-                    f"{first_path} was made with {key} {ours!r} and {path} with {theirs!r}; generate one of "
-                    "them again"
-                )
-        for key in first["inputs"] | m["inputs"]:
-            a, b = first["inputs"].get(key, {}), m["inputs"].get(key, {})
-            if a.get("sha256", a.get("path")) != b.get("sha256", b.get("path")):
-                raise UserError(
-                    f"{first_path} and {path} were made from different files: {key} had changed; make one "
-                    "anew"
-                )
-        if m["counts"]["prompts"] != first["counts"]["prompts"]:
-            raise UserError(
-                f"{first_path} and {path} disagree on the number of prompts in the file; generate one of "
-                "them again"
-            )
+    first_path, first = known[0]
+    for i, (path, m) in enumerate(zip(paths, manifests)):
+        if m is not None:
+            check_place(path, m, i, len(paths))
+            check_alike(first_path, first, path, m)
     counts = {"prompts": first["counts"]["prompts"]}
-    counts |= {key: sum(m["counts"][key] for _, _, m in known) for key in ("records", "skipped")}
-    if worked := [m["counts"]["engine_seconds"] for _, _, m in known if "engine_seconds" in m["counts"]]:
+    counts |= {key: sum(m["counts"][key] for _, m in known) for key in ("records", "skipped")}
+    if worked := [m["counts"]["engine_seconds"] for _, m in known if "engine_seconds" in m["counts"]]:
         # Shards run side by side: the longest one's seconds pass on the clock, their sum is paid for.
         counts |= {"engine_seconds": max(worked), "engine_seconds_sum": round(sum(worked), 1)}
     if len(known) == len(paths) and counts["records"] + counts["skipped"] != counts["prompts"]:
         raise UserError(
-            f"the shards hold {counts['records']} records and skipped {counts['skipped']}, "
-            f"of {counts['prompts']} prompts; "
-            "one of them is damaged, generate it again"
+            f"the shards hold {counts['records']} records and skipped {counts['skipped']}, of "
+            f"{counts['prompts']} prompts; one of them is damaged, generate it again"
         )
-    if any(m.get("versions") != first.get("versions") for _, _, m in known):
-        print(
-            "note: the shards were made with different package versions; the manifest names those of the "
-            "first"
-        )
+    if any(m.get("versions") != first.get("versions") for _, m in known):
+        print("note: the shards were made with different package versions; the manifest has the first's")
     return {
         "settings": {k: v for k, v in first["settings"].items() if k not in SHARD},
         "inputs": first["inputs"],
         "counts": counts,
-        "seconds": max(m.get("seconds", 0.0) for _, _, m in known),
+        "seconds": max(m.get("seconds", 0.0) for _, m in known),
         "versions": first.get("versions", {}),
     }, manifests
+
+
+def check_place(path, manifest, i, count):
+    """Refuse what is not finished, or is not shard `i` of `count`."""
+    if not manifest.get("complete"):
+        raise UserError(f"{path} is not finished, its manifest says; run the command of shard {i} again")
+    place, world = (manifest["settings"].get(key) for key in SHARD)
+    if (place, world) != (i, count):
+        raise UserError(
+            f"{path} was made with --local_index {place} --my_world_size {world}, as shard {i} of {count} it "
+            f"cannot be merged: give --num_datasets {world}, or generate it again"
+        )
+
+
+def check_alike(first_path, first, path, other):
+    """Refuse two shards whose manifests say that they were made differently."""
+    for key in first["settings"] | other["settings"]:
+        one, two = first["settings"].get(key), other["settings"].get(key)
+        if key in SHARD or one == two:
+            continue
+        if key == "date" and not is_dated(path) and not is_dated(first_path):
+            continue  # begun on two days, by a template that writes none
+        raise UserError(
+            f"{first_path} was made with {key} {one!r} and {path} with {two!r}; generate one of them again"
+        )
+    for key in first["inputs"] | other["inputs"]:
+        one, two = first["inputs"].get(key, {}), other["inputs"].get(key, {})
+        if one.get("sha256", one.get("path")) != two.get("sha256", two.get("path")):
+            raise UserError(
+                f"{first_path} and {path} were made from different files: {key} had changed; generate one of "
+                "them again"
+            )
+    if other["counts"]["prompts"] != first["counts"]["prompts"]:
+        raise UserError(
+            f"{first_path} and {path} disagree on the number of prompts in the file; generate one of them again"
+        )
 
 
 def check_records(paths, manifests):
@@ -164,40 +167,39 @@ def check_records(paths, manifests):
         UserError: a line that is no JSON object, a file that is torn or shorter than its manifest says, a
             repeated id.
     """
-    places, seen, offset = array("Q"), Index(), 0
-    for shard, path in enumerate(paths):
+    places, seen, offset = array("Q"), {}, 0
+    for path, manifest in zip(paths, manifests):
         before = len(places)
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    try:
-                        record = json.loads(line)
-                    except (ValueError, RecursionError):
-                        torn = "" if line.endswith(b"\n") else " (the file ends inside a record)"
+                    name = json.dumps(parse_record(line, path, number).get("id"))
+                    if name != "null" and name in seen:
                         raise UserError(
-                            f"{path} line {number} is not valid JSON{torn}; generate this shard again"
-                        ) from None
-                    if not isinstance(record, dict):
-                        raise UserError(
-                            f"{path} line {number} is a {type(record).__name__}, a JSON object was expected"
+                            f"id {json.loads(name)} is in {seen[name]} and in {path} line {number}; is a shard "
+                            "there twice?"
                         )
-                    name = record.get("id")
-                    if name is not None:
-                        there = seen.get(json.dumps(name))
-                        if there is not None:
-                            raise UserError(
-                                f"id {name} is in {paths[there[0]]} and in {path} line {number}; is a shard "
-                                "there twice?"
-                            )
-                        seen[json.dumps(name)] = (shard, number)
+                    seen[name] = path
                     places.append(offset)
                 offset += len(line)
-        expected = manifests[shard] and manifests[shard]["counts"]["records"]
+        expected = manifest and manifest["counts"]["records"]
         if expected not in (None, len(places) - before):
             raise UserError(
-                f"{path} holds {len(places) - before} records, its manifest says {expected}; make it anew"
+                f"{path} holds {len(places) - before} records, its manifest says {expected}; generate it again"
             )
     return places
+
+
+def parse_record(line, path, number):
+    """The JSON object in a line of a shard."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        torn = "" if line.endswith(b"\n") else " (the file ends inside a record)"
+        raise UserError(f"{path} line {number} is not valid JSON{torn}; generate this shard again") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{path} line {number} is a {type(record).__name__}, a JSON object was expected")
+    return record
 
 
 def check_unchanged(paths, marks, manifests):
@@ -221,7 +223,7 @@ def check_unchanged(paths, marks, manifests):
         if count != manifest["counts"]["skipped"]:
             raise UserError(
                 f"{listed} lists {count} skipped prompts, the manifest of {path} says "
-                f"{manifest['counts']['skipped']}; make it anew"
+                f"{manifest['counts']['skipped']}; generate it again"
             )
 
 

@@ -105,7 +105,8 @@ def test_manifest_and_skipped_stand_for_the_whole(three):
     assert ids(path) == ["id0", "id1", "id3", "id4", "id6"]
     assert (
         made["complete"]
-        and made["counts"] == {"prompts": 7, "records": 5, "skipped": 2, "engine_seconds": 12.5}
+        and made["counts"]
+        == {"prompts": 7, "records": 5, "skipped": 2, "engine_seconds": 12.5, "engine_seconds_sum": 15.5}
         and made["seconds"] == 99.5
     )
     assert difference(made, SETTINGS, {"dataset_name_or_path": three / "prompts.jsonl"}) is None
