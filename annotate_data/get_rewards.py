@@ -3,8 +3,8 @@ them.
 
 In:  generated JSON Lines: `prompt` (messages), `responses` (K texts), any other fields.
 Out: the same records with `rewards`: K floats aligned with `responses` (null if not finite); with several
-scorers also
-     `reward_parts`, {name: K floats}; with --save_pair_probabilities also `pair_probabilities`, K lists of K.
+     scorers also `reward_parts`, {name: K floats}; with --save_pair_probabilities also `pair_probabilities`, K
+     lists of K.
 
     accelerate launch ./annotate_data/get_rewards.py --dataset_name_or_path ./data/gen_data.jsonl \
         --output_dir ./data/data_with_rewards.jsonl --K 4
@@ -347,8 +347,8 @@ def run_scorer(scorer, number, jobs, done, world, args):
     return sum(left), responses, time.monotonic() - started, facts
 
 
-def main():
-    args = cli.parse(Arguments, __doc__)
+def check_files(args):
+    """[(input, output)]; refuses numbers and names of files that do not go together."""
     sources, targets = args.dataset_name_or_path, [Path(path) for path in args.output_dir]
     if not sources or len(sources) != len(targets):
         raise UserError(
@@ -356,25 +356,53 @@ def main():
         )
     if len({path.resolve() for path in [*targets, *map(Path, sources)]}) != 2 * len(targets):
         raise UserError("--dataset_name_or_path and --output_dir must name different files")
+    return list(zip(sources, targets, strict=True))
+
+
+def is_complete(target, settings, inputs):
+    """Whether an output is there and was made as it would be now."""
+    found = manifest.read_manifest(target)
+    return bool(target.exists() and found and not manifest.difference(found, settings, inputs))
+
+
+def finish_all(jobs, scorers, weights, ran, processes):
+    """Complete the outputs (rank 0); `ran`: what `run_scorer` returned for each scorer."""
+    scored, responses, seconds = (sum(column) for column in list(zip(*ran, strict=True))[:3])
+    facts = {key: value for *_, found in ran for key, value in found.items()}
+    rate = responses / max(seconds, 1e-9)
+    total = sum(job.N * job.K for job in jobs if not job.output.complete)
+    for job in jobs:
+        if job.output.complete:
+            print(f"{job.target}: complete already")
+            continue
+        more = {
+            "processes": processes,
+            "sequences_per_second": round(rate, 1),
+            # of this start; files that are scored together share it
+            "scoring_seconds": round(seconds * job.N * job.K / max(total, 1), 1),
+        }
+        tell(job, finish(job, scorers, weights, facts | more))
+    print(
+        f"scored {cli.count(scored, 'record')} ({cli.count(responses, 'response')}) in "
+        f"{progress.duration(seconds)}, {rate:.1f} responses/s"
+    )
+
+
+def main():
+    args = cli.parse(Arguments, __doc__)
+    files = check_files(args)
     check(args)
     args = dated(args)
     devices.check_processes()
     devices.prepare_threads()
-    shaped = [shaping(args, cli.existing_file(source, "generated file")) for source in sources]
-
-    def is_complete(target, shape):
-        found = manifest.read_manifest(target)
-        return bool(target.exists() and found and not manifest.difference(found, *shape))
-
-    if not args.overwrite and all(map(is_complete, targets, shaped)):
+    shaped = [shaping(args, cli.existing_file(source, "generated file")) for source, _ in files]
+    done = [is_complete(target, *shape) for (_, target), shape in zip(files, shaped, strict=True)]
+    if not args.overwrite and all(done):
         if os.environ.get("RANK", "0") == "0":
-            print(
-                f"{', '.join(map(str, targets))}: complete already, nothing to do (--overwrite starts anew)"
-            )
+            names = ", ".join(str(target) for _, target in files)
+            print(f"{names}: complete already, nothing to do (--overwrite starts anew)")
         return
-    jobs = [
-        Job(source, target, *survey(source, args.K)) for source, target in zip(sources, targets, strict=True)
-    ]
+    jobs = [Job(source, target, *survey(source, args.K)) for source, target in files]
 
     devices.check_torch()
     world = World()
@@ -386,29 +414,8 @@ def main():
     )
     done = world.gather(opened)[0]
     ran = [run_scorer(scorer, number, jobs, done, world, args) for number, scorer in enumerate(scorers)]
-    if world.rank:
-        return
-    scored, responses, seconds = (sum(column) for column in list(zip(*ran, strict=True))[:3])
-    facts = {key: value for *_, found in ran for key, value in found.items()}
-    rate = responses / max(seconds, 1e-9)
-    total = sum(job.N * job.K for job in jobs if not job.output.complete)
-    for job in jobs:
-        if job.output.complete:
-            print(f"{job.target}: complete already")
-        else:
-            own = (
-                seconds * job.N * job.K / max(total, 1)
-            )  # of this start; files that are scored together share it
-            more = {
-                "processes": world.size,
-                "sequences_per_second": round(rate, 1),
-                "scoring_seconds": round(own, 1),
-            }
-            tell(job, finish(job, scorers, args.reward_weights, facts | more))
-    print(
-        f"scored {scored} records ({responses} responses) in {progress.duration(seconds)}, {rate:.1f} "
-        "responses/s"
-    )
+    if world.rank == 0:
+        finish_all(jobs, scorers, args.reward_weights, ran, world.size)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,11 @@ what is no whole model is called what it is.
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
 import micro
 
 from common import chat, models

@@ -1,23 +1,22 @@
 """Offline generation with a real engine on micro models: nothing lost, nothing doubled, the same text however
 it is run.
 
-One engine serves all tests of this folder (`shared_engine`); a second one is started in a process that is
+One engine serves all tests of this folder (tests/engine.py); a second one is started in a process that is
 killed.
 """
 
-import functools
 import gc
 import json
 import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import micro
 import pytest
+from engine import arguments, engine_vocabulary, get_hf2_main, policy, records, shared_engine, write
 
 from common import chat
 from common.cli import UserError
@@ -28,61 +27,6 @@ pytestmark = pytest.mark.env("vllm")
 
 ROOT = Path(__file__).resolve().parents[2]
 MERGE = ROOT / "generation" / "merge_data.py"
-
-
-@functools.cache
-def policy():
-    """A folder with a micro Llama in fp32, made once a session."""
-    return micro.make_policy(Path(tempfile.mkdtemp(prefix="policy-")) / "model")
-
-
-@functools.cache
-def shared_engine():
-    """The engine as get_hf2 itself starts it, once a session."""
-    args = get_hf2.Arguments(model_name_or_path=str(policy()), dtype="float32", kv_cache_gib=0.5)
-    return get_hf2.start_engine(args, 512, 512)
-
-
-@pytest.fixture
-def starts(monkeypatch):
-    """Lets get_hf2 use the shared engine; counts how often it asked for one."""
-    asked = []
-    start = lambda args, limit, needed: asked.append(needed) or shared_engine()  # noqa: E731
-    shared_engine()
-    monkeypatch.setattr(get_hf2, "start_engine", start)
-    return asked
-
-
-def get_hf2_main(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["get_hf2.py", *map(str, argv)])
-    get_hf2.main()
-
-
-def arguments(prompts, output, **more):
-    """The command line of a small run."""
-    settings = {
-        "model_name_or_path": policy(),
-        "dataset_name_or_path": prompts,
-        "output_dir": output,
-        "dtype": "float32",
-    }
-    settings |= {"K": 2, "max_new_tokens": 8} | more
-    return [part for key, value in settings.items() for part in (f"--{key}", str(value))]
-
-
-def records(path):
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]]
-
-
-def write(path, *contents):
-    rows = [{"prompt": c} if isinstance(c, str) else {"messages": c} for c in contents]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@functools.cache
-def engine_vocabulary():
-    return sampling.load_tokenizer(str(policy()), sampling.SamplingArguments())
 
 
 def test_a_prompt_that_the_template_refuses_is_met_before_the_engine_starts(
