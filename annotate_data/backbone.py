@@ -6,7 +6,8 @@ A scorer, of whatever kind, is
     check(messages, tools)     refuses turns that it cannot take; needs no weights
     left_out(messages, tools)  what of a prompt's tools it does not see, in words
     load(), unload() the weights, on this process's device
-    score(records)   yields (index into `records`, {"rewards": K floats, "cut": truncated sequences, …}), as each is done
+    score(records)   yields (index into `records`, {"rewards": K floats, "cut": truncated sequences, …}),
+                     as each is done
 
 A record has `prompt` (messages) and `responses` (K texts). What is wrong with one record is a `BadRecord`.
 """
@@ -98,11 +99,11 @@ class Backbone:
             told = self.positions
         self.max_length = min(max_length, self.positions or max_length, told or max_length)
 
-    def check(self, messages, tools=None):
+    def check(self, messages: list[dict], tools: list[dict] | None = None) -> None:
         """Refuse a prompt whose turns the chat template does not take."""
         self.render([*messages, {"role": "assistant", "content": "a"}], tools)
 
-    def left_out(self, messages, tools=None):
+    def left_out(self, messages: list[dict], tools: list[dict] | None = None) -> list[str]:
         """What the chat template leaves out of a prompt's tools; see common/chat.py."""
         return chat.left_out(
             self.tokenizer,
@@ -112,7 +113,7 @@ class Backbone:
             tools,
         )
 
-    def render(self, turns, tools=None):
+    def render(self, turns: list[dict], tools: list[dict] | None = None) -> str:
         """The templated text of whole turns."""
         try:
             return chat.render(self.tokenizer, turns, False, self.template_kwargs, tools, self.date)
@@ -125,7 +126,7 @@ class Backbone:
                 " ".join(str(error).split()) + (todo if self.tokenizer.chat_template else "")
             ) from None
 
-    def encode(self, messages, response, tools=None):
+    def encode(self, messages: list[dict], response: str, tools: list[dict] | None = None) -> Row:
         """The `Row` of a response to `messages`, truncated on the left to `max_length`; a BOS or CLS in front
         stays.
         """
@@ -142,7 +143,7 @@ class Backbone:
             ids = ids[:keep] + ids[keep + cut :]
         return Row(array("i", ids), cut)
 
-    def encode_all(self, records):
+    def encode_all(self, records: list[dict]) -> tuple[list, list[int]]:
         """(groups of token ids, truncated sequences of each group) of records."""
         groups, cuts = [], []
         for index, record in enumerate(records):

@@ -3,8 +3,8 @@ them.
 
 In:  generated JSON Lines: `prompt` (messages), `responses` (K texts), any other fields.
 Out: the same records with `rewards`: K floats aligned with `responses` (null if not finite); with several
-     scorers also `reward_parts`, {name: K floats}; with --save_pair_probabilities also `pair_probabilities`, K
-     lists of K.
+     scorers also `reward_parts`, {name: K floats}; with --save_pair_probabilities also
+     `pair_probabilities`, K lists of K.
 
     accelerate launch ./annotate_data/get_rewards.py --dataset_name_or_path ./data/gen_data.jsonl \
         --output_dir ./data/data_with_rewards.jsonl --K 4
@@ -20,6 +20,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def make_scorers(args):
     return scorers + ([RewardFunction(args.reward_function)] if args.reward_function else [])
 
 
-def check_turns(scorers, jobs, loud=True):
+def check_turns(scorers, jobs: list[Job], loud: bool = True) -> None:
     """Look at the first record of each kind of turns before any weights are loaded.
 
     Where a scorer's chat template takes none, that is an error; where it takes some, the others' records are
@@ -102,7 +103,7 @@ def check_turns(scorers, jobs, loud=True):
             print(f"warning: {scorer.name} does not see the {part} of prompts such as {where}", flush=True)
 
 
-def take_over(job):
+def take_over(job: Job) -> None:
     """Move what other ranks have saved into rank 0's file, however many they were; a torn last line is
     dropped.
     """
@@ -138,7 +139,7 @@ def open_output(job, args, scorers, settings, inputs):
     return done
 
 
-def chunks(job, done, size):
+def chunks(job: Job, done: bytes, size: int) -> Iterator[list]:
     """Yield lists of (number, record) of `size` records that are not done, in the input's order."""
     chunk = []
     if all(done):
@@ -153,7 +154,7 @@ def chunks(job, done, size):
         yield chunk
 
 
-def work(record):
+def work(record: dict) -> int:
     """Characters that a scorer reads of a record."""
     prompt = sum(len(text_of(message)) for message in record["prompt"])
     return sum(prompt + len(response) for response in record["responses"])
@@ -220,17 +221,17 @@ def score_chunk(scorer, number, job, mine, file, world, bar):
             break
 
 
-def refusal(record, error):
+def refusal(record: dict, error: Exception) -> dict:
     """What is saved of a record that a scorer cannot read."""
     return {"rewards": [None] * len(record["responses"]), "cut": 0, "refused": str(error)}
 
 
-def rounded(reward):
+def rounded(reward: float | None) -> float | None:
     """A reward to 6 decimals; None where it is not finite, or beyond what sums of squares can take."""
     return round(reward, 6) if records.finite(reward) and abs(reward) < LARGEST else None
 
 
-def combine(parts, weights):
+def combine(parts: list[list], weights: list[float]) -> list:
     """The weighted sum of lists of K rewards; None where a part is None."""
     return [
         None if None in values else rounded(sum(w * x for w, x in zip(weights, values, strict=True)))
@@ -272,7 +273,7 @@ def rewarded(job, scorers, weights, counts):
     } | summary.figures()
 
 
-def finish(job, scorers, weights, facts):
+def finish(job: Job, scorers, weights: list[float], facts) -> dict:
     """Put rewards and records together, in the input's order; returns the counts."""
     take_over(job)
     total = len(scorers) * job.N
@@ -286,7 +287,7 @@ def finish(job, scorers, weights, facts):
     return counts
 
 
-def tell(job, counts):
+def tell(job: Job, counts: dict) -> None:
     shown = {key: "n/a" if counts[key] is None else f"{counts[key]:.3f}" for key in Summary().figures()}
     print(
         f"read {cli.count(counts['read'], 'record')} of {cli.count(job.K, 'response')} from {job.source}, "
@@ -359,7 +360,7 @@ def check_files(args):
     return list(zip(sources, targets, strict=True))
 
 
-def is_complete(target, settings, inputs):
+def is_complete(target: Path, settings: dict, inputs: dict) -> bool:
     """Whether an output is there and was made as it would be now."""
     found = manifest.read_manifest(target)
     return bool(target.exists() and found and not manifest.difference(found, settings, inputs))

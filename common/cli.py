@@ -1,9 +1,9 @@
 """Arguments from a YAML file and the command line, and errors that a person can act on.
 
 A script declares its arguments as a dataclass and calls `parse`. Values come from the dataclass defaults,
-then from an optional positional YAML file (or one section of it, `FILE.yaml:SECTION`), then from `--key value`;
-the last one wins. An unknown key is an error that names the nearest known one. `run` turns a `UserError` into
-one line on stderr and exit status 2.
+then from an optional positional YAML file (or one section of it, `FILE.yaml:SECTION`), then from `--key
+value`; the last one wins. An unknown key is an error that names the nearest known one. `run` turns a
+`UserError` into one line on stderr and exit status 2.
 
 A class whose mappings are another script's arguments says so by `sections`: their keys and values are looked
 at where they are read, so that a message names the place where they were written. What is wrong is left out
@@ -25,7 +25,7 @@ import sys
 import time
 import types
 import typing
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 
 from common import packages
@@ -46,7 +46,7 @@ class UserErrors(UserError):
         self.problems = problems
 
 
-def refuse(problems):
+def refuse(problems: list[str]) -> None:
     """Raise what is wrong, all at once; nothing where there is nothing."""
     if problems:
         raise UserErrors(problems) if len(problems) > 1 else UserError(problems[0])
@@ -58,8 +58,8 @@ def arg(default=dataclasses.MISSING, help="", choices=None, metavar=None, shapes
 
     Args:
         metavar: names the value in `--help` where its type and key do not tell (see `_metavar`).
-        shapes: whether the argument shapes what the script writes. Those that do not (where things go, how fast,
-            what is logged) may change between two starts of the same output; see `shaping_values`.
+        shapes: whether the argument shapes what the script writes. Those that do not (where things go, how
+            fast, what is logged) may change between two starts of the same output; see `shaping_values`.
     """
     metadata = {"help": help, "choices": choices, "metavar": metavar, "shapes": shapes}
     if isinstance(default, (list, dict)):
@@ -81,14 +81,14 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:limit]}"
 
 
-def count(number, one, many=None):
+def count(number: int, one: str, many: str | None = None) -> str:
     """`1 response`, `2 responses`, `0 processes`."""
     if many is None:
         many = f"{one}es" if one.endswith(("s", "x", "ch", "sh")) else f"{one}s"
     return f"{number} {one if number == 1 else many}"
 
 
-def nearest(word, known, lead=""):
+def nearest(word: str, known: Iterable[str], lead: str = "") -> str:
     """`, did you mean …?` for the nearest known word, whatever its case, or the empty string; `lead` is put
     in front of it.
     """
@@ -97,7 +97,7 @@ def nearest(word, known, lead=""):
     return f", did you mean {lead + names[close[0]]!r}?" if close else ""
 
 
-def existing_file(path, what="file", besides=()):
+def existing_file(path: str | Path, what: str = "file", besides: Iterable[str | Path] = ()) -> Path:
     """`path` as a Path if it is a file; otherwise an error that offers what may have been meant.
 
     That is a file of the same name in a folder beside, else one of a like name in its folder, else the
@@ -132,7 +132,7 @@ def existing_file(path, what="file", besides=()):
     raise UserError(f"no such {what}: {path}{there}")
 
 
-def read_yaml(path, what="YAML file"):
+def read_yaml(path: str | Path, what: str = "YAML file") -> dict:
     """The mapping in a YAML file; anything else is an error with the place in the file."""
     import yaml
 
@@ -553,7 +553,7 @@ def _scalar(text):
         return text
 
 
-def known(cls, values, where):
+def known(cls, values: dict, where: str) -> dict:
     """`values` if all its keys are fields of `cls`; an unknown one is an error that names the nearest."""
     fields = {f.name for f in dataclasses.fields(cls)}
     for key in values:
@@ -562,7 +562,7 @@ def known(cls, values, where):
     return values
 
 
-def build(cls, values, where=""):
+def build(cls, values: dict, where: str = ""):
     """An instance of `cls` from a mapping, with types converted, choices and required keys checked.
 
     Raises:
@@ -583,7 +583,7 @@ def build(cls, values, where=""):
     return cls(**merged)
 
 
-def no_room(error):
+def no_room(error: BaseException) -> str | None:
     """What could not be read or written, in words; None for an error that is none of the file system's.
 
     Libraries wrap what the system says (safetensors, torch.save), so their texts are looked at too.
@@ -600,7 +600,7 @@ def no_room(error):
     return None
 
 
-def run(main):
+def run(main: Callable) -> None:
     """Call `main()` and exit: 0 when it returns, 2 with one line for a UserError, 130 for Ctrl-C.
 
     Under a launcher rank 0 prints the line (every rank meets the same error). The launcher ends all ranks as

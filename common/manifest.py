@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -49,7 +50,7 @@ WHOLE, PIECE = (
 )  # bytes: weights up to the first are read whole, of larger ones pieces of the second
 
 
-def beside(path, suffix):
+def beside(path: str | Path, suffix: str) -> Path:
     """`dir/X.jsonl`, `.manifest.json` → `dir/X.manifest.json`; `dir/model` and `dir/X.json` keep their whole
     name.
     """
@@ -125,7 +126,7 @@ def _files(path):
     ]
 
 
-def fingerprint(name, checksum=True):
+def fingerprint(name: str | Path, checksum: bool = True) -> dict:
     """Size, times and checksum of a local file or folder; for anything else (a hub name) the name alone.
 
     Returns:
@@ -152,7 +153,7 @@ def fingerprint(name, checksum=True):
     return mark
 
 
-def same_content(old, name):
+def same_content(old: dict, name: str | Path) -> bool:
     """Whether `name` still is what the fingerprint `old` describes: sizes and times first, the checksum where
     they differ.
     """
@@ -165,14 +166,14 @@ def same_content(old, name):
     return old[key] == now[key] or old["sha256"] == fingerprint(name)["sha256"]
 
 
-def write_yaml(path, values):
+def write_yaml(path: str | Path, values: dict) -> None:
     """Write a YAML file under a temporary name and rename."""
     import yaml
 
     _write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000))
 
 
-def write_json(path, value):
+def write_json(path: str | Path, value: dict | list) -> None:
     """Write JSON under a temporary name and rename."""
     _write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
@@ -184,7 +185,7 @@ def _write_text(path, text):
     os.replace(temporary, path)
 
 
-def read_manifest(path):
+def read_manifest(path: str | Path) -> dict | None:
     """The manifest beside the output `path`, or None."""
     try:
         manifest = json.loads(beside(path, ".manifest.json").read_text(encoding="utf-8"))
@@ -199,7 +200,7 @@ def read_manifest(path):
     return manifest
 
 
-def generation_manifest(path):
+def generation_manifest(path: str | Path) -> dict | None:
     """The manifest of the generation behind a generated, rewarded or judged file, or None where the trail
     ends before it.
     """
@@ -224,7 +225,7 @@ def with_date(args, path, default=None):
     return dataclasses.replace(args, date=begun or default or str(parse_date(None)))
 
 
-def difference(manifest, settings, inputs):
+def difference(manifest: dict, settings: dict, inputs: dict) -> str | None:
     """The first setting or input in which a manifest differs from what is wanted now, in words, or None.
 
     Args:
@@ -350,7 +351,7 @@ class Output:
         os.truncate(self.partial, offset)
         self._offset = offset
 
-    def append(self, record):
+    def append(self, record: dict) -> None:
         """Save one finished record (it has an `id`) at once."""
         line = (records.dumps(record) + "\n").encode("utf-8")
         with writing(self.partial):
@@ -359,7 +360,7 @@ class Output:
         self.done[record["id"]] = (self._offset, len(line))
         self._offset += len(line)
 
-    def skip(self, prompt_id, reason):
+    def skip(self, prompt_id: str, reason) -> None:
         """Leave a record out, with a line in the skipped file."""
         if self._skipped_file is None:
             self._skipped_file = open(
@@ -369,7 +370,7 @@ class Output:
             self._skipped_file.write(records.dumps({"id": prompt_id, "reason": reason}) + "\n")
         self.skipped += 1
 
-    def saved(self, order):
+    def saved(self, order: Iterable) -> Iterator[bytes]:
         """Yield the saved records of the ids `order`, as lines of bytes."""
         with open(self.partial, "rb") as source:
             for prompt_id in order:
@@ -377,13 +378,13 @@ class Output:
                 source.seek(offset)
                 yield source.read(length)
 
-    def finish(self, order, counts):
+    def finish(self, order: Iterable, counts: dict) -> None:
         """Put the saved records in the order of the ids `order` and rename the data into place; see
         `finish_with`.
         """
         self.finish_with(self.saved(order), counts)
 
-    def finish_with(self, lines, counts):
+    def finish_with(self, lines: Iterable[bytes], counts: dict) -> None:
         """Write `lines`, complete the manifest, and rename the data into place.
 
         Args:

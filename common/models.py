@@ -157,7 +157,7 @@ def check_tokenizer_files(name: str) -> None:
         refuse_tekken(name)
 
 
-def refuse_tekken(name):
+def refuse_tekken(name: str):
     raise UserError(
         f"{name} has no tokenizer but {TEKKEN}, which the training environment cannot read: put the "
         "tokenizer.json and "
@@ -203,7 +203,7 @@ def load_tokenizer(
 def load_config(
     name: str, revision: str | None = None, trust_remote_code: bool = False, what: str = "model", **more
 ):
-    """transformers' config of a model, or of what `what` calls it in errors; `more` changes settings in it."""
+    """transformers' config of a model, which errors call `what`; `more` changes settings in it."""
     import transformers
 
     transformers.logging.set_verbosity_error()  # what it reports of loading is looked at by who loads
@@ -224,7 +224,7 @@ def choose_attention(config, auto_class, flash: bool) -> str | None:
     Args:
         config: transformers' config of the model.
         auto_class: class of transformers that builds the model.
-        flash: whether flash_attention_2 may be taken: there is a GPU, and the computation is in half precision.
+        flash: whether flash_attention_2 may be taken: there is a GPU, and it computes in half precision.
     """
     import transformers
 

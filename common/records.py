@@ -283,7 +283,8 @@ def _answered(record, where, identify, rewarded):
     for field in ("prompt", "responses", "rewards") if rewarded else ("prompt", "responses"):
         if field not in record:
             raise UserError(
-                f"{where} has no `{field}`{nearest(field, record)}: {MADE_BY[field]}; it has {', '.join(record)}"
+                f"{where} has no `{field}`{nearest(field, record)}: {MADE_BY[field]}; it has "
+                f"{', '.join(record)}"
             )
     prompt, tools = to_messages(record["prompt"], where), to_tools(record.get("tools"), where)
     responses = record["responses"]

@@ -1,7 +1,8 @@
 r"""Generate K responses per prompt by asking OpenAI-compatible vLLM servers, as `register_server.sh` starts
 them.
 
-In:  prompts (hub name, a data set's folder, .jsonl, .json, .parquet, .csv) and the ports of servers of one model.
+In:  prompts (hub name, a data set's folder, .jsonl, .json, .parquet, .csv) and the ports of servers of one
+     model.
 Out: `--output_dir`, a JSON Lines file with `id`, `prompt`, `responses`, `finish_reasons`, `num_tokens`, the
      token ids that were read and sampled, and the prompt's other fields, in the order of the prompt file.
 

@@ -6,14 +6,14 @@ Out: `--output_dir` is a prefix: shard i writes `PREFIXi.jsonl`, with `id`, `pro
      fields. `merge_data.py` puts the shards together.
 
     CUDA_VISIBLE_DEVICES=0 python generation/get_hf2.py --model_name_or_path RLHFlow/LLaMA3-SFT \
-        --dataset_name_or_path RLHFlow/test_generation_2k --output_dir ./data/gen_data --K 4 --temperature 1.0 \
-        --local_index 0 --my_world_size 8
+        --dataset_name_or_path RLHFlow/test_generation_2k --output_dir ./data/gen_data \
+        --K 4 --temperature 1.0 --local_index 0 --my_world_size 8
 
 Several data sets can be answered in one engine start, each with its own K and temperature:
 
     python generation/get_hf2.py loop.yaml:heldout,heldout,generation --model_name_or_path … \
-        --dataset_name_or_path heldout.jsonl heldout.jsonl prompts.jsonl --output_dir sampled greedy generated \
-        --K 4 1 8 --temperature 1 0 1
+        --dataset_name_or_path heldout.jsonl heldout.jsonl prompts.jsonl \
+        --output_dir sampled greedy generated --K 4 1 8 --temperature 1 0 1
 
 takes one section of the YAML file for each job (or one for all of them) and one value for all jobs or one per
 job of --dataset_name_or_path, --output_dir, --K, --temperature and --iteration. Answers are saved as they
@@ -218,7 +218,7 @@ def answer(llm, requests: Iterable, window: int, progress: Progress) -> Counter:
     return tokens
 
 
-def open_output(job):
+def open_output(job: Arguments) -> tuple | None:
     """(job with its date, its output, its prompts), or None where nothing is left to do."""
     path = f"{job.output_dir}{job.local_index}.jsonl"
     job = with_date(job, path)
@@ -233,7 +233,7 @@ def open_output(job):
     return job, output, records
 
 
-def prepare(todo, limit):
+def prepare(todo: list[tuple], limit: int | None) -> list[tuple]:
     """(job, its Prompts, its stop ids) for each of `open_output`'s."""
     tokenizers, work = {}, []
     for job, output, records in todo:

@@ -1,10 +1,11 @@
-"""Put the shards of a generation together: PREFIX0.jsonl … PREFIX{N-1}.jsonl become one file.
+r"""Put the shards of a generation together: PREFIX0.jsonl … PREFIX{N-1}.jsonl become one file.
 
 In:  the shards that `get_hf2.py` wrote, their manifests and lists of skipped prompts.
 Out: `--output_dir`, JSON Lines whatever its extension, in the order of the prompt file or shuffled; beside it
      the merged list of skipped prompts and a manifest that stands for the whole.
 
-    python generation/merge_data.py --base_path ./data/gen_data --output_dir ./data/gen_data.jsonl --num_datasets 8
+    python generation/merge_data.py --base_path ./data/gen_data --num_datasets 8 \
+        --output_dir ./data/gen_data.jsonl
 
 Nothing is written unless every shard is complete and as it was made, all were made with the same settings,
 and together they answer or list every prompt once. Shards without a manifest (other tools' files) are merged
@@ -23,6 +24,7 @@ import shutil
 import sys
 import time
 from array import array
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
@@ -46,7 +48,7 @@ class Arguments:
     overwrite: bool = arg(False, "replace the merged file where there is one")
 
 
-def find_shards(base_path, count):
+def find_shards(base_path: str, count: int) -> list[Path]:
     """The paths of all shards; a UserError lists those that are missing or in work and says how to
     continue.
     """
@@ -72,13 +74,13 @@ def find_shards(base_path, count):
     return paths
 
 
-def is_dated(path):
+def is_dated(path: Path) -> bool:
     """Whether the prompts of a shard may hold a date, as its first record says."""
     with open(path, encoding="utf-8", errors="replace") as file:
         return f'"{DATE}"' in file.readline()
 
 
-def common_manifest(paths):
+def common_manifest(paths: list[Path]) -> tuple[dict, list[dict | None]]:
     """Check the shards' manifests against one another and add them up.
 
     Returns:
@@ -120,7 +122,7 @@ def common_manifest(paths):
     }, manifests
 
 
-def check_place(path, manifest, i, count):
+def check_place(path: Path, manifest: dict, i: int, count: int) -> None:
     """Refuse what is not finished, or is not shard `i` of `count`."""
     if not manifest.get("complete"):
         raise UserError(f"{path} is not finished, its manifest says; run the command of shard {i} again")
@@ -132,7 +134,7 @@ def check_place(path, manifest, i, count):
         )
 
 
-def check_alike(first_path, first, path, other):
+def check_alike(first_path: Path, first: dict, path: Path, other: dict) -> None:
     """Refuse two shards whose manifests say that they were made differently."""
     for key in first["settings"] | other["settings"]:
         one, two = first["settings"].get(key), other["settings"].get(key)
@@ -152,11 +154,12 @@ def check_alike(first_path, first, path, other):
             )
     if other["counts"]["prompts"] != first["counts"]["prompts"]:
         raise UserError(
-            f"{first_path} and {path} disagree on the number of prompts in the file; generate one of them again"
+            f"{first_path} and {path} disagree on the number of prompts in the file; generate one of them "
+            "again"
         )
 
 
-def check_records(paths, manifests):
+def check_records(paths: list[Path], manifests) -> array:
     """Read every record once; an `id` may occur only once.
 
     Returns:
@@ -176,8 +179,8 @@ def check_records(paths, manifests):
                     name = json.dumps(parse_record(line, path, number).get("id"))
                     if name != "null" and name in seen:
                         raise UserError(
-                            f"id {json.loads(name)} is in {seen[name]} and in {path} line {number}; is a shard "
-                            "there twice?"
+                            f"id {json.loads(name)} is in {seen[name]} and in {path} line {number}; is a "
+                            "shard there twice?"
                         )
                     seen[name] = path
                     places.append(offset)
@@ -185,12 +188,13 @@ def check_records(paths, manifests):
         expected = manifest and manifest["counts"]["records"]
         if expected not in (None, len(places) - before):
             raise UserError(
-                f"{path} holds {len(places) - before} records, its manifest says {expected}; generate it again"
+                f"{path} holds {len(places) - before} records, its manifest says {expected}; generate it "
+                "again"
             )
     return places
 
 
-def parse_record(line, path, number):
+def parse_record(line: bytes, path: Path, number: int) -> dict:
     """The JSON object in a line of a shard."""
     try:
         record = json.loads(line)
@@ -202,7 +206,7 @@ def parse_record(line, path, number):
     return record
 
 
-def check_unchanged(paths, marks, manifests):
+def check_unchanged(paths: list[Path], marks: list[dict], manifests) -> None:
     """Refuse a shard whose content is not what its manifest describes, or whose list of skipped prompts is
     not whole.
 
@@ -227,7 +231,7 @@ def check_unchanged(paths, marks, manifests):
             )
 
 
-def write_merged(target, paths, places):
+def write_merged(target, paths: list[Path], places: Iterable[int]) -> None:
     """Copy the records at `places` (offsets as `check_records` gives them, in any order) into `target`, one a
     line.
     """
@@ -242,7 +246,7 @@ def write_merged(target, paths, places):
     os.fsync(target.fileno())
 
 
-def merge_skipped(output, paths):
+def merge_skipped(output: Path, paths: list[Path]) -> None:
     """The shards' skipped files one after the other; no file where nothing was skipped."""
     listed = [beside(path, ".skipped.jsonl") for path in paths if beside(path, ".skipped.jsonl").is_file()]
     merged = beside(output, ".skipped.jsonl")
@@ -257,7 +261,7 @@ def merge_skipped(output, paths):
     os.replace(temporary, merged)
 
 
-def is_done(output, wanted, overwrite):
+def is_done(output: Path, wanted: dict, overwrite: bool) -> bool:
     """Whether `output` is this very merge; any other file in its place is refused."""
     if overwrite or not output.exists():
         return False

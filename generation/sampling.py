@@ -138,7 +138,8 @@ class Prompts:
             others = (record for number, record in enumerate(records) if number not in shard)
             if not any(self._is_usable(record) for record in others):
                 raise UserError(
-                    f"{args.dataset_name_or_path} holds no prompt that can be used; the first: {self.bad[0][1]}"
+                    f"{args.dataset_name_or_path} holds no prompt that can be used; the first: "
+                    f"{self.bad[0][1]}"
                 )
         self._tell()
         for skipped in (*self.bad, *self.too_long):
@@ -187,15 +188,15 @@ class Prompts:
             return False
 
     def _tell(self):
-        """Say what of the prompts cannot be used or is not seen; refuse the former where that is asked for."""
+        """Say which prompts cannot be used (or refuse them), and what the template leaves out."""
         told = [reason for _, reason in self.bad[:SHOWN]]
         if self.bad and self.args.bad_prompts == "refuse":
             more = f"; {len(self.bad) - 1} more prompts cannot be used" if len(self.bad) > 1 else ""
             raise UserError(f"{told[0]}{more}; mend or remove, or give --bad_prompts skip")
         if self.bad:
             print(
-                f"warning: {len(self.bad)} of {self.size} prompts cannot be used and are skipped, for example: "
-                f"{'; '.join(told)}",
+                f"warning: {len(self.bad)} of {self.size} prompts cannot be used and are skipped, for "
+                f"example: {'; '.join(told)}",
                 flush=True,
             )
         for part, (first, total) in self.silent.items():
@@ -233,7 +234,7 @@ class Prompts:
             )
         if self.bad:
             print(
-                f"warning: {count(len(self.bad), 'prompt')} cannot be used and {'is' if len(self.bad) == 1 else 'are'} skipped; "
+                f"warning: {count(len(self.bad), 'prompt')} cannot be used; "
                 f"{beside(output.path, '.skipped.jsonl')} says why"
             )
         print(
@@ -294,6 +295,6 @@ def answered(item: Item, responses: list[str], finish_reasons: list[str], token_
 
 
 def shaping(args: SamplingArguments, model: str) -> tuple[dict, dict]:
-    """(settings, inputs) that shape the answers, for the manifest; `model` names the argument of the model."""
+    """(settings, inputs) that shape the answers, for the manifest; `model`: the model's argument."""
     inputs = {name: getattr(args, name) for name in ("dataset_name_or_path", model, "chat_template")}
     return shaping_values(args, inputs), inputs

@@ -1,5 +1,5 @@
-"""Generated files, get_rewards.py in this process and as a command, and transformers' own forward pass to hold
-rewards against.
+"""Generated files, get_rewards.py in this process and as a command, and transformers' own forward pass to
+compare rewards with.
 """
 
 import functools
