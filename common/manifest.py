@@ -130,19 +130,15 @@ def fingerprint(name: str | Path, checksum: bool = True) -> dict:
     """Size, times and checksum of a local file or folder; for anything else (a hub name) the name alone.
 
     Returns:
-        dict with `path`, and for local ones `size` (bytes), `time` (of the newest file, ns), `files` (a hash
-        of each file's name, size and time), and `sha256` where `checksum`.
+        dict with `path`, and for local ones `size` (bytes), `files` (a hash of each file's name, size and
+        time), and `sha256` where `checksum`.
     """
     path = Path(name) if Path(name).exists() else Path(split_config(str(name))[0])
     if not path.exists():
         return {"path": str(name)}
     files = _files(path) if path.is_dir() else [path]
     names, stats = [str(file.relative_to(path)) for file in files], [file.stat() for file in files]
-    mark = {
-        "path": str(name),
-        "size": sum(s.st_size for s in stats),
-        "time": max((s.st_mtime_ns for s in stats), default=0),
-    }
+    mark = {"path": str(name), "size": sum(s.st_size for s in stats)}
     listed = [(file, s.st_size, s.st_mtime_ns) for file, s in zip(names, stats, strict=True)]
     mark["files"] = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
     if checksum:
@@ -162,8 +158,7 @@ def same_content(old: dict, name: str | Path) -> bool:
         return old.get("path") == now["path"]
     if old["size"] != now["size"]:
         return False
-    key = "files" if "files" in old else "time"  # manifests of before have the newest file's time alone
-    return old[key] == now[key] or old["sha256"] == fingerprint(name)["sha256"]
+    return old.get("files") == now["files"] or old.get("sha256") == fingerprint(name)["sha256"]
 
 
 def write_yaml(path: str | Path, values: dict) -> None:
