@@ -12,19 +12,15 @@ and together they answer or list every prompt once. Shards without a manifest (o
 too, with a note.
 """
 
-import bisect
 import codecs
 import contextlib
 import dataclasses
-import itertools
 import json
 import os
 import random
 import shutil
 import sys
 import time
-from array import array
-from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
@@ -159,20 +155,19 @@ def check_alike(first_path: Path, first: dict, path: Path, other: dict) -> None:
         )
 
 
-def check_records(paths: list[Path], manifests) -> array:
+def check_records(paths: list[Path], manifests) -> list[tuple[int, int]]:
     """Read every record once; an `id` may occur only once.
 
     Returns:
-        offset of each record in file order, the shards' files thought of as one behind the other, as 64-bit
-        numbers.
+        (shard, offset in its file) of each record, in the order of the prompt file.
 
     Raises:
         UserError: a line that is no JSON object, a file that is torn or shorter than its manifest says, a
             repeated id.
     """
-    places, seen, offset = array("Q"), {}, 0
-    for path, manifest in zip(paths, manifests):
-        before = len(places)
+    places, seen = [], {}
+    for shard, (path, manifest) in enumerate(zip(paths, manifests)):
+        before, offset = len(places), 0
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
@@ -183,7 +178,7 @@ def check_records(paths: list[Path], manifests) -> array:
                             "shard there twice?"
                         )
                     seen[name] = path
-                    places.append(offset)
+                    places.append((shard, offset))
                 offset += len(line)
         expected = manifest and manifest["counts"]["records"]
         if expected not in (None, len(places) - before):
@@ -231,16 +226,12 @@ def check_unchanged(paths: list[Path], marks: list[dict], manifests) -> None:
             )
 
 
-def write_merged(target, paths: list[Path], places: Iterable[int]) -> None:
-    """Copy the records at `places` (offsets as `check_records` gives them, in any order) into `target`, one a
-    line.
-    """
+def write_merged(target, paths: list[Path], places: list[tuple[int, int]]) -> None:
+    """Copy the records at `places`, as `check_records` gives them, into `target`, one a line."""
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(open(path, "rb")) for path in paths]
-        starts = [0, *itertools.accumulate(path.stat().st_size for path in paths)]
-        for offset in places:
-            shard = bisect.bisect_right(starts, offset) - 1
-            files[shard].seek(offset - starts[shard])
+        for shard, offset in places:
+            files[shard].seek(offset)
             target.write(files[shard].readline().removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n") + b"\n")
     target.flush()
     os.fsync(target.fileno())

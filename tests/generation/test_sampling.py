@@ -11,7 +11,7 @@ import pytest
 
 from common.cli import UserError
 from common.manifest import Output, beside
-from generation import sampling
+from generation import gen_hf, get_hf2, sampling
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -148,6 +148,18 @@ def test_shards_share_out_every_prompt(prompts):
     texts = [f"text {i % 7}" for i in range(23)]
     seen = [item.record["id"] for k in range(4) for item in prompts(texts, k, 4)[0].items]
     assert seen == [item.record["id"] for item in prompts(texts)[0].items] and len(set(seen)) == 23
+
+
+def test_what_shapes_answers():
+    """Both ways of generating have the same settings, but for the dtype, which servers do not tell."""
+    given = {"dataset_name_or_path": "p", "chat_template": "t", "K": 3}
+    engine, inputs = get_hf2.shaping(get_hf2.Arguments(model_name_or_path="m", **given))
+    assert inputs == {"dataset_name_or_path": "p", "model_name_or_path": "m", "chat_template": "t"}
+    client, theirs = sampling.shaping(gen_hf.Arguments(tokenizer="m", **given), "tokenizer")
+    assert theirs == {"dataset_name_or_path": "p", "tokenizer": "m", "chat_template": "t"}
+    assert engine == client | {"dtype": "auto"} and engine["K"] == 3
+    elsewhere = {"output_dir": "o", "tensor_parallel_size": 2, "kv_cache_gib": 1.0, "overwrite": True}
+    assert get_hf2.shaping(get_hf2.Arguments(model_name_or_path="m", **given, **elsewhere))[0] == engine
 
 
 @pytest.mark.parametrize("script", ["get_hf2.py", "gen_hf.py"])
