@@ -265,7 +265,7 @@ def main():
     requests = (
         (prompts.output, item, sampling.sampling_fields(job, item, stops, limit))
         for job, prompts, stops in work
-        for item in sorted(prompts.items, key=lambda item: item.token_ids)
+        for item in sorted(prompts.items, key=lambda item: item.packed)
     )
     tokens, seconds = Counter(), 0.0
     if left:
