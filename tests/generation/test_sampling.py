@@ -2,15 +2,18 @@
 on a second start.
 """
 
+import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
-from common.cli import UserError
+from common.cli import UserError, parse, parse_jobs
 from common.manifest import Output, beside
+from evaluation import divergence
 from generation import gen_hf, get_hf2, sampling
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -160,6 +163,24 @@ def test_what_shapes_answers():
     assert engine == client | {"dtype": "auto"} and engine["K"] == 3
     elsewhere = {"output_dir": "o", "tensor_parallel_size": 2, "kv_cache_gib": 1.0, "overwrite": True}
     assert get_hf2.shaping(get_hf2.Arguments(model_name_or_path="m", **given, **elsewhere))[0] == engine
+
+
+def test_a_complete_section_serves_all_who_read_it(tmp_path):
+    section = dataclasses.asdict(get_hf2.Arguments(model_name_or_path="m", temperature=0.5, dtype="float32"))
+    del section["model_name_or_path"]
+    (tmp_path / "loop.yaml").write_text(yaml.safe_dump({"heldout": section, "generation": section}))
+    where = f"{tmp_path / 'loop.yaml'}:heldout"
+    names = ["--dataset_name_or_path", "p", "--output_dir"]
+    client = parse(gen_hf.Arguments, "", [where, "--tokenizer", "m", *names, "o"])
+    models = ["--model_name_or_path", "m", "--ref_model_name_or_path", "r"]
+    measured = parse(divergence.Arguments, "", [where, *models, *names, "o.jsonl"])
+    assert client.temperature == measured.temperature == 0.5 and measured.dtype == "float32"
+    one, two = parse_jobs(
+        get_hf2.Arguments,
+        "",
+        [f"{where},generation", *models[:2], *names, "a", "b", "--temperature", "1", "0"],
+    )
+    assert (one.temperature, two.temperature, two.output_dir, two.dtype) == (1.0, 0.0, "b", "float32")
 
 
 @pytest.mark.parametrize("script", ["get_hf2.py", "gen_hf.py"])
