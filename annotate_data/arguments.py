@@ -65,7 +65,7 @@ class Arguments:
         "start",
     )
     trust_remote_code: bool = arg(False, help="run Python code that comes with the model", shapes=False)
-    overwrite: bool = arg(False, help="start anew, whatever is there", shapes=False)
+    overwrite: bool = arg(False, help="discard what is there", shapes=False)
 
 
 # What is handed to each reward model.

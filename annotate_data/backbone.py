@@ -23,7 +23,7 @@ from common.cli import UserError, one_line
 from common.devices import keep_memory
 
 GPU_TOKENS, CPU_TOKENS = 16384, 2048  # of a forward pass; a CPU's caches like small ones
-TRIED = 3  # sequences of the first group on which shared prompts are held against the model's own attention
+TRIED = 3  # sequences of the first group on which shared prompts are compared with the model's own attention
 
 
 class BadRecord(UserError):
@@ -270,7 +270,7 @@ class Backbone:
                 )
             except shared_prompts.Unsupported as reason:
                 self.share_prompts = False
-                print(f"note: {self.name} computes prompts for each response anew: {reason}", flush=True)
+                print(f"note: {self.name} computes each response's prompt separately: {reason}", flush=True)
         return self.share_prompts
 
     def _shared(self, groups, positions):
@@ -309,7 +309,7 @@ class Backbone:
                 except MemoryError:
                     size = sum(map(shared_prompts.packed_tokens, sequences))
                     self.batches.shrink(len(places), max(len(groups[g][k]) for g, k in places), size)
-                    break  # what is left is planned anew
+                    break  # what is left is planned again
                 found.update(zip(places, states, strict=True))
                 for g in dict.fromkeys(g for g, _ in places):
                     if all((g, k) in found for k in range(len(groups[g]))):

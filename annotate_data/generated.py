@@ -1,4 +1,4 @@
-"""Generated files before they are scored: without an earlier annotation, and looked at once as a whole."""
+"""Generated files before they are scored: without an earlier annotation's fields, and checked as a whole."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +24,7 @@ def survey(path: str | Path, wanted_k: int | None = None) -> tuple[int, int, dic
         record that has them).
 
     Raises:
-        UserError: as `read_generated`; NaN, an id that stands twice, K that differs within the file or from
+        UserError: as `read_generated`; NaN, a repeated id, K that differs within the file or from
             `wanted_k`.
     """
     ids, roles, count, K, odd, first_odd = {}, {}, 0, wanted_k, 0, None
@@ -33,7 +33,7 @@ def survey(path: str | Path, wanted_k: int | None = None) -> tuple[int, int, dic
             records.dumps(record)
         except ValueError:
             message = (
-                f"{path} record {count} holds NaN or infinity, which is no JSON: mend or remove that field"
+                f"{path} record {count} holds NaN or infinity, which is no JSON: repair or remove that field"
             )
             raise UserError(message) from None
         if ids.setdefault(record["id"], count) != count:

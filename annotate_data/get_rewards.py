@@ -129,7 +129,7 @@ def open_output(job, args, scorers, settings, inputs):
         return bytearray(b"\1") * (scorers * job.N)
     if job.output.done and STARTED not in job.output.done:
         raise UserError(
-            f"{job.output.partial} is of an earlier version of this script; give --overwrite to start anew"
+            f"{job.output.partial} is of an earlier version of this script; give --overwrite to discard it"
         )
     take_over(job)  # with nothing in rank 0's file, others' are of an earlier life and are dropped
     done = bytearray(scorers * job.N)
@@ -163,8 +163,7 @@ def work(record: dict) -> int:
 def score(scorer, number, jobs, done, world, args, bar):
     """Score what is left and save each record: rank 0 into `X.partial`, rank r into `X.partial.rank<r>`.
 
-    Ranks share out each chunk and wait for each other behind it, so that a record that one of them cannot
-    score is told.
+    Ranks share out each chunk and wait for each other after it, so that one's error ends all of them.
     """
     turn = 0
     for job, finished in zip(jobs, done, strict=True):
@@ -214,7 +213,7 @@ def score_chunk(scorer, number, job, mine, file, world, bar):
                 save(asked[place], entry)
                 del left[asked[place]]
         except BadRecord as error:
-            if isinstance(scorer, RewardFunction):  # its author can mend it, and what is scored is saved
+            if isinstance(scorer, RewardFunction):  # its author can repair it, and what is scored is saved
                 raise UserError(f"{job.source} record {asked[error.index] + 1}: {error}") from None
             save(asked[error.index], refusal(left.pop(asked[error.index]), error))
         else:
@@ -401,7 +400,7 @@ def main():
     if not args.overwrite and all(done):
         if os.environ.get("RANK", "0") == "0":
             names = ", ".join(str(target) for _, target in files)
-            print(f"{names}: complete already, nothing to do (--overwrite starts anew)")
+            print(f"{names}: complete already, nothing to do (--overwrite makes it again)")
         return
     jobs = [Job(source, target, *survey(source, args.K)) for source, target in files]
 

@@ -51,7 +51,7 @@ class World:
             number = signal.sigwait(ends)
             if (
                 self.rank == 0 and number == signal.SIGINT
-            ):  # the launcher's SIGTERM follows an error that is told
+            ):  # the launcher's SIGTERM follows an error that was printed
                 print("stopped; start the same command again to continue", file=sys.stderr, flush=True)
             os._exit(128 + number)
 

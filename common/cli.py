@@ -30,7 +30,7 @@ from pathlib import Path
 
 from common import packages
 
-ERROR_SECONDS = 15  # that other ranks give rank 0 to tell the error
+ERROR_SECONDS = 15  # that other ranks wait for rank 0 to print the error
 NO_ROOM = (errno.EFBIG, errno.ENOSPC, errno.EDQUOT)
 
 
@@ -149,9 +149,7 @@ def read_yaml(path: str | Path, what: str = "YAML file") -> dict:
 
 
 def load_yaml(text):
-    """As `yaml.safe_load`, which takes a key's last value where it is given twice; here that is a YAMLError
-    with both lines.
-    """
+    """As `yaml.safe_load`, but a key that is given twice is a YAMLError with both lines."""
     import yaml
 
     class Loader(yaml.SafeLoader):

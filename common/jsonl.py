@@ -115,7 +115,7 @@ def _refuse_object(text, path):
     try:
         value, end = json.JSONDecoder().raw_decode(text)
     except (RecursionError, ValueError):
-        return  # the line is told
+        return  # the error names the line
     if "\n" not in text[:end]:
         return
     if text[end:].strip():
@@ -168,7 +168,7 @@ def _checked(record, path, number, unit):
         dumps(record).encode("utf-8")
     except UnicodeEncodeError:
         return BadRecord(
-            f"{path} {unit} {number} holds half a surrogate pair (\\ud8xx), which is not text; mend the "
+            f"{path} {unit} {number} holds half a surrogate pair (\\ud8xx), which is not text; repair the "
             "record",
             record,
         )

@@ -2,7 +2,7 @@
 
 Beside an output `X.jsonl` may stand
 
-- `X.jsonl.partial`: finished records of a run that is in work or was stopped, in the order in which they
+- `X.jsonl.partial`: finished records of a run that is running or was stopped, in the order in which they
 finished;
 - `X.skipped.jsonl`: what was left out, one `{"id", "reason"}` a line;
 - `X.manifest.json`: what was read, the settings that shape the output, versions, counts, seconds.
@@ -242,19 +242,19 @@ def difference(manifest: dict, settings: dict, inputs: dict) -> str | None:
 
 
 class Output:
-    """One JSON Lines output in work, saved as it goes and resumed from what is on disk.
+    """One JSON Lines output, saved as it goes and resumed from what is on disk.
 
     Args:
         path: the output file.
         script: name of the script, for the manifest.
         settings: dict of JSON values that shape the output; a later start with others is refused by name.
         inputs: dict name → path or hub name of what is read.
-        overwrite: start anew, whatever is there.
+        overwrite: discard what is there.
 
     Attributes:
         complete: the output is there and was made from the same settings and inputs; nothing is to be done.
         done: {id: (offset, length)} of the records that the `.partial` file holds.
-        skipped: number of records left out in this start; a start looks at all records anew.
+        skipped: number of records left out in this start; each start looks at all records.
 
     Only the places of records are held in memory.
 

@@ -31,8 +31,8 @@ TEKKEN = "tekken.json"  # of mistral-common, which environment vllm has and rlhf
 
 
 def check_model(name: str, what: str = "--model_name_or_path") -> None:
-    """Refuse a local model folder that is not there, is no model or is none as a whole, before anything heavy
-    is imported.
+    """Refuse a local model folder that does not exist or is no complete model, before anything heavy is
+    imported.
     """
     path = Path(name)
     if path.is_dir():
@@ -96,9 +96,7 @@ def _refuse_adapter(path, named):
 
 
 def _check_weights(path, named):
-    """Refuse a model's folder whose weights are lacking or have not been fetched, where that can be seen by
-    what is there instead.
-    """
+    """Refuse a model's folder whose weights are missing or were not fetched, as its files show."""
     if (path / "model.safetensors").is_file():
         files = [path / "model.safetensors"]
     else:
@@ -111,10 +109,10 @@ def _check_weights(path, named):
             None,
         )
         shards = sorted(set((read_json(index).get("weight_map") or {}).values())) if index else []
-        lacking = [shard for shard in shards if not (path / shard).is_file()]
-        if lacking:
+        missing = [shard for shard in shards if not (path / shard).is_file()]
+        if missing:
             raise UserError(
-                f"{named} lacks {len(lacking)} of the {len(shards)} files of its weights, {lacking[0]} for "
+                f"{named} lacks {len(missing)} of the {len(shards)} files of its weights, {missing[0]} for "
                 "one: fetch or save it again"
             )
         files = [path / shard for shard in shards] or [
@@ -217,7 +215,7 @@ def load_config(
 
 
 def choose_attention(config, auto_class, flash: bool) -> str | None:
-    """How transformers is to compute a model's attention; None: what it takes by itself.
+    """How transformers is to compute a model's attention; None: its own choice.
 
     Eager where sdpa would leave something out: it drops the soft-cap of Gemma-2's scores without a word.
 

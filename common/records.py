@@ -82,7 +82,7 @@ def record_id(messages: list[dict], twin: int = 0, tools: list | None = None) ->
 
 
 class Identifier:
-    """Gives each prompt of one file its id, counting twins: equal prompts are answered anew, not merged."""
+    """Gives each prompt of one file its id, counting twins: equal prompts are answered each, not merged."""
 
     def __init__(self):
         self._seen = Counter()
@@ -203,7 +203,7 @@ def _listed(text, column, where):
 
 
 def _no_prompt(record, key, where):
-    """What to tell where a record has no column of prompts."""
+    """The message for a record without a column of prompts."""
     wanted = key or " or ".join(PROMPT_KEYS)
     start = (
         f"{where} has no {wanted}{nearest(key, record) if key else ''}; its fields are "

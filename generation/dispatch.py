@@ -18,7 +18,7 @@ RETRIED = (408, 429)  # and all from 500 on
 PATIENCE = (429, 503)  # these may come with Retry-After
 LONGEST_PAUSE = 10.0  # seconds
 LOOK = 0.05  # seconds after which ends of pauses are looked for
-AHEAD = 2  # prompts in work or waiting, per slot of a server
+AHEAD = 2  # prompts in flight or waiting, per slot of a server
 
 
 class Failure(Exception):
@@ -265,8 +265,8 @@ class Run:
             if request.failures > self.args.retries:
                 raise UserError(
                     f"prompt {name} failed {request.failures} times, last at {server.url}: {failure}. "
-                    f"{len(self.output.done)} records are kept; mend the servers and start the same command "
-                    "again"
+                    f"{len(self.output.done)} records are kept; repair the servers and start the same "
+                    "command again"
                 ) from None
         else:
             self.leave(server, request)

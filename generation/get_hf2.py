@@ -125,7 +125,7 @@ def start_engine(args: Arguments, limit: int | None, needed: int):
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     os.environ.setdefault(
         "VLLM_LOGGING_LEVEL", "ERROR" if on_cpu else "WARNING"
-    )  # on the CPU a page of what it lacks
+    )  # on the CPU it warns for a page
     if on_cpu:
         # vLLM's own binding goes by NUMA nodes, so that several shards would share the same cores.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")

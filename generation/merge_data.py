@@ -1,4 +1,4 @@
-r"""Put the shards of a generation together: PREFIX0.jsonl … PREFIX{N-1}.jsonl become one file.
+r"""Merge the shards of a generation: PREFIX0.jsonl … PREFIX{N-1}.jsonl become one file.
 
 In:  the shards that `get_hf2.py` wrote, their manifests and lists of skipped prompts.
 Out: `--output_dir`, JSON Lines whatever its extension, in the order of the prompt file or shuffled; beside it
@@ -45,7 +45,7 @@ class Arguments:
 
 
 def find_shards(base_path: str, count: int) -> list[Path]:
-    """The paths of all shards; a UserError lists those that are missing or in work and says how to
+    """The paths of all shards; a UserError lists those that are missing or unfinished and says how to
     continue.
     """
     if count < 1:

@@ -14,7 +14,7 @@ from common.manifest import beside
 from common.messages import text_of
 from common.records import BadRecord, read_prompts, sample_seed, shard_range
 
-SHOWN = 3  # bad prompts that are told in full; all are listed
+SHOWN = 3  # bad prompts that are printed; the skipped file lists all
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -44,7 +44,7 @@ class SamplingArguments:
     max_new_tokens: int = arg(1024, "tokens of a response")
     eos_ids: list[int] = arg([], "more token ids that end a response, beside the model's own")
     seed: int = arg(42, "seed of the run; each prompt's own seed is a hash of this, the iteration and its id")
-    iteration: int = arg(0, "mixed into every prompt's seed, so that each iteration samples anew")
+    iteration: int = arg(0, "mixed into every prompt's seed, so that each iteration draws new samples")
     date: str | None = arg(
         None, "day for a template that writes today's, YYYY-MM-DD; None: that of the first start"
     )
@@ -53,7 +53,7 @@ class SamplingArguments:
     template_kwargs: dict = arg({}, "arguments of the template, JSON: '{\"enable_thinking\": false}'")
     revision: str | None = arg(None, "branch, tag or commit of the model on the hub")
     trust_remote_code: bool = arg(False, "run Python code that comes with the model", shapes=False)
-    overwrite: bool = arg(False, "start anew where an output exists or is half done", shapes=False)
+    overwrite: bool = arg(False, "discard an output that exists or is half done", shapes=False)
 
 
 @dataclasses.dataclass
@@ -197,7 +197,7 @@ class Prompts:
         told = [reason for _, reason in self.bad[:SHOWN]]
         if self.bad and self.args.bad_prompts == "refuse":
             more = f"; {len(self.bad) - 1} more prompts cannot be used" if len(self.bad) > 1 else ""
-            raise UserError(f"{told[0]}{more}; mend or remove, or give --bad_prompts skip")
+            raise UserError(f"{told[0]}{more}; repair or remove, or give --bad_prompts skip")
         if self.bad:
             print(
                 f"warning: {len(self.bad)} of {self.size} prompts cannot be used and are skipped, for "
@@ -259,7 +259,7 @@ def load_prompts(args: SamplingArguments) -> list[dict | BadRecord]:
         args.dataset_name_or_path, args.dataset_key, args.dataset_split, args.system_prompt, keep_bad=True
     ):
         if isinstance(record, BadRecord) and args.bad_prompts == "refuse":
-            raise UserError(f"{record}; mend or remove it, or give --bad_prompts skip")
+            raise UserError(f"{record}; repair or remove it, or give --bad_prompts skip")
         found.append(record)
     return found
 
