@@ -90,7 +90,10 @@ def check(jobs: list[Arguments]) -> None:
     """Refuse what cannot work before the engine is imported."""
     args = jobs[0]
     for job in jobs:
-        sampling.check_sampling(job)
+        try:
+            sampling.check_sampling(job)
+        except UserError as error:
+            raise UserError(f"{error} (job {job.output_dir})" if len(jobs) > 1 else str(error)) from None
         for name in ONE_FOR_ALL:
             one, other = getattr(args, name), getattr(job, name)
             if one != other:
