@@ -11,6 +11,7 @@ from annotate_data.ranking import RANKINGS
 from annotate_data.reward_models import KINDS, kind_of
 from common import chat, cli, functions, manifest
 from common.cli import UserError, arg
+from common.models import check_model, read_json
 
 DEFAULT_MODEL = "sfairXC/FsfairX-LLaMA3-RM-v0.1"
 
@@ -18,8 +19,10 @@ DEFAULT_MODEL = "sfairXC/FsfairX-LLaMA3-RM-v0.1"
 @dataclass
 class Arguments:
     dataset_name_or_path: list[str] = arg(help="generated JSON Lines file, or several")
-    output_dir: list[str] = arg(help="rewarded file to write (a file name), one for each input")
-    K: int | None = arg(None, help="responses a prompt; read from the data, a number given here must fit it")
+    output_dir: list[str] = arg(help="rewarded file to write (a file name), one for each input", shapes=False)
+    K: int | None = arg(
+        None, help="responses a prompt; read from the data, a number given here must fit it", shapes=False
+    )
     reward_name_or_path: list[str] | None = arg(
         None, help=f"reward model, or several: folder or hub name; without a function {DEFAULT_MODEL}"
     )
@@ -39,15 +42,20 @@ class Arguments:
             "tokens of a forward pass; None: 16384 on a GPU, 2048 without; halved by itself when memory "
             "runs out"
         ),
+        shapes=False,
     )
     share_prompts: bool = arg(
-        True, help="compute a prompt once for its K responses, where the architecture allows it"
+        True, help="compute a prompt once for its K responses, where the architecture allows it", shapes=False
     )
-    chunk_records: int = arg(1024, help="records that are read, sorted by length and shared out together")
+    chunk_records: int = arg(
+        1024, help="records that are read, sorted by length and shared out together", shapes=False
+    )
     dtype: str = arg(
         "auto", "auto is bfloat16 on a GPU, float32 without", ("auto", "float32", "bfloat16", "float16")
     )
-    attn_implementation: str = arg("auto", help="auto is flash_attention_2 where installed (GPU), else sdpa")
+    attn_implementation: str = arg(
+        "auto", help="auto is flash_attention_2 where installed (GPU), else sdpa", shapes=False
+    )
     revision: str | None = arg(None, help="branch, tag or commit of a hub model")
     chat_template: str | None = arg(None, help="jinja file in place of the reward model's own chat template")
     template_kwargs: dict = arg({}, help='variables for the template, {"name": value}')
@@ -56,21 +64,17 @@ class Arguments:
         "day for a template that writes today's, YYYY-MM-DD; None: that of the answers, else of the first "
         "start",
     )
-    trust_remote_code: bool = arg(False, help="run Python code that comes with the model")
-    overwrite: bool = arg(False, help="start anew, whatever is there")
+    trust_remote_code: bool = arg(False, help="run Python code that comes with the model", shapes=False)
+    overwrite: bool = arg(False, help="discard what is there", shapes=False)
 
 
-# Settings that change a reward; the others change speed and rounding only.
-SHAPING = ("max_length", "dtype", "revision", "template_kwargs", "date")
-NEWER = (
-    "reward_type",
-    "reward_function",
-    "reward_weights",
-    "ranking",
-    "save_pair_probabilities",
-)  # noted unless default
+# What is handed to each reward model.
 MODEL = (
-    *SHAPING,
+    "max_length",
+    "dtype",
+    "revision",
+    "template_kwargs",
+    "date",
     "chat_template",
     "trust_remote_code",
     "attn_implementation",
@@ -79,18 +83,18 @@ MODEL = (
 )
 
 
-def names(args):
+def names(args: Arguments) -> list[str]:
     """Names of the reward models; none where a function alone scores."""
     return args.reward_name_or_path or ([] if args.reward_function else [DEFAULT_MODEL])
 
 
-def types(args):
+def types(args: Arguments) -> list[str]:
     """`--reward_type` of each model."""
     models = names(args)
     return args.reward_type * len(models) if len(args.reward_type) == 1 else args.reward_type
 
 
-def dated(args):
+def dated(args: Arguments) -> Arguments:
     """`args` with a date: the one that the first output was begun with, else that of its answers, else
     today's.
     """
@@ -98,11 +102,8 @@ def dated(args):
     return manifest.with_date(args, args.output_dir[0], made and made["settings"].get("date"))
 
 
-def shaping(args, source):
+def shaping(args: Arguments, source: str | Path) -> tuple[dict, dict]:
     """(settings, inputs) that shape the rewards of one input file; what its manifest holds."""
-    default = Arguments("", "")
-    settings = {name: getattr(args, name) for name in SHAPING}
-    settings |= {name: getattr(args, name) for name in NEWER if getattr(args, name) != getattr(default, name)}
     inputs = {"dataset_name_or_path": str(source), "chat_template": args.chat_template}
     for n, name in enumerate(names(args), 1):
         inputs["reward_name_or_path" + (f" {n}" if n > 1 else "")] = name
@@ -110,10 +111,10 @@ def shaping(args, source):
         inputs["reward_function"] = str(
             functions.function_file(args.reward_function, "--reward_function", EXAMPLE)[0]
         )
-    return settings, inputs
+    return cli.shaping_values(args, ("dataset_name_or_path", "reward_name_or_path", "chat_template")), inputs
 
 
-def check_ranking(args, kinds):
+def check_ranking(args: Arguments, kinds: list[str]) -> None:
     """Refuse settings of pair-preference models where none is among the `kinds`."""
     given = [
         f"--{name}"
@@ -124,7 +125,7 @@ def check_ranking(args, kinds):
         raise UserError(f"{given[0]} is for pair-preference models, and none is given")
 
 
-def check(args):
+def check(args: Arguments) -> None:
     """Refuse what is known to be wrong without reading data or loading a model; used by loop/preflight.py
     too.
 
@@ -170,9 +171,9 @@ def check(args):
         functions.function_file(args.reward_function, "--reward_function", EXAMPLE)
     found = []
     for name, kind in zip(models, kinds, strict=True):
-        cli.check_model(name, "--reward_name_or_path")
+        check_model(name, "--reward_name_or_path")
         config = Path(name) / "config.json"
-        found += [kind_of(cli.read_json(config), kind, name)] if config.is_file() else []
+        found += [kind_of(read_json(config), kind, name)] if config.is_file() else []
     if len(found) == len(models):  # none on the hub
         check_ranking(args, found)
     if args.chat_template:

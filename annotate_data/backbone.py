@@ -6,7 +6,8 @@ A scorer, of whatever kind, is
     check(messages, tools)     refuses turns that it cannot take; needs no weights
     left_out(messages, tools)  what of a prompt's tools it does not see, in words
     load(), unload() the weights, on this process's device
-    score(records)   yields (index into `records`, {"rewards": K floats, "cut": truncated sequences, …}), as each is done
+    score(records)   yields (index into `records`, {"rewards": K floats, "cut": truncated sequences, …}),
+                     as each is done
 
 A record has `prompt` (messages) and `responses` (K texts). What is wrong with one record is a `BadRecord`.
 """
@@ -18,11 +19,11 @@ from typing import NamedTuple
 
 from annotate_data.batches import WINDOW, Batches, Row, windows
 from common import chat, models
-from common.cli import UserError
+from common.cli import UserError, one_line
 from common.devices import keep_memory
 
 GPU_TOKENS, CPU_TOKENS = 16384, 2048  # of a forward pass; a CPU's caches like small ones
-TRIED = 3  # sequences of the first group on which shared prompts are held against the model's own attention
+TRIED = 3  # sequences of the first group on which shared prompts are compared with the model's own attention
 
 
 class BadRecord(UserError):
@@ -38,24 +39,6 @@ class Sequence(NamedTuple):
 
     ids: array
     positions: list
-
-
-def one_line(error, limit=300):
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:limit]}"
-
-
-def read_config(name, revision=None, trust_remote_code=False, what="reward model"):
-    """The config of a reward model (or what `what` calls it), quietly."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()  # its load report is judged in `load_weights`
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        return transformers.AutoConfig.from_pretrained(
-            name, revision=revision, trust_remote_code=trust_remote_code
-        )
-    except Exception as error:  # hub, file and remote code fail in many ways
-        raise UserError(f"cannot load the {what} {name}: {one_line(error)}") from None
 
 
 class Backbone:
@@ -105,7 +88,7 @@ class Backbone:
         self.source = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.batches, self.model = Batches(batch_tokens), None
         self.share_prompts, self.before = share_prompts, None
-        self.config = read_config(name, **self.source, what=self.what)
+        self.config = models.load_config(name, **self.source, what=self.what)
         self.tokenizer = models.load_tokenizer(name, **self.source, chat_template=chat_template)
         self.added = chat.added_specials(self.tokenizer)
         self.apart = models.encoding_of_length(self.config)
@@ -116,11 +99,11 @@ class Backbone:
             told = self.positions
         self.max_length = min(max_length, self.positions or max_length, told or max_length)
 
-    def check(self, messages, tools=None):
+    def check(self, messages: list[dict], tools: list[dict] | None = None) -> None:
         """Refuse a prompt whose turns the chat template does not take."""
         self.render([*messages, {"role": "assistant", "content": "a"}], tools)
 
-    def left_out(self, messages, tools=None):
+    def left_out(self, messages: list[dict], tools: list[dict] | None = None) -> list[str]:
         """What the chat template leaves out of a prompt's tools; see common/chat.py."""
         return chat.left_out(
             self.tokenizer,
@@ -130,7 +113,7 @@ class Backbone:
             tools,
         )
 
-    def render(self, turns, tools=None):
+    def render(self, turns: list[dict], tools: list[dict] | None = None) -> str:
         """The templated text of whole turns."""
         try:
             return chat.render(self.tokenizer, turns, False, self.template_kwargs, tools, self.date)
@@ -143,7 +126,7 @@ class Backbone:
                 " ".join(str(error).split()) + (todo if self.tokenizer.chat_template else "")
             ) from None
 
-    def encode(self, messages, response, tools=None):
+    def encode(self, messages: list[dict], response: str, tools: list[dict] | None = None) -> Row:
         """The `Row` of a response to `messages`, truncated on the left to `max_length`; a BOS or CLS in front
         stays.
         """
@@ -160,7 +143,7 @@ class Backbone:
             ids = ids[:keep] + ids[keep + cut :]
         return Row(array("i", ids), cut)
 
-    def encode_all(self, records):
+    def encode_all(self, records: list[dict]) -> tuple[list, list[int]]:
         """(groups of token ids, truncated sequences of each group) of records."""
         groups, cuts = [], []
         for index, record in enumerate(records):
@@ -198,22 +181,17 @@ class Backbone:
         if self.dtype == "auto":
             self.dtype = "bfloat16" if gpu else "float32"
         if self.attention == "auto":
-            self.attention = self._choose_attention(auto_class, gpu)
-        try:
-            self.model, report = auto_class.from_pretrained(
-                self.name,
-                dtype=getattr(torch, self.dtype),
-                attn_implementation=self.attention,
-                output_loading_info=True,
-                device_map={"": self.device} if gpu else None,
-                **self.source,
-            )
-        except torch.OutOfMemoryError:
-            raise UserError(
-                f"{self.name} in {self.dtype} does not fit {self.device}: free it, or use a smaller model"
-            ) from None
-        except Exception as error:
-            raise UserError(f"cannot load the {self.what} {self.name}: {one_line(error)}") from None
+            flash = gpu and self.dtype != "float32"
+            self.attention = models.choose_attention(self.config, auto_class, flash)
+        self.model, report = models.load_weights(
+            auto_class,
+            self.name,
+            self.what,
+            dtype=getattr(torch, self.dtype),
+            attn_implementation=self.attention,
+            device_map={"": self.device} if gpu else None,
+            **self.source,
+        )
         self.refuse_missing(report["missing_keys"])
         self.unplaced = report["unexpected_keys"]
         self.attention = self.attention or getattr(self.model.config, "_attn_implementation", None)
@@ -230,18 +208,6 @@ class Backbone:
         self.batches.tokens = self.batches.tokens or (GPU_TOKENS if gpu else CPU_TOKENS)
         if not gpu:
             keep_memory()
-
-    def _choose_attention(self, auto_class, gpu):
-        """flash_attention_2 where it can be, eager where sdpa would leave something out; None: what
-        transformers takes for the model.
-        """
-        import transformers
-
-        if getattr(self.config.get_text_config(), "attn_logit_softcapping", None):
-            return "eager"  # transformers' sdpa drops the soft-cap of Gemma-2's attention without a word
-        model_class = getattr(auto_class, "_model_mapping", {}).get(type(self.config), None) or auto_class
-        flash = gpu and self.dtype != "float32" and transformers.utils.is_flash_attn_2_available()
-        return "flash_attention_2" if flash and getattr(model_class, "_supports_flash_attn", False) else None
 
     def refuse_missing(self, missing):
         """Refuse a checkpoint that lacks the weights `missing` (names)."""
@@ -304,7 +270,7 @@ class Backbone:
                 )
             except shared_prompts.Unsupported as reason:
                 self.share_prompts = False
-                print(f"note: {self.name} computes prompts for each response anew: {reason}", flush=True)
+                print(f"note: {self.name} computes each response's prompt separately: {reason}", flush=True)
         return self.share_prompts
 
     def _shared(self, groups, positions):
@@ -343,7 +309,7 @@ class Backbone:
                 except MemoryError:
                     size = sum(map(shared_prompts.packed_tokens, sequences))
                     self.batches.shrink(len(places), max(len(groups[g][k]) for g, k in places), size)
-                    break  # what is left is planned anew
+                    break  # what is left is planned again
                 found.update(zip(places, states, strict=True))
                 for g in dict.fromkeys(g for g, _ in places):
                     if all((g, k) in found for k in range(len(groups[g]))):

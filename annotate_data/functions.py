@@ -4,14 +4,16 @@ number.
 
 import copy
 import inspect
+from collections.abc import Callable
 
-from annotate_data.backbone import BadRecord, one_line
+from annotate_data.backbone import BadRecord
+from common.cli import one_line
 from common.functions import as_number, load_function
 
 EXAMPLE = "tiny/task.py:gold_score"
 
 
-def takes_record(function):
+def takes_record(function: Callable) -> bool:
     """Whether a function has a third positional parameter for the record: one without a default, or named
     `record`.
     """
@@ -50,10 +52,10 @@ class RewardFunction:
         )
         return ours if "completions" in parameters else ""
 
-    def check(self, messages, tools=None):
+    def check(self, messages: list[dict], tools: list[dict] | None = None) -> None:
         """Takes all turns; what the function refuses it refuses itself."""
 
-    def left_out(self, messages, tools=None):
+    def left_out(self, messages: list[dict], tools: list[dict] | None = None) -> list[str]:
         """Nothing: a function is given the messages as they are, and the tools in `record`."""
         return []
 
@@ -63,7 +65,7 @@ class RewardFunction:
     def unload(self):
         """Nothing."""
 
-    def score(self, records):
+    def score(self, records: list[dict]):
         """Yield (index, {"rewards", "cut"}) of records; an exception of the function is a `BadRecord`."""
         for index, record in enumerate(records):
             others = {key: value for key, value in record.items() if key not in ("prompt", "responses")}

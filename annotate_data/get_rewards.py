@@ -3,8 +3,8 @@ them.
 
 In:  generated JSON Lines: `prompt` (messages), `responses` (K texts), any other fields.
 Out: the same records with `rewards`: K floats aligned with `responses` (null if not finite); with several
-scorers also
-     `reward_parts`, {name: K floats}; with --save_pair_probabilities also `pair_probabilities`, K lists of K.
+     scorers also `reward_parts`, {name: K floats}; with --save_pair_probabilities also
+     `pair_probabilities`, K lists of K.
 
     accelerate launch ./annotate_data/get_rewards.py --dataset_name_or_path ./data/gen_data.jsonl \
         --output_dir ./data/data_with_rewards.jsonl --K 4
@@ -20,20 +20,21 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from annotate_data.arguments import MODEL, Arguments, check, check_ranking, dated, names, shaping, types
-from annotate_data.backbone import BadRecord, read_config
+from annotate_data.backbone import BadRecord
 from annotate_data.functions import RewardFunction
-from annotate_data.generated import read_generated, survey
+from annotate_data.generated import read_unscored, survey
 from annotate_data.preference import PairPreference
 from annotate_data.ranks import World, leave, share
 from annotate_data.reward_models import ArmoRM, BradleyTerry, kind_of
 from annotate_data.summary import Summary
-from common import cli, devices, manifest, progress, records
+from common import cli, devices, manifest, models, progress, records
 from common.cli import UserError
 from common.messages import text_of
 from common.records import is_empty
@@ -62,7 +63,8 @@ def make_scorers(args):
     """The scorers in the order of `--reward_weights`: models, without weights as yet, then the function."""
     scorers, kinds, options = [], [], {key: getattr(args, key) for key in MODEL}
     for name, asked in zip(names(args), types(args), strict=True):
-        kinds.append(kind_of(read_config(name, args.revision, args.trust_remote_code).to_dict(), asked, name))
+        config = models.load_config(name, args.revision, args.trust_remote_code, "reward model")
+        kinds.append(kind_of(config.to_dict(), asked, name))
         if kinds[-1] == "pair_preference":
             scorers.append(PairPreference(name, args.ranking, args.save_pair_probabilities, **options))
         else:
@@ -71,7 +73,7 @@ def make_scorers(args):
     return scorers + ([RewardFunction(args.reward_function)] if args.reward_function else [])
 
 
-def check_turns(scorers, jobs, loud=True):
+def check_turns(scorers, jobs: list[Job], loud: bool = True) -> None:
     """Look at the first record of each kind of turns before any weights are loaded.
 
     Where a scorer's chat template takes none, that is an error; where it takes some, the others' records are
@@ -101,7 +103,7 @@ def check_turns(scorers, jobs, loud=True):
             print(f"warning: {scorer.name} does not see the {part} of prompts such as {where}", flush=True)
 
 
-def take_over(job):
+def take_over(job: Job) -> None:
     """Move what other ranks have saved into rank 0's file, however many they were; a torn last line is
     dropped.
     """
@@ -127,7 +129,7 @@ def open_output(job, args, scorers, settings, inputs):
         return bytearray(b"\1") * (scorers * job.N)
     if job.output.done and STARTED not in job.output.done:
         raise UserError(
-            f"{job.output.partial} is of an earlier version of this script; give --overwrite to start anew"
+            f"{job.output.partial} is of an earlier version of this script; give --overwrite to discard it"
         )
     take_over(job)  # with nothing in rank 0's file, others' are of an earlier life and are dropped
     done = bytearray(scorers * job.N)
@@ -137,12 +139,12 @@ def open_output(job, args, scorers, settings, inputs):
     return done
 
 
-def chunks(job, done, size):
+def chunks(job: Job, done: bytes, size: int) -> Iterator[list]:
     """Yield lists of (number, record) of `size` records that are not done, in the input's order."""
     chunk = []
     if all(done):
         return
-    for number, record in enumerate(read_generated(job.source)):
+    for number, record in enumerate(read_unscored(job.source)):
         if not done[number]:
             chunk.append((number, record))
         if len(chunk) == size:
@@ -152,7 +154,7 @@ def chunks(job, done, size):
         yield chunk
 
 
-def work(record):
+def work(record: dict) -> int:
     """Characters that a scorer reads of a record."""
     prompt = sum(len(text_of(message)) for message in record["prompt"])
     return sum(prompt + len(response) for response in record["responses"])
@@ -161,8 +163,7 @@ def work(record):
 def score(scorer, number, jobs, done, world, args, bar):
     """Score what is left and save each record: rank 0 into `X.partial`, rank r into `X.partial.rank<r>`.
 
-    Ranks share out each chunk and wait for each other behind it, so that a record that one of them cannot
-    score is told.
+    Ranks share out each chunk and wait for each other after it, so that one's error ends all of them.
     """
     turn = 0
     for job, finished in zip(jobs, done, strict=True):
@@ -212,24 +213,24 @@ def score_chunk(scorer, number, job, mine, file, world, bar):
                 save(asked[place], entry)
                 del left[asked[place]]
         except BadRecord as error:
-            if isinstance(scorer, RewardFunction):  # its author can mend it, and what is scored is saved
+            if isinstance(scorer, RewardFunction):  # its author can repair it, and what is scored is saved
                 raise UserError(f"{job.source} record {asked[error.index] + 1}: {error}") from None
             save(asked[error.index], refusal(left.pop(asked[error.index]), error))
         else:
             break
 
 
-def refusal(record, error):
+def refusal(record: dict, error: Exception) -> dict:
     """What is saved of a record that a scorer cannot read."""
     return {"rewards": [None] * len(record["responses"]), "cut": 0, "refused": str(error)}
 
 
-def rounded(reward):
+def rounded(reward: float | None) -> float | None:
     """A reward to 6 decimals; None where it is not finite, or beyond what sums of squares can take."""
     return round(reward, 6) if records.finite(reward) and abs(reward) < LARGEST else None
 
 
-def combine(parts, weights):
+def combine(parts: list[list], weights: list[float]) -> list:
     """The weighted sum of lists of K rewards; None where a part is None."""
     return [
         None if None in values else rounded(sum(w * x for w, x in zip(weights, values, strict=True)))
@@ -242,7 +243,7 @@ def rewarded(job, scorers, weights, counts):
     order = (s * job.N + i for i in range(job.N) for s in range(len(scorers)))
     saved, summary, nulls, cut, refused = map(json.loads, job.output.saved(order)), Summary(), 0, 0, 0
     empty = 0
-    for record in read_generated(job.source):
+    for record in read_unscored(job.source):
         entries = [next(saved) for _ in scorers]
         parts = [entry["rewards"] for entry in entries]
         record["rewards"] = combine(parts, weights) if weights else parts[0]
@@ -271,7 +272,7 @@ def rewarded(job, scorers, weights, counts):
     } | summary.figures()
 
 
-def finish(job, scorers, weights, facts):
+def finish(job: Job, scorers, weights: list[float], facts) -> dict:
     """Put rewards and records together, in the input's order; returns the counts."""
     take_over(job)
     total = len(scorers) * job.N
@@ -285,7 +286,7 @@ def finish(job, scorers, weights, facts):
     return counts
 
 
-def tell(job, counts):
+def tell(job: Job, counts: dict) -> None:
     shown = {key: "n/a" if counts[key] is None else f"{counts[key]:.3f}" for key in Summary().figures()}
     print(
         f"read {cli.count(counts['read'], 'record')} of {cli.count(job.K, 'response')} from {job.source}, "
@@ -346,8 +347,8 @@ def run_scorer(scorer, number, jobs, done, world, args):
     return sum(left), responses, time.monotonic() - started, facts
 
 
-def main():
-    args = cli.parse(Arguments, __doc__)
+def check_files(args):
+    """[(input, output)]; refuses numbers and names of files that do not go together."""
     sources, targets = args.dataset_name_or_path, [Path(path) for path in args.output_dir]
     if not sources or len(sources) != len(targets):
         raise UserError(
@@ -355,25 +356,53 @@ def main():
         )
     if len({path.resolve() for path in [*targets, *map(Path, sources)]}) != 2 * len(targets):
         raise UserError("--dataset_name_or_path and --output_dir must name different files")
+    return list(zip(sources, targets, strict=True))
+
+
+def is_complete(target: Path, settings: dict, inputs: dict) -> bool:
+    """Whether an output is there and was made as it would be now."""
+    found = manifest.read_manifest(target)
+    return bool(target.exists() and found and not manifest.difference(found, settings, inputs))
+
+
+def finish_all(jobs, scorers, weights, ran, processes):
+    """Complete the outputs (rank 0); `ran`: what `run_scorer` returned for each scorer."""
+    scored, responses, seconds = (sum(column) for column in list(zip(*ran, strict=True))[:3])
+    facts = {key: value for *_, found in ran for key, value in found.items()}
+    rate = responses / max(seconds, 1e-9)
+    total = sum(job.N * job.K for job in jobs if not job.output.complete)
+    for job in jobs:
+        if job.output.complete:
+            print(f"{job.target}: complete already")
+            continue
+        more = {
+            "processes": processes,
+            "sequences_per_second": round(rate, 1),
+            # of this start; files that are scored together share it
+            "scoring_seconds": round(seconds * job.N * job.K / max(total, 1), 1),
+        }
+        tell(job, finish(job, scorers, weights, facts | more))
+    print(
+        f"scored {cli.count(scored, 'record')} ({cli.count(responses, 'response')}) in "
+        f"{progress.duration(seconds)}, {rate:.1f} responses/s"
+    )
+
+
+def main():
+    args = cli.parse(Arguments, __doc__)
+    files = check_files(args)
     check(args)
     args = dated(args)
     devices.check_processes()
     devices.prepare_threads()
-    shaped = [shaping(args, cli.existing_file(source, "generated file")) for source in sources]
-
-    def is_complete(target, shape):
-        found = manifest.read_manifest(target)
-        return bool(target.exists() and found and not manifest.difference(found, *shape))
-
-    if not args.overwrite and all(map(is_complete, targets, shaped)):
+    shaped = [shaping(args, cli.existing_file(source, "generated file")) for source, _ in files]
+    done = [is_complete(target, *shape) for (_, target), shape in zip(files, shaped, strict=True)]
+    if not args.overwrite and all(done):
         if os.environ.get("RANK", "0") == "0":
-            print(
-                f"{', '.join(map(str, targets))}: complete already, nothing to do (--overwrite starts anew)"
-            )
+            names = ", ".join(str(target) for _, target in files)
+            print(f"{names}: complete already, nothing to do (--overwrite makes it again)")
         return
-    jobs = [
-        Job(source, target, *survey(source, args.K)) for source, target in zip(sources, targets, strict=True)
-    ]
+    jobs = [Job(source, target, *survey(source, args.K)) for source, target in files]
 
     devices.check_torch()
     world = World()
@@ -385,29 +414,8 @@ def main():
     )
     done = world.gather(opened)[0]
     ran = [run_scorer(scorer, number, jobs, done, world, args) for number, scorer in enumerate(scorers)]
-    if world.rank:
-        return
-    scored, responses, seconds = (sum(column) for column in list(zip(*ran, strict=True))[:3])
-    facts = {key: value for *_, found in ran for key, value in found.items()}
-    rate = responses / max(seconds, 1e-9)
-    total = sum(job.N * job.K for job in jobs if not job.output.complete)
-    for job in jobs:
-        if job.output.complete:
-            print(f"{job.target}: complete already")
-        else:
-            own = (
-                seconds * job.N * job.K / max(total, 1)
-            )  # of this start; files that are scored together share it
-            more = {
-                "processes": world.size,
-                "sequences_per_second": round(rate, 1),
-                "scoring_seconds": round(own, 1),
-            }
-            tell(job, finish(job, scorers, args.reward_weights, facts | more))
-    print(
-        f"scored {scored} records ({responses} responses) in {progress.duration(seconds)}, {rate:.1f} "
-        "responses/s"
-    )
+    if world.rank == 0:
+        finish_all(jobs, scorers, args.reward_weights, ran, world.size)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from common.messages import CALLS, text_of
 TOGETHER = 2048  # sequences that are in memory at once
 
 
-def context_of(messages):
+def context_of(messages: list[dict]) -> str:
     """The conversation as the model reads it. A system turn is written as a user's: the model was trained on
     no other.
 
@@ -93,13 +93,13 @@ class PairPreference(Backbone):
             )
         self.letters = [ids[0] for ids in letters]
 
-    def check(self, messages, tools=None):
+    def check(self, messages: list[dict], tools: list[dict] | None = None) -> None:
         """Refuse a chat template that does not take a user turn; the prompt's own turns are mere text to this
         model.
         """
         self.ids("", "a", "b")
 
-    def left_out(self, messages, tools=None):
+    def left_out(self, messages: list[dict], tools: list[dict] | None = None) -> list[str]:
         """The definitions of tools, for which its format has no place."""
         return ["tools"] if tools else []
 
@@ -115,7 +115,7 @@ class PairPreference(Backbone):
         self.head = self.bias = None
         super().unload()
 
-    def ids(self, context, a, b):
+    def ids(self, context: str, a: str, b: str) -> array:
         """Token ids of the question whether `a` or `b` is the better answer."""
         text = self.render(
             [{"role": "user", "content": f"[CONTEXT] {context} [RESPONSE A] {a} [RESPONSE B] {b} \n"}]
@@ -123,7 +123,7 @@ class PairPreference(Backbone):
         text = text.removeprefix(self.tokenizer.bos_token or "")
         return array("i", self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def encode_pair(self, messages, a, b):
+    def encode_pair(self, messages: list[dict], a: str, b: str) -> tuple:
         """Token ids in both orders under one context, and whether that was cut; (None, None, True) where none
         fits.
         """

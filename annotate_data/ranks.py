@@ -5,11 +5,12 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 
 from common.cli import UserError
 
 
-def leave(action):
+def leave(action: Callable) -> None:
     """`action()`, then the end of this process; among several at once, without taking torch apart.
 
     Threads of gloo and torch that are still there then turn about one end in forty into an abort.
@@ -50,7 +51,7 @@ class World:
             number = signal.sigwait(ends)
             if (
                 self.rank == 0 and number == signal.SIGINT
-            ):  # the launcher's SIGTERM follows an error that is told
+            ):  # the launcher's SIGTERM follows an error that was printed
                 print("stopped; start the same command again to continue", file=sys.stderr, flush=True)
             os._exit(128 + number)
 
@@ -79,7 +80,7 @@ class World:
         return value
 
 
-def share(sizes, rank, world):
+def share(sizes: dict, rank: int, world: int) -> list:
     """The keys that `rank` of `world` works on: about equal work and numbers, whatever the order of `sizes`.
 
     Args:

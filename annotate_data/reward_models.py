@@ -16,7 +16,7 @@ KINDS = ("bradley_terry", "armorm", "pair_preference")
 PAIR_PREFERENCE_NAMES = ("pair-preference-model",)  # published under such names; their config is any policy's
 
 
-def kind_of(config, asked, name):
+def kind_of(config: dict, asked: str, name: str) -> str:
     """The kind of a reward model, one of `KINDS`.
 
     `auto` goes by the architecture in the config. A pair-preference model cannot be told from an ordinary
@@ -136,8 +136,8 @@ class ArmoRM(Backbone):
     With h_end the last hidden state of the sequence's last token and h_prompt that of the `<|eot_id|>` before
     the last assistant header, and the published parameter names,
 
-        rewards = regression_layer(h_end)                                                              [objectives]
-        gating = logit_scale · softmax(MLP(h_prompt) / gating_temperature)                             [objectives]
+        rewards = regression_layer(h_end)                                        [objectives]
+        gating = logit_scale · softmax(MLP(h_prompt) / gating_temperature)       [objectives]
         score = Σ gating · (rewards @ reward_transform_matrix)
 
     The MLP, `gating.layers`, has `gating_n_hidden` hidden layers with ReLU. The published code reads the

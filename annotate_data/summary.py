@@ -10,7 +10,7 @@ class Mean:
     def __init__(self):
         self.count, self.value = 0, None
 
-    def add(self, x):
+    def add(self, x: float) -> None:
         self.count += 1
         self.value = x if self.count == 1 else self.value + (x - self.value) / self.count
 
@@ -24,7 +24,7 @@ class Correlation:
         self.count = 0
         self.mean_x = self.mean_y = self.xx = self.yy = self.xy = 0.0
 
-    def add(self, x, y):
+    def add(self, x: float, y: float) -> None:
         self.count += 1
         dx, dy = x - self.mean_x, y - self.mean_y
         self.mean_x += dx / self.count
@@ -38,7 +38,7 @@ class Correlation:
         return self.xy / math.sqrt(self.xx) / math.sqrt(self.yy) if self.xx > 0 and self.yy > 0 else None
 
 
-def centred(numbers):
+def centred(numbers: list[float]) -> list[float]:
     """Numbers less their mean; exact zeros where they are all equal."""
     mean = statistics.fmean(numbers)
     return [0.0] * len(numbers) if min(numbers) == max(numbers) else [x - mean for x in numbers]
@@ -51,7 +51,7 @@ class Summary:
         self.rewards, self.best, self.worst, self.spread, self.equal = Mean(), Mean(), Mean(), Mean(), Mean()
         self.overall, self.within = Correlation(), Correlation()
 
-    def add(self, rewards, lengths=None):
+    def add(self, rewards: list, lengths: list | None = None) -> None:
         """Add a prompt's K rewards (numbers or None) and the lengths of its responses in tokens (or None)."""
         pairs = [
             (x, n) for x, n in zip(rewards, lengths or [None] * len(rewards), strict=True) if x is not None

@@ -328,7 +328,7 @@ def main():
     if min(args.records, args.K, args.repeats) < 1:
         raise UserError("--records, --K and --repeats must be at least 1")
     if args.reward_name_or_path:
-        cli.check_model(args.reward_name_or_path, "--reward_name_or_path")
+        models.check_model(args.reward_name_or_path, "--reward_name_or_path")
     devices.prepare_threads()
     cores = len(os.sched_getaffinity(0))
     os.environ["OMP_NUM_THREADS"] = str(cores)

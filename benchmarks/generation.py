@@ -196,7 +196,7 @@ def child(args):
     else:
         tokenizer = sampling.load_tokenizer(asked.model_name_or_path, asked)
         stops = sampling.stop_ids(asked.model_name_or_path, tokenizer, asked)
-        items = list(sampling.Prompts(asked, tokenizer, Nowhere(), limit, sampling.count_prompts(asked)))
+        items = sampling.Prompts(asked, tokenizer, Nowhere(), limit, sampling.load_prompts(asked)).items
         if args.way == "bare":
             os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")

@@ -12,7 +12,7 @@ from common.messages import CALLS
 ROLES = ("system", "developer", "user", "assistant")  # of which a conversation without tools is made
 
 
-def parse_date(text):
+def parse_date(text: str | None) -> datetime.date:
     """`YYYY-MM-DD`, or None for today, as a `datetime.date`."""
     try:
         return datetime.date.fromisoformat(text) if text else datetime.date.today()
@@ -20,7 +20,7 @@ def parse_date(text):
         raise UserError(f"date {text!r}: a day as YYYY-MM-DD was expected") from None
 
 
-def fixed_clock(date):
+def fixed_clock(date: str | None):
     """What a template calls as `strftime_now`: midnight of `date`, so that a run's prompts do not change from
     day to day.
     """
@@ -28,7 +28,7 @@ def fixed_clock(date):
     return midnight.strftime
 
 
-def need_template(tokenizer):
+def need_template(tokenizer) -> None:
     """Refuse a tokenizer that has no chat template: no prompt's fault."""
     if not tokenizer.chat_template:
         raise UserError(
@@ -43,7 +43,14 @@ def need_template(tokenizer):
         )
 
 
-def render(tokenizer, messages, generation_prompt, template_kwargs=None, tools=None, date=None):
+def render(
+    tokenizer,
+    messages: list[dict],
+    generation_prompt: bool,
+    template_kwargs: dict | None = None,
+    tools: list[dict] | None = None,
+    date: str | None = None,
+) -> str:
     """The templated text.
 
     Args:
@@ -72,7 +79,14 @@ def render(tokenizer, messages, generation_prompt, template_kwargs=None, tools=N
         ) from None
 
 
-def encode(tokenizer, messages, generation_prompt, template_kwargs=None, tools=None, date=None):
+def encode(
+    tokenizer,
+    messages: list[dict],
+    generation_prompt: bool,
+    template_kwargs: dict | None = None,
+    tools: list[dict] | None = None,
+    date: str | None = None,
+) -> list[int]:
     """Token ids of the templated messages.
 
     The template writes BOS itself, so none is added: exactly what it says.
@@ -81,12 +95,12 @@ def encode(tokenizer, messages, generation_prompt, template_kwargs=None, tools=N
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def writes_date(tokenizer):
+def writes_date(tokenizer) -> bool:
     """Whether the template may ask for today's date; some do for a system turn or tools alone."""
     return "strftime_now" in str(tokenizer.chat_template)
 
 
-def added_specials(tokenizer):
+def added_specials(tokenizer) -> tuple[list[int], list[int]]:
     """(token ids in front, token ids behind) that the tokenizer adds to a text by itself: BOS or CLS, and EOS
     or SEP.
     """
@@ -95,7 +109,7 @@ def added_specials(tokenizer):
     return whole[:at], whole[at + len(bare) :]
 
 
-def encode_for_classifier(tokenizer, text, added=None):
+def encode_for_classifier(tokenizer, text: str, added: tuple[list, list] | None = None) -> list[int]:
     """Token ids of a templated text as a reward model reads it, with one BOS where the template writes it or
     the tokenizer adds it.
 
@@ -120,7 +134,13 @@ def encode_for_classifier(tokenizer, text, added=None):
     return ids
 
 
-def left_out(tokenizer, messages, generation_prompt, template_kwargs=None, tools=None):
+def left_out(
+    tokenizer,
+    messages: list[dict],
+    generation_prompt: bool,
+    template_kwargs: dict | None = None,
+    tools: list[dict] | None = None,
+) -> list[str]:
     """What the template leaves out of a prompt's tools, in words: some of `tools`, `tool_calls`,
     `function_call`, `tool turns`.
 
@@ -143,7 +163,7 @@ def left_out(tokenizer, messages, generation_prompt, template_kwargs=None, tools
     return found
 
 
-def use_template(tokenizer, path):
+def use_template(tokenizer, path: str | None) -> None:
     """Replace the tokenizer's chat template by the jinja text in the file `path` (None: leave it)."""
     if path:
         from common.cli import existing_file
@@ -151,7 +171,7 @@ def use_template(tokenizer, path):
         tokenizer.chat_template = existing_file(path, "chat template").read_text(encoding="utf-8")
 
 
-def turn_suffix(tokenizer, template_kwargs=None):
+def turn_suffix(tokenizer, template_kwargs: dict | None = None):
     """Token ids that the template writes behind an assistant's text (Llama-3: `<|eot_id|>`; ChatML:
     `<|im_end|>\\n`).
     """
@@ -173,7 +193,7 @@ def turn_suffix(tokenizer, template_kwargs=None):
     return tokenizer(text[text.rindex(mark) + len(mark) :], add_special_tokens=False)["input_ids"]
 
 
-def end_of_turn(tokenizer, template_kwargs=None):
+def end_of_turn(tokenizer, template_kwargs: dict | None = None) -> int | None:
     """The token with which the template closes an assistant's turn, or None (GLM's do not: the next turn's
     role closes it).
 
@@ -188,7 +208,9 @@ def end_of_turn(tokenizer, template_kwargs=None):
     return next((token for token in turn_suffix(tokenizer, template_kwargs) if token in special), None)
 
 
-def stop_token_ids(tokenizer, generation_eos=None, extra=()):
+def stop_token_ids(
+    tokenizer, generation_eos: int | list[int] | None = None, extra: list[int] = ()
+) -> list[int]:
     """Sorted ids that end a response: the generation config's, the tokenizer's EOS, the template's end of
     turn, `extra`.
     """
@@ -202,7 +224,7 @@ def stop_token_ids(tokenizer, generation_eos=None, extra=()):
     )
 
 
-def literal_specials(tokenizer):
+def literal_specials(tokenizer) -> list[str]:
     """The strings that tokenise as special tokens; a user's message that holds one is counted, never searched
     for.
     """

@@ -1,9 +1,9 @@
 """Arguments from a YAML file and the command line, and errors that a person can act on.
 
 A script declares its arguments as a dataclass and calls `parse`. Values come from the dataclass defaults,
-then from an optional positional YAML file (or one section of it, `FILE.yaml:SECTION`), then from `--key value`;
-the last one wins. An unknown key is an error that names the nearest known one. `run` turns a `UserError` into
-one line on stderr and exit status 2.
+then from an optional positional YAML file (or one section of it, `FILE.yaml:SECTION`), then from `--key
+value`; the last one wins. An unknown key is an error that names the nearest known one. `run` turns a
+`UserError` into one line on stderr and exit status 2.
 
 A class whose mappings are another script's arguments says so by `sections`: their keys and values are looked
 at where they are read, so that a message names the place where they were written. What is wrong is left out
@@ -17,7 +17,6 @@ import argparse
 import dataclasses
 import difflib
 import errno
-import importlib.util
 import json
 import os
 import re
@@ -26,43 +25,12 @@ import sys
 import time
 import types
 import typing
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 
-# What a script may miss when it is started in another environment than its own.
-PACKAGES = (
-    "accelerate",
-    "aiohttp",
-    "datasets",
-    "deepspeed",
-    "jinja2",
-    "numpy",
-    "plotly",
-    "rich",
-    "torch",
-    "transformers",
-    "trl",
-    "vllm",
-    "yaml",
-)
-# What some models and settings need beside the requirements: a module → its name for pip.
-OPTIONAL = {
-    "PIL": "pillow",
-    "bitsandbytes": "bitsandbytes",
-    "einops": "einops",
-    "flash_attn": "flash-attn",
-    "google.protobuf": "protobuf",
-    "kernels": "kernels",
-    "mistral_common": "mistral-common",
-    "peft": "peft",
-    "sentencepiece": "sentencepiece",
-    "tiktoken": "tiktoken",
-    "timm": "timm",
-    "torchvision": "torchvision",
-    "trackio": "trackio",
-    "wandb": "wandb",
-}
-ERROR_SECONDS = 15  # that other ranks give rank 0 to tell the error
+from common import packages
+
+ERROR_SECONDS = 15  # that other ranks wait for rank 0 to print the error
 NO_ROOM = (errno.EFBIG, errno.ENOSPC, errno.EDQUOT)
 
 
@@ -78,7 +46,7 @@ class UserErrors(UserError):
         self.problems = problems
 
 
-def refuse(problems):
+def refuse(problems: list[str]) -> None:
     """Raise what is wrong, all at once; nothing where there is nothing."""
     if problems:
         raise UserErrors(problems) if len(problems) > 1 else UserError(problems[0])
@@ -90,8 +58,8 @@ def arg(default=dataclasses.MISSING, help="", choices=None, metavar=None, shapes
 
     Args:
         metavar: names the value in `--help` where its type and key do not tell (see `_metavar`).
-        shapes: whether the argument shapes what the script writes. Those that do not (where things go, how fast,
-            what is logged) may change between two starts of the same output; see `shaping_values`.
+        shapes: whether the argument shapes what the script writes. Those that do not (where things go, how
+            fast, what is logged) may change between two starts of the same output; see `shaping_values`.
     """
     metadata = {"help": help, "choices": choices, "metavar": metavar, "shapes": shapes}
     if isinstance(default, (list, dict)):
@@ -99,19 +67,28 @@ def arg(default=dataclasses.MISSING, help="", choices=None, metavar=None, shapes
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def shaping_values(args) -> dict:
-    """{name: value} of the arguments that shape an output, as a manifest holds them."""
-    return {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.metadata.get("shapes", True)}
+def shaping_values(args, inputs: Iterable[str] = ()) -> dict:
+    """{name: value} of the arguments that shape an output, as a manifest holds them.
+
+    `inputs`: names of arguments to leave out, since the manifest holds what they name: files and models.
+    """
+    shaping = (f.name for f in dataclasses.fields(args) if f.metadata.get("shapes", True))
+    return {name: getattr(args, name) for name in shaping if name not in inputs}
 
 
-def count(number, one, many=None):
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """An error of a library in one line: its kind, and the beginning of what it says."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:limit]}"
+
+
+def count(number: int, one: str, many: str | None = None) -> str:
     """`1 response`, `2 responses`, `0 processes`."""
     if many is None:
         many = f"{one}es" if one.endswith(("s", "x", "ch", "sh")) else f"{one}s"
     return f"{number} {one if number == 1 else many}"
 
 
-def nearest(word, known, lead=""):
+def nearest(word: str, known: Iterable[str], lead: str = "") -> str:
     """`, did you mean …?` for the nearest known word, whatever its case, or the empty string; `lead` is put
     in front of it.
     """
@@ -120,7 +97,7 @@ def nearest(word, known, lead=""):
     return f", did you mean {lead + names[close[0]]!r}?" if close else ""
 
 
-def existing_file(path, what="file", besides=()):
+def existing_file(path: str | Path, what: str = "file", besides: Iterable[str | Path] = ()) -> Path:
     """`path` as a Path if it is a file; otherwise an error that offers what may have been meant.
 
     That is a file of the same name in a folder beside, else one of a like name in its folder, else the
@@ -155,123 +132,7 @@ def existing_file(path, what="file", besides=()):
     raise UserError(f"no such {what}: {path}{there}")
 
 
-def check_model(name, what="--model_name_or_path"):
-    """Refuse a local model folder that is not there, is no model or is none as a whole, before anything heavy
-    is imported.
-    """
-    path = Path(name)
-    if path.is_dir():
-        if (path / "adapter_config.json").is_file():
-            refuse_adapter(path, f"{what} {name}")
-        if not (path / "config.json").is_file():
-            raise UserError(f"{what} {name} is a folder without config.json, so it is no model folder")
-        check_weights(path, f"{what} {name}")
-    elif name.startswith((".", "/", "~")) or name.count("/") != 1 or path.exists():
-        raise UserError(f"{what} {name}: no such folder, and not a hub name of the form owner/model")
-    elif path.parent.is_dir():
-        near = ", ".join(sorted(f.name for f in path.parent.iterdir() if f.is_dir())[:5])
-        raise UserError(
-            f"{what} {name}: no such folder in {path.parent}/" + (f"; there is {near}" if near else "")
-        )
-
-
-def check_policy(name, what="--model_name_or_path"):
-    """Refuse as `check_model` does, and a local model whose config says that it writes no text: a reward
-    model, an encoder.
-    """
-    check_model(name, what)
-    path = Path(name) / "config.json"
-    config = read_json(path) if path.is_file() else {}
-    kinds = [str(kind) for kind in config.get("architectures") or []]
-    # LlamaForSequenceClassification, LlamaForRewardModelWithGating, BertForMaskedLM; MistralModel, which has
-    # no head. Code that comes with a model (auto_map) may call its classes what it likes.
-    silent = [
-        k
-        for k in kinds
-        if re.search(r"For(?!CausalLM|ConditionalGeneration)[A-Z]", k) or re.search(r"(?<!LMHead)Model$", k)
-    ]
-    if kinds and silent == kinds and "AutoModelForCausalLM" not in (config.get("auto_map") or {}):
-        raise UserError(
-            f"{what} {name} is a {silent[0]}, which writes no text: give a causal language model (a reward "
-            "model goes to reward_name_or_path)"
-        )
-
-
-def refuse_adapter(path, named):
-    """An adapter's folder is called that.
-
-    With a whole model beside it, transformers would load the adapter and vLLM the model.
-    """
-    if any(path.glob("model*.safetensors")):
-        raise UserError(
-            f"{named} holds a whole model and an adapter, and it is not known which is meant: move its "
-            "adapter_* files elsewhere"
-        )
-    base = read_json(path / "adapter_config.json").get("base_model_name_or_path") or "its base model"
-    merged = (
-        path.absolute().parent
-    )  # of a model that was trained here, the adapter is kept in OUTPUT_DIR/adapter
-    if path.name == "adapter" and (merged / "config.json").is_file():
-        raise UserError(f"{named} is an adapter (LoRA), no model: give {merged}, into which it is merged")
-    raise UserError(
-        f"{named} is an adapter (LoRA), no model: merge it into {base} first (peft: "
-        "PeftModel.from_pretrained(base, adapter)"
-        ".merge_and_unload(), then save_pretrained of it and of the tokenizer), and give that folder"
-    )
-
-
-def check_weights(path, named):
-    """Refuse a model's folder whose weights are lacking or have not been fetched, where that can be seen by
-    what is there instead.
-    """
-    if (path / "model.safetensors").is_file():
-        files = [path / "model.safetensors"]
-    else:
-        index = next(
-            (
-                f
-                for f in (path / "model.safetensors.index.json", path / "pytorch_model.bin.index.json")
-                if f.is_file()
-            ),
-            None,
-        )
-        shards = sorted(set((read_json(index).get("weight_map") or {}).values())) if index else []
-        lacking = [shard for shard in shards if not (path / shard).is_file()]
-        if lacking:
-            raise UserError(
-                f"{named} lacks {len(lacking)} of the {len(shards)} files of its weights, {lacking[0]} for "
-                "one: fetch or save it again"
-            )
-        files = [path / shard for shard in shards] or [
-            *path.glob("*.safetensors"),
-            *path.glob("pytorch_model.bin"),
-        ]
-    if not files and any(path.glob("global_step*")):
-        how = f"make some of its DeepSpeed states: python {path / 'zero_to_fp32.py'} {path} {path}"
-        raise UserError(f"{named} is a checkpoint without whole weights; {how}")
-    if not files and any(path.glob("pytorch_model_fsdp_0")):
-        how = f"make some of its FSDP states: accelerate merge-weights {path / 'pytorch_model_fsdp_0'} {path}"
-        raise UserError(f"{named} is a checkpoint without whole weights; {how}")
-    for file in files:
-        if file.stat().st_size < 1024 and file.read_bytes().startswith(b"version https://git-lfs"):
-            raise UserError(
-                f"{named}: {file.name} is a note of git-lfs in place of the weights: run `git lfs pull` in "
-                "that folder"
-            )
-
-
-def read_json(path):
-    """The mapping in a JSON file of a model folder; anything else is an error."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        values = None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged: a JSON object was expected; fetch or save the model again")
-    return values
-
-
-def read_yaml(path, what="YAML file"):
+def read_yaml(path: str | Path, what: str = "YAML file") -> dict:
     """The mapping in a YAML file; anything else is an error with the place in the file."""
     import yaml
 
@@ -288,9 +149,7 @@ def read_yaml(path, what="YAML file"):
 
 
 def load_yaml(text):
-    """As `yaml.safe_load`, which takes a key's last value where it is given twice; here that is a YAMLError
-    with both lines.
-    """
+    """As `yaml.safe_load`, but a key that is given twice is a YAMLError with both lines."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -692,7 +551,7 @@ def _scalar(text):
         return text
 
 
-def known(cls, values, where):
+def known(cls, values: dict, where: str) -> dict:
     """`values` if all its keys are fields of `cls`; an unknown one is an error that names the nearest."""
     fields = {f.name for f in dataclasses.fields(cls)}
     for key in values:
@@ -701,7 +560,7 @@ def known(cls, values, where):
     return values
 
 
-def build(cls, values, where=""):
+def build(cls, values: dict, where: str = ""):
     """An instance of `cls` from a mapping, with types converted, choices and required keys checked.
 
     Raises:
@@ -722,7 +581,7 @@ def build(cls, values, where=""):
     return cls(**merged)
 
 
-def no_room(error):
+def no_room(error: BaseException) -> str | None:
     """What could not be read or written, in words; None for an error that is none of the file system's.
 
     Libraries wrap what the system says (safetensors, torch.save), so their texts are looked at too.
@@ -739,63 +598,7 @@ def no_room(error):
     return None
 
 
-def missing_packages(error):
-    """What to install for an error, or one behind it, that is for want of a package; empty where it is not.
-
-    Libraries tell it in many ways: by the module's name, or in words that name the package, in an error of
-    their own.
-    """
-    known, others, seen = [], [], []
-    while error is not None and error not in seen:
-        seen.append(error)
-        text, names = str(error), []
-        if isinstance(error, ModuleNotFoundError) and error.name:
-            names = [error.name]
-        elif isinstance(error, ImportError) or (
-            isinstance(error, (ValueError, RuntimeError)) and "install" in text
-        ):
-            words = re.search(
-                r"packages that were not found in your environment: ([\w.\-, ]+?)\. ", text
-            )  # of a model's own code
-            names = (
-                words[1].split(", ")
-                if words
-                else re.findall(r"(?:pip install |need to install )(?:-U )?`?([A-Za-z][\w.\-]*)", text)
-            )
-            said = text.lower().replace("-", "_").replace("flashattention2", "flash_attn")
-            names += [
-                name
-                for name in OPTIONAL
-                if re.search(rf"\b{re.escape(name.lower().rpartition('.')[2])}\b", said)
-            ]
-        for name in names:
-            module = next(
-                (
-                    module
-                    for module, pip in OPTIONAL.items()
-                    if name in (module, pip) or name.startswith(module + ".")
-                ),
-                None,
-            )
-            if module is not None and not is_there(module):
-                known.append(OPTIONAL[module])
-            elif module is None and not is_there(name.partition(".")[0].replace("-", "_")):
-                others.append(name)
-        error = error.__cause__ or error.__context__
-    if known:
-        return f"pip install {' '.join(dict.fromkeys(known))}"
-    return f"pip install what brings {', '.join(dict.fromkeys(others))}" if others else ""
-
-
-def is_there(module):
-    """Whether a module can be imported here, or is one of this project's."""
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        return False
-
-
-def run(main):
+def run(main: Callable) -> None:
     """Call `main()` and exit: 0 when it returns, 2 with one line for a UserError, 130 for Ctrl-C.
 
     Under a launcher rank 0 prints the line (every rank meets the same error). The launcher ends all ranks as
@@ -810,8 +613,11 @@ def run(main):
     try:
         main()
     except (UserError, ImportError) as error:
-        missing = missing_packages(error)
-        if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in PACKAGES:
+        missing = packages.missing_packages(error)
+        if (
+            isinstance(error, ModuleNotFoundError)
+            and (error.name or "").partition(".")[0] in packages.REQUIRED
+        ):
             line = (
                 f"{sys.executable} has no package {error.name}: switch to the script's environment first "
                 "(source envs.sh; use_env vllm to generate and annotate, rlhflow to train and report)"

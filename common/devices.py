@@ -122,7 +122,7 @@ def check_torch():
         raise UserError(
             f"{what}: torch {version} of {sys.executable} is a build for the CPU; enter the environment of "
             "this machine (source envs.sh; "
-            "make_envs vllm rlhflow; use_env …), or make this one anew where pip finds builds for CUDA; "
+            "make_envs vllm rlhflow; use_env …), or make this one again where pip finds builds for CUDA; "
             f"{on_purpose}"
         )
     driver, oldest = driver_version(), OLDEST_DRIVER.get(int(cuda.split(".")[0]))

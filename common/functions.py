@@ -10,7 +10,7 @@ from pathlib import Path
 from common.cli import UserError, existing_file, nearest
 
 
-def function_file(spec, option, example, look=False):
+def function_file(spec: str, option: str, example: str, look: bool = False) -> tuple[Path, str]:
     """(file, name) of `path.py:name`; a relative path may also be from the project's folder. `look`: whether
     the file's text has the name.
 
@@ -29,7 +29,7 @@ def function_file(spec, option, example, look=False):
     return path, name
 
 
-def defined_names(path):
+def defined_names(path: str | Path):
     """Names that a Python file defines or imports, wherever in it, without running it; None where that cannot
     be said.
     """
@@ -61,7 +61,7 @@ def as_number(value):
     raise TypeError(f"it returned {shown if len(shown) <= 40 else shown[:40] + '…'}, a number was expected")
 
 
-def load_function(spec, option, example):
+def load_function(spec: str, option: str, example: str):
     """The function that `path.py:name` names.
 
     Raises:

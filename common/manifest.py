@@ -2,7 +2,7 @@
 
 Beside an output `X.jsonl` may stand
 
-- `X.jsonl.partial`: finished records of a run that is in work or was stopped, in the order in which they
+- `X.jsonl.partial`: finished records of a run that is running or was stopped, in the order in which they
 finished;
 - `X.skipped.jsonl`: what was left out, one `{"id", "reason"}` a line;
 - `X.manifest.json`: what was read, the settings that shape the output, versions, counts, seconds.
@@ -19,13 +19,13 @@ import json
 import os
 import platform
 import time
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
 from common import locks, records
 from common.chat import parse_date
 from common.cli import UserError
-from common.index import Index
 from common.tables import split_config
 
 PACKAGES = (
@@ -50,7 +50,7 @@ WHOLE, PIECE = (
 )  # bytes: weights up to the first are read whole, of larger ones pieces of the second
 
 
-def beside(path, suffix):
+def beside(path: str | Path, suffix: str) -> Path:
     """`dir/X.jsonl`, `.manifest.json` → `dir/X.manifest.json`; `dir/model` and `dir/X.json` keep their whole
     name.
     """
@@ -126,23 +126,19 @@ def _files(path):
     ]
 
 
-def fingerprint(name, checksum=True):
+def fingerprint(name: str | Path, checksum: bool = True) -> dict:
     """Size, times and checksum of a local file or folder; for anything else (a hub name) the name alone.
 
     Returns:
-        dict with `path`, and for local ones `size` (bytes), `time` (of the newest file, ns), `files` (a hash
-        of each file's name, size and time), and `sha256` where `checksum`.
+        dict with `path`, and for local ones `size` (bytes), `files` (a hash of each file's name, size and
+        time), and `sha256` where `checksum`.
     """
     path = Path(name) if Path(name).exists() else Path(split_config(str(name))[0])
     if not path.exists():
         return {"path": str(name)}
     files = _files(path) if path.is_dir() else [path]
     names, stats = [str(file.relative_to(path)) for file in files], [file.stat() for file in files]
-    mark = {
-        "path": str(name),
-        "size": sum(s.st_size for s in stats),
-        "time": max((s.st_mtime_ns for s in stats), default=0),
-    }
+    mark = {"path": str(name), "size": sum(s.st_size for s in stats)}
     listed = [(file, s.st_size, s.st_mtime_ns) for file, s in zip(names, stats, strict=True)]
     mark["files"] = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
     if checksum:
@@ -153,7 +149,7 @@ def fingerprint(name, checksum=True):
     return mark
 
 
-def same_content(old, name):
+def same_content(old: dict, name: str | Path) -> bool:
     """Whether `name` still is what the fingerprint `old` describes: sizes and times first, the checksum where
     they differ.
     """
@@ -162,18 +158,17 @@ def same_content(old, name):
         return old.get("path") == now["path"]
     if old["size"] != now["size"]:
         return False
-    key = "files" if "files" in old else "time"  # manifests of before have the newest file's time alone
-    return old[key] == now[key] or old["sha256"] == fingerprint(name)["sha256"]
+    return old.get("files") == now["files"] or old.get("sha256") == fingerprint(name)["sha256"]
 
 
-def write_yaml(path, values):
+def write_yaml(path: str | Path, values: dict) -> None:
     """Write a YAML file under a temporary name and rename."""
     import yaml
 
     _write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000))
 
 
-def write_json(path, value):
+def write_json(path: str | Path, value: dict | list) -> None:
     """Write JSON under a temporary name and rename."""
     _write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
@@ -185,7 +180,7 @@ def _write_text(path, text):
     os.replace(temporary, path)
 
 
-def read_manifest(path):
+def read_manifest(path: str | Path) -> dict | None:
     """The manifest beside the output `path`, or None."""
     try:
         manifest = json.loads(beside(path, ".manifest.json").read_text(encoding="utf-8"))
@@ -200,7 +195,7 @@ def read_manifest(path):
     return manifest
 
 
-def generation_manifest(path):
+def generation_manifest(path: str | Path) -> dict | None:
     """The manifest of the generation behind a generated, rewarded or judged file, or None where the trail
     ends before it.
     """
@@ -225,7 +220,7 @@ def with_date(args, path, default=None):
     return dataclasses.replace(args, date=begun or default or str(parse_date(None)))
 
 
-def difference(manifest, settings, inputs):
+def difference(manifest: dict, settings: dict, inputs: dict) -> str | None:
     """The first setting or input in which a manifest differs from what is wanted now, in words, or None.
 
     Args:
@@ -247,21 +242,21 @@ def difference(manifest, settings, inputs):
 
 
 class Output:
-    """One JSON Lines output in work, saved as it goes and resumed from what is on disk.
+    """One JSON Lines output, saved as it goes and resumed from what is on disk.
 
     Args:
         path: the output file.
         script: name of the script, for the manifest.
         settings: dict of JSON values that shape the output; a later start with others is refused by name.
         inputs: dict name → path or hub name of what is read.
-        overwrite: start anew, whatever is there.
+        overwrite: discard what is there.
 
     Attributes:
         complete: the output is there and was made from the same settings and inputs; nothing is to be done.
-        done: an Index from the ids of the records that the `.partial` file holds to (offset, length) there.
-        skipped: number of records left out in this start; a start looks at all records anew.
+        done: {id: (offset, length)} of the records that the `.partial` file holds.
+        skipped: number of records left out in this start; each start looks at all records.
 
-    No record is held in memory, and no list of them.
+    Only the places of records are held in memory.
 
     Raises:
         UserError: settings or inputs changed, another process is at work on it, or the folder cannot be
@@ -271,7 +266,7 @@ class Output:
     def __init__(self, path, script, settings, inputs, overwrite=False):
         self.path, self.partial = Path(path), Path(f"{path}.partial")
         self.settings, self.script = settings, script
-        self.started, self.skipped, self.done = time.time(), 0, Index()
+        self.started, self.skipped, self.done = time.time(), 0, {}
         self._file = self._skipped_file = None
         if any(name is not None and Path(name).resolve() == self.path.resolve() for name in inputs.values()):
             raise UserError(f"{path} is to be read and written at once; give another --output_dir")
@@ -351,7 +346,7 @@ class Output:
         os.truncate(self.partial, offset)
         self._offset = offset
 
-    def append(self, record):
+    def append(self, record: dict) -> None:
         """Save one finished record (it has an `id`) at once."""
         line = (records.dumps(record) + "\n").encode("utf-8")
         with writing(self.partial):
@@ -360,7 +355,7 @@ class Output:
         self.done[record["id"]] = (self._offset, len(line))
         self._offset += len(line)
 
-    def skip(self, prompt_id, reason):
+    def skip(self, prompt_id: str, reason) -> None:
         """Leave a record out, with a line in the skipped file."""
         if self._skipped_file is None:
             self._skipped_file = open(
@@ -370,7 +365,7 @@ class Output:
             self._skipped_file.write(records.dumps({"id": prompt_id, "reason": reason}) + "\n")
         self.skipped += 1
 
-    def saved(self, order):
+    def saved(self, order: Iterable) -> Iterator[bytes]:
         """Yield the saved records of the ids `order`, as lines of bytes."""
         with open(self.partial, "rb") as source:
             for prompt_id in order:
@@ -378,13 +373,13 @@ class Output:
                 source.seek(offset)
                 yield source.read(length)
 
-    def finish(self, order, counts):
+    def finish(self, order: Iterable, counts: dict) -> None:
         """Put the saved records in the order of the ids `order` and rename the data into place; see
         `finish_with`.
         """
         self.finish_with(self.saved(order), counts)
 
-    def finish_with(self, lines, counts):
+    def finish_with(self, lines: Iterable[bytes], counts: dict) -> None:
         """Write `lines`, complete the manifest, and rename the data into place.
 
         Args:

@@ -35,7 +35,7 @@ def as_json(value):
     return value if value is None or isinstance(value, (str, int, float)) else str(value)
 
 
-def is_messages(value):
+def is_messages(value) -> bool:
     """Whether a value looks like a list of messages, ours or ShareGPT's."""
     return (
         isinstance(value, list)
@@ -44,12 +44,12 @@ def is_messages(value):
     )
 
 
-def text_of(message):
+def text_of(message: dict) -> str:
     """The text of a message; empty where its content is null, beside tool calls."""
     return message.get("content") or ""
 
 
-def to_messages(value, where):
+def to_messages(value, where: str) -> list[dict]:
     """A prompt as a list of messages whose last turn is the user's or a tool's.
 
     A string is one user turn; a trailing assistant turn is dropped (`messages` columns hold the answer too).
@@ -107,7 +107,7 @@ def _text_of_part(part, where):
     raise UserError(f"{where}: a turn holds a part of the type {str(kind)[:40]!r}; only text can be read")
 
 
-def to_tools(value, where):
+def to_tools(value, where: str) -> list[dict] | None:
     """The `tools` of a record as a list of JSON schemas, or None where it has none. The list, or a schema,
     may be JSON text.
 

@@ -1,11 +1,13 @@
-"""What a model's folder or hub name stands for: its tokenizer, the same one in every environment, and its
-positions.
+"""What a model's folder or hub name stands for: refused where it is no whole model; its config, tokenizer and
+weights, loaded alike by every stage; its positions.
 """
 
+import json
+import re
 from pathlib import Path
 
 from common import chat
-from common.cli import UserError
+from common.cli import UserError, one_line
 
 # How vLLM is started, so that it reads the same files as transformers: Mistral's folders hold config, weights
 # and tokenizer twice.
@@ -28,7 +30,121 @@ STRETCHED = {"su", "longrope", "llama3", "yarn", "telechat3-yarn", "deepseek_yar
 TEKKEN = "tekken.json"  # of mistral-common, which environment vllm has and rlhflow has not
 
 
-def check_tokenizer_files(name):
+def check_model(name: str, what: str = "--model_name_or_path") -> None:
+    """Refuse a local model folder that does not exist or is no complete model, before anything heavy is
+    imported.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if (path / "adapter_config.json").is_file():
+            _refuse_adapter(path, f"{what} {name}")
+        if not (path / "config.json").is_file():
+            raise UserError(f"{what} {name} is a folder without config.json, so it is no model folder")
+        _check_weights(path, f"{what} {name}")
+    elif name.startswith((".", "/", "~")) or name.count("/") != 1 or path.exists():
+        raise UserError(f"{what} {name}: no such folder, and not a hub name of the form owner/model")
+    elif path.parent.is_dir():
+        near = ", ".join(sorted(f.name for f in path.parent.iterdir() if f.is_dir())[:5])
+        raise UserError(
+            f"{what} {name}: no such folder in {path.parent}/" + (f"; there is {near}" if near else "")
+        )
+
+
+def check_policy(name: str, what: str = "--model_name_or_path") -> None:
+    """Refuse as `check_model` does, and a local model whose config says that it writes no text: a reward
+    model, an encoder.
+    """
+    check_model(name, what)
+    path = Path(name) / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    kinds = [str(kind) for kind in config.get("architectures") or []]
+    # LlamaForSequenceClassification, LlamaForRewardModelWithGating, BertForMaskedLM; MistralModel, which has
+    # no head. Code that comes with a model (auto_map) may call its classes what it likes.
+    silent = [
+        k
+        for k in kinds
+        if re.search(r"For(?!CausalLM|ConditionalGeneration)[A-Z]", k) or re.search(r"(?<!LMHead)Model$", k)
+    ]
+    if kinds and silent == kinds and "AutoModelForCausalLM" not in (config.get("auto_map") or {}):
+        raise UserError(
+            f"{what} {name} is a {silent[0]}, which writes no text: give a causal language model (a reward "
+            "model goes to reward_name_or_path)"
+        )
+
+
+def _refuse_adapter(path, named):
+    """An adapter's folder is called that.
+
+    With a whole model beside it, transformers would load the adapter and vLLM the model.
+    """
+    if any(path.glob("model*.safetensors")):
+        raise UserError(
+            f"{named} holds a whole model and an adapter, and it is not known which is meant: move its "
+            "adapter_* files elsewhere"
+        )
+    base = read_json(path / "adapter_config.json").get("base_model_name_or_path") or "its base model"
+    merged = (
+        path.absolute().parent
+    )  # of a model that was trained here, the adapter is kept in OUTPUT_DIR/adapter
+    if path.name == "adapter" and (merged / "config.json").is_file():
+        raise UserError(f"{named} is an adapter (LoRA), no model: give {merged}, into which it is merged")
+    raise UserError(
+        f"{named} is an adapter (LoRA), no model: merge it into {base} first (peft: "
+        "PeftModel.from_pretrained(base, adapter)"
+        ".merge_and_unload(), then save_pretrained of it and of the tokenizer), and give that folder"
+    )
+
+
+def _check_weights(path, named):
+    """Refuse a model's folder whose weights are missing or were not fetched, as its files show."""
+    if (path / "model.safetensors").is_file():
+        files = [path / "model.safetensors"]
+    else:
+        index = next(
+            (
+                f
+                for f in (path / "model.safetensors.index.json", path / "pytorch_model.bin.index.json")
+                if f.is_file()
+            ),
+            None,
+        )
+        shards = sorted(set((read_json(index).get("weight_map") or {}).values())) if index else []
+        missing = [shard for shard in shards if not (path / shard).is_file()]
+        if missing:
+            raise UserError(
+                f"{named} lacks {len(missing)} of the {len(shards)} files of its weights, {missing[0]} for "
+                "one: fetch or save it again"
+            )
+        files = [path / shard for shard in shards] or [
+            *path.glob("*.safetensors"),
+            *path.glob("pytorch_model.bin"),
+        ]
+    if not files and any(path.glob("global_step*")):
+        how = f"make some of its DeepSpeed states: python {path / 'zero_to_fp32.py'} {path} {path}"
+        raise UserError(f"{named} is a checkpoint without whole weights; {how}")
+    if not files and any(path.glob("pytorch_model_fsdp_0")):
+        how = f"make some of its FSDP states: accelerate merge-weights {path / 'pytorch_model_fsdp_0'} {path}"
+        raise UserError(f"{named} is a checkpoint without whole weights; {how}")
+    for file in files:
+        if file.stat().st_size < 1024 and file.read_bytes().startswith(b"version https://git-lfs"):
+            raise UserError(
+                f"{named}: {file.name} is a note of git-lfs in place of the weights: run `git lfs pull` in "
+                "that folder"
+            )
+
+
+def read_json(path: Path) -> dict:
+    """The mapping in a JSON file of a model folder; anything else is an error."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged: a JSON object was expected; fetch or save the model again")
+    return values
+
+
+def check_tokenizer_files(name: str) -> None:
     """Refuse a local folder whose only tokenizer is a tekken.json."""
     folder = Path(name)
     if (
@@ -39,7 +155,7 @@ def check_tokenizer_files(name):
         refuse_tekken(name)
 
 
-def refuse_tekken(name):
+def refuse_tekken(name: str):
     raise UserError(
         f"{name} has no tokenizer but {TEKKEN}, which the training environment cannot read: put the "
         "tokenizer.json and "
@@ -47,7 +163,12 @@ def refuse_tekken(name):
     )
 
 
-def load_tokenizer(name, revision=None, trust_remote_code=False, chat_template=None):
+def load_tokenizer(
+    name: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    chat_template: str | None = None,
+):
     """The tokenizer of a model, with the chat template of the file `chat_template` where one is given.
 
     Args:
@@ -69,14 +190,71 @@ def load_tokenizer(name, revision=None, trust_remote_code=False, chat_template=N
             name, revision=revision, trust_remote_code=trust_remote_code, mistral_format=False
         )
     except Exception as error:  # hub, file and remote code fail in many ways
-        raise UserError(
-            f"cannot load the tokenizer of {name}: {' '.join(str(error).split())[:300]}"
-        ) from None
+        raise UserError(f"cannot load the tokenizer of {name}: {one_line(error)}") from None
     if Path(str(getattr(tokenizer, "vocab_file", None))).name == TEKKEN:
         refuse_tekken(name)
     tokenizer.name_or_path = tokenizer.name_or_path or str(name)  # errors name it
     chat.use_template(tokenizer, chat_template)
     return tokenizer
+
+
+def load_config(
+    name: str, revision: str | None = None, trust_remote_code: bool = False, what: str = "model", **more
+):
+    """transformers' config of a model, which errors call `what`; `more` changes settings in it."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()  # what it reports of loading is looked at by who loads
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code, **more
+        )
+    except Exception as error:  # hub, file and remote code fail in many ways
+        raise UserError(f"cannot load the {what} {name}: {one_line(error)}") from None
+
+
+def choose_attention(config, auto_class, flash: bool) -> str | None:
+    """How transformers is to compute a model's attention; None: its own choice.
+
+    Eager where sdpa would leave something out: it drops the soft-cap of Gemma-2's scores without a word.
+
+    Args:
+        config: transformers' config of the model.
+        auto_class: class of transformers that builds the model.
+        flash: whether flash_attention_2 may be taken: there is a GPU, and it computes in half precision.
+    """
+    import transformers
+
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        return "eager"
+    model_class = getattr(auto_class, "_model_mapping", {}).get(type(config), None) or auto_class
+    flash = flash and transformers.utils.is_flash_attn_2_available()
+    return "flash_attention_2" if flash and getattr(model_class, "_supports_flash_attn", False) else None
+
+
+def load_weights(auto_class, name: str, what: str = "model", **options) -> tuple:
+    """(model, what transformers says of its loading: `missing_keys`, `unexpected_keys`, …).
+
+    Args:
+        auto_class: class of transformers whose `from_pretrained` builds the model.
+        what: what errors call it.
+        options: of `from_pretrained`.
+
+    Raises:
+        UserError: it does not load, or does not fit into memory.
+    """
+    import torch
+
+    try:
+        return auto_class.from_pretrained(name, output_loading_info=True, **options)
+    except torch.OutOfMemoryError:
+        dtype = str(options.get("dtype")).removeprefix("torch.")
+        raise UserError(
+            f"{name} in {dtype} does not fit the GPU's memory: free it, or use a smaller model"
+        ) from None
+    except Exception as error:
+        raise UserError(f"cannot load the {what} {name}: {one_line(error)}") from None
 
 
 def _text_settings(config):
@@ -97,7 +275,7 @@ def _encodings(get):
     return [(str(settings.get("rope_type") or settings.get("type")), settings) for settings in layers]
 
 
-def stretch(config):
+def stretch(config) -> float:
     """By how much a model's positions are stretched beyond the length that its config says; see
     `positions`.
     """
@@ -110,7 +288,7 @@ def stretch(config):
     return factor or 1
 
 
-def positions(config):
+def positions(config) -> int | None:
     """Tokens of prompt and response that a model can take, counted as vLLM 0.32 counts them; None where its
     config does not say.
 

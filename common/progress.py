@@ -4,7 +4,7 @@ import sys
 import time
 
 
-def duration(seconds):
+def duration(seconds: float) -> str:
     """`95` → `1m35s`."""
     seconds = int(seconds)
     hours, minutes, seconds = seconds // 3600, seconds % 3600 // 60, seconds % 60
@@ -32,7 +32,7 @@ class Progress:
 
             self.bar = tqdm(total=total, initial=done, desc=what, unit=f" {unit}", dynamic_ncols=True)
 
-    def update(self, items=1, note=""):
+    def update(self, items: int = 1, note: str = "") -> None:
         """Add `items` finished; `note` is shown behind the rate."""
         self.count += items
         if self.bar is not None:

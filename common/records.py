@@ -1,22 +1,20 @@
-"""Records: JSON Lines in and out, prompts in every accepted form, ids, seeds and shards.
+"""Records, read and checked in one place: prompts in every accepted form, generated and rewarded ones, their
+ids, seeds and shards.
 
-A record is one JSON object a line, UTF-8, lines ended by `\\n` only (U+2028 and the like may stand inside a
-string). Nothing here knows a model; the standard library suffices. Tables and data sets are read in
-common/tables.py, messages in common/messages.py.
+Nothing here knows a model; the standard library suffices. Lines are read in common/jsonl.py, tables and data
+sets in common/tables.py, messages in common/messages.py.
 """
 
-import contextlib
-import gzip
 import hashlib
-import io
-import itertools
 import json
 import sys
-import zlib
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from common.cli import UserError, existing_file, nearest
-from common.index import Index
+from common.jsonl import BadRecord, dumps, jsonl_records, list_inside, raising
+from common.jsonl import read_jsonl as read_jsonl  # for those who take both from here
 from common.messages import as_json, is_messages, text_of, to_messages, to_tools
 
 PROMPT_KEYS = ("context_messages", "messages", "prompt", "conversations")
@@ -29,170 +27,7 @@ SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")
 FORMS = ".jsonl, .json, .csv, .tsv (these also as .gz), .parquet, a data set's folder or a hub name"
 
 
-class BadRecord(UserError):
-    """What is wrong with one record of many.
-
-    `id`: how the list of skipped prompts calls it, a hash of the record.
-    """
-
-    def __init__(self, message, record):
-        super().__init__(message)
-        try:
-            text = repr(record)
-        except RecursionError:
-            text = message
-        self.id = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
-def raising(found):
-    """Yield records; raise the `BadRecord` that stands in place of one."""
-    for record in found:
-        if isinstance(record, BadRecord):
-            raise record
-        yield record
-
-
-def dumps(record):
-    """One line of JSON without its newline. NaN and infinity are no JSON: put None in their place first."""
-    return json.dumps(record, ensure_ascii=False, allow_nan=False)
-
-
-def open_text(path, newline="\n"):
-    """A text file for reading, or the text in a .gz file; a byte order mark is let pass."""
-    opened = gzip.open(path, "rb") if Path(path).suffix == ".gz" else open(path, "rb")
-    return io.TextIOWrapper(opened, encoding="utf-8-sig", newline=newline)
-
-
-@contextlib.contextmanager
-def decoding(path):
-    """Errors of reading text as a UserError that names the file."""
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 text ({error.reason} near byte {error.start}); convert it first"
-        ) from None
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be unpacked: {error}; fetch it again") from None
-
-
-def read_jsonl(path, what="input"):
-    """Yield the records of a JSON Lines file, or of a file that holds one JSON list; either may be packed as
-    .gz.
-
-    Raises:
-        UserError: no such file, an empty file, a line that is not a JSON object, a torn last line, text that
-            is
-            not UTF-8; with the line's number.
-    """
-    return raising(jsonl_records(path, what))
-
-
-def jsonl_records(path, what="input"):
-    """As `read_jsonl`, with a `BadRecord` in place of each record that cannot be used.
-
-    A torn file is still an error.
-    """
-    path, count = existing_file(path, what), 0
-    with decoding(path), open_text(path) as file:
-        blank = 0
-        first = next(file, "")
-        while first and not first.strip():
-            first, blank = next(file, ""), blank + 1
-        if first.lstrip().startswith("["):
-            for count, record in enumerate(_parsed_list(first + file.read(), path), 1):
-                yield _checked(record, path, count, "entry")
-        else:
-            if path.name.removesuffix(".gz").endswith(".json") and not first.rstrip().endswith("}"):
-                rest = file.read()
-                _refuse_object(first + rest, path)
-                file = io.StringIO(rest)
-            for number, line in enumerate(itertools.chain([first], file), blank + 1):
-                if line.strip():
-                    count += 1
-                    yield _parsed(line, path, number)
-    if count == 0:
-        raise UserError(f"{path} is empty; a record a line was expected")
-
-
-def _parsed_list(text, path):
-    try:
-        return json.loads(text)
-    except (RecursionError, ValueError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-
-
-def _refuse_object(text, path):
-    """Refuse a .json file that is one object over several lines, or several such objects."""
-    text = text.lstrip()
-    try:
-        value, end = json.JSONDecoder().raw_decode(text)
-    except (RecursionError, ValueError):
-        return  # the line is told
-    if "\n" not in text[:end]:
-        return
-    if text[end:].strip():
-        raise UserError(
-            f"{path} holds records over several lines each; write a record a line (jq -c . FILE), or one list"
-        )
-    raise UserError(f"{path} is one JSON object, a list of records was expected{_list_inside(value)}")
-
-
-def _list_inside(record):
-    """Where in an object a list of records stands, in words, or nothing."""
-    found = [
-        key
-        for key, value in record.items()
-        if isinstance(value, list) and value and isinstance(value[0], dict) and not is_messages(value)
-    ]
-    return (
-        f"; there is one under {found[0]!r}: save that list alone (jq -c '.{found[0]}[]' FILE)"
-        if found
-        else ""
-    )
-
-
-def _parsed(line, path, number):
-    try:
-        return _checked(json.loads(line), path, number, "line")
-    except (RecursionError, ValueError) as error:
-        if not isinstance(
-            error, json.JSONDecodeError
-        ):  # nested a thousand deep, or a number of thousands of digits
-            return BadRecord(f"{path} line {number} cannot be read: {error}", line)
-        if line.startswith("version https://git-lfs"):
-            raise UserError(
-                f"{path} is a Git LFS pointer, not the data: run `git lfs pull` in its folder"
-            ) from None
-        if not line.endswith("\n"):
-            raise UserError(
-                f"{path} line {number} is torn (the file ends inside a record); write the file again"
-            ) from None
-        return BadRecord(f"{path} line {number} is not valid JSON: {error.msg} at column {error.colno}", line)
-
-
-def _checked(record, path, number, unit):
-    """The record, or a `BadRecord`."""
-    if not isinstance(record, dict):
-        return BadRecord(
-            f"{path} {unit} {number} is a {type(record).__name__}, a JSON object was expected", record
-        )
-    try:
-        dumps(record).encode("utf-8")
-    except UnicodeEncodeError:
-        return BadRecord(
-            f"{path} {unit} {number} holds half a surrogate pair (\\ud8xx), which is not text; mend the "
-            "record",
-            record,
-        )
-    except RecursionError:
-        return BadRecord(f"{path} {unit} {number} is nested too deep", record)
-    except ValueError:
-        pass  # NaN in the input: each stage says what it makes of it
-    return record
-
-
-def is_local(name):
+def is_local(name: str) -> bool:
     """Whether a name of records is meant for a file or folder here, and not for a data set on the hub."""
     from common.tables import split_config
 
@@ -205,7 +40,7 @@ def is_local(name):
     )
 
 
-def read_records(name, split="train", keep_bad=False):
+def read_records(name: str, split: str = "train", keep_bad: bool = False) -> Iterator[dict | BadRecord]:
     """Yield the records of a file (.jsonl, .json, .csv, .tsv, .parquet), of a data set's folder or of a hub
     data set.
 
@@ -238,7 +73,7 @@ def _records(name, split):
         yield from tables.read_data_set(name, split)
 
 
-def record_id(messages, twin=0, tools=None):
+def record_id(messages: list[dict], twin: int = 0, tools: list | None = None) -> str:
     """16 hex digits: a hash of the prompt's messages and tools, and of how many equal prompts came before it
     in the file.
     """
@@ -247,18 +82,24 @@ def record_id(messages, twin=0, tools=None):
 
 
 class Identifier:
-    """Gives each prompt of one file its id, counting twins: equal prompts are answered anew, not merged."""
+    """Gives each prompt of one file its id, counting twins: equal prompts are answered each, not merged."""
 
     def __init__(self):
-        self._seen = Index()
+        self._seen = Counter()
 
-    def __call__(self, messages, tools=None):
+    def __call__(self, messages: list[dict], tools: list | None = None) -> str:
         base = record_id(messages, tools=tools)
-        twin = self._seen.count(base)
+        twin, self._seen[base] = self._seen[base], self._seen[base] + 1
         return record_id(messages, twin, tools) if twin else base
 
 
-def read_prompts(name, key=None, split="train", system_prompt=None, keep_bad=False):
+def read_prompts(
+    name: str,
+    key: str | None = None,
+    split: str = "train",
+    system_prompt: str | None = None,
+    keep_bad: bool = False,
+) -> Iterator[dict | BadRecord]:
     """Yield prompt records `{"id", "prompt": messages, …extra fields}` in file order.
 
     Args:
@@ -335,7 +176,7 @@ def _prompt_record(record, key, where, system_prompt, identify):
     return {"id": identify(messages, tools), "prompt": messages, **extra}
 
 
-def with_system(messages, system_prompt):
+def with_system(messages: list[dict], system_prompt: str | None) -> list[dict]:
     """The messages with a system turn in front where they have none and there is a system prompt."""
     return (
         [{"role": "system", "content": system_prompt}, *messages]
@@ -362,7 +203,7 @@ def _listed(text, column, where):
 
 
 def _no_prompt(record, key, where):
-    """What to tell where a record has no column of prompts."""
+    """The message for a record without a column of prompts."""
     wanted = key or " or ".join(PROMPT_KEYS)
     start = (
         f"{where} has no {wanted}{nearest(key, record) if key else ''}; its fields are "
@@ -381,10 +222,93 @@ def _no_prompt(record, key, where):
         )
     if key is None and "chosen" in record:
         return f"{start}: `chosen` is an answer and not a prompt; give the prompt a column of its own"
-    return start + (_list_inside(record) or ": name the prompt's with --dataset_key")
+    return start + (list_inside(record) or ": name the prompt's with --dataset_key")
 
 
-def sample_seed(run_seed, iteration, prompt_id, spacing=1024):
+# Lists of a record with an entry for each response, and what an entry may be.
+PER_RESPONSE = {
+    "rewards": (int, float, type(None)),
+    "finish_reasons": (str, type(None)),
+    "num_tokens": (int, type(None)),
+    "response_token_ids": (list, type(None)),
+}
+MADE_BY = {
+    "prompt": "generate answers first (generation/get_hf2.py)",
+    "responses": "generate answers first (generation/get_hf2.py)",
+    "rewards": "run annotate_data/get_rewards.py on it first",
+}
+
+
+def read_generated(path: str | Path, keep_bad: bool = False) -> Iterator[dict]:
+    """Yield the records of a generated file, each with an `id` and its `prompt` as messages; none is held.
+
+    `responses` is a list of at least one text. `finish_reasons`, `num_tokens` and `response_token_ids` are
+    absent, null or lists with an entry for each response; a number in their place is another tool's field and
+    carried through, as all other fields are. A record without a text as `id` gets one from its prompt, and
+    what id it had becomes `source_id`. Ids are not compared: a file may repeat one.
+
+    Args:
+        path: JSON Lines file, or one with a JSON list.
+        keep_bad: yield a `BadRecord` in place of a record that cannot be used, instead of raising it.
+
+    Raises:
+        UserError: a field is missing or of another kind; names the record.
+    """
+    return _answers(path, "generated file", False, keep_bad)
+
+
+def read_rewarded(path: str | Path, keep_bad: bool = False) -> Iterator[dict]:
+    """As `read_generated`, of a rewarded file: `rewards` is a list of numbers or null, one for each response.
+
+    A reward may be NaN or infinite; see `finite`. Entries of the other lists are held to their kinds, too.
+    """
+    return _answers(path, "rewarded file", True, keep_bad)
+
+
+def _answers(path, what, rewarded, keep_bad):
+    identify = Identifier()
+    for number, record in enumerate(jsonl_records(path, what), 1):
+        if not isinstance(record, BadRecord):
+            try:
+                record = _answered(record, f"{path} record {number}", identify, rewarded)
+            except UserError as error:
+                record = BadRecord(str(error), record)
+        if isinstance(record, BadRecord) and not keep_bad:
+            raise record
+        yield record
+
+
+def _answered(record, where, identify, rewarded):
+    """The record of a prompt's answers in its one form; a UserError says what is wrong."""
+    for field in ("prompt", "responses", "rewards") if rewarded else ("prompt", "responses"):
+        if field not in record:
+            raise UserError(
+                f"{where} has no `{field}`{nearest(field, record)}: {MADE_BY[field]}; it has "
+                f"{', '.join(record)}"
+            )
+    prompt, tools = to_messages(record["prompt"], where), to_tools(record.get("tools"), where)
+    responses = record["responses"]
+    if not isinstance(responses, list) or not responses or not all(isinstance(r, str) for r in responses):
+        raise UserError(f"{where}: `responses` must be a list of texts, it is {str(responses)[:60]}")
+    for field, kinds in PER_RESPONSE.items():
+        values = record.get(field)
+        if field == "rewards" and not rewarded or values is None and field != "rewards":
+            continue
+        if not isinstance(values, list):
+            if rewarded or isinstance(values, (str, dict)):
+                raise UserError(f"{where}: `{field}` must be a list with an entry for each response")
+        elif len(values) != len(responses):
+            raise UserError(f"{where} has {len(responses)} responses and {len(values)} {field}")
+        elif rewarded and not all(isinstance(value, kinds) for value in values):
+            raise UserError(f"{where}: `{field}` is {str(values)[:60]}, which is no list of its kind")
+    own = {"prompt": prompt} | ({"tools": tools} if tools else {})
+    if isinstance(record.get("id"), str):
+        return record | own
+    made = {"id": identify(prompt, tools)}
+    return made | record | own | made | ({"source_id": record["id"]} if "id" in record else {})
+
+
+def sample_seed(run_seed: int, iteration: int, prompt_id: str, spacing: int = 1024) -> int:
     """A prompt's sampling seed: a hash of run seed, iteration and prompt id, a multiple of `spacing` below
     2**62.
 
@@ -394,19 +318,19 @@ def sample_seed(run_seed, iteration, prompt_id, spacing=1024):
     return int.from_bytes(digest[:8], "big") % (2**62 // spacing) * spacing
 
 
-def shard_range(count, index, world):
+def shard_range(count: int, index: int, world: int) -> range:
     """The half-open range of shard `index` of `world`: contiguous, sizes differing by at most one, nothing
     lost.
     """
     return range(count * index // world, count * (index + 1) // world)
 
 
-def is_empty(text):
+def is_empty(text: str) -> bool:
     """Whether a response says nothing."""
     return not text.strip()
 
 
-def finite(value):
+def finite(value) -> bool:
     """Whether a reward is a finite number."""
     # an int too large for a float is none either; math.isfinite would raise
     return (

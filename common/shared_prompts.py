@@ -3,7 +3,7 @@
     prepare(model, example)               switch a transformers model to it; refuses what it cannot compute
     packed = pack(groups)                 groups of token-id sequences → one row without padding
     hidden = hidden_states(model, packed) [T, hidden], every token's state
-    states = last_states(model, packed)   [sequences, hidden], the last tokens' only: less work in the last layer
+    states = last_states(model, packed)   [sequences, hidden], the last tokens' alone: less work in the end
     plan(groups, budget)                  which sequences go into which pass
 
 The sequences of a group share what their token ids have in common from the left. The row is, group by group,

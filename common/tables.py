@@ -6,13 +6,13 @@ import csv
 from pathlib import Path
 
 from common.cli import UserError, existing_file
+from common.jsonl import BadRecord, decoding, jsonl_records, open_text
 from common.messages import is_messages
-from common.records import BadRecord, decoding, jsonl_records, open_text
 
 POINTER = b"version https://git-lfs"  # what stands in place of a large file in a clone without Git LFS
 
 
-def split_config(name):
+def split_config(name: str) -> tuple[str, str | None]:
     """(data set, configuration or None) of `NAME` or `NAME:CONFIG`."""
     base, colon, config = name.rpartition(":")
     return (
@@ -22,7 +22,7 @@ def split_config(name):
     )
 
 
-def read_csv(path, delimiter=None):
+def read_csv(path: str | Path, delimiter: str | None = None):
     """Yield the rows of a .csv or .tsv file as dicts of texts, every cell as it stands; a `BadRecord` for one
     of another width.
 
@@ -129,7 +129,7 @@ def _choose(splits, split, name):
         )
 
 
-def refuse_split(name, split):
+def refuse_split(name: str, split: str) -> None:
     """Refuse `--dataset_split` for what has no splits."""
     if split != "train":
         raise UserError(
@@ -138,7 +138,7 @@ def refuse_split(name, split):
         )
 
 
-def read_parquet(path):
+def read_parquet(path: str | Path):
     """Yield the rows of a .parquet file."""
     import datasets
 
@@ -149,7 +149,7 @@ def read_parquet(path):
     )
 
 
-def read_data_set(name, split):
+def read_data_set(name: str, split: str):
     """Yield the records of one split: of a folder of `save_to_disk`, of a data set's folder as cloned from
     the hub, or of the hub.
 

@@ -28,7 +28,7 @@ class Answer:
     token_ids: list[int] | None = None
 
 
-def answers_of(record):
+def answers_of(record: dict) -> list[Answer]:
     """The Answers of a generated record."""
     count = len(record["responses"])
     found = (record.get(key) for key in ("finish_reasons", "num_tokens", RESPONSES))
@@ -36,19 +36,19 @@ def answers_of(record):
     return [Answer(*values) for values in zip(record["responses"], *told, strict=True)]
 
 
-def are_ids(value):
+def are_ids(value) -> bool:
     """Whether a JSON value is a list of token ids."""
     return isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)
 
 
-def common_prefix(ids, others):
+def common_prefix(ids: list[int], others: list[int]) -> int:
     """Number of leading tokens that two sequences share."""
     return next(
         (i for i, pair in enumerate(zip(ids, others)) if pair[0] != pair[1]), min(len(ids), len(others))
     )
 
 
-def is_decoded(text, decoded):
+def is_decoded(text: str, decoded: str) -> bool:
     """Whether an engine's text is what token ids decode to, whatever two ways of decoding may disagree about.
 
     That is white space and bytes that make no character. An engine decodes token by token and has written a
@@ -85,7 +85,7 @@ class Encoder:
         self.end_of_turn = chat.end_of_turn(tokenizer, self.template_kwargs)
         self.size = max(tokenizer.get_vocab().values()) + 1
 
-    def rendered(self, record):
+    def rendered(self, record: dict) -> list[int]:
         """The prompt's token ids as the template writes them."""
         return chat.encode(
             self.tokenizer,
@@ -96,7 +96,7 @@ class Encoder:
             record.get(DATE),
         )
 
-    def are_sampled(self, record, answers):
+    def are_sampled(self, record: dict, answers: list[Answer]) -> bool:
         """Whether the record has the token ids of its prompt and of these answers, and they are this
         tokenizer's.
         """

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from common import chat, models
-from common.cli import UserError, read_json
+from common.cli import UserError
 from common.manifest import write_json
 
 # What a policy's folder holds beside weights, configs and tokenizer, and its next reader needs: the
@@ -63,7 +63,7 @@ def generation_config(source, tokenizer, revision=None, stops=()):
         stops: token ids that ended responses beside those of generation config, tokenizer and template.
     """
     path = companion(source, "generation_config.json", revision)
-    values = read_json(path) if path else {}
+    values = models.read_json(path) if path else {}
     before = values.get("eos_token_id")
     known = list(before) if isinstance(before, list) else [before] if before is not None else []
     values["eos_token_id"] = known + [

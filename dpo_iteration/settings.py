@@ -16,8 +16,9 @@ from pathlib import Path
 import yaml
 
 from common import trackers
-from common.cli import UserError, arg, check_policy, existing_file
+from common.cli import UserError, arg, existing_file
 from common.manifest import beside
+from common.models import check_policy
 from dpo_iteration import adapters
 
 # Each class with the file that defines it; a later one's fields stand in place of an earlier one's.

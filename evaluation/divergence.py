@@ -46,7 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from annotate_data.backbone import Backbone
 from annotate_data.generated import read_generated, survey
 from annotate_data.ranks import World, leave, share
-from common import chat, cli, devices, manifest, progress
+from common import chat, cli, devices, manifest, models, progress
 from common.cli import UserError, arg
 from common.records import dumps
 from common.tokens import Encoder, answers_of
@@ -129,7 +129,7 @@ def check(args):
     """Refuse what cannot work before anything heavy is imported."""
     cli.existing_file(args.dataset_name_or_path, "generated file")
     for name in ("model_name_or_path", "ref_model_name_or_path"):
-        cli.check_policy(getattr(args, name), f"--{name}")
+        models.check_policy(getattr(args, name), f"--{name}")
     for name in ("chunk_records", "batch_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1")

@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import cli, devices, manifest
+from common import cli, devices, manifest, models
 from common.cli import UserError, arg
 
 CODE = ("humaneval", "mbpp")  # beginnings of the names of tasks that run what the model wrote
@@ -78,7 +78,7 @@ def model_of(args):
     if args.run is None:
         if args.output_dir is None:
             raise UserError("--output_dir is missing: the folder for the results")
-        cli.check_policy(args.model_name_or_path)
+        models.check_policy(args.model_name_or_path)
         return args.model_name_or_path, Path(args.output_dir)
     if args.iterate is None or args.iterate < 0:
         raise UserError("--iterate is missing: which iterate of the run, 0 for the start")

@@ -18,7 +18,7 @@ RETRIED = (408, 429)  # and all from 500 on
 PATIENCE = (429, 503)  # these may come with Retry-After
 LONGEST_PAUSE = 10.0  # seconds
 LOOK = 0.05  # seconds after which ends of pauses are looked for
-AHEAD = 2  # prompts in work or waiting, per slot of a server
+AHEAD = 2  # prompts in flight or waiting, per slot of a server
 
 
 class Failure(Exception):
@@ -61,10 +61,10 @@ class Server:
         self.silent, self.last, self.reason = None, 0.0, ""  # since when; time and reason of the last failure
         self.probed = False  # it was lost and back, and has not answered since
 
-    def healthy(self, now):
+    def healthy(self, now: float):
         return self.up and not self.failures and now >= self.wait
 
-    def open(self, now, concurrency):
+    def open(self, now: float, concurrency: int):
         """Whether it may have another request."""
         ready = not self.failures or (self.trial is None and now >= self.rest)
         return self.up and ready and now >= self.wait and self.in_flight < concurrency
@@ -102,14 +102,14 @@ class Server:
             )
 
 
-def pause(failures):
+def pause(failures: int):
     """Seconds to wait after failures in a row: doubled each time, with jitter so that clients do not march in
     step.
     """
     return min(LONGEST_PAUSE, 0.25 * 2 ** min(failures, 10)) * random.uniform(0.5, 1.0)
 
 
-async def ask(session, url, body=None, timeout=10.0):
+async def ask(session, url: str, body: dict | None = None, timeout: float = 10.0):
     """GET, or POST `body` as JSON; the answer's JSON.
 
     Raises:
@@ -265,8 +265,8 @@ class Run:
             if request.failures > self.args.retries:
                 raise UserError(
                     f"prompt {name} failed {request.failures} times, last at {server.url}: {failure}. "
-                    f"{len(self.output.done)} records are kept; mend the servers and start the same command "
-                    "again"
+                    f"{len(self.output.done)} records are kept; repair the servers and start the same "
+                    "command again"
                 ) from None
         else:
             self.leave(server, request)

@@ -1,7 +1,8 @@
 r"""Generate K responses per prompt by asking OpenAI-compatible vLLM servers, as `register_server.sh` starts
 them.
 
-In:  prompts (hub name, a data set's folder, .jsonl, .json, .parquet, .csv) and the ports of servers of one model.
+In:  prompts (hub name, a data set's folder, .jsonl, .json, .parquet, .csv) and the ports of servers of one
+     model.
 Out: `--output_dir`, a JSON Lines file with `id`, `prompt`, `responses`, `finish_reasons`, `num_tokens`, the
      token ids that were read and sampled, and the prompt's other fields, in the order of the prompt file.
 
@@ -17,14 +18,13 @@ that is lost is probed and used again when it is back.
 
 import asyncio
 import dataclasses
-import itertools
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
-from common import chat
-from common.cli import UserError, arg, check_model, parse, run
+from common import chat, models
+from common.cli import UserError, arg, count, parse, run
 from common.manifest import Output, beside, with_date, write_json
 from common.progress import Progress, duration
 from generation import get_hf2, sampling
@@ -81,9 +81,7 @@ async def generate(args):
     servers = [Server(f"http://{host}:{port}") for host, port in zip(hosts, args.ports)]
     settings, inputs = sampling.shaping(args, "tokenizer")
     there = Path(args.output_dir).exists() and not args.overwrite
-    count = (
-        0 if there else sampling.count_prompts(args)
-    )  # refuses bad records before anything is loaded or written
+    records = [] if there else sampling.load_prompts(args)  # bad ones are refused before anything is written
     import aiohttp
 
     # No kept connections: one that the server has closed meanwhile looks like a lost server.
@@ -111,17 +109,16 @@ async def generate(args):
             print(f"note: the servers serve {model}, the tokenizer is {args.tokenizer}'s")
         tokenizer = sampling.load_tokenizer(args.tokenizer, args)
         stops = sampling.stop_ids(args.tokenizer, tokenizer, args)
-        prompts = sampling.Prompts(args, tokenizer, output, limit, count)
-        prompts.check()
-        left = prompts.size - len(output.done)
+        prompts = sampling.Prompts(args, tokenizer, output, limit, records)
+        left = len(prompts.items)
         if output.done:
-            print(f"continuing: {len(output.done)} records are there, {left} to do")
-        requests = ((item, sampling.sampling_fields(args, item, stops, limit)) for item in prompts)
-        first, progress = next(requests, None), Progress(left, "generate", "prompts")
+            print(f"continuing: {count(len(output.done), 'record is', 'records are')} there, {left} to do")
+        requests = ((item, sampling.sampling_fields(args, item, stops, limit)) for item in prompts.items)
+        progress = Progress(left, "generate", "prompts")
         work = Run(args, session, servers, serves, output, progress)
-        if first is not None:
-            await check_tokenizer(session, servers[0], model, args, tokenizer, first[0])
-            await work.all(itertools.chain([first], requests))
+        if prompts.items:
+            await check_tokenizer(session, servers[0], model, args, tokenizer, prompts.items[0])
+            await work.all(requests)
         seconds = progress.close()
     prompts.finish(seconds)
     if work.tokens:
@@ -131,7 +128,7 @@ async def generate(args):
 def main():
     args = parse(Arguments, __doc__)
     sampling.check_sampling(args)
-    check_model(args.tokenizer, "--tokenizer")
+    models.check_model(args.tokenizer, "--tokenizer")
     if not args.ports or len(
         set(zip(args.hosts * (len(args.ports) if len(args.hosts) == 1 else 1), args.ports))
     ) < len(args.ports):

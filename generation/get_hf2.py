@@ -6,14 +6,14 @@ Out: `--output_dir` is a prefix: shard i writes `PREFIXi.jsonl`, with `id`, `pro
      fields. `merge_data.py` puts the shards together.
 
     CUDA_VISIBLE_DEVICES=0 python generation/get_hf2.py --model_name_or_path RLHFlow/LLaMA3-SFT \
-        --dataset_name_or_path RLHFlow/test_generation_2k --output_dir ./data/gen_data --K 4 --temperature 1.0 \
-        --local_index 0 --my_world_size 8
+        --dataset_name_or_path RLHFlow/test_generation_2k --output_dir ./data/gen_data \
+        --K 4 --temperature 1.0 --local_index 0 --my_world_size 8
 
 Several data sets can be answered in one engine start, each with its own K and temperature:
 
     python generation/get_hf2.py loop.yaml:heldout,heldout,generation --model_name_or_path … \
-        --dataset_name_or_path heldout.jsonl heldout.jsonl prompts.jsonl --output_dir sampled greedy generated \
-        --K 4 1 8 --temperature 1 0 1
+        --dataset_name_or_path heldout.jsonl heldout.jsonl prompts.jsonl \
+        --output_dir sampled greedy generated --K 4 1 8 --temperature 1 0 1
 
 takes one section of the YAML file for each job (or one for all of them) and one value for all jobs or one per
 job of --dataset_name_or_path, --output_dir, --K, --temperature and --iteration. Answers are saved as they
@@ -21,17 +21,17 @@ finish; a stopped run continues with the same command.
 """
 
 import dataclasses
-import itertools
 import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
 from common import models
-from common.cli import UserError, arg, check_policy, parse_jobs, read_json, run
+from common.cli import UserError, arg, count, parse_jobs, run
 from common.devices import check_torch, prepare_threads, visible_gpus
 from common.manifest import Output, with_date
 from common.progress import Progress, duration
@@ -58,24 +58,9 @@ class Arguments(sampling.SamplingArguments):
     per_job = ("dataset_name_or_path", "output_dir", "K", "temperature", "iteration")  # see cli.parse_jobs
 
 
-CPU_HEAD_SIZES = (
-    32,
-    48,
-    64,
-    80,
-    96,
-    112,
-    128,
-    160,
-    192,
-    224,
-    256,
-    512,
-)  # that vLLM 0.32's CPU build has a kernel for; a test asks it
-IN_ENGINE = (
-    4  # sequences that the engine holds, decoding or waiting, per slot; enough that no slot ever waits for us
-)
-FIRST = 256  # prompts that are tokenised before the engine starts; the others while it decodes
+# Sizes of attention heads that vLLM 0.32's CPU build has a kernel for; a test asks it.
+CPU_HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+IN_ENGINE = 4  # sequences that the engine holds, decoding or waiting, per slot, so that no slot waits for us
 # One for all jobs: what the engine is, and which shard this process does.
 ONE_FOR_ALL = (*Arguments.__annotations__, "revision", "trust_remote_code")
 
@@ -85,19 +70,15 @@ def shaping(job: Arguments) -> tuple[dict, dict]:
     return sampling.shaping(job, "model_name_or_path")
 
 
-def check_head_size(name):
+def check_head_size(name: str) -> None:
     """Refuse a local model whose attention heads have a size that vLLM cannot compute without a GPU."""
     path = Path(name) / "config.json"
-    config = read_json(path) if path.is_file() else {}
+    config = models.read_json(path) if path.is_file() else {}
     shape = config.get("text_config") or config
-    hidden, heads = (
-        shape.get("hidden_size") or shape.get("n_embd"),
-        shape.get("num_attention_heads") or shape.get("n_head"),
-    )
+    hidden = shape.get("hidden_size") or shape.get("n_embd")
+    heads = shape.get("num_attention_heads") or shape.get("n_head")
     size = shape.get("head_dim") or (hidden // heads if hidden and heads else None)
-    if (
-        size and size not in CPU_HEAD_SIZES and not shape.get("kv_lora_rank")
-    ):  # latent attention has a kernel of its own
+    if size and size not in CPU_HEAD_SIZES and not shape.get("kv_lora_rank"):  # latent attention has its own
         sizes = ", ".join(map(str, CPU_HEAD_SIZES))
         raise UserError(
             f"{name} has attention heads of size {size}, and vLLM has no kernel for it without a GPU: there "
@@ -105,32 +86,29 @@ def check_head_size(name):
         )
 
 
-def check(jobs):
+def check(jobs: list[Arguments]) -> None:
     """Refuse what cannot work before the engine is imported."""
     args = jobs[0]
     for job in jobs:
-        sampling.check_sampling(job)
+        try:
+            sampling.check_sampling(job)
+        except UserError as error:
+            raise UserError(f"{error} (job {job.output_dir})" if len(jobs) > 1 else str(error)) from None
         for name in ONE_FOR_ALL:
             one, other = getattr(args, name), getattr(job, name)
             if one != other:
                 raise UserError(f"the jobs have {name} {one!r} and {other!r}: one engine answers all of them")
     if len({os.path.abspath(job.output_dir) for job in jobs}) < len(jobs):
         raise UserError("two jobs have the same output_dir")
-    if (
-        min(
-            args.tensor_parallel_size,
-            args.my_world_size,
-            1 if args.max_num_seqs is None else args.max_num_seqs,
-        )
-        < 1
-    ):
-        raise UserError("--tensor_parallel_size, --max_num_seqs and --my_world_size must be at least 1")
+    for name in ("tensor_parallel_size", "max_num_seqs", "my_world_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1")
     if not 0 <= args.local_index < args.my_world_size:
         raise UserError(
             f"--local_index {args.local_index} must be from 0 to --my_world_size minus 1 "
             f"({args.my_world_size - 1})"
         )
-    check_policy(args.model_name_or_path)
+    models.check_policy(args.model_name_or_path)
     gpus = visible_gpus()
     if not gpus:
         check_head_size(args.model_name_or_path)
@@ -141,7 +119,7 @@ def check(jobs):
         )
 
 
-def start_engine(args, limit, needed):
+def start_engine(args: Arguments, limit: int | None, needed: int):
     """The vLLM engine, with room for `needed` tokens of prompt and response."""
     check_torch()
     on_cpu = not visible_gpus()
@@ -150,7 +128,7 @@ def start_engine(args, limit, needed):
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     os.environ.setdefault(
         "VLLM_LOGGING_LEVEL", "ERROR" if on_cpu else "WARNING"
-    )  # on the CPU a page of what it lacks
+    )  # on the CPU it warns for a page
     if on_cpu:
         # vLLM's own binding goes by NUMA nodes, so that several shards would share the same cores.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -194,7 +172,7 @@ def start_engine(args, limit, needed):
         ) from error
 
 
-def answer(llm, requests, window, progress):
+def answer(llm, requests: Iterable, window: int, progress: Progress) -> Counter:
     """Run the engine's own step loop and save each answer as it finishes.
 
     Args:
@@ -243,57 +221,61 @@ def answer(llm, requests, window, progress):
     return tokens
 
 
+def open_output(job: Arguments) -> tuple | None:
+    """(job with its date, its output, its prompts), or None where nothing is left to do."""
+    path = f"{job.output_dir}{job.local_index}.jsonl"
+    job = with_date(job, path)
+    settings, inputs = shaping(job)
+    settings |= {"local_index": job.local_index, "my_world_size": job.my_world_size}
+    there = Path(path).exists() and not job.overwrite
+    records = [] if there else sampling.load_prompts(job)  # bad ones are refused before anything is written
+    output = Output(path, "generation/get_hf2.py", settings, inputs, job.overwrite)
+    if output.complete:
+        print(f"{path} is complete, nothing to do")
+        return None
+    return job, output, records
+
+
+def prepare(todo: list[tuple], limit: int | None) -> list[tuple]:
+    """(job, its Prompts, its stop ids) for each of `open_output`'s."""
+    tokenizers, work = {}, []
+    for job, output, records in todo:
+        name, template = job.model_name_or_path, job.chat_template
+        if template not in tokenizers:
+            tokenizers[template] = sampling.load_tokenizer(name, job)
+        tokenizer = tokenizers[template]
+        shard = job.local_index, job.my_world_size
+        prompts = sampling.Prompts(job, tokenizer, output, limit, records, *shard)
+        work.append((job, prompts, sampling.stop_ids(name, tokenizer, job)))
+    return work
+
+
 def main():
     jobs = parse_jobs(Arguments, __doc__)
     check(jobs)
     args = jobs[0]
-    todo = []
-    for job in jobs:
-        path = f"{job.output_dir}{job.local_index}.jsonl"
-        job = with_date(job, path)
-        settings, inputs = shaping(job)
-        settings |= {"local_index": job.local_index, "my_world_size": job.my_world_size}
-        there = Path(path).exists() and not job.overwrite
-        count = 0 if there else sampling.count_prompts(job)  # refuses bad records before anything is written
-        output = Output(path, "generation/get_hf2.py", settings, inputs, job.overwrite)
-        if output.complete:
-            print(f"{path} is complete, nothing to do")
-        else:
-            todo.append((job, output, count))
+    todo = [found for job in jobs if (found := open_output(job)) is not None]
     if not todo:
         return
     prepare_threads()
     limit = sampling.context_length(args.model_name_or_path, args)
-    work, saved = [], sum(len(output.done) for _, output, _ in todo)
-    tokenizers = {
-        job.chat_template: sampling.load_tokenizer(job.model_name_or_path, job) for job, _, _ in todo
-    }
-    for job, output, count in todo:
-        tokenizer = tokenizers[job.chat_template]
-        stops = sampling.stop_ids(job.model_name_or_path, tokenizer, job)
-        work.append(
-            (
-                job,
-                sampling.Prompts(job, tokenizer, output, limit, count, job.local_index, job.my_world_size),
-                stops,
-            )
-        )
-    for _, prompts, _ in work:
-        prompts.check()
-    left = sum(prompts.size for _, prompts, _ in work) - saved
-    if saved:
-        print(f"continuing: {saved} records are there, {left} to do")
+    work = prepare(todo, limit)
+    del todo  # prompts of other shards
+    left = sum(len(prompts.items) for _, prompts, _ in work)
+    if saved := sum(len(prompts.output.done) for _, prompts, _ in work):
+        print(f"continuing: {count(saved, 'record is', 'records are')} there, {left} to do")
+    # Sorted, prompts with a common beginning meet in the prefix cache.
     requests = (
         (prompts.output, item, sampling.sampling_fields(job, item, stops, limit))
         for job, prompts, stops in work
-        for item in sampling.by_prefix(prompts, FIRST)
+        for item in sorted(prompts.items, key=lambda item: item.packed)
     )
-    first, tokens, seconds = next(requests, None), Counter(), 0.0
-    if first is not None:
+    tokens, seconds = Counter(), 0.0
+    if left:
         llm = start_engine(args, limit, max(job.max_input_length + job.max_new_tokens for job, _, _ in work))
         progress = Progress(left, "generate", "prompts")
         slots = llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
-        tokens = answer(llm, itertools.chain([first], requests), IN_ENGINE * slots, progress)
+        tokens = answer(llm, requests, IN_ENGINE * slots, progress)
         seconds = progress.close()
     total = tokens.total()
     for _, prompts, _ in work:

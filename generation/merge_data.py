@@ -1,36 +1,32 @@
-"""Put the shards of a generation together: PREFIX0.jsonl … PREFIX{N-1}.jsonl become one file.
+r"""Merge the shards of a generation: PREFIX0.jsonl … PREFIX{N-1}.jsonl become one file.
 
 In:  the shards that `get_hf2.py` wrote, their manifests and lists of skipped prompts.
 Out: `--output_dir`, JSON Lines whatever its extension, in the order of the prompt file or shuffled; beside it
-the
-     merged list of skipped prompts and a manifest that stands for the whole.
+     the merged list of skipped prompts and a manifest that stands for the whole.
 
-    python generation/merge_data.py --base_path ./data/gen_data --output_dir ./data/gen_data.jsonl --num_datasets 8
+    python generation/merge_data.py --base_path ./data/gen_data --num_datasets 8 \
+        --output_dir ./data/gen_data.jsonl
 
 Nothing is written unless every shard is complete and as it was made, all were made with the same settings,
 and together they answer or list every prompt once. Shards without a manifest (other tools' files) are merged
 too, with a note.
 """
 
-import bisect
 import codecs
 import contextlib
 import dataclasses
-import itertools
 import json
 import os
 import random
 import shutil
 import sys
 import time
-from array import array
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
 from common import locks
 from common.cli import UserError, arg, parse, run
-from common.index import Index
 from common.manifest import beside, fingerprint, read_manifest, same_content, write_json, writing
 from common.tokens import DATE
 
@@ -48,8 +44,8 @@ class Arguments:
     overwrite: bool = arg(False, "replace the merged file where there is one")
 
 
-def find_shards(base_path, count):
-    """The paths of all shards; a UserError lists those that are missing or in work and says how to
+def find_shards(base_path: str, count: int) -> list[Path]:
+    """The paths of all shards; a UserError lists those that are missing or unfinished and says how to
     continue.
     """
     if count < 1:
@@ -74,13 +70,13 @@ def find_shards(base_path, count):
     return paths
 
 
-def is_dated(path):
+def is_dated(path: Path) -> bool:
     """Whether the prompts of a shard may hold a date, as its first record says."""
     with open(path, encoding="utf-8", errors="replace") as file:
         return f'"{DATE}"' in file.readline()
 
 
-def common_manifest(paths):
+def common_manifest(paths: list[Path]) -> tuple[dict, list[dict | None]]:
     """Check the shards' manifests against one another and add them up.
 
     Returns:
@@ -90,117 +86,122 @@ def common_manifest(paths):
         UserError: settings, inputs or positions disagree, or prompts are missing from the sum.
     """
     manifests = [read_manifest(path) for path in paths]
-    known = [(i, path, m) for i, (path, m) in enumerate(zip(paths, manifests)) if m is not None]
+    known = [(path, m) for path, m in zip(paths, manifests) if m is not None]
     if len(known) < len(paths):
         bare = ", ".join(str(path) for path, m in zip(paths, manifests) if m is None)
         print(f"note: no manifest beside {bare}: merged as found, without checking how it was made")
     if not known:
         return {"settings": {}, "inputs": {}, "counts": {}, "seconds": 0.0, "versions": {}}, manifests
-    _, first_path, first = known[0]
-    for i, path, m in known:
-        if not m.get("complete"):
-            raise UserError(f"{path} is not finished, its manifest says; run the command of shard {i} again")
-        place, world = (m["settings"].get(key) for key in SHARD)
-        if (place, world) != (i, len(paths)):
-            raise UserError(
-                f"{path} was made with --local_index {place} --my_world_size {world}, as shard {i} of "
-                f"{len(paths)} it "
-                f"cannot be merged: give --num_datasets {world}, or generate it again"
-            )
-        for key in [*first["settings"], *(k for k in m["settings"] if k not in first["settings"])]:
-            ours, theirs = first["settings"].get(key), m["settings"].get(key)
-            if key == "date" and ours != theirs and not is_dated(path) and not is_dated(first_path):
-                continue  # begun on two days, by a template that writes none
-            if key not in SHARD and ours != theirs:
-                raise UserError(
-                    f"{first_path} was made with {key} {ours!r} and {path} with {theirs!r}; generate one of "
-                    "them again"
-                )
-        for key in first["inputs"] | m["inputs"]:
-            a, b = first["inputs"].get(key, {}), m["inputs"].get(key, {})
-            if a.get("sha256", a.get("path")) != b.get("sha256", b.get("path")):
-                raise UserError(
-                    f"{first_path} and {path} were made from different files: {key} had changed; make one "
-                    "anew"
-                )
-        if m["counts"]["prompts"] != first["counts"]["prompts"]:
-            raise UserError(
-                f"{first_path} and {path} disagree on the number of prompts in the file; generate one of "
-                "them again"
-            )
+    first_path, first = known[0]
+    for i, (path, m) in enumerate(zip(paths, manifests)):
+        if m is not None:
+            check_place(path, m, i, len(paths))
+            check_alike(first_path, first, path, m)
     counts = {"prompts": first["counts"]["prompts"]}
-    counts |= {key: sum(m["counts"][key] for _, _, m in known) for key in ("records", "skipped")}
-    if worked := [m["counts"]["engine_seconds"] for _, _, m in known if "engine_seconds" in m["counts"]]:
+    counts |= {key: sum(m["counts"][key] for _, m in known) for key in ("records", "skipped")}
+    if worked := [m["counts"]["engine_seconds"] for _, m in known if "engine_seconds" in m["counts"]]:
         # Shards run side by side: the longest one's seconds pass on the clock, their sum is paid for.
         counts |= {"engine_seconds": max(worked), "engine_seconds_sum": round(sum(worked), 1)}
     if len(known) == len(paths) and counts["records"] + counts["skipped"] != counts["prompts"]:
         raise UserError(
-            f"the shards hold {counts['records']} records and skipped {counts['skipped']}, "
-            f"of {counts['prompts']} prompts; "
-            "one of them is damaged, generate it again"
+            f"the shards hold {counts['records']} records and skipped {counts['skipped']}, of "
+            f"{counts['prompts']} prompts; one of them is damaged, generate it again"
         )
-    if any(m.get("versions") != first.get("versions") for _, _, m in known):
-        print(
-            "note: the shards were made with different package versions; the manifest names those of the "
-            "first"
-        )
+    if any(m.get("versions") != first.get("versions") for _, m in known):
+        print("note: the shards were made with different package versions; the manifest has the first's")
     return {
         "settings": {k: v for k, v in first["settings"].items() if k not in SHARD},
         "inputs": first["inputs"],
         "counts": counts,
-        "seconds": max(m.get("seconds", 0.0) for _, _, m in known),
+        "seconds": max(m.get("seconds", 0.0) for _, m in known),
         "versions": first.get("versions", {}),
     }, manifests
 
 
-def check_records(paths, manifests):
+def check_place(path: Path, manifest: dict, i: int, count: int) -> None:
+    """Refuse what is not finished, or is not shard `i` of `count`."""
+    if not manifest.get("complete"):
+        raise UserError(f"{path} is not finished, its manifest says; run the command of shard {i} again")
+    place, world = (manifest["settings"].get(key) for key in SHARD)
+    if (place, world) != (i, count):
+        raise UserError(
+            f"{path} was made with --local_index {place} --my_world_size {world}, as shard {i} of {count} it "
+            f"cannot be merged: give --num_datasets {world}, or generate it again"
+        )
+
+
+def check_alike(first_path: Path, first: dict, path: Path, other: dict) -> None:
+    """Refuse two shards whose manifests say that they were made differently."""
+    for key in first["settings"] | other["settings"]:
+        one, two = first["settings"].get(key), other["settings"].get(key)
+        if key in SHARD or one == two:
+            continue
+        if key == "date" and not is_dated(path) and not is_dated(first_path):
+            continue  # begun on two days, by a template that writes none
+        raise UserError(
+            f"{first_path} was made with {key} {one!r} and {path} with {two!r}; generate one of them again"
+        )
+    for key in first["inputs"] | other["inputs"]:
+        one, two = first["inputs"].get(key, {}), other["inputs"].get(key, {})
+        if one.get("sha256", one.get("path")) != two.get("sha256", two.get("path")):
+            raise UserError(
+                f"{first_path} and {path} were made from different files: {key} had changed; generate one of "
+                "them again"
+            )
+    if other["counts"]["prompts"] != first["counts"]["prompts"]:
+        raise UserError(
+            f"{first_path} and {path} disagree on the number of prompts in the file; generate one of them "
+            "again"
+        )
+
+
+def check_records(paths: list[Path], manifests) -> list[tuple[int, int]]:
     """Read every record once; an `id` may occur only once.
 
     Returns:
-        offset of each record in file order, the shards' files thought of as one behind the other, as 64-bit
-        numbers.
+        (shard, offset in its file) of each record, in the order of the prompt file.
 
     Raises:
         UserError: a line that is no JSON object, a file that is torn or shorter than its manifest says, a
             repeated id.
     """
-    places, seen, offset = array("Q"), Index(), 0
-    for shard, path in enumerate(paths):
-        before = len(places)
+    places, seen = [], {}
+    for shard, (path, manifest) in enumerate(zip(paths, manifests)):
+        before, offset = len(places), 0
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    try:
-                        record = json.loads(line)
-                    except (ValueError, RecursionError):
-                        torn = "" if line.endswith(b"\n") else " (the file ends inside a record)"
+                    name = json.dumps(parse_record(line, path, number).get("id"))
+                    if name != "null" and name in seen:
                         raise UserError(
-                            f"{path} line {number} is not valid JSON{torn}; generate this shard again"
-                        ) from None
-                    if not isinstance(record, dict):
-                        raise UserError(
-                            f"{path} line {number} is a {type(record).__name__}, a JSON object was expected"
+                            f"id {json.loads(name)} is in {seen[name]} and in {path} line {number}; is a "
+                            "shard there twice?"
                         )
-                    name = record.get("id")
-                    if name is not None:
-                        there = seen.get(json.dumps(name))
-                        if there is not None:
-                            raise UserError(
-                                f"id {name} is in {paths[there[0]]} and in {path} line {number}; is a shard "
-                                "there twice?"
-                            )
-                        seen[json.dumps(name)] = (shard, number)
-                    places.append(offset)
+                    seen[name] = path
+                    places.append((shard, offset))
                 offset += len(line)
-        expected = manifests[shard] and manifests[shard]["counts"]["records"]
+        expected = manifest and manifest["counts"]["records"]
         if expected not in (None, len(places) - before):
             raise UserError(
-                f"{path} holds {len(places) - before} records, its manifest says {expected}; make it anew"
+                f"{path} holds {len(places) - before} records, its manifest says {expected}; generate it "
+                "again"
             )
     return places
 
 
-def check_unchanged(paths, marks, manifests):
+def parse_record(line: bytes, path: Path, number: int) -> dict:
+    """The JSON object in a line of a shard."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        torn = "" if line.endswith(b"\n") else " (the file ends inside a record)"
+        raise UserError(f"{path} line {number} is not valid JSON{torn}; generate this shard again") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{path} line {number} is a {type(record).__name__}, a JSON object was expected")
+    return record
+
+
+def check_unchanged(paths: list[Path], marks: list[dict], manifests) -> None:
     """Refuse a shard whose content is not what its manifest describes, or whose list of skipped prompts is
     not whole.
 
@@ -221,26 +222,22 @@ def check_unchanged(paths, marks, manifests):
         if count != manifest["counts"]["skipped"]:
             raise UserError(
                 f"{listed} lists {count} skipped prompts, the manifest of {path} says "
-                f"{manifest['counts']['skipped']}; make it anew"
+                f"{manifest['counts']['skipped']}; generate it again"
             )
 
 
-def write_merged(target, paths, places):
-    """Copy the records at `places` (offsets as `check_records` gives them, in any order) into `target`, one a
-    line.
-    """
+def write_merged(target, paths: list[Path], places: list[tuple[int, int]]) -> None:
+    """Copy the records at `places`, as `check_records` gives them, into `target`, one a line."""
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(open(path, "rb")) for path in paths]
-        starts = [0, *itertools.accumulate(path.stat().st_size for path in paths)]
-        for offset in places:
-            shard = bisect.bisect_right(starts, offset) - 1
-            files[shard].seek(offset - starts[shard])
+        for shard, offset in places:
+            files[shard].seek(offset)
             target.write(files[shard].readline().removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n") + b"\n")
     target.flush()
     os.fsync(target.fileno())
 
 
-def merge_skipped(output, paths):
+def merge_skipped(output: Path, paths: list[Path]) -> None:
     """The shards' skipped files one after the other; no file where nothing was skipped."""
     listed = [beside(path, ".skipped.jsonl") for path in paths if beside(path, ".skipped.jsonl").is_file()]
     merged = beside(output, ".skipped.jsonl")
@@ -255,7 +252,7 @@ def merge_skipped(output, paths):
     os.replace(temporary, merged)
 
 
-def is_done(output, wanted, overwrite):
+def is_done(output: Path, wanted: dict, overwrite: bool) -> bool:
     """Whether `output` is this very merge; any other file in its place is refused."""
     if overwrite or not output.exists():
         return False

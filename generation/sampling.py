@@ -6,16 +6,15 @@ so that they give the same answers where the engine is batch-invariant.
 """
 
 import dataclasses
-import itertools
 from array import array
 
 from common import chat, models, tokens
-from common.cli import UserError, arg, existing_file, shaping_values
+from common.cli import UserError, arg, count, existing_file, shaping_values
 from common.manifest import beside
 from common.messages import text_of
 from common.records import BadRecord, read_prompts, sample_seed, shard_range
 
-SHOWN = 3  # bad prompts that are told in full; all are listed
+SHOWN = 3  # bad prompts that are printed; the skipped file lists all
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -45,7 +44,7 @@ class SamplingArguments:
     max_new_tokens: int = arg(1024, "tokens of a response")
     eos_ids: list[int] = arg([], "more token ids that end a response, beside the model's own")
     seed: int = arg(42, "seed of the run; each prompt's own seed is a hash of this, the iteration and its id")
-    iteration: int = arg(0, "mixed into every prompt's seed, so that each iteration samples anew")
+    iteration: int = arg(0, "mixed into every prompt's seed, so that each iteration draws new samples")
     date: str | None = arg(
         None, "day for a template that writes today's, YYYY-MM-DD; None: that of the first start"
     )
@@ -54,19 +53,23 @@ class SamplingArguments:
     template_kwargs: dict = arg({}, "arguments of the template, JSON: '{\"enable_thinking\": false}'")
     revision: str | None = arg(None, "branch, tag or commit of the model on the hub")
     trust_remote_code: bool = arg(False, "run Python code that comes with the model", shapes=False)
-    overwrite: bool = arg(False, "start anew where an output exists or is half done", shapes=False)
+    overwrite: bool = arg(False, "discard an output that exists or is half done", shapes=False)
 
 
 @dataclasses.dataclass
 class Item:
-    """One prompt to be answered: its record, token ids and sampling seed."""
+    """One prompt to be answered: its record, packed token ids (a list takes nine times the room) and seed."""
 
     record: dict
-    token_ids: list[int]
+    packed: array
     seed: int
 
+    @property
+    def token_ids(self) -> list[int]:
+        return self.packed.tolist()
 
-def check_sampling(args):
+
+def check_sampling(args: SamplingArguments) -> None:
     """Refuse sampling settings that cannot work, before anything is loaded."""
     if args.dataset_name_or_path is None or args.output_dir is None:
         raise UserError(
@@ -87,12 +90,12 @@ def check_sampling(args):
         raise UserError("--max_new_tokens and --max_input_length must be at least 1")
 
 
-def load_tokenizer(name, args):
+def load_tokenizer(name: str, args: SamplingArguments):
     """The tokenizer of a model, with the chat template that `args` asks for."""
     return models.load_tokenizer(name, args.revision, args.trust_remote_code, args.chat_template)
 
 
-def stop_ids(name, tokenizer, args):
+def stop_ids(name: str, tokenizer, args: SamplingArguments) -> list[int]:
     """Token ids that end a response: generation config, tokenizer, template and `--eos_ids`."""
     from transformers import GenerationConfig
 
@@ -103,211 +106,170 @@ def stop_ids(name, tokenizer, args):
     return chat.stop_token_ids(tokenizer, eos, args.eos_ids)
 
 
-def context_length(name, args):
+def context_length(name: str, args: SamplingArguments) -> int | None:
     """Tokens of prompt and response that the model can take, or None where its config does not say."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(
-            name, revision=args.revision, trust_remote_code=args.trust_remote_code
-        )
-    except Exception as error:
-        raise UserError(f"cannot load the config of {name}: {' '.join(str(error).split())[:300]}") from None
-    return models.positions(config)
+    return models.positions(models.load_config(name, args.revision, args.trust_remote_code))
 
 
 class Prompts:
-    """The prompts of one shard, read, tokenised and handed out while earlier ones are being answered.
+    """The prompts of one shard as token ids, read and rendered before anything heavy is started.
 
     Args:
         args: SamplingArguments.
         tokenizer: the policy's.
         output: manifest.Output, which knows what is done and records what is skipped.
         limit: tokens that prompt and response may have together, or None.
-        count: prompts of the whole file.
+        records: all prompts, of `load_prompts`.
         index, world: which shard of how many.
 
     Attributes:
-        size: prompts of this shard.
-        order: their ids in file order as 64-bit numbers, too long ones apart; whole when the iteration is.
+        items: the Items that are to be answered, in file order.
+        count, size: prompts of the file and of this shard.
+
+    Raises:
+        UserError: a prompt cannot be used and `bad_prompts` is refuse, or the whole file holds no other.
     """
 
-    def __init__(self, args, tokenizer, output, limit, count, index=0, world=1):
-        self.args, self.tokenizer, self.output, self.count = args, tokenizer, output, count
+    def __init__(self, args, tokenizer, output, limit, records, index: int = 0, world: int = 1):
+        self.args, self.tokenizer, self.output, self.count = args, tokenizer, output, len(records)
         self.longest = min(args.max_input_length, limit - 1) if limit else args.max_input_length
-        self.shard = shard_range(count, index, world)
-        self.size, self.order, self.literal, self.bad = len(self.shard), array("Q"), 0, 0
-        self.specials = chat.literal_specials(tokenizer)
-        self.dated = {tokens.DATE: args.date} if chat.writes_date(tokenizer) else {}
+        shard = shard_range(self.count, index, world)
+        self.size, self.items, self.order, self.silent = len(shard), [], [], {}
+        self.bad, self.too_long = [], []  # (id, reason)
+        chat.need_template(tokenizer)
+        for number in shard:
+            self._take(records[number], f"{args.dataset_name_or_path} record {number + 1}")
+        if self.bad and not self.order and not self.too_long:
+            others = (record for number, record in enumerate(records) if number not in shard)
+            if not any(self._is_usable(record) for record in others):
+                raise UserError(
+                    f"{args.dataset_name_or_path} holds no prompt that can be used; the first: "
+                    f"{self.bad[0][1]}"
+                )
+        self._tell()
+        for skipped in (*self.bad, *self.too_long):
+            output.skip(*skipped)
 
-    def check(self):
-        """Render every prompt of this shard, before anything heavy is started, and tell of those that cannot
-        be used.
+    def _take(self, record, where):
+        """Put a record where it belongs: to be answered, done, or left out with a reason."""
+        if isinstance(record, BadRecord):
+            self.bad.append((record.id, str(record)))
+            return
+        if record["id"] in self.output.done:
+            self.order.append(record["id"])
+            return
+        try:
+            ids = self._encode(record)
+        except UserError as error:
+            self.bad.append((record["id"], f"{where}: {error}"))
+            return
+        given = (record["prompt"], True, self.args.template_kwargs, record.get("tools"))
+        for part in chat.left_out(self.tokenizer, *given):
+            first, total = self.silent.get(part, (where, 0))
+            self.silent[part] = (first, total + 1)
+        if len(ids) > self.longest:
+            reason = f"prompt has {len(ids)} tokens, more than {self.longest}"
+            self.too_long.append((record["id"], reason))
+            return
+        dated = {tokens.DATE: self.args.date} if chat.writes_date(self.tokenizer) else {}
+        seed = sample_seed(self.args.seed, self.args.iteration, record["id"])
+        self.order.append(record["id"])
+        self.items.append(Item(record | dated, array("i", ids), seed))
 
-        Raises:
-            UserError: there is one and `bad_prompts` is refuse, or the whole file holds no other.
-        """
-        chat.need_template(self.tokenizer)
-        usable, bad, silent = self.count == 0, [], {}
-        for number, record in enumerate(read_prompts_of(self.args)):
-            mine = number in self.shard
-            if usable and not mine:
-                if number >= self.shard.stop:
-                    break
-                continue
-            error = self.reason_against(record, number, silent if mine else {})
-            usable = usable or error is None
-            if mine and error is not None:
-                bad.append(str(error) if len(bad) < SHOWN else None)
-        if not usable:
-            raise UserError(
-                f"{self.args.dataset_name_or_path} holds no prompt that can be used; the first: "
-                f"{(bad or [error])[0]}"
-            )
-        if bad and self.args.bad_prompts == "refuse":
-            more = f"; {len(bad) - 1} more prompts cannot be used" if len(bad) > 1 else ""
-            raise UserError(f"{bad[0]}{more}; mend or remove, or give --bad_prompts skip")
-        if bad:
+    def _encode(self, record):
+        return chat.encode(
+            self.tokenizer,
+            record["prompt"],
+            True,
+            self.args.template_kwargs,
+            record.get("tools"),
+            self.args.date,
+        )
+
+    def _is_usable(self, record):
+        try:
+            return not isinstance(record, BadRecord) and bool(self._encode(record))
+        except UserError:
+            return False
+
+    def _tell(self):
+        """Say which prompts cannot be used (or refuse them), and what the template leaves out."""
+        told = [reason for _, reason in self.bad[:SHOWN]]
+        if self.bad and self.args.bad_prompts == "refuse":
+            more = f"; {len(self.bad) - 1} more prompts cannot be used" if len(self.bad) > 1 else ""
+            raise UserError(f"{told[0]}{more}; repair or remove, or give --bad_prompts skip")
+        if self.bad:
             print(
-                f"warning: {len(bad)} of {self.size} prompts cannot be used and are skipped, for example: "
-                f"{'; '.join(filter(None, bad))}",
+                f"warning: {len(self.bad)} of {self.size} prompts cannot be used and are skipped, for "
+                f"example: {'; '.join(told)}",
                 flush=True,
             )
-        for part, (first, total) in silent.items():
+        for part, (first, total) in self.silent.items():
             print(
                 f"warning: the chat template leaves out the {part} of {total} prompts, so the policy does "
                 f"not see them; the first: {first}",
                 flush=True,
             )
 
-    def reason_against(self, record, number, silent):
-        """A UserError that says why a prompt cannot be used, or None; counts in `silent` what the template
-        leaves out of it.
-        """
-        if isinstance(record, BadRecord) or record["id"] in self.output.done:
-            return record if isinstance(record, BadRecord) else None
-        kwargs, where = self.args.template_kwargs, f"{self.args.dataset_name_or_path} record {number + 1}"
-        try:
-            chat.render(self.tokenizer, record["prompt"], True, kwargs, record.get("tools"), self.args.date)
-        except UserError as error:
-            return UserError(f"{where}: {error}")
-        for part in chat.left_out(self.tokenizer, record["prompt"], True, kwargs, record.get("tools")):
-            first, total = silent.get(part, (where, 0))
-            silent[part] = (first, total + 1)
-        return None
-
-    def __iter__(self):
-        """Yield the items that are to be answered, in file order."""
-        for number, record in enumerate(read_prompts_of(self.args)):
-            if number >= self.shard.stop:
-                break
-            if number < self.shard.start:
-                continue
-            if isinstance(record, BadRecord):
-                self.skip_bad(record.id, record)
-                continue
-            if record["id"] in self.output.done:
-                self.order.append(int(record["id"], 16))
-                continue
-            try:
-                token_ids = chat.encode(
-                    self.tokenizer,
-                    record["prompt"],
-                    True,
-                    self.args.template_kwargs,
-                    record.get("tools"),
-                    self.args.date,
-                )
-            except UserError as error:
-                self.skip_bad(record["id"], f"{self.args.dataset_name_or_path} record {number + 1}: {error}")
-                continue
-            self.literal += any(s in text_of(m) for m in record["prompt"] for s in self.specials)
-            if len(token_ids) > self.longest:
-                self.output.skip(
-                    record["id"], f"prompt has {len(token_ids)} tokens, more than {self.longest}"
-                )
-                continue
-            self.order.append(int(record["id"], 16))
-            yield Item(
-                record | self.dated, token_ids, sample_seed(self.args.seed, self.args.iteration, record["id"])
-            )
-
-    def skip_bad(self, prompt_id, reason):
-        self.bad += 1
-        self.output.skip(prompt_id, str(reason))
-
-    def finish(self, seconds):
+    def finish(self, seconds: float) -> None:
         """Complete the output and say what was read, written and skipped.
 
         `seconds`: what sampling it took, of the start that ends here.
         """
-        output, records = self.output, len(self.order)
+        output = self.output
         counts = {
             "prompts": self.count,
-            "records": records,
+            "records": len(self.order),
             "skipped": output.skipped,
             "engine_seconds": round(seconds, 1),
         }
-        output.finish((f"{number:016x}" for number in self.order), counts)
-        if self.literal:
+        output.finish(self.order, counts)
+        specials = chat.literal_specials(self.tokenizer)
+        prompts = [item.record["prompt"] for item in self.items]
+        literal = sum(any(s in text_of(m) for m in prompt for s in specials) for prompt in prompts)
+        if literal:
             print(
-                f"note: {self.literal} prompts hold the text of a special token; it is kept as the template "
-                "tokenises it"
+                f"note: {count(literal, 'prompt holds', 'prompts hold')} the text of a special token; it is "
+                "kept as the template tokenises it"
             )
-        if output.skipped > self.bad:
+        if self.too_long:
             print(
-                f"note: {output.skipped - self.bad} prompts are longer than {self.longest} tokens and are "
-                "skipped"
+                f"note: {count(len(self.too_long), 'prompt is', 'prompts are')} longer than {self.longest} "
+                "tokens and skipped"
             )
         if self.bad:
             print(
-                f"warning: {self.bad} prompts cannot be used and are skipped; "
+                f"warning: {count(len(self.bad), 'prompt')} cannot be used; "
                 f"{beside(output.path, '.skipped.jsonl')} says why"
             )
         print(
-            f"read {self.count} prompts, wrote {records} records to {output.path}, skipped {output.skipped}"
+            f"read {count(self.count, 'prompt')}, wrote {count(len(self.order), 'record')} to {output.path}, "
+            f"skipped {output.skipped}"
         )
 
 
-def read_prompts_of(args):
-    """The prompt records that `args` name, with a `BadRecord` in place of each that holds no prompt."""
-    return read_prompts(
+def load_prompts(args: SamplingArguments) -> list[dict | BadRecord]:
+    """The prompt records that `args` name, with a `BadRecord` in place of each that holds no prompt.
+
+    Raises:
+        UserError: there is a bad one and `bad_prompts` is refuse; so before anything heavy is loaded.
+    """
+    found = []
+    for record in read_prompts(
         args.dataset_name_or_path, args.dataset_key, args.dataset_split, args.system_prompt, keep_bad=True
-    )
-
-
-def count_prompts(args):
-    """Number of prompts, bad ones too; reads them all, so that a bad record is refused before anything heavy
-    is loaded.
-    """
-    count = 0
-    for record in read_prompts_of(args):
+    ):
         if isinstance(record, BadRecord) and args.bad_prompts == "refuse":
-            raise UserError(f"{record}; mend or remove it, or give --bad_prompts skip")
-        count += 1
-    return count
+            raise UserError(f"{record}; repair or remove it, or give --bad_prompts skip")
+        found.append(record)
+    return found
 
 
-def by_prefix(items, first, later=4096):
-    """Sort items by their token ids, a stretch at a time, so that prompts with a common beginning meet in the
-    prefix cache.
-
-    Args:
-        items: iterable of Items.
-        first, later: length of the first stretch, read before anything is answered, and of the others.
-    """
-    items, size = iter(items), first
-    while stretch := list(itertools.islice(items, size)):
-        yield from sorted(stretch, key=lambda item: item.token_ids)
-        size = later
-
-
-def sampling_fields(args, item, stops, limit):
+def sampling_fields(args: SamplingArguments, item: Item, stops: list[int], limit: int | None) -> dict:
     """Sampling settings of one prompt, under the names that the engine and its API share.
 
     Every field that a model's generation config could change is given, so that servers and the engine agree.
     """
-    room = args.max_new_tokens if limit is None else min(args.max_new_tokens, limit - len(item.token_ids))
+    room = args.max_new_tokens if limit is None else min(args.max_new_tokens, limit - len(item.packed))
     return {
         "n": args.K,
         "temperature": args.temperature,
@@ -324,7 +286,7 @@ def sampling_fields(args, item, stops, limit):
     }
 
 
-def answered(item, responses, finish_reasons, token_ids):
+def answered(item: Item, responses: list[str], finish_reasons: list[str], token_ids: list[list[int]]) -> dict:
     """The generated record: the prompt's record with its K responses, why each ended, and the tokens that
     were read and sampled.
     """
@@ -338,6 +300,6 @@ def answered(item, responses, finish_reasons, token_ids):
 
 
 def shaping(args: SamplingArguments, model: str) -> tuple[dict, dict]:
-    """(settings, inputs) that shape the answers, for the manifest; `model` names the argument of the model."""
+    """(settings, inputs) that shape the answers, for the manifest; `model`: the model's argument."""
     inputs = {name: getattr(args, name) for name in ("dataset_name_or_path", model, "chat_template")}
-    return {k: v for k, v in shaping_values(args).items() if k not in inputs}, inputs
+    return shaping_values(args, inputs), inputs

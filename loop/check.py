@@ -16,10 +16,11 @@ from pathlib import Path
 from annotate_data import get_rewards
 from annotate_data.functions import EXAMPLE
 from common import chat, models, trackers
-from common.cli import UserError, build, check_policy, existing_file, nearest, read_json
+from common.cli import UserError, build, existing_file, nearest
 from common.cli import count as counted
 from common.devices import gpu_memory, gpu_name
 from common.functions import function_file
+from common.models import check_policy, read_json
 from common.progress import duration
 from common.records import BadRecord, is_local, read_prompts, record_id, with_system
 from dpo_iteration import memory, run_dpo

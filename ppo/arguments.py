@@ -10,8 +10,9 @@ from pathlib import Path
 from annotate_data import arguments as annotation
 from annotate_data.functions import EXAMPLE
 from common import trackers
-from common.cli import UserError, arg, build, check_model, check_policy, count, existing_file, refuse
+from common.cli import UserError, arg, build, count, existing_file, refuse
 from common.functions import function_file
+from common.models import check_model, check_policy
 from dpo_iteration.output import launched
 
 # Settings that do not shape the model: where it goes, what is shown, what the inputs' fingerprints cover,

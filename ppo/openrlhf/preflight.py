@@ -13,8 +13,9 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from common import chat
-from common.cli import UserError, nearest, no_room, read_json
+from common.cli import UserError, nearest, no_room
 from common.devices import gpu_memory, visible_gpus
+from common.models import read_json
 from dpo_iteration.memory import GIB
 
 # requirements-ppo.txt has the reasons.

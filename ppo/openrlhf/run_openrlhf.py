@@ -23,9 +23,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from any folder
 
 from common import locks
-from common.cli import UserError, check_model, check_policy, parse, read_json, run
+from common.cli import UserError, parse, run
 from common.devices import prepare_threads, visible_gpus
 from common.manifest import beside, difference, fingerprint, read_manifest, versions, with_date, write_json
+from common.models import check_model, check_policy, read_json
 from common.progress import duration
 from dpo_iteration import memory
 from ppo.openrlhf import preflight, process

@@ -5,16 +5,13 @@ the summary.
 import json
 import random
 import statistics
-import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
 import micro
-from test_rewards import FAMILIES, annotate, generated, model, on_cpu, read, reference  # noqa: F401
+from rewarding import FAMILIES, annotate, generated, reference
 
 from annotate_data import batches, ranks, reward_models, summary
 from common import cli, shared_prompts
@@ -23,7 +20,7 @@ pytestmark = pytest.mark.env("vllm")
 
 
 @pytest.mark.parametrize("share", [True, False])
-def test_score_keeps_the_order(model, share):  # noqa: F811
+def test_score_keeps_the_order(model, share):
     scorer = reward_models.BradleyTerry(str(model()), share_prompts=share)
     scorer.load()
     prompt = [{"role": "user", "content": "q"}]
@@ -112,7 +109,7 @@ def test_batches_shrink_when_memory_runs_out():
 
 
 @pytest.mark.parametrize("share", [True, False])
-def test_out_of_memory_in_the_model_splits_groups(model, monkeypatch, capsys, share):  # noqa: F811
+def test_out_of_memory_in_the_model_splits_groups(model, monkeypatch, capsys, share):
     scorer = reward_models.BradleyTerry(str(model()), share_prompts=share)
     scorer.load()
     records = [
@@ -139,7 +136,7 @@ def test_out_of_memory_in_the_model_splits_groups(model, monkeypatch, capsys, sh
         assert got[i]["rewards"] == pytest.approx(expected[i]["rewards"], abs=1e-5)
 
 
-def test_a_prompt_is_computed_once(model, monkeypatch):  # noqa: F811
+def test_a_prompt_is_computed_once(model, monkeypatch):
     scorer = reward_models.BradleyTerry(str(model()))
     scorer.load()
     records = [
@@ -159,7 +156,7 @@ def test_a_prompt_is_computed_once(model, monkeypatch):  # noqa: F811
     )
 
 
-def test_linear_layers_are_packed_for_the_cpu(model):  # noqa: F811
+def test_linear_layers_are_packed_for_the_cpu(model):
     """The operator is torch's own and not public: a torch that has lost it is noticed here, where users only
     lose speed.
     """
@@ -187,7 +184,7 @@ def test_linear_layers_are_packed_for_the_cpu(model):  # noqa: F811
     assert "PackedLinear" in kinds and "Linear" not in kinds
 
 
-def test_a_model_that_cannot_share_is_scored_all_the_same(model, monkeypatch, capsys):  # noqa: F811
+def test_a_model_that_cannot_share_is_scored_all_the_same(model, monkeypatch, capsys):
     """Here a window that the shared attention would ignore; the trial at the start finds out."""
     true = shared_prompts.attention
     monkeypatch.setattr(
@@ -215,7 +212,7 @@ def test_windows_hold_every_group_once_and_the_longest_first():
     assert all(sum(len(x) for g in window for x in groups[g]) <= 120 for window in found[1:])
 
 
-def test_null_rewards_are_written_and_counted(model, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_null_rewards_are_written_and_counted(model, tmp_path, monkeypatch, capsys):
     generated(tmp_path / "gen.jsonl", 3)
     true = reward_models.BradleyTerry.hidden_states
 

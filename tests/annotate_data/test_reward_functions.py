@@ -15,11 +15,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "vllm")]
-
-from test_reward_kinds import armorm, models  # noqa: F401
-from test_rewards import annotate, generated, launch, on_cpu, outcome, read, refused, write  # noqa: F401
-from test_rewards import reference as bradley_terry
+from rewarding import annotate, armorm, generated, launch, outcome, read, refused, write
+from rewarding import reference as bradley_terry
 
 from common import cli
 
@@ -149,7 +146,7 @@ def test_what_is_wrong_with_a_function_is_one_line(tmp_path, monkeypatch, functi
         by_function(monkeypatch, tmp_path, f"{tmp_path / 'bad.py'}:f")
 
 
-def test_a_weighted_sum_of_three_kinds(models, tmp_path, monkeypatch, function):  # noqa: F811
+def test_a_weighted_sum_of_three_kinds(models, tmp_path, monkeypatch, function):
     rows = generated(tmp_path / "gen.jsonl", 5)
     names = [str(models["bt"]), str(models["armorm"]), function("sometimes")]
     out = annotate(
@@ -208,7 +205,7 @@ def test_a_weighted_sum_of_three_kinds(models, tmp_path, monkeypatch, function):
     assert "reward_parts" not in again[0] and again[0]["rewards"] == out[0]["reward_parts"][names[0]]
 
 
-def test_sums_that_make_no_sense_are_refused(models, tmp_path, monkeypatch, function):  # noqa: F811
+def test_sums_that_make_no_sense_are_refused(models, tmp_path, monkeypatch, function):
     generated(tmp_path / "gen.jsonl", 2)
     files, bt, other = (tmp_path / "gen.jsonl", tmp_path / "out.jsonl"), models["bt"], models["armorm"]
     assert "2 scorers need --reward_weights" in refused(monkeypatch, *files, bt, other)
@@ -227,7 +224,7 @@ def test_sums_that_make_no_sense_are_refused(models, tmp_path, monkeypatch, func
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_run_of_two_scorers_is_continued_by_two_processes(models, tmp_path, monkeypatch, function):  # noqa: F811
+def test_a_run_of_two_scorers_is_continued_by_two_processes(models, tmp_path, monkeypatch, function):
     """Stopped in the second scorer: what is saved is not scored again, by however many processes."""
     rows = generated(tmp_path / "gen.jsonl", 12)
     name, files = str(models["bt"]), (tmp_path / "gen.jsonl", tmp_path / "out.jsonl")

@@ -5,16 +5,13 @@ written here.
 import json
 import math
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "vllm")]
-
 import micro
-from test_rewards import annotate, generated, launch, on_cpu, outcome, read, refused, write  # noqa: F401
+from rewarding import annotate, armorm, generated, refused, write
 
 from annotate_data import preference, reward_models
 from common import cli
@@ -22,16 +19,6 @@ from common import cli
 pytestmark = pytest.mark.env("vllm")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: micro models gain nothing from threads
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("kinds")
-    return {
-        "bt": micro.make_reward_model(folder / "bt"),
-        "armorm": micro.make_armorm(folder / "armorm"),
-        "pair-preference-model-x": micro.make_pair_preference(folder / "pair-preference-model-x"),
-    }
 
 
 def test_an_encoder_with_one_label_against_its_own_forward(tmp_path):
@@ -221,45 +208,6 @@ def test_an_error_of_the_models_own_code_is_one_line(tmp_path, monkeypatch):
 
 
 # ---- ArmoRM ------------------------------------------------------------------------------------------------
-
-
-def armorm(folder, messages, response, max_length=None):
-    """The published formula for one sequence: transformers' Llama and torch operations, the template typed by
-    hand.
-    """
-    import torch
-    from safetensors.torch import load_file
-    from transformers import AutoTokenizer, LlamaConfig, LlamaModel
-
-    weights = {}
-    for path in folder.glob("*.safetensors"):
-        weights |= load_file(path)
-    config = json.loads((folder / "config.json").read_text())
-    llama = LlamaModel(LlamaConfig(**config, attn_implementation="eager")).float().eval()
-    llama.load_state_dict({k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")})
-    text = "<|begin_of_text|>"
-    for m in [*messages, {"role": "assistant", "content": response}]:
-        text += f"<|start_header_id|>{m['role']}<|end_header_id|>\n\n{m['content'].strip()}<|eot_id|>"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if max_length and len(ids) > max_length:
-        ids = ids[:1] + ids[len(ids) - max_length + 1 :]
-    eot, header = tokenizer.convert_tokens_to_ids(["<|eot_id|>", "<|start_header_id|>"])
-    ends = [i for i in range(len(ids) - 1) if ids[i] == eot and ids[i + 1] == header]
-    if not ends:
-        return None
-    with torch.no_grad():
-        hidden = llama(torch.tensor([ids])).last_hidden_state[0]
-        rewards = weights["regression_layer.weight"] @ hidden[-1]
-        x = hidden[ends[-1]]
-        for i in range(config["gating_n_hidden"]):
-            x = (weights[f"gating.layers.{i}.weight"] @ x + weights[f"gating.layers.{i}.bias"]).clamp(min=0)
-        i = config["gating_n_hidden"]
-        x = weights[f"gating.layers.{i}.weight"] @ x + weights[f"gating.layers.{i}.bias"]
-        gating = (x / config["gating_temperature"]).exp() / (x / config["gating_temperature"]).exp().sum()
-        return float(
-            (gating * weights["gating.logit_scale"] * (weights["reward_transform_matrix"].T @ rewards)).sum()
-        )
 
 
 @pytest.mark.parametrize("shards", [1, 3])

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from annotate_data import get_rewards
-from common.cli import UserError, build, check_model, parse
+from common.cli import UserError, build, parse
+from common.models import check_model
 from loop import check
 from loop.plan import Plan
 from loop.settings import LoopSettings
@@ -156,20 +157,15 @@ def test_none_on_the_command_line_leaves_a_function_alone(tmp_path):
     assert args.reward_name_or_path is None and get_rewards.names(args) == []
 
 
-def test_what_shapes_a_reward_and_what_an_earlier_version_wrote():
-    """One Bradley-Terry model has the settings that its manifests always had; everything new is noted unless
-    default.
-    """
-    plain = build(get_rewards.Arguments, {"dataset_name_or_path": "a", "output_dir": "b"})
-    settings, inputs = get_rewards.shaping(plain, "a")
-    assert set(settings) == {"max_length", "dtype", "revision", "template_kwargs", "date"}
+def test_what_shapes_a_reward():
+    given = {"dataset_name_or_path": "a", "output_dir": "b"}
+    settings, inputs = get_rewards.shaping(build(get_rewards.Arguments, given), "a")
     assert inputs == {
         "dataset_name_or_path": "a",
         "reward_name_or_path": "sfairXC/FsfairX-LLaMA3-RM-v0.1",
         "chat_template": None,
     }
-    more = build(
-        get_rewards.Arguments,
-        {"dataset_name_or_path": "a", "output_dir": "b", "ranking": "tournament", "batch_tokens": 5},
-    )
-    assert get_rewards.shaping(more, "a")[0] == settings | {"ranking": "tournament"}
+    for key in ("K", "batch_tokens", "chunk_records"):
+        assert get_rewards.shaping(build(get_rewards.Arguments, given | {key: 5}), "a") == (settings, inputs)
+    more = build(get_rewards.Arguments, given | {"ranking": "tournament", "max_length": 7})
+    assert get_rewards.shaping(more, "a")[0] == settings | {"ranking": "tournament", "max_length": 7}

@@ -2,168 +2,34 @@
 refusals.
 """
 
-import functools
-import gc
 import json
 import os
-import random
 import re
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
 import micro
+from rewarding import (
+    FAMILIES,
+    annotate,
+    generated,
+    launch,
+    load,
+    outcome,
+    read,
+    reference,
+    refused,
+    write,
+)
 
 from annotate_data import get_rewards, reward_models
-from common import cli
 
 pytestmark = pytest.mark.env("vllm")
-
-SCRIPT = str(ROOT / "annotate_data" / "get_rewards.py")
-CPU = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: micro models gain nothing from threads
-
-FAMILIES = {"llama": "llama3", "qwen2": "chatml", "mistral": "mistral", "gemma2": "gemma", "phi3": "phi"}
-
-
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch):
-    for key, value in CPU.items():
-        monkeypatch.setenv(key, value)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """Makes a reward model of an architecture once and gives its folder."""
-    made = {}
-
-    def make(architecture="llama"):
-        if architecture not in made:
-            folder = tmp_path_factory.mktemp(architecture)
-            made[architecture] = micro.make_reward_model(folder, FAMILIES[architecture], architecture)
-        return made[architecture]
-
-    return make
-
-
-def generated(path, count=6, K=4, seed=0, longest=120):
-    """A generated file as generation/ writes it, with an empty response and U+2028 in some; returns its
-    records.
-    """
-    rng, rows = random.Random(seed), []
-    for i, prompt in enumerate(micro.write_prompts(path, count)):
-        responses = [
-            "".join(rng.choice("abc d\u2028é") for _ in range(rng.randrange(1, longest))) for _ in range(K)
-        ]
-        responses[i % K] = "" if i == 1 else responses[i % K]
-        lengths = [len(r.encode()) for r in responses]
-        rows.append(
-            {
-                "id": f"r{i}",
-                "prompt": prompt["context_messages"],
-                "responses": responses,
-                "finish_reasons": ["stop"] * K,
-                "num_tokens": lengths,
-                "number": i,
-            }
-        )
-    write(path, rows)
-    return rows
-
-
-def write(path, rows):
-    Path(path).write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
-
-
-def read(path):
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]]
-
-
-def annotate(monkeypatch, source, target, reward, *more):
-    """The script in this process."""
-    gc.collect()  # an earlier refusal's traceback still holds the lock on its output
-    arguments = [
-        "--dataset_name_or_path",
-        source,
-        "--output_dir",
-        target,
-        "--reward_name_or_path",
-        reward,
-        *more,
-    ]
-    monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, arguments)])
-    get_rewards.main()
-    return read(target)
-
-
-def refused(monkeypatch, *arguments):
-    """The error's text; it must be one line."""
-    with pytest.raises(cli.UserError) as caught:
-        annotate(monkeypatch, *arguments)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-@functools.cache
-def load(folder):
-    import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    model = AutoModelForSequenceClassification.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    )
-    model.config.pad_token_id = None
-    return AutoTokenizer.from_pretrained(folder), model.eval()
-
-
-def reference(folder, messages, response, max_length=None):
-    """transformers alone, as FsfairX is published: one sequence, its own truncation; without a pad id it
-    pools the very last token.
-
-    For tokenizers that add the BOS that their template writes, or have none.
-    """
-    import torch
-
-    tokenizer, model = load(folder)
-    text = tokenizer.apply_chat_template(
-        [*messages, {"role": "assistant", "content": response}], tokenize=False
-    )
-    if tokenizer.bos_token and text.startswith(tokenizer.bos_token):
-        text = text[len(tokenizer.bos_token) :]
-    tokenizer.truncation_side = "left"
-    more = {"truncation": True, "max_length": max_length} if max_length else {}
-    with torch.no_grad():
-        return model(**tokenizer(text, return_tensors="pt", **more)).logits[0, 0].item()
-
-
-def launch(*arguments, processes=0, env=None, **options):
-    """The real command: plain Python, or `accelerate launch` with several processes (on the CPU: --multi_gpu,
-    for
-    --cpu starts one process whatever it is told)."""
-    command = [sys.executable, SCRIPT]
-    if processes:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        kind = ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else []
-        command[1:1] = ["-m", "accelerate.commands.launch", *kind, "--main_process_port", str(port)]
-    env = os.environ | CPU | {"OMP_NUM_THREADS": "1"} | (env or {})
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*command, *map(str, arguments)], env=env, **pipes, **options)
-
-
-def outcome(process):
-    out, err = process.communicate(timeout=100)
-    return process.returncode, out, err
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)

@@ -165,9 +165,6 @@ def test_an_older_file_in_the_place_of_one_is_seen(tmp_path):
     (folder / "model.safetensors").write_text("new weights")
     os.utime(folder / "model.safetensors", ns=(1, 1))
     assert not same_content(mark, folder)
-    before = {key: value for key, value in mark.items() if key != "files"}
-    assert same_content(before, folder)  # what a manifest of before knows cannot tell them apart
-    assert not same_content(before | {"time": 3}, folder)
 
 
 @pytest.fixture

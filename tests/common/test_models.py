@@ -1,17 +1,14 @@
-"""A model's positions are counted as vLLM counts them, and a folder is one tokenizer whatever lies beside
-it.
+"""A model's positions are counted as vLLM counts them, a folder is one tokenizer whatever lies beside it, and
+what is no whole model is called what it is.
 """
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
 import micro
 
 from common import chat, models
@@ -260,3 +257,86 @@ def test_several_chat_templates(tmp_path):
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="the tokenizer of .*policy has no chat template"):
         chat.render(models.load_tokenizer(str(path)), turns, True)
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    models.check_model(str(folder))
+    return folder
+
+
+def sharded(folder, *there):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}}'
+    )
+    for name in there:
+        (folder / name).write_bytes(b"weights")
+
+
+def adapter(folder):
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+    (folder / "adapter_model.safetensors").write_bytes(b"adapter")
+    (folder / "model.safetensors").unlink()
+
+
+def checkpoint(folder, *states):
+    (folder / "model.safetensors").unlink()
+    for name in ("training_args.bin", "rng_state_0.pth", *states):
+        (folder / name).write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (adapter, r"is an adapter \(LoRA\), no model: merge it into owner/base first"),
+        (
+            lambda f: (adapter(f), (f / "config.json").unlink()),
+            r"is an adapter \(LoRA\), no model: merge it into owner/base first",
+        ),
+        (lambda f: (f / "adapter_config.json").write_text("{}"), "holds a whole model and an adapter"),
+        (lambda f: (f / "config.json").unlink(), "without config.json"),
+        (lambda f: checkpoint(f, "global_step20"), "without whole weights; .*zero_to_fp32.py"),
+        (
+            lambda f: checkpoint(f, "pytorch_model_fsdp_0"),
+            "without whole weights; .*accelerate merge-weights",
+        ),
+        (
+            lambda f: sharded(f, "model-2-of-2.safetensors"),
+            "lacks 1 of the 2 files of its weights, model-1-of-2.safetensors for one",
+        ),
+        (
+            lambda f: (f / "model.safetensors").write_text(
+                "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+            ),
+            "git lfs pull",
+        ),
+    ],
+)
+def test_what_is_no_whole_model_is_called_what_it_is(model, change, told):
+    change(model)
+    with pytest.raises(UserError, match=told) as error:
+        models.check_model(str(model), "--reward_name_or_path")
+    assert str(error.value).startswith(f"--reward_name_or_path {model}") and "\n" not in str(error.value)
+
+
+def test_whole_models_pass_and_what_only_has_a_config_is_left_to_the_loader(model):
+    sharded(model, "model-1-of-2.safetensors", "model-2-of-2.safetensors")
+    (model / "global_step20").mkdir()
+    models.check_model(str(model))
+    without = model.parent / "config"  # a plan may be made from it, and gen_hf.py wants its tokenizer only
+    without.mkdir()
+    (without / "config.json").write_text("{}")
+    models.check_model(str(without))
+
+
+def test_the_adapter_that_training_leaves_names_its_merged_model(model):
+    own = model / "adapter"
+    own.mkdir()
+    (own / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=f"is an adapter .*: give {model}, into which it is merged"):
+        models.check_model(str(own))

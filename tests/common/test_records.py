@@ -7,12 +7,15 @@ import pytest
 
 from common.cli import UserError
 from common.records import (
+    BadRecord,
     Identifier,
     dumps,
     finite,
+    read_generated,
     read_jsonl,
     read_prompts,
     read_records,
+    read_rewarded,
     record_id,
     sample_seed,
     shard_range,
@@ -205,3 +208,37 @@ def test_finite_and_dumps():
     assert finite(0) and finite(-1.5) and not any(map(finite, (None, True, "1", float("nan"), float("inf"))))
     with pytest.raises(ValueError):
         dumps({"reward": float("nan")})
+
+
+ANSWERED = {"id": "x", "prompt": user("a"), "responses": ["b", ""], "rewards": [1, None], "n": 7}
+
+
+def test_generated_and_rewarded_records_have_one_form(tmp_path):
+    rows = [ANSWERED, {"prompt": "a", "responses": ["b"], "id": 7, "rewards": [float("nan")]}]
+    path = write(tmp_path / "x.jsonl", *rows, {"prompt": "a", "responses": ["c"], "rewards": [2.5]})
+    for read in (read_generated, read_rewarded):
+        whole, other, twin = read(path)
+        assert whole == ANSWERED and other["prompt"] == user("a") and other["source_id"] == 7
+        assert other["id"] == record_id(user("a")) and twin["id"] == record_id(user("a"), 1)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"prompt": ...}, ["has no `prompt`", "get_hf2.py", "it has id, responses"]),
+    ({"responses": ..., "respones": ["a"]}, ["has no `responses`, did you mean 'respones'?", "get_hf2.py"]),
+    ({"rewards": ...}, ["has no `rewards`", "get_rewards.py"]),
+    ({"responses": []}, ["must be a list of texts"]),
+    ({"responses": ["a", 1]}, ["must be a list of texts"]),
+    ({"rewards": [1.0]}, ["2 responses and 1 rewards"]),
+    ({"rewards": None}, ["`rewards` must be a list"]),
+    ({"rewards": ["1", "2"]}, ["`rewards` is ['1', '2']"]),
+    ({"num_tokens": [1.5, 2]}, ["`num_tokens` is [1.5, 2]"]),
+    ({"finish_reasons": "stop"}, ["`finish_reasons` must be a list"]),
+    ({"response_token_ids": [[1]]}, ["2 responses and 1 response_token_ids"]),
+    ({"tools": 3}, ["`tools`"]),
+])  # fmt: skip
+def test_a_rewarded_record_that_cannot_be_used(tmp_path, change, words):
+    row = {key: value for key, value in (ANSWERED | change).items() if value is not ...}
+    path = write(tmp_path / "x.jsonl", ANSWERED, row)
+    message = refusal(lambda: read_rewarded(path), f"{path} record 2", *words)
+    good, bad = read_rewarded(path, keep_bad=True)
+    assert good == ANSWERED and isinstance(bad, BadRecord) and str(bad) == message

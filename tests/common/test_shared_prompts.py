@@ -3,14 +3,12 @@
 import functools
 import os
 import random
-import sys
 from array import array
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: micro models gain nothing from threads
 
 import micro

@@ -78,9 +78,8 @@ def test_every_stage_renders_the_same_prompt(policy, tokenizer, prompts, tmp_pat
     # generation: what the engine is given
     args = sampling.SamplingArguments(dataset_name_or_path=prompts, output_dir="", K=2)
     output = Output(tmp_path / "gen.jsonl", "test", {}, {})
-    found = sampling.Prompts(args, tokenizer, output, None, sampling.count_prompts(args))
-    found.check()
-    [item] = found
+    found = sampling.Prompts(args, tokenizer, output, None, sampling.load_prompts(args))
+    [item] = found.items
     assert item.token_ids == ids
     output.append(
         sampling.answered(

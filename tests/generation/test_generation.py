@@ -1,23 +1,22 @@
 """Offline generation with a real engine on micro models: nothing lost, nothing doubled, the same text however
 it is run.
 
-One engine serves all tests of this folder (`shared_engine`); a second one is started in a process that is
+One engine serves all tests of this folder (tests/engine.py); a second one is started in a process that is
 killed.
 """
 
-import functools
 import gc
 import json
 import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import micro
 import pytest
+from engine import arguments, engine_vocabulary, get_hf2_main, policy, records, shared_engine, write
 
 from common import chat
 from common.cli import UserError
@@ -28,61 +27,6 @@ pytestmark = pytest.mark.env("vllm")
 
 ROOT = Path(__file__).resolve().parents[2]
 MERGE = ROOT / "generation" / "merge_data.py"
-
-
-@functools.cache
-def policy():
-    """A folder with a micro Llama in fp32, made once a session."""
-    return micro.make_policy(Path(tempfile.mkdtemp(prefix="policy-")) / "model")
-
-
-@functools.cache
-def shared_engine():
-    """The engine as get_hf2 itself starts it, once a session."""
-    args = get_hf2.Arguments(model_name_or_path=str(policy()), dtype="float32", kv_cache_gib=0.5)
-    return get_hf2.start_engine(args, 512, 512)
-
-
-@pytest.fixture
-def starts(monkeypatch):
-    """Lets get_hf2 use the shared engine; counts how often it asked for one."""
-    asked = []
-    start = lambda args, limit, needed: asked.append(needed) or shared_engine()  # noqa: E731
-    shared_engine()
-    monkeypatch.setattr(get_hf2, "start_engine", start)
-    return asked
-
-
-def get_hf2_main(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["get_hf2.py", *map(str, argv)])
-    get_hf2.main()
-
-
-def arguments(prompts, output, **more):
-    """The command line of a small run."""
-    settings = {
-        "model_name_or_path": policy(),
-        "dataset_name_or_path": prompts,
-        "output_dir": output,
-        "dtype": "float32",
-    }
-    settings |= {"K": 2, "max_new_tokens": 8} | more
-    return [part for key, value in settings.items() for part in (f"--{key}", str(value))]
-
-
-def records(path):
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]]
-
-
-def write(path, *contents):
-    rows = [{"prompt": c} if isinstance(c, str) else {"messages": c} for c in contents]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@functools.cache
-def engine_vocabulary():
-    return sampling.load_tokenizer(str(policy()), sampling.SamplingArguments())
 
 
 def test_a_prompt_that_the_template_refuses_is_met_before_the_engine_starts(
@@ -245,7 +189,7 @@ def test_one_bos_and_literal_special_tokens(tmp_path, monkeypatch, starts, capsy
     assert tokenizer.decode(ids[0]) == (
         "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nplain<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
     )
-    assert "note: 1 prompts hold the text of a special token" in capsys.readouterr().out
+    assert "note: 1 prompt holds the text of a special token" in capsys.readouterr().out
 
 
 def test_too_long_prompts_are_listed_not_lost(tmp_path, monkeypatch, starts):
@@ -388,17 +332,17 @@ def test_other_templates(tmp_path, family):
         dataset_name_or_path=str(write(tmp_path / "p.jsonl", "hello")), output_dir=""
     )
     output = Output(tmp_path / "o.jsonl", "test", {}, {})
-    count = sampling.count_prompts(args)
-    [item] = sampling.Prompts(args, tokenizer, output, 512, count)
+    records = sampling.load_prompts(args)
+    [item] = sampling.Prompts(args, tokenizer, output, 512, records).items
     text = tokenizer.decode(item.token_ids)
     bos = tokenizer.bos_token
-    assert count == 1 and (bos is None or (text.startswith(bos) and text.count(bos) == 1))
+    assert len(records) == 1 and (bos is None or (text.startswith(bos) and text.count(bos) == 1))
     assert "hello" in text and item.token_ids == tokenizer(text, add_special_tokens=False)["input_ids"]
     ends = {"chatml": "<|im_end|>", "gemma": "<end_of_turn>", "mistral": "</s>", "phi": "<|end|>"}
     assert tokenizer.convert_tokens_to_ids(ends[family]) in chat.stop_token_ids(tokenizer)
     if family == "chatml":
         args.template_kwargs = {"enable_thinking": False}
-        [item] = sampling.Prompts(args, tokenizer, output, 512, count)
+        [item] = sampling.Prompts(args, tokenizer, output, 512, records).items
         assert tokenizer.decode(item.token_ids) == text + "<think>\n\n</think>\n\n"
 
 

@@ -105,7 +105,8 @@ def test_manifest_and_skipped_stand_for_the_whole(three):
     assert ids(path) == ["id0", "id1", "id3", "id4", "id6"]
     assert (
         made["complete"]
-        and made["counts"] == {"prompts": 7, "records": 5, "skipped": 2, "engine_seconds": 12.5}
+        and made["counts"]
+        == {"prompts": 7, "records": 5, "skipped": 2, "engine_seconds": 12.5, "engine_seconds_sum": 15.5}
         and made["seconds"] == 99.5
     )
     assert difference(made, SETTINGS, {"dataset_name_or_path": three / "prompts.jsonl"}) is None
@@ -211,11 +212,11 @@ def test_damage_is_found(three):
 
 def test_a_shard_changed_afterwards_is_found(three):
     path = three / "gen0.jsonl"
-    text = path.read_text()
+    text, made = path.read_text(), path.stat().st_mtime_ns
     path.write_text(text.replace("id1", "id9"))
     refused(merge(three, 3), "gen0.jsonl was changed")
     path.write_text(text.replace("id1", "id9"))
-    os.utime(path, ns=(1, read_manifest(path)["output"]["time"]))
+    os.utime(path, ns=(1, made))
     refused(merge(three, 3), "gen0.jsonl was changed")
     path.write_text(text)  # touched, not changed
     listed = beside(three / "gen1.jsonl", ".skipped.jsonl")

@@ -2,17 +2,19 @@
 on a second start.
 """
 
+import dataclasses
 import json
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
+import yaml
 
-from common.cli import UserError
+from common.cli import UserError, parse, parse_jobs
 from common.manifest import Output, beside
-from generation import sampling
+from evaluation import divergence
+from generation import gen_hf, get_hf2, sampling
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,7 +41,7 @@ def prompts(tmp_path):
         args = sampling.SamplingArguments(dataset_name_or_path=str(path), output_dir="", **more)
         output = Output(tmp_path / f"out{index}.jsonl", "test", {}, {})
         return sampling.Prompts(
-            args, Tokenizer(), output, None, sampling.count_prompts(args), index, world
+            args, Tokenizer(), output, None, sampling.load_prompts(args), index, world
         ), output
 
     return make
@@ -48,12 +50,12 @@ def prompts(tmp_path):
 def test_what_is_done_is_not_tokenised_again_and_the_order_stays(prompts, tmp_path, capsys):
     texts = ["b", "a" * 9, "c", "b", "<s>"]
     found, output = prompts(texts, max_input_length=5)
-    items = list(found)
+    items = found.items
     assert [item.record["prompt"][-1]["content"] for item in items] == ["b", "c", "b", "<s>"]
     output.append(sampling.answered(items[2], ["x"], ["stop"], [[1]]))
-    del output, found.output
+    del output, found
     found, output = prompts(texts, max_input_length=5)
-    left = list(found)
+    left = found.items
     assert [item.record["id"] for item in left] == [
         items[k].record["id"] for k in (0, 1, 3)
     ] and output.skipped == 1
@@ -69,7 +71,7 @@ def test_what_is_done_is_not_tokenised_again_and_the_order_stays(prompts, tmp_pa
     ]
     assert len({row["id"] for row in rows}) == 4  # the second "b" is a prompt of its own
     assert beside(tmp_path / "out0.jsonl", ".skipped.jsonl").read_text().count("9 tokens, more than 5") == 1
-    assert "1 prompts hold the text of a special token" in capsys.readouterr().out
+    assert "1 prompt holds the text of a special token" in capsys.readouterr().out
 
 
 def test_a_bad_prompt_costs_that_prompt(prompts, tmp_path, monkeypatch, capsys):
@@ -85,13 +87,12 @@ def test_a_bad_prompt_costs_that_prompt(prompts, tmp_path, monkeypatch, capsys):
     )
     texts = ["a", "b", "c", "d", 5, "f"]
     found, output = prompts(texts)
-    found.check()
     assert (
         "2 of 6 prompts" in (told := capsys.readouterr().out)
         and "p.jsonl record 3: the chat template" in told
         and "record 5: a prompt is" in told
     )
-    for item in found:
+    for item in found.items:
         output.append(sampling.answered(item, ["x"], ["stop"], [[1]]))
     found.finish(1.0)
     rows, skipped = (
@@ -112,14 +113,12 @@ def test_a_bad_prompt_ends_the_run_where_that_is_asked_for(prompts, monkeypatch)
         "apply_chat_template",
         lambda self, m, **k: m[-1]["content"] if m[-1]["content"] != "c" else 1 / 0,
     )
-    found, _ = prompts(["a", "c", "c"], bad_prompts="refuse")
     with pytest.raises(
         UserError, match="record 2: .* refuses the turns .* 1 more prompts .*--bad_prompts skip"
     ):
-        found.check()
+        prompts(["a", "c", "c"], bad_prompts="refuse")
     with pytest.raises(UserError, match="record 2: a prompt is .*--bad_prompts skip"):
-        Path(found.args.dataset_name_or_path).write_text('{"prompt": "a"}\n{"prompt": 7}\n')
-        sampling.count_prompts(found.args)
+        prompts(["a", 7], bad_prompts="refuse")
 
 
 def test_a_file_without_any_good_prompt_is_an_error_and_a_shard_without_one_is_not(prompts, monkeypatch):
@@ -131,47 +130,57 @@ def test_a_file_without_any_good_prompt_is_an_error_and_a_shard_without_one_is_n
     with pytest.raises(
         UserError, match="holds no prompt that can be used; the first: .*record 1: the chat template"
     ):
-        prompts(["c"] * 4)[0].check()
+        prompts(["c"] * 4)
     with pytest.raises(UserError, match="holds no prompt that can be used; the first of 2: .*record 1: "):
         prompts([1, 2])
     for texts, index in ((["c", "c", "a", "a"], 0), (["a", "a", "c", "c"], 1)):
         found, output = prompts(texts, index, 2)
-        found.check()
-        assert list(found) == [] and output.skipped == 2
+        assert found.items == [] and output.skipped == 2
 
 
-def test_tools_that_the_template_leaves_out_are_told(prompts, tmp_path, capsys):
-    found, _ = prompts(["a", "b"])
-    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "tools": [{"type": "function"}]}\n')
-    found.check()
+def test_tools_that_the_template_leaves_out_are_told(tmp_path, capsys):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": "b", "tools": [{"type": "function"}]}\n')
+    args = sampling.SamplingArguments(dataset_name_or_path=str(path), output_dir="")
+    output = Output(tmp_path / "out.jsonl", "test", {}, {})
+    sampling.Prompts(args, Tokenizer(), output, None, sampling.load_prompts(args))
     assert "leaves out the tools of 1 prompts" in (told := capsys.readouterr().out) and "record 2" in told
 
 
 def test_shards_share_out_every_prompt(prompts):
     texts = [f"text {i % 7}" for i in range(23)]
-    seen = [item.record["id"] for k in range(4) for item in prompts(texts, k, 4)[0]]
-    assert seen == [item.record["id"] for item in prompts(texts)[0]] and len(set(seen)) == 23
+    seen = [item.record["id"] for k in range(4) for item in prompts(texts, k, 4)[0].items]
+    assert seen == [item.record["id"] for item in prompts(texts)[0].items] and len(set(seen)) == 23
 
 
-def test_stretches_sort_common_beginnings_together():
-    items = [types.SimpleNamespace(token_ids=[i % 3, i]) for i in range(20)]
-    found = [item.token_ids for item in sampling.by_prefix(iter(items), 6, 8)]
-    stretches = [found[:6], found[6:14], found[14:]]
-    assert all(stretch == sorted(stretch) for stretch in stretches)
-    assert [sorted(ids[1] for ids in stretch) for stretch in stretches] == [
-        [*range(6)],
-        [*range(6, 14)],
-        [*range(14, 20)],
-    ]
+def test_what_shapes_answers():
+    """Both ways of generating have the same settings, but for the dtype, which servers do not tell."""
+    given = {"dataset_name_or_path": "p", "chat_template": "t", "K": 3}
+    engine, inputs = get_hf2.shaping(get_hf2.Arguments(model_name_or_path="m", **given))
+    assert inputs == {"dataset_name_or_path": "p", "model_name_or_path": "m", "chat_template": "t"}
+    client, theirs = sampling.shaping(gen_hf.Arguments(tokenizer="m", **given), "tokenizer")
+    assert theirs == {"dataset_name_or_path": "p", "tokenizer": "m", "chat_template": "t"}
+    assert engine == client | {"dtype": "auto"} and engine["K"] == 3
+    elsewhere = {"output_dir": "o", "tensor_parallel_size": 2, "kv_cache_gib": 1.0, "overwrite": True}
+    assert get_hf2.shaping(get_hf2.Arguments(model_name_or_path="m", **given, **elsewhere))[0] == engine
 
 
-def test_no_more_is_read_than_a_stretch():
-    read = []
-    found = sampling.by_prefix(
-        (read.append(i) or types.SimpleNamespace(token_ids=[i]) for i in range(100)), 4, 8
+def test_a_complete_section_serves_all_who_read_it(tmp_path):
+    section = dataclasses.asdict(get_hf2.Arguments(model_name_or_path="m", temperature=0.5, dtype="float32"))
+    del section["model_name_or_path"]
+    (tmp_path / "loop.yaml").write_text(yaml.safe_dump({"heldout": section, "generation": section}))
+    where = f"{tmp_path / 'loop.yaml'}:heldout"
+    names = ["--dataset_name_or_path", "p", "--output_dir"]
+    client = parse(gen_hf.Arguments, "", [where, "--tokenizer", "m", *names, "o"])
+    models = ["--model_name_or_path", "m", "--ref_model_name_or_path", "r"]
+    measured = parse(divergence.Arguments, "", [where, *models, *names, "o.jsonl"])
+    assert client.temperature == measured.temperature == 0.5 and measured.dtype == "float32"
+    one, two = parse_jobs(
+        get_hf2.Arguments,
+        "",
+        [f"{where},generation", *models[:2], *names, "a", "b", "--temperature", "1", "0"],
     )
-    next(found)
-    assert len(read) == 4
+    assert (one.temperature, two.temperature, two.output_dir, two.dtype) == (1.0, 0.0, "b", "float32")
 
 
 @pytest.mark.parametrize("script", ["get_hf2.py", "gen_hf.py"])

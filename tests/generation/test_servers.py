@@ -15,9 +15,9 @@ from pathlib import Path
 
 import micro
 import pytest
+from engine import arguments, get_hf2_main, policy, records
 from faults import free_ports
-from test_client import Mock, listening, wait_for
-from test_generation import arguments, get_hf2_main, policy, records, starts  # noqa: F401
+from mock_server import Mock, listening, wait_for
 
 pytestmark = pytest.mark.env("vllm")
 
@@ -346,7 +346,7 @@ def real_client(folder, port, prompts, output, *more):
     )
 
 
-def test_servers_give_the_engine_s_answers(real, tmp_path, monkeypatch, starts):  # noqa: F811
+def test_servers_give_the_engine_s_answers(real, tmp_path, monkeypatch, starts):
     folder, port, _ = real
     micro.write_prompts(tmp_path / "p.jsonl", 25)
     for name, more in (
@@ -364,7 +364,7 @@ def test_servers_give_the_engine_s_answers(real, tmp_path, monkeypatch, starts):
         assert (tmp_path / f"{name}.jsonl").read_bytes() == (tmp_path / f"{name}0.jsonl").read_bytes()
 
 
-def test_a_killed_server_s_work_is_done_by_the_other(real, tmp_path, monkeypatch, starts):  # noqa: F811
+def test_a_killed_server_s_work_is_done_by_the_other(real, tmp_path, monkeypatch, starts):
     folder, port, _ = real
     micro.write_prompts(tmp_path / "p.jsonl", 40)
     settings = ("--K", "2", "--max_new_tokens", "100")

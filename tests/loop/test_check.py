@@ -13,7 +13,8 @@ import micro
 import pytest
 import yaml
 
-from common.cli import UserError, build, check_policy
+from common.cli import UserError, build
+from common.models import check_policy
 from loop import check as checks
 from loop import plan, settings
 

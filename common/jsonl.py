@@ -1,0 +1,179 @@
+"""JSON Lines in and out: one JSON object a line, UTF-8, lines ended by `\\n` only.
+
+U+2028 and the like may stand inside a string. The standard library suffices.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from common.cli import UserError, existing_file
+from common.messages import is_messages
+
+
+class BadRecord(UserError):
+    """What is wrong with one record of many.
+
+    `id`: how the list of skipped prompts calls it, a hash of the record.
+    """
+
+    def __init__(self, message, record):
+        super().__init__(message)
+        try:
+            text = repr(record)
+        except RecursionError:
+            text = message
+        self.id = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def raising(found: Iterable) -> Iterator:
+    """Yield records; raise the `BadRecord` that stands in place of one."""
+    for record in found:
+        if isinstance(record, BadRecord):
+            raise record
+        yield record
+
+
+def dumps(record: dict) -> str:
+    """One line of JSON without its newline. NaN and infinity are no JSON: put None in their place first."""
+    return json.dumps(record, ensure_ascii=False, allow_nan=False)
+
+
+def open_text(path: str | Path, newline: str = "\n") -> io.TextIOWrapper:
+    """A text file for reading, or the text in a .gz file; a byte order mark is let pass."""
+    opened = gzip.open(path, "rb") if Path(path).suffix == ".gz" else open(path, "rb")
+    return io.TextIOWrapper(opened, encoding="utf-8-sig", newline=newline)
+
+
+@contextlib.contextmanager
+def decoding(path: str | Path):
+    """Errors of reading text as a UserError that names the file."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 text ({error.reason} near byte {error.start}); convert it first"
+        ) from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be unpacked: {error}; fetch it again") from None
+
+
+def read_jsonl(path: str | Path, what: str = "input") -> Iterator[dict]:
+    """Yield the records of a JSON Lines file, or of a file that holds one JSON list; either may be packed as
+    .gz.
+
+    Raises:
+        UserError: no such file, an empty file, a line that is not a JSON object, a torn last line, text that
+            is not UTF-8; with the line's number.
+    """
+    return raising(jsonl_records(path, what))
+
+
+def jsonl_records(path: str | Path, what: str = "input") -> Iterator[dict | BadRecord]:
+    """As `read_jsonl`, with a `BadRecord` in place of each record that cannot be used.
+
+    A torn file is still an error.
+    """
+    path, count = existing_file(path, what), 0
+    with decoding(path), open_text(path) as file:
+        blank = 0
+        first = next(file, "")
+        while first and not first.strip():
+            first, blank = next(file, ""), blank + 1
+        if first.lstrip().startswith("["):
+            for count, record in enumerate(_parsed_list(first + file.read(), path), 1):
+                yield _checked(record, path, count, "entry")
+        else:
+            if path.name.removesuffix(".gz").endswith(".json") and not first.rstrip().endswith("}"):
+                rest = file.read()
+                _refuse_object(first + rest, path)
+                file = io.StringIO(rest)
+            for number, line in enumerate(itertools.chain([first], file), blank + 1):
+                if line.strip():
+                    count += 1
+                    yield _parsed(line, path, number)
+    if count == 0:
+        raise UserError(f"{path} is empty; a record a line was expected")
+
+
+def _parsed_list(text, path):
+    try:
+        return json.loads(text)
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+def _refuse_object(text, path):
+    """Refuse a .json file that is one object over several lines, or several such objects."""
+    text = text.lstrip()
+    try:
+        value, end = json.JSONDecoder().raw_decode(text)
+    except (RecursionError, ValueError):
+        return  # the error names the line
+    if "\n" not in text[:end]:
+        return
+    if text[end:].strip():
+        raise UserError(
+            f"{path} holds records over several lines each; write a record a line (jq -c . FILE), or one list"
+        )
+    raise UserError(f"{path} is one JSON object, a list of records was expected{list_inside(value)}")
+
+
+def list_inside(record: dict) -> str:
+    """Where in an object a list of records stands, in words, or nothing."""
+    found = [
+        key
+        for key, value in record.items()
+        if isinstance(value, list) and value and isinstance(value[0], dict) and not is_messages(value)
+    ]
+    return (
+        f"; there is one under {found[0]!r}: save that list alone (jq -c '.{found[0]}[]' FILE)"
+        if found
+        else ""
+    )
+
+
+def _parsed(line, path, number):
+    try:
+        return _checked(json.loads(line), path, number, "line")
+    except (RecursionError, ValueError) as error:
+        if not isinstance(
+            error, json.JSONDecodeError
+        ):  # nested a thousand deep, or a number of thousands of digits
+            return BadRecord(f"{path} line {number} cannot be read: {error}", line)
+        if line.startswith("version https://git-lfs"):
+            raise UserError(
+                f"{path} is a Git LFS pointer, not the data: run `git lfs pull` in its folder"
+            ) from None
+        if not line.endswith("\n"):
+            raise UserError(
+                f"{path} line {number} is torn (the file ends inside a record); write the file again"
+            ) from None
+        return BadRecord(f"{path} line {number} is not valid JSON: {error.msg} at column {error.colno}", line)
+
+
+def _checked(record, path, number, unit):
+    """The record, or a `BadRecord`."""
+    if not isinstance(record, dict):
+        return BadRecord(
+            f"{path} {unit} {number} is a {type(record).__name__}, a JSON object was expected", record
+        )
+    try:
+        dumps(record).encode("utf-8")
+    except UnicodeEncodeError:
+        return BadRecord(
+            f"{path} {unit} {number} holds half a surrogate pair (\\ud8xx), which is not text; repair the "
+            "record",
+            record,
+        )
+    except RecursionError:
+        return BadRecord(f"{path} {unit} {number} is nested too deep", record)
+    except ValueError:
+        pass  # NaN in the input: each stage says what it makes of it
+    return record
