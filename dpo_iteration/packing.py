@@ -22,8 +22,8 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from common.cli import UserError
 from common.shared_prompts import Unsupported, is_rotary, own_attention, pack, packed_tokens, shared
+from common.training import say, world_size
 from dpo_iteration import models
-from dpo_iteration.output import launched, say
 from dpo_iteration.settings import reason_for_trl
 
 IGNORED = -100
@@ -165,7 +165,7 @@ def batches(args, extra, rows, per_step):
     steps, costs = {"train": None, "eval": None}, {}
     for split in [split for split in rows if rows[split]]:
         costs[split] = [columns_of(row) if sharing else 0 for row in rows[split]]
-    place = {"processes": launched(), "process": int(os.environ.get("RANK", "0"))}
+    place = {"processes": world_size(), "process": int(os.environ.get("RANK", "0"))}
     epochs = (
         -(-args.max_steps * per_step // len(rows["train"]))
         if args.max_steps > 0

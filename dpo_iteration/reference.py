@@ -33,8 +33,8 @@ from common.cli import UserError
 from common.manifest import versions, writing
 from common.progress import Progress, duration
 from common.shared_prompts import Unsupported, only_wanted, prepare
+from common.training import say
 from dpo_iteration import models
-from dpo_iteration.output import say
 from dpo_iteration.packing import (
     PaddedCollator,
     Rows,

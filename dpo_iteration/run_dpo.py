@@ -26,17 +26,9 @@ from common import trackers
 from common.cli import UserError, arg, build, count, parse, run
 from common.devices import check_processes, check_torch, gpu_memory, prepare_threads, visible_gpus
 from common.progress import Progress
+from common.training import Training, is_main, say, step_of, world_size
 from dpo_iteration import adapters, hub, memory
-from dpo_iteration.output import (
-    checkpoints,
-    finish,
-    is_complete,
-    is_main,
-    launched,
-    prepare_output,
-    remove_checkpoints,
-    say,
-)
+from dpo_iteration.output import begin, finish
 from dpo_iteration.pairs import CHOOSE_TYPES, select_pairs
 from dpo_iteration.saved import check_saved
 from dpo_iteration.settings import (
@@ -221,7 +213,7 @@ def tokenize(selection, tokenizer, args):
 
 def check_pairs(selection, args):
     """Refuse too few pairs; every rank calls it alike, so that none waits for another."""
-    world = launched()
+    world = world_size()
     reasons = ", ".join(f"{n} {reason}" for reason, n in selection.skipped_by_reason.items())
     read = f"{selection.counts['records']} records" + (f"; skipped: {reasons}" if reasons else "")
     if not selection.pairs:
@@ -243,7 +235,7 @@ def check_pairs(selection, args):
         )
 
 
-def train(args, extra, selection, settings, inputs, started):
+def train(args, extra, selection, output, started):
     """Tokenise, compute the reference, load, train, evaluate, save: what needs torch."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL sends a ping from every start
     check_torch()
@@ -255,13 +247,10 @@ def train(args, extra, selection, settings, inputs, started):
         say("note: no GPU found, training on the CPU")
         models.prepare_cpu(args.cpu_threads)
     from accelerate import PartialState
-    from datasets import Dataset
-    from transformers import PrinterCallback
     from transformers.utils import logging as transformers_logging
 
-    from dpo_iteration import packing, reference
-    from dpo_iteration.dpo import IterativeDPOTrainer, PlainLog
-    from dpo_iteration.rows import check_bos, show_pair
+    from dpo_iteration import packing
+    from dpo_iteration.rows import check_bos
 
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
@@ -271,10 +260,10 @@ def train(args, extra, selection, settings, inputs, started):
     check_bos(tokenizer, rows["train"][0])
     models.check_models(args, tokenizer, rows)
 
-    per_step = halved(settings["pairs_per_step"], len(rows["train"]), args, launched())
-    if per_step < settings["pairs_per_step"]:
+    per_step = halved(output.settings["pairs_per_step"], len(rows["train"]), args, world_size())
+    if per_step < output.settings["pairs_per_step"]:
         say(
-            f"note: {len(rows['train'])} pairs are few for steps of {settings['pairs_per_step']}: {per_step} "
+            f"note: {len(rows['train'])} pairs are few for steps of {output.settings['pairs_per_step']}: {per_step} "
             "pairs per optimizer step"
         )
         args.global_batch_size = per_step
@@ -282,15 +271,28 @@ def train(args, extra, selection, settings, inputs, started):
     if steps["train"]:
         args.gradient_accumulation_steps = steps["train"].accumulation
     else:
-        accumulate(args, launched())
+        accumulate(args, world_size())
     hub.take_token(extra)
     config = training_config(args, extra, Arguments, bool(rows["eval"]))
     models.prepare_sharding(config)
     PartialState().wait_for_everyone()  # every rank has looked at what is there; now rank 0 may write
-    lock = prepare_output(args, selection, settings, inputs) if is_main() else None
-    if is_main():
-        hub.reach(config)
-    PartialState().wait_for_everyone()
+    with output.locked():
+        if is_main():
+            begin(output, args, selection)
+            hub.reach(config)
+        PartialState().wait_for_everyone()
+        _train(args, extra, selection, output, started, config, rows, sharing, tokenizer, steps, per_step)
+
+
+def _train(args, extra, selection, output, started, config, rows, sharing, tokenizer, steps, per_step):
+    """Compute the reference, load, train, evaluate, save; the output is locked."""
+    from accelerate import PartialState
+    from datasets import Dataset
+    from transformers import PrinterCallback
+
+    from dpo_iteration import models, reference
+    from dpo_iteration.dpo import IterativeDPOTrainer, PlainLog
+    from dpo_iteration.rows import show_pair
 
     reference.compute_reference(args, extra, config, rows, sharing, tokenizer)
     computed = time.time()
@@ -328,7 +330,7 @@ def train(args, extra, selection, settings, inputs, started):
             "note: fewer pairs than an optimizer step takes, so a step is an epoch: lower --global_batch_size"
         )
 
-    saved = checkpoints(args.output_dir)
+    saved = output.checkpoints()
     if saved:
         say(f"continuing from {saved[-1]}")
     ready = time.time()
@@ -342,7 +344,7 @@ def train(args, extra, selection, settings, inputs, started):
         )
         raise UserError(f"{damage}; delete that folder to continue from the one before it") from error
     # The Trainer counts passes as if each had per_device_train_batch_size pairs.
-    before = int(saved[-1].name.split("-")[1]) / -(-len(rows["train"]) // per_step) if saved else 0.0
+    before = step_of(saved[-1]) / -(-len(rows["train"]) // per_step) if saved else 0.0
     metrics["train_samples_per_second"] = (
         (trainer.state.epoch - before) * len(rows["train"]) / metrics["train_runtime"]
     )
@@ -350,11 +352,8 @@ def train(args, extra, selection, settings, inputs, started):
     source.save(trainer, args)
     if is_main():
         check_saved(args.output_dir, args.trust_remote_code)
-        remove_checkpoints([] if args.keep_checkpoints else Path(args.output_dir).glob("checkpoint-*"))
         seconds = {"start": ready - started, "reference": computed - started, "all": time.time() - started}
-        finish(args, selection, metrics, seconds)
-        lock.close()
-        os.unlink(lock.name)
+        finish(output, args, selection, metrics, seconds)
         if config.push_to_hub:
             hub.push(trainer, args.output_dir)
     PartialState().destroy_process_group()
@@ -488,8 +487,10 @@ def main():
         return
     check_paths(args)
     check_processes()
-    settings, inputs = shaping(args, extra, launched())
-    if is_complete(args, settings, inputs):
+    settings, inputs = shaping(args, extra, world_size())
+    fixed = {"num_processes": world_size()}
+    output = Training(args.output_dir, "dpo_iteration/run_dpo.py", settings, inputs, args.overwrite, fixed)
+    if output.is_complete():
         say(f"{args.output_dir} is complete, nothing to do")
         return
     prepare_threads()
@@ -506,7 +507,7 @@ def main():
         pairs_per_prompt=args.pairs_per_prompt,
     )
     check_pairs(selection, args)
-    train(args, extra, selection, settings, inputs, started)
+    train(args, extra, selection, output, started)
 
 
 if __name__ == "__main__":

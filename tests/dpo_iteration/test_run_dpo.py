@@ -227,7 +227,7 @@ def test_zero3_on_two_processes_leaves_a_loadable_model(work):
     done = start(
         *argv(work, "zero3", *more),
         launcher=launch("zero3"),
-        script=ROOT / "tests" / "rlhflow" / "launched.py",
+        script=ROOT / "tests" / "launched.py",
     )
     assert done.returncode == 0, done.stdout + done.stderr
     size, kept = (
