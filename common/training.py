@@ -10,8 +10,10 @@ DPO and both PPOs use it. Under a launcher, rank 0 writes and the others read.
 
 import contextlib
 import json
+import logging
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -36,6 +38,21 @@ def say(text: str):
     """Print on rank 0."""
     if is_main():
         print(text, flush=True)
+
+
+def quiet_libraries():
+    """Keep off the terminal what libraries say that means nothing to a user.
+
+    Called before anything heavy is imported.
+    """
+    # Of a kernel for CPUs that bitsandbytes looks for wherever it is installed.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # of weights that are read and written
+    if sys.stderr.isatty():
+        enable_progress_bars()  # of downloads
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
@@ -171,7 +188,7 @@ class Training:
         write_json(self.manifest_path, manifest | (self.checkpoint_settings or {}) | more)
 
     def finish(self, keep_checkpoints: bool = False, **more):
-        """Complete the manifest of the model that is now in the folder, then remove the checkpoints. On rank 0.
+        """Complete the manifest of the model that is now in the folder, then remove checkpoints. On rank 0.
 
         In this order: were they removed first, a kill in between would cost the whole run.
 

@@ -16,6 +16,8 @@ from common.training import (  # noqa: F401 (for ppo/)
     world_size,
 )
 from dpo_iteration import adapters, card
+from dpo_iteration.arguments import Arguments
+from dpo_iteration.pairs import Selection
 
 
 def is_complete(args, settings, inputs):
@@ -26,16 +28,18 @@ def is_complete(args, settings, inputs):
 launched = world_size  # for ppo/
 
 
-def pairs_path(args):
+def pairs_path(args: Arguments) -> Path:
     return Path(args.pairs_path) if args.pairs_path else beside(args.output_dir, ".pairs.jsonl")
 
 
-def begin(output, args, selection):
+def begin(training: Training, args: Arguments, selection: Selection):
     """Rank 0: clear what `--overwrite` gives up, write an unfinished manifest and the pairs."""
     if args.overwrite:
-        shutil.rmtree(output.folder / adapters.FOLDER, ignore_errors=True)  # without LoRA nothing replaces it
-    beside(output.folder, ".trainer_state.json").unlink(missing_ok=True)  # of an earlier training
-    output.begin()
+        shutil.rmtree(
+            training.folder / adapters.FOLDER, ignore_errors=True
+        )  # without LoRA nothing replaces it
+    beside(training.folder, ".trainer_state.json").unlink(missing_ok=True)  # of an earlier training
+    training.begin()
     write_jsonl(pairs_path(args), selection.pairs)
     write_jsonl(beside(pairs_path(args), ".skipped.jsonl"), selection.skipped)
 
@@ -59,13 +63,13 @@ NOTES = {  # counts of rows.py and common/tokens.py, in words
 }
 
 
-def finish(output, args, selection, metrics, seconds):
+def finish(training: Training, args: Arguments, selection: Selection, metrics: dict, seconds: dict):
     """Write the model card, complete the manifest, and say what was done."""
     counts = selection.counts | {"pairs": len(selection.pairs), "skipped": dict(selection.skipped_by_reason)}
     metrics = {key: value for key, value in metrics.items() if records.finite(value)}
-    card.make_card(args, output.settings, counts, metrics, world_size()).save(output.folder / "README.md")
+    card.make_card(args, training.settings, counts, metrics, world_size()).save(training.folder / "README.md")
     seconds = {k: round(v, 1) for k, v in seconds.items()}
-    output.finish(args.keep_checkpoints, counts=counts, metrics=metrics, seconds=seconds)
+    training.finish(args.keep_checkpoints, counts=counts, metrics=metrics, seconds=seconds)
     reasons = ", ".join(f"{n} {reason}" for reason, n in counts["skipped"].items())
     skipped = f"{len(selection.skipped)}" + (f" ({reasons})" if reasons else "")
     print(

@@ -28,7 +28,7 @@ from common.chat import parse_date
 from common.cli import UserError, build, nearest, parse, read_yaml, run
 from common.devices import none_visible
 from common.manifest import difference, read_manifest, write_yaml
-from dpo_iteration import run_dpo
+from dpo_iteration import arguments as dpo
 from evaluation import divergence
 from generation import gen_hf, get_hf2
 from generation.sampling import check_sampling, context_length
@@ -385,8 +385,9 @@ class Run:
 
     def is_trained(self, i):
         """Whether iteration i's model is there."""
-        args, extra = run_dpo.arguments(self.training(i), self.settings.training)
-        return self.is_done(args.output_dir, *run_dpo.shaping(args, extra, processes(self.settings)))
+        args = dpo.arguments(self.training(i), self.settings.training)
+        wanted = dpo.training_of(args, processes(self.settings))
+        return self.is_done(args.output_dir, wanted.settings, wanted.inputs)
 
     def steps(self, i, stage, settings_dir=None):
         """What is left of a stage; writes the YAML of each step into `settings_dir`/iterI, by default the

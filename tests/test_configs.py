@@ -10,6 +10,7 @@ import yaml
 
 from annotate_data import get_rewards
 from common.cli import build, parse
+from dpo_iteration import arguments as dpo
 from dpo_iteration import run_dpo
 from evaluation import divergence, evaluate_benchmarks, export_answers, metrics
 from generation import gen_hf, get_hf2, merge_data
@@ -36,7 +37,7 @@ def test_a_loop_config_is_accepted_by_every_stage(path, monkeypatch):
         if run.settings.eval_reward_model:
             build(get_rewards.Arguments, run.judging(run.judged_files(i)))
         build(divergence.Arguments, run.divergence(i))
-        run_dpo.arguments(run.training(i))
+        dpo.arguments(run.training(i))
     assert (ROOT / run.settings.accelerate_config).is_file()
     assert f"configs/{path.name}" in path.read_text() or "bash run_loop.sh\n" in path.read_text()
 
@@ -67,7 +68,7 @@ def test_a_key_of_both_backends_takes_the_values_of_either(monkeypatch):
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("training*.yaml")), ids=lambda p: p.stem)
 def test_a_training_config_is_accepted_and_differs_from_the_recipe_where_it_says(path):
     recipe, values = (yaml.safe_load(p.read_text()) for p in (ROOT / "configs/training.yaml", path))
-    run_dpo.arguments(
+    dpo.arguments(
         {"model_name_or_path": "a/b", "train_dir": "r.jsonl", "output_dir": "out"} | values, path.name
     )
     if path.stem in ("training_lora", "training_qlora"):
