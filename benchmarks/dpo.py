@@ -225,11 +225,7 @@ def child(way, args, folder, at_once, row_tokens):
             None,
             folder / "cache",
             {"f": fingerprint(name)["size"]},
-            True,
-            row_tokens,
-            at_once,
-            3,
-            half,
+            reference.Passes(row_tokens, at_once, 3, half),
         )
         reference_seconds = time.monotonic() - started
         trainer = IterativeDPOTrainer(

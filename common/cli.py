@@ -122,9 +122,9 @@ def existing_file(path: str | Path, what: str = "file", besides: Iterable[str | 
     if path.parent.parent.is_dir():  # ./config/x.yaml for ./configs/x.yaml
         around += sorted(f for f in path.parent.parent.iterdir() if f.is_dir())
     own = {f.stem: f for f in files(path.parent) if f.suffix == path.suffix or not path.suffix}
-    near = [f for folder in around for f in files(folder) if f.name == path.name or f.stem == path.stem]
+    named = [f for folder in around for f in files(folder) if f.stem == path.stem]
     near = (
-        near[:1]
+        sorted(named, key=lambda f: f.name != path.name)[:1]
         or [own[stem] for stem in difflib.get_close_matches(path.stem, list(own), n=1, cutoff=0.6)]
         or list(own.values())[:5]
     )

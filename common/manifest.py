@@ -173,10 +173,20 @@ def write_json(path: str | Path, value: dict | list) -> None:
     _write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
+def write_jsonl(path, entries):
+    """Write records, one a line, under a temporary name and rename; without entries there is no file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if entries:
+        _write_text(path, "".join(records.dumps(entry) + "\n" for entry in entries))
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _write_text(path, text):
     temporary = Path(f"{path}.tmp")
     with writing(path):
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
     os.replace(temporary, path)
 
 

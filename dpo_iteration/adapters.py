@@ -17,10 +17,8 @@ SETTINGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "load
 FOLDER = "adapter"  # in the model's folder; at its top, loaders would take the adapter for the model
 
 
-def check(args, extra):
-    """Refuse what cannot work, and settings without effect, before torch is imported; `extra` goes on to
-    TRL.
-    """
+def check(args):
+    """Refuse what cannot work, and settings without effect, before torch is imported."""
     if not args.use_peft:
         for field in dataclasses.fields(args):
             default = field.default if field.default is not dataclasses.MISSING else field.default_factory
@@ -36,7 +34,7 @@ def check(args, extra):
             raise UserError(f"--{key} {getattr(args, key)} must be at least 1")
     if not 0 <= args.lora_dropout < 1:
         raise UserError(f"--lora_dropout {args.lora_dropout} must be from 0 to below 1")
-    if args.lora_dropout and extra.get("disable_dropout", True):
+    if args.lora_dropout and args.disable_dropout is not False:
         raise UserError(
             "--lora_dropout has no effect: TRL switches all dropout off; give --disable_dropout false too"
         )
@@ -56,7 +54,7 @@ def check(args, extra):
             )
 
 
-def check_targets(names):
+def check_targets(names: list[str]):
     """Refuse target modules that LoRA cannot train here. `names`: list of name endings, or `all-linear`."""
     if not names or ("all-linear" in names and len(names) > 1):
         raise UserError(
@@ -75,7 +73,7 @@ def check_targets(names):
             )
 
 
-def shards_weights():
+def shards_weights() -> str | None:
     """FSDP or ZeRO-3, where the launcher's environment says so, else None."""
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         return "FSDP"
@@ -107,7 +105,7 @@ def lora_config(args):
     )
 
 
-def loading(args):
+def loading(args) -> dict:
     """Arguments with which `from_pretrained` quantises the weights, for policy and reference alike; else
     none.
     """
@@ -170,7 +168,7 @@ def save(trainer, args):
     model.save_pretrained(folder)
 
 
-def merged(args, adapter):
+def merged(args, adapter: str | Path):
     """The policy's own weights with the adapter of the folder `adapter` added, summed in fp32 and rounded
     once.
     """

@@ -9,16 +9,18 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from common import records
 from common.cli import UserError
 from common.manifest import generation_manifest, read_manifest, versions
+from dpo_iteration.arguments import Arguments
 
 RESULTS = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
 
 
-def manifest_of(name):
+def manifest_of(name: str) -> dict:
     """The manifest beside a local output, or {}: a card is no reason to fail."""
     try:
         return read_manifest(name) or {}
@@ -26,7 +28,7 @@ def manifest_of(name):
         return {}
 
 
-def on_hub(name):
+def on_hub(name: str) -> bool:
     """Whether a name is one of the hub's rather than a path (pruned models leave their manifests)."""
     return (
         bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name))
@@ -35,7 +37,7 @@ def on_hub(name):
     )
 
 
-def ancestry(name):
+def ancestry(name: str) -> list[str]:
     """The policies from the first one to `name`, each trained from the one before, by the manifests beside
     them.
     """
@@ -48,14 +50,14 @@ def ancestry(name):
     return chain
 
 
-def scorers(files):
+def scorers(files: list[str]) -> list[str]:
     """Reward models and functions that the manifests of rewarded files name, each once."""
     inputs = [manifest_of(name).get("inputs", {}) for name in files]
     found = [mark["path"] for marks in inputs for key, mark in marks.items() if key.startswith("reward_")]
     return list(dict.fromkeys(found))
 
 
-def prompts(files):
+def prompts(files: list[str]) -> list[str]:
     """Prompt sets behind rewarded files: the input of the answers that each was made from, where manifests
     tell.
     """
@@ -69,7 +71,7 @@ def prompts(files):
     return list(dict.fromkeys(found))
 
 
-def generations(files):
+def generations(files: list[str]) -> Iterator[dict]:
     """The manifests of the generations behind rewarded files, where they are there and whole."""
     for name in files:
         with contextlib.suppress(UserError):
@@ -78,13 +80,13 @@ def generations(files):
                 yield made
 
 
-def system_prompts(files):
+def system_prompts(files: list[str]) -> list[str]:
     """System prompts that generation put before the prompts behind rewarded files, each once."""
     found = [made["settings"].get("system_prompt") for made in generations(files)]
     return list(dict.fromkeys(filter(None, found)))
 
 
-def sampling_stops(args):
+def sampling_stops(args: Arguments) -> list[int]:
     """Token ids that `--eos_ids` gave when this policy's responses were sampled, where manifests tell."""
     found = set()
     for made in generations(args.train_dir):
@@ -95,12 +97,12 @@ def sampling_stops(args):
     return sorted(found)
 
 
-def words_of(pid):
+def words_of(pid: int) -> list[str]:
     """The command line of a process."""
     return [os.fsdecode(word) for word in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]]
 
 
-def launcher(argv, pid=None):
+def launcher(argv: list[str], pid: int | None = None) -> list[str]:
     """What was typed in front of a script and its arguments `argv`: [`accelerate`, `launch`, …], [`python`],
     ….
 
@@ -136,7 +138,7 @@ def launcher(argv, pid=None):
     return [Path(more[0]).name, *more[1:]] if installed else [name, *more]
 
 
-def command(argv, before=()):
+def command(argv: list[str], before: list[str] = ()) -> str:
     """The command line that can be shown: what stood `before` the script, the script by its short name,
     without the token.
     """
@@ -149,7 +151,7 @@ def command(argv, before=()):
     )
 
 
-def table(head, rows):
+def table(head: list, rows: list) -> str:
     """A Markdown table; values are shown as they are, without breaking the table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(
@@ -158,7 +160,57 @@ def table(head, rows):
     )
 
 
-def make_card(args, settings, counts, metrics, processes):
+def held_out_results(metrics: dict) -> list:
+    """huggingface_hub's EvalResults of the held-out pairs."""
+    from huggingface_hub import EvalResult
+
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="preference-pairs",
+            dataset_name="held-out pairs",
+            dataset_split="eval",
+            metric_type=label,
+            metric_name=f"held-out {label}",
+            metric_value=round(metrics[f"eval_{key}"], 6),
+        )
+        for key, label in RESULTS.items()
+        if records.finite(metrics.get(f"eval_{key}"))
+    ]
+
+
+def lineage(args: Arguments, chain: list[str], asked: list[str]) -> list[tuple]:
+    """Rows of the card's table of origins; `chain`: see `ancestry`, `asked`: see `prompts`."""
+    own = f"{args.chat_template}, saved with the model" if args.chat_template else "the base model's"
+    return [
+        ("base model", chain[0]),
+        ("iteration", len(chain)),
+        ("previous iterates", ", ".join(chain[1:]) or "none"),
+        ("reference", args.ref_model_name_or_path or args.model_name_or_path),
+        ("rewards from", ", ".join(scorers(args.train_dir)) or "not known (no manifest)"),
+        ("prompts", ", ".join(asked) or "not known (no manifest)"),
+        ("chat template", own),
+        ("system prompt", "; ".join(system_prompts(args.train_dir)) or "none"),
+    ]
+
+
+def data_read(args: Arguments, counts: dict) -> list[tuple]:
+    """Rows of the card's table of data."""
+
+    def listed(by_reason):
+        return ", ".join(f"{n} {reason}" for reason, n in by_reason.items()) or "none"
+
+    return [
+        ("files", ", ".join(args.train_dir)),
+        ("records", counts["records"]),
+        ("pairs trained on", counts["train_pairs"]),
+        ("pairs held out", counts["eval_pairs"]),
+        ("prompts skipped", listed(counts["skipped"])),
+        ("responses left out", listed(counts["responses_left_out"])),
+    ]
+
+
+def make_card(args: Arguments, settings: dict, counts: dict, metrics: dict, processes: int):
     """huggingface_hub's ModelCard of a run.
 
     Args:
@@ -168,77 +220,41 @@ def make_card(args, settings, counts, metrics, processes):
         metrics: of the Trainer; those of the held-out pairs begin with `eval_`.
         processes: number of training processes.
     """
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+    from huggingface_hub import ModelCard, ModelCardData
 
-    chain, judges, asked = ancestry(args.model_name_or_path), scorers(args.train_dir), prompts(args.train_dir)
-    name, held_out = Path(args.output_dir).absolute().name, []
-    for key, label in RESULTS.items():
-        if records.finite(metrics.get(f"eval_{key}")):
-            held_out.append(
-                EvalResult(
-                    task_type="text-generation",
-                    dataset_type="preference-pairs",
-                    dataset_name="held-out pairs",
-                    dataset_split="eval",
-                    metric_type=label,
-                    metric_name=f"held-out {label}",
-                    metric_value=round(metrics[f"eval_{key}"], 6),
-                )
-            )
+    chain, asked = ancestry(args.model_name_or_path), prompts(args.train_dir)
+    name = Path(args.output_dir).absolute().name
     data = ModelCardData(
         model_name=name,
         library_name="transformers",
         pipeline_tag="text-generation",
-        eval_results=held_out or None,
+        eval_results=held_out_results(metrics) or None,
         base_model=chain[0] if on_hub(chain[0]) else None,
         base_model_relation="finetune" if on_hub(chain[0]) else None,
         datasets=[asked_of for asked_of in asked if on_hub(asked_of)] or None,
         tags=["dpo", "online-rlhf", "trl", *(["lora"] if args.use_peft else [])],
     )
-    reference = args.ref_model_name_or_path or args.model_name_or_path
-    lineage = [
-        ("base model", chain[0]),
-        ("iteration", len(chain)),
-        ("previous iterates", ", ".join(chain[1:]) or "none"),
-        ("reference", reference),
-        ("rewards from", ", ".join(judges) or "not known (no manifest)"),
-        ("prompts", ", ".join(asked) or "not known (no manifest)"),
-        (
-            "chat template",
-            f"{args.chat_template}, saved with the model" if args.chat_template else "the base model's",
-        ),
-        ("system prompt", "; ".join(system_prompts(args.train_dir)) or "none"),
-    ]
-    skipped = ", ".join(f"{n} {reason}" for reason, n in counts["skipped"].items()) or "none"
-    left_out = ", ".join(f"{n} {reason}" for reason, n in counts["responses_left_out"].items()) or "none"
-    read = [
-        ("files", ", ".join(args.train_dir)),
-        ("records", counts["records"]),
-        ("pairs trained on", counts["train_pairs"]),
-        ("pairs held out", counts["eval_pairs"]),
-        ("prompts skipped", skipped),
-        ("responses left out", left_out),
-    ]
     results = []
     for key, label in RESULTS.items():
         values = [metrics.get(f"{prefix}{key}") for prefix in ("", "eval_")]
         results.append([label, *(f"{value:.4f}" if records.finite(value) else "" for value in values)])
+    whose = f" up to step {metrics['step']}, whose weights these are" if "step" in metrics else ""
     body = f"""# {name}
 
-A policy trained by direct preference optimization on pairs chosen from its own rewarded answers, one iteration of online
-RLHF ([arXiv 2405.07863](https://arxiv.org/abs/2405.07863)).
+A policy trained by direct preference optimization on pairs chosen from its own rewarded answers, one
+iteration of online RLHF ([arXiv 2405.07863](https://arxiv.org/abs/2405.07863)).
 
 ## Lineage
 
-{table(["", ""], lineage)}
+{table(["", ""], lineage(args, chain, asked))}
 
 ## Data
 
-{table(["", ""], read)}
+{table(["", ""], data_read(args, counts))}
 
 ## Results
 
-Of the last log line while training{f" up to step {metrics['step']}, whose weights these are" if "step" in metrics else ""}, and of all held-out pairs.
+Of the last log line while training{whose}, and of all held-out pairs.
 
 {table(["", "training", "held out"], results)}
 

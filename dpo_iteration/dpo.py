@@ -1,25 +1,33 @@
 """The DPO trainer: TRL's, fed with packed rows that share their prompts, on the losses of losses.py.
 
-TRL 1.16 is pinned exactly because `_prepare_dataset`, `_precompute_ref_logps`, `_compute_loss`,
-`_total_train_tokens` and the name `hash_module` in its module are private. What losses.py does not have
-(losses that depend on which pairs share a pass, f-divergences, WPO, LD-DPO, the auxiliary loss of mixtures of
-experts) is TRL's own computation, padded.
+TRL 1.16 is pinned exactly because `_prepare_dataset`, `_precompute_ref_logps`, `_compute_loss` and
+`_total_train_tokens` are private, as are the two functions of `without_reference`. What losses.py does not
+have (losses that depend on which pairs share a pass, f-divergences, WPO, LD-DPO, the auxiliary loss of
+mixtures of experts) is TRL's own computation, padded.
 """
 
 import math
+import os
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
+from unittest.mock import patch
 
 import torch
+from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
-from trl import DPOTrainer
+from transformers import PrinterCallback, TrainerCallback
+from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
 
+from common import trackers
 from common.cli import UserError
 from common.progress import Progress, duration
 from common.shared_prompts import only_wanted, prepare
+from common.training import say, step_of
+from dpo_iteration import adapters, models, trl_arguments
+from dpo_iteration.arguments import OURS, Arguments
 from dpo_iteration.losses import Pairs, Settings, pair_losses
 from dpo_iteration.packing import NUMBERS, PaddedCollator, Rows, check_packing, collate_packed, score
 
@@ -35,6 +43,67 @@ OF_PAIRS = (
     "tokens/rejected",
 )
 OF_TOKENS = ("logits/chosen", "logits/rejected", "mean_token_accuracy", "entropy")
+
+
+def make_config(args: Arguments, accumulation: int, has_eval: bool) -> DPOConfig:
+    """TRL's DPOConfig: those of our own arguments that bear its names, what we decide, then what was given.
+
+    Raises:
+        UserError: TRL refuses the settings.
+    """
+    # A mixed precision of the launcher's configuration would win over bf16 of ours.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if args.bf16 else "no"
+    ours = {field.name for field in OURS} & DPOConfig.__dataclass_fields__.keys()
+    values = {name: getattr(args, name) for name in ours} | {
+        "gradient_accumulation_steps": accumulation,
+        "eval_strategy": "steps" if has_eval and args.eval_steps else "no",
+        "eval_steps": args.eval_steps or None,
+        "save_strategy": "steps" if args.save_steps else "no",
+        "save_steps": args.save_steps or 500,
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "disable_tqdm": True,
+        "logging_nan_inf_filter": False,
+        "precompute_ref_log_probs": True,
+        "report_to": trackers.chosen(args.report_to) or "none",
+        "project": trackers.name_project(args.report_to, args.project),
+    }
+    with trl_refuses():
+        return DPOConfig(**values | trl_arguments.given(args))
+
+
+@contextmanager
+def trl_refuses():
+    """What TRL says of settings that it does not take, in one line."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, NotImplementedError, ImportError) as error:
+        raise UserError(f"TRL refuses the settings: {' '.join(str(error).split())[:400]}") from None
+
+
+def build_trainer(args: Arguments, policy: torch.nn.Module, data) -> "IterativeDPOTrainer":
+    """The trainer of a loaded policy. `data`: run_dpo.Data, whose rows have the reference's values."""
+    datasets = {split: Dataset.from_list(ids) if ids else None for split, ids in data.rows.items()}
+    with trl_refuses():
+        trainer = IterativeDPOTrainer(
+            model=policy,
+            args=data.config,
+            processing_class=data.tokenizer,
+            train_dataset=datasets["train"],
+            eval_dataset=datasets["eval"],
+            peft_config=adapters.lora_config(args),
+            rows=data.rows,
+            steps=data.steps["train"],
+            eval_steps=data.steps["eval"],
+            sharing=data.sharing,
+            margin_scale=args.margin_scale,
+        )
+    trainer.plain_log = PlainLog(data.per_step)
+    trainer.add_callback(trainer.plain_log)
+    trainer.remove_callback(PrinterCallback)
+    adapters.keep_fp32(trainer)
+    models.check_master_weights(trainer)
+    return trainer
 
 
 class IterativeDPOTrainer(DPOTrainer):
@@ -53,11 +122,9 @@ class IterativeDPOTrainer(DPOTrainer):
 
     def __init__(self, *args, rows, steps, eval_steps, sharing, margin_scale=0.0, **kwargs):
         self.rows, self.batching, self.sharing = rows, {"train": steps, "eval": eval_steps}, sharing
-        self.checked, self.built = False, False
-        self.sums = {"train": None, "eval": None}
-        with without_hash():
+        self.checked, self.sums = False, {"train": None, "eval": None}
+        with without_reference():
             super().__init__(*args, **kwargs)
-        self.built = True
         self.settings = Settings(self.beta, self.label_smoothing, margin_scale, self.args.discopop_tau)
         if steps is None and "sigmoid" in self.loss_types and self.label_smoothing:
             # After TRL's own checks, which call a negative value a mistake; `self.args` keeps the user's
@@ -73,17 +140,6 @@ class IterativeDPOTrainer(DPOTrainer):
 
     # What TRL would do once more
 
-    @property
-    def is_fsdp_enabled(self):
-        """Not while TRL's constructor asks, behind the Trainer's: under FSDP it would load a reference model
-        all the same.
-        """
-        return self.fsdp and (self.built or not hasattr(self, "aux_loss_enabled"))
-
-    @is_fsdp_enabled.setter
-    def is_fsdp_enabled(self, value):
-        self.fsdp = value
-
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         """Rows as they are: TRL would tokenise again."""
         return dataset
@@ -96,24 +152,19 @@ class IterativeDPOTrainer(DPOTrainer):
         """None: ours is written at the end (card.py)."""
 
     def _save(self, output_dir=None, state_dict=None):
-        """As the Trainer does, tied weights once: DeepSpeed and FSDP hand over copies of them, which pass for
+        """As the Trainer, but tied weights once: DeepSpeed and FSDP hand over copies of them, which pass for
         weights of their own.
         """
-        for copied, source in getattr(
-            self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", {}
-        ).items():
-            if (
-                state_dict
-                and copied in state_dict
-                and source in state_dict
-                and state_dict[copied].equal(state_dict[source])
-            ):
-                state_dict[copied] = state_dict[source]  # transformers leaves out what is the same tensor
+        weights = state_dict or {}
+        tied = getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", {})
+        for copied, source in tied.items():
+            if {copied, source} <= weights.keys() and weights[copied].equal(weights[source]):
+                weights[copied] = weights[source]  # transformers leaves out what is the same tensor
         super()._save(output_dir, state_dict)
 
     # Batches
 
-    def loader(self, split):
+    def loader(self, split: str) -> DataLoader:
         collate = collate_packed if self.sharing else PaddedCollator(self.processing_class.pad_token_id)
         args, steps = self.args, self.batching[split]
         return DataLoader(
@@ -131,13 +182,14 @@ class IterativeDPOTrainer(DPOTrainer):
         return self.loader("eval") if ours else super().get_eval_dataloader(eval_dataset)
 
     def _prepare_inputs(self, inputs):
-        """On the device, and numbers as they are: under DeepSpeed with bf16 the Trainer rounds every float of
-        a batch to bf16,
-        which moves a log-probability of -300 by up to 1."""
+        """On the device, numbers as they are.
+
+        Under DeepSpeed with bf16 the Trainer rounds every float of a batch to bf16, which moves a
+        log-probability of -300 by up to 1.
+        """
         exact = {key: inputs[key].to(self.args.device) for key in NUMBERS if key in inputs}
-        exact |= {
-            key: inputs.pop(key) for key in ("pairs",) if key in inputs
-        }  # lists, which it would walk through
+        if "pairs" in inputs:  # lists, which the Trainer would walk through
+            exact["pairs"] = inputs.pop("pairs")
         return super()._prepare_inputs(inputs) | exact
 
     # The loss
@@ -162,7 +214,7 @@ class IterativeDPOTrainer(DPOTrainer):
         loss = (losses * inputs["scale"]).sum()
         return (loss, scored.outputs) if return_outputs else loss
 
-    def check_policy(self, model, inputs):
+    def check_policy(self, model: torch.nn.Module, inputs: dict):
         """Hold the first row against padded passes; dropout, which would differ from pass to pass, is off
         meanwhile.
         """
@@ -176,9 +228,7 @@ class IterativeDPOTrainer(DPOTrainer):
 
     @torch.no_grad()
     def count(self, scored, pairs, losses, inputs):
-        """Add up what TRL logs under the same names; means are taken over all pairs or tokens since the last
-        log.
-        """
+        """Add up what TRL logs under the same names, as means over the pairs or tokens since the last log."""
         mode, real = "train" if self.model.training else "eval", (inputs["scale"] > 0).float()
         chosen, rejected = (self.beta * ratio for ratio in pairs.ratios)
         of_pairs = (
@@ -199,8 +249,7 @@ class IterativeDPOTrainer(DPOTrainer):
             (outputs.is_top1 & mine).sum(),
             (outputs.entropy * mine).sum() + (outputs.entropy * theirs).sum(),
         )
-        # In a row without a pair nothing counts. No value is read here: that would wait for the GPU at every
-        # pass.
+        # A row without a pair counts nothing. No value is read here: that would wait for the GPU every time.
         values = (
             [(value * real).sum() for value in of_pairs]
             + [value * real.max() for value in (*of_tokens, inputs["tokens"])]
@@ -219,7 +268,7 @@ class IterativeDPOTrainer(DPOTrainer):
             )
         super().log(logs, start_time)
 
-    def means(self, total, tokens, pairs, mode):
+    def means(self, total: dict, tokens: int, pairs: float, mode: str) -> dict:
         """What is logged of sums over all processes."""
         chosen, rejected = total["tokens/chosen"], total["tokens/rejected"]
         over = dict(zip(OF_TOKENS, (chosen, rejected, chosen, chosen + rejected), strict=True))
@@ -230,20 +279,43 @@ class IterativeDPOTrainer(DPOTrainer):
         found["num_tokens"] = self._total_train_tokens
         return found if mode == "train" else {f"eval_{name}": value for name, value in found.items()}
 
+    def figures(self) -> dict:
+        """Figures of the weights that are there to be saved, evaluated if they were not.
 
-@contextmanager
-def without_hash():
-    """Spare TRL the hash of all weights that names its own cache of reference values, which is not used
-    here.
+        They are those of the last step, or of the best checkpoint, which `load_best_model_at_end` has loaded.
+        """
+        state, step = self.state, self.state.global_step
+        if self.args.load_best_model_at_end and state.best_model_checkpoint:
+            step = step_of(
+                Path(state.best_model_checkpoint)
+            )  # best_global_step may be one that was not saved
+            say(
+                f"the model is that of step {step} of {state.global_step}, the best by "
+                f"{self.args.metric_for_best_model} of those saved"
+            )
+        so_far = [entry for entry in state.log_history if entry["step"] <= step]
+        logged = [entry for entry in so_far if "rewards/margins" in entry and "loss" in entry]
+        keys = ("loss", "rewards/accuracies", "rewards/margins")
+        found = {"step": step} | {key: logged[-1][key] for key in keys if logged and key in logged[-1]}
+        if self.eval_dataset is None:
+            return found
+        done = [entry for entry in so_far if "eval_loss" in entry and entry["step"] == step]
+        if not done:
+            return found | self.evaluate()
+        return found | {key: value for key, value in done[-1].items() if key.startswith("eval_")}
+
+
+def without_reference():
+    """A context in which TRL's constructor makes nothing for a reference, whose values the rows have already.
+
+    Under FSDP it would load a reference model all the same, and everywhere it would hash all weights to
+    name a cache of its own. Both are functions of its module; `patch` raises if TRL has renamed them.
     """
-    before, dpo_trainer.hash_module = dpo_trainer.hash_module, lambda module: ""
-    try:
-        yield
-    finally:
-        dpo_trainer.hash_module = before
+    unused = {"create_model_from_path": lambda *args, **kwargs: None, "hash_module": lambda module: ""}
+    return patch.multiple(dpo_trainer, **unused)
 
 
-def robust_equivalent(label_smoothing):
+def robust_equivalent(label_smoothing: float) -> float:
     """ε′ with which TRL's robust loss is conservative DPO with ε = `label_smoothing`.
 
     [-(1 - ε′)·logσ(βΔ) + ε′·logσ(-βΔ)] / (1 - 2ε′) with ε′ = -ε / (1 - 2ε), ε < ½.

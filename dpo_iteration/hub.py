@@ -8,19 +8,17 @@ pushes of checkpoints on the way (`hub_strategy: every_save`) are left as they a
 import os
 
 from common.cli import UserError
+from dpo_iteration.arguments import Arguments
 
 # Top-level files of pushes on the way that would be taken for the model, or that hold settings of this
 # machine.
 STALE = ["adapter_config.json", "adapter_model.*", "model*.safetensors*", "training_args.bin"]
 
 
-def take_token(extra):
-    """Move `hub_token` into the environment, where the hub's client looks: it is to stand in no file that we
-    write.
-    """
-    token = extra.pop("hub_token", None)
-    if token:
-        os.environ["HF_TOKEN"] = token
+def take_token(args: Arguments):
+    """Move `hub_token` into the environment, where the hub's client looks; no file is to hold it."""
+    if args.hub_token:
+        os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
 
 
 def _one_line(error):
@@ -46,7 +44,7 @@ def reach(config):
         ) from None
 
 
-def push(trainer, folder):
+def push(trainer, folder: str):
     """Upload the folder in place of what pushes on the way have left. On rank 0, with the model complete on
     disk.
 

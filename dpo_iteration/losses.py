@@ -1,26 +1,35 @@
-"""What DPO optimises: a loss for each pair from the log-probabilities of its responses. Tensors in, tensors
-out.
+"""What DPO optimises: a loss for each pair, from the log-probabilities of its responses.
 
     losses = pair_losses(pairs, ["sigmoid"], [1.0], Settings(beta=0.1, label_smoothing=0.1))
 
 Δ is the difference of the log-ratios, (log π(chosen) - log π_ref(chosen)) - (log π(rejected) - log
-π_ref(rejected)), with log-probabilities summed over a response's tokens. The names and constants are those of
+π_ref(rejected)), with log-probabilities summed over a response's tokens. Names and constants are those of
 TRL's `loss_type`, whose trainer is the oracle in the tests; beyond it there are label smoothing for `sigmoid`
-and an offset by the pair's margin. settings.py says which losses there are without torch.
+and an offset by the pair's margin.
+
+A new loss is a function here with `@loss()` above it. Torch is imported where it is needed, so that
+arguments can be checked without it.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-import torch
-from torch.nn.functional import logsigmoid, relu
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass
 class Settings:
-    """beta: strength of the tie to the reference; label_smoothing: share of preferences taken as wrong;
-    margin_scale: how much
-    of a pair's margin, in units of reward, Δ has to exceed; discopop_tau: temperature of the mixture in
-    DiscoPOP."""
+    """Numbers that the losses share.
+
+    beta: strength of the tie to the reference.
+    label_smoothing: share of preferences taken as wrong.
+    margin_scale: share of a pair's margin (in units of reward) that β·Δ has to exceed.
+    discopop_tau: temperature of the mixture in DiscoPOP.
+    """
 
     beta: float
     label_smoothing: float = 0.0
@@ -47,61 +56,106 @@ class Pairs:
     margin: torch.Tensor
 
     @property
-    def ratios(self):
+    def ratios(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(log π/π_ref of chosen, of rejected)."""
         return self.chosen - self.ref_chosen, self.rejected - self.ref_rejected
 
 
-def pair_losses(pairs, loss_types, weights, settings):
-    """Sum of the losses of each pair, [pairs]; `weights` has one number for each of `loss_types`."""
+@dataclass(frozen=True)
+class Loss:
+    """A value of `loss_type`.
+
+    compute: gives the loss of each pair, [pairs], from Pairs and Settings; None for TRL's own computation.
+    smoothed: `label_smoothing` has an effect.
+    offset: `margin_scale` has an effect: the loss is a function of `scaled_difference` alone.
+    """
+
+    compute: Callable[[Pairs, Settings], torch.Tensor] | None = None
+    smoothed: bool = False
+    offset: bool = False
+
+
+# The losses by name. Of these three a pair's loss depends on the other pairs of its pass, or on tokens alone:
+# TRL computes them, on padded batches.
+LOSSES = {"aot": Loss(smoothed=True), "aot_unpaired": Loss(smoothed=True), "sft": Loss()}
+
+
+def loss(smoothed: bool = False, offset: bool = False):
+    """Make a function a loss under its own name; see Loss."""
+
+    def register(function):
+        LOSSES[function.__name__] = Loss(function, smoothed, offset)
+        return function
+
+    return register
+
+
+def pair_losses(
+    pairs: Pairs, loss_types: list[str], weights: list[float], settings: Settings
+) -> torch.Tensor:
+    """Weighted sum of the losses of each pair, [pairs]; `weights` has one number for each of `loss_types`."""
     return sum(
-        weight * LOSSES[name](pairs, settings) for name, weight in zip(loss_types, weights, strict=True)
+        weight * LOSSES[name].compute(pairs, settings)
+        for name, weight in zip(loss_types, weights, strict=True)
     )
 
 
-def scaled_difference(pairs, settings):
-    """β·Δ less the offset (Amini et al.
+def scaled_difference(pairs: Pairs, settings: Settings) -> torch.Tensor:
+    """β·Δ less the offset, [pairs].
 
-    2024, "Direct Preference Optimization with an Offset", arXiv 2402.10571).
+    Amini et al. 2024, "Direct Preference Optimization with an Offset", arXiv 2402.10571.
     """
     chosen, rejected = pairs.ratios
     return settings.beta * (chosen - rejected) - settings.margin_scale * pairs.margin
 
 
-def sigmoid(pairs, settings):
-    """DPO (arXiv 2305.18290); with label smoothing ε conservative DPO (Mitchell 2023, "A note on DPO with
-    noisy preferences and
-    relationship to IPO"): -(1 - ε)·logσ(βΔ) - ε·logσ(-βΔ)."""
+def logsigmoid(values: torch.Tensor) -> torch.Tensor:
+    from torch.nn.functional import logsigmoid
+
+    return logsigmoid(values)
+
+
+@loss(smoothed=True, offset=True)
+def sigmoid(pairs: Pairs, settings: Settings) -> torch.Tensor:
+    """DPO (arXiv 2305.18290): -(1 - ε)·logσ(βΔ) - ε·logσ(-βΔ).
+
+    With label smoothing ε it is conservative DPO (Mitchell 2023, "A note on DPO with noisy preferences and
+    relationship to IPO").
+    """
     difference, epsilon = scaled_difference(pairs, settings), settings.label_smoothing
     return -(1 - epsilon) * logsigmoid(difference) - epsilon * logsigmoid(-difference)
 
 
-def robust(pairs, settings):
+@loss(smoothed=True, offset=True)
+def robust(pairs: Pairs, settings: Settings) -> torch.Tensor:
     """Unbiased under flipped labels (arXiv 2403.00409): [-(1 - ε)·logσ(βΔ) + ε·logσ(-βΔ)] / (1 - 2ε)."""
     difference, epsilon = scaled_difference(pairs, settings), settings.label_smoothing
     return (-(1 - epsilon) * logsigmoid(difference) + epsilon * logsigmoid(-difference)) / (1 - 2 * epsilon)
 
 
-def hinge(pairs, settings):
+@loss(offset=True)
+def hinge(pairs: Pairs, settings: Settings) -> torch.Tensor:
     """SLiC (arXiv 2305.10425) as in RSO (arXiv 2309.06657): max(0, 1 - βΔ)."""
-    return relu(1 - scaled_difference(pairs, settings))
+    return (1 - scaled_difference(pairs, settings)).relu()
 
 
-def exo_pair(pairs, settings):
+@loss(smoothed=True, offset=True)
+def exo_pair(pairs: Pairs, settings: Settings) -> torch.Tensor:
     """EXO (arXiv 2402.00856, equation 16): KL from (σ(βΔ), σ(-βΔ)) to (1 - ε, ε)."""
-    difference, epsilon = (
-        scaled_difference(pairs, settings),
-        torch.tensor(settings.label_smoothing, device=pairs.chosen.device),
-    )
+    import torch
+
+    difference = scaled_difference(pairs, settings)
+    epsilon = torch.tensor(settings.label_smoothing, device=difference.device)
     won = torch.sigmoid(difference) * (logsigmoid(difference) - torch.log1p(-epsilon))
     return won + torch.sigmoid(-difference) * (logsigmoid(-difference) - torch.log(epsilon))
 
 
-def discopop(pairs, settings):
+@loss(offset=True)
+def discopop(pairs: Pairs, settings: Settings) -> torch.Tensor:
     """DiscoPOP (arXiv 2406.08414, equation 5): logistic and exponential loss mixed by σ(βΔ / τ)."""
     difference = scaled_difference(pairs, settings)
-    mix = torch.sigmoid(difference / settings.discopop_tau)
-    return -logsigmoid(difference) * (1 - mix) + torch.exp(-difference) * mix
+    mix = (difference / settings.discopop_tau).sigmoid()
+    return -logsigmoid(difference) * (1 - mix) + (-difference).exp() * mix
 
 
 def _per_token(pairs):
@@ -109,60 +163,48 @@ def _per_token(pairs):
     return chosen / pairs.chosen_tokens.clamp(min=1) - rejected / pairs.rejected_tokens.clamp(min=1)
 
 
-def ipo(pairs, settings):
+@loss()
+def ipo(pairs: Pairs, settings: Settings) -> torch.Tensor:
     """IPO (arXiv 2310.12036, equation 17) on log-ratios a token, as its authors meant it according to TRL."""
     return (_per_token(pairs) - 1 / (2 * settings.beta)) ** 2
 
 
-def sigmoid_norm(pairs, settings):
+@loss()
+def sigmoid_norm(pairs: Pairs, settings: Settings) -> torch.Tensor:
     """DPO on log-ratios a token (as Tulu 3, arXiv 2411.15124)."""
     return -logsigmoid(settings.beta * _per_token(pairs))
 
 
-def nca_pair(pairs, settings):
+@loss()
+def nca_pair(pairs: Pairs, settings: Settings) -> torch.Tensor:
     """NCA for pairs (arXiv 2402.05369)."""
     chosen, rejected = (settings.beta * ratio for ratio in pairs.ratios)
     return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
 
 
-def bco_pair(pairs, settings):
+@loss()
+def bco_pair(pairs: Pairs, settings: Settings) -> torch.Tensor:
     """BCO without its moving reference point (arXiv 2404.04656)."""
     chosen, rejected = (settings.beta * ratio for ratio in pairs.ratios)
     return -logsigmoid(chosen) - logsigmoid(-rejected)
 
 
-def sppo_hard(pairs, settings):
+@loss()
+def sppo_hard(pairs: Pairs, settings: Settings) -> torch.Tensor:
     """SPPO with win probabilities 1 and 0 (arXiv 2405.00675, equation 4.7)."""
     chosen, rejected = pairs.ratios
     return (chosen - 0.5 / settings.beta) ** 2 + (rejected + 0.5 / settings.beta) ** 2
 
 
-def apo_zero(pairs, settings):
+@loss()
+def apo_zero(pairs: Pairs, settings: Settings) -> torch.Tensor:
     """APO-zero (arXiv 2408.06266, equation 7): chosen up, rejected down."""
     chosen, rejected = (settings.beta * ratio for ratio in pairs.ratios)
-    return 1 - torch.sigmoid(chosen) + torch.sigmoid(rejected)
+    return 1 - chosen.sigmoid() + rejected.sigmoid()
 
 
-def apo_down(pairs, settings):
+@loss()
+def apo_down(pairs: Pairs, settings: Settings) -> torch.Tensor:
     """APO-down (arXiv 2408.06266, equation 8): both down, rejected further."""
     chosen, rejected = (settings.beta * ratio for ratio in pairs.ratios)
-    return torch.sigmoid(chosen) + 1 - torch.sigmoid(chosen - rejected)
-
-
-LOSSES = {
-    function.__name__: function
-    for function in (
-        sigmoid,
-        robust,
-        hinge,
-        exo_pair,
-        discopop,
-        ipo,
-        sigmoid_norm,
-        nca_pair,
-        bco_pair,
-        sppo_hard,
-        apo_zero,
-        apo_down,
-    )
-}
+    return chosen.sigmoid() + 1 - (chosen - rejected).sigmoid()

@@ -54,14 +54,14 @@ class Shape:
     def head(self):
         return self.vocabulary * self.hidden
 
-    def lora(self, rank):
+    def lora(self, rank: int) -> int:
         """Trainable parameters of LoRA on every linear layer but the LM head: r·(inputs + outputs) each
         (arXiv 2106.09685, §4.1).
         """
         return rank * self.linear
 
 
-def shape_of(name, revision=None, trust_remote_code=False):
+def shape_of(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Shape:
     """Shape of a model, its parameters counted on the meta device: no weights are read or allocated.
 
     Raises:
@@ -96,7 +96,7 @@ def shape_of(name, revision=None, trust_remote_code=False):
     )
 
 
-def shape_like(billions):
+def shape_like(billions: float) -> Shape:
     """Shape of a model of that many billion parameters, if it were Llama-3-8B grown or shrunk in depth and
     width alike.
     """
@@ -115,7 +115,7 @@ def shape_like(billions):
     )
 
 
-def method_of(path):
+def method_of(path: str) -> str:
     """The method of an accelerate YAML: a key of SHARES.
 
     Raises:
@@ -142,7 +142,7 @@ def _kept_weight(method, bf16):
     return 2 if bf16 and method.startswith("zero") else 4
 
 
-def checkpoint_bytes(args, trained):
+def checkpoint_bytes(args, trained: int) -> int:
     """Bytes of the checkpoints that are on the disk at once: those that are kept, and the next, written
     before the oldest goes.
 
@@ -208,7 +208,7 @@ def buffers(method, shape, processes, trainable=None, bf16=True):
     return 2 * trainable / processes + gathered + bucket, 0
 
 
-def layer_activations(shape, method="zero2", bf16=True):
+def layer_activations(shape: Shape, method: str = "zero2", bf16: bool = True) -> int:
     """Bytes a token that one layer keeps for the backward pass.
 
     Korthikanti et al., arXiv 2205.05198, §4.1 (34·h bytes and 5·a·s a token), for today's layers: flash
@@ -251,9 +251,9 @@ def activations(shape, pairs, max_length, method="zero2", checkpointing=True, tr
 
 
 def reference_pass(method, shape, processes, bf16=True, frozen=None):
-    """Bytes a GPU of the one model whose log-probabilities are cached before training: the weights as
-    training will hold them,
-    `frozen` bytes each with adapters, and where they are shared out the largest unit gathered."""
+    """Bytes a GPU of the model whose log-probabilities are cached before training: its weights as training
+    will hold them, `frozen` bytes each with adapters, and the largest unit gathered where they are sharded.
+    """
     if SHARES[method][0]:
         gathered = (2 if bf16 else 4) * max(
             2 * shape.layer + shape.head, min(shape.parameters, LIVE) if method != "fsdp2" else 0
@@ -265,8 +265,8 @@ def reference_pass(method, shape, processes, bf16=True, frozen=None):
 @dataclass(frozen=True)
 class Need:
     """Bytes a GPU of one method: `states`, `buffers`, `activations` of training, `reference` of the pass
-    before it; `cpu`:
-    bytes of the machines' own memory."""
+    before it; `cpu`: bytes of the machines' own memory.
+    """
 
     method: str
     states: float
@@ -298,7 +298,9 @@ def need(
     )
 
 
-def recommend(shape, processes, memory, global_batch_size, max_length, **how):
+def recommend(
+    shape: Shape, processes: int, memory: float, global_batch_size: int, max_length: int, **how
+) -> tuple[str, int] | None:
     """(method, pairs per GPU) of the first of METHODS that fits into `memory` bytes, with as many pairs as
     fit; else None.
 
@@ -313,12 +315,12 @@ def recommend(shape, processes, memory, global_batch_size, max_length, **how):
     return None
 
 
-def usable(gib):
+def usable(gib: float) -> float:
     """Bytes that a plan may fill of a GPU of `gib` GiB, as sold or as reported."""
     return USABLE * REPORTED.get(gib, gib) * GIB
 
 
-def remedy(args, shape, processes, memory, **how):
+def remedy(args, shape: Shape, processes: int, memory: float, **how) -> str:
     """What would make training fit into `memory` bytes a GPU, none of it in use already; `args` as
     run_dpo.py's, `how` as `need`'s.
     """
@@ -342,7 +344,7 @@ def remedy(args, shape, processes, memory, **how):
     return f"no configuration fits: take {', '.join(others[:-1])} or {others[-1]}"
 
 
-def report(args, gpus, memory_gib):
+def report(args, gpus: int, memory_gib: float | None) -> list[str]:
     """The lines that `--check true` prints: what each method needs on `gpus` GPUs of `memory_gib` GiB, and
     which to take.
 

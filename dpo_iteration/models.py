@@ -17,6 +17,7 @@ from common import models, shared_prompts
 from common.cli import UserError
 from common.manifest import beside, write_json
 from dpo_iteration import adapters, card, saved
+from dpo_iteration.arguments import Arguments
 
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -25,14 +26,14 @@ def _one_line(error):
     return " ".join(str(error).split())[:400]
 
 
-def load_tokenizer(args):
+def load_tokenizer(args: Arguments):
     """The policy's tokenizer, with the chat template that `args` asks for."""
     return models.load_tokenizer(
         args.model_name_or_path, args.revision, args.trust_remote_code, args.chat_template
     )
 
 
-def prepare_cpu(threads=None):
+def prepare_cpu(threads: int | None = None):
     """Without a GPU: `threads` a process, or all cores shared out; and no kernel compiled at the first
     start.
     """
@@ -49,7 +50,7 @@ def prepare_cpu(threads=None):
         ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def attention(name, args, revision=None):
+def attention(name: str, args: Arguments, revision: str | None = None) -> str:
     """The attention of the padded computation.
 
     Sdpa would leave a soft-cap of the scores (Gemma 2) out in silence.
@@ -65,12 +66,14 @@ def attention(name, args, revision=None):
 
 
 def prepare_sharding(config):
-    """FSDP's dtypes; and without a GPU what lets FSDP and offloading run there. `config`: the DPOConfig,
-    before the trainer.
+    """FSDP's dtypes; and without a GPU what lets FSDP and offloading run there.
 
-    accelerate 1.15 would have FSDP round all that the model returns to bf16, so that log-probabilities that differ by less
-    than 1% look equal, and add up gradients in bf16. Weights are fp32 and computed with in bf16 here; the
-    rest stays.
+    accelerate 1.15 would have FSDP round all that the model returns to bf16, so that log-probabilities that
+    differ by less than 1% look equal, and add up gradients in bf16. Here weights are fp32 and computed with
+    in bf16; the rest stays.
+
+    Args:
+        config: TRL's DPOConfig, before the trainer is made.
     """
     state, on_cpu = config.distributed_state, not torch.cuda.is_available()
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
@@ -86,10 +89,10 @@ def prepare_sharding(config):
         config.deepspeed_plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
 
 
-def weights_dtype(args, config):
-    """fp32; with bf16 bf16 where nothing is lost: under DeepSpeed, which keeps fp32 master weights, and with
-    LoRA, which
-    freezes these."""
+def weights_dtype(args: Arguments, config) -> torch.dtype:
+    """fp32; with `bf16` bf16 where nothing is lost by it: under DeepSpeed, which keeps fp32 master weights,
+    and with LoRA, which freezes these.
+    """
     return (
         torch.bfloat16
         if args.bf16 and (config.deepspeed_plugin is not None or args.use_peft)
@@ -97,7 +100,7 @@ def weights_dtype(args, config):
     )
 
 
-def load_model(name, args, config, revision=None):
+def load_model(name: str, args: Arguments, config, revision: str | None = None) -> torch.nn.Module:
     """A causal language model in `weights_dtype`, or in 4 bits.
 
     Raises:
@@ -129,7 +132,7 @@ def load_model(name, args, config, revision=None):
     return model
 
 
-def load_config(name, args, revision=None):
+def load_config(name: str, args: Arguments, revision: str | None = None):
     """The configuration of a model, without its weights, with what `model_init_kwargs` changes in it."""
     try:
         return AutoConfig.from_pretrained(
@@ -142,7 +145,7 @@ def load_config(name, args, revision=None):
         raise UserError(f"cannot load {name}: {_one_line(error)}") from None
 
 
-def reason_against_sharing(args):
+def reason_against_sharing(args: Arguments) -> str:
     """Why the policy's architecture cannot compute a shared prompt once, as a phrase; empty where it can."""
     config = load_config(args.model_name_or_path, args, args.revision)
     try:
@@ -167,7 +170,7 @@ def reason_against_sharing(args):
     return ""  # what else goes wrong goes wrong for want of weights
 
 
-def without_dropout(model, args):
+def without_dropout(model: torch.nn.Module, args: Arguments):
     """Switch dropout off that is a number of its module; TRL, which does so by default, knows modules of
     dropout only.
     """
@@ -179,25 +182,24 @@ def without_dropout(model, args):
                 setattr(module, name, 0.0)
 
 
-def has_auxiliary_loss(args):
+def has_auxiliary_loss(args: Arguments) -> bool:
     """Whether TRL adds a mixture of experts' load-balancing loss, which depends on all tokens of a pass."""
     shape = load_config(args.model_name_or_path, args, args.revision).get_text_config()
     return hasattr(shape, "output_router_logits") and getattr(shape, "router_aux_loss_coef", 0.0) != 0
 
 
-def reference_name(args):
+def reference_name(args: Arguments) -> tuple[str, str | None]:
     """(hub name or folder of the reference, its revision)."""
     other = args.ref_model_name_or_path not in (None, args.model_name_or_path)
     return (args.ref_model_name_or_path, None) if other else (args.model_name_or_path, args.revision)
 
 
-def check_models(args, tokenizer, rows):
+def check_models(args: Arguments, tokenizer, rows: dict):
     """Look at policy and reference before the weights of either are loaded.
 
     Raises:
         UserError: token ids without an embedding, rows longer than the model's positions, or a reference that
-            spells
-            text in other tokens than the policy.
+            has other tokens than the policy.
     """
     name, (reference, commit) = args.model_name_or_path, reference_name(args)
     every = [row for split in rows.values() for row in split]
@@ -250,7 +252,7 @@ class Source:
     generation_config: dict
 
     @classmethod
-    def of(cls, policy, tokenizer, args):
+    def of(cls, policy: torch.nn.Module, tokenizer, args: Arguments) -> "Source":
         """Remember the three; set the policy's special tokens, which the Trainer else does with a warning."""
         generation_config = saved.generation_config(
             args.model_name_or_path, tokenizer, args.revision, card.sampling_stops(args)
@@ -261,7 +263,7 @@ class Source:
             setattr(policy.config, key, getattr(tokenizer, key))
         return source
 
-    def save(self, trainer, args):
+    def save(self, trainer, args: Arguments):
         """Write model (in the training's dtype), tokenizer, chat template, generation config; on all
         ranks.
         """

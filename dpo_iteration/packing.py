@@ -3,8 +3,8 @@
 An optimizer step has `pairs_per_step` pairs: those that the unpacked computation would have, in the shuffled
 order that TRL's trainer has for the same seed. Packed, they are laid longest first into the least filled of
 processes × accumulation rows, so that every process has as many rows and about as many tokens. In a row
-(common/shared_prompts.py) chosen and rejected share their prompt and nothing is padded. Padded, the
-computation that every model and attention can do, pairs stay in order.
+(common/shared_prompts.py) chosen and rejected share their prompt and nothing is padded. Padded, which every
+model and attention can do, pairs stay in order.
 
 The loss of a step is the mean over its pairs, wherever they lie: each pair's loss is multiplied by its
 `scale`, and rows are added up. A row without a pair holds the shortest one with scale 0, so that all
@@ -13,6 +13,7 @@ processes have the same number of passes.
 
 import heapq
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -22,9 +23,9 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from common.cli import UserError
 from common.shared_prompts import Unsupported, is_rotary, own_attention, pack, packed_tokens, shared
+from common.training import say, world_size
 from dpo_iteration import models
-from dpo_iteration.output import launched, say
-from dpo_iteration.settings import reason_for_trl
+from dpo_iteration.arguments import Arguments, reason_for_trl
 
 IGNORED = -100
 NUMBERS = ("scale", "margin", "ref_chosen_logps", "ref_rejected_logps")  # of a pair, beside its tokens
@@ -37,17 +38,17 @@ ROUNDING = {
 }  # at least so much (a few tokens may round less by luck), in bf16 or fp16, and in fp32
 
 
-def both(row):
+def both(row: dict) -> list[list[int]]:
     """The two sequences of a pair as token ids."""
     return [row["prompt_ids"] + row["chosen_ids"], row["prompt_ids"] + row["rejected_ids"]]
 
 
-def columns_of(row):
+def columns_of(row: dict) -> int:
     """Columns that a pair takes in a packed row."""
     return packed_tokens(both(row), labelled=True)
 
 
-def fill(indices, costs, bins):
+def fill(indices: list[int], costs: list[int], bins: int) -> list[list[int]]:
     """Lay `indices` into `bins` lists, the largest first and always into the least filled, and order these by
     what they hold.
 
@@ -97,10 +98,10 @@ class Steps:
         """Where the Trainer looks for `set_epoch`."""
         return self
 
-    def set_epoch(self, epoch):
+    def set_epoch(self, epoch: int):
         self.epoch = epoch
 
-    def steps(self, epoch):
+    def steps(self, epoch: int) -> Iterator[list[int]]:
         """Yield the pairs of each optimizer step, as lists of indices."""
         order = range(len(self.costs))
         if self.seed is not None:  # the order in which accelerate hands data to TRL's trainer
@@ -142,14 +143,12 @@ class Steps:
                 yield [(i, scale * (self.weights[i] if self.weights else 1.0)) for i in row] or [(least, 0.0)]
 
 
-def batches(args, extra, rows, per_step):
+def batches(args: Arguments, rows: dict, per_step: int) -> tuple[bool, dict]:
     """(whether prompts are shared, {split: Steps, or None where TRL makes the batches}); says which
     computation it is.
     """
-    experts = extra.get("router_aux_loss_coef") != 0 and models.has_auxiliary_loss(args)
-    padded = reason_for_trl(args, extra) or (
-        "its mixture of experts has an auxiliary loss" if experts else ""
-    )
+    experts = args.router_aux_loss_coef != 0 and models.has_auxiliary_loss(args)
+    padded = reason_for_trl(args) or ("its mixture of experts has an auxiliary loss" if experts else "")
     if padded:
         if args.share_prompts or args.margin_scale or args.margin_weight:
             raise UserError(f"--share_prompts, --margin_scale and --margin_weight cannot be used: {padded}")
@@ -165,7 +164,7 @@ def batches(args, extra, rows, per_step):
     steps, costs = {"train": None, "eval": None}, {}
     for split in [split for split in rows if rows[split]]:
         costs[split] = [columns_of(row) if sharing else 0 for row in rows[split]]
-    place = {"processes": launched(), "process": int(os.environ.get("RANK", "0"))}
+    place = {"processes": world_size(), "process": int(os.environ.get("RANK", "0"))}
     epochs = (
         -(-args.max_steps * per_step // len(rows["train"]))
         if args.max_steps > 0
@@ -177,7 +176,7 @@ def batches(args, extra, rows, per_step):
         budget,
         args.per_device_train_batch_size,
         weights=weights(rows["train"], args.margin_weight),
-        seed=extra.get("data_seed", args.seed),
+        seed=args.seed if args.data_seed is None else args.data_seed,
         epochs=epochs,
         **place,
     )
@@ -186,20 +185,20 @@ def batches(args, extra, rows, per_step):
             costs["eval"], len(rows["eval"]), budget, args.per_device_eval_batch_size, **place
         )
     if sharing:
-        alone, longest = sum(len(ids) for row in rows["train"] for ids in both(row)), max(costs["train"])
+        alone, packed = sum(len(ids) for row in rows["train"] for ids in both(row)), sum(costs["train"])
+        longest, passes = max(budget, *costs["train"]), steps["train"].accumulation
         say(
-            f"rows of up to {max(budget, longest)} tokens, {steps['train'].accumulation} a process and step; "
-            "shared prompts and no padding: "
-            f"{sum(costs['train'])} tokens an epoch instead of {alone} and padding"
+            f"packed {alone:,} tokens an epoch into {packed:,} (shared prompts, no padding); rows of up to "
+            f"{longest:,} tokens, {passes} per process and step"
         )
     return sharing, steps
 
 
-def row_tokens(args):
+def row_tokens(args: Arguments) -> int:
     return args.max_row_tokens or 2 * args.per_device_train_batch_size * args.max_length
 
 
-def weights(rows, power):
+def weights(rows: list[dict], power: float) -> list[float] | None:
     """margin ** power of each pair, in the mean 1; None for power 0."""
     if not power:
         return None
@@ -221,7 +220,7 @@ class Rows(torch.utils.data.Dataset):
         return self.rows[index] | {"scale": scale}
 
 
-def numbers(rows):
+def numbers(rows: list[dict]) -> dict[str, torch.Tensor]:
     """{name: float32 tensor [pairs]} of the `NUMBERS` that the rows have."""
     return {
         name: torch.tensor([row[name] for row in rows], dtype=torch.float32)
@@ -230,7 +229,7 @@ def numbers(rows):
     }
 
 
-def collate_packed(rows):
+def collate_packed(rows: list[dict]) -> dict:
     """One packed row of pairs.
 
     Returns:
@@ -299,7 +298,7 @@ class Scored:
     of_rejected: torch.Tensor
 
 
-def score(model, batch, ld_alpha=None):
+def score(model: torch.nn.Module, batch: dict, ld_alpha: float | None = None) -> Scored:
     """Log-probabilities of a batch of `collate_packed` or `PaddedCollator`, under a model with TRL's fused
     head.
 
@@ -355,13 +354,15 @@ def _score_padded(model, batch, ld_alpha):
 
 
 @torch.no_grad()
-def check_packing(model, base, batch, pad_token_id, half, name):
-    """Compute a packed row's pairs padded too, one by one, and stop where a response differs by more than
+def check_packing(
+    model: torch.nn.Module, base: torch.nn.Module, batch: dict, pad_token_id: int, half: bool, name: str
+):
+    """Compute the pairs of a packed row again, padded and one by one; stop if a response differs by more than
     rounding.
 
     What rounding does to this model is measured on the same tokens: the padded pass is made once more with
-    all positions moved on by one, which rotary encodings do not see but for rounding. On all ranks, with
-    `batch` of their own.
+    all positions moved on by one, which rotary encodings see by rounding alone. All ranks call it, each with
+    its own `batch`.
 
     Args:
         model: as it is called, in evaluation; `base`: the prepared model in it.
@@ -389,17 +390,31 @@ def check_packing(model, base, batch, pad_token_id, half, name):
             theirs = of_responses(padded, score(model, padded))
             for ours, other in zip(packed[2 * p : 2 * p + 2], theirs, strict=True):
                 difference = ours - other if len(ours) == len(other) else torch.full_like(other, torch.inf)
-                apart.append(
-                    difference.where(other.isfinite(), 0.0)
-                )  # what is no number anyway is told where it is used
+                # What is no number in the padded pass is told where it is used.
+                apart.append(difference.where(other.isfinite(), 0.0))
             if is_rotary(base):
-                padded["position_ids"] = torch.arange(
-                    1, padded["input_ids"].shape[1] + 1, device=device
-                ).expand_as(padded["input_ids"])
-                moved += [
-                    one - other
-                    for one, other in zip(of_responses(padded, score(model, padded)), theirs, strict=True)
-                ]
+                length = padded["input_ids"].shape[1]
+                later = torch.arange(1, length + 1, device=device).expand_as(padded["input_ids"])
+                again = of_responses(padded, score(model, padded | {"position_ids": later}))
+                moved += [one - other for one, other in zip(again, theirs, strict=True)]
+    distance, limit = _furthest(apart, moved, half, device)
+    if not distance <= limit:
+        raise UserError(
+            f"packed rows give log-probabilities of the {name} that differ from the padded ones by "
+            f"{distance:.2g} a token (at most {limit:.2g} is rounding in such a response): give "
+            "--share_prompts false"
+        )
+    say(f"{name}: packing check passed, max difference {distance:.1e} per token (rounding: {limit:.1e})")
+
+
+def _furthest(apart, moved, half, device):
+    """(distance a token, what rounding explains) of the response whose first is largest by its second.
+
+    Args:
+        apart: for each response, [tokens] packed less padded log-probabilities.
+        moved: the same of padded passes whose positions differ by one.
+        half: see `check_packing`.
+    """
     moved = torch.cat([*moved, torch.zeros(0, device=device)])
     squares, tokens = (
         gather(torch.stack([moved.square().sum(), torch.tensor(float(len(moved)), device=device)])[None])
@@ -412,20 +427,10 @@ def check_packing(model, base, batch, pad_token_id, half, name):
         for one in (*apart, torch.cat(apart))
     ]
     found = gather(torch.tensor(found, device=device))  # [responses, 2]: distance, bound
-    distance, limit = found[(found[:, 0] / found[:, 1]).nan_to_num(torch.inf).argmax()].tolist()
-    if not distance <= limit:
-        raise UserError(
-            f"packed rows give log-probabilities of the {name} that differ from the padded ones by "
-            f"{distance:.2g} a token "
-            f"(at most {limit:.2g} is rounding in such a response): give --share_prompts false"
-        )
-    say(
-        f"{name}: the first row was computed padded, too: at most {distance:.1e} a token apart, rounding is "
-        f"up to {limit:.1e}"
-    )
+    return found[(found[:, 0] / found[:, 1]).nan_to_num(torch.inf).argmax()].tolist()
 
 
-def of_responses(batch, scored):
+def of_responses(batch: dict, scored: Scored) -> list[torch.Tensor]:
     """The log-probabilities of each response's tokens, [tokens] in fp32: chosen and rejected of the first
     pair, of the second, …
     """

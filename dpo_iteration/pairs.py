@@ -2,21 +2,28 @@
 
 A rewarded record has K responses and K rewards. Responses without a finite reward, repeated ones and, if
 asked, cut-off ones take no part. An empty response is never chosen; it may be rejected, since a policy that
-learns to say nothing has to
-unlearn it. A prompt that gives no pair is skipped with its reason. Every choice depends on the record and the
-seed only: not on the order of the files, nor on the number of processes.
+learns to say nothing has to unlearn it. A prompt that gives no pair is skipped with its reason. Every choice
+depends on the record and the seed only: not on the order of the files, nor on the number of processes.
 """
 
 import hashlib
 import random
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from common import tokens
 from common.cli import UserError
 from common.records import Identifier, dumps, finite, is_empty, read_jsonl, record_id, to_messages, to_tools
 
-CHOOSE_TYPES = ("max_min", "max_max", "max_random", "random", "max_min_p")
+CHOOSE_TYPES = {  # see `choose`
+    "max_min": "best and worst",
+    "max_max": "best and second",
+    "max_random": "best and a random worse one",
+    "random": "two random ones",
+    "max_min_p": "best and worst by reward less length_penalty",
+}
+PENALISED = {"max_min_p"}  # those that choose by reward - length_penalty × tokens
 PER_RESPONSE = ("responses", "rewards", "finish_reasons", "num_tokens", tokens.RESPONSES)  # K entries each
 SIDE_FIELDS = (
     "",
@@ -45,7 +52,7 @@ class Selection:
     skipped_by_reason: Counter = field(default_factory=Counter)
     counts: dict = field(default_factory=dict)
 
-    def skip(self, record, reason):
+    def skip(self, record: dict, reason: str):
         """Leave a record out; `reason: details` is counted by its first part."""
         self.skipped.append({"id": record["id"], "reason": reason, "source": record["source"]})
         self.skipped_by_reason[reason.split(":")[0]] += 1
@@ -82,7 +89,9 @@ def read_rewarded(paths):
             yield record | own, str(path)
 
 
-def usable_responses(record, drop_truncated=False, drop_empty=False):
+def usable_responses(
+    record: dict, drop_truncated: bool = False, drop_empty: bool = False
+) -> tuple[list[int], Counter]:
     """Indices of the responses that may enter a pair, and a Counter of why the others may not."""
     usable, seen, left_out = [], set(), Counter()
     reasons = record.get("finish_reasons") or [None] * len(record["responses"])
@@ -108,16 +117,17 @@ def usable_responses(record, drop_truncated=False, drop_empty=False):
     return usable, left_out
 
 
-def choose(scores, usable, choose_type, rng, empty=()):
+def choose(
+    scores, usable: list[int], choose_type: str, rng: random.Random, empty=()
+) -> tuple[int, int] | None:
     """(index of chosen, index of rejected) or None where no choice has a higher and a lower score.
 
     Args:
         scores: K floats; a list or dict from index to score.
         usable: indices that take part, at least two.
         choose_type: `max_min` best against worst, `max_max` best against second best, `max_random` best
-            against a
-            random worse one, `random` two random ones of different score, `max_min_p` as `max_min` on
-            penalised scores.
+            against a random worse one, `random` two random ones of different score, `max_min_p` as `max_min`
+            on penalised scores.
         rng: random.Random, used by the random types only.
         empty: indices of responses that must not be chosen, however high their score.
     """
@@ -151,16 +161,16 @@ def choose(scores, usable, choose_type, rng, empty=()):
 
 
 def make_pairs(
-    record,
-    choose_type="max_min",
-    length_penalty=0.0,
-    min_margin=0.0,
-    drop_truncated=False,
-    drop_empty=False,
-    seed=42,
-    count_tokens=None,
-    pairs_per_prompt=1,
-):
+    record: dict,
+    choose_type: str = "max_min",
+    length_penalty: float = 0.0,
+    min_margin: float = 0.0,
+    drop_truncated: bool = False,
+    drop_empty: bool = False,
+    seed: int = 42,
+    count_tokens: Callable[[str], int] | None = None,
+    pairs_per_prompt: int = 1,
+) -> tuple[list[dict], str | None, Counter]:
     """(pairs, reason why there are none or None, Counter of responses left out) of one rewarded record.
 
     The score is the reward; for `max_min_p` it is reward - length_penalty × length in tokens, by which both
@@ -175,7 +185,7 @@ def make_pairs(
         return [], f"fewer than two usable responses: {why}", left_out
     scores = {i: record["rewards"][i] for i in usable}
     lengths = record.get("num_tokens") or [None] * len(record["responses"])
-    if choose_type == "max_min_p":
+    if choose_type in PENALISED:
         lengths = [
             n if n is not None else count_tokens(text) for n, text in zip(lengths, record["responses"])
         ]
@@ -231,7 +241,7 @@ def _rest(record):
     return {k: v for k, v in record.items() if k not in ours and k not in (*PER_RESPONSE, *OF_ALL)}
 
 
-def held_out(messages, fraction, seed):
+def held_out(messages: list[dict], fraction: float, seed: int) -> bool:
     """Whether a prompt belongs to the held-out set: by a hash of its messages, so that its twins share its
     side.
     """
@@ -239,7 +249,7 @@ def held_out(messages, fraction, seed):
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
-def select_pairs(paths, eval_fraction=0.0, seed=42, **choice):
+def select_pairs(paths: list[str], eval_fraction: float = 0.0, seed: int = 42, **choice) -> Selection:
     """The pairs of one or several rewarded files. `choice`: what `make_pairs` takes.
 
     Record ids may repeat between files (iterations that answered the same prompt): each record gives its own

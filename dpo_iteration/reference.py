@@ -18,7 +18,9 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,8 +35,9 @@ from common.cli import UserError
 from common.manifest import versions, writing
 from common.progress import Progress, duration
 from common.shared_prompts import Unsupported, only_wanted, prepare
+from common.training import say
 from dpo_iteration import models
-from dpo_iteration.output import say
+from dpo_iteration.arguments import Arguments
 from dpo_iteration.packing import (
     PaddedCollator,
     Rows,
@@ -50,7 +53,7 @@ LIBRARIES = ("torch", "transformers", "trl")
 WEIGHTS = ("*.safetensors", "*.bin", "*.json", "*.py")  # of a model folder: what its forward pass depends on
 
 
-def compute_reference(args, extra, config, rows, sharing, tokenizer):
+def compute_reference(args: Arguments, config, rows: dict, sharing: bool, tokenizer):
     """Put the reference's log-probabilities into the rows, from disk where they are known; says how many
     were.
     """
@@ -60,7 +63,7 @@ def compute_reference(args, extra, config, rows, sharing, tokenizer):
         "dtype": str(models.weights_dtype(args, config)),
         "load_in_4bit": args.load_in_4bit,
         "autocast": args.bf16 and not deepspeed,
-        "ld_alpha": extra.get("ld_alpha"),
+        "ld_alpha": args.ld_alpha,
         "model_init_kwargs": {k: str(v) for k, v in (config.model_init_kwargs or {}).items()},
         "zero_stage": deepspeed.zero_stage if deepspeed else None,
         "fsdp": os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true",
@@ -76,12 +79,13 @@ def compute_reference(args, extra, config, rows, sharing, tokenizer):
         revision,
         reference_cache(args),
         about,
-        sharing,
-        row_tokens(args),
-        args.per_device_train_batch_size,
-        tokenizer.pad_token_id or 0,
-        torch.bfloat16 if about["autocast"] else None,
-        extra.get("ld_alpha"),
+        Passes(
+            row_tokens(args) if sharing else None,
+            args.per_device_train_batch_size,
+            tokenizer.pad_token_id or 0,
+            torch.bfloat16 if about["autocast"] else None,
+            args.ld_alpha,
+        ),
     )
     say(
         f"reference: {found} of {len(every)} pairs known from {reference_cache(args)}/{key}, "
@@ -89,7 +93,7 @@ def compute_reference(args, extra, config, rows, sharing, tokenizer):
     )
 
 
-def reference_cache(args):
+def reference_cache(args: Arguments) -> Path:
     return (
         Path(args.reference_cache)
         if args.reference_cache
@@ -97,13 +101,13 @@ def reference_cache(args):
     )
 
 
-def pair_key(row):
+def pair_key(row: dict) -> bytes:
     """[32] uint8: a pair's token ids, hashed."""
     text = json.dumps([row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]])
     return hashlib.sha256(text.encode()).digest()
 
 
-def model_folder(name, revision):
+def model_folder(name: str, revision: str | None) -> Path:
     """A model's folder on disk: a local one, or the hub's snapshot, which has been loaded from."""
     if Path(name).is_dir():
         return Path(name)
@@ -113,7 +117,7 @@ def model_folder(name, revision):
         raise UserError(f"cannot read the reference {name}: {' '.join(str(error).split())[:300]}") from None
 
 
-def weights_key(folder):
+def weights_key(folder: Path) -> str:
     """SHA-256 of every byte of a model's weights, configuration and code, tokenizer files left out."""
     digest = hashlib.sha256()
     files = {f for pattern in WEIGHTS for f in folder.glob(pattern)}
@@ -127,7 +131,7 @@ def weights_key(folder):
     return digest.hexdigest()
 
 
-def checksum(pairs, logps):
+def checksum(pairs: torch.Tensor, logps: torch.Tensor) -> str:
     """SHA-256 of the two tensors of a file, which safetensors itself does not guard."""
     return hashlib.sha256(pairs.numpy().tobytes() + logps.numpy().tobytes()).hexdigest()
 
@@ -141,7 +145,7 @@ class Cache:
         )
         self.about = about
 
-    def read(self):
+    def read(self) -> dict:
         """{pair key: (chosen, rejected)}.
 
         A file that is damaged is left out: its pairs are computed again.
@@ -167,7 +171,7 @@ class Cache:
                 )
         return found
 
-    def write(self, known):
+    def write(self, known: dict):
         """Save {pair key: (chosen, rejected)} under a name of its own."""
         keys = sorted(known)
         pairs = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, 32)
@@ -184,18 +188,41 @@ class Cache:
             os.replace(temporary, path)
 
 
+@dataclass(frozen=True)
+class Passes:
+    """How pairs are laid into forward passes.
+
+    row_tokens: of a packed row, in which chosen and rejected share their prompt; None: pairs are padded.
+    at_once: pairs of a padded pass.
+    pad_token_id: that pads them.
+    autocast: dtype to compute in, or None.
+    ld_alpha: as TRL's DPOConfig has it; padded only.
+    """
+
+    row_tokens: int | None
+    at_once: int
+    pad_token_id: int
+    autocast: torch.dtype | None = None
+    ld_alpha: float | None = None
+
+
 def add_reference(
-    rows, load, name, revision, cache, about, sharing, budget, at_once, pad_token_id, autocast, ld_alpha=None
-):
+    rows: list[dict],
+    load: Callable[[], torch.nn.Module],
+    name: str,
+    revision: str | None,
+    cache: Path,
+    about: dict,
+    passes: Passes,
+) -> tuple[int, str]:
     """Put the reference's log-probabilities into `rows` (dicts of token ids), on all ranks.
 
     Args:
         load: function that loads the reference; called only where something is missing.
+        name, revision: the reference, for the hash of its weights.
         cache: folder.
-        about: dict of what shapes the result besides the weights.
-        sharing: whether rows are packed with shared prompts; else `at_once` pairs are padded.
-        autocast: dtype to compute in, or None.
-        ld_alpha: as TRL's DPOConfig has it; padded only.
+        about: what shapes the result besides the weights.
+        passes: how it is computed.
 
     Returns:
         (number of pairs found on disk, the cache's key).
@@ -218,11 +245,9 @@ def add_reference(
     logps = broadcast(logps.to(state.device), 0)
     missing = (~logps.isfinite()).any(1).nonzero()[:, 0].tolist()
     if missing:
-        passes = _passes(
-            [rows[i] for i in missing], load, sharing, budget, at_once, pad_token_id, autocast, ld_alpha
-        )
         progress = Progress(len(missing), "reference", "pairs", enabled=main)
-        for done, values in passes:  # values [missing, 2] on all ranks, those of `done` filled in
+        computed = _compute([rows[i] for i in missing], load, passes)
+        for done, values in computed:  # values [missing, 2] on all ranks, those of `done` filled in
             at = [missing[i] for i in done]
             logps[at] = values[done]
             if not bool(logps[at].isfinite().all()):
@@ -239,15 +264,15 @@ def add_reference(
     return len(rows) - len(missing), key[0]
 
 
-def _passes(rows, load, sharing, budget, at_once, pad_token_id, autocast, ld_alpha):
+def _compute(rows, load, passes):
     """Yield (indices done since, [rows, 2] log-probabilities) now and then, on all ranks alike."""
-    state = PartialState()
+    state, sharing = PartialState(), passes.row_tokens is not None
     costs = [len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows]
     # As many pairs together as are saved together; `Steps` shares each such step out among the processes.
     steps = Steps(
-        costs, SAVE_EVERY, budget if sharing else None, at_once, state.num_processes, state.process_index
+        costs, SAVE_EVERY, passes.row_tokens, passes.at_once, state.num_processes, state.process_index
     )
-    collate = collate_packed if sharing else PaddedCollator(pad_token_id)
+    collate = collate_packed if sharing else PaddedCollator(passes.pad_token_id)
     model, data, batches = load(), Rows(rows), iter(steps)
     base = getattr(model, "module", model)  # in DeepSpeed's engine
 
@@ -258,18 +283,13 @@ def _passes(rows, load, sharing, budget, at_once, pad_token_id, autocast, ld_alp
         }
 
     def casting():
-        return torch.autocast(state.device.type, autocast) if autocast else nullcontext()
+        return torch.autocast(state.device.type, passes.autocast) if passes.autocast else nullcontext()
 
     if sharing:  # before the pass is paid for
         with casting():
-            check_packing(
-                model,
-                base,
-                batch_of(next(iter(steps))),
-                pad_token_id,
-                bool(autocast) or base.dtype != torch.float32,
-                "reference",
-            )
+            half = bool(passes.autocast) or base.dtype != torch.float32
+            first = batch_of(next(iter(steps)))
+            check_packing(model, base, first, passes.pad_token_id, half, "reference")
     for step in steps.steps(0):
         values = torch.zeros(len(rows), 2, device=state.device)
         for _ in range(steps.accumulation):
@@ -277,7 +297,7 @@ def _passes(rows, load, sharing, budget, at_once, pad_token_id, autocast, ld_alp
             batch = batch_of(keys)
             with torch.no_grad(), casting():
                 try:
-                    scored = score(model, batch, ld_alpha)
+                    scored = score(model, batch, passes.ld_alpha)
                 except Unsupported as error:
                     raise UserError(
                         f"prompts cannot be shared with the reference ({error}): give --share_prompts false"
@@ -293,7 +313,7 @@ def _passes(rows, load, sharing, budget, at_once, pad_token_id, autocast, ld_alp
         torch.cuda.empty_cache()
 
 
-def let_go(model):
+def let_go(model: torch.nn.Module):
     """Free the weights of a model that ZeRO-3 has partitioned, whoever still holds the model.
 
     DeepSpeed keeps every model that it has run, in a list of its module and in the cache of one of its
@@ -305,7 +325,7 @@ def let_go(model):
                 tensor.data = tensor.data.new_empty(0)
 
 
-def ready(model, config, sharing):
+def ready(model: torch.nn.Module, config, sharing: bool) -> torch.nn.Module:
     """A loaded reference on its device, with TRL's fused head, in evaluation; sharded where the policy will
     be.
 

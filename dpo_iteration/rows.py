@@ -5,7 +5,11 @@ from collections import Counter
 
 from common.cli import UserError
 from common.manifest import generation_manifest
+from common.progress import Progress
 from common.tokens import Answer, Encoder, prompt_mismatch
+from common.training import is_main
+from dpo_iteration.arguments import Arguments
+from dpo_iteration.pairs import Selection
 
 SIDES = ("chosen", "rejected")
 
@@ -14,15 +18,14 @@ class PairTokenizer:
     """Turns pair records into rows of token ids, and counts what it had to cut.
 
     A row holds the token ids that the policy read and sampled, where the record has them (common/tokens.py),
-    behind a prompt that this tokenizer's template must write alike. A record of texts alone is templated:
-    with nothing to cut, that is TRL's own row of
-    the conversational record up to the end of turn. Beyond that:
+    after a prompt that this tokenizer's template must write in the same way. A record of texts alone is
+    templated: with nothing to cut, that is TRL's own row of the conversational record up to the end of turn.
+    Beyond that:
 
     - a response that ended at the generation's length limit (`finish_reason` "length") gets no end of turn:
-    the policy
-      never wrote one, and must not learn to stop in the middle of a sentence;
+      the policy never wrote one, and must not learn to stop in the middle of a sentence;
     - a prompt longer than `max_prompt_length` loses its oldest tokens but keeps its BOS, on which attention
-    leans;
+      leans;
     - a response that does not fit into `max_length` is cut on the right and so loses its end of turn too.
 
     Args:
@@ -74,7 +77,7 @@ class PairTokenizer:
         self.counts += kept
         return row, None
 
-    def check_prompt(self, pair):
+    def check_prompt(self, pair: dict):
         """Refuse a pair whose prompt this template writes otherwise than the one that was sampled from."""
         found = prompt_mismatch(self.encoder, pair)
         if found is None:
@@ -97,7 +100,29 @@ class PairTokenizer:
         )
 
 
-def show_pair(tokenizer, row):
+def tokenize(selection: Selection, tokenizer, args: Arguments) -> dict:
+    """{"train", "eval"}: the pairs as rows of token ids.
+
+    Pairs that teach nothing move to `selection.skipped`.
+    """
+    to_row = PairTokenizer(tokenizer, args.max_length, args.max_prompt_length, args.template_kwargs)
+    rows, kept = {"train": [], "eval": []}, []
+    progress = Progress(len(selection.pairs), "tokenize", "pairs", enabled=is_main())
+    for pair in selection.pairs:
+        row, reason = to_row(pair)
+        if row is None:
+            selection.skip(pair, reason)
+        else:
+            rows[pair["split"]].append(row | {"margin": float(pair["margin"])})
+            kept.append(pair)
+        progress.update()
+    progress.close()
+    selection.pairs = kept
+    selection.counts |= {"train_pairs": len(rows["train"]), "eval_pairs": len(rows["eval"]), **to_row.counts}
+    return rows
+
+
+def show_pair(tokenizer, row: dict) -> str:
     """A row decoded, the tokens that the loss counts between ⟦ and ⟧, with the numbers of tokens and of
     BOS.
     """
@@ -110,7 +135,7 @@ def show_pair(tokenizer, row):
     return "\n".join(lines)
 
 
-def check_bos(tokenizer, row):
+def check_bos(tokenizer, row: dict):
     """Refuse a template or tokenizer that begins a prompt with two BOS."""
     bos = tokenizer.bos_token_id
     if bos is not None and row["prompt_ids"][:2] == [bos, bos]:

@@ -25,7 +25,7 @@ COMPANIONS = (
 )
 
 
-def companion(source, name, revision=None):
+def companion(source: str | Path, name: str, revision: str | None = None) -> Path | None:
     """The local path of a file of a model's folder, or of a hub model (fetched); None where it has none."""
     from transformers.utils import cached_file
 
@@ -37,7 +37,7 @@ def companion(source, name, revision=None):
     return Path(found) if found else None
 
 
-def copy_companions(source, folder, revision=None):
+def copy_companions(source: str | Path, folder: str | Path, revision: str | None = None):
     """Copy into a trained model's folder what its policy's has for its readers and training left out.
 
     Args:
@@ -52,7 +52,7 @@ def copy_companions(source, folder, revision=None):
             shutil.copyfile(path, Path(folder) / path.name)
 
 
-def generation_config(source, tokenizer, revision=None, stops=()):
+def generation_config(source: str | Path, tokenizer, revision: str | None = None, stops=()) -> dict:
     """The policy's generation_config.json as a dict (the tokenizer's special tokens where it has none), with
     every token that ends a response.
 
@@ -77,7 +77,7 @@ def generation_config(source, tokenizer, revision=None, stops=()):
     return values
 
 
-def check_saved(folder, trust_remote_code=False):
+def check_saved(folder: str | Path, trust_remote_code: bool = False):
     """Refuse a folder that does not hold a whole model with finite weights, its tokenizer and chat template.
 
     Raises:
@@ -133,7 +133,7 @@ def check_saved(folder, trust_remote_code=False):
             raise UserError(f"the saved model {folder} {how} {some(names)}")
 
 
-def store_once(folder, trust_remote_code=False):
+def store_once(folder: str | Path, trust_remote_code: bool = False):
     """Take second copies of tied weights out of a folder that another program saved: DeepSpeed hands them
     over as weights of their own.
 
@@ -183,7 +183,7 @@ def store_once(folder, trust_remote_code=False):
             write_json(index, listed)
 
 
-def read_weights(folder):
+def read_weights(folder: Path) -> tuple[dict, list[str]]:
     """(name → tensor without memory of each weight in the folder's safetensors, names of weights that are not
     all finite).
 
@@ -217,7 +217,7 @@ def read_weights(folder):
     return weights, infinite
 
 
-def some(names):
+def some(names) -> str:
     """The first three names, and how many there are more."""
     names = sorted(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

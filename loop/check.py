@@ -23,8 +23,8 @@ from common.functions import function_file
 from common.models import check_policy, read_json
 from common.progress import duration
 from common.records import BadRecord, is_local, read_prompts, record_id, with_system
-from dpo_iteration import memory, run_dpo
-from dpo_iteration.settings import reason_for_trl
+from dpo_iteration import arguments as dpo
+from dpo_iteration import memory
 from generation import get_hf2, sampling
 from loop import changes
 from loop.settings import decided, gpu_groups, gpus_of, processes
@@ -473,15 +473,15 @@ def check_learning(plan, asked, sets, found):
     GPU.
 
     Args:
-        asked: (arguments, more settings) of run_dpo.py for iteration 1.
+        asked: arguments of run_dpo.py for iteration 1.
         sets: as `check_prompts` returns.
     """
-    args, _ = asked
+    args = asked
     counts = [len(sets[name]) for name in plan.settings.prompts if sets.get(name)]
     if counts:
         pairs = round(min(counts) * args.pairs_per_prompt * (1 - args.eval_fraction))
-        per_step = run_dpo.halved(
-            run_dpo.pairs_per_step(args, processes(plan.settings)), pairs, args, processes(plan.settings)
+        per_step = dpo.halved(
+            dpo.pairs_per_step(args, processes(plan.settings)), pairs, args, processes(plan.settings)
         )
         steps = (
             args.max_steps
@@ -535,11 +535,12 @@ def check(plan, left):
     method = found.attempt(memory.method_of, settings.accelerate_config)
     training, asked = found.attempt(plan.training_of, 1), None
     if training is not None:
-        asked = found.attempt(run_dpo.arguments, training, settings.training)
+        asked = found.attempt(dpo.arguments, training, settings.training)
         if asked:
-            if reason_for_trl(*asked):
-                found.attempt(run_dpo.accumulate, asked[0], processes(settings))
-            if method in ("zero3", "zero3_offload", "fsdp2") and asked[0].load_in_4bit:
+            if dpo.reason_for_trl(asked):
+                world = processes(settings)
+                found.attempt(dpo.accumulation, asked, dpo.pairs_per_step(asked, world), world)
+            if method in ("zero3", "zero3_offload", "fsdp2") and asked.load_in_4bit:
                 instead = "take configs/zero2.yaml or ddp.yaml"
                 found.problems.append(
                     "load_in_4bit does not work where weights are shared out "
@@ -561,7 +562,7 @@ def check(plan, left):
             method,
             gpus,
             sum(len(p) for p in sets.values() if p) or None,
-            asked[0] if asked else None,
+            asked if asked else None,
             found,
         )
     if asked and not found.problems:

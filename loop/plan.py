@@ -27,7 +27,7 @@ from common.cli import UserError, build, parse, read_yaml, run
 from common.devices import none_visible
 from common.manifest import write_yaml
 from common.run_folder import RunFolder
-from dpo_iteration import run_dpo
+from dpo_iteration import arguments as dpo
 from generation import gen_hf, get_hf2
 from loop import changes, check
 from loop.settings import (
@@ -136,14 +136,9 @@ class Plan:
                 )
         shared = ("chat_template", "template_kwargs", "revision", "trust_remote_code")
         given |= {key: sampled[key] for key in shared if sampled.get(key) and not given.get(key)}
-        kept = {key: value for key, value in given.items() if key not in DECIDED["training_args"]}
-        own = complete(
-            run_dpo.Arguments,
-            {k: v for k, v in kept.items() if k in run_dpo.Arguments.__dataclass_fields__},
-            DECIDED["training_args"],
-            self.settings.training,
-        )
-        return own | {key: value for key, value in kept.items() if key not in own}  # TRL's
+        given = {key: value for key, value in given.items() if key not in DECIDED["training_args"]}
+        found = dpo.resolve(given, where=self.settings.training)
+        return {key: value for key, value in found.items() if key not in DECIDED["training_args"]}
 
     def training_of(self, i: int) -> dict:
         """All arguments of the training of iteration i, as the driver gives them; for the checks."""
@@ -316,10 +311,8 @@ class Plan:
         return self.shaping_training(section)
 
     def shaping_training(self, section: str) -> set[str]:
-        """The same of a section of trainings; what TRL is told besides shapes them too."""
-        own = run_dpo.Arguments.__dataclass_fields__
-        others = {*self.before.get(section, {}), *self.training()} - own.keys() - run_dpo.QUIET
-        return {name for name, field in own.items() if field.metadata["shapes"]} | others
+        """The same of the section that tells how policies are trained."""
+        return {f.name for f in dataclasses.fields(dpo.Arguments) if f.metadata["shapes"]}
 
     def refuse_early(self):
         """What a kind of run refuses besides, by its settings alone."""

@@ -7,7 +7,7 @@ from annotate_data import get_rewards
 from common import trackers
 from common.cli import UserError, arg, build, read_yaml
 from common.devices import visible_gpus
-from dpo_iteration import run_dpo
+from dpo_iteration.arguments import Arguments as DPOArguments
 from generation import get_hf2
 
 CLIENT = (
@@ -160,7 +160,7 @@ class LoopSettings(RunSettings):
     accelerate_config: str = arg("configs/zero2.yaml", "accelerate's YAML for training")
     keep_iterates: int | None = arg(None, "keep the weights of the last so many iterates; None: of all")
 
-    sections = RunSettings.sections | {"training_args": run_dpo.known_arguments}
+    sections = RunSettings.sections | {"training_args": DPOArguments}
     elsewhere = dict.fromkeys(("backend", "ppo", "openrlhf"), "bash run_ppo.sh")
 
 

@@ -10,6 +10,7 @@ import yaml
 
 from annotate_data import get_rewards
 from common.cli import build, parse
+from dpo_iteration import arguments as dpo
 from dpo_iteration import run_dpo
 from evaluation import divergence, evaluate_benchmarks, export_answers, metrics
 from generation import gen_hf, get_hf2, merge_data
@@ -35,7 +36,7 @@ def test_a_loop_config_is_accepted_by_every_stage(path, tmp_path, monkeypatch):
         "reward_name_or_path": plan.settings.reward_name_or_path,
     }
     build(get_rewards.Arguments, resolved["annotation"] | models)
-    run_dpo.arguments(plan.training_of(1))
+    dpo.arguments(plan.training_of(1))
     (tmp_path / "loop.yaml").write_text(
         yaml.safe_dump(resolved)
     )  # every section is read by the scripts that are given it
@@ -81,7 +82,7 @@ def test_a_key_of_both_backends_takes_the_values_of_either(monkeypatch):
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("training*.yaml")), ids=lambda p: p.stem)
 def test_a_training_config_is_accepted_and_differs_from_the_recipe_where_it_says(path):
     recipe, values = (yaml.safe_load(p.read_text()) for p in (ROOT / "configs/training.yaml", path))
-    run_dpo.arguments(
+    dpo.arguments(
         {"model_name_or_path": "a/b", "train_dir": "r.jsonl", "output_dir": "out"} | values, path.name
     )
     if path.stem in ("training_lora", "training_qlora"):

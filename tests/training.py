@@ -40,6 +40,51 @@ def write_rewarded(path, count=24, seed=0, K=4, **change):
     return rows
 
 
+def make_rows(count, seed=0, longest=40):
+    """Pairs as rows of random token ids; some responses begin alike, or one is the other's beginning."""
+    rng = random.Random(seed)
+    draw = lambda n: [rng.randrange(3, 250) for _ in range(n)]  # noqa: E731
+    rows = []
+    for i in range(count):
+        chosen = draw(rng.randint(1, longest))
+        rejected = (
+            chosen[: rng.randint(0, len(chosen))] + draw(rng.randint(1, 9))
+            if i % 3 == 1
+            else draw(rng.randint(1, longest))
+        )
+        rows.append(
+            {
+                "prompt_ids": [1, *draw(rng.randint(0, longest))],
+                "chosen_ids": chosen,
+                "rejected_ids": rejected,
+                "margin": 1.0 + i,
+            }
+        )
+    return rows
+
+
+def alone(model, row):
+    """[log-probability of chosen, of rejected], one sequence at a time, by the model's own head and
+    log_softmax in float64.
+    """
+    import torch
+
+    found = []
+    for side in ("chosen_ids", "rejected_ids"):
+        ids = torch.tensor([row["prompt_ids"] + row[side]])
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0].double()
+        logps = logits.log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[:, 0]
+        found.append(logps[len(row["prompt_ids"]) - 1 :].sum())
+    return found
+
+
+def argv(work, name, *more):
+    """Arguments of a small training of `work`/policy on `work`/rewarded.jsonl into `work`/NAME."""
+    paths = {"model_name_or_path": "policy", "train_dir": "rewarded.jsonl", "output_dir": name}
+    places = [word for key, value in paths.items() for word in (f"--{key}", work / value)]
+    return [str(word) for word in (ROOT / "configs" / "training.yaml", *places, *SMALL, *more)]
+
+
 def start(*argv, launcher=(), cwd=None, script=SCRIPT, **environment):
     """The finished process of `run_dpo.py ARGV`, or of `accelerate launch LAUNCHER run_dpo.py ARGV`;
     `script`: in its place.

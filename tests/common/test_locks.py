@@ -17,6 +17,7 @@ import pytest
 from common import locks
 from common.cli import UserError
 from common.manifest import Output
+from common.training import Training
 from report.state import is_held
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,10 +29,9 @@ def output(folder):
 
 
 def training(folder):
-    from dpo_iteration.output import prepare_output
-
-    args = SimpleNamespace(output_dir=str(folder / "model"), overwrite=False, pairs_path=None)
-    return prepare_output(args, SimpleNamespace(pairs=[], skipped=[]), {}, {})
+    held = Training(folder / "model", "test", {}, {}).locked()
+    held.__enter__()
+    return held
 
 
 def small_ppo(folder):

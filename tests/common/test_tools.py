@@ -13,8 +13,7 @@ from annotate_data.generated import read_generated, survey
 from annotate_data.preference import context_of
 from common import chat, records, tokens
 from common.cli import UserError
-from common.manifest import Output
-from dpo_iteration.output import write_jsonl
+from common.manifest import Output, write_jsonl
 from dpo_iteration.pairs import select_pairs
 from dpo_iteration.rows import PairTokenizer
 from generation import sampling

@@ -16,34 +16,18 @@ import pytest
 import torch
 import training
 from safetensors.torch import load_file
-from training import ROOT, SMALL, read_json, start
+from training import ROOT, read_json, start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.cli import UserError
-from dpo_iteration import adapters, memory, run_dpo
+from dpo_iteration import adapters, memory
+from dpo_iteration.arguments import arguments
 
 LORA = "--use_peft true --lora_r 4 --lora_alpha 12 --learning_rate 2e-3 --max_steps 4".split()
 
 
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    """A folder with a policy and rewarded answers."""
-    folder = tmp_path_factory.mktemp("adapters")
-    micro.make_policy(folder / "policy")
-    training.write_rewarded(folder / "rewarded.jsonl")
-    return folder
-
-
 def argv(work, name, *more):
-    paths = [
-        "--model_name_or_path",
-        work / "policy",
-        "--train_dir",
-        work / "rewarded.jsonl",
-        "--output_dir",
-        work / name,
-    ]
-    return [str(a) for a in [ROOT / "configs" / "training.yaml", *paths, *SMALL, *LORA, *more]]
+    return training.argv(work, name, *LORA, *more)
 
 
 def losses(folder):
@@ -274,7 +258,7 @@ def refusal(*more, launcher=None, monkeypatch=None):
     for name, value in (launcher or {}).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError) as caught:
-        run_dpo.arguments(values | dict(more))
+        arguments(values | dict(more))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -344,10 +328,3 @@ def test_frozen_weights_take_their_own_memory_alone():
     assert memory.states("zero2", 8e9, 1, few)[0] == pytest.approx(2 * 8e9 + 16 * few)
     assert memory.states("ddp", 8e9, 1, few, frozen=0.6)[0] == pytest.approx(0.6 * 8e9 + 16 * few)
     assert memory.states("zero3", 8e9, 8, few)[0] == pytest.approx((2 * 8e9 + 16 * few) / 8)
-
-
-def test_settings_of_lora_do_not_mark_runs_without_it():
-    values = {"model_name_or_path": "policy", "train_dir": "r.jsonl", "output_dir": "out"}
-    off, _ = run_dpo.shaping(*run_dpo.arguments(values), 1)
-    on, _ = run_dpo.shaping(*run_dpo.arguments(values | dict([ON])), 1)
-    assert set(on) - set(off) == {"use_peft", *adapters.SETTINGS}

@@ -19,7 +19,7 @@ import training
 import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from training import ROOT, SMALL, read_json, start
+from training import ROOT, read_json, start
 
 from common.cli import UserError
 from dpo_iteration import card, run_dpo, saved
@@ -29,11 +29,9 @@ FEW = "--bf16 false --max_steps 2 --eval_fraction 0.25 --save_steps 1 --beta 0.2
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    """A folder with a policy and rewarded answers whose manifest names reward model, answers and prompts."""
-    folder = tmp_path_factory.mktemp("card")
-    micro.make_policy(folder / "policy")
-    training.write_rewarded(folder / "rewarded.jsonl")
+def work(work):
+    """Manifests that name reward model, answers and prompts."""
+    folder = work
     marks = {
         "dataset_name_or_path": {"path": str(folder / "generated.jsonl")},
         "reward_name_or_path": {"path": "owner/reward-model"},
@@ -53,15 +51,7 @@ def work(tmp_path_factory):
 
 
 def argv(work, name, *more):
-    paths = [
-        "--model_name_or_path",
-        work / "policy",
-        "--train_dir",
-        work / "rewarded.jsonl",
-        "--output_dir",
-        work / name,
-    ]
-    return [str(a) for a in [ROOT / "configs" / "training.yaml", *paths, *SMALL, *FEW, *more]]
+    return training.argv(work, name, *FEW, *more)
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
-from test_packing import make_rows
-from transformers import AutoModelForCausalLM
+from training import make_rows
+from transformers import AutoModelForCausalLM, Trainer
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
 
@@ -21,6 +21,7 @@ from common import shared_prompts
 from common.cli import UserError
 from dpo_iteration import models
 from dpo_iteration.dpo import IterativeDPOTrainer, robust_equivalent
+from dpo_iteration.losses import LOSSES, Loss
 from dpo_iteration.packing import Steps, collate_packed, columns_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -298,8 +299,8 @@ def test_a_row_that_is_computed_wrongly_stops_the_run(tmp_path, monkeypatch):
 def test_the_first_row_is_computed_padded_too(tmp_path, capsys):
     trainer = ours(tmp_path, *WHOLE, max_steps=1)
     trainer.train()
-    [said] = [line for line in capsys.readouterr().out.splitlines() if "computed padded, too" in line]
-    assert float(re.search(r"at most (\S+) a token", said)[1]) < 1e-5 and trainer.checked
+    [said] = [line for line in capsys.readouterr().out.splitlines() if "packing check passed" in line]
+    assert float(re.search(r"max difference (\S+) per token", said)[1]) < 1e-5 and trainer.checked
     assert trainer.model.config._attn_implementation == shared_prompts.NAME
 
 
@@ -372,11 +373,31 @@ def test_numbers_of_a_batch_stay_as_they_are(tmp_path, monkeypatch):
     )
 
 
-def test_trl_hashes_no_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(dpo_trainer, "hash_module", lambda module: pytest.fail("hashed"))
-    before = dpo_trainer.hash_module
-    ours(tmp_path, *WHOLE)
-    assert dpo_trainer.hash_module is before
+def test_trl_makes_nothing_for_a_reference(tmp_path, monkeypatch):
+    """No hash of the weights; no reference model under FSDP, where TRL loads one for what the rows have."""
+    for name in ("hash_module", "create_model_from_path"):
+        monkeypatch.setattr(dpo_trainer, name, lambda *_, **__: pytest.fail("called"))
+    before, start = dpo_trainer.hash_module, Trainer.create_accelerator_and_postprocess
+
+    def with_fsdp(self):
+        start(self)
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", with_fsdp)
+    assert ours(tmp_path, *WHOLE).ref_model is None and dpo_trainer.hash_module is before
+
+
+def test_what_is_overridden_is_there():
+    for name in ("_prepare_dataset", "_precompute_ref_logps", "_compute_loss", "create_model_card"):
+        assert callable(getattr(DPOTrainer, name))
+
+
+def test_a_loss_of_ones_own(tmp_path, monkeypatch):
+    """A function with `@loss()` in losses.py is all that it takes."""
+    monkeypatch.setitem(LOSSES, "mine", Loss(LOSSES["sigmoid"].compute))
+    assert_same_course(
+        run(ours(tmp_path, *WHOLE, loss_type="mine", max_steps=2)), run(ours(tmp_path, *WHOLE, max_steps=2))
+    )
 
 
 def test_trl_is_the_pinned_version():

@@ -8,11 +8,11 @@ import pytest
 import torch
 from trl import DPOTrainer
 
-from dpo_iteration import settings
 from dpo_iteration.losses import LOSSES, Pairs, Settings, pair_losses
 
 CHOSEN_TOKENS, REJECTED_TOKENS = torch.tensor([4, 9, 1, 6]), torch.tensor([7, 2, 3, 6])
 LENGTH = 12
+PAIRWISE = sorted(name for name, one in LOSSES.items() if one.compute)
 
 
 def per_token(seed):
@@ -72,11 +72,21 @@ def trls(policy, reference, mask, loss_types, weights, beta, smoothing):
     return DPOTrainer._compute_loss(trainer, model(policy), inputs, False)
 
 
-def test_there_is_a_loss_for_each_name():
-    assert set(LOSSES) == settings.PAIRWISE
+@pytest.mark.parametrize("name", PAIRWISE)
+def test_a_loss_that_says_it_is_smoothed_or_shifted_is(name):
+    """`smoothed` and `offset` are what arguments are refused by."""
+    (policy, _), (reference, _) = per_token(1), per_token(2)
+
+    def value(smoothing=0.1, margin_scale=0.0):
+        return pair_losses(
+            pairs_of(policy, reference, 2.0), [name], [1.0], Settings(0.5, smoothing, margin_scale)
+        )
+
+    assert LOSSES[name].smoothed == (not value(smoothing=0.2).equal(value()))
+    assert LOSSES[name].offset == (not value(margin_scale=0.3).equal(value()))
 
 
-CASES = [([name], [1.0]) for name in sorted(settings.PAIRWISE)] + [
+CASES = [([name], [1.0]) for name in PAIRWISE] + [
     (["sigmoid", "hinge", "nca_pair"], [0.5, 2.0, 0.1]),
     (["robust", "exo_pair"], [1.0, 0.3]),
 ]
@@ -129,7 +139,7 @@ KNOWN = {  # at Δ = 0 with both log-ratios 0
 }
 
 
-@pytest.mark.parametrize("name", sorted(settings.PAIRWISE))
+@pytest.mark.parametrize("name", PAIRWISE)
 def test_known_answers_where_policy_is_reference(name):
     logps, _ = per_token(5)
     smoothing = 0.1 if name in ("robust", "exo_pair") else 0.0
@@ -137,7 +147,7 @@ def test_known_answers_where_policy_is_reference(name):
     assert torch.allclose(got, torch.full_like(got, KNOWN[name]), atol=1e-7)
 
 
-@pytest.mark.parametrize("name", sorted(settings.OF_DIFFERENCE))
+@pytest.mark.parametrize("name", [name for name in PAIRWISE if LOSSES[name].offset])
 def test_the_offset_is_a_shift_of_the_difference(name):
     """β(Δ - c/β) = βΔ - c: a margin moves the loss as moving the reference's chosen log-probability does."""
     (policy, _), (reference, _) = per_token(6), per_token(7)

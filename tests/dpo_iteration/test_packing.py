@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import micro
 import pytest
 import torch
+from training import alone, make_rows
 from transformers import AutoModelForCausalLM
 from trl import DPOTrainer
 from trl.trainer.utils import add_fused_lm_head
@@ -18,30 +19,6 @@ from common import shared_prompts
 from common.shared_prompts import only_wanted, prepare
 from dpo_iteration.losses import Pairs, Settings, pair_losses
 from dpo_iteration.packing import PaddedCollator, Rows, Steps, collate_packed, columns_of, fill, score
-
-
-def make_rows(count, seed=0, longest=40):
-    rng = random.Random(seed)
-    draw = lambda n: [rng.randrange(3, 250) for _ in range(n)]  # noqa: E731
-    rows = []
-    for i in range(count):
-        chosen = draw(rng.randint(1, longest))
-        # Some responses begin alike, or one is the other's beginning.
-        rejected = (
-            chosen[: rng.randint(0, len(chosen))] + draw(rng.randint(1, 9))
-            if i % 3 == 1
-            else draw(rng.randint(1, longest))
-        )
-        rows.append(
-            {
-                "prompt_ids": [1, *draw(rng.randint(0, longest))],
-                "chosen_ids": chosen,
-                "rejected_ids": rejected,
-                "margin": 1.0 + i,
-            }
-        )
-    return rows
-
 
 # Steps
 
@@ -147,19 +124,6 @@ def make_model(architecture="llama", dtype=torch.float32, **more):
             torch.nn.init.normal_(weight, std=0.2 if "proj" in name else 0.6)
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
     return model.to(dtype)
-
-
-def alone(model, row):
-    """[log-probability of chosen, of rejected], one sequence at a time, by the model's own head and
-    log_softmax in float64.
-    """
-    found = []
-    for side in ("chosen_ids", "rejected_ids"):
-        ids = torch.tensor([row["prompt_ids"] + row[side]])
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0].double()
-        logps = logits.log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[:, 0]
-        found.append(logps[len(row["prompt_ids"]) - 1 :].sum())
-    return found
 
 
 def shared(model):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_packing import alone, make_rows
+from training import alone, make_rows
 from transformers import AutoModelForCausalLM
 
 from common.cli import UserError
@@ -35,9 +35,8 @@ def add(folder, cache, rows, sharing=True, loads=None, **about):
         model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
         return reference.ready(model, SimpleNamespace(deepspeed_plugin=None), sharing)
 
-    return reference.add_reference(
-        rows, load, str(folder), None, cache, {"dtype": "float32"} | about, sharing, 300, 2, 0, None
-    )
+    passes = reference.Passes(300 if sharing else None, at_once=2, pad_token_id=0)
+    return reference.add_reference(rows, load, str(folder), None, cache, {"dtype": "float32"} | about, passes)
 
 
 def values(rows):

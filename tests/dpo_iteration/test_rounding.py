@@ -95,7 +95,7 @@ def test_rounding_passes_at_any_length(layers, spread, capsys):
         patch.setattr(shared_prompts, "_attend", lambda *given: again(true(*given)))
         for length in (1, LONGEST):
             look(model, collate_packed(cut(rows, length)))
-    assert capsys.readouterr().out.count("computed padded, too") == 4
+    assert capsys.readouterr().out.count("packing check passed") == 4
 
 
 def hidden(at, length, start, before):

@@ -19,30 +19,8 @@ import pytest
 import torch
 import training
 from safetensors.torch import load_file
-from training import ROOT, SMALL, read_json, read_jsonl, start
+from training import ROOT, argv, read_json, read_jsonl, start
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    """A folder with a policy and rewarded answers."""
-    folder = tmp_path_factory.mktemp("dpo")
-    policy = micro.make_policy(folder / "policy")
-    (policy / "preprocessor_config.json").write_text("{}")
-    training.write_rewarded(folder / "rewarded.jsonl")
-    return folder
-
-
-def argv(work, name, *more):
-    paths = [
-        "--model_name_or_path",
-        work / "policy",
-        "--train_dir",
-        work / "rewarded.jsonl",
-        "--output_dir",
-        work / name,
-    ]
-    return [str(a) for a in [ROOT / "configs" / "training.yaml", *paths, *SMALL, *more]]
 
 
 def steps(folder):
@@ -72,6 +50,7 @@ def single(work):
     more = (
         "--max_steps 4 --eval_fraction 0.25 --save_steps 4 --keep_checkpoints --report_to tensorboard wandb"
     ).split()
+    (work / "policy" / "preprocessor_config.json").write_text("{}")
     quiet = {"WANDB_MODE": "offline", "WANDB_DIR": str(work), "WANDB_SILENT": "true"}
     done = start(*argv(work, "single", *more), **quiet)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -227,7 +206,7 @@ def test_zero3_on_two_processes_leaves_a_loadable_model(work):
     done = start(
         *argv(work, "zero3", *more),
         launcher=launch("zero3"),
-        script=ROOT / "tests" / "rlhflow" / "launched.py",
+        script=ROOT / "tests" / "launched.py",
     )
     assert done.returncode == 0, done.stdout + done.stderr
     size, kept = (
@@ -429,13 +408,8 @@ def test_a_checkpoint_that_cannot_be_read_says_which_and_what_to_do(work, here, 
 
 
 def test_the_last_step_is_evaluated_once(work, here):
-    here(
-        argv(
-            work,
-            "once",
-            *"--bf16 false --max_steps 2 --eval_fraction 0.25 --eval_steps 1 --logging_first_step true".split(),
-        )
-    )
+    more = "--bf16 false --max_steps 2 --eval_fraction 0.25 --eval_steps 1 --logging_first_step true"
+    here(argv(work, "once", *more.split()))
     evaluated = [
         entry["step"]
         for entry in read_json(work / "once.trainer_state.json")["log_history"]

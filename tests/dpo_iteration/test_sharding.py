@@ -19,7 +19,7 @@ import pytest
 import torch
 import training
 from safetensors.torch import load_file
-from training import ROOT, SMALL, read_json, start
+from training import ROOT, read_json, start
 from transformers import AutoModelForCausalLM
 
 from dpo_iteration import memory
@@ -41,18 +41,10 @@ def work(tmp_path_factory):
 
 
 def train(work, name, *more, config=None, processes=2):
-    paths = [
-        "--model_name_or_path",
-        work / "policy",
-        "--train_dir",
-        work / "rewarded.jsonl",
-        "--output_dir",
-        work / name,
-    ]
     launcher = (
         ["--config_file", ROOT / "configs" / f"{config}.yaml", "--num_processes", processes] if config else []
     )
-    done = start(ROOT / "configs" / "training.yaml", *paths, *SMALL, *more, launcher=launcher)
+    done = start(*training.argv(work, name, *more), launcher=launcher)
     assert done.returncode == 0, done.stdout + done.stderr
     return done, [
         entry for entry in read_json(work / f"{name}.trainer_state.json")["log_history"] if "loss" in entry
@@ -180,21 +172,7 @@ def test_two_machines_train_what_one_process_trains(work, alone, tmp_path, confi
     hidden = ("CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     env = {key: value for key, value in os.environ.items() if key not in hidden} | slurm
     out = work / f"machines_{config}"
-    paths = [
-        "--model_name_or_path",
-        work / "policy",
-        "--train_dir",
-        work / "rewarded.jsonl",
-        "--output_dir",
-        out,
-    ]
-    script = [
-        ROOT / "configs" / "train_multinode.slurm",
-        ROOT / "configs" / "training.yaml",
-        *paths,
-        *SMALL,
-        *EXACT,
-    ]
+    script = [ROOT / "configs" / "train_multinode.slurm", *training.argv(work, out.name, *EXACT)]
     done = subprocess.run(
         ["bash", *map(str, script)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
     )

@@ -4,7 +4,7 @@ weights that moved.
 TRL's file enters by the constructor, on models of the hub; here the same settings go through the script, on
 micro models. Not here because it has another place: losses step by step (test_dpo.py), adapters and
 quantisation (test_adapters.py), the card (test_card.py), ZeRO and FSDP (test_sharding.py). Not taken at all,
-and refused by name (test_dpo_settings.py): padding_free, sync_ref_model, truncation_mode, Liger where it is
+and refused by name (test_arguments.py): padding_free, sync_ref_model, truncation_mode, Liger where it is
 not installed. TRL's vision models and iterable datasets are not offered.
 """
 

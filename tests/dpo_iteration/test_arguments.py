@@ -1,12 +1,10 @@
-"""Arguments of run_dpo.py: defaults against the YAML, settings for TRL, and refusals before torch is
-imported.
-"""
+"""Arguments of run_dpo.py: defaults and the YAML, settings for TRL, refusals before torch is imported."""
 
 import dataclasses
-import json
 import os
 import subprocess
 import sys
+import typing
 from types import SimpleNamespace
 
 import pytest
@@ -15,9 +13,8 @@ import yaml
 from training import ROOT
 
 from common.cli import UserError, build, convert, parse
-from common.manifest import fingerprint
-from dpo_iteration import packing, run_dpo, settings
-from dpo_iteration.run_dpo import Arguments
+from dpo_iteration import arguments, losses, packing, run_dpo, trl_arguments
+from dpo_iteration.arguments import Arguments
 
 
 @pytest.fixture
@@ -30,15 +27,10 @@ def files(tmp_path, monkeypatch):
     return ["--model_name_or_path", "policy", "--train_dir", "rewarded.jsonl", "--output_dir", "out"]
 
 
-def parsed(*argv):
-    args = parse(settings.with_passthrough(Arguments), "", list(argv))
-    return args, settings.given(args, Arguments)
-
-
 def checked(*argv):
-    args, extra = parsed(*argv)
-    settings.check(args, extra)
-    settings.check_paths(args)
+    args = parse(Arguments, "", list(argv))
+    arguments.check(args)
+    arguments.check_paths(args)
 
 
 def refusal(*argv):
@@ -75,34 +67,41 @@ def test_launcher_configs_are_known_to_accelerate(name):
         assert config.fsdp_config["fsdp_state_dict_type"] == "FULL_STATE_DICT"
 
 
-def test_settings_named_here_are_known_to_trl():
-    assert {*settings.QUIET, *settings.REFUSED} <= set(settings.config_fields())
-
-
-def test_fields_read_from_source_are_those_of_the_class():
+def test_the_list_of_trls_settings_is_that_of_the_version_installed():
+    """After a change of the pin: bring dpo_iteration/trl_arguments.py up to date."""
     from trl import DPOConfig
 
-    assert set(settings.config_fields()) == {f.name for f in dataclasses.fields(DPOConfig)}
+    theirs = {field.name: str(field.type) for field in dataclasses.fields(DPOConfig)}
+    ours = {field.name for field in arguments.OURS}
+    assert {*trl_arguments.NAMES} == theirs.keys() - ours
+    assert {*arguments.REFUSED} | trl_arguments.MIXED <= {*trl_arguments.NAMES}
+    for name, hint in typing.get_type_hints(trl_arguments.TRLArguments).items():
+        kind = next(kind for kind in typing.get_args(hint) if kind is not type(None))
+        kind = (typing.get_origin(kind) or kind).__name__
+        assert kind in ("str", "dict") or kind in theirs[name], f"{name} of {hint} is {theirs[name]} in TRL"
 
 
 def test_settings_of_trl_are_passed_on_with_their_types(files, tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text(
         "adam_beta1: 0.8\nlr_scheduler_kwargs: {num_cycles: 2}\ndisable_dropout: false\nloss_weights: [1, "
-        "0.5]\n"
+        "0.5]\nlogging_strategy: 'no'\n"
     )
-    more = ["--precompute_ref_batch_size", "4", "--pad_to_multiple_of", "8"]
-    args, extra = parsed(str(config), *files, *more, "--loss_type", "sigmoid", "sft")
-    assert extra == {
+    more = ["--pad_to_multiple_of", "8", "--optim_target_modules", "[a, b]", "--adam_epsilon", "1e-7"]
+    args = parse(Arguments, "", [str(config), *files, *more, "--loss_type", "sigmoid", "sft"])
+    assert trl_arguments.given(args) == {
         "adam_beta1": 0.8,
+        "adam_epsilon": 1e-7,
         "lr_scheduler_kwargs": {"num_cycles": 2},
         "disable_dropout": False,
-        "loss_weights": [1, 0.5],
-        "precompute_ref_batch_size": 4,
+        "loss_weights": [1.0, 0.5],
+        "logging_strategy": "no",
         "pad_to_multiple_of": 8,
+        "optim_target_modules": ["a", "b"],
     }
-    run_dpo.accumulate(args, 8)
-    got = settings.training_config(args, extra, Arguments, False)
+    from dpo_iteration.dpo import make_config
+
+    got = make_config(args, arguments.accumulation(args, 128, 8), False)
     assert (got.adam_beta1, got.pad_to_multiple_of, got.disable_dropout) == (0.8, 8, False)
     assert (got.learning_rate, got.max_length, got.beta, got.label_smoothing) == (5e-7, 2048, 0.1, 0.1)
     assert (
@@ -110,6 +109,32 @@ def test_settings_of_trl_are_passed_on_with_their_types(files, tmp_path):
         and got.lr_scheduler_type == "cosine"
         and got.save_strategy == "no"
     )
+
+
+def test_a_resolved_section_is_complete_and_resolves_to_itself():
+    values = {"beta": "5e-2", "learning_rate": "1e-6", "adam_beta1": 0.8}
+    found = arguments.resolve(values, {"beta": 0.2})
+    assert found["beta"] == 0.2 and found["learning_rate"] == 1e-6 and found["adam_beta1"] == 0.8
+    assert found["choose_type"] == "max_min" and found["loss_type"] == ["sigmoid"] and found["seed"] == 42
+    required = {"model_name_or_path", "train_dir", "output_dir"}
+    assert found.keys() == {field.name for field in arguments.OURS} - required | {"adam_beta1"}
+    assert arguments.resolve(yaml.safe_load(yaml.safe_dump(found))) == found
+    decided = {"model_name_or_path": "owner/model", "train_dir": "a.jsonl", "output_dir": "b"}
+    assert arguments.arguments(found | decided, "loop.yaml").beta == 0.2
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"bta": 0.1}, "unknown key 'bta' in here, did you mean 'beta'"),
+        ({"beta": "much"}, "beta in here: 'much' is not a number"),
+        ({"hub_token": "secret"}, "export HF_TOKEN"),
+    ],
+)
+def test_what_cannot_be_resolved_is_refused(values, message):
+    with pytest.raises(UserError, match=message) as caught:
+        arguments.resolve(values, where="here")
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +146,7 @@ def test_settings_of_trl_are_passed_on_with_their_types(files, tmp_path):
         (["--label_smoothing", "0.5"], "below 0.5"),
         (["--loss_type", "ipo"], "ipo has no label smoothing: give --label_smoothing 0"),
         (["--loss_type", "sigmoid", "robust"], "cannot be shared by sigmoid and robust"),
-        (["--loss_type", "dpo"], "TRL has aot"),
+        (["--loss_type", "dpo"], "there are aot"),
         (["--length_penalty", "0.1"], "max_min_p only"),
         (["--eval_fraction", "1"], "below 1"),
         (["--max_prompt_length", "2048"], "below --max_length 2048"),
@@ -132,6 +157,7 @@ def test_settings_of_trl_are_passed_on_with_their_types(files, tmp_path):
         (["--fp16", "true"], "choose bf16"),
         (["--bf16_full_eval", "true"], "not taken here"),
         (["--padding_free", "true"], "TRL 1.16 ignores it"),
+        (["--precompute_ref_batch_size", "4"], "batches of --max_row_tokens"),
         (["--model_init_kwargs", '{"dtype": "bfloat16"}'], "must not set dtype"),
         (["--model_init_kwargs", '{"attn_implementation": "eager"}'], "give --attn_implementation"),
         (["--model_init_kwargs", '{"quantization_config": {}}'], "--load_in_4bit true"),
@@ -230,13 +256,10 @@ def test_fewer_pairs_than_processes(files, monkeypatch):
 
 def test_where_trl_makes_the_batches_they_have_to_divide():
     """Rows of our own need not: the pairs of a step are laid out over the processes there are."""
-    args = SimpleNamespace(
-        gradient_accumulation_steps=None, per_device_train_batch_size=1, global_batch_size=12
-    )
+    args = SimpleNamespace(gradient_accumulation_steps=None, per_device_train_batch_size=1)
     with pytest.raises(UserError, match="12 does not divide by 8 processes"):
-        run_dpo.accumulate(args, 8)
-    run_dpo.accumulate(args, 6)
-    assert args.gradient_accumulation_steps == 2
+        arguments.accumulation(args, 12, 8)
+    assert arguments.accumulation(args, 12, 6) == 2
 
 
 @pytest.mark.parametrize(
@@ -278,36 +301,35 @@ def test_weights_by_margin():
     )
 
 
-def test_a_folder_of_unknown_origin_is_refused(files, monkeypatch, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.tex").write_text("")
-    monkeypatch.setattr(sys, "argv", ["run_dpo.py", *files])
-    with pytest.raises(UserError, match="has no manifest"):
-        run_dpo.main()
+def test_what_shapes_a_model():
+    given = {"model_name_or_path": "a/b", "train_dir": ["x"], "output_dir": "y"}
+    plain = arguments.training_of(build(Arguments, given))
+    assert plain.inputs == {
+        "train_dir 1": "x",
+        "model_name_or_path": "a/b",
+        "ref_model_name_or_path": "a/b",
+        "chat_template": None,
+    }
+    assert plain.checkpoint_settings == {"num_processes": 1}
+    assert not {"output_dir", "logging_steps", "global_batch_size", "lora_r"} & plain.settings.keys()
+    for more, processes, changed in (
+        ({"save_steps": 2, "dataloader_num_workers": 3, "hub_model_id": "a/c"}, 8, set()),
+        ({"global_batch_size": 64}, 1, {"pairs_per_step"}),
+        ({"gradient_accumulation_steps": 16}, 8, set()),
+        ({"adam_beta1": 0.8}, 1, {"adam_beta1"}),
+        ({"use_peft": True}, 1, {"use_peft", *arguments.adapters.SETTINGS}),
+        ({"ld_alpha": 0.5}, 1, {"ld_alpha", "per_device_train_batch_size"}),
+    ):
+        found = arguments.training_of(build(Arguments, given | more), processes)
+        assert {key for key, value in found.settings.items() if plain.settings.get(key) != value} == changed
 
 
-def test_a_half_done_output_of_other_settings_is_refused(files, monkeypatch, tmp_path):
-    (tmp_path / "out" / "checkpoint-2").mkdir(parents=True)
-    (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").write_text("{}")
-    (tmp_path / "out.manifest.json").write_text(
-        json.dumps({"complete": False, "settings": {"beta": 0.5}, "inputs": {}})
+def test_a_loss_of_ones_own_needs_no_other_file(files, monkeypatch):
+    monkeypatch.setitem(
+        losses.LOSSES, "mine", losses.Loss(lambda pairs, settings: pairs.chosen, smoothed=True)
     )
-    monkeypatch.setattr(sys, "argv", ["run_dpo.py", *files])
-    with pytest.raises(UserError, match="half done with other settings: beta was 0.5 and is now 0.1"):
-        run_dpo.main()
-
-
-def test_a_checkpoint_of_another_number_of_processes_is_refused(files, monkeypatch, tmp_path):
-    (tmp_path / "out" / "checkpoint-2").mkdir(parents=True)
-    (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").write_text("{}")
-    args, extra = parsed(*files)
-    shaped, inputs = run_dpo.shaping(args, extra, 2)
-    marks = {key: fingerprint(name) for key, name in inputs.items() if name is not None}
-    manifest = {"complete": False, "settings": shaped, "inputs": marks, "num_processes": 2}
-    (tmp_path / "out.manifest.json").write_text(json.dumps(manifest))
-    monkeypatch.setattr(sys, "argv", ["run_dpo.py", *files])
-    with pytest.raises(UserError, match="num_processes was 2 and is now 1"):
-        run_dpo.main()
+    checked(*files, "--loss_type", "mine")
+    assert "margin_scale is defined for" in refusal(*files, "--loss_type", "mine", "--margin_scale", "1")
 
 
 @pytest.mark.parametrize(
@@ -326,7 +348,5 @@ def test_a_checkpoint_of_another_number_of_processes_is_refused(files, monkeypat
     ],
 )
 def test_few_pairs_get_smaller_steps(pairs, given, processes, expected):
-    args = build(
-        run_dpo.Arguments, {"model_name_or_path": "a/b", "train_dir": ["x"], "output_dir": "y"} | given
-    )
-    assert run_dpo.halved(run_dpo.pairs_per_step(args, processes), pairs, args, processes) == expected
+    args = build(Arguments, {"model_name_or_path": "a/b", "train_dir": ["x"], "output_dir": "y"} | given)
+    assert arguments.halved(arguments.pairs_per_step(args, processes), pairs, args, processes) == expected
