@@ -84,7 +84,8 @@ start() { # LOG COMMAND…: in the background and waited for, so that a signal t
   mkdir -p "$(dirname "$1")"
   printf '$ %s\n' "$(shown "${@:2}")" >>"$1"
   # vLLM renames its processes; without SPT_NOENV the new name is written over the environment that the mark stands in.
-  env RLHF_RUN="$mark" SPT_NOENV=1 "${@:2}" >>"$1" 2>&1 {lock}>&- &
+  # Where it has come to is kept in a file beside the log, for the report (common/progress.py).
+  env RLHF_RUN="$mark" SPT_NOENV=1 RLHF_PROGRESS="${1%.log}.progress.json" "${@:2}" >>"$1" 2>&1 {lock}>&- &
 }
 
 in_env() { # ENVIRONMENT LOG COMMAND…
