@@ -284,18 +284,13 @@ divergence() { # YAML
   launch "$logs/divergence.log" evaluation/divergence.py "$1" || failed divergence $? "$logs/divergence.log"
 }
 
-spent() { # ITERATION → seconds of its stages so far
-  awk -v i="$1," '$2 == i {sum += $6} END {print sum + 0}' "$run_dir/stages.jsonl" 2>/dev/null || echo 0
-}
-
 metrics() { # ITERATION
   local more=()
   [ -z "$gold_function" ] || more+=(--gold_function "$gold_function")
   [ "$judge" = no ] || more+=(--judge_sampled "$folder/heldout_sampled.judged.jsonl" --judge_greedy "$folder/heldout_greedy.judged.jsonl")
   enter rlhflow
   run "$logs/metrics.log" python evaluation/metrics.py --sampled "$folder/heldout_sampled.rewarded.jsonl" \
-    --greedy "$folder/heldout_greedy.rewarded.jsonl" --output_dir "$folder/metrics.json" \
-    --seconds "$(($(spent "$1") + SECONDS - began))" "${more[@]}" ||
+    --greedy "$folder/heldout_greedy.rewarded.jsonl" --output_dir "$folder/metrics.json" "${more[@]}" ||
     failed metrics $? "$logs/metrics.log"
   more=()
   [ "${#trackers[@]}" -eq 0 ] || more=(--report_to "${trackers[@]}")
