@@ -1,9 +1,11 @@
 """Charts of the page, as plotly figures without colours: `meta` says which colour a trace takes, and page.js
-paints it
-for the light or the dark page (`color`: the n-th run; `step`: from 0, the first iterate, to 1, the last)."""
+paints it for the light or the dark page (`color`: the n-th run; `step`: from 0, the first iterate, to 1, the
+last). What is shown, and in which section, is the list CHARTS.
+"""
 
 import html
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -12,6 +14,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from common.records import finite
+from common.run_folder import KINDS
 from evaluation import measures
 
 MOST_POINTS = 2000  # of a line; longer logs are thinned evenly
@@ -45,31 +48,41 @@ def number(value):
     )
 
 
-def line(x, y, name, color, band=None, dash=None, mode="lines+markers", **more):
-    """One line; `band` is a list of (low, high) or None for error bars."""
+def line(points, name, color, dash=None, mode="lines+markers", **more):
+    """One line; None without a point.
+
+    Args:
+        points: tuples of x, y and maybe what is shown beside the pointer. y is a number, a (value, low, high)
+            with an error bar where low is not None, or None, which is left out.
+    """
+    points = [
+        (x, y if isinstance(y, tuple) else (y, None, None), *said) for x, y, *said in points if y is not None
+    ]
+    if not points:
+        return None
+    if len(points[0]) > 2:
+        more["text"] = [said for *_, said in points]
+    values = [y for _, y, *_ in points]
     trace = go.Scatter(
-        x=list(x), y=[number(v) for v in y], name=html.escape(name), mode=mode, meta=color, **more
+        x=[point[0] for point in points],
+        y=[number(value) for value, *_ in values],
+        name=html.escape(name),
+        mode=mode,
+        meta=color,
+        **more,
     )
     if dash:
         trace.update(line={"dash": dash})
-    if band and any(b is not None for b in band):
-        sides = [(0, 0) if b is None else (b[1] - v, v - b[0]) for v, b in zip(y, band)]
-        trace.update(
-            error_y={
-                "type": "data",
-                "symmetric": False,
-                "array": [number(up) for up, _ in sides],
-                "arrayminus": [number(down) for _, down in sides],
-                "thickness": 1.3,
-                "width": 4,
-            }
-        )
+    if any(low is not None for _, low, _ in values):
+        sides = [(0, 0) if low is None else (high - v, v - low) for v, low, high in values]
+        bars = {"array": [number(up) for up, _ in sides], "arrayminus": [number(down) for _, down in sides]}
+        trace.update(error_y={"type": "data", "symmetric": False, "thickness": 1.3, "width": 4} | bars)
     return trace
 
 
 def chart(key, title, y, x, traces, definition, whole_x=False, wide=False, **layout):
     """What the page needs of one chart; None without traces."""
-    traces = [trace for trace in traces if trace is not None and len(trace.y if trace.y is not None else ())]
+    traces = [trace for trace in traces if trace is not None]
     if not traces:
         return None
     figure = go.Figure(traces)
@@ -93,35 +106,20 @@ def label(run, name, several):
     return f"{run.name}, {name}" if several else name
 
 
-def over_iterates(key, title, y, tables, get, definition, kinds=("sampled", "greedy"), **layout):
+def over_iterates(tables, key, title, y, get=None, definition=None, kinds=KINDS, **layout):
     """A value of each iterate, a line for each run and kind; `get(row, kind)` gives a number or (value, low,
-    high).
+    high), without it the kind's figure `key`. The definition is that of `key`, too.
     """
-    traces = []
+    get, traces = get or (lambda row, kind: row[kind].get(key)), []
     for n, (run, iterates, *_) in enumerate(tables):
-        for kind in kinds:
+        for k, kind in enumerate(kinds):
             points = [(row["iterate"], get(row, kind)) for row in iterates]
-            points = [(i, v if isinstance(v, tuple) else (v, None, None)) for i, v in points if v is not None]
-            if points:
-                band = [None if v[1] is None else v[1:] for _, v in points]
-                name = (
-                    label(run, kind, True)
-                    if len(tables) > 1 and len(kinds) > 1
-                    else run.name
-                    if len(tables) > 1
-                    else kind
-                )
-                traces.append(
-                    line(
-                        [i for i, _ in points],
-                        [v[0] for _, v in points],
-                        name,
-                        {"color": n if len(tables) > 1 else kinds.index(kind)},
-                        band,
-                        "dot" if kind == "greedy" and len(tables) > 1 else None,
-                    )
-                )
-    return chart(key, title, y, "iterate", traces, definition, whole_x=True, **layout)
+            if len(tables) == 1:
+                traces.append(line(points, kind, {"color": k}))
+            else:
+                name = label(run, kind, True) if len(kinds) > 1 else run.name
+                traces.append(line(points, name, {"color": n}, "dot" if kind == "greedy" else None))
+    return chart(key, title, y, "iterate", traces, definition or key, whole_x=True, **layout)
 
 
 def by_iterate(tables):
@@ -137,152 +135,37 @@ def by_iterate(tables):
                 yield n, run, row, {"color": n}, "dot" if k == 0 and len(iterates) > 1 else None
 
 
-def of_runs(tables):
-    """All charts: a list of (section, chart).
-
-    Args:
-        tables: list of (run, iterates, trainings, stages), see report/figures.py.
-    """
-    found = []
-
-    def add(section, made):
-        if made:
-            found.append((section, made))
-
-    for quantity, title in (("reward", "Held-out reward"), ("gold", "Gold score"), ("judge", "Second judge")):
-        add(
-            "reward",
-            over_iterates(
-                quantity,
-                title,
-                title.lower(),
-                tables,
-                lambda row, kind, q=quantity: row[kind].get(q),
-                quantity,
-            ),
-        )
-    add("wins", wins(tables, "start"))
-    if any(
-        len(iterates) > 2 for _, iterates, *_ in tables
-    ):  # of one iteration the start is the previous iterate
-        add("wins", wins(tables, "previous"))
-    add("length", reward_by_length(tables))
-    add(
-        "length",
-        over_iterates(
-            "length_correlation",
-            "Reward and length within a prompt",
-            "correlation",
-            tables,
-            lambda row, kind: row[kind].get("length_correlation"),
-            "length_correlation",
-            ("sampled",),
-        ),
-    )
-    add(
-        "drift",
-        over_iterates(
-            "kl",
-            "KL to the reference",
-            "nats per response",
-            tables,
-            lambda row, kind: (
-                None
-                if row["kl"] is None
-                else (
-                    row["kl"],
-                    *(
-                        [row["kl"] - row["kl_se"], row["kl"] + row["kl_se"]]
-                        if row.get("kl_se") is not None
-                        else [None, None]
-                    ),
-                )
-            ),
-            "kl",
-            ("sampled",),
-        ),
-    )
-    add("drift", against_kl(tables))
-    add("best", best_of(tables, "best_of", "Best of k", "reward"))
-    add("best", best_of(tables, "gold_of_best", "Gold of the best of k by reward", "gold"))
-    for key, title, y in (
-        ("length", "Length", "tokens"),
-        ("truncated", "Cut off", "share"),
-        ("repetition", "Repeated 4-grams", "share"),
-        ("distinct_2", "Distinct 2-grams", "share"),
-        ("different_texts", "Different answers to a prompt", "share"),
-    ):
-        kinds = ("sampled",) if key == "different_texts" else ("sampled", "greedy")
-        add(
-            "text",
-            over_iterates(
-                key,
-                title,
-                y,
-                tables,
-                lambda row, kind, k=key: row[kind].get(k),
-                key.replace("_2", ""),
-                kinds,
-                **({} if key == "length" else {"yaxis": {"rangemode": "tozero"}}),
-            ),
-        )
-    add("pairs", histograms(tables))
-    found += [("training", made) for made in training_curves(tables) if made]
-    add("time", seconds(tables))
-    return found
+WINS = (  # figure, name, dash; of several runs the first two are drawn, the table has the rest
+    ("reward_win", "by reward", None),
+    ("lc_win", "at equal length", "dash"),
+    ("gold_win", "by gold", "dot"),
+    ("judge_win", "by the judge", "dashdot"),
+)
+EVEN = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": 0.5, "y1": 0.5}
+EVEN |= {"line": {"dash": "dot", "width": 1, "color": "#888"}}
 
 
 def wins(tables, against):
     """Win rate by reward, plain and at equal length, of the sampled answers; by gold and by the judge where
     there are.
     """
-    traces = []
-    names = (
-        ("reward_win", "by reward", None),
-        ("lc_win", "at equal length", "dash"),
-        ("gold_win", "by gold", "dot"),
-        ("judge_win", "by the judge", "dashdot"),
-    )
+    traces, several = [], len(tables) > 1
     for n, (run, iterates, *_) in enumerate(tables):
-        for k, (key, name, dash) in enumerate(
-            names if len(tables) == 1 else names[:2]
-        ):  # of several runs the table has the rest
-            points = [
-                (row["iterate"], (row["versus"].get(against) or {}).get("sampled", {}).get(key))
-                for row in iterates
-            ]
-            points = [(i, v) for i, v in points if v]
-            if points:
-                several = len(tables) > 1
-                traces.append(
-                    line(
-                        [i for i, _ in points],
-                        [v[0] for _, v in points],
-                        label(run, name, several),
-                        {"color": n if several else k},
-                        [None if v[1] is None else v[1:] for _, v in points],
-                        dash if several else None,
-                    )
-                )
-    title = "Win rate over the start" if against == "start" else "Win rate over the previous iterate"
-    even = {
-        "type": "line",
-        "xref": "paper",
-        "x0": 0,
-        "x1": 1,
-        "y0": 0.5,
-        "y1": 0.5,
-        "line": {"dash": "dot", "width": 1, "color": "#888"},
-    }
+        versus = [(row["iterate"], (row["versus"].get(against) or {}).get("sampled", {})) for row in iterates]
+        for k, (key, name, dash) in enumerate(WINS[:2] if several else WINS):
+            color = {"color": n if several else k}
+            points = [(i, own.get(key)) for i, own in versus]
+            traces.append(line(points, label(run, name, several), color, dash if several else None))
+    over = {"start": "the start", "previous": "the previous iterate"}[against]
     return chart(
         f"wins_{against}",
-        title,
+        f"Win rate over {over}",
         "share of comparisons",
         "iterate",
         traces,
         "reward_win",
         whole_x=True,
-        shapes=[even],
+        shapes=[EVEN],
         yaxis={"tickformat": ".0%"},
     )
 
@@ -294,76 +177,41 @@ def reward_by_length(tables):
         lengths = [it.answers["sampled"].lengths for it in run.iterates.values() if "sampled" in it.answers]
         answers = run.iterates[row["iterate"]].answers.get("sampled")
         edges = measures.length_edges(np.concatenate(lengths)) if lengths else []
-        if answers is None or len(edges) < 3:
-            continue
-        points = [p for p in measures.by_length(answers.rewards, answers.lengths, edges) if p]
-        name = label(run, f"iterate {row['iterate']}", len(tables) > 1)
-        traces.append(
-            line(
-                [number(p[0]) for p in points],
-                [p[1] for p in points],
-                name,
-                color,
-                dash=dash,
-                text=[f"{p[2]} answers" for p in points],
-            )
-        )
-    return chart(
-        "by_length",
-        "Reward of answers of the same length",
-        "mean reward",
-        "tokens of the answer",
-        traces,
-        "by_length",
-    )
+        if answers is not None and len(edges) > 2:
+            bins = filter(None, measures.by_length(answers.rewards, answers.lengths, edges))
+            points = [(number(length), reward, f"{count} answers") for length, reward, count in bins]
+            name = label(run, f"iterate {row['iterate']}", len(tables) > 1)
+            traces.append(line(points, name, color, dash))
+    title, x = "Reward of answers of the same length", "tokens of the answer"
+    return chart("by_length", title, "mean reward", x, traces, "by_length")
 
 
 def against_kl(tables):
     """Reward over KL: what each nat bought."""
-    traces = []
+    traces, several = [], len(tables) > 1
     for n, (run, iterates, *_) in enumerate(tables):
-        for k, quantity in enumerate(("reward", "gold", "judge")):
-            points = [(row["kl"], row["sampled"].get(quantity), row["iterate"]) for row in iterates]
-            points = [(kl, v[0], i) for kl, v, i in points if kl is not None and v]
-            if len(points) > 1 and (quantity == "reward" or len(tables) == 1):
-                traces.append(
-                    line(
-                        [number(p[0]) for p in points],
-                        [p[1] for p in points],
-                        label(run, quantity, len(tables) > 1),
-                        {"color": n if len(tables) > 1 else k},
-                        text=[f"iterate {p[2]}" for p in points],
-                    )
-                )
-                if quantity != "reward":
-                    traces[-1].update(yaxis="y2")
+        known = [row for row in iterates if row["kl"] is not None]
+        for k, quantity in enumerate(("reward",) if several else ("reward", "gold", "judge")):
+            points = [
+                (number(row["kl"]), value[0], f"iterate {row['iterate']}")
+                for row in known
+                if (value := row["sampled"].get(quantity))
+            ]
+            if len(points) > 1:
+                name, color = label(run, quantity, several), {"color": n if several else k}
+                traces.append(line(points, name, color, **({"yaxis": "y2"} if k else {})))
     axis = {"overlaying": "y", "side": "right", "title": {"text": "gold, judge"}, "showgrid": False}
     second = {"yaxis2": axis} if any(t.yaxis == "y2" for t in traces) else {}
-    return chart(
-        "against_kl",
-        "Reward for each nat of KL",
-        "reward",
-        "KL to the reference, nats per response",
-        traces,
-        "kl",
-        **second,
-    )
+    x = "KL to the reference, nats per response"
+    return chart("against_kl", "Reward for each nat of KL", "reward", x, traces, "kl", **second)
 
 
 def best_of(tables, key, title, y):
+    """A figure of the best of k answers, over k."""
     traces = []
     for _, run, row, color, dash in by_iterate(tables):
-        curve = row["sampled"].get(key)
-        if curve:
-            traces.append(
-                line(
-                    range(1, len(curve) + 1),
-                    curve,
-                    label(run, f"iterate {row['iterate']}", len(tables) > 1),
-                    color,
-                    dash=dash,
-                )
-            )
+        name = label(run, f"iterate {row['iterate']}", len(tables) > 1)
+        traces.append(line(enumerate(row["sampled"].get(key) or (), 1), name, color, dash))
     return chart(key, title, y, "k", traces, "best_of", whole_x=True)
 
 
@@ -381,31 +229,15 @@ def histograms(tables):
         return None
     low, high = min(float(v.min()) for v in values), max(float(v.max()) for v in values)
     traces = []
+    shape = {"mode": "lines", "line": {"shape": "hvh", "width": 1.5}, "fill": "tozeroy"}
     for k, (n, run, i, t) in enumerate(known):
         edges, shares = measures.histogram(t.answers.rewards, 40, low, high)
-        if edges:
-            middles = [(a + b) / 2 for a, b in zip(edges, edges[1:])]
-            color = {"color": n} if len(tables) > 1 else {"step": k / max(len(known) - 1, 1)}
-            traces.append(
-                line(
-                    [number(m) for m in middles],
-                    shares,
-                    label(run, f"iteration {i}", len(tables) > 1),
-                    color | {"fill": True},
-                    mode="lines",
-                    line={"shape": "hvh", "width": 1.5},
-                    fill="tozeroy",
-                )
-            )
-    return chart(
-        "histogram",
-        "Rewards of the training responses",
-        "share of responses",
-        "reward",
-        traces,
-        "histogram",
-        wide=True,
-    )
+        middles = [number((a + b) / 2) for a, b in zip(edges, edges[1:])]
+        color = {"color": n} if len(tables) > 1 else {"step": k / max(len(known) - 1, 1)}
+        name = label(run, f"iteration {i}", len(tables) > 1)
+        traces.append(line(zip(middles, shares, strict=True), name, color | {"fill": True}, **shape))
+    title, y = "Rewards of the training responses", "share of responses"
+    return chart("histogram", title, y, "reward", traces, "histogram", wide=True)
 
 
 def thin(points):
@@ -416,54 +248,38 @@ def thin(points):
     )
 
 
-def training_curves(tables):
-    """The trainer's log over the steps of all iterations in turn, and PPO's over its rollouts."""
-    found = []
-    for key, title, own, held in DPO_CURVES:
-        traces = []
-        for n, (run, *_) in enumerate(tables):
-            several = len(tables) > 1
-            for name, field in (("training", own), ("held-out pairs", held)):
-                points = thin(list(logged(run, field))) if field else []
-                if points:
-                    color = {"color": n if several else 0 if name == "training" else 1}
-                    traces.append(
-                        line(
-                            [x for x, _, _ in points],
-                            [y for _, y, _ in points],
-                            label(run, name, several),
-                            color,
-                            mode="markers"
-                            if name != "training"
-                            else "lines+markers"
-                            if len(points) < 60
-                            else "lines",
-                            text=[f"iteration {i}" for *_, i in points],
-                        )
-                    )
-        found.append(chart(f"dpo_{key}", title.capitalize(), title, "optimizer step", traces, key))
-    for key, title in PPO_CURVES:
-        traces = []
-        for n, (run, *_) in enumerate(tables):
-            points = thin(
-                [
-                    (entry["step"] if finite(entry.get("step")) else k + 1, entry[key])
-                    for _, t in sorted(run.trainings.items())
-                    for k, entry in enumerate(t.ppo)
-                    if number(entry.get(key)) is not None
-                ]
-            )
-            if points:
-                traces.append(
-                    line([x for x, _ in points], [y for _, y in points], run.name, {"color": n}, mode="lines")
-                )
-        zero = {"yaxis": {"rangemode": "tozero"}} if key.endswith("_fraction") else {}
-        found.append(chart(f"ppo_{key}", f"PPO: {title}", title, "rollout", traces, "ppo_log", **zero))
-    return found
+def dpo_curve(tables: list, key: str, title: str, own: str, held: str | None) -> dict | None:
+    """A field of the trainer's log over the steps of all iterations in turn, and that of held-out pairs."""
+    traces, several = [], len(tables) > 1
+    for n, (run, *_) in enumerate(tables):
+        for name, field in (("training", own), ("held-out pairs", held)):
+            points = thin(list(logged(run, field))) if field else []
+            color = {"color": n if several else 0 if name == "training" else 1}
+            few = "lines+markers" if len(points) < 60 else "lines"
+            mode = few if name == "training" else "markers"
+            traces.append(line(points, label(run, name, several), color, mode=mode))
+    return chart(f"dpo_{key}", title.capitalize(), title, "optimizer step", traces, key)
+
+
+def ppo_curve(tables: list, key: str, title: str) -> dict | None:
+    """A field of PPO's log over its rollouts."""
+    traces = []
+    for n, (run, *_) in enumerate(tables):
+        points = thin(
+            [
+                (entry["step"] if finite(entry.get("step")) else k + 1, entry[key])
+                for _, t in sorted(run.trainings.items())
+                for k, entry in enumerate(t.ppo)
+                if number(entry.get(key)) is not None
+            ]
+        )
+        traces.append(line(points, run.name, {"color": n}, mode="lines"))
+    zero = {"yaxis": {"rangemode": "tozero"}} if key.endswith("_fraction") else {}
+    return chart(f"ppo_{key}", f"PPO: {title}", title, "rollout", traces, "ppo_log", **zero)
 
 
 def logged(run, field):
-    """Yield (step, value, iteration) of a field of the trainer's log, steps counted on over the
+    """Yield (step, value, its iteration in words) of a field of the trainer's log, steps counted on over the
     iterations.
     """
     before = 0
@@ -473,17 +289,17 @@ def logged(run, field):
             step = entry["step"] if finite(entry.get("step")) else 0
             last = max(last, step)
             if number(entry.get(field)) is not None:
-                yield before + step, entry[field], i
+                yield before + step, entry[field], f"iteration {i}"
         before += last
 
 
 def seconds(tables):
-    """Working and waiting seconds of each stage."""
+    """Working and waiting seconds of each step."""
     traces, several = [], len(tables) > 1
     rows = [
-        (label(run, f"{row['iteration']} {row['stage']}", several), row)
-        for run, _, _, stages in tables
-        for row in stages
+        (label(run, f"{row['policy']} {row['step']}", several), row)
+        for run, _, _, steps in tables
+        for row in steps
     ]
     parts = (
         ("working", lambda row: row["work"]),
@@ -505,9 +321,68 @@ def seconds(tables):
         "seconds",
         "Where the time went",
         "seconds",
-        "iteration and stage",
+        "policy and step",
         traces,
         "waiting",
         wide=True,
         barmode="stack",
     )
+
+
+def kl_of(row: dict, kind: str) -> tuple | None:
+    """An iterate's KL and what one standard error less and more would be."""
+    kl, error = row["kl"], row.get("kl_se")
+    if kl is None:
+        return None
+    return (kl, None, None) if error is None else (kl, kl - error, kl + error)
+
+
+def previous_wins(tables: list) -> dict | None:
+    """Win rates over the previous iterate; after one iteration that is the start."""
+    return wins(tables, "previous") if any(len(iterates) > 2 for _, iterates, *_ in tables) else None
+
+
+def curve(key: str, title: str, y: str, **more) -> Callable:
+    """What makes a chart of a figure over the iterates, see `over_iterates`."""
+    return lambda tables: over_iterates(tables, key, title, y, **more)
+
+
+FROM_ZERO = {"yaxis": {"rangemode": "tozero"}}
+CHARTS = (  # section, what makes a chart of the tables, or None where nothing of it is known
+    ("reward", curve("reward", "Held-out reward", "held-out reward")),
+    ("reward", curve("gold", "Gold score", "gold score")),
+    ("reward", curve("judge", "Second judge", "second judge")),
+    ("wins", lambda tables: wins(tables, "start")),
+    ("wins", previous_wins),
+    ("length", reward_by_length),
+    (
+        "length",
+        curve("length_correlation", "Reward and length within a prompt", "correlation", kinds=("sampled",)),
+    ),
+    ("drift", curve("kl", "KL to the reference", "nats per response", get=kl_of, kinds=("sampled",))),
+    ("drift", against_kl),
+    ("best", lambda tables: best_of(tables, "best_of", "Best of k", "reward")),
+    ("best", lambda tables: best_of(tables, "gold_of_best", "Gold of the best of k by reward", "gold")),
+    ("text", curve("length", "Length", "tokens")),
+    ("text", curve("truncated", "Cut off", "share", **FROM_ZERO)),
+    ("text", curve("repetition", "Repeated 4-grams", "share", **FROM_ZERO)),
+    ("text", curve("distinct_2", "Distinct 2-grams", "share", definition="distinct", **FROM_ZERO)),
+    (
+        "text",
+        curve("different_texts", "Different answers to a prompt", "share", kinds=("sampled",), **FROM_ZERO),
+    ),
+    ("pairs", histograms),
+    *(("training", lambda tables, one=one: dpo_curve(tables, *one)) for one in DPO_CURVES),
+    *(("training", lambda tables, one=one: ppo_curve(tables, *one)) for one in PPO_CURVES),
+    ("time", seconds),
+)
+
+
+def of_runs(tables: list) -> list[tuple]:
+    """All charts: a list of (section, chart).
+
+    Args:
+        tables: list of (run, iterates, trainings, steps), see report/figures.py.
+    """
+    made = [(section, make(tables)) for section, make in CHARTS]
+    return [(section, one) for section, one in made if one]
