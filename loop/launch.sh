@@ -150,7 +150,8 @@ step() { # NAME POLICY I
   printf '{"policy": %d, "step": "%s", "seconds": %d, "finished": "%(%Y-%m-%dT%H:%M:%S%z)T"}\n' \
     "$3" "$1" "$((SECONDS - began))" -1 >>"${plan[run_dir]}/stages.jsonl"
   say "$at: $((SECONDS - began)) s"
-  [ -z "${plan[report]:-}" ] || attempt rlhflow "${plan[run_dir]}/report.log" python report/make_report.py "${plan[run_dir]}"
+  [[ -n "${plan[report]:-}" && ( "$1" = measure || "$1" = train ) ]] || return 0
+  attempt rlhflow "${plan[run_dir]}/report.log" python report/make_report.py "${plan[run_dir]}"
 }
 
 prune() { # I: once policy I is there and measured, the weights before the last `keep_iterates`, never the start's
@@ -201,8 +202,12 @@ hold() { # RUN_DIR: until this script ends, however it does
   stop_started
 }
 
-waited() { # COMMAND…: of our own, ended with this script; its output on stderr, since stdout is for commands and the table
-  (exec {lock}>&-; export RLHF_RUN="$mark"; "$@") >&2 &
+beside() { # COMMAND…: of our own, in the background; its output on stderr, since stdout is for commands and the table
+  ([ -z "${lock:-}" ] || exec {lock}>&-; [ -z "$mark" ] || export RLHF_RUN="$mark"; "$@") >&2 & # it ends with this script
+}
+
+waited() { # COMMAND…: the same, waited for, so that a signal is answered at once
+  beside "$@"
   wait "$!"
 }
 
@@ -236,8 +241,9 @@ enter_rlhflow() { # the checks run there: one of older requirements will do, and
   if [ "$status" -eq 1 ]; then
     [ "$mode" != check ] || check_machine vllm rlhflow || true # told before gigabytes are installed
     [ "$mode" = run ] || { no_env rlhflow; exit 2; }
-    waited make_envs vllm rlhflow || exit 2
+    waited make_envs rlhflow || exit 2
     found="$(find_env rlhflow)"
+    beside make_envs vllm # and the setup command; make_ready waits for it
   fi
   enter_env "$found"
   python="$(command -v python)" # also while another environment is active
