@@ -144,6 +144,21 @@ def read_json(path: Path) -> dict:
     return values
 
 
+def local_config(name: str) -> dict | None:
+    """config.json of a local model folder, else None."""
+    path = Path(name) / "config.json"
+    return read_json(path) if path.is_file() else None
+
+
+def has_template(name: str) -> bool:
+    """Whether a local model folder carries a chat template."""
+    folder = Path(name)
+    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
+        return True
+    config = folder / "tokenizer_config.json"
+    return config.is_file() and bool(read_json(config).get("chat_template"))
+
+
 def check_tokenizer_files(name: str) -> None:
     """Refuse a local folder whose only tokenizer is a tekken.json."""
     folder = Path(name)

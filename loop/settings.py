@@ -1,6 +1,7 @@
 """The settings of a run, and how its stages are spread over the GPUs there are."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 from annotate_data import get_rewards
@@ -164,7 +165,7 @@ class LoopSettings(RunSettings):
     elsewhere = dict.fromkeys(("backend", "ppo", "openrlhf"), "bash run_ppo.sh")
 
 
-def decided(settings):
+def decided(settings: RunSettings) -> Iterator[str]:
     """What is wrong with sections that name what the run decides, a line each."""
     for section, keys in DECIDED.items():
         for key in keys:
@@ -202,12 +203,12 @@ def is_required(field: dataclasses.Field) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def gpus_of(settings):
+def gpus_of(settings: RunSettings) -> list[str]:
     """Names of the run's GPUs: the visible ones, or as many as a plan is asked for."""
     return visible_gpus() if settings.num_gpus is None else [str(k) for k in range(settings.num_gpus)]
 
 
-def refuse_other_kind(settings):
+def refuse_other_kind(settings: RunSettings):
     """Refuse a folder that holds a run of the other driver, by that name and not by settings that differ.
 
     Raises:
@@ -224,12 +225,12 @@ def refuse_other_kind(settings):
         )
 
 
-def processes(settings):
+def processes(settings: RunSettings) -> int:
     """Annotation and training processes."""
     return settings.num_processes or max(1, len(gpus_of(settings)))
 
 
-def gpu_groups(settings):
+def gpu_groups(settings: RunSettings) -> list[str]:
     """CUDA_VISIBLE_DEVICES of each generation process; one empty string per process on the CPU."""
     gpus, size = (
         gpus_of(settings),

@@ -23,7 +23,7 @@ SECONDS = 60  # that a function is given, with its imports
 RESPONSE = "This is a made-up response. It is here to see whether the function takes it and returns a number."
 
 
-def made_up(prompt):
+def made_up(prompt: dict) -> dict:
     """A generated record with one response to a prompt record (messages and whatever fields the data
     carries).
     """
@@ -37,7 +37,7 @@ def made_up(prompt):
     return prompt | fields
 
 
-def try_function(kind, spec, records, python=sys.executable):
+def try_function(kind: str, spec: str, records: list[dict], python: str = sys.executable) -> str | None:
     """What is wrong with the reward or gold function `spec` where it is called on these records by this
     Python; None where nothing is.
 

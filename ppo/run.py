@@ -22,10 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any fol
 from common.cli import UserError, arg, build, parse, refuse, run
 from common.devices import none_visible
 from common.manifest import read_manifest
-from loop import changes
+from loop import changes, estimates
 from loop import check as checks
 from loop.plan import Plan, with_config
 from loop.plan import main as plan_main
+from loop.prompt_sets import check_prompts
 from loop.settings import LoopSettings, RunSettings, complete, gpus_of, processes
 from ppo import arguments, train_ppo
 from ppo.openrlhf import arguments as openrlhf_arguments
@@ -290,42 +291,31 @@ def check(plan, left):
     right = args is not None and len(found.problems) == before
     if not found.problems:
         found.attempt(changes.refuse, plan, plan.resolved())
-    sets = checks.check_prompts(plan, found)
+    sets = check_prompts(plan, found)
     there = None if None in sets.values() else sum(len(sets[name]) for name in settings.prompts)
     check_rollouts(plan, args, there, found)
     if right and not plan.is_trained():
         check_backend(plan, args, found)
     _, count = checks.check_gpus(plan, found)
-    if count and args and plan.backend == "small":
-        # The model; while training, checkpoints of policy and value model with Adam's two states, in 4 bytes
-        # each.
-        kept = args.save_total_limit + 1 if args.save_steps else 0
-        checks.check_disk(
-            plan,
-            found,
-            (4 + 24 * kept) * count / 2**30,
-            "the model and checkpoints",
-            "see ppo.save_total_limit",
-        )
-    elif (
-        count and args
-        # OpenRLHF's of policy and value model, 14 bytes a parameter each; old ones go before a new one is
-        # written
-    ):
-        kept = 2 * 14 * args.save_total_limit if args.save_steps and not args.lora_r else 0
-        checks.check_disk(
-            plan,
-            found,
-            (4 + kept) * count / 2**30,
-            "the model and checkpoints",
-            "see ppo.save_total_limit",
-        )
+    if count and args:
+        check_disk(plan, args, count, found)
     checks.conclude(
         plan,
         left,
         found,
         "" if found.problems else f"{checks.summary(plan)}, backend {plan.backend}",
     )
+
+
+def check_disk(plan, args, count: float, found):
+    """Hold the model and its checkpoints against the disk. `count`: parameters of the policy."""
+    kept = args.save_total_limit if args.save_steps else 0
+    if plan.backend == "small":  # policy and value model with Adam's two states, in 4 bytes each
+        room = 4 + 24 * (kept + 1 if kept else 0)
+    else:  # OpenRLHF's, 14 bytes a parameter each; old ones go before a new one is written
+        room = 4 + 2 * 14 * (0 if args.lora_r else kept)
+    what = "the model and checkpoints"
+    estimates.check_disk(plan, found, room * count / 2**30, what, "see ppo.save_total_limit")
 
 
 def check_rollouts(plan, args, prompts, found):

@@ -16,7 +16,7 @@ import yaml
 from common.cli import UserError, build
 from common.models import check_policy
 from loop import check as checks
-from loop import plan, settings
+from loop import estimates, plan, settings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -330,8 +330,8 @@ def machine(monkeypatch):
 
     def check(name, mib, count, **changes):
         monkeypatch.setattr(settings, "visible_gpus", lambda: [str(k) for k in range(count)])
-        monkeypatch.setattr(checks, "gpu_memory", lambda: mib / 1024)
-        monkeypatch.setattr(checks, "gpu_name", lambda: name)
+        monkeypatch.setattr(estimates, "gpu_memory", lambda: mib / 1024)
+        monkeypatch.setattr(estimates, "gpu_name", lambda: name)
         checked(recipe | changes, monkeypatch)
 
     return check
@@ -369,7 +369,7 @@ def test_advice_for_a_48_gb_card_holds_on_one(machine, capsys):
 
 def test_hours_follow_the_gpu(machine, capsys):
     assert [
-        checks.speed_of(name)
+        estimates.speed_of(name)
         for name in (
             "NVIDIA A100-SXM4-80GB",
             "NVIDIA H100 80GB HBM3",
@@ -379,7 +379,7 @@ def test_hours_follow_the_gpu(machine, capsys):
             None,
         )
     ] == [("A100", True), ("H100", True), ("A10", True), ("A100", False), ("A100", False), ("A100", False)]
-    slow, fast = (checks.estimate(8e9, 20000, 8, 2, 8, kind) for kind in ("A100", "H100"))
+    slow, fast = (estimates.estimate(8e9, 20000, 8, 2, 8, kind) for kind in ("A100", "H100"))
     assert fast[1] == pytest.approx(slow[1] * 312 / 989) and fast[0] == pytest.approx(slow[0] * 2.0 / 3.35)
     machine("NVIDIA X1000", 81559, 8)
     assert "an estimate for A100s: nothing is known here of the NVIDIA X1000" in capsys.readouterr().err

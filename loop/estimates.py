@@ -1,0 +1,165 @@
+"""Memory, disk and hours of a run, estimated before it starts and held against what there is."""
+
+import re
+import shutil
+from pathlib import Path
+
+from common.devices import gpu_memory, gpu_name
+from common.models import local_config
+from common.progress import duration
+from dpo_iteration import memory
+from loop.settings import processes
+
+# For the estimates, per GPU. Assumed, not measured here; docs/performance.md says how the sums are made.
+SPEEDS = {  # dense bf16 TFLOPS and TB/s of memory, by the makers' data sheets, for what nvidia-smi calls so
+    "A100": (312, 2.0),
+    "H100": (989, 3.35),
+    "H200": (989, 4.8),
+    "L40S": (362, 0.86),
+    "A10": (125, 0.6),
+    "4090": (165, 1.0),
+}
+TRAIN_SHARE, SCORE_SHARE = 0.35, 0.45  # of the peak that training and scoring reach
+# tokens/s × parameters of one engine with some hundred sequences, for each TB/s of memory
+SAMPLED_TOKENS = 2500 * 8e9 / 2.0
+RESPONSE_TOKENS, PROMPT_TOKENS = 350, 200  # mean lengths of the recipe's data
+
+
+def parameters(name: str, fallback: float | None = None) -> float | None:
+    """Parameters of a model from the size of its weights, from `fallback` (billions), or None."""
+    folder = Path(name)
+    if folder.is_dir():
+        config = local_config(name) or {}
+        width = 4 if config.get("dtype", config.get("torch_dtype")) == "float32" else 2
+        size = sum(
+            f.stat().st_size
+            for pattern in ("*.safetensors", "pytorch_model*.bin")
+            for f in folder.glob(pattern)
+        )
+        return size / width or None
+    return fallback * 1e9 if fallback else None
+
+
+def speed_of(name: str | None) -> tuple[str, bool]:
+    """(key of SPEEDS, whether the GPU called `name` is one of those): an A100 stands in for others."""
+    known = next((key for key in SPEEDS if re.search(rf"\b{key}\b", name or "")), None)
+    return known or "A100", known is not None
+
+
+def estimate(
+    count: float, prompts: float, samples: int, epochs: float, gpus: int, kind: str = "A100"
+) -> tuple[float, float, float]:
+    """Seconds of generation, annotation and training of one iteration on GPUs of a `kind` of SPEEDS; see the
+    constants on top.
+    """
+    peak, memory_speed = SPEEDS[kind][0] * 1e12, SPEEDS[kind][1]
+    tokens = prompts * samples * RESPONSE_TOKENS
+    scored = prompts * samples * (PROMPT_TOKENS + RESPONSE_TOKENS)
+    trained = prompts * (PROMPT_TOKENS + 2 * RESPONSE_TOKENS)  # chosen and rejected share their prompt
+    return (
+        tokens * count / (SAMPLED_TOKENS * memory_speed) / gpus,
+        2 * count * scored / (peak * SCORE_SHARE) / gpus,
+        # FLOPs a parameter and token: forward and backward 6, recomputed activations 2; the reference's
+        # forward 2, once
+        (8 * epochs + 2) * count * trained / (peak * TRAIN_SHARE) / gpus,
+    )
+
+
+def check_disk(plan, found, gib: float, what: str, instead: str):
+    """Refuse less room than `gib` GiB where the run lies; `instead` says what to do."""
+    folder = plan.folder.path.absolute()
+    free = shutil.disk_usage(next(p for p in [folder, *folder.parents] if p.exists())).free / 2**30
+    found.notes.append(
+        f"disk: about {gib:.1f} GiB for {what}, {free:.0f} GiB are "
+        f"free{' here' if plan.settings.num_gpus else ''}"
+    )
+    if gib > free and not plan.settings.num_gpus:  # a plan is for another machine
+        found.problems.append(
+            f"about {gib:.0f} GiB of disk are needed in {plan.settings.run_dir} and {free:.0f} are free; "
+            f"{instead}"
+        )
+
+
+def check_memory(plan, count, method, args, found):
+    """Tell what training takes of a GPU, as `run_dpo.py --check true` does, and refuse what does not fit.
+
+    `args`: of run_dpo.py.
+    """
+    name, world, there = (
+        plan.settings.model_name_or_path,
+        processes(plan.settings),
+        plan.settings.gpu_memory_gib or gpu_memory(),
+    )
+    shape = memory.shape_of(name) if Path(name).is_dir() else memory.shape_like(count / 1e9)
+    few, frozen = (
+        (shape.lora(args.lora_r), memory.FOUR_BITS if args.load_in_4bit else None)
+        if args.use_peft
+        else (None, None)
+    )
+    how = {
+        "checkpointing": args.gradient_checkpointing,
+        "bf16": args.bf16,
+        "trainable": few,
+        "frozen": frozen,
+    }
+    needed = memory.need(method, shape, world, args.per_device_train_batch_size, args.max_length, **how).total
+    if not there:
+        found.notes.append(
+            f"training: {method} over {world} processes takes about {needed / memory.GIB:.0f} GiB a GPU"
+        )
+        return
+    limit = memory.usable(there)
+    has = f"a GPU has {there:.0f}, {limit / memory.GIB:.0f} of which may be filled"
+    found.notes.append(
+        f"training: {method} over {world} processes takes about {needed / memory.GIB:.0f} GiB a GPU; {has}"
+    )
+    if needed > limit:
+        found.problems.append(
+            f"training needs about {needed / memory.GIB:.0f} GiB a GPU by {plan.settings.accelerate_config} "
+            "with per_device_train_batch_size "
+            f"{args.per_device_train_batch_size}, and {has}; "
+            f"{memory.remedy(args, shape, world, limit, **how)}"
+        )
+
+
+def describe(plan, count, method, gpus, local_size, args, found):
+    """Memory, disk and hours against what there is, as notes; what certainly does not fit as problems.
+
+    `args`: of run_dpo.py, or None.
+    """
+    settings = plan.settings
+    if gpus and args is not None:
+        check_memory(plan, count, method, args, found)
+    # An iterate in 2 bytes a parameter (4 on the CPU), and what training keeps meanwhile.
+    kept = settings.iterations if settings.keep_iterates is None else settings.keep_iterates
+    name, trained = settings.model_name_or_path, count
+    if args and args.use_peft:
+        trained = (memory.shape_of(name) if Path(name).is_dir() else memory.shape_like(count / 1e9)).lora(
+            args.lora_r
+        )
+    disk = (
+        kept * (2 if gpus else 4) * count + (memory.checkpoint_bytes(args, trained) if args else 0)
+    ) / 2**30
+    what = f"{kept} iterates" + (
+        f" and {args.save_total_limit + 1} checkpoints" if args and args.save_steps else ""
+    )
+    check_disk(plan, found, disk, what, "see keep_iterates, save_steps and save_total_limit")
+    if gpus:
+        prompts = local_size / len(settings.prompts) if local_size else 20000
+        name = gpu_name() if settings.num_gpus is None else None
+        kind, known = speed_of(name)
+        whose = f"{kind}s" if known or not name else f"A100s: nothing is known here of the {name}"
+        parts = estimate(
+            count,
+            prompts,
+            settings.generation.get("K", 8),
+            args.num_train_epochs if args else 2,
+            len(gpus),
+            kind,
+        )
+        found.notes.append(
+            f"time: about {duration(sum(parts) * settings.iterations)} in all without evaluations; an "
+            f"iteration of {prompts:.0f} prompts: "
+            f"generation {duration(parts[0])}, annotation {duration(parts[1])}, training "
+            f"{duration(parts[2])} (an estimate for {whose}; see docs/performance.md)"
+        )

@@ -1,0 +1,165 @@
+"""The prompt sets of a run, read before it starts: what cannot be used, and what stands in two of them."""
+
+import re
+from array import array
+from pathlib import Path
+
+from common import chat
+from common.cli import UserError, existing_file
+from common.models import has_template, read_json
+from common.records import BadRecord, is_local, read_prompts, record_id, with_system
+
+
+class Template:
+    """The chat template of a local model folder, for `chat.render`, without the seconds that loading a
+    tokenizer takes.
+    """
+
+    def __init__(self, folder, path=None):
+        folder = Path(folder)
+        config = (
+            read_json(folder / "tokenizer_config.json")
+            if (folder / "tokenizer_config.json").is_file()
+            else {}
+        )
+        tokens = {
+            key: value.get("content") if isinstance(value, dict) else value
+            for key, value in config.items()
+            if key.endswith("_token")
+        }
+        self.tokens = {key: value for key, value in tokens.items() if isinstance(value, str)}
+        self.name_or_path, self.chat_template = str(folder), config.get("chat_template")
+        for file in (folder / "chat_template.json", folder / "chat_template.jinja"):
+            if file.is_file():
+                self.chat_template = (
+                    read_json(file).get("chat_template")
+                    if file.suffix == ".json"
+                    else file.read_text(encoding="utf-8")
+                )
+        chat.use_template(self, path)
+
+    def apply_chat_template(self, messages, tokenize=False, **given):
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        [text], _ = render_jinja_template(
+            [messages], chat_template=self.chat_template, **(self.tokens | given)
+        )
+        return text
+
+
+def template_of(name: str, generation: dict) -> Template | None:
+    """The template that writes the prompts, or None where the model or several templates of it are out of
+    reach.
+    """
+    if not Path(name).is_dir() or not (generation.get("chat_template") or has_template(name)):
+        return None
+    template = Template(name, generation.get("chat_template"))
+    return template if isinstance(template.chat_template, str) else None
+
+
+def local_prompts(
+    name: str, generation: dict, template: Template | None = None, notes: list | None = None, others=()
+) -> array | None:
+    """Hashes of a local prompt set's prompts, 8 bytes each; None for a set on the hub.
+
+    Args:
+        name: the set.
+        generation: settings that say how its prompts are read and written.
+        template: Template that must take them, or None.
+        notes: list that gets a line where prompts cannot be used and will be skipped.
+        others: the sets that have another part, which a wrong name is not meant for.
+
+    Raises:
+        UserError: the set cannot be read, none of its prompts can be used, or one cannot and `bad_prompts` is
+            refuse.
+    """
+    if not is_local(name):
+        return None
+    if not Path(name).exists():
+        existing_file(name, "prompt set", others)
+    key, split = generation.get("dataset_key"), generation.get("dataset_split", "train")
+    try:
+        return _hashes(name, read_prompts(name, key, split, keep_bad=True), generation, template, notes)
+    except UserError as error:  # a script's flags are keys of the section here
+        raise UserError(re.sub(r"--(dataset_\w+)", r"--generation.\1", str(error))) from None
+
+
+def _hashes(name, found, generation, template, notes):
+    hashes, bad, first = array("Q"), 0, None
+    for number, record in enumerate(found, 1):
+        try:
+            if isinstance(record, BadRecord):
+                raise record
+            if template is not None:
+                messages = with_system(record["prompt"], generation.get("system_prompt"))
+                try:
+                    chat.render(
+                        template, messages, True, generation.get("template_kwargs"), record.get("tools")
+                    )
+                except UserError as error:
+                    raise UserError(f"{name} record {number}: {error}") from None
+        except UserError as error:
+            bad, first = bad + 1, first or error
+            continue
+        hashes.append(int(record_id(record["prompt"], tools=record.get("tools")), 16))
+    if bad and (not hashes or generation.get("bad_prompts") == "refuse"):
+        raise UserError(
+            str(first) + (f"; {bad - 1} more prompts of {name} cannot be used" if bad > 1 else "")
+        )
+    if bad and notes is not None:
+        notes.append(f"{bad} prompts of {name} cannot be used and will be skipped, the first: {first}")
+    return hashes
+
+
+def first_prompt(name: str, plan) -> dict | None:
+    """The first record of a local prompt set, None for a set on the hub."""
+    generation = plan.settings.generation | (
+        plan.settings.heldout if name == plan.settings.heldout_prompts else {}
+    )
+    if not is_local(name):
+        return None
+    return next(
+        iter(
+            read_prompts(
+                name,
+                generation.get("dataset_key"),
+                generation.get("dataset_split", "train"),
+                generation.get("system_prompt"),
+            )
+        ),
+        None,
+    )
+
+
+def check_prompts(plan, found) -> dict:
+    """Read the prompt sets and refuse an overlap with the held-out set.
+
+    Returns:
+        dict name → hashes of its prompts, None for a set on the hub; the held-out set, if any, is the last.
+    """
+    settings = plan.settings
+    own = dict.fromkeys(settings.prompts, settings.generation)
+    if settings.heldout_prompts is not None:  # the last, also where it is a training set too
+        own[settings.heldout_prompts] = settings.generation | settings.heldout
+    sets = {}
+    for name, generation in own.items():
+        template = found.attempt(template_of, settings.model_name_or_path, generation)
+        sets[name] = found.attempt(
+            local_prompts, name, generation, template, found.notes, own.keys() - {name}
+        )
+    heldout = set(sets.get(settings.heldout_prompts) or [])
+    for name in dict.fromkeys(settings.prompts):
+        both = sum(prompt in heldout for prompt in sets[name] or [])
+        if both and not settings.allow_overlap:
+            where = f"the held-out set {settings.heldout_prompts}"
+            found.problems.append(
+                f"{both} prompts of {name} also stand in {where}; take them out or give --allow_overlap true"
+            )
+    unseen = [name for name, prompts in sets.items() if prompts is None]
+    if unseen and not found.problems:
+        found.notes.append(
+            f"on the hub, not looked at: {', '.join(unseen)}: whether they are there, their columns, their "
+            "number of prompts, and whether "
+            "held-out prompts stand among the others"
+        )
+    return sets
