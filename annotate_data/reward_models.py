@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from annotate_data.backbone import Backbone
-from common.cli import UserError
+from common.cli import UserError, one_line
 
 KINDS = ("bradley_terry", "armorm", "pair_preference")
 PAIR_PREFERENCE_NAMES = ("pair-preference-model",)  # published under such names; their config is any policy's
@@ -202,9 +202,7 @@ class ArmoRM(Backbone):
                 with safetensors.safe_open(path, framework="pt") as file:
                     found |= {name: file.get_tensor(name) for name in file.keys() if name in names}
         except Exception as error:
-            raise UserError(
-                f"cannot load the reward model {self.name}: {type(error).__name__}: {error}"
-            ) from None
+            raise UserError(f"cannot load the reward model {self.name}: {one_line(error)}") from None
         self.refuse_missing([name for name in names if name not in found])
         return found
 

@@ -7,7 +7,7 @@ import inspect
 import sys
 from pathlib import Path
 
-from common.cli import UserError, existing_file, nearest
+from common.cli import UserError, existing_file, nearest, one_line
 
 
 def function_file(spec: str, option: str, example: str, look: bool = False) -> tuple[Path, str]:
@@ -78,9 +78,7 @@ def load_function(spec: str, option: str, example: str):
     try:
         module.__spec__.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise UserError(
-            f"{path} does not import: {type(error).__name__}: {' '.join(str(error).split())}"
-        ) from None
+        raise UserError(f"{path} does not import: {one_line(error, 1000)}") from None
     function = getattr(module, name, None)
     if not callable(function):
         known = [k for k, v in vars(module).items() if inspect.isfunction(v)]

@@ -255,8 +255,9 @@ reach="$host"
 # One start of Python checks what needs Python, and prints the visible GPUs on one line and the usable cores on the next.
 found="$(PYTHONPATH="$root" "$python" - "$model" <<'PYTHON'
 import importlib.util, os, sys
-from common.cli import UserError, check_model
+from common.cli import UserError
 from common.devices import visible_gpus
+from common.models import check_model
 try:
     check_model(sys.argv[1], "MODEL")
     if importlib.util.find_spec("vllm") is None:

@@ -338,8 +338,8 @@ def test_round_robin_against_one_pair_at_a_time(models, tmp_path, monkeypatch):
     spread = [x for r in out for x in r["rewards"]]
     assert max(spread) - min(spread) > 0.05 and out[2]["pair_probabilities"][0][2] == 0.5
     settings = json.loads((tmp_path / "out.manifest.json").read_text())["settings"]
-    assert settings["save_pair_probabilities"] is True and "ranking" not in settings
-    assert "ranking was None and is now 'tournament'" in refused(
+    assert settings["save_pair_probabilities"] is True and settings["ranking"] == "round_robin"
+    assert "ranking was 'round_robin' and is now 'tournament'" in refused(
         monkeypatch,
         tmp_path / "gen.jsonl",
         tmp_path / "out.jsonl",
