@@ -8,19 +8,72 @@
     RUN/iterI/rewarded.jsonl          the same with rewards
     RUN/iterI/pairs.jsonl             what was chosen of them
     RUN/iterI/model                   policy I; policy 0 is the start
-    RUN/iterI/heldout_KIND.*.jsonl    held-out answers of policy I, sampled and greedy: generated, rewarded, judged
+    RUN/iterI/heldout_KIND.*.jsonl    held-out answers of policy I (KINDS): generated, rewarded, judged
     RUN/iterI/divergence.jsonl        KL of its sampled answers to the start, and divergence.json their mean
     RUN/iterI/metrics.json            figures of policy I
-    RUN/iterI/logs/                   what the commands said
+    RUN/iterI/logs/                   what the commands said, and beside X.log the progress in X.progress.json
 
-A turn of the loop is a policy: its steps are in STEPS. run_loop.sh writes the same names out, and a test holds
-them together.
+A turn of the loop is a policy: its steps are in STEPS. run_loop.sh writes the same names out, and a test
+holds them together. Only the standard library is imported.
 """
 
+import json
+import math
 from pathlib import Path
 
 STEPS = ("sample", "annotate", "measure", "train")  # of policy I; the last one makes policy I+1
 KINDS = ("sampled", "greedy")  # of held-out answers
+LOGS = {  # step → first words of its logs' names
+    "sample": ("sample", "merge", "servers", "client"),
+    "annotate": ("annotate", "annotation"),
+    "measure": ("judge", "eval_annotation", "divergence", "metrics"),
+    "train": ("train",),
+}
+
+
+def read_object(path: str | Path, missing: list | None = None, what: str = "") -> dict:
+    """The JSON object in a file, `{}` where it is not there; a damaged one is named in `missing`."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (ValueError, OSError, RecursionError):
+        value = None
+    if isinstance(value, dict):
+        return value
+    if missing is not None:
+        missing.append(f"{what or path} cannot be read")
+    return {}
+
+
+def is_ppo(settings: dict) -> bool:
+    """Whether loop.yaml's settings are those of run_ppo.sh."""
+    return "ppo" in settings or "backend" in settings
+
+
+def is_evaluated(settings: dict) -> bool:
+    """Whether the run's policies are measured: not with `heldout_prompts: null`."""
+    return settings.get("heldout_prompts", "") is not None
+
+
+def written_at(path: Path) -> float | None:
+    """When a file was written, seconds since 1970; None where it is gone: a run at work renames and removes
+    what we have just listed.
+    """
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return None
+
+
+def progress_of(log: Path) -> Path:
+    """The progress of the command that a log is of: `sample.0.log` → `sample.0.progress.json`."""
+    return log.with_suffix(".progress.json")
+
+
+def warnings_of(page: Path) -> Path:
+    """The warnings that a page shows, as JSON, for who does not look at pages."""
+    return page.with_name(f"{page.stem}.warnings.json")
 
 
 class RunFolder:
@@ -49,14 +102,63 @@ class RunFolder:
         return self.path / "metrics.json"
 
     @property
+    def trackers(self) -> Path:
+        """What each experiment tracker was told."""
+        return self.path / "trackers.json"
+
+    @property
     def page(self) -> Path:
         return self.path / "report" / "index.html"
 
     def iteration(self, i: int) -> Path:
         return self.path / f"iter{i}"
 
+    def iterations(self) -> list[int]:
+        """I of the folders iterI that there are, in order."""
+        return sorted(
+            int(path.name[4:])
+            for path in self.path.glob("iter*")
+            if path.name[4:].isdigit() and path.is_dir()
+        )
+
+    def finished_steps(self) -> list[dict]:
+        """The lines of stages.jsonl; one that a kill has torn, or that is damaged, is passed over."""
+        found = []
+        try:
+            lines = self.stages.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            return found
+        for line in lines:
+            try:
+                value = json.loads(line)
+                whole = isinstance(value["policy"], int) and value["step"] in STEPS
+                if whole and math.isfinite(value["seconds"]):
+                    found.append(value)
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+                continue
+        return found
+
+    def seconds(self) -> dict[int, dict[str, float]]:
+        """{policy: {step: seconds}}, over all starts; a policy's `train` is the one that made it."""
+        found = {}
+        for entry in self.finished_steps():
+            own = found.setdefault(entry["policy"] + (entry["step"] == "train"), {})
+            own[entry["step"]] = own.get(entry["step"], 0) + entry["seconds"]
+        return found
+
+    def last_written(self) -> float | None:
+        """When a log, a partial output or the list of steps was written last, seconds since 1970."""
+        patterns = ("logs/*", "*.partial", "shards/*.partial", "metrics.json", "model.log.jsonl")
+        paths = [self.stages, *(path for pattern in patterns for path in self.path.glob(f"iter*/{pattern}"))]
+        return max((time for path in paths if (time := written_at(path)) is not None), default=None)
+
     def logs(self, i: int) -> Path:
         return self.iteration(i) / "logs"
+
+    def step_logs(self, policy: int, step: str) -> list[Path]:
+        """The logs of a policy's step; those of training are in the folder of what it makes."""
+        logs = self.logs(policy + (step == "train")).glob("*.log")
+        return sorted(path for path in logs if path.name.split(".")[0] in LOGS[step])
 
     def generated(self, i: int) -> Path:
         return self.iteration(i) / "generated.jsonl"
@@ -71,8 +173,17 @@ class RunFolder:
         return self.iteration(i) / "model"
 
     def trainer_state(self, i: int) -> Path:
-        """The log of a training by DPO: what TRL writes, beside the model."""
-        return self.iteration(i) / "model.trainer_state.json"
+        """The log of a training by DPO: what TRL writes, beside the model; while it trains, of the last
+        checkpoint.
+        """
+        whole = self.iteration(i) / "model.trainer_state.json"
+        if whole.is_file():
+            return whole
+        checkpoints = self.model(i).glob("checkpoint-*/trainer_state.json")
+        return max(checkpoints, key=lambda path: written_at(path) or 0, default=whole)
+
+    def model_manifest(self, i: int) -> Path:
+        return self.iteration(i) / "model.manifest.json"
 
     def ppo_log(self, i: int) -> Path:
         return self.iteration(i) / "model.log.jsonl"

@@ -1,13 +1,16 @@
 """The experiment trackers, which are those of transformers: what there is, what is installed, projects and
 names, rows of figures.
 
-TRL's Trainer reports to them by itself. `Figures` does so for what has no Trainer: the loop's iterates and
-the small PPO. Only the standard library is imported before that, so that a wrong name is refused at once.
+TRL's Trainer reports to them by itself. `Figures` does so for the small PPO, which has no Trainer, and
+`log_rows` for the policies of a run, which are steps of no training. Only the standard library is imported
+before that, so that a wrong name is refused at once.
 """
 
 import importlib.util
 import os
 import secrets
+import time
+from pathlib import Path
 
 from common.cli import UserError, nearest
 
@@ -48,7 +51,7 @@ RESUMED = {
 }
 
 
-def is_installed(name):
+def is_installed(name: str) -> bool:
     """Whether the tracker's packages are there, by looking for them alone."""
     try:
         return all(importlib.util.find_spec(module) is not None for module in MODULES[name])
@@ -56,7 +59,7 @@ def is_installed(name):
         return False
 
 
-def check(names, called="--report_to", known=tuple(MODULES)):
+def check(names: list[str] | None, called: str = "--report_to", known: tuple = tuple(MODULES)):
     """Refuse a tracker that is none of `known`, or is not installed here. `called` is the setting's name.
 
     Raises:
@@ -80,12 +83,12 @@ def check(names, called="--report_to", known=tuple(MODULES)):
             )
 
 
-def chosen(names):
+def chosen(names: list[str] | None) -> list[str]:
     """The trackers of a `report_to`, each once, without `none`."""
     return [name for name in dict.fromkeys(names or ()) if name != "none"]
 
 
-def name_project(names, project=None):
+def name_project(names: list[str], project: str | None = None) -> str:
     """Tell the trackers' own variables the project: the one that is given, else what they say already, else
     PROJECT.
 
@@ -133,7 +136,7 @@ class Figures:
 
             self.kept["id"] = mlflow.active_run().info.run_id
 
-    def log(self, row, step):
+    def log(self, row: dict, step: int):
         """`row`: name → finite number."""
         self.state.global_step = step
         self.callback.on_log(self.args, self.state, self.control, logs=dict(row), model=None)
@@ -160,3 +163,69 @@ def _arguments(folder, project, run_name, settings):
         to_sanitized_dict = to_dict
 
     return Arguments()
+
+
+def log_rows(name: str, rows: list, folder: Path, settings: dict, names: dict, state: dict):
+    """Tell one tracker rows of figures, in a run of its own that later calls take up again where it can be.
+
+    Args:
+        name: one of FIGURES.
+        rows: list of (step, {name: finite number}).
+        folder: where it may write. settings: what it shows as the run's configuration.
+        names: {"project", "run_name"}; see `name_project`.
+        state: a dict that is kept from one call to the next.
+
+    Raises:
+        what the tracker raises: no network, no login, not installed.
+    """
+    log = OWN_WAY.get(name, _log_by_callback)
+    log(name, rows, folder, settings, names["project"], names["run_name"], state)
+
+
+def _log_to_wandb(name, rows, folder, settings, project, run_name, state):
+    import wandb
+
+    name_project([name], project)
+    state.setdefault("id", secrets.token_hex(4))
+    run = wandb.init(
+        project=os.environ[PROJECT_VARIABLES[name]],
+        id=state["id"],
+        resume="allow",
+        name=run_name,
+        dir=str(folder),
+        config=settings,
+        settings=wandb.Settings(init_timeout=60, console="off", silent=True),
+    )
+    for step, row in rows:
+        run.log(row, step=step)
+    run.finish()
+
+
+def _log_to_tensorboard(name, rows, folder, settings, project, run_name, state):
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder / name)) as writer:
+        for step, row in rows:
+            for key, value in row.items():
+                writer.add_scalar(key, value, step)
+
+
+def _log_to_trackio(name, rows, folder, settings, project, run_name, state):
+    import trackio
+
+    state.setdefault("name", f"{run_name}-{int(time.time())}")
+    trackio.init(project=name_project([name], project), name=state["name"], resume="allow", config=settings)
+    for step, row in rows:
+        trackio.log(row, step=step)
+    trackio.finish()
+
+
+def _log_by_callback(name, rows, folder, settings, project, run_name, state):
+    figures = Figures(name, folder, settings, project, run_name, state)
+    for step, row in rows:
+        figures.log(row, step)
+    figures.close()
+
+
+# Those whose callback would call a figure `train/…`, or begin another run at each start.
+OWN_WAY = {"wandb": _log_to_wandb, "tensorboard": _log_to_tensorboard, "trackio": _log_to_trackio}
