@@ -3,20 +3,21 @@ sampled answers.
 
 In:  generated (or rewarded) JSON Lines of answers that the policy sampled; the policy; the reference.
 Out: `divergence.jsonl`, a line a prompt: `id`, and for each of its K responses `tokens`, `logps` and
-`ref_logps` (natural
-     log-probabilities, summed over the tokens) and `k3` (see below), null where a response has no token or is
-     too long; `divergence.json` beside it with the estimates.
+     `ref_logps` (natural log-probabilities, summed over the tokens) and `k3` (see below), null where a
+     response has no token or is too long; `divergence.json` beside it with the estimates.
 
-    accelerate launch evaluation/divergence.py --dataset_name_or_path runs/tiny/iter1/heldout_sampled.generated.jsonl \
-        --model_name_or_path runs/tiny/iter1/model --ref_model_name_or_path tiny/built/policy --output_dir
-        runs/tiny/iter1/divergence.jsonl
+    accelerate launch evaluation/divergence.py --output_dir runs/tiny/iter1/divergence.jsonl \
+        --dataset_name_or_path runs/tiny/iter1/heldout_sampled.generated.jsonl \
+        --model_name_or_path runs/tiny/iter1/model --ref_model_name_or_path tiny/built/policy
 
 With r = log π(token) − log π_ref(token) at each token of a response, in nats:
 
-    kl   Σ r, averaged over a prompt's responses, then over prompts (k1 of http://joschu.net/blog/kl-approx.html, unbiased)
-    k3   Σ (exp(−r) − 1 + r), averaged alike: as unbiased, never negative, mostly of smaller variance. Null, with the reason
-         (`k3_null`), in bf16 and fp16: rounding that moves r by e adds about e²/2 a token, always upwards,
-         which may be more than the KL of a small step; in kl it cancels out. `--dtype float32` gives it
+    kl   Σ r, averaged over a prompt's responses, then over prompts (k1 of
+         http://joschu.net/blog/kl-approx.html, unbiased)
+    k3   Σ (exp(−r) − 1 + r), averaged alike: as unbiased, never negative, mostly of smaller variance. Null,
+         with the reason (`k3_null`), in bf16 and fp16: rounding that moves r by e adds about e²/2 a token,
+         always upwards, which may be more than the KL of a small step; in kl it cancels out. `--dtype
+         float32` gives it
 
 `…_se` are standard errors over prompts, `…_per_token` the sums over all tokens by their number.
 
@@ -50,6 +51,7 @@ from common import chat, cli, devices, manifest, models, progress
 from common.cli import UserError, arg
 from common.records import dumps
 from common.tokens import Encoder, answers_of
+from evaluation.metrics import mean_and_error
 from generation import get_hf2
 
 SCRIPT = "evaluation/divergence.py"
@@ -65,39 +67,42 @@ class Arguments:
     model_name_or_path: str = arg(help="the policy that sampled them: folder or hub name")
     ref_model_name_or_path: str = arg(help="the reference: folder or hub name")
     output_dir: str = arg(
-        help="JSON Lines file to write (a file name); the estimates stand beside it, in .json"
+        help="JSON Lines file to write (a file name); the estimates stand beside it, in .json", shapes=False
     )
     temperature: float | None = arg(None, "of the sampling; None: as the answers' manifest has it")
     top_p: float | None = arg(None, "of the sampling; None: as the answers' manifest has it")
     dtype: str = arg(
         "auto", "auto is bfloat16 on a GPU, float32 without", ("auto", "float32", "bfloat16", "float16")
     )
-    attn_implementation: str = arg("auto", help="auto is flash_attention_2 where installed (GPU), else sdpa")
+    attn_implementation: str = arg(
+        "auto", help="auto is flash_attention_2 where installed (GPU), else sdpa", shapes=False
+    )
     batch_tokens: int | None = arg(
         None,
         help=(
             "tokens of a forward pass; None: 16384 on a GPU, 2048 without; halved by itself when memory "
             "runs out"
         ),
+        shapes=False,
     )
     share_prompts: bool = arg(
-        True, help="compute a prompt once for its K responses, where the architecture allows it"
+        True, help="compute a prompt once for its K responses, where the architecture allows it", shapes=False
     )
-    chunk_records: int = arg(256, help="records that are shared out and saved together")
+    chunk_records: int = arg(256, help="records that are shared out and saved together", shapes=False)
     chat_template: str | None = arg(None, help="jinja file in place of the policy's own chat template")
     template_kwargs: dict = arg({}, help='variables for the template, {"name": value}')
-    trust_remote_code: bool = arg(False, help="run Python code that comes with the models")
-    overwrite: bool = arg(False, help="start anew, whatever is there")
+    trust_remote_code: bool = arg(False, help="run Python code that comes with the models", shapes=False)
+    overwrite: bool = arg(False, help="start anew, whatever is there", shapes=False)
 
     shares_section = get_hf2.Arguments  # a YAML section may serve both scripts
 
 
-def summary_path(output_dir):
+def summary_path(output_dir: str | Path) -> Path:
     """`divergence.jsonl` → `divergence.json`."""
     return manifest.beside(output_dir, ".json")
 
 
-def sampling(args):
+def sampling(args: Arguments) -> dict:
     """{temperature, top_p, top_k} of the answers: the arguments', else those in the manifest of the file or
     of what it was made from.
     """
@@ -107,25 +112,20 @@ def sampling(args):
     return {"temperature": 1.0, "top_p": 1.0, "top_k": -1} | found | given
 
 
-def shaping(args):
+def shaping(args: Arguments) -> tuple[dict, dict]:
     """(settings, inputs) that shape the estimates; what the output's manifest holds."""
-    settings = {key: sampling(args)[key] for key in ("temperature", "top_p")} | {
-        "dtype": args.dtype,
-        "template_kwargs": args.template_kwargs,
-    }
-    inputs = {
-        key: getattr(args, key)
-        for key in ("dataset_name_or_path", "model_name_or_path", "ref_model_name_or_path", "chat_template")
-    }
-    return settings, inputs
+    names = ("dataset_name_or_path", "model_name_or_path", "ref_model_name_or_path", "chat_template")
+    inputs, found = {name: getattr(args, name) for name in names}, sampling(args)
+    settings = {key: found.get(key, value) for key, value in cli.shaping_values(args).items()}
+    return {key: value for key, value in settings.items() if key not in inputs}, inputs
 
 
-def is_same(one, other):
+def is_same(one: str, other: str) -> bool:
     """Whether two models are one, by name or by folder."""
     return one == other or (Path(one).is_dir() and Path(other).is_dir() and Path(one).samefile(other))
 
 
-def check(args):
+def check(args: Arguments):
     """Refuse what cannot work before anything heavy is imported."""
     cli.existing_file(args.dataset_name_or_path, "generated file")
     for name in ("model_name_or_path", "ref_model_name_or_path"):
@@ -271,13 +271,7 @@ class Policy(Backbone):
         return [found[place[at]].tolist() for at in spans]
 
 
-def mean_and_error(values):
-    """Mean, and its standard error; None where there are too few."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return (statistics.fmean(values) if values else None), error
-
-
-def summarise(entries, facts):
+def summarise(entries, facts: dict) -> dict:
     """The estimates out of the output's records; `facts` are put beside them."""
     kl, k3, tokens, total, total_k3, responses = [], [], 0, 0.0, 0.0, 0
     for entry in entries:
@@ -308,7 +302,7 @@ def summarise(entries, facts):
     return found | {"estimator": "k1", "prompts": len(kl), "responses": responses, "tokens": tokens} | facts
 
 
-def combine(record, policy, reference, rounded=False):
+def combine(record: dict, policy: list, reference: list, rounded: bool = False) -> dict:
     """The output's record: sums over each response's tokens of what the two models say (lists of lists, None
     where left out).
 
@@ -357,69 +351,99 @@ def run_model(policy, number, N, done, world, output, args, tokenizer, limit):
     """Save the log-probabilities that one model (number 0 the policy, 1 the reference) gives to what is not
     done.
 
-    An entry of record i has the id number · N + i, `logps`, K lists of floats, null for a response that is
-    left out, and `retokenised` and `from_text`, numbers of responses, and `dtype`, in which it was computed.
-    Ranks share out each chunk; rank 0 saves it.
+    Entries are those of `score`; the one of record i has the id number · N + i. Ranks share out each chunk;
+    rank 0 saves it.
     """
-    left = [i for i in range(N) if number * N + i not in done]
-    if not left:
+    wanted = {i for i in range(N) if number * N + i not in done}
+    if not wanted:
         return
     world.together(policy.load)
-    bar = progress.Progress(len(left), ("policy", "reference")[number], "prompts", enabled=world.rank == 0)
-    encode = Encoder(tokenizer, args.template_kwargs)
-    wanted, chunk = set(left), []
+    bar = progress.Progress(len(wanted), ("policy", "reference")[number], "prompts", enabled=world.rank == 0)
+    encode, chunk = Encoder(tokenizer, args.template_kwargs), []
 
-    def finish(chunk):
-        entries = world.together(lambda: score(chunk))
+    def save():
+        sizes = {at: sum(map(len, record["responses"])) for at, (_, record) in enumerate(chunk)}
+        mine = [chunk[at] for at in share(sizes, world.rank, world.size)]
+        entries = world.together(lambda: score(mine, policy, encode, limit, args.dataset_name_or_path))
         for found in world.gather(entries):
             for entry in found if world.rank == 0 else ():
-                output.append(entry)
+                output.append(entry | {"id": number * N + entry["id"]})
         bar.update(len(chunk))
-
-    def score(chunk):
-        sizes = {at: sum(map(len, record["responses"])) for at, (_, record) in enumerate(chunk)}
-        mine, groups, places = [chunk[at] for at in share(sizes, world.rank, world.size)], [], []
-        entries = []
-        for i, record in mine:
-            try:
-                prompt, responses, made = encode(record, answers_of(record))
-            except UserError as error:
-                raise UserError(
-                    f"{args.dataset_name_or_path} record {i + 1}: {' '.join(str(error).split())}"
-                ) from None
-            known = [
-                k for k, ids in enumerate(responses) if ids and len(prompt) + len(ids) <= limit and prompt
-            ]
-            facts = {
-                "retokenised": made["retokenised"],
-                "from_text": len(responses) - made["as_sampled"],
-                "dtype": policy.dtype,
-            }
-            entries.append({"id": number * N + i, "logps": [None] * len(responses)} | facts)
-            if known:
-                groups.append((prompt, [responses[k] for k in known]))
-                places.append((entries[-1], known))
-        for g, found in policy.logps(groups) if groups else ():
-            entry, known = places[g]
-            for k, values in zip(known, found, strict=True):
-                if not all(map(math.isfinite, values)):
-                    raise UserError(
-                        f"{policy.name} gives log-probabilities that are no numbers: is it damaged, or "
-                        "trained in another dtype?"
-                    )
-                entry["logps"][k] = [round(value, 6) for value in values]
-        return entries
+        chunk.clear()
 
     for i, record in enumerate(read_generated(args.dataset_name_or_path)):
         if i in wanted:
             chunk.append((i, record))
         if len(chunk) == args.chunk_records:
-            finish(chunk)
-            chunk = []
+            save()
     if chunk:
-        finish(chunk)
+        save()
     bar.close()
     world.together(policy.unload)
+
+
+def score(records: list, policy: Policy, encode: Encoder, limit: int, source: str) -> list[dict]:
+    """The log-probabilities of a chunk's records, a list of (number in the file, record).
+
+    Returns:
+        for each record `id`, its number; `logps`, K lists of floats, null for a response that is left out;
+        `retokenised` and `from_text`, numbers of responses; `dtype`, in which it was computed.
+    """
+    entries, groups, places = [], [], []
+    for i, record in records:
+        try:
+            prompt, responses, made = encode(record, answers_of(record))
+        except UserError as error:
+            raise UserError(f"{source} record {i + 1}: {' '.join(str(error).split())}") from None
+        known = [k for k, ids in enumerate(responses) if ids and len(prompt) + len(ids) <= limit and prompt]
+        entries.append(
+            {
+                "id": i,
+                "logps": [None] * len(responses),
+                "retokenised": made["retokenised"],
+                "from_text": len(responses) - made["as_sampled"],
+                "dtype": policy.dtype,
+            }
+        )
+        if known:
+            groups.append((prompt, [responses[k] for k in known]))
+            places.append((entries[-1], known))
+    for g, found in policy.logps(groups) if groups else ():
+        entry, known = places[g]
+        for k, values in zip(known, found, strict=True):
+            if not all(map(math.isfinite, values)):
+                raise UserError(
+                    f"{policy.name} gives log-probabilities that are no numbers: is it damaged, or "
+                    "trained in another dtype?"
+                )
+            entry["logps"][k] = [round(value, 6) for value in values]
+    return entries
+
+
+def load_models(args: Arguments, temperature: float, world: World) -> tuple[Policy, Policy]:
+    """The policy and the reference, whose tokens must be the same; their weights are not loaded yet."""
+    names = ("dtype", "attn_implementation", "batch_tokens", "share_prompts", "trust_remote_code")
+    options = {key: getattr(args, key) for key in names}
+    policy, reference = (
+        world.together(lambda name=name: Policy(name, temperature, **options))
+        for name in (args.model_name_or_path, args.ref_model_name_or_path)
+    )
+    chat.use_template(policy.tokenizer, args.chat_template)
+    if policy.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
+        raise UserError(
+            f"{policy.name} and {reference.name} have different vocabularies: their log-probabilities are of "
+            "other tokens"
+        )
+    return policy, reference
+
+
+def restore_summary(args: Arguments, output):
+    """Write the estimates that the manifest of a complete output holds: their own file is gone."""
+    counts = output.manifest["counts"].items()
+    manifest.write_json(
+        summary_path(args.output_dir), {k: v for k, v in counts if k not in ("records", "processes")}
+    )
+    print(f"wrote {summary_path(args.output_dir)} anew")
 
 
 def main():
@@ -435,54 +459,28 @@ def main():
         return
     N, _, _ = survey(args.dataset_name_or_path)
     how = sampling(args)
-    facts = {
-        "reference": args.ref_model_name_or_path,
-        "model": args.model_name_or_path,
-        **how,
-        "exact": how["top_p"] >= 1 and how["top_k"] in (-1, 0),
-    }
+    facts = {"reference": args.ref_model_name_or_path, "model": args.model_name_or_path, **how}
+    facts["exact"] = how["top_p"] >= 1 and how["top_k"] in (-1, 0)
     devices.check_torch()
-    world = World()
-    started = time.monotonic()
-    output = world.together(
-        lambda: (
-            manifest.Output(args.output_dir, SCRIPT, settings, inputs, args.overwrite)
-            if world.rank == 0
-            else None
-        )
-    )
-    if world.gather(output is not None and output.complete)[
-        0
-    ]:  # its summary is gone; the manifest has it too
+    world, started = World(), time.monotonic()
+
+    def open_output():
+        return manifest.Output(args.output_dir, SCRIPT, settings, inputs, args.overwrite)
+
+    output = world.together(lambda: open_output() if world.rank == 0 else None)
+    if world.gather(output is not None and output.complete)[0]:
         if world.rank == 0:
-            manifest.write_json(
-                summary_path(args.output_dir),
-                {k: v for k, v in output.manifest["counts"].items() if k not in ("records", "processes")},
-            )
-            print(f"wrote {summary_path(args.output_dir)} anew")
+            restore_summary(args, output)
         return
     if is_same(args.model_name_or_path, args.ref_model_name_or_path):
         if world.rank == 0:
             of_itself(args, output, facts)
         return
     done = set(world.gather(list(output.done) if output else [])[0])
-    options = {
-        key: getattr(args, key)
-        for key in ("dtype", "attn_implementation", "batch_tokens", "share_prompts", "trust_remote_code")
-    }
-    policy, reference = (
-        world.together(lambda name=name: Policy(name, how["temperature"], **options))
-        for name in (args.model_name_or_path, args.ref_model_name_or_path)
-    )
-    chat.use_template(policy.tokenizer, args.chat_template)
-    if policy.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
-        raise UserError(
-            f"{policy.name} and {reference.name} have different vocabularies: their log-probabilities are of "
-            "other tokens"
-        )
-    limit = min(policy.positions, reference.positions)
-    for number, one in enumerate((policy, reference)):
-        run_model(one, number, N, done, world, output, args, policy.tokenizer, limit)
+    models = load_models(args, how["temperature"], world)
+    tokenizer, limit = models[0].tokenizer, min(model.positions for model in models)
+    for number, model in enumerate(models):
+        run_model(model, number, N, done, world, output, args, tokenizer, limit)
     if world.rank == 0:
         finish(args, output, N, facts, time.monotonic() - started, world.size)
 

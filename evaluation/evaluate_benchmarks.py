@@ -4,7 +4,8 @@ In:  an iterate of a run, or any model. The benchmarks' data come from the hub.
 Out: a folder with the harness's own result files, and `results.json` with the figures of all tasks.
 
     bash evaluation/evaluate_benchmarks.sh --run runs/NAME --iterate 3
-    bash evaluation/evaluate_benchmarks.sh --model_name_or_path RLHFlow/LLaMA3-SFT --output_dir ./benchmarks/sft --tasks gsm8k:8
+    bash evaluation/evaluate_benchmarks.sh --model_name_or_path RLHFlow/LLaMA3-SFT \
+        --output_dir ./benchmarks/sft --tasks gsm8k:8
 
 The .sh makes environment `lm_eval` and starts this script in it. A task may carry its number of examples in
 the prompt, `mmlu:5`; without one the harness's own default holds. Tasks of one number share one start of the
@@ -25,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import cli, devices, manifest, models
 from common.cli import UserError, arg
+from common.run_folder import RunFolder
 
 CODE = ("humaneval", "mbpp")  # beginnings of the names of tasks that run what the model wrote
 # The harness asks for the version of a distribution called vllm; that of vLLM's CPU build has another name.
@@ -82,16 +84,16 @@ def model_of(args):
         return args.model_name_or_path, Path(args.output_dir)
     if args.iterate is None or args.iterate < 0:
         raise UserError("--iterate is missing: which iterate of the run, 0 for the start")
-    run = Path(args.run)
-    name = str(run / f"iter{args.iterate}" / "model")
+    run = RunFolder(args.run)
+    name = str(run.model(args.iterate))
     if args.iterate == 0:
-        name = cli.read_yaml(run / "loop.yaml", "run (its loop.yaml)").get("model_name_or_path", "")
+        name = cli.read_yaml(run.settings, "run (its loop.yaml)").get("model_name_or_path", "")
     elif not Path(name, "config.json").is_file():
+        pruned = run.pruned(args.iterate).exists()
         raise UserError(
-            f"{name} is not there"
-            + (": its weights were deleted by keep_iterates" if Path(f"{name}.pruned").exists() else "")
+            f"{name} is not there" + (": its weights were deleted by keep_iterates" if pruned else "")
         )
-    return name, Path(args.output_dir) if args.output_dir else run / f"iter{args.iterate}" / "benchmarks"
+    return name, Path(args.output_dir) if args.output_dir else run.iteration(args.iterate) / "benchmarks"
 
 
 def groups(tasks, run_code):

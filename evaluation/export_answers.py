@@ -3,11 +3,10 @@ them.
 
 In:  generated or rewarded JSON Lines, best of one greedy answer a prompt.
 Out: `--format alpaca_eval`         a JSON list of {"dataset", "instruction", "output", "generator"};
-     `--format arena_hard`          JSON Lines as today's arena-hard-auto reads them, for its sets v2.0 and v0.1: `uid`, `ans_id`,
-                                    `model`, `messages`, `tstamp`, `metadata`;
+     `--format arena_hard`          JSON Lines as today's arena-hard-auto reads them, for its sets v2.0 and
+                                    v0.1: `uid`, `ans_id`, `model`, `messages`, `tstamp`, `metadata`;
      `--format arena_hard_fastchat` JSON Lines as arena-hard-auto read them before April 2025: `question_id`,
-     `answer_id`, `model_id`,
-                                    `choices`, `tstamp`, `conv_metadata`.
+                                    `answer_id`, `model_id`, `choices`, `tstamp`, `conv_metadata`.
 
     python evaluation/export_answers.py --dataset_name_or_path runs/tiny/iter3/heldout_greedy.rewarded.jsonl \
         --format alpaca_eval --generator tiny-iter3 --output_dir runs/tiny/iter3/alpaca_eval.json

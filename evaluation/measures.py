@@ -23,12 +23,12 @@ TOKEN = re.compile(
 )
 
 
-def resamples(prompts):
+def resamples(prompts: int) -> int:
     """Bootstrap resamples for so many prompts: 10,000, fewer where their mean is as good as normal anyway."""
     return int(min(10000, max(1000, 2e7 / max(prompts, 1))))
 
 
-def mean_interval(values, seed=0):
+def mean_interval(values: dict, seed: int = 0) -> tuple | None:
     """(mean, low, high) of `{id: value}` by bootstrap over the prompts; None without any, no interval for
     one.
     """
@@ -39,7 +39,7 @@ def mean_interval(values, seed=0):
     return paired_bootstrap(dict.fromkeys(values, 0.0), values, resamples(len(values)), seed)
 
 
-def difference(before, after, seed=0):
+def difference(before: dict, after: dict, seed: int = 0) -> tuple | None:
     """(mean difference, low, high) over the prompts that both `{id: value}` have; None without two in
     common.
     """
@@ -47,7 +47,7 @@ def difference(before, after, seed=0):
     return paired_bootstrap(before, after, resamples(common), seed) if common > 1 else None
 
 
-def wins(before, after):
+def wins(before: dict, after: dict) -> dict:
     """`{id: share}` of the pairs of answers to a prompt, one of each policy, in which `after` has more; ties
     count half.
 
@@ -103,7 +103,9 @@ def fit_logistic(x, y, groups=None, ridge=RIDGE, steps=100):
     return w, bread @ (scores.T @ scores) @ bread
 
 
-def length_controlled_win_rate(before, after, before_lengths, after_lengths):
+def length_controlled_win_rate(
+    before: dict, after: dict, before_lengths: dict, after_lengths: dict
+) -> tuple | None:
     """Win rate of `after` over `before` if their answers were equally long, in the manner of
     length-controlled AlpacaEval.
 
@@ -150,7 +152,7 @@ def length_controlled_win_rate(before, after, before_lengths, after_lengths):
     )
 
 
-def best_of(values, others=None):
+def best_of(values: dict, others: dict | None = None) -> list[float]:
     """Expected best of k of n answers, k = 1 … n, each prompt's k drawn without replacement, averaged over
     the prompts.
 
@@ -184,25 +186,23 @@ def best_of(values, others=None):
     return [float(v) for v in curve / count] if count else []
 
 
-def tokens(text):
+def tokens(text: str) -> list[str]:
     """Words and signs of a text, as n-grams count them."""
     return TOKEN.findall(text)
 
 
-def repetition(text, n=4):
-    """Share of a text's n-grams that stood in it before (seq-rep-n of Welleck et al.
-
-    2019, arXiv 1908.04319); 0 if too short.
+def repetition(text: str, n: int = 4) -> float:
+    """Share of a text's n-grams that stood in it before (seq-rep-n of Welleck et al. 2019, arXiv
+    1908.04319); 0 if too short.
     """
     words = tokens(text)
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def distinct(texts, n):
-    """Different n-grams over all n-grams of the texts (Li et al.
-
-    2016, arXiv 1510.03055); None where there is none.
+def distinct(texts: list[str], n: int) -> float | None:
+    """Different n-grams over all n-grams of the texts (Li et al. 2016, arXiv 1510.03055); None where there
+    is none.
     """
     total, seen = 0, set()
     for text in texts:
@@ -212,7 +212,7 @@ def distinct(texts, n):
     return len(seen) / total if total else None
 
 
-def histogram(values, bins=40, low=None, high=None):
+def histogram(values, bins: int = 40, low: float | None = None, high: float | None = None) -> tuple:
     """(edges, shares) of the finite values in equal bins; the outer ones take what lies beyond low and
     high.
     """
@@ -228,7 +228,7 @@ def histogram(values, bins=40, low=None, high=None):
     return [float(e) for e in edges], [float(c) for c in counts / len(values)]
 
 
-def by_length(rewards, lengths, edges):
+def by_length(rewards: np.ndarray, lengths: np.ndarray, edges: list) -> list:
     """(mean length, mean reward, responses) of the responses within each of the length bins; None where a bin
     has fewer than 5.
     """
@@ -247,7 +247,7 @@ def by_length(rewards, lengths, edges):
     return found
 
 
-def length_edges(lengths, bins=8):
+def length_edges(lengths: np.ndarray, bins: int = 8) -> list[float]:
     """Edges that cut lengths into bins of about as many responses, at most `bins`."""
     lengths = lengths[lengths >= 0]
     return (
@@ -257,7 +257,7 @@ def length_edges(lengths, bins=8):
     )
 
 
-def length_correlation(rewards, lengths, offsets):
+def length_correlation(rewards: np.ndarray, lengths: np.ndarray, offsets: np.ndarray) -> float | None:
     """Pearson correlation of reward and length, both centred within each prompt; None where nothing
     varies.
     """
@@ -273,7 +273,7 @@ def length_correlation(rewards, lengths, offsets):
     return float(x @ y) / scale if scale > 1e-12 else None
 
 
-def spread_within(rewards, offsets):
+def spread_within(rewards: np.ndarray, offsets: np.ndarray) -> tuple:
     """(mean over prompts of the standard deviation of their rewards, share of the prompts whose rewards are
     all equal).
 
@@ -288,7 +288,7 @@ def spread_within(rewards, offsets):
     return (float(np.mean(spreads)), float(np.mean(np.array(spreads) == 0))) if spreads else (None, None)
 
 
-def at_the_ends(rewards):
+def at_the_ends(rewards: np.ndarray) -> tuple:
     """(share of the finite rewards that equal the largest, share that equal the smallest); None, None without
     any.
     """
@@ -296,29 +296,3 @@ def at_the_ends(rewards):
     if not len(rewards):
         return None, None
     return float((rewards == rewards.max()).mean()), float((rewards == rewards.min()).mean())
-
-
-def differing(settings):
-    """Settings in which runs differ: `{key: list of values}`, mappings flattened to `key.sub`.
-
-    Args:
-        settings: list of mappings, one a run; a key that a run lacks has None.
-    """
-    flat = [flatten(one) for one in settings]
-    keys = Counter(key for one in flat for key in one)
-    return {
-        key: [one.get(key) for one in flat]
-        for key in sorted(keys)
-        if len({repr(one.get(key)) for one in flat}) > 1
-    }
-
-
-def flatten(mapping, prefix=""):
-    """`{"a": {"b": 1}}` → `{"a.b": 1}`."""
-    found = {}
-    for key, value in mapping.items():
-        if isinstance(value, dict) and value:
-            found |= flatten(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found

@@ -1,8 +1,9 @@
 r"""Measure an iterate on held-out prompts, and compare iterates.
 
-In:  rewarded held-out files: `responses`, `rewards`, `num_tokens`, `finish_reasons` (annotate_data/get_rewards.py).
+In:  rewarded held-out files: `responses`, `rewards`, `num_tokens`, `finish_reasons`
+     (annotate_data/get_rewards.py).
 Out: a JSON file of metrics for the sampled and the greedy answers, or the table of a run, or of several, in
-the terminal.
+     the terminal.
 
     python evaluation/metrics.py --sampled runs/tiny/iter1/heldout_sampled.rewarded.jsonl \
         --greedy runs/tiny/iter1/heldout_greedy.rewarded.jsonl --output_dir runs/tiny/iter1/metrics.json
@@ -12,6 +13,8 @@ the terminal.
 `--gold_function tiny/task.py:gold_score` adds a quality that a program computes and the reward model never
 sees. `--judge_sampled` and `--judge_greedy` are the same answers, scored by a second reward model. Prompts
 are the sample: a prompt's K answers are averaged first, and standard errors and intervals are over prompts.
+The table's seconds of a policy are those of RUN/stages.jsonl: of its training, sampling, annotation and
+measurement.
 """
 
 import json
@@ -27,9 +30,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import cli, manifest, records
 from common.cli import UserError, arg
 from common.functions import as_number, load_function
+from common.run_folder import KINDS, RunFolder, is_evaluated, read_object
 
-KINDS = ("sampled", "greedy")
 JUDGED = {f"judge_{kind}": kind for kind in KINDS}
+LISTS = {  # of a rewarded record, an entry for each response → what the entries are
+    "responses": str,
+    "rewards": (int, float, type(None)),
+    "num_tokens": (int, type(None)),
+    "finish_reasons": (str, type(None)),
+}
+SAME_ANSWERS = 0.95  # share of an iterate's answers that are the previous one's: from here on, a warning
+NOTHING_LEARNED = "training changes too little (its log says how many steps there were)"
+NOT_EVALUATED = "not evaluated: heldout_prompts is null, so no held-out answers were sampled"
 
 
 @dataclass
@@ -42,19 +54,18 @@ class Arguments:
         None, help="JSON file to write (a file name); without it the metrics are printed"
     )
     gold_function: str | None = arg(None, help="FILE.py:NAME, a function (messages, response) -> number")
-    seconds: float | None = arg(None, help="wall-clock seconds of the iteration, for the table")
     run: str | None = arg(None, help="a run's folder: print the table of iter0, iter1, … and stop")
     runs: list[str] | None = arg(
         None, help="folders of several runs, of DPO or PPO: print them in one table and stop"
     )
 
 
-def load_gold(spec):
+def load_gold(spec: str):
     """The function that `path.py:name` names, taking (messages, response); a UserError as `load_function`."""
     return load_function(spec, "--gold_function", "tiny/task.py:gold_score")
 
 
-def gold_scores(record, gold):
+def gold_scores(record: dict, gold) -> list[float]:
     """Gold of each response of a record; a bad return value or a refusal names the record."""
     scores = []
     for response in record["responses"]:
@@ -72,22 +83,7 @@ def gold_scores(record, gold):
     return scores
 
 
-def read_object(path, missing=None, what=""):
-    """The JSON object in a file, `{}` where it is not there; a damaged one is named in `missing`."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (ValueError, OSError, RecursionError):
-        value = None
-    if isinstance(value, dict):
-        return value
-    if missing is not None:
-        missing.append(f"{what or path} cannot be read")
-    return {}
-
-
-def read_rewarded(path):
+def read_rewarded(path: str | Path) -> dict:
     """Records of a rewarded file by id, in file order."""
     found, identify = {}, records.Identifier()
     for number, record in enumerate(records.read_jsonl(path, "rewarded file"), 1):
@@ -96,15 +92,9 @@ def read_rewarded(path):
                 todo = "; score it with annotate_data/get_rewards.py first" if field == "rewards" else ""
                 raise UserError(f"{path} record {number} has no `{field}`{todo}")
         where = f"{path} record {number}"
-        for field in ("responses", "rewards", "num_tokens", "finish_reasons"):
-            kinds = {
-                "responses": str,
-                "rewards": (int, float, type(None)),
-                "num_tokens": (int, type(None)),
-                "finish_reasons": (str, type(None)),
-            }
+        for field, kind in LISTS.items():
             value = record.get(field, [])
-            if not isinstance(value, list) or not all(isinstance(item, kinds[field]) for item in value):
+            if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
                 raise UserError(
                     f"{where}: `{field}` is {str(value)[:40]!r}, a list with one entry a response was "
                     "expected"
@@ -127,7 +117,7 @@ def read_rewarded(path):
     return found
 
 
-def prompt_means(by_id, gold=None):
+def prompt_means(by_id: dict, gold=None) -> dict:
     """`{id: mean}` over a prompt's responses: of its rewards (prompts with none but null left out), or of
     gold.
     """
@@ -139,7 +129,7 @@ def prompt_means(by_id, gold=None):
     return means
 
 
-def same_answers(before, after):
+def same_answers(before: dict, after: dict) -> float | None:
     """Share of an iterate's answers that are word for word those of another, in the same place of the same
     prompt.
 
@@ -158,7 +148,7 @@ def same_answers(before, after):
     return sum(old == new for old, new in pairs) / len(pairs) if pairs else None
 
 
-def mean_and_error(values):
+def mean_and_error(values) -> tuple[float | None, float | None]:
     """Mean, and its standard error over prompts (None for fewer than two)."""
     values = list(values)
     if not values:
@@ -167,7 +157,7 @@ def mean_and_error(values):
     return statistics.fmean(values), error
 
 
-def measure(by_id, gold=None):
+def measure(by_id: dict, gold=None) -> dict:
     """Metrics of one rewarded file; what the file does not tell is None.
 
     Returns:
@@ -197,7 +187,7 @@ def measure(by_id, gold=None):
     return {key: round(value, 6) if isinstance(value, float) else value for key, value in found.items()}
 
 
-def paired_bootstrap(a, b, samples=10000, seed=0):
+def paired_bootstrap(a: dict, b: dict, samples: int = 10000, seed: int = 0) -> tuple:
     """Mean difference b − a over the prompts that both have, with its 95% percentile bootstrap interval.
 
     Args:
@@ -227,84 +217,61 @@ def paired_bootstrap(a, b, samples=10000, seed=0):
     return float(differences.mean()), float(low), float(high)
 
 
-def format_table(iterates, width=None):
-    """The terminal's table: a row for each of the list of metrics (as `main` writes them, maybe with `run`),
-    columns aligned.
+def _figure(metrics, kind, key, digits=3, sign="+"):
+    """`+1.234 ±0.100` of a figure in metrics, with its standard error where that is known."""
+    own = metrics.get(kind) or {}
+    value, error = own.get(key), own.get(f"{key}_se")
+    if not records.finite(value):
+        return "–"
+    return f"{value:{sign}.{digits}f}" + (f" ±{error:.{digits}f}" if records.finite(error) else "")
+
+
+def _best_of(metrics):
+    found = _figure(metrics, "sampled", "best_of_k")
+    return found + (f" (K={metrics['sampled'].get('K', '?')})" if found != "–" else "")
+
+
+def _silent(metrics):
+    shares = [(metrics.get(kind) or {}).get("empty") for kind in KINDS]
+    return "/".join(f"{share:.2f}" for share in shares if records.finite(share)) if any(shares) else "–"
+
+
+TABLE = (  # heading, text of an iterate's metrics; how soon a narrow terminal goes without it, 0 for never
+    ("run", lambda m: m.get("run", "–"), 0),
+    ("iterate", lambda m: str(m["iterate"]), 0),
+    ("reward", lambda m: _figure(m, "sampled", "reward"), 0),
+    ("best of K", _best_of, 1),
+    ("greedy reward", lambda m: _figure(m, "greedy", "reward"), 6),
+    ("judge", lambda m: _figure(m.get("judge") or {}, "sampled", "reward"), 8),
+    ("greedy judge", lambda m: _figure(m.get("judge") or {}, "greedy", "reward"), 2),
+    ("gold", lambda m: _figure(m, "sampled", "gold", sign=""), 0),
+    ("greedy gold", lambda m: _figure(m, "greedy", "gold", sign=""), 5),
+    ("length", lambda m: _figure(m, "sampled", "length", 1, ""), 7),
+    ("cut off", lambda m: _figure(m, "sampled", "truncated", 3, ""), 4),
+    ("empty", _silent, 0),
+    ("KL", lambda m: _figure(m, "divergence", "kl", 2, ""), 0),
+    ("seconds", lambda m: f"{m['seconds']:.0f}" if records.finite(m.get("seconds")) else "–", 3),
+)
+
+
+def format_table(iterates: list[dict], width: int | None = None) -> str:
+    """The terminal's table: a row for each of the list of metrics (as `main` writes them, maybe with `run`
+    and `seconds`), columns aligned, without those that hold nothing.
 
     Where it would be wider than `width` characters, columns are left out, those first that are missed least.
     """
-
-    def number(metrics, kind, key, digits=3, sign="+"):
-        value, error = (metrics.get(kind) or {}).get(key), (metrics.get(kind) or {}).get(f"{key}_se")
-        return (
-            f"{value:{sign}.{digits}f}" + (f" ±{error:.{digits}f}" if records.finite(error) else "")
-            if records.finite(value)
-            else "–"
-        )
-
-    def silent(metrics):
-        shares = [(metrics.get(kind) or {}).get("empty") for kind in KINDS]
-        return "/".join(f"{share:.2f}" for share in shares if records.finite(share)) if any(shares) else "–"
-
-    names = (
-        "run",
-        "iterate",
-        "reward",
-        "best of K",
-        "greedy reward",
-        "judge",
-        "greedy judge",
-        "gold",
-        "greedy gold",
-        "length",
-        "cut off",
-        "empty",
-        "KL",
-        "seconds",
-    )
-    rows = [names]
-    for i, m in enumerate(iterates):
-        best = number(m, "sampled", "best_of_k") + (f" (K={m['sampled']['K']})" if m.get("sampled") else "")
-        rows.append(
-            (
-                m.get("run", "–"),
-                str(m.get("iterate", i)),
-                number(m, "sampled", "reward"),
-                best,
-                number(m, "greedy", "reward"),
-                number(m.get("judge") or {}, "sampled", "reward"),
-                number(m.get("judge") or {}, "greedy", "reward"),
-                number(m, "sampled", "gold", sign=""),
-                number(m, "greedy", "gold", sign=""),
-                number(m, "sampled", "length", 1, ""),
-                number(m, "sampled", "truncated", 3, ""),
-                silent(m),
-                number(m, "divergence", "kl", 2, ""),
-                f"{m['seconds']:.0f}" if records.finite(m.get("seconds")) else "–",
-            )
-        )
-    kept = [column for column in zip(*rows, strict=True) if any(cell != "–" for cell in column[1:])]
-    for name in (
-        "best of K",
-        "greedy judge",
-        "seconds",
-        "cut off",
-        "greedy gold",
-        "greedy reward",
-        "length",
-        "judge",
-    ):
-        if width and sum(max(map(len, column)) + 2 for column in kept) - 2 > width:
-            kept = [column for column in kept if column[0] != name]
-    widths = [max(map(len, column)) for column in kept]
-    lines = [
-        "  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True))
-        for row in zip(*kept, strict=True)
-    ]
+    rows = [{"iterate": i} | metrics for i, metrics in enumerate(iterates)]
+    columns = {heading: [heading, *map(get, rows)] for heading, get, _ in TABLE}
+    columns = {heading: cells for heading, cells in columns.items() if set(cells[1:]) - {"–"}}
+    for _, heading in sorted((turn, heading) for heading, _, turn in TABLE if turn):
+        if width and sum(max(map(len, cells)) + 2 for cells in columns.values()) - 2 > width:
+            columns.pop(heading, None)
+    kept = [[cell.rjust(max(map(len, cells))) for cell in cells] for cells in columns.values()]
+    lines = ["  ".join(row) for row in zip(*kept, strict=True)] or [""]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def measured(metrics):
+def measured(metrics: dict) -> list:
     """(name of the kind, its figures) of all that metrics hold: sampled, greedy, judge_sampled,
     judge_greedy.
     """
@@ -314,7 +281,7 @@ def measured(metrics):
     return [(name, values) for name, values in found.items() if values]
 
 
-def are_metrics(value):
+def are_metrics(value) -> bool:
     """Whether a JSON value has the form of what `main` writes."""
     if not isinstance(value, dict) or not all(
         isinstance(value.get(key, {}), dict) for key in (*KINDS, "judge", "files")
@@ -325,35 +292,52 @@ def are_metrics(value):
     )
 
 
-def read_run(folder):
-    """`(folder of the iterate, its metrics)` of every `iterN/metrics.json` of a run, in order, with `iterate`
-    = N.
+def settings_of(folder: str | Path) -> dict:
+    """The settings in RUN/loop.yaml; {} where they are not there or cannot be read."""
+    try:
+        return cli.read_yaml(RunFolder(folder).settings)
+    except UserError:
+        return {}
 
-    Where evaluation/divergence.py has been, its estimates stand under `divergence`.
+
+def read_run(folder: str | Path) -> list:
+    """`(folder of the iterate, its metrics)` of every iterate of a run that was measured, in order.
+
+    With them stand `iterate`, its number; `divergence`, the estimates of evaluation/divergence.py where it
+    has been; `seconds` of stages.jsonl. A run that is not evaluated has no metrics: its iterates are those
+    that were trained.
 
     Raises:
         UserError: no such folder, or no metrics in it yet.
     """
-    folder, iterates = Path(folder), []
-    for path in folder.glob("iter*/metrics.json"):
-        if path.parent.name[4:].isdigit():
+    run, iterates = RunFolder(folder), []
+    seconds, evaluated = run.seconds(), is_evaluated(settings_of(folder))
+    for i in run.iterations():
+        path = run.metrics(i)
+        if path.is_file():
             try:
                 metrics = json.loads(path.read_text(encoding="utf-8"))
             except json.JSONDecodeError as error:
                 raise UserError(f"{path} is not valid JSON ({error}); delete it and measure again") from None
             if not are_metrics(metrics):
                 raise UserError(f"{path} does not hold metrics; delete it and measure again")
-            estimates = read_object(path.with_name("divergence.json"))
-            more = {"divergence": estimates} if estimates else {}
-            iterates.append((path.parent, {"iterate": int(path.parent.name[4:])} | metrics | more))
-    if not iterates:
-        raise UserError(
-            f"no iterN/metrics.json in {folder}" + ("" if folder.is_dir() else ", there is no such folder")
-        )
-    return sorted(iterates, key=lambda item: item[1]["iterate"])
+        elif evaluated or not read_object(run.model_manifest(i)).get("complete"):
+            continue
+        else:
+            metrics = {}
+        metrics = {"iterate": i} | metrics
+        if estimates := read_object(run.divergence_summary(i)):
+            metrics["divergence"] = estimates
+        if i in seconds:
+            metrics["seconds"] = sum(seconds[i].values())
+        iterates.append((path.parent, metrics))
+    if not iterates and evaluated:
+        there = "" if run.path.is_dir() else ", there is no such folder"
+        raise UserError(f"no iterN/metrics.json in {folder}{there}")
+    return iterates
 
 
-def compare(first, last, gold=None):
+def compare(first: tuple, last: tuple, gold=None) -> list:
     """Paired intervals between two iterates, from their held-out files.
 
     Args:
@@ -367,10 +351,7 @@ def compare(first, last, gold=None):
     found = []
     for kind in KINDS:
         for quantity, name in (("reward", kind), ("judge", f"judge_{kind}"), ("gold", kind)):
-            names = [
-                (metrics.get("files") or {}).get(name, f"heldout_{kind}.jsonl" if name == kind else None)
-                for _, metrics in (first, last)
-            ]
+            names = [(metrics.get("files") or {}).get(name) for _, metrics in (first, last)]
             if None in names or (quantity == "gold" and not gold):
                 continue
             paths = [folder / file for (folder, _), file in zip((first, last), names, strict=True)]
@@ -382,7 +363,7 @@ def compare(first, last, gold=None):
     return found
 
 
-def gains(iterates, gold_function=None):
+def gains(iterates: list, gold_function: str | None = None) -> list[str]:
     """Lines: how the last of a run's iterates (see `read_run`) differs from the first on the same prompts;
     none for one iterate.
 
@@ -394,23 +375,29 @@ def gains(iterates, gold_function=None):
     first, last = iterates[0], iterates[-1]
     spec = gold_function or last[1].get("gold_function")
     lines = [
-        f"iterate {last[1]['iterate']} − iterate {first[1]['iterate']}, same prompts, 95% bootstrap interval"
+        f"  {kind:7} {quantity:6} {difference:+.3f}  [{low:+.3f}, {high:+.3f}]"
+        for kind, quantity, (difference, low, high) in compare(first, last, load_gold(spec) if spec else None)
     ]
-    for kind, quantity, (difference, low, high) in compare(first, last, load_gold(spec) if spec else None):
-        lines.append(f"  {kind:7} {quantity:6} {difference:+.3f}  [{low:+.3f}, {high:+.3f}]")
-    return lines
+    ends = f"iterate {last[1]['iterate']} − iterate {first[1]['iterate']}"
+    return [f"{ends}, same prompts, 95% bootstrap interval", *lines] if lines else []
 
 
-def table(run_folder, gold_function=None):
+def _below_table(folder, iterates, gold_function):
+    """What stands below a run's table: how its last iterate differs, or that nothing was measured."""
+    evaluated = is_evaluated(settings_of(folder))
+    return gains(iterates, gold_function) if evaluated else [NOT_EVALUATED]
+
+
+def table(run_folder: str | Path, gold_function: str | None = None) -> str:
     """Text: the table of a run's iterates, and how the last differs from the first; `gold_function` as in
     `gains`.
     """
     iterates = read_run(run_folder)
-    lines = gains(iterates, gold_function)
+    lines = _below_table(run_folder, iterates, gold_function)
     return "\n".join([format_table([metrics for _, metrics in iterates]), *([""] if lines else []), *lines])
 
 
-def table_of_runs(folders, gold_function=None):
+def table_of_runs(folders: list, gold_function: str | None = None) -> str:
     """Text: the iterates of several runs in one table, and how each run's last differs from its own first.
 
     A run is called by its folder's name, or by the path as given where two names are alike.
@@ -418,12 +405,10 @@ def table_of_runs(folders, gold_function=None):
     names = [Path(folder).resolve().name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
-    runs = {name: read_run(folder) for name, folder in zip(names, folders, strict=True)}
-    text = [
-        format_table([{"run": name} | metrics for name, iterates in runs.items() for _, metrics in iterates])
-    ]
-    for name, iterates in runs.items():
-        lines = gains(iterates, gold_function)
+    runs = [(name, folder, read_run(folder)) for name, folder in zip(names, folders, strict=True)]
+    text = [format_table([{"run": name} | metrics for name, _, iterates in runs for _, metrics in iterates])]
+    for name, folder, iterates in runs:
+        lines = _below_table(folder, iterates, gold_function)
         text += ["", f"{name}: {lines[0]}", *lines[1:]] if lines else []
     return "\n".join(text)
 
@@ -464,7 +449,7 @@ def main():
     target.parent.mkdir(parents=True, exist_ok=True)
     # relative to the metrics, so that a run's folder may move
     metrics["files"] = {kind: os.path.relpath(path, target.parent) for kind, path in files.items()}
-    metrics |= {"gold_function": args.gold_function, "seconds": args.seconds}
+    metrics["gold_function"] = args.gold_function
     manifest.write_json(target, metrics)
     counts = ", ".join(
         f"{values['prompts']} prompts × {values['K']} {name}" for name, values in measured(metrics)

@@ -1,9 +1,11 @@
 """Charts of the page, as plotly figures without colours: `meta` says which colour a trace takes, and page.js
-paints it
-for the light or the dark page (`color`: the n-th run; `step`: from 0, the first iterate, to 1, the last)."""
+paints it for the light or the dark page (`color`: the n-th run; `step`: from 0, the first iterate, to 1, the
+last). What is shown, and in which section, is the list CHARTS.
+"""
 
 import html
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -12,6 +14,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from common.records import finite
+from common.run_folder import KINDS
 from evaluation import measures
 
 MOST_POINTS = 2000  # of a line; longer logs are thinned evenly
@@ -93,24 +96,19 @@ def label(run, name, several):
     return f"{run.name}, {name}" if several else name
 
 
-def over_iterates(key, title, y, tables, get, definition, kinds=("sampled", "greedy"), **layout):
+def over_iterates(tables, key, title, y, get=None, definition=None, kinds=KINDS, **layout):
     """A value of each iterate, a line for each run and kind; `get(row, kind)` gives a number or (value, low,
-    high).
+    high), without it the kind's figure `key`. The definition is that of `key`, too.
     """
-    traces = []
+    get, traces = get or (lambda row, kind: row[kind].get(key)), []
     for n, (run, iterates, *_) in enumerate(tables):
         for kind in kinds:
             points = [(row["iterate"], get(row, kind)) for row in iterates]
             points = [(i, v if isinstance(v, tuple) else (v, None, None)) for i, v in points if v is not None]
             if points:
                 band = [None if v[1] is None else v[1:] for _, v in points]
-                name = (
-                    label(run, kind, True)
-                    if len(tables) > 1 and len(kinds) > 1
-                    else run.name
-                    if len(tables) > 1
-                    else kind
-                )
+                name = label(run, kind, True) if len(kinds) > 1 else run.name
+                name = name if len(tables) > 1 else kind
                 traces.append(
                     line(
                         [i for i, _ in points],
@@ -121,7 +119,7 @@ def over_iterates(key, title, y, tables, get, definition, kinds=("sampled", "gre
                         "dot" if kind == "greedy" and len(tables) > 1 else None,
                     )
                 )
-    return chart(key, title, y, "iterate", traces, definition, whole_x=True, **layout)
+    return chart(key, title, y, "iterate", traces, definition or key, whole_x=True, **layout)
 
 
 def by_iterate(tables):
@@ -135,101 +133,6 @@ def by_iterate(tables):
                 yield n, run, row, {"step": k / max(len(iterates) - 1, 1)}, None
             elif k in (0, len(iterates) - 1):
                 yield n, run, row, {"color": n}, "dot" if k == 0 and len(iterates) > 1 else None
-
-
-def of_runs(tables):
-    """All charts: a list of (section, chart).
-
-    Args:
-        tables: list of (run, iterates, trainings, stages), see report/figures.py.
-    """
-    found = []
-
-    def add(section, made):
-        if made:
-            found.append((section, made))
-
-    for quantity, title in (("reward", "Held-out reward"), ("gold", "Gold score"), ("judge", "Second judge")):
-        add(
-            "reward",
-            over_iterates(
-                quantity,
-                title,
-                title.lower(),
-                tables,
-                lambda row, kind, q=quantity: row[kind].get(q),
-                quantity,
-            ),
-        )
-    add("wins", wins(tables, "start"))
-    if any(
-        len(iterates) > 2 for _, iterates, *_ in tables
-    ):  # of one iteration the start is the previous iterate
-        add("wins", wins(tables, "previous"))
-    add("length", reward_by_length(tables))
-    add(
-        "length",
-        over_iterates(
-            "length_correlation",
-            "Reward and length within a prompt",
-            "correlation",
-            tables,
-            lambda row, kind: row[kind].get("length_correlation"),
-            "length_correlation",
-            ("sampled",),
-        ),
-    )
-    add(
-        "drift",
-        over_iterates(
-            "kl",
-            "KL to the reference",
-            "nats per response",
-            tables,
-            lambda row, kind: (
-                None
-                if row["kl"] is None
-                else (
-                    row["kl"],
-                    *(
-                        [row["kl"] - row["kl_se"], row["kl"] + row["kl_se"]]
-                        if row.get("kl_se") is not None
-                        else [None, None]
-                    ),
-                )
-            ),
-            "kl",
-            ("sampled",),
-        ),
-    )
-    add("drift", against_kl(tables))
-    add("best", best_of(tables, "best_of", "Best of k", "reward"))
-    add("best", best_of(tables, "gold_of_best", "Gold of the best of k by reward", "gold"))
-    for key, title, y in (
-        ("length", "Length", "tokens"),
-        ("truncated", "Cut off", "share"),
-        ("repetition", "Repeated 4-grams", "share"),
-        ("distinct_2", "Distinct 2-grams", "share"),
-        ("different_texts", "Different answers to a prompt", "share"),
-    ):
-        kinds = ("sampled",) if key == "different_texts" else ("sampled", "greedy")
-        add(
-            "text",
-            over_iterates(
-                key,
-                title,
-                y,
-                tables,
-                lambda row, kind, k=key: row[kind].get(k),
-                key.replace("_2", ""),
-                kinds,
-                **({} if key == "length" else {"yaxis": {"rangemode": "tozero"}}),
-            ),
-        )
-    add("pairs", histograms(tables))
-    found += [("training", made) for made in training_curves(tables) if made]
-    add("time", seconds(tables))
-    return found
 
 
 def wins(tables, against):
@@ -416,50 +319,46 @@ def thin(points):
     )
 
 
-def training_curves(tables):
-    """The trainer's log over the steps of all iterations in turn, and PPO's over its rollouts."""
-    found = []
-    for key, title, own, held in DPO_CURVES:
-        traces = []
-        for n, (run, *_) in enumerate(tables):
-            several = len(tables) > 1
-            for name, field in (("training", own), ("held-out pairs", held)):
-                points = thin(list(logged(run, field))) if field else []
-                if points:
-                    color = {"color": n if several else 0 if name == "training" else 1}
-                    traces.append(
-                        line(
-                            [x for x, _, _ in points],
-                            [y for _, y, _ in points],
-                            label(run, name, several),
-                            color,
-                            mode="markers"
-                            if name != "training"
-                            else "lines+markers"
-                            if len(points) < 60
-                            else "lines",
-                            text=[f"iteration {i}" for *_, i in points],
-                        )
-                    )
-        found.append(chart(f"dpo_{key}", title.capitalize(), title, "optimizer step", traces, key))
-    for key, title in PPO_CURVES:
-        traces = []
-        for n, (run, *_) in enumerate(tables):
-            points = thin(
-                [
-                    (entry["step"] if finite(entry.get("step")) else k + 1, entry[key])
-                    for _, t in sorted(run.trainings.items())
-                    for k, entry in enumerate(t.ppo)
-                    if number(entry.get(key)) is not None
-                ]
-            )
-            if points:
-                traces.append(
-                    line([x for x, _ in points], [y for _, y in points], run.name, {"color": n}, mode="lines")
+def dpo_curve(tables: list, key: str, title: str, own: str, held: str | None) -> dict | None:
+    """A field of the trainer's log over the steps of all iterations in turn, and that of held-out pairs."""
+    traces, several = [], len(tables) > 1
+    for n, (run, *_) in enumerate(tables):
+        for name, field in (("training", own), ("held-out pairs", held)):
+            points = thin(list(logged(run, field))) if field else []
+            if not points:
+                continue
+            few = "lines+markers" if len(points) < 60 else "lines"
+            traces.append(
+                line(
+                    [x for x, _, _ in points],
+                    [y for _, y, _ in points],
+                    label(run, name, several),
+                    {"color": n if several else 0 if name == "training" else 1},
+                    mode=few if name == "training" else "markers",
+                    text=[f"iteration {i}" for *_, i in points],
                 )
-        zero = {"yaxis": {"rangemode": "tozero"}} if key.endswith("_fraction") else {}
-        found.append(chart(f"ppo_{key}", f"PPO: {title}", title, "rollout", traces, "ppo_log", **zero))
-    return found
+            )
+    return chart(f"dpo_{key}", title.capitalize(), title, "optimizer step", traces, key)
+
+
+def ppo_curve(tables: list, key: str, title: str) -> dict | None:
+    """A field of PPO's log over its rollouts."""
+    traces = []
+    for n, (run, *_) in enumerate(tables):
+        points = thin(
+            [
+                (entry["step"] if finite(entry.get("step")) else k + 1, entry[key])
+                for _, t in sorted(run.trainings.items())
+                for k, entry in enumerate(t.ppo)
+                if number(entry.get(key)) is not None
+            ]
+        )
+        if points:
+            traces.append(
+                line([x for x, _ in points], [y for _, y in points], run.name, {"color": n}, mode="lines")
+            )
+    zero = {"yaxis": {"rangemode": "tozero"}} if key.endswith("_fraction") else {}
+    return chart(f"ppo_{key}", f"PPO: {title}", title, "rollout", traces, "ppo_log", **zero)
 
 
 def logged(run, field):
@@ -478,12 +377,12 @@ def logged(run, field):
 
 
 def seconds(tables):
-    """Working and waiting seconds of each stage."""
+    """Working and waiting seconds of each step."""
     traces, several = [], len(tables) > 1
     rows = [
-        (label(run, f"{row['iteration']} {row['stage']}", several), row)
-        for run, _, _, stages in tables
-        for row in stages
+        (label(run, f"{row['policy']} {row['step']}", several), row)
+        for run, _, _, steps in tables
+        for row in steps
     ]
     parts = (
         ("working", lambda row: row["work"]),
@@ -505,9 +404,68 @@ def seconds(tables):
         "seconds",
         "Where the time went",
         "seconds",
-        "iteration and stage",
+        "policy and step",
         traces,
         "waiting",
         wide=True,
         barmode="stack",
     )
+
+
+def kl_of(row: dict, kind: str) -> tuple | None:
+    """An iterate's KL and what one standard error less and more would be."""
+    kl, error = row["kl"], row.get("kl_se")
+    if kl is None:
+        return None
+    return (kl, None, None) if error is None else (kl, kl - error, kl + error)
+
+
+def previous_wins(tables: list) -> dict | None:
+    """Win rates over the previous iterate; after one iteration that is the start."""
+    return wins(tables, "previous") if any(len(iterates) > 2 for _, iterates, *_ in tables) else None
+
+
+def curve(key: str, title: str, y: str, **more) -> Callable:
+    """What makes a chart of a figure over the iterates, see `over_iterates`."""
+    return lambda tables: over_iterates(tables, key, title, y, **more)
+
+
+FROM_ZERO = {"yaxis": {"rangemode": "tozero"}}
+CHARTS = (  # section, what makes a chart of the tables, or None where nothing of it is known
+    ("reward", curve("reward", "Held-out reward", "held-out reward")),
+    ("reward", curve("gold", "Gold score", "gold score")),
+    ("reward", curve("judge", "Second judge", "second judge")),
+    ("wins", lambda tables: wins(tables, "start")),
+    ("wins", previous_wins),
+    ("length", reward_by_length),
+    (
+        "length",
+        curve("length_correlation", "Reward and length within a prompt", "correlation", kinds=("sampled",)),
+    ),
+    ("drift", curve("kl", "KL to the reference", "nats per response", get=kl_of, kinds=("sampled",))),
+    ("drift", against_kl),
+    ("best", lambda tables: best_of(tables, "best_of", "Best of k", "reward")),
+    ("best", lambda tables: best_of(tables, "gold_of_best", "Gold of the best of k by reward", "gold")),
+    ("text", curve("length", "Length", "tokens")),
+    ("text", curve("truncated", "Cut off", "share", **FROM_ZERO)),
+    ("text", curve("repetition", "Repeated 4-grams", "share", **FROM_ZERO)),
+    ("text", curve("distinct_2", "Distinct 2-grams", "share", definition="distinct", **FROM_ZERO)),
+    (
+        "text",
+        curve("different_texts", "Different answers to a prompt", "share", kinds=("sampled",), **FROM_ZERO),
+    ),
+    ("pairs", histograms),
+    *(("training", lambda tables, one=one: dpo_curve(tables, *one)) for one in DPO_CURVES),
+    *(("training", lambda tables, one=one: ppo_curve(tables, *one)) for one in PPO_CURVES),
+    ("time", seconds),
+)
+
+
+def of_runs(tables: list) -> list[tuple]:
+    """All charts: a list of (section, chart).
+
+    Args:
+        tables: list of (run, iterates, trainings, steps), see report/figures.py.
+    """
+    made = [(section, make(tables)) for section, make in CHARTS]
+    return [(section, one) for section, one in made if one]

@@ -164,34 +164,35 @@ DEFINITIONS = {
         "entropy (nats per token), share clipped, losses of policy and critic, and the variance of returns "
         "that the critic explains.",
     ),
+    "step": (
+        "step",
+        "What is done with a policy, in turn: sample (its held-out answers and the responses that the next "
+        "policy is trained on), annotate both, measure, train the next policy.",
+    ),
     "seconds": (
         "seconds",
-        "Wall clock of a finished stage as the driver measured it, summed over its starts. A stage that was "
-        "killed left no time: "
-        "what it spent is not in the sum. Evaluation of iterate i also samples and scores the next "
-        "iteration's responses.",
+        "Wall clock of a finished step as the driver measured it, summed over its starts. A step that was "
+        "killed left no time: what it spent is not in the sum.",
     ),
     "work": (
         "working",
-        "Seconds in which responses were sampled or scored (by their manifests; of shards side by side the "
-        "longest) or optimizer and evaluation steps were made (the trainer's run times; PPO: its rollouts).",
+        "Seconds in which responses were sampled, scored or measured (by their manifests; of shards side by "
+        "side the longest) or optimizer and evaluation steps were made (the trainer's run times; PPO: its "
+        "rollouts).",
     ),
     "waiting": (
         "waiting",
-        "Share of a stage's seconds that was not working: starting Python and engines, loading models, the "
-        "reference's pass, merging, "
-        "saving. It does not see a GPU that idles within those working seconds.",
+        "Share of a step's seconds that was not working: starting Python and engines, loading models, the "
+        "reference's pass, merging, saving. It does not see a GPU that idles within those working seconds.",
     ),
     "tokens_per_second": (
         "tokens/s",
-        "Generation and evaluation: tokens sampled a second of working time (which has scoring in it). "
-        "Training: tokens "
-        "passed through the model a second of the trainer's time; PPO: tokens sampled a second of a rollout, "
-        "learning included.",
+        "Sampling: tokens sampled a second of working time. Training: tokens passed through the model a "
+        "second of the trainer's time; PPO: tokens sampled a second of a rollout, learning included.",
     ),
     "gpu_hours": (
         "GPU-hours",
-        "GPUs that the stage held (processes, times tensor_parallel_size) times its seconds, busy or not; 0 "
+        "GPUs that the step held (processes, times tensor_parallel_size) times its seconds, busy or not; 0 "
         "on the CPU.",
     ),
     "sample_margin": (

@@ -1,10 +1,11 @@
 """The figures of a run, computed from what `run_data.read_run` holds: one mapping per iterate, training and
-stage.
+step of a policy.
 
 What a run does not tell is None. Every key has its definition in report/definitions.py.
 """
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -12,28 +13,96 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from common.records import finite, is_empty
+from common.run_folder import KINDS
 from evaluation import measures
 from evaluation.metrics import same_answers
 
 QUANTITIES = ("reward", "gold", "judge")
+HEAD = {  # what a reader asks first of a run → where loop.yaml has it, the first that is there
+    "policy": ("model_name_or_path",),
+    "reward model": ("reward_name_or_path", "annotation.reward_function"),
+    "prompts": (),
+    "pairs": (),
+    "held-out prompts": (),
+    "iterations": ("iterations",),
+    "K": ("ppo.samples_per_prompt", "generation.K"),
+    "temperature": ("ppo.temperature", "generation.temperature"),
+    "beta": ("training_args.beta",),
+    "KL coefficient": ("ppo.kl_coef",),
+    "learning rate": ("training_args.learning_rate", "ppo.learning_rate"),
+    "loss": ("training_args.loss_type",),
+    "choice of pairs": ("training_args.choose_type",),
+    "epochs": ("training_args.num_train_epochs", "ppo.num_episodes"),
+    "seed": ("seed",),
+}
 
 
-def of_iterates(run):
+def flatten(mapping: dict, prefix: str = "") -> dict:
+    """`{"a": {"b": 1}}` → `{"a.b": 1}`."""
+    found = {}
+    for key, value in mapping.items():
+        if isinstance(value, dict) and value:
+            found |= flatten(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def differing(settings: list[dict]) -> dict[str, list]:
+    """Settings in which runs differ: `{key: list of values}`, mappings flattened to `section.key`.
+
+    Args:
+        settings: list of mappings, one a run; a key that a run lacks has None.
+    """
+    flat = [flatten(one) for one in settings]
+    keys = Counter(key for one in flat for key in one)
+    return {
+        key: [one.get(key) for one in flat]
+        for key in sorted(keys, key=str)
+        if len({repr(one.get(key)) for one in flat}) > 1
+    }
+
+
+def of_settings(run) -> dict:
+    """{label of HEAD: value} of what a reader asks first of a run; None where it is not known."""
+    flat = flatten(run.settings)
+    found = {
+        label: next((flat[key] for key in keys if flat.get(key) is not None), None)
+        for label, keys in HEAD.items()
+    }
+    trainings = [training for _, training in sorted(run.trainings.items())]
+    counts = [training.manifest.get("counts", {}) for training in trainings]
+    read = [len(training.answers.ids) if training.answers else 0 for training in trainings]
+    read = [own.get("prompts", n) for own, n in zip(counts, read, strict=True)]
+    sets = run.settings.get("prompts") or []
+    found["prompts"] = sizes(read) or ", ".join(map(str, sets if isinstance(sets, list) else [sets]))
+    found["pairs"] = sizes([own.get("train_pairs", 0) for own in counts]) or None
+    heldout = {len(it.answers[kind].ids) for it in run.iterates.values() for kind in it.answers}
+    found["held-out prompts"] = f"{max(heldout):,}" if heldout else run.settings.get("heldout_prompts")
+    if not run.evaluated:
+        found["held-out prompts"] = "none: not evaluated"
+    return found
+
+
+def sizes(counts: list[int]) -> str:
+    """`500 × 3` of three iterations' prompts, `500, 400` if they differ; 0 is not known."""
+    known = [f"{count:,}" for count in counts if count]
+    return f"{known[0]} × {len(known)}" if len(set(known)) == 1 and len(known) > 1 else ", ".join(known)
+
+
+def of_iterates(run) -> list[dict]:
     """Figures of each evaluated iterate, in order.
 
     Returns:
         list of dicts: `iterate`, `sampled` and `greedy` (see `of_answers`, with what metrics.json says where
-            the answers
-        are gone), `kl`, `kl_se`, `kl_per_token`, `seconds`, and `versus`: {"start", "previous", "best"} →
-        kind → see `compare`. "best" is the earlier iterate of the highest gold (without gold: judge's
-        reward), where it is neither of the others.
+            the answers are gone), `kl`, `kl_se`, `kl_per_token`, and `versus`: {"start", "previous", "best"}
+            → kind → see `compare`. "best" is the earlier iterate of the highest gold (without gold: judge's
+            reward), where it is neither of the others.
     """
     found, order = [], sorted(run.iterates)
     for n, i in enumerate(order):
         iterate = run.iterates[i]
-        row = {"iterate": i, "seconds": iterate.metrics.get("seconds"), "versus": {}}
-        for kind in ("sampled", "greedy"):
-            row[kind] = of_kind(iterate, kind)
+        row = {"iterate": i, "versus": {}} | {kind: of_kind(iterate, kind) for kind in KINDS}
         row |= {
             key: iterate.divergence.get(key)
             for key in ("kl", "kl_se", "kl_per_token", "estimator", "reference", "retokenised", "responses")
@@ -46,13 +115,13 @@ def of_iterates(run):
         for name, other in others.items():
             if other is not None:
                 row["versus"][name] = {"iterate": other} | {
-                    kind: compare(run.iterates[other], iterate, kind) for kind in ("sampled", "greedy")
+                    kind: compare(run.iterates[other], iterate, kind) for kind in KINDS
                 }
         found.append(row)
     return found
 
 
-def best_so_far(rows):
+def best_so_far(rows: list) -> int | None:
     """The iterate whose sampled answers have the highest gold, or the second judge's highest reward; None
     where neither is known.
     """
@@ -65,7 +134,7 @@ def best_so_far(rows):
     return None
 
 
-def values_of(iterate, kind, quantity):
+def values_of(iterate, kind: str, quantity: str) -> tuple | None:
     """(Answers, flat values) of a quantity, or None: reward and gold of the answers, judge's rewards of the
     judged ones.
     """
@@ -74,7 +143,7 @@ def values_of(iterate, kind, quantity):
     return None if values is None or not np.isfinite(values).any() else (answers, values)
 
 
-def of_kind(iterate, kind):
+def of_kind(iterate, kind: str) -> dict:
     """Figures of one iterate's sampled or greedy answers; {} where neither answers nor metrics are there."""
     written, found = iterate.metrics.get(kind) or {}, {}
     judge = (iterate.metrics.get("judge") or {}).get(kind) or {}
@@ -110,7 +179,7 @@ def of_kind(iterate, kind):
     return found
 
 
-def of_answers(answers):
+def of_answers(answers) -> dict:
     """What a rewarded file alone tells: counts, length, truncation, repetition, variety, ties and spread."""
     known, cut = answers.lengths[answers.lengths >= 0], answers.cut[answers.cut >= 0]
     texts = [text for record in answers.kept for text in record["responses"]]
@@ -141,14 +210,13 @@ def of_answers(answers):
     }
 
 
-def compare(before, after, kind):
+def compare(before, after, kind: str) -> dict:
     """How one iterate differs from another on the same prompts.
 
     Returns:
         dict: for each quantity both have, `NAME` (difference, low, high), `NAME_win` (win rate, low, high)
-            and `counts` of
-        greedy wins, ties and losses by reward; `lc_win`, the length-controlled win rate by reward; `same`,
-        the share of equal answers among those whose texts are kept.
+            and `counts` of greedy wins, ties and losses by reward; `lc_win`, the length-controlled win rate
+            by reward; `same`, the share of equal answers among those whose texts are kept.
     """
     found = {}
     for quantity in QUANTITIES:
@@ -185,14 +253,13 @@ def compare(before, after, kind):
     return found
 
 
-def of_trainings(run):
+def of_trainings(run) -> list[dict]:
     """Figures of each iteration's training: of its rewarded responses, its pairs, and its end.
 
     Returns:
         list of dicts: `iteration`, `rewards` (see `of_answers`), `reward_mean`, `margin`, `pairs`,
-            `chosen_longer`,
-        `accuracy`, `eval_accuracy`, `eval_pairs`, `loss`, `not_finite` (entries of the log), and `ppo` (last
-        entry).
+            `chosen_longer`, `accuracy`, `eval_accuracy`, `eval_pairs`, `loss`, `not_finite` (entries of the
+            log), and `ppo` (last entry).
     """
     found = []
     for i, training in sorted(run.trainings.items()):
@@ -228,134 +295,114 @@ def of_trainings(run):
     return found
 
 
-def gpus_of(run, iteration, stage):
-    """GPUs that a stage held: processes where it ran on GPUs, 0 on the CPU, None where nothing tells."""
-    training = run.trainings.get(iteration)
-    sources = [training] if training else []
-    if stage == "evaluate" and iteration + 1 in run.trainings:
-        sources.append(run.trainings[iteration + 1])  # its responses are sampled by the same engine
-    devices = [t.manifests.get("rewarded", {}).get("counts", {}).get("device") for t in sources]
-    versions = [str((t.manifest.get("versions") or {}).get("torch", "")) for t in sources]
-    if "cpu" in devices or any(v.endswith("+cpu") for v in versions):
+def gpus_of(run, policy: int, step: str) -> int | None:
+    """GPUs that a step held: processes where it ran on GPUs, 0 on the CPU, None where nothing tells."""
+    made = run.made.get((policy, step), [])
+    versions = [str(one["versions"].get("torch", "")) for one in made] + [str(run.versions.get("torch", ""))]
+    if any(version.endswith("+cpu") for version in versions):
         return 0
-    if stage == "train":
-        return training.manifest.get("num_processes") if training else None
-    counts = []
-    for t in sources:
-        generation = run.settings.get("generation")
-        size = generation.get("tensor_parallel_size") if isinstance(generation, dict) else 1
-        size = size if isinstance(size, int) and finite(size) else 1
-        counts.append((t.manifests.get("generated", {}).get("merged") or {}).get("num_datasets", 0) * size)
-        counts.append(t.manifests.get("rewarded", {}).get("counts", {}).get("processes", 0))
+    if any(one["counts"].get("device") == "cpu" for one in made):
+        return 0
+    generation = run.settings.get("generation")
+    size = generation.get("tensor_parallel_size") if isinstance(generation, dict) else 1
+    size = size if isinstance(size, int) and finite(size) else 1
+    counts = [one.get("num_processes", 0) for one in made]
+    counts += [one["counts"].get("processes", 0) for one in made]
+    counts += [one["merged"].get("num_datasets", 0) * size for one in made]
     return max(counts, default=0) or None
 
 
-def of_stages(run):
-    """Where the time went, a row for each finished stage.
+def of_steps(run) -> list[dict]:
+    """Where the time went, a row for each finished step of a policy.
 
     Returns:
-        list of dicts: `iteration`, `stage`, `seconds` (over all its starts), `work` (seconds, or None),
-            `waiting` (share),
-        `tokens_per_second`, `gpus`, `gpu_hours`.
+        list of dicts: `policy`, `step`, `seconds` (over all its starts), `work` (seconds, or None), `waiting`
+            (share), `tokens_per_second`, `gpus`, `gpu_hours`.
     """
     rows = {}
-    for entry in run.stages:
-        i, stage, seconds = entry.get("iteration"), entry.get("stage"), entry.get("seconds")
-        if isinstance(i, int) and isinstance(stage, str) and isinstance(seconds, (int, float)):
-            row = rows.setdefault(
-                (i, stage), {"iteration": i, "stage": stage, "seconds": 0, "finished": None}
-            )
-            row["seconds"] += seconds
-            row["finished"] = entry.get("finished")
-    for (i, stage), row in rows.items():
-        work = run.work.get((i, stage))
+    for entry in run.steps:
+        key = entry["policy"], entry["step"]
+        rows.setdefault(key, {"policy": key[0], "step": key[1], "seconds": 0})["seconds"] += entry["seconds"]
+    for key, row in rows.items():
+        work = working_seconds(run, *key)
         row["work"] = None if work is None else min(work, row["seconds"])
         row["waiting"] = None if work is None or row["seconds"] <= 0 else 1 - row["work"] / row["seconds"]
-        row["tokens_per_second"] = tokens_per_second(run, i, stage)
-        row["gpus"] = gpus_of(run, i, stage)
+        row["tokens_per_second"] = tokens_per_second(run, *key, work)
+        row["gpus"] = gpus_of(run, *key)
         row["gpu_hours"] = None if row["gpus"] is None else row["gpus"] * row["seconds"] / 3600
     return list(rows.values())
 
 
-def tokens_per_second(run, iteration, stage):
-    """Tokens a second while the stage worked: sampled ones of generation and evaluation, those trained on of
-    training.
+def working_seconds(run, policy: int, step: str) -> float | None:
+    """Seconds of a step in which responses, rewards or optimizer steps were made; None where the manifests
+    do not tell.
     """
-    training = run.trainings.get(iteration)
-    if stage == "train" and training:
+    training, made = run.trainings.get(policy + 1), run.made.get((policy, step), [])
+    if step == "train":
+        if training is None:
+            return None
         if training.ppo:
-            rates = [
-                entry["tokens_per_second"] for entry in training.ppo if finite(entry.get("tokens_per_second"))
-            ]
+            return sum(entry["seconds"].get("all", 0) for entry in training.ppo) or None
+        spent = [training.manifest.get("metrics", {}).get(key) for key in ("train_runtime", "eval_runtime")]
+        return sum(seconds for seconds in spent if seconds is not None) or None
+    names = ("engine_seconds", "scoring_seconds", "seconds")  # of sampling, annotation, divergence
+    spent = [next((one["counts"][name] for name in names if name in one["counts"]), None) for one in made]
+    return sum(spent) if spent and None not in spent else None
+
+
+def tokens_per_second(run, policy: int, step: str, work: float | None) -> float | None:
+    """Tokens a second while a step worked: those sampled, those trained on; None for the other steps."""
+    training = run.trainings.get(policy + 1)
+    if step == "train" and training:
+        if training.ppo:
+            rates = [rate for entry in training.ppo if finite(rate := entry.get("tokens_per_second"))]
             return float(np.mean(rates)) if rates else None
-        metrics = training.manifest.get("metrics") or {}
+        metrics = training.manifest.get("metrics", {})
         count, seconds = metrics.get("num_tokens"), metrics.get("train_runtime")
         return count / seconds if count and seconds else None
-    work = run.work.get((iteration, stage))
-    if stage not in ("generate", "evaluate") or not work:
+    if step != "sample" or not work:
         return None
-    ahead = run.trainings.get(iteration if stage == "generate" else iteration + 1)
-    made = [ahead.answers] if ahead and ahead.answers else []
-    made += (
-        list(run.iterates[iteration].answers.values())
-        if stage == "evaluate" and iteration in run.iterates
-        else []
-    )
-    total = sum(int(a.lengths[a.lengths >= 0].sum()) for a in made)
+    made = [training.answers] if training and training.answers else []
+    made += run.iterates[policy].answers.values() if policy in run.iterates else []
+    total = sum(int(answers.lengths[answers.lengths >= 0].sum()) for answers in made)
     return total / work if total else None
 
 
-def in_short(run, iterates, stages):
+def in_short(run, iterates: list, steps: list) -> list[tuple]:
     """The last iterate against the start, for the head of the page: a list of (definition's key, label, value
     text, note).
     """
-    if not iterates:
-        return []
-    first, last, found = iterates[0], iterates[-1], []
-    for quantity in QUANTITIES:
-        for kind in ("sampled", "greedy"):
-            before, after = first[kind].get(quantity), last[kind].get(quantity)
-            if after is not None and (kind == "sampled" or not last["sampled"].get(quantity)):
-                start = f"{before[0]:.3f} → " if before and last is not first else ""
-                versus = (last["versus"].get("start") or {}).get(kind, {}).get(quantity)
-                note = "" if not versus else f"{versus[0]:+.3f} [{versus[1]:+.3f}, {versus[2]:+.3f}]"
-                found.append((quantity, f"{quantity}, {kind}", f"{start}{after[0]:.3f}", note))
-    versus = last["versus"].get("start") or {}
-    for kind, key, label in (
-        ("sampled", "reward_win", "win rate over the start"),
-        ("sampled", "lc_win", "the same at equal length"),
-    ):
-        rate = versus.get(kind, {}).get(key)
-        if rate:
-            found.append((key, label, f"{100 * rate[0]:.1f}%", interval(rate, percent=True)))
-    length = first["sampled"].get("length"), last["sampled"].get("length")
-    if None not in length:
-        found.append(
-            (
-                "length",
-                "length, tokens",
-                f"{length[0]:.1f} → {length[1]:.1f}",
-                f"{length[1] / length[0]:.2f} times" if length[0] else "",
-            )
-        )
-    if last["kl"] is not None:
-        found.append(("kl", "KL to the reference", f"{last['kl']:.2f}", "nats per response"))
-    if stages:
-        hours = sum(row["seconds"] for row in stages) / 3600
-        gpu = [row["gpu_hours"] for row in stages]
+    found = _gain(iterates[0], iterates[-1]) if iterates else []
+    if steps:
+        hours = sum(row["seconds"] for row in steps) / 3600
+        gpu = [row["gpu_hours"] for row in steps]
         note = "" if None in gpu else f"{sum(gpu):.2f} GPU-hours" if any(gpu) else "no GPU"
         found.append(
-            ("seconds", "time in stages", f"{hours:.2f} h" if hours >= 1 else f"{60 * hours:.1f} min", note)
+            ("seconds", "time in all", f"{hours:.2f} h" if hours >= 1 else f"{60 * hours:.1f} min", note)
         )
     return found
 
 
-def interval(triple, percent=False):
-    """`[low, high]` of (value, low, high) as text."""
-    if triple is None or triple[1] is None:
-        return ""
-    return (
-        f"[{100 * triple[1]:.1f}, {100 * triple[2]:.1f}]"
-        if percent
-        else f"[{triple[1]:.3f}, {triple[2]:.3f}]"
-    )
+def _gain(first, last):
+    """The part of `in_short` that is about answers: rewards, win rates, length, KL."""
+    found, versus = [], last["versus"].get("start") or {}
+    for quantity in QUANTITIES:
+        for kind in KINDS:
+            before, after = first[kind].get(quantity), last[kind].get(quantity)
+            if after is not None and (kind == "sampled" or not last["sampled"].get(quantity)):
+                start = f"{before[0]:.3f} → " if before and last is not first else ""
+                gain = versus.get(kind, {}).get(quantity)
+                note = "" if not gain else f"{gain[0]:+.3f} [{gain[1]:+.3f}, {gain[2]:+.3f}]"
+                found.append((quantity, f"{quantity}, {kind}", f"{start}{after[0]:.3f}", note))
+    for key, label in (("reward_win", "win rate over the start"), ("lc_win", "the same at equal length")):
+        rate = versus.get("sampled", {}).get(key)
+        if rate:
+            note = "" if rate[1] is None else f"[{100 * rate[1]:.1f}, {100 * rate[2]:.1f}]"
+            found.append((key, label, f"{100 * rate[0]:.1f}%", note))
+    length = first["sampled"].get("length"), last["sampled"].get("length")
+    if None not in length:
+        note = f"{length[1] / length[0]:.2f} times" if length[0] else ""
+        found.append(("length", "length, tokens", f"{length[0]:.1f} → {length[1]:.1f}", note))
+    if last["kl"] is not None:
+        found.append(("kl", "KL to the reference", f"{last['kl']:.2f}", "nats per response"))
+    return found

@@ -3,10 +3,9 @@ time, samples.
 
 In:  the folders of runs (run_loop.sh, run_ppo.sh), finished or not.
 Out: one file that opens without a network, in light and dark; what a run has not got is named on it. Beside
-it `….warnings.json`, its
-     warnings.
+     it `….warnings.json`, its warnings.
 
-    python report/make_report.py runs/tiny                                              # runs/tiny/report/index.html
+    python report/make_report.py runs/tiny                   # writes runs/tiny/report/index.html
     python report/make_report.py runs/tiny runs/ppo_tiny --output_dir report/index.html
 
 Files are read line by line and texts are kept of a seeded sample only, so that memory does not follow the
@@ -24,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import cli
 from common.cli import UserError, arg, count
 from common.manifest import write_json
+from common.run_folder import RunFolder, warnings_of
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Arguments:
     bounds: dict = arg({}, "of the warnings, JSON: '{\"length_growth\": 2}'; see report/troubles.py")
 
 
-def arguments(argv):
+def arguments(argv: list[str]) -> Arguments:
     """Arguments of the command line, where the folders stand first, without a name."""
     folders = []
     while argv and not argv[0].startswith("-"):
@@ -56,7 +56,7 @@ def arguments(argv):
     return args
 
 
-def check(args):
+def check(args: Arguments) -> tuple:
     """Refuse what cannot work; returns the file to write and the bounds."""
     from report.troubles import Bounds
 
@@ -69,7 +69,7 @@ def check(args):
     if args.samples < 0 or args.sample_megabytes < 0:
         raise UserError("samples and sample_megabytes must not be negative")
     bounds = cli.build(Bounds, args.bounds, "bounds")
-    target = Path(args.output_dir) if args.output_dir else Path(args.runs[0]) / "report" / "index.html"
+    target = Path(args.output_dir) if args.output_dir else RunFolder(args.runs[0]).page
     if target.is_dir():
         raise UserError(
             f"--output_dir {target} is a folder, a file name was expected (for example {target}/index.html)"
@@ -77,12 +77,13 @@ def check(args):
     return target, bounds
 
 
-def make(args):
+def make(args: Arguments) -> tuple:
     """Read the runs, compute, write the page.
 
     Returns (file, warnings, what is not there), the latter two with the name of the run.
     """
-    from report import figures, hide, page, run_data, samples, state, troubles
+    from common.hide import hidden
+    from report import figures, page, run_data, samples, state, troubles
 
     target, bounds = check(args)
     keep = max(run_data.KEEP_TEXTS, args.samples)
@@ -93,11 +94,11 @@ def make(args):
         for run, folder in zip(runs, args.runs):
             run.name = str(folder)
     tables = [
-        (run, figures.of_iterates(run), figures.of_trainings(run), figures.of_stages(run)) for run in runs
+        (run, figures.of_iterates(run), figures.of_trainings(run), figures.of_steps(run)) for run in runs
     ]
     found = [(run, troubles.find(run, iterates, trainings, bounds)) for run, iterates, trainings, _ in tables]
     shown = samples.collect(runs, args.samples, args.sample_megabytes, args.seed)
-    states = [(one.word, hide.hidden(one.detail)) for one in (state.read_state(run.folder) for run in runs)]
+    states = [(one.word, hidden(one.detail)) for one in (state.read_state(run.folder) for run in runs)]
     text = page.render(tables, found, shown, states)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(target.name + ".tmp")
@@ -108,13 +109,6 @@ def make(args):
     warned = [(run.name, trouble) for run, listed in found for trouble in listed]
     write_json(warnings_of(target), [{"run": name} | dataclasses.asdict(trouble) for name, trouble in warned])
     return target, warned, [(run.name, text) for run in runs for text in run.missing]
-
-
-def warnings_of(target):
-    """The file beside a page that lists its warnings, for who does not look at pages: the terminal at a run's
-    end.
-    """
-    return target.with_name(f"{target.stem}.warnings.json")
 
 
 def main():

@@ -10,15 +10,17 @@ file.
 
 import base64
 import hashlib
-import html
 import json
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation import measures
+from common.run_folder import KINDS
+from evaluation.metrics import NOT_EVALUATED
 from report import charts, figures
 from report.definitions import DEFINITIONS
 
@@ -36,6 +38,7 @@ SECTIONS = (
     ("settings", "Settings and versions"),
 )
 SHAPES = {  # how a figure is written
+    "text": str,
     "share": lambda v: f"{100 * v:.1f}%",
     "number": lambda v: f"{v:.3f}",
     "fine": lambda v: f"{v:.4g}",
@@ -44,7 +47,7 @@ SHAPES = {  # how a figure is written
 }
 
 
-def as_json(value):
+def as_json(value) -> str:
     """JSON that can stand inside <script>: ASCII only, and without <, > and &, so that no text can end the
     block.
     """
@@ -52,7 +55,7 @@ def as_json(value):
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def policy(scripts):
+def policy(scripts: list[str]) -> str:
     """Content-Security-Policy that lets only these scripts run and nothing be fetched."""
     hashes = " ".join(
         f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts
@@ -63,7 +66,7 @@ def policy(scripts):
     )
 
 
-def shown(value, shape="number"):
+def shown(value, shape: str = "number") -> str:
     """A figure as text; (value, low, high) with its interval, None as a dash."""
     if value is None:
         return "–"
@@ -73,375 +76,256 @@ def shown(value, shape="number"):
     return write(value)
 
 
-def table(caption, columns, rows):
-    """A table for the template, without columns that hold nothing.
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: its heading, the key of its definition (report/definitions.py), what it shows of a
+    row, and how.
 
-    Args:
-        columns: list of (definition's key or None, heading). rows: list of lists of text.
+    `get` is a path into the row, `sampled.reward`, or a function of it; `shape` is one of SHAPES.
     """
-    kept = [k for k in range(len(columns)) if any(row[k] not in ("–", "") for row in rows)]
+
+    heading: str
+    definition: str | None
+    get: str | Callable
+    shape: str = "number"
+
+    def cell(self, row: dict) -> str:
+        """The text of a row's figure; a dash where there is none."""
+        if callable(self.get):
+            return shown(self.get(row), self.shape)
+        value = row
+        for key in self.get.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        return shown(value, self.shape)
+
+
+def _best_of(row):
+    curve = row["sampled"].get("best_of")
+    if curve:
+        return f"{shown(curve[-1])} (K={len(curve)})"
+    return shown(row["sampled"].get("best_of_k"))
+
+
+def _kl(row):
+    error = row.get("kl_se")
+    return shown(row["kl"]) + (f" ±{error:.3f}" if error is not None else "")
+
+
+def _counts(row):
+    return "/".join(map(str, row["counts"])) if row.get("counts") else None
+
+
+RUN = Column("run", None, "run", "text")  # leads the rows where there are several
+ITERATES = (
+    Column("iterate", "iterate", "iterate", "text"),
+    *(
+        Column(f"{DEFINITIONS[quantity][0]}, {kind}", quantity, f"{kind}.{quantity}")
+        for quantity in figures.QUANTITIES
+        for kind in KINDS
+    ),
+    Column("best of K", "best_of", _best_of, "text"),
+    Column("KL", "kl", _kl, "text"),
+    Column("KL per token", "kl_per_token", "kl_per_token"),
+)
+COMPARISONS = (
+    Column("iterate", "iterate", "which", "text"),
+    Column("answers", "sampled", "kind", "text"),
+    Column("reward, difference", "reward", "reward"),
+    Column("win rate", "reward_win", "reward_win", "share"),
+    Column("at equal length", "lc_win", "lc_win", "share"),
+    Column("won/tied/lost", "counts", _counts, "text"),
+    Column("gold, difference", "gold", "gold"),
+    Column("win rate by gold", "gold_win", "gold_win", "share"),
+    Column("judge, difference", "judge", "judge"),
+    Column("win rate by judge", "judge_win", "judge_win", "share"),
+)
+HELDOUT = (
+    Column("iterate", "iterate", "iterate", "text"),
+    Column("answers", "sampled", "kind", "text"),
+    Column("length", "length", "length", "tokens"),
+    Column("90th percentile", "length_p90", "length_p90", "tokens"),
+    Column("cut off", "truncated", "truncated", "share"),
+    Column("empty", "empty", "empty", "share"),
+    Column("repeated", "repetition", "repetition", "share"),
+    Column("looping", "looping", "looping", "share"),
+    Column("distinct-1", "distinct", "distinct_1", "fine"),
+    Column("distinct-2", "distinct", "distinct_2", "fine"),
+    Column("distinct-3", "distinct", "distinct_3", "fine"),
+    Column("different", "different_texts", "different_texts", "share"),
+    Column("ties", "tied", "tied", "share"),
+    Column("spread", "spread", "spread"),
+    Column("reward and length", "length_correlation", "length_correlation"),
+    Column("null", "null_share", "null_share", "share"),
+    Column("prompts", None, "prompts", "count"),
+)
+RESPONSES = (
+    Column("iteration", "iterate", "iteration", "text"),
+    Column("prompts", None, "rewards.prompts", "count"),
+    Column("K", None, "rewards.K", "text"),
+    Column("mean reward", "reward", "reward_mean"),
+    Column("spread", "spread", "rewards.spread"),
+    Column("ties", "tied", "rewards.tied", "share"),
+    Column("all equal", "all_equal", "rewards.all_equal", "share"),
+    Column("at the largest", "at_top", "rewards.at_top", "share"),
+    Column("null", "null_share", "rewards.null_share", "share"),
+    Column("different", "different_texts", "rewards.different_texts", "share"),
+    Column("length", "length", "rewards.length", "tokens"),
+    Column("cut off", "truncated", "rewards.truncated", "share"),
+    Column("empty", "empty", "rewards.empty", "share"),
+    Column("reward and length", "length_correlation", "rewards.length_correlation"),
+    Column("margin of pairs", "margin", "margin"),
+    Column("chosen longer by", "chosen_longer", "chosen_longer", "tokens"),
+)
+TRAININGS = (
+    Column("iteration", "iterate", "iteration", "text"),
+    Column("pairs", "pairs", "pairs", "count"),
+    Column("held out", "pairs", "eval_pairs", "count"),
+    Column("loss", "loss", "loss", "fine"),
+    Column("accuracy", "accuracy", "accuracy", "share"),
+    Column("held-out accuracy", "eval_accuracy", "eval_accuracy", "share"),
+    Column("gradient norm", "grad_norm", "grad_norm", "fine"),
+)
+STEPS = (
+    Column("step", "step", lambda row: f"{row['policy']} {row['step']}".strip(), "text"),
+    Column("seconds", "seconds", "seconds", "count"),
+    Column("working", "work", "work", "count"),
+    Column("waiting", "waiting", "waiting", "share"),
+    Column("tokens/s", "tokens_per_second", "tokens_per_second", "count"),
+    Column("GPUs", None, "gpus", "count"),
+    Column("GPU-hours", "gpu_hours", "gpu_hours"),
+)
+
+
+def comparisons(iterates: list[dict]):
+    """Yield a row for each comparison of two iterates and kind of answers."""
+    for row in iterates:
+        start = (row["versus"].get("start") or {}).get("iterate")
+        for against, other in row["versus"].items():
+            if against == "previous" and other["iterate"] == start:
+                continue  # said once
+            named = {"start": " (start)", "best": " (best before)"}.get(against, "")
+            which = f"{row['iterate']} against {other['iterate']}{named}"
+            yield from ({"which": which, "kind": kind} | other[kind] for kind in KINDS if other[kind])
+
+
+def heldout(iterates: list[dict]):
+    """Yield a row for each iterate and kind of its answers."""
+    for row in iterates:
+        yield from ({"iterate": row["iterate"], "kind": kind} | row[kind] for kind in KINDS)
+
+
+def with_sum(steps: list[dict]):
+    """The rows of a run's steps, and their sum."""
+    if not steps:
+        return []
+    known = [row for row in steps if row["work"] is not None]
+    wall, work = sum(row["seconds"] for row in known), sum(row["work"] for row in known)
+    gpu = [row["gpu_hours"] for row in steps]
+    whole = {"policy": "all", "step": "", "seconds": sum(row["seconds"] for row in steps)}
+    whole |= {"work": work if known else None, "waiting": 1 - work / wall if wall else None}
+    return [*steps, whole | {"gpu_hours": None if None in gpu else sum(gpu)}]
+
+
+TABLES = (  # section, caption, columns, rows of (run, iterates, trainings, steps)
+    (
+        "reward",
+        "Each iterate, with 95% intervals (KL ± its standard error)",
+        ITERATES,
+        lambda run, iterates, trainings, steps: iterates,
+    ),
+    (
+        "wins",
+        "Iterates against each other, same prompts, with 95% intervals",
+        COMPARISONS,
+        lambda run, iterates, trainings, steps: comparisons(iterates),
+    ),
+    ("text", "Held-out answers", HELDOUT, lambda run, iterates, trainings, steps: heldout(iterates)),
+    (
+        "pairs",
+        "Responses and pairs of each iteration",
+        RESPONSES,
+        lambda run, iterates, trainings, steps: [row for row in trainings if row["rewards"]],
+    ),
+    (
+        "training",
+        "The end of each training",
+        TRAININGS,
+        lambda run, iterates, trainings, steps: trainings if run.kind == "dpo" else [],
+    ),
+    ("time", "Steps", STEPS, lambda run, iterates, trainings, steps: with_sum(steps)),
+)
+
+
+def table(caption: str, columns: tuple, rows: list[dict]) -> dict | None:
+    """A table for the template, without columns that hold nothing; None without rows."""
+    cells = [[column.cell(row) for row in rows] for column in columns]
+    kept = [k for k, own in enumerate(cells) if set(own) - {"–", ""}]
     return (
         {
             "caption": caption,
-            "columns": [columns[k] for k in kept],
-            "rows": [[row[k] for k in kept] for row in rows],
+            "columns": [(columns[k].definition, columns[k].heading) for k in kept],
+            "rows": [list(row) for row in zip(*(cells[k] for k in kept), strict=True)],
         }
         if rows
         else None
     )
 
 
-def tables_of(tables):
+def side_by_side(caption: str, first: str, runs: list, values: dict[str, list]) -> dict | None:
+    """A table of settings: a row for each key of `values`, a column for each run."""
+    columns = (Column(first, None, "key", "text"),) + tuple(
+        Column(run.name, None, lambda row, n=n: text_of(row["values"][n]), "text")
+        for n, run in enumerate(runs)
+    )
+    return table(caption, columns, [{"key": key, "values": own} for key, own in values.items()])
+
+
+def together(mappings: list[dict]) -> dict[str, list]:
+    """`{key: value of each mapping}`, None where one lacks it."""
+    return {
+        key: [one.get(key) for one in mappings] for key in dict.fromkeys(k for one in mappings for k in one)
+    }
+
+
+def head_of(runs: list) -> list[dict]:
+    """The tables at the top of the page: what was run with what, and what differs between several runs."""
+    asked = together([figures.of_settings(run) for run in runs])
+    asked = {key: own for key, own in asked.items() if set(map(text_of, own)) - {"–"}}
+    made = [side_by_side("What was run", "setting", runs, asked)]
+    if len(runs) > 1:
+        found = figures.differing([run.settings for run in runs])
+        made.append(side_by_side("What differs between the runs", "setting", runs, found))
+        found = figures.differing([run.versions for run in runs])
+        made.append(side_by_side("Versions that differ", "package", runs, found))
+    return [one for one in made if one]
+
+
+def tables_of(tables: list) -> list[tuple]:
     """The tables of all runs: a list of (section, table)."""
-    found, several = [], len(tables) > 1
-    name = (lambda run: [run.name]) if several else (lambda run: [])
-    lead = [(None, "run")] if several else []
-    rows, more, versus = [], [], []
-    for run, iterates, _, _ in tables:
-        for row in iterates:
-            s, g = row["sampled"], row["greedy"]
-            rows.append(
-                [
-                    *name(run),
-                    str(row["iterate"]),
-                    *(shown(side.get(q)) for q in figures.QUANTITIES for side in (s, g)),
-                    shown((s.get("best_of") or [s.get("best_of_k")])[-1])
-                    + (f" (K={len(s['best_of'])})" if s.get("best_of") else ""),
-                    f"{shown(row['kl'])}" + (f" ±{row['kl_se']:.3f}" if row.get("kl_se") is not None else ""),
-                    shown(row["kl_per_token"]),
-                ]
-            )
-            for kind, side in (("sampled", s), ("greedy", g)):
-                more.append(
-                    [
-                        *name(run),
-                        str(row["iterate"]),
-                        kind,
-                        *(
-                            shown(side.get(k), shape)
-                            for k, shape in (
-                                ("length", "tokens"),
-                                ("length_p90", "tokens"),
-                                ("truncated", "share"),
-                                ("empty", "share"),
-                                ("repetition", "share"),
-                                ("looping", "share"),
-                                ("distinct_1", "fine"),
-                                ("distinct_2", "fine"),
-                                ("distinct_3", "fine"),
-                                ("different_texts", "share"),
-                                ("tied", "share"),
-                                ("spread", "number"),
-                                ("length_correlation", "number"),
-                                ("null_share", "share"),
-                                ("prompts", "count"),
-                            )
-                        ),
-                    ]
-                )
-            for against, other in row["versus"].items():
-                if against == "previous" and other["iterate"] == (row["versus"].get("start") or {}).get(
-                    "iterate"
-                ):
-                    continue  # the start is the previous one: said once
-                for kind in ("sampled", "greedy"):
-                    v = other[kind]
-                    if v:
-                        which = {"start": " (start)", "best": " (best before)"}.get(against, "")
-                        versus.append(
-                            [
-                                *name(run),
-                                f"{row['iterate']} against {other['iterate']}{which}",
-                                kind,
-                                shown(v.get("reward")),
-                                shown(v.get("reward_win"), "share"),
-                                shown(v.get("lc_win"), "share"),
-                                "/".join(map(str, v["counts"])) if v.get("counts") else "–",
-                                shown(v.get("gold")),
-                                shown(v.get("gold_win"), "share"),
-                                shown(v.get("judge")),
-                                shown(v.get("judge_win"), "share"),
-                            ]
-                        )
-    columns = [
-        (q, f"{DEFINITIONS[q][0]}, {kind}") for q in figures.QUANTITIES for kind in ("sampled", "greedy")
-    ]
-    title = "Each iterate, with 95% intervals (KL ± its standard error)"
-    found.append(
-        (
-            "reward",
-            table(
-                title,
-                [
-                    *lead,
-                    ("iterate", "iterate"),
-                    *columns,
-                    ("best_of", "best of K"),
-                    ("kl", "KL"),
-                    ("kl_per_token", "KL per token"),
-                ],
-                rows,
-            ),
-        )
-    )
-    found.append(
-        (
-            "wins",
-            table(
-                "Iterates against each other, same prompts, with 95% intervals",
-                [
-                    *lead,
-                    ("iterate", "iterate"),
-                    ("sampled", "answers"),
-                    ("reward", "reward, difference"),
-                    ("reward_win", "win rate"),
-                    ("lc_win", "at equal length"),
-                    ("counts", "won/tied/lost"),
-                    ("gold", "gold, difference"),
-                    ("gold_win", "win rate by gold"),
-                    ("judge", "judge, difference"),
-                    ("judge_win", "win rate by judge"),
-                ],
-                versus,
-            ),
-        )
-    )
-    found.append(
-        (
-            "text",
-            table(
-                "Held-out answers",
-                [
-                    *lead,
-                    ("iterate", "iterate"),
-                    ("sampled", "answers"),
-                    ("length", "length"),
-                    ("length_p90", "90th percentile"),
-                    ("truncated", "cut off"),
-                    ("empty", "empty"),
-                    ("repetition", "repeated"),
-                    ("looping", "looping"),
-                    ("distinct", "distinct-1"),
-                    ("distinct", "distinct-2"),
-                    ("distinct", "distinct-3"),
-                    ("different_texts", "different"),
-                    ("tied", "ties"),
-                    ("spread", "spread"),
-                    ("length_correlation", "reward and length"),
-                    ("null_share", "null"),
-                    (None, "prompts"),
-                ],
-                more,
-            ),
-        )
-    )
-    seen, trained, spent, sums = [], [], [], []
-    for run, _, trainings, stages in tables:
-        for row in trainings:
-            r, i = row["rewards"], str(row["iteration"])
-            if r:
-                seen.append(
-                    [
-                        *name(run),
-                        i,
-                        shown(r["prompts"], "count"),
-                        str(r["K"]),
-                        shown(row["reward_mean"]),
-                        *(
-                            shown(r.get(k), shape)
-                            for k, shape in (
-                                ("spread", "number"),
-                                ("tied", "share"),
-                                ("all_equal", "share"),
-                                ("at_top", "share"),
-                                ("null_share", "share"),
-                                ("different_texts", "share"),
-                                ("length", "tokens"),
-                                ("truncated", "share"),
-                                ("empty", "share"),
-                                ("length_correlation", "number"),
-                            )
-                        ),
-                        shown(row["margin"]),
-                        shown(row["chosen_longer"], "tokens"),
-                    ]
-                )
-            if run.kind == "dpo":
-                trained.append(
-                    [
-                        *name(run),
-                        i,
-                        shown(row["pairs"], "count"),
-                        shown(row["eval_pairs"], "count"),
-                        shown(row["loss"], "fine"),
-                        shown(row["accuracy"], "share"),
-                        shown(row["eval_accuracy"], "share"),
-                        shown(row["grad_norm"], "fine"),
-                    ]
-                )
-        for row in stages:
-            spent.append(
-                [
-                    *name(run),
-                    f"{row['iteration']} {row['stage']}",
-                    shown(row["seconds"], "count"),
-                    shown(row["work"], "count"),
-                    shown(row["waiting"], "share"),
-                    shown(row["tokens_per_second"], "count"),
-                    shown(row["gpus"], "count"),
-                    shown(row["gpu_hours"]),
-                ]
-            )
-        if stages:
-            known = [row for row in stages if row["work"] is not None]
-            wall, gpu = sum(row["seconds"] for row in known), [row["gpu_hours"] for row in stages]
-            work = sum(row["work"] for row in known)
-            sums.append(
-                [
-                    *name(run),
-                    "all",
-                    shown(sum(row["seconds"] for row in stages), "count"),
-                    shown(work, "count") if known else "–",
-                    shown(1 - work / wall, "share") if wall else "–",
-                    "",
-                    "",
-                    "–" if None in gpu else shown(sum(gpu)),
-                ]
-            )
-    found.append(
-        (
-            "pairs",
-            table(
-                "Responses and pairs of each iteration",
-                [
-                    *lead,
-                    ("iterate", "iteration"),
-                    (None, "prompts"),
-                    (None, "K"),
-                    ("reward", "mean reward"),
-                    ("spread", "spread"),
-                    ("tied", "ties"),
-                    ("all_equal", "all equal"),
-                    ("at_top", "at the largest"),
-                    ("null_share", "null"),
-                    ("different_texts", "different"),
-                    ("length", "length"),
-                    ("truncated", "cut off"),
-                    ("empty", "empty"),
-                    ("length_correlation", "reward and length"),
-                    ("margin", "margin of pairs"),
-                    ("chosen_longer", "chosen longer by"),
-                ],
-                seen,
-            ),
-        )
-    )
-    found.append(
-        (
-            "training",
-            table(
-                "The end of each training",
-                [
-                    *lead,
-                    ("iterate", "iteration"),
-                    ("pairs", "pairs"),
-                    ("pairs", "held out"),
-                    ("loss", "loss"),
-                    ("accuracy", "accuracy"),
-                    ("eval_accuracy", "held-out accuracy"),
-                    ("grad_norm", "gradient norm"),
-                ],
-                trained,
-            ),
-        )
-    )
-    found.append(
-        (
-            "time",
-            table(
-                "Stages",
-                [
-                    *lead,
-                    (None, "stage"),
-                    ("seconds", "seconds"),
-                    ("work", "working"),
-                    ("waiting", "waiting"),
-                    ("tokens_per_second", "tokens/s"),
-                    (None, "GPUs"),
-                    ("gpu_hours", "GPU-hours"),
-                ],
-                spent + sums,
-            ),
-        )
-    )
+    several, found = len(tables) > 1, []
+    for section, caption, columns, rows_of in TABLES:
+        rows = [row | {"run": run.name} for run, *of_run in tables for row in rows_of(run, *of_run)]
+        found.append((section, table(caption, (RUN, *columns) if several else columns, rows)))
     runs = [run for run, *_ in tables]
-    settings = [measures.flatten(run.settings) for run in runs]
-    if several:
-        rows = [
-            [key, *map(text_of, values)]
-            for key, values in measures.differing([run.settings for run in runs]).items()
-        ]
-        found.append(
-            (
-                "settings",
-                table(
-                    "What differs between the runs",
-                    [(None, "setting"), *((None, run.name) for run in runs)],
-                    rows,
-                ),
-            )
-        )
-        rows = [
-            [key, *map(text_of, values)]
-            for key, values in measures.differing([run.versions for run in runs]).items()
-        ]
-        found.append(
-            (
-                "settings",
-                table("Versions that differ", [(None, "package"), *((None, run.name) for run in runs)], rows),
-            )
-        )
-    keys = list(dict.fromkeys(key for one in settings for key in one))
-    found.append(
-        (
-            "settings",
-            table(
-                "All settings",
-                [(None, "setting"), *((None, run.name) for run in runs)],
-                [[key, *(text_of(one.get(key)) for one in settings)] for key in keys],
-            ),
-        )
-    )
-    keys = list(dict.fromkeys(key for run in runs for key in run.versions))
-    found.append(
-        (
-            "settings",
-            table(
-                "Versions",
-                [(None, "package"), *((None, run.name) for run in runs)],
-                [[key, *(text_of(run.versions.get(key)) for run in runs)] for key in keys],
-            ),
-        )
-    )
+    settings = together([figures.flatten(run.settings) for run in runs])
+    versions = together([run.versions for run in runs])
+    found.append(("settings", side_by_side("All settings", "setting", runs, settings)))
+    found.append(("settings", side_by_side("Versions", "package", runs, versions)))
     return [(section, made) for section, made in found if made]
 
 
-def text_of(value):
+def text_of(value) -> str:
     """A setting as YAML's reader would know it."""
-    return (
-        "–"
-        if value is None
-        else value
-        if isinstance(value, str)
-        else json.dumps(value, ensure_ascii=False, default=str)
-    )
+    if value is None:
+        return "–"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def render(tables, troubles, samples, states, title=None):
+def render(tables: list, troubles: list, samples: dict, states: list, title: str | None = None) -> str:
     """The page as text.
 
     Args:
-        tables: list of (run, iterates, trainings, stages), see report/figures.py.
+        tables: list of (run, iterates, trainings, steps), see report/figures.py.
         troubles: list of (run, list of troubles.Trouble). samples: of samples.collect.
         states: list of (word, detail) of the runs, see report/state.py.
     """
@@ -465,14 +349,15 @@ def render(tables, troubles, samples, states, title=None):
     return template.render(
         title=title or ", ".join(run.name for run in runs),
         runs=list(zip(runs, states, tables)),
+        head=head_of(runs),
+        not_evaluated=NOT_EVALUATED,
         sections=sections,
         definitions=DEFINITIONS,
-        in_short=[(run, figures.in_short(run, iterates, stages)) for run, iterates, _, stages in tables],
+        in_short=[(run, figures.in_short(run, iterates, steps)) for run, iterates, _, steps in tables],
         troubles=troubles,
         samples=samples,
         samples_json=as_json(samples),
         charts_json=as_json({chart["key"]: chart["figure"] for _, chart in made}),
-        names_json=as_json([html.escape(run.name) for run in runs]),
         style=(HERE / "page.css").read_text(encoding="utf-8"),
         script=script,
         library=library,

@@ -9,6 +9,7 @@ import hashlib
 import heapq
 import json
 import math
+import os
 import sys
 from array import array
 from collections import Counter
@@ -21,10 +22,13 @@ import numpy as np
 
 from common import cli
 from common.cli import UserError
+from common.hide import hidden
+from common.manifest import beside
 from common.records import finite, record_id
-from evaluation.metrics import KINDS, load_gold, read_object
-from report.hide import hidden
-from report.state import finished_stages, iterations_of, written_at
+from common.run_folder import KINDS, RunFolder, is_evaluated, is_ppo, read_object
+from evaluation.metrics import load_gold
+from report import clean
+from report.state import iterations_of
 
 KEEP_TEXTS = 500  # prompts of a file whose texts are held while it is read: n-grams are counted on them
 PAIRS_KEPT = 64  # pairs marked in one prompt of the sample
@@ -102,7 +106,6 @@ class Training:
     margins: np.ndarray | None = None
     longer: float | None = None  # chosen less rejected, tokens, mean over pairs
     manifest: dict = field(default_factory=dict)
-    manifests: dict = field(default_factory=dict)  # of generated and rewarded files
     history: list = field(default_factory=list)  # trainer_state.json's log_history
     ppo: list = field(default_factory=list)  # model.log.jsonl
 
@@ -114,23 +117,25 @@ class Run:
     settings: dict
     iterates: dict = field(default_factory=dict)
     trainings: dict = field(default_factory=dict)
-    stages: list = field(default_factory=list)
-    work: dict = field(
-        default_factory=dict
-    )  # (iteration, stage) → seconds in which responses, rewards or steps were made
+    steps: list = field(default_factory=list)  # that have finished, stages.jsonl
+    made: dict = field(default_factory=dict)  # (policy, step) → manifests of what the step made
     versions: dict = field(default_factory=dict)
     missing: list = field(default_factory=list)
 
     @property
-    def kind(self):
-        return "ppo" if "ppo" in self.settings or "backend" in self.settings else "dpo"
+    def kind(self) -> str:
+        return "ppo" if is_ppo(self.settings) else "dpo"
 
     @property
-    def iterations(self):
-        return 1 if self.kind == "ppo" else iterations_of(self.settings)
+    def iterations(self) -> int:
+        return iterations_of(self.settings)
+
+    @property
+    def evaluated(self) -> bool:
+        return is_evaluated(self.settings)
 
 
-def sample_hash(key, seed=0):
+def sample_hash(key: str, seed: int = 0) -> int:
     """Order in which prompts enter the sample: the same for every file, whatever its order."""
     return int.from_bytes(
         hashlib.sha256(f"{seed}/{key}".encode("utf-8", "surrogatepass")).digest()[:8], "big"
@@ -154,7 +159,7 @@ class Sample:
         return [record for _, _, record in sorted(self._heap, key=lambda item: (-item[0], item[1]))]
 
 
-def lines_of(path):
+def lines_of(path: Path):
     """Yield each JSON object of a JSON Lines file, or None for a line that is none (torn, not UTF-8)."""
     with open(path, "rb") as file:
         for line in file:
@@ -166,29 +171,7 @@ def lines_of(path):
                 yield value if isinstance(value, dict) else None
 
 
-def is_rewarded(record):
-    """Whether a record has what the report reads: a prompt, K texts, K rewards, and lists of K where there
-    are others.
-    """
-    responses, rewards = (record or {}).get("responses"), (record or {}).get("rewards")
-    if (
-        not isinstance(responses, list)
-        or not isinstance(rewards, list)
-        or not responses
-        or len(responses) != len(rewards)
-    ):
-        return False
-    if not all(isinstance(text, str) for text in responses) or not all(
-        reward is None or isinstance(reward, (int, float)) for reward in rewards
-    ):
-        return False
-    if not all(isinstance(record.get(name) or [], list) for name in ("num_tokens", "finish_reasons")):
-        return False
-    prompt = record.get("prompt")
-    return isinstance(prompt, str) or isinstance(prompt, list) and all(isinstance(m, dict) for m in prompt)
-
-
-def read_answers(path, gold=None, seed=0, keep=KEEP_TEXTS):
+def read_answers(path: Path, gold=None, seed: int = 0, keep: int = KEEP_TEXTS) -> Answers:
     """A rewarded file as `Answers`, one line in memory at a time.
 
     Args:
@@ -197,48 +180,43 @@ def read_answers(path, gold=None, seed=0, keep=KEEP_TEXTS):
         seed, keep: the sample whose texts are kept.
     """
     rewards, lengths, cut, golds, offsets = array("d"), array("i"), array("b"), array("d"), array("q", [0])
-    found, sample = Answers(), Sample(keep, seed)
-    distinct, seen = array("d"), Counter()
+    found, sample, distinct, seen = Answers(), Sample(keep, seed), array("d"), Counter()
     for record in lines_of(path):
-        if not is_rewarded(record):
+        if not clean.is_rewarded(record):
             found.damaged += 1
             continue
-        texts, own = record["responses"], [float(r) if finite(r) else math.nan for r in record["rewards"]]
-        key = record.get("id")
-        if key is None:
-            try:
-                key = record_id(record["prompt"])
-            except UnicodeEncodeError:  # half a surrogate pair
-                key = f"{sample_hash(json.dumps(record['prompt'])):016x}"
-        key = str(key)
-        seen[key] += 1
-        if seen[key] > 1:
-            key = f"{key}#{seen[key]}"
-        tokens, reasons = record.get("num_tokens") or [], record.get("finish_reasons") or []
-        found.ids.append(key)
-        rewards.extend(own)
-        lengths.extend(
-            n if isinstance(n, int) and 0 <= n < 2**31 else -1
-            for n in (tokens + [-1] * len(texts))[: len(texts)]
-        )
-        cut.extend(
-            -1 if r is None else int(r == "length") for r in (reasons + [None] * len(texts))[: len(texts)]
-        )
+        flat, texts = clean.as_flat(record), record["responses"]
+        for values, more in zip((rewards, lengths, cut), flat, strict=True):
+            values.extend(more)
         offsets.append(len(rewards))
+        key = _key_of(record, seen)
+        found.ids.append(key)
+        kept = record | {"id": key}
         if gold is not None:
             golds.extend(_gold_of(gold, record, text) for text in texts)
-        different, tied = ties(texts, own)
-        found.different += different
-        found.tied += tied
+            kept["gold"] = list(golds[offsets[-2] :])
+        different, tied = ties(texts, flat[0])
+        found.different, found.tied = found.different + different, found.tied + tied
         distinct.append(len(set(texts)) / len(texts))
-        sample.add(
-            key, record | {"id": key} | ({"gold": list(golds[offsets[-2] :])} if gold is not None else {})
-        )
+        sample.add(key, kept)
     found.offsets, found.rewards = np.array(offsets), np.array(rewards)
     found.lengths, found.cut, found.distinct = np.array(lengths), np.array(cut), np.array(distinct)
     found.gold = np.array(golds) if gold is not None else None
     found.kept = sample.records()
     return found
+
+
+def _key_of(record, seen):
+    """A record's id, made of its prompt where it has none; one that was `seen` before gets a number."""
+    key = record.get("id")
+    if key is None:
+        try:
+            key = record_id(record["prompt"])
+        except UnicodeEncodeError:  # half a surrogate pair
+            key = f"{sample_hash(json.dumps(record['prompt'])):016x}"
+    key = str(key)
+    seen[key] += 1
+    return f"{key}#{seen[key]}" if seen[key] > 1 else key
 
 
 def _gold_of(gold, record, text):
@@ -249,7 +227,7 @@ def _gold_of(gold, record, text):
     return value if math.isfinite(value) else math.nan
 
 
-def ties(texts, rewards):
+def ties(texts: list[str], rewards: list[float]) -> tuple[int, int]:
     """(pairs of different texts whose rewards are both finite, those of them with equal rewards) of one
     prompt.
     """
@@ -263,61 +241,7 @@ def ties(texts, rewards):
     return different, tied
 
 
-def numbers(value):
-    """The entries of a mapping that are numbers, NaN among them, which a log is to tell; {} for what is no
-    mapping.
-    """
-    return (
-        {key: one for key, one in value.items() if finite(one) or isinstance(one, float)}
-        if isinstance(value, dict)
-        else {}
-    )
-
-
-def finites(value):
-    """The entries of a mapping that are finite numbers; {} for what is no mapping."""
-    return {key: one for key, one in value.items() if finite(one)} if isinstance(value, dict) else {}
-
-
-def texts(value):
-    """The entries of a mapping that are texts; {} for what is no mapping."""
-    return {key: one for key, one in value.items() if isinstance(one, str)} if isinstance(value, dict) else {}
-
-
-def as_metrics(found):
-    """What the report reads of an iterate's metrics.json; what is of another type than it should be is not
-    there.
-    """
-    judge = found.get("judge") if isinstance(found.get("judge"), dict) else {}
-    kept = {kind: own for kind in KINDS if (own := finites(found.get(kind)))} | {
-        "judge": {kind: finites(own) for kind, own in judge.items()}
-    }
-    kept |= (
-        {"files": texts(found.get("files"))}
-        | texts({"gold_function": found.get("gold_function")})
-        | finites({"seconds": found.get("seconds")})
-    )
-    return kept if found else {}
-
-
-def as_manifest(found):
-    """The same of a stage's manifest."""
-    counts, versions = found.get("counts"), found.get("versions")
-    kept = {
-        "metrics": finites(found.get("metrics")),
-        "counts": finites(counts) | texts(counts),
-        "merged": finites(found.get("merged")),
-    }
-    kept["counts"] = {
-        key: one for key, one in kept["counts"].items() if (key == "device") == isinstance(one, str)
-    }
-    kept["versions"] = (
-        {str(name): str(version) for name, version in versions.items()} if isinstance(versions, dict) else {}
-    )
-    return kept | finites({"num_processes": found.get("num_processes")}) if found else {}
-
-
-def read_pairs(path, iteration, ids):
+def read_pairs(path: Path, iteration: int, ids: set) -> tuple:
     """(marks of the prompts `ids`, margins, mean length of chosen less rejected) of a pairs file, one line at
     a time.
     """
@@ -336,59 +260,32 @@ def read_pairs(path, iteration, ids):
         )  # with train_on: all others are in it too
         key = str(pair.get("id"))
         if of_this and key in ids and len(marks.get(key, [])) < PAIRS_KEPT:
-            known = finites(pair)
+            known = clean.finites(pair)
             marks.setdefault(key, []).append(
                 {name: known.get(name) for name in ("chosen_index", "rejected_index", "margin")}
             )
     return marks, np.array(margins), float(np.mean(longer)) if longer else None
 
 
-def stage_work(run, iteration, stage):
-    """Seconds of a stage in which responses, rewards or optimizer steps were made, by the manifests; None
-    where they do not tell.
-    """
-    if stage == "train":
-        training = run.trainings.get(iteration)
-        if training is None:
-            return None
-        if training.ppo:
-            return sum(entry["seconds"].get("all", 0) for entry in training.ppo) or None
-        parts = [training.manifest.get("metrics", {}).get(key) for key in ("train_runtime", "eval_runtime")]
-        return sum(p for p in parts if finite(p)) or None
-    held, asked, more = f"iter{iteration}/heldout_", [], []
-    if stage == "evaluate":
-        asked = [f"{held}{kind}.{what}" for kind in KINDS for what in ("generated", "rewarded")]
-        more = [f"{held}{kind}.judged" for kind in KINDS]
-        # The next iteration's responses, unless a stage of their own made them.
-        own = {(entry.get("iteration"), entry.get("stage")) for entry in run.stages}
-        ahead = {"generated": "generate", "rewarded": "annotate"}
-        more += [
-            f"iter{iteration + 1}/{what}"
-            for what, maker in ahead.items()
-            if (iteration + 1, maker) not in own
-        ]
-    elif stage in ("generate", "annotate"):
-        asked = [f"iter{iteration}/{'generated' if stage == 'generate' else 'rewarded'}"]
-    seconds = {name: spent(run.folder / f"{name}.manifest.json") for name in (*asked, *more)}
-    if not asked or None in [seconds[name] for name in asked]:
-        return None
-    return sum(value for value in seconds.values() if value is not None)
+def manifests_of(run: RunFolder, i: int, step: str) -> list[dict]:
+    """The manifests of what a step of policy i has made, as far as they are there."""
+    paths = [run.model(i + 1)]
+    if step == "measure":
+        paths = [*(run.heldout(i, kind, "judged") for kind in KINDS), run.divergence(i)]
+    elif step != "train":
+        what = {"sample": "generated", "annotate": "rewarded"}[step]
+        paths = [*(run.heldout(i, kind, what) for kind in KINDS), getattr(run, what)(i + 1)]
+    found = [clean.as_manifest(read_object(beside(path, ".manifest.json"))) for path in paths]
+    return [one for one in found if one]
 
 
-def spent(path):
-    """Seconds that a manifest says were spent on sampling or scoring its file; None without one."""
-    counts = as_manifest(read_object(path)).get("counts", {})
-    return next((counts[key] for key in ("engine_seconds", "scoring_seconds") if key in counts), None)
-
-
-def numbers_of(folder):
-    """N of the folders iterN of a run, in order."""
-    return sorted(
-        int(path.name[4:]) for path in folder.glob("iter*") if path.is_dir() and path.name[4:].isdigit()
-    )
-
-
-def read_run(folder, gold_function=None, seed=0, keep=KEEP_TEXTS, gold=True):
+def read_run(
+    folder: str | Path,
+    gold_function: str | None = None,
+    seed: int = 0,
+    keep: int = KEEP_TEXTS,
+    gold: bool = True,
+) -> Run:
     """Everything of a run's folder that the report shows.
 
     Args:
@@ -400,106 +297,97 @@ def read_run(folder, gold_function=None, seed=0, keep=KEEP_TEXTS, gold=True):
     Raises:
         UserError: no such folder, or nothing of a run in it.
     """
-    folder = Path(folder)
+    files = RunFolder(folder)
+    folder = files.path
     if not folder.is_dir():
         raise UserError(f"no such run: {folder}" + _near(folder))
-    if not (folder / "loop.yaml").is_file() and not numbers_of(folder):
+    begun = files.settings.is_file()
+    if not begun and not files.iterations():
         raise UserError(
-            f"{folder} holds neither loop.yaml nor iter0, iter1, …, so it is no run's folder" + _near(folder)
+            f"{folder} holds neither {files.settings.name} nor iter0, iter1, …, so it is no run's folder"
+            + _near(folder)
         )
-    run = Run(folder, folder.resolve().name, {})
-    if (folder / "loop.yaml").is_file():
-        try:
-            run.settings = hidden(cli.read_yaml(folder / "loop.yaml"))
-        except UserError as error:
-            run.missing.append(f"the settings: {error}")
-    else:
-        run.missing.append("loop.yaml, the settings")
-    run.stages = finished_stages(folder)
-    if not run.stages:
-        run.missing.append("stages.jsonl: no stage has finished, so no times")
-    for i in numbers_of(folder):
-        _read_iteration(run, i, gold_function, seed, keep, gold)
-    for iteration, stage in {(s["iteration"], s["stage"]) for s in run.stages}:
-        run.work[iteration, stage] = stage_work(run, iteration, stage)
+    run = Run(folder, folder.resolve().name, {}, steps=files.finished_steps())
+    try:
+        run.settings = hidden(cli.read_yaml(files.settings)) if begun else {}
+    except UserError as error:
+        run.missing.append(f"the settings: {error}")
+    if not begun:
+        run.missing.append(f"{files.settings.name}, the settings")
+    if not run.steps:
+        run.missing.append(f"{files.stages.name}: no step has finished, so no times")
+    for i in files.iterations():
+        _read_iterate(run, files, i, gold_function, seed, keep, gold)
+        if i:
+            _read_training(run, files, i, seed, keep)
+    for i, step in {(entry["policy"], entry["step"]) for entry in run.steps}:
+        run.made[i, step] = manifests_of(files, i, step)
+    for manifest in (one for made in run.made.values() for one in made):
+        run.versions |= manifest["versions"]
     _name_missing(run)
     return run
 
 
 def _near(folder):
-    places = [(folder, "*/loop.yaml"), (folder.parent, "*/loop.yaml"), (folder.parent, "runs/*/loop.yaml")]
-    runs = sorted({path.parent for place, pattern in places for path in place.glob(pattern)})
+    name = RunFolder(folder).settings.name
+    places = [(folder, "*/"), (folder.parent, "*/"), (folder.parent, "runs/*/")]
+    runs = sorted({path.parent for place, pattern in places for path in place.glob(pattern + name)})
     return "; there is " + ", ".join(map(str, runs[:5])) if runs else ""
 
 
-def _read_iteration(run, i, gold_function, seed, keep, gold):
-    path = run.folder / f"iter{i}"
-    iterate = Iterate(
-        i, metrics=as_metrics(read_object(path / "metrics.json", run.missing, f"iter{i}/metrics.json"))
-    )
-    estimates = read_object(path / "divergence.json", run.missing, f"iter{i}/divergence.json")
-    iterate.divergence = finites(estimates) | {
-        key: one for key, one in texts(estimates).items() if key in ("estimator", "reference")
-    }
+def _told(run, path):
+    """How a file is called on the page: its path within the run."""
+    return os.path.relpath(path, run.folder)
+
+
+def _read_named(run, path, gold, seed, keep):
+    """`read_answers` of a file, or None where it is not there or holds none; what is wrong is named."""
+    if not path.is_file():
+        return None
+    found = read_answers(path, gold, seed, keep)
+    if not found.ids:
+        run.missing.append(f"{_told(run, path)} holds no answer that can be read")
+    elif found.damaged:
+        run.missing.append(f"{_told(run, path)}: {found.damaged} lines cannot be read")
+    return found if found.ids else None
+
+
+def _read_iterate(run, files, i, gold_function, seed, keep, gold):
+    def held(path):
+        return read_object(path, run.missing, _told(run, path))
+
+    iterate = Iterate(i, metrics=clean.as_metrics(held(files.metrics(i))))
+    iterate.divergence = clean.as_divergence(held(files.divergence_summary(i)))
     spec = gold_function or iterate.metrics.get("gold_function") or run.settings.get("gold_function")
     function = _load_gold(spec, run.missing) if gold and spec and isinstance(spec, str) else None
     for kind in KINDS:
-        name = iterate.metrics.get("files", {}).get(kind, f"heldout_{kind}.rewarded.jsonl")
+        usual = files.heldout(i, kind, "rewarded")
+        path = usual.parent / iterate.metrics.get("files", {}).get(kind, usual.name)
         for target, file, score in (
-            (iterate.answers, name, function),
-            (iterate.judged, f"heldout_{kind}.judged.jsonl", None),
+            (iterate.answers, path, function),
+            (iterate.judged, files.heldout(i, kind, "judged"), None),
         ):
-            if (path / file).is_file():
-                target[kind] = read_answers(path / file, score, seed, keep)
-                if not target[kind].ids:
-                    run.missing.append(f"iter{i}/{file} holds no answer that can be read")
-                    del target[kind]
-                elif target[kind].damaged:
-                    run.missing.append(f"iter{i}/{file}: {target[kind].damaged} lines cannot be read")
+            if answers := _read_named(run, file, score, seed, keep):
+                target[kind] = answers
     if iterate.answers or iterate.metrics:
         run.iterates[i] = iterate
-    if i == 0:
-        return
-    training = Training(
-        i,
-        manifest=as_manifest(
-            read_object(path / "model.manifest.json", run.missing, f"iter{i}/model.manifest.json")
-        ),
-    )
-    training.manifests = {
-        name: as_manifest(read_object(path / f"{name}.manifest.json")) for name in ("generated", "rewarded")
-    }
-    if (path / "rewarded.jsonl").is_file():
-        training.answers = read_answers(path / "rewarded.jsonl", None, seed, keep)
-        if not training.answers.ids:
-            training.answers = None
-            run.missing.append(f"iter{i}/rewarded.jsonl holds no answer that can be read")
-        elif training.answers.damaged:
-            run.missing.append(f"iter{i}/rewarded.jsonl: {training.answers.damaged} lines cannot be read")
-    if (path / "pairs.jsonl").is_file():
+
+
+def _read_training(run, files, i, seed, keep):
+    def held(path):
+        return read_object(path, run.missing, _told(run, path))
+
+    training = Training(i, manifest=clean.as_manifest(held(files.model_manifest(i))))
+    training.answers = _read_named(run, files.rewarded(i), None, seed, keep)
+    if files.pairs(i).is_file():
         ids = {record["id"] for record in training.answers.kept} if training.answers else set()
-        training.pairs, training.margins, training.longer = read_pairs(path / "pairs.jsonl", i, ids)
-    state = path / "model.trainer_state.json"
-    if not state.is_file():  # in the middle of training: the last checkpoint's
-        state = max(
-            path.glob("model/checkpoint-*/trainer_state.json"),
-            key=lambda p: written_at(p) or 0,
-            default=state,
-        )
-    history = read_object(state, run.missing, f"iter{i}'s trainer_state.json").get("log_history")
-    training.history = (
-        [numbers(entry) for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
-    )
-    if (path / "model.log.jsonl").is_file():
-        training.ppo = [
-            numbers(entry) | {"seconds": finites(entry.get("seconds"))}
-            for entry in lines_of(path / "model.log.jsonl")
-            if entry
-        ]
+        training.pairs, training.margins, training.longer = read_pairs(files.pairs(i), i, ids)
+    training.history = clean.as_log(held(files.trainer_state(i)).get("log_history"))
+    if files.ppo_log(i).is_file():
+        training.ppo = clean.as_log(list(lines_of(files.ppo_log(i))))
     if training.answers or training.manifest or training.history or training.ppo:
         run.trainings[i] = training
-    for manifest in (training.manifest, *training.manifests.values()):
-        run.versions |= manifest.get("versions", {})
+    run.versions |= training.manifest.get("versions", {})
 
 
 def _load_gold(spec, missing):
@@ -513,7 +401,15 @@ def _load_gold(spec, missing):
 
 
 def _name_missing(run):
-    """Say what a finished run would have and this one has not."""
+    """Say what a finished run would have and this one has not; what its settings leave out is not missing."""
+    files = RunFolder(run.folder)
+    for i, training in run.trainings.items():
+        if run.kind == "dpo" and not training.history:
+            run.missing.append(f"the trainer's log of iteration {i} ({_told(run, files.trainer_state(i))})")
+        if run.kind == "ppo" and not training.ppo:
+            run.missing.append(f"PPO's log ({_told(run, files.ppo_log(i))})")
+    if not run.evaluated:
+        return
     last = max(run.iterates, default=0)
     if run.settings and run.iterations - last > 1:  # a run that has just begun is not a list of hundreds
         run.missing.append(f"iterates {last + 1} to {run.iterations} have not been evaluated")
@@ -528,22 +424,17 @@ def _name_missing(run):
             run.missing.append(
                 f"the {' and '.join(absent)} held-out answers of iterate {i}, so no intervals from them"
             )
-        training = run.trainings.get(i)
-        if i and run.kind == "dpo" and training and not training.history:
-            run.missing.append(f"the trainer's log of iteration {i} (iter{i}/model.trainer_state.json)")
-        if i and run.kind == "ppo" and training and not training.ppo:
-            run.missing.append(f"PPO's log (iter{i}/model.log.jsonl)")
-    if (
-        run.iterates
-        and not any(iterate.divergence for iterate in run.iterates.values())
-        and not any(t.ppo for t in run.trainings.values())
-    ):
+    iterates = run.iterates.values()
+    has_kl = any(it.divergence for it in iterates) or any(t.ppo for t in run.trainings.values())
+    if run.iterates and not has_kl:
         run.missing.append("KL to the reference (iterN/divergence.json)")
-    if run.iterates and not any(iterate.judged for iterate in run.iterates.values()):
+    if run.iterates and not any(it.judged for it in iterates):
         run.missing.append("a second judge (eval_reward_model)")
-    if run.iterates and not any(
-        "gold" in (iterate.metrics.get(k) or {}) or getattr(iterate.answers.get(k), "gold", None) is not None
-        for iterate in run.iterates.values()
-        for k in KINDS
-    ):
+    if run.iterates and not any(has_gold(it, kind) for it in iterates for kind in KINDS):
         run.missing.append("gold score (gold_function)")
+
+
+def has_gold(iterate: Iterate, kind: str) -> bool:
+    """Whether gold of an iterate's answers is known, by the function or by metrics.json."""
+    answers = iterate.answers.get(kind)
+    return "gold" in iterate.metrics.get(kind, {}) or answers is not None and answers.gold is not None

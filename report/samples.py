@@ -12,22 +12,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.messages import CALLS, text_of
 from common.records import finite
+from common.run_folder import KINDS
 from report.run_data import sample_hash
 
 LONGEST = 4000  # characters of a text; the page says how many more there were
 SHOWN = 4  # sampled held-out answers of each iterate
 
 
-def cut(text):
+def cut(text: str) -> list:
     """[text] or [its beginning, number of characters left out]."""
     return [text] if len(text) <= LONGEST else [text[:LONGEST], len(text) - LONGEST]
 
 
-def short(value):
+def short(value) -> float | None:
     return round(float(value), 4) if finite(value) else None
 
 
-def turns(prompt):
+def turns(prompt) -> list:
     """Messages as [role, text, …] lists, tool calls as JSON behind the text; a string is a user's turn."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     calls = [[json.dumps(m[key], ensure_ascii=False) for key in CALLS if m.get(key)] for m in messages]
@@ -37,7 +38,7 @@ def turns(prompt):
     ]
 
 
-def responses(record, most=None, judged=None):
+def responses(record: dict, most: int | None = None, judged: list | None = None) -> list[dict]:
     """A record's answers: `t` text, `r` reward, `n` tokens, `c` cut off, `g` gold, `j` the second judge's
     reward.
     """
@@ -54,8 +55,8 @@ def responses(record, most=None, judged=None):
     return found
 
 
-def fill(records, megabytes):
-    """The first records whose JSON fits, and how many those are of all."""
+def fill(records: list, megabytes: float) -> list:
+    """The first records whose JSON fits."""
     found, room = [], megabytes * 1e6
     for record in records:
         room -= len(json.dumps(record))  # all ASCII: characters are bytes
@@ -65,7 +66,50 @@ def fill(records, megabytes):
     return found
 
 
-def collect(runs, count, megabytes, seed=0):
+def heldout_samples(runs: list, several: bool) -> tuple[list[str], dict]:
+    """(labels of columns, one an iterate; {(id, prompt as JSON): entry}) of the kept held-out answers."""
+    columns, by_id = [], {}
+    for run in runs:
+        for i, iterate in sorted(run.iterates.items()):
+            columns.append(f"{run.name}, iterate {i}" if several else f"iterate {i}")
+            for kind in reversed(KINDS):
+                if kind not in iterate.answers:
+                    continue
+                judged = iterate.judged[kind].kept if kind in iterate.judged else []
+                judged = {record["id"]: record["rewards"] for record in judged}
+                for record in iterate.answers[kind].kept:
+                    key = record["id"], json.dumps(record["prompt"])
+                    entry = by_id.setdefault(key, {"p": turns(record["prompt"]), "a": [], "id": key[0]})
+                    most = None if kind == "greedy" else SHOWN
+                    entry["a"].append(
+                        {
+                            "col": len(columns) - 1,
+                            "kind": kind,
+                            "of": len(record["responses"]),
+                            "r": responses(record, most, judged.get(record["id"])),
+                        }
+                    )
+    return columns, by_id
+
+
+def training_samples(runs: list, count: int) -> list[dict]:
+    """Kept training prompts with their answers and pairs, the first of each iteration, then the second, …, so
+    that every iteration has its share when room ends.
+    """
+    found = []
+    for n, run in enumerate(runs):
+        for i, training in sorted(run.trainings.items()):
+            for rank, record in enumerate(training.answers.kept[:count] if training.answers else []):
+                marks = [
+                    [m["chosen_index"], m["rejected_index"], short(m["margin"])]
+                    for m in training.pairs.get(record["id"], [])
+                ]
+                entry = {"id": record["id"], "run": n, "i": i, "p": turns(record["prompt"])}
+                found.append((rank, n, i, entry | {"r": responses(record), "pairs": marks}))
+    return [entry for *_, entry in sorted(found, key=lambda item: item[:3])]
+
+
+def collect(runs: list, count: int, megabytes: float, seed: int = 0) -> dict:
     """Samples of all runs.
 
     Args:
@@ -75,61 +119,17 @@ def collect(runs, count, megabytes, seed=0):
 
     Returns:
         dict: `columns` (labels), `heldout` (prompts with their answers by column), `training` (prompts with
-            answers and pairs),
-        `left_out`: prompts that were read and do not fit.
+            answers and pairs), `left_out`: prompts that were read and do not fit.
     """
-    several, columns, by_id = len(runs) > 1, [], {}
-    for run in runs:
-        for i, iterate in sorted(run.iterates.items()):
-            column = len(columns)
-            columns.append(f"{run.name}, iterate {i}" if several else f"iterate {i}")
-            for kind in ("greedy", "sampled"):
-                if kind not in iterate.answers:
-                    continue
-                judged = (
-                    {record["id"]: record["rewards"] for record in iterate.judged[kind].kept}
-                    if kind in iterate.judged
-                    else {}
-                )
-                for record in iterate.answers[kind].kept:
-                    entry = by_id.setdefault(
-                        (record["id"], json.dumps(record["prompt"])), {"p": turns(record["prompt"]), "a": []}
-                    )
-                    shown = responses(record, None if kind == "greedy" else SHOWN, judged.get(record["id"]))
-                    entry["a"].append(
-                        {"col": column, "kind": kind, "of": len(record["responses"]), "r": shown}
-                    )
+    columns, by_id = heldout_samples(runs, len(runs) > 1)
     order = sorted(by_id, key=lambda key: (sample_hash(key[0], seed), key[1]))[:count]
-    for key in order:
-        by_id[key]["id"] = key[0]
     heldout = fill([by_id[key] for key in order], 0.6 * megabytes)
-    trained = []
-    for n, run in enumerate(runs):
-        for i, training in sorted(run.trainings.items()):
-            for rank, record in enumerate(
-                training.answers.kept[: max(1, count // 2)] if training.answers else []
-            ):
-                marks = [
-                    [m["chosen_index"], m["rejected_index"], short(m["margin"])]
-                    for m in training.pairs.get(record["id"], [])
-                ]
-                entry = {
-                    "id": record["id"],
-                    "run": n,
-                    "i": i,
-                    "p": turns(record["prompt"]),
-                    "r": responses(record),
-                    "pairs": marks,
-                }
-                trained.append((rank, n, i, entry))
-    trained.sort(key=lambda item: item[:3])  # so that every iteration has its share when room ends
-    training = fill([entry for *_, entry in trained], 0.4 * megabytes)
-    training.sort(key=lambda entry: (entry["run"], entry["i"]))
-    left_out = len(order) - len(heldout) + len(trained) - len(training)
+    trained = training_samples(runs, max(1, count // 2))
+    training = fill(trained, 0.4 * megabytes)
     return {
         "columns": columns,
         "runs": [run.name for run in runs],
         "heldout": heldout,
-        "training": training,
-        "left_out": left_out,
+        "training": sorted(training, key=lambda entry: (entry["run"], entry["i"])),
+        "left_out": len(order) - len(heldout) + len(trained) - len(training),
     }

@@ -7,8 +7,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import arg
+from common.run_folder import KINDS
+from evaluation.metrics import NOTHING_LEARNED, SAME_ANSWERS
 
-NOTHING_LEARNED = "training changes too little (its log says how many steps there were)"
 PENALTY = "choose pairs with a length penalty (choose_type max_min_p with length_penalty)"
 WIDER = 2.576 / 1.960  # half a normal's 99% interval, in halves of its 95% one
 
@@ -33,7 +34,7 @@ class Bounds:
         0.5, "distinct 2-grams of the sampled held-out answers, as a share of the start's"
     )
     same_answers: float = arg(
-        0.95, "share of the held-out answers that are word for word the previous iterate's"
+        SAME_ANSWERS, "share of the held-out answers that are word for word the previous iterate's"
     )
     null_share: float = arg(0.01, "share of rewards that are null")
     entropy: float = arg(0.1, "PPO's entropy at the end, as a share of its start's")
@@ -140,11 +141,7 @@ def alike(iterates, bounds):
     found = []
     for row in iterates:
         versus = row["versus"].get("previous") or {}
-        shares = {
-            kind: same
-            for kind in ("sampled", "greedy")
-            if (same := (versus.get(kind) or {}).get("same")) is not None
-        }
+        shares = {kind: same for kind in KINDS if (same := (versus.get(kind) or {}).get("same")) is not None}
         if (
             shares and min(shares.values()) >= bounds.same_answers
         ):  # few answers may be alike by themselves, greedy ones above all
@@ -166,72 +163,60 @@ def alike(iterates, bounds):
     return found
 
 
+OVER_OPTIMISED = [
+    "stop at the iterate before",
+    "lower the learning rate",
+    ("dpo", "raise beta"),
+    ("ppo", "raise kl_coef"),
+    ("dpo", "train fewer steps an iteration"),
+    ("ppo", "train fewer rollouts"),
+    ("model", "use a stronger reward model or several"),
+    ("function", "change the reward function"),
+]
+
+
 def over_optimised(iterates):
     """Reward up while gold, a second judge, or the share of prompts that are won falls, against the previous
-    iterate, the start, or
-    the best before: a fall in small steps, each of which may be chance."""
-    todo = [
-        "stop at the iterate before",
-        "lower the learning rate",
-        ("dpo", "raise beta"),
-        ("ppo", "raise kl_coef"),
-        ("dpo", "train fewer steps an iteration"),
-        ("ppo", "train fewer rollouts"),
-        ("model", "use a stronger reward model or several"),
-        ("function", "change the reward function"),
-    ]
+    iterate, the start, or the best before: a fall in small steps, each of which may be chance.
+    """
     found = []
     for row in iterates:
         seen = set()
         for against in ("previous", "start", "best"):
-            for kind in ("sampled", "greedy"):
+            for kind in KINDS:
                 versus = (row["versus"].get(against) or {}).get(kind) or {}
-                if not rises(versus.get("reward")):
-                    continue
-                for quantity, name in (("gold", "gold"), ("judge", "the second judge's reward")):
-                    if falls(versus.get(quantity)) and quantity not in seen:
-                        seen.add(quantity)
-                        figure = (
-                            f"{kind} answers: reward {_shown(versus['reward'])}, {name} "
-                            f"{_shown(versus[quantity])}"
-                        )
-                        found.append(
-                            Trouble(
-                                "over_optimised",
-                                f"The reward rises while {name} falls",
-                                _against(row, against),
-                                figure,
-                                todo,
-                            )
-                        )
-                win = versus.get("reward_win")
-                if win and win[2] is not None and win[2] < 0.5 and "win" not in seen:
-                    seen.add("win")
-                    figure = (
-                        f"{kind} answers: reward {_shown(versus['reward'])}, win rate {percent(win[0])} "
-                        f"[{percent(win[1])}, {percent(win[2])}]"
-                    )
-                    found.append(
-                        Trouble(
-                            "win_rate_falls",
-                            "The mean reward rises while most prompts are lost",
-                            _against(row, against),
-                            figure,
-                            [
-                                "a few answers carry the mean: read those with the largest rewards, and mend "
-                                "the reward there"
-                            ],
-                        )
-                    )
+                if rises(versus.get("reward")):
+                    found += _bought(versus, f"{kind} answers", _against(row, against), seen)
+    return found + _over_optimised_by_averages(iterates)
+
+
+def _bought(versus, answers, where, seen):
+    """What a reward that rises has cost in one comparison; what was `seen` of an iterate is told once."""
+    found, reward = [], f"{answers}: reward {_shown(versus['reward'])}"
+    for quantity, name in (("gold", "gold"), ("judge", "the second judge's reward")):
+        if falls(versus.get(quantity)) and quantity not in seen:
+            seen.add(quantity)
+            figure = f"{reward}, {name} {_shown(versus[quantity])}"
+            title = f"The reward rises while {name} falls"
+            found.append(Trouble("over_optimised", title, where, figure, OVER_OPTIMISED))
+    win = versus.get("reward_win")
+    if win and win[2] is not None and win[2] < 0.5 and "win" not in seen:
+        seen.add("win")
+        figure = f"{reward}, win rate {percent(win[0])} [{percent(win[1])}, {percent(win[2])}]"
+        title = "The mean reward rises while most prompts are lost"
+        todo = "a few answers carry the mean: read those with the largest rewards, and mend the reward there"
+        found.append(Trouble("win_rate_falls", title, where, figure, [todo]))
+    return found
+
+
+def _over_optimised_by_averages(iterates):
+    """The same where answers are gone and averages are left."""
+    found = []
     written = [(row, row["sampled"].get("reward"), row["sampled"].get("gold")) for row in iterates]
-    for (_, reward, gold), (row, reward_now, gold_now) in zip(
-        written, written[1:]
-    ):  # answers gone, averages left
-        if (
-            row["versus"].get("previous", {}).get("sampled")
-            or None in (reward, gold, reward_now, gold_now)
-            or None in (*gold, *gold_now)
-        ):
+    for (_, reward, gold), (row, reward_now, gold_now) in zip(written, written[1:]):
+        if row["versus"].get("previous", {}).get("sampled"):
+            continue
+        if None in (reward, gold, reward_now, gold_now) or None in (*gold, *gold_now):
             continue
         if reward_now[0] > reward[0] and gold_now[2] < gold[1]:
             found.append(
@@ -241,7 +226,7 @@ def over_optimised(iterates):
                     f"iterate {row['iterate']} against the previous one",
                     f"sampled answers: reward {reward[0]:.3f} → {reward_now[0]:.3f}, gold {gold[0]:.3f} → "
                     f"{gold_now[0]:.3f}",
-                    todo,
+                    OVER_OPTIMISED,
                 )
             )
     return found
@@ -352,97 +337,114 @@ def silence(figures, where, bounds):
     ]
 
 
-def answers(figures, where, bounds):
-    """Troubles of one rewarded file."""
-    found = silence(figures, where, bounds)
+@dataclass(frozen=True)
+class Check:
+    """A bound on a share that `figures.of_answers` has of a rewarded file.
 
-    def check(key, bad, name, title, figure, todo):
-        if figures.get(key) is not None and bad(figures[key]):
-            found.append(Trouble(name, title, where, figure(figures[key]), todo))
+    `figure` has places for the share, its bound and K. `needs`: another figure of the file and its least value.
+    """
 
-    check(
+    key: str
+    bound: str  # a name of Bounds
+    name: str
+    title: str
+    figure: str
+    todo: list
+    needs: tuple | None = None
+    below: bool = False  # whether a share below the bound is the bad one
+
+    def find(self, figures: dict, where: str, bounds: Bounds) -> list:
+        value, bound = figures.get(self.key), getattr(bounds, self.bound)
+        if value is None or (self.needs and (figures.get(self.needs[0]) or 0) < self.needs[1]):
+            return []
+        if not (value < bound if self.below else value > bound):
+            return []
+        figure = self.figure.format(share=percent(value), bound=percent(bound), K=figures.get("K"))
+        return [Trouble(self.name, self.title, where, figure, self.todo)]
+
+
+CHECKS = (
+    Check(
         "truncated",
-        lambda x: x > bounds.truncated,
+        "truncated",
         "truncated",
         "Many answers are cut off",
-        lambda x: f"{percent(x)} hit the length limit (bound {percent(bounds.truncated)})",
+        "{share} hit the length limit (bound {bound})",
         [
             "raise max_new_tokens",
             ("dpo", "leave cut answers out of the pairs (drop_truncated)"),
             ("ppo", "set missing_eos_penalty"),
             "see why the policy does not end",
         ],
-    )
-    check(
+    ),
+    Check(
         "looping",
-        lambda x: x > bounds.looping,
+        "looping",
         "looping",
         "Many answers repeat themselves",
-        lambda x: f"{percent(x)} consist of repetition for half or more (bound {percent(bounds.looping)})",
+        "{share} consist of repetition for half or more (bound {bound})",
         [
             "lower the learning rate",
             ("model", "train the reward model with repeated answers among its negatives"),
             ("function", "take something off for repetition in the reward function"),
         ],
-    )
-    if figures.get("K", 0) > 1:
-        check(
-            "tied",
-            lambda x: x > bounds.tied,
-            "ties",
-            "Many rewards are ties",
-            lambda x: (
-                f"{percent(x)} of the pairs of different answers to a prompt have equal rewards (bound "
-                f"{percent(bounds.tied)})"
-            ),
-            [
-                "the reward cannot tell them apart: use a finer one",
-                ("dpo", "leave such pairs out with min_margin"),
-            ],
-        )
-        check(
-            "all_equal",
-            lambda x: x > bounds.all_equal,
-            "collapsed",
-            "A prompt's rewards are often all equal",
-            lambda x: f"in {percent(x)} of the prompts (bound {percent(bounds.all_equal)})",
-            [
-                "these prompts teach nothing: raise the temperature",
-                ("dpo", "raise K"),
-                "see whether the reward still tells answers apart",
-            ],
-        )
-        check(
-            "different_texts",
-            lambda x: x < bounds.different_texts,
-            "few_distinct",
-            "Few different answers",
-            lambda x: (
-                f"on average {percent(x)} of a prompt's {figures['K']} answers differ (bound "
-                f"{percent(bounds.different_texts)})"
-            ),
-            ["raise the temperature or top_p", "go back to an iterate that still varies"],
-        )
-    for key, end in (("at_top", "largest"), ("at_bottom", "smallest")):
-        check(
+    ),
+    Check(
+        "tied",
+        "tied",
+        "ties",
+        "Many rewards are ties",
+        "{share} of the pairs of different answers to a prompt have equal rewards (bound {bound})",
+        [
+            "the reward cannot tell them apart: use a finer one",
+            ("dpo", "leave such pairs out with min_margin"),
+        ],
+        needs=("K", 2),
+    ),
+    Check(
+        "all_equal",
+        "all_equal",
+        "collapsed",
+        "A prompt's rewards are often all equal",
+        "in {share} of the prompts (bound {bound})",
+        [
+            "these prompts teach nothing: raise the temperature",
+            ("dpo", "raise K"),
+            "see whether the reward still tells answers apart",
+        ],
+        needs=("K", 2),
+    ),
+    Check(
+        "different_texts",
+        "different_texts",
+        "few_distinct",
+        "Few different answers",
+        "on average {share} of a prompt's {K} answers differ (bound {bound})",
+        ["raise the temperature or top_p", "go back to an iterate that still varies"],
+        needs=("K", 2),
+        below=True,
+    ),
+    *(
+        Check(
             key,
-            lambda x: figures.get("responses", 0) >= 20 and x > bounds.at_end,
+            "at_end",
             "saturated",
             "The rewards are saturated",
-            lambda x, end=end: (
-                f"{percent(x)} equal the {end} reward of the file (bound {percent(bounds.at_end)})"
-            ),
+            f"{{share}} equal the {end} reward of the file (bound {{bound}})",
             [
                 "the scale is used up: use harder prompts",
                 "a reward without a ceiling (the logit instead of a probability)",
             ],
+            needs=("responses", 20),
         )
-    check(
+        for key, end in (("at_top", "largest"), ("at_bottom", "smallest"))
+    ),
+    Check(
         "null_share",
-        lambda x: x > bounds.null_share,
+        "null_share",
         "null_rewards",
         "Rewards are missing",
-        lambda x: f"{percent(x)} of the rewards are null (bound {percent(bounds.null_share)})",
+        "{share} of the rewards are null (bound {bound})",
         [
             (
                 "model",
@@ -454,8 +456,15 @@ def answers(figures, where, bounds):
                 "see the log of annotation: the reward function gives none or NaN for these answers",
             ),
         ],
-    )
-    return found
+    ),
+)
+
+
+def answers(figures, where, bounds):
+    """Troubles of one rewarded file."""
+    return silence(figures, where, bounds) + [
+        trouble for check in CHECKS for trouble in check.find(figures, where, bounds)
+    ]
 
 
 def variety(iterates, bounds):

@@ -1,4 +1,4 @@
-"""Watch a run in the terminal: stage, progress, rate, time left, the last metrics, and the end of the log
+"""Watch a run in the terminal: step, progress, rate, time left, the last metrics, and the end of the log
 when something failed.
 
 In:  a run's folder (run_loop.sh, run_ppo.sh), begun or not. Nothing is written and nothing is locked.
@@ -7,8 +7,8 @@ Out: a view that refreshes until Ctrl-C, or one frame.
     python report/watch.py runs/tiny                  # over ssh too; Ctrl-C ends the view, not the run
     python report/watch.py runs/tiny --once true      # one frame, for a log or a pipe
 
-The time left of a stage is what its log says, that of the run an estimate: each stage takes what those of its
-name took.
+The time left of a step is what its command says, that of the run an estimate: each step takes what those of
+its name took.
 """
 
 import sys
@@ -19,8 +19,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import cli
-from common.cli import UserError, arg
+from common.cli import UserError, arg, count
 from common.progress import duration
+from common.run_folder import is_evaluated
+from evaluation import metrics
+from report.state import read_state
 
 COLORS = {
     "not started": "dim",
@@ -39,95 +42,89 @@ class Arguments:
     log_lines: int = arg(15, "lines of the log shown when something failed; fewer while it runs")
 
 
-def frame(folder, state, log_lines, width=None):
+def frame(folder: Path, state, log_lines: int, width: int | None = None):
     """One frame of the view, as a rich renderable for a terminal of `width` characters, or of any.
 
     All text of files goes in as Text, so that nothing in it is markup.
     """
     from rich.console import Group
-    from rich.panel import Panel
+    from rich.text import Text
+
+    detail = (state.detail, "red" if state.word == "failed" else "dim")
+    head = Text.assemble((str(folder), "bold"), "  ", (state.word, COLORS[state.word]), "  ", detail)
+    parts = [head, *doing(state), *progress_bar(state)]
+    if state.seconds_left is not None:
+        left = f"about {duration(state.seconds_left)} left in all, going by the steps before"
+        parts.append(Text(left, "dim"))
+    if state.settings and not is_evaluated(state.settings):
+        parts.append(Text(metrics.NOT_EVALUATED, "dim"))
+    rows = metrics_table(folder, width)
+    if rows:
+        parts += [Text(""), Text(rows, no_wrap=True, overflow="crop" if width else "ignore")]
+    if state.done:
+        last, spent = state.done[-1], sum(entry["seconds"] for entry in state.done)
+        told = f"last finished: policy {last['policy']}, {last['step']}, {duration(last['seconds'])}; "
+        parts.append(Text(f"{told}{duration(spent)} in {count(len(state.done), 'step')}", "dim"))
+    return Group(*parts, *log_panel(state, log_lines))
+
+
+def doing(state) -> list:
+    """Lines: how many steps are done, and which one is in work or comes next."""
+    from rich.text import Text
+
+    if not state.steps:
+        return []
+    done = len(state.steps) if state.at is None else state.steps.index(state.at)
+    parts = [Text(f"{done} of {len(state.steps)} steps done", "dim")]
+    if state.at is not None:
+        words = {"running": "in work", "failed": "failed at", "stopped": "stopped at"}
+        what = (state.progress or {}).get("what", state.at[1])
+        step = f"policy {state.at[0]}, {state.at[1]}" + (f" ({what})" if what != state.at[1] else "")
+        parts.append(Text.assemble((f"{words.get(state.word, 'next')}: ", "dim"), step))
+    return parts
+
+
+def progress_bar(state) -> list:
+    """The bar of the command in work, with its counts, rate and time left, and its note."""
     from rich.progress_bar import ProgressBar
     from rich.table import Table
     from rich.text import Text
 
-    head = Text.assemble(
-        (str(folder), "bold"),
-        "  ",
-        (state.word, COLORS[state.word]),
-        "  ",
-        (state.detail, "dim" if state.word != "failed" else "red"),
-    )
-    parts = [head]
-    if state.names:
-        done = len(state.names) if state.at is None else state.names.index(state.at[:2])
-        parts.append(Text(f"{done} of {len(state.names)} stages done", "dim"))
-    if state.at is not None:
-        i, stage, step = state.at
-        doing = {"running": "in work", "failed": "failed at", "stopped": "stopped at"}.get(state.word, "next")
-        parts.append(
-            Text.assemble(
-                (f"{doing}: ", "dim"), f"iteration {i}, {stage}" + (f" ({step})" if step != stage else "")
-            )
-        )
-    if state.done is not None and (state.total or state.done):
-        share = f" ({100 * state.done / state.total:.0f}%)" if state.total else ""
-        counts = f"{state.done:,}" + (f"/{state.total:,}" if state.total else "") + f" {state.unit}{share}"
-        facts = (
-            [counts] + ([state.rate] if state.rate else []) + ([f"{state.left} left"] if state.left else [])
-        )
-        grid = Table.grid(padding=(0, 2))
-        bar = (
-            ProgressBar(total=state.total, completed=min(state.done, state.total), width=32)
-            if state.total
-            else Text("")
-        )
-        grid.add_row(bar, Text(", ".join(facts)))
-        parts.append(grid)
-        if state.note:
-            parts.append(Text(state.note, "dim"))
-    if state.seconds_left is not None:
-        parts.append(
-            Text(f"about {duration(state.seconds_left)} left in all, going by the stages before", "dim")
-        )
-    rows = metrics_table(folder, width)
-    if rows:
-        parts += [Text(""), Text(rows, no_wrap=True, overflow="crop" if width else "ignore")]
-    if state.stages:
-        last = state.stages[-1]
-        spent = sum(entry["seconds"] for entry in state.stages)
-        parts.append(
-            Text(
-                f"last finished: iteration {last.get('iteration')}, {last.get('stage')}, "
-                f"{duration(last['seconds'])}; "
-                f"{duration(spent)} in {len(state.stages)} stages",
-                "dim",
-            )
-        )
-    if state.tail and state.word != "finished":
-        count = log_lines if state.word in ("failed", "stopped") else min(log_lines, 4)
-        tail = Text("\n".join(state.tail[-count:] if count else []), no_wrap=True, overflow="ellipsis")
-        parts.append(
-            Panel(tail, title=Text(str(state.log)), title_align="left", border_style=COLORS[state.word])
-        )
-    return Group(*parts)
+    held = state.progress
+    if not held:
+        return []
+    done, total, rate = held["done"], held["total"], held["rate"]
+    facts = [f"{done:,}/{total:,} {held['unit']}" + (f" ({100 * done / total:.0f}%)" if total else "")]
+    if rate:
+        facts.append(f"{rate:.1f} {held['unit']}/s" if rate >= 0.1 else f"{duration(1 / rate)} each")
+    if held["seconds_left"] is not None:
+        facts.append(f"{duration(held['seconds_left'])} left")
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row(ProgressBar(total=total, completed=min(done, total), width=32), Text(", ".join(facts)))
+    return [grid, *([Text(held["note"], "dim")] if held["note"] else [])]
 
 
-def metrics_table(folder, width=None):
-    """The table of evaluation/metrics.py, as far as it goes into `width`, or the empty string while nothing has
-    been measured.
+def log_panel(state, log_lines: int) -> list:
+    """The end of the log: all of `log_lines` lines where something went wrong, fewer while it runs."""
+    from rich.panel import Panel
+    from rich.text import Text
+
+    if not state.tail or state.word == "finished":
+        return []
+    shown = log_lines if state.word in ("failed", "stopped") else min(log_lines, 4)
+    tail = Text("\n".join(state.tail[-shown:] if shown else []), no_wrap=True, overflow="ellipsis")
+    title = Text(str(state.log))
+    return [Panel(tail, title=title, title_align="left", border_style=COLORS[state.word])]
+
+
+def metrics_table(folder: Path, width: int | None = None) -> str:
+    """The table of evaluation/metrics.py, as far as it goes into `width`, or the empty string while nothing
+    has been measured.
     """
-    from evaluation import metrics
-
     try:
         return metrics.format_table([found for _, found in metrics.read_run(folder)], width)
-    except (
-        UserError,
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-    ):  # none yet, or a damaged one: the view goes on
-        return ""
+    except (UserError, KeyError, TypeError, ValueError, AttributeError):
+        return ""  # none yet, or a damaged one: the view goes on
 
 
 def main():
@@ -146,14 +143,11 @@ def main():
     from rich.console import Console
     from rich.live import Live
 
-    from report.state import Lines, read_state
-
-    console, lines = Console(), Lines()
+    console = Console()
 
     def now():
-        return frame(
-            folder, read_state(folder, lines), args.log_lines, console.width if console.is_terminal else None
-        )
+        width = console.width if console.is_terminal else None
+        return frame(folder, read_state(folder), args.log_lines, width)
 
     if args.once or not console.is_terminal:
         console.print(now(), soft_wrap=not console.is_terminal)

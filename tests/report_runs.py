@@ -108,149 +108,156 @@ def make_run(
     kl=None,
     accuracy=0.8,
     prompts=60,
+    evaluated=True,
 ):
     """A run's folder.
 
     Args:
-        upto: the last iterate that has been evaluated; None: all. plan: function i → arguments of `rewarded`
-            of iterate i's
-            held-out answers (None: a healthy run). training: function i → those of iteration i's training
-            responses.
-        judge: function i → the second judge's shift. kl: function i → nats per response.
+        upto: the last policy there is; None: all. plan: function i → arguments of `rewarded` of policy i's
+            held-out answers (None: a healthy run). training: function i → those of the responses of policy i.
+        settings: of loop.yaml, in place of the run's own. judge: function i → the second judge's shift.
+        kl: function i → nats per response. evaluated: whether there are held-out answers.
     """
     folder, upto = Path(folder), iterations if upto is None else upto
     plan = plan or (lambda i: {"shift": 0.6 * i, "gold": 0.4 + 0.08 * i})
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "gold.py").write_text(GOLD)
+    values = settings_of(folder, iterations, kind) | ({} if evaluated else {"heldout_prompts": None})
+    (folder / "loop.yaml").write_text(json.dumps(values | (settings or {})))
+    for i in range(upto + 1):
+        (folder / f"iter{i}" / "logs").mkdir(parents=True, exist_ok=True)
+        if i and kind == "dpo":
+            dpo_iteration(folder, i, (training or plan)(i - 1), prompts, accuracy)
+        elif i:
+            ppo_iteration(folder, i)
+        if evaluated:
+            heldout(folder, i, plan(i), prompts, judge, values["gold_function"])
+        if kl:
+            estimates = {"kl": kl(i), "kl_se": 0.1, "kl_per_token": kl(i) / 32, "estimator": "k1"}
+            write_json(folder / f"iter{i}/divergence.json", estimates)
+    steps = [(i, step) for i in range(upto + 1) for step in steps_of(i, upto, kind, evaluated)]
+    write(
+        folder / "stages.jsonl",
+        [
+            {"policy": i, "step": step, "seconds": SECONDS[step], "finished": f"2026-01-01T00:{n:02}:00+0000"}
+            for n, (i, step) in enumerate(steps)
+        ],
+    )
+    return folder
+
+
+SECONDS = {"sample": 20, "annotate": 8, "measure": 2, "train": 12}  # of each policy
+
+
+def steps_of(i, upto, kind, evaluated):
+    """Steps of policy i in a run whose last policy is `upto`."""
+    sampled = evaluated or (kind == "dpo" and i < upto)
+    wanted = {"sample": sampled, "annotate": sampled, "measure": evaluated, "train": i < upto}
+    return [step for step in SECONDS if wanted[step]]
+
+
+def settings_of(folder, iterations, kind):
+    """What loop.yaml holds: every setting, resolved; with a part of the sections' keys."""
+    generation = {"K": 4, "temperature": 1.0, "tensor_parallel_size": 1}
     values = {
         "run_dir": str(folder),
         "seed": 0,
         "model_name_or_path": "tiny",
+        "reward_name_or_path": ["judge"],
         "heldout_prompts": "heldout.jsonl",
         "prompts": ["a.jsonl"],
+        "eval_reward_model": None,
         "gold_function": f"{folder}/gold.py:gold_score",
-        "generation": {"K": 4, "temperature": 1.0},
+        "generation": generation,
+        "heldout": generation,
+        "annotation": {"batch_tokens": None},
+        "eval_annotation": {},
     }
-    values |= {"backend": "small", "ppo": {"kl_coef": 0.05}} if kind == "ppo" else {"iterations": iterations}
-    (folder / "loop.yaml").write_text(json.dumps(values | (settings or {})))
-    stages = []
-    for i in range(upto + 1):
-        own = folder / f"iter{i}"
-        (own / "logs").mkdir(parents=True, exist_ok=True)
-        if i:
-            versions = {"python": "3.11.7", "torch": "2.13.0+cpu"}
-            manifest = {
-                "complete": True,
-                "settings": {},
-                "inputs": {},
-                "versions": versions,
-                "num_processes": 1,
-                "seconds": {"all": 12.0},
-            }
-            if kind == "dpo":
-                rows = rewarded(
-                    own / "rewarded.jsonl", f"t{i}", prompts=prompts, **((training or plan)(i - 1))
-                )
-                pairs = []
-                for row in rows:
-                    best, worst = (row["rewards"].index(f(row["rewards"])) for f in (max, min))
-                    if best != worst:
-                        pairs.append(
-                            {
-                                "id": row["id"],
-                                "chosen_index": best,
-                                "rejected_index": worst,
-                                "split": "train",
-                                "chosen_num_tokens": row["num_tokens"][best],
-                                "rejected_num_tokens": row["num_tokens"][worst],
-                                "margin": row["rewards"][best] - row["rewards"][worst],
-                                "source": str(own / "rewarded.jsonl"),
-                            }
-                        )
-                write(own / "pairs.jsonl", pairs)
-                write_json(own / "model.trainer_state.json", {"log_history": history(accuracy=accuracy)})
-                manifest |= {
-                    "metrics": {
-                        "train_runtime": 6.0,
-                        "num_tokens": 6000,
-                        "loss": 0.5,
-                        "rewards/accuracies": 0.9,
-                        "eval_rewards/accuracies": accuracy,
-                    },
-                    "counts": {"train_pairs": 50, "eval_pairs": 10},
+    if kind == "ppo":
+        ppo = {"kl_coef": 0.05, "learning_rate": 1e-5, "samples_per_prompt": 2, "num_episodes": 1}
+        return values | {"backend": "small", "ppo": ppo}
+    training = {"beta": 0.1, "learning_rate": 3e-4, "loss_type": ["sigmoid"], "choose_type": "max_min"}
+    return values | {"iterations": iterations, "training_args": training | {"num_train_epochs": 2.0}}
+
+
+def dpo_iteration(folder, i, plan, prompts, accuracy):
+    """Responses of policy i-1, pairs, and the training of policy i."""
+    own = folder / f"iter{i}"
+    rows, pairs = rewarded(own / "rewarded.jsonl", f"t{i}", prompts=prompts, **plan), []
+    for row in rows:
+        best, worst = (row["rewards"].index(f(row["rewards"])) for f in (max, min))
+        if best != worst:
+            pairs.append(
+                {
+                    "id": row["id"],
+                    "chosen_index": best,
+                    "rejected_index": worst,
+                    "split": "train",
+                    "chosen_num_tokens": row["num_tokens"][best],
+                    "rejected_num_tokens": row["num_tokens"][worst],
+                    "margin": row["rewards"][best] - row["rewards"][worst],
+                    "source": str(own / "rewarded.jsonl"),
                 }
-            else:
-                write(
-                    own / "model.log.jsonl",
-                    [
-                        {
-                            "step": s,
-                            "reward": s / 10,
-                            "kl": s / 5,
-                            "entropy": 1.0 - s / 40,
-                            "response_length": 30.0 + s / 10,
-                            "truncated_fraction": 0.0,
-                            "policy_loss": -0.01,
-                            "value_loss": 1 / s,
-                            "clip_fraction": 0.1,
-                            "explained_variance": 0.5,
-                            "kl_coef": 0.05,
-                            "tokens_per_second": 900.0,
-                            "seconds": {"all": 0.5, "learn": 0.2},
-                        }
-                        for s in range(1, 21)
-                    ],
-                )
-            write_json(own / "model.manifest.json", manifest)
-            stages.append(
-                {"iteration": i, "stage": "train", "seconds": 12, "finished": f"2026-01-01T00:0{i}:00+0000"}
             )
-        for kind_of, K in (("sampled", 4), ("greedy", 1)):
-            path = own / f"heldout_{kind_of}.rewarded.jsonl"
-            rows = rewarded(path, "h", prompts=prompts, K=K, **plan(i))
-            if judge:
-                rng = random.Random(f"judge {i} {kind_of}")
-                judged = [
-                    row
-                    | {
-                        "rewards": [
-                            random.Random(row["id"]).gauss(0, 1) + judge(i) + rng.gauss(0, 1)
-                            for _ in row["rewards"]
-                        ]
-                    }
-                    for row in rows
-                ]
-                write(own / f"heldout_{kind_of}.judged.jsonl", judged)
-        if kl:
-            write_json(
-                own / "divergence.json",
-                {"kl": kl(i), "kl_se": 0.1, "kl_per_token": kl(i) / 32, "estimator": "k1"},
-            )
-        write_json(
-            own / "metrics.json",
-            {
-                "gold_function": values["gold_function"],
-                "seconds": 30.0,
-                "files": {
-                    "sampled": "heldout_sampled.rewarded.jsonl",
-                    "greedy": "heldout_greedy.rewarded.jsonl",
-                },
-            },
-        )
-        for kind_of, sampled, scored in (("sampled", 6.0, 4.0), ("greedy", 4.0, 1.0)):
-            write_json(
-                own / f"heldout_{kind_of}.generated.manifest.json",
-                {"complete": True, "counts": {"engine_seconds": sampled}},
-            )
-            write_json(
-                own / f"heldout_{kind_of}.rewarded.manifest.json",
-                {"complete": True, "counts": {"scoring_seconds": scored}},
-            )
-        stages.append(
-            {"iteration": i, "stage": "evaluate", "seconds": 30, "finished": f"2026-01-01T00:0{i}:30+0000"}
-        )
-    write(folder / "stages.jsonl", stages)
-    return folder
+    write(own / "pairs.jsonl", pairs)
+    write_json(own / "model.trainer_state.json", {"log_history": history(accuracy=accuracy)})
+    manifest(own / "generated", counts={"engine_seconds": 5.0}, merged={"num_datasets": 1})
+    manifest(own / "rewarded", counts={"scoring_seconds": 3.0, "processes": 1})
+    metrics = {"train_runtime": 6.0, "num_tokens": 6000, "loss": 0.5, "rewards/accuracies": 0.9}
+    manifest(
+        own / "model",
+        num_processes=1,
+        metrics=metrics | {"eval_rewards/accuracies": accuracy},
+        counts={"train_pairs": 50, "eval_pairs": 10},
+    )
+
+
+def ppo_iteration(folder, i):
+    """The training of policy i by PPO."""
+    entries = [
+        {
+            "step": s,
+            "reward": s / 10,
+            "kl": s / 5,
+            "entropy": 1.0 - s / 40,
+            "response_length": 30.0 + s / 10,
+            "truncated_fraction": 0.0,
+            "policy_loss": -0.01,
+            "value_loss": 1 / s,
+            "clip_fraction": 0.1,
+            "explained_variance": 0.5,
+            "kl_coef": 0.05,
+            "tokens_per_second": 900.0,
+            "seconds": {"all": 0.5, "learn": 0.2},
+        }
+        for s in range(1, 21)
+    ]
+    write(folder / f"iter{i}/model.log.jsonl", entries)
+    manifest(folder / f"iter{i}/model", num_processes=1, counts={"prompts": 640})
+
+
+def heldout(folder, i, plan, prompts, judge, gold_function):
+    """Held-out answers of policy i, scored, and its metrics, of which only the files are read here."""
+    own, files = folder / f"iter{i}", {}
+    for kind, K, sampled, scored in (("sampled", 4, 6.0, 3.5), ("greedy", 1, 4.0, 1.0)):
+        files[kind] = f"heldout_{kind}.rewarded.jsonl"
+        rows = rewarded(own / files[kind], "h", prompts=prompts, K=K, **plan)
+        manifest(own / f"heldout_{kind}.generated", counts={"engine_seconds": sampled})
+        manifest(own / f"heldout_{kind}.rewarded", counts={"scoring_seconds": scored})
+        if judge:
+            rng = random.Random(f"judge {i} {kind}")
+            for row in rows:
+                mean = random.Random(row["id"]).gauss(0, 1) + judge(i)
+                row["rewards"] = [mean + rng.gauss(0, 1) for _ in row["rewards"]]
+            write(own / f"heldout_{kind}.judged.jsonl", rows)
+    write_json(own / "metrics.json", {"gold_function": gold_function, "files": files})
+
+
+def manifest(path, **more):
+    """A complete manifest beside an output."""
+    versions = {"python": "3.11.7", "torch": "2.13.0+cpu"}
+    held = {"complete": True, "settings": {}, "inputs": {}, "versions": versions} | more
+    write_json(path.with_name(f"{path.name}.manifest.json"), held)
 
 
 def write_json(path, value):

@@ -1,4 +1,4 @@
-"""evaluation/measures.py: statistics against independent computations. Needs numpy, and torch as an oracle."""
+"""evaluation/measures.py: statistics against independent computations; torch is an oracle."""
 
 import itertools
 import math
@@ -210,8 +210,3 @@ def test_intervals_are_those_of_the_terminals_table():
     assert measures.mean_interval(a) == metrics.paired_bootstrap(dict.fromkeys(a, 0.0), a)
     assert measures.mean_interval({1: 2.0}) == (2.0, None, None) and measures.mean_interval({}) is None
     assert measures.difference(a, {}) is None
-
-
-def test_differences_of_settings():
-    got = measures.differing([{"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 5, "d": 3}, "e": [1]}])
-    assert got == {"b.c": [2, 5], "e": [None, [1]]}

@@ -1,5 +1,5 @@
-"""evaluation/run_metrics.py: the rows of a run against what its files say, as JSON, as CSV, and as the trackers'
-own readers read them.
+"""evaluation/run_metrics.py: the rows of a run against what its files say, as JSON, as CSV, and as the
+trackers' own readers read them.
 """
 
 import csv
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from common import trackers
 from common.cli import UserError
 from evaluation import metrics, run_metrics
 
@@ -34,7 +35,11 @@ def rewarded(path, seed, K, shift=0.0, prompts=12):
         for i in range(prompts)
     ]
     rows[3]["rewards"][0] = None
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(path, rows)
+
+
+def write(path, rows, torn=""):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + torn)
 
 
 @pytest.fixture
@@ -57,7 +62,7 @@ def run(tmp_path):
                 place / f"heldout_{kind}.judged.jsonl",
             )
         ]
-        given += ["--output_dir", place / "metrics.json", "--seconds", 10 + n]
+        given += ["--output_dir", place / "metrics.json"]
         subprocess.run([sys.executable, MEASURE, *map(str, given)], check=True, capture_output=True)
         (place / "divergence.json").write_text(
             json.dumps({"kl": 1.5 * n, "kl_se": 0.1, "kl_per_token": 0.2 * n, "model": "m", "responses": 48})
@@ -65,13 +70,17 @@ def run(tmp_path):
     (folder / "iter2/model.manifest.json").write_text(
         json.dumps({"metrics": {"train_loss": 0.5, "rewards/margins": 0.25, "epoch": 2.0}})
     )
-    stages = [
-        {"iteration": i, "stage": name, "seconds": n}
-        for i, name, n in ((1, "train", 7), (1, "train", 5), (2, "evaluate", 3))
+    steps = [
+        {"policy": i, "step": name, "seconds": n}
+        for i, name, n in (
+            (0, "train", 7),
+            (0, "train", 5),
+            (1, "measure", 3),
+            (1, "train", 4),
+            (2, "sample", 9),
+        )
     ]
-    (folder / "stages.jsonl").write_text(
-        "".join(json.dumps(stage) + "\n" for stage in stages) + '{"iteration": 2, "sta'
-    )
+    write(folder / "stages.jsonl", steps, '{"policy": 2, "sta')
     (folder / "loop.yaml").write_text("seed: 7\n")
     return folder
 
@@ -122,9 +131,12 @@ def test_the_rows_say_what_the_files_say(run):
         last["train_loss"],
         last["train_rewards_margins"],
     ) == (3.0, 0.1, 0.4, 0.5, 0.25)
-    assert (last["seconds"], last["evaluate_seconds"], last["train_seconds"]) == (12, 3, None) and found[
-        "iterates"
-    ][1]["train_seconds"] == 12
+    # a policy's seconds are those of its own steps and of the training that made it
+    seconds = [
+        [row.get(f"{name}seconds") for name in ("", "train_", "sample_", "measure_")]
+        for row in found["iterates"]
+    ]
+    assert seconds == [[None] * 4, [15, 12, None, 3], [13, 4, 9, None]]
     with open(run / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [
@@ -221,7 +233,7 @@ def test_a_tracker_that_fails_is_a_note(run, monkeypatch, capsys):
     def fails(*given):
         raise OSError("no network")
 
-    monkeypatch.setattr(run_metrics, "to_wandb", fails)
+    monkeypatch.setitem(trackers.OWN_WAY, "wandb", fails)
     rows = run_metrics.rows(run)
     run_metrics.log(run, rows, ["wandb", "tensorboard"])
     assert "note: wandb was not told of this run: OSError: no network" in capsys.readouterr().out
@@ -251,6 +263,35 @@ def test_the_judges_interval_stands_beside_the_others(run):
         (kind, quantity) for kind in ("sampled", "greedy") for quantity in ("reward", "judge")
     }
     assert found["sampled", "reward"][1] > 0 > found["sampled", "judge"][2]
+
+
+def test_a_run_that_is_not_evaluated_has_its_trainings(run):
+    for path in run.glob("iter*/metrics.json"):
+        path.unlink()
+    (run / "loop.yaml").write_text("heldout_prompts: null\n")
+    (run / "iter2/model.manifest.json").write_text('{"complete": true, "metrics": {"train_loss": 0.5}}')
+    for path in run.glob("iter*/divergence.json"):
+        path.unlink()
+    said = save(run)
+    assert "not evaluated: heldout_prompts is null" in said and said.split()[:2] == ["iterate", "seconds"]
+    rows = {"iterate": 2, "train_loss": 0.5, "seconds": 13, "train_seconds": 4, "sample_seconds": 9}
+    assert json.loads((run / "metrics.json").read_text())["iterates"] == [rows]
+    (run / "iter2/model.manifest.json").unlink()  # nothing is trained yet
+    assert "not evaluated" in save(run)
+    assert (run / "metrics.csv").read_text() == "iterate\n"
+
+
+def test_greedy_answers_or_the_judge_may_be_left_out(run):
+    for place in run.glob("iter?"):
+        path = place / "metrics.json"
+        held = json.loads(path.read_text())
+        del held["greedy"], held["judge"]
+        held["files"] = {"sampled": held["files"]["sampled"]}
+        path.write_text(json.dumps(held))
+    table = save(run)
+    assert "greedy" not in table and "judge" not in table and "sampled reward" in table
+    row = json.loads((run / "metrics.json").read_text())["iterates"][2]
+    assert row["sampled_win_rate"] > 0.8 and not [key for key in row if "greedy" in key or "judge" in key]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """report/: planted trouble is named and a healthy run has none, half-finished and damaged runs, PPO, several
-runs, and what stands in
-the page. Needs numpy, jinja2 and plotly. What the figures are computed by is in test_measures.py."""
+runs, and what stands in the page. What the figures are computed by is in tests/evaluation/test_measures.py.
+"""
 
 import html
 import json
@@ -11,6 +11,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ pytest.importorskip("plotly")
 
 import report_runs as runs
 
+from common import trackers
 from common.cli import UserError
 from evaluation import measures, run_metrics
 from report import charts, figures, make_report, page, run_data, samples, troubles
@@ -83,50 +85,44 @@ def test_figures_are_those_of_the_files(tmp_path):
     assert iterates[2]["sampled"]["judge"] is not None and "judge_win" in versus
 
 
-def test_stages_say_what_was_working(tmp_path):
-    folder = runs.make_run(tmp_path / "run")
-    with open(folder / "stages.jsonl", "a") as file:
-        file.write('{"iteration": 2, "stage": "evaluate", "seconds": 10, "finished": ""}\nhalf a li')
-    rows = {(row["iteration"], row["stage"]): row for row in figures.of_stages(run_data.read_run(folder))}
-    assert (
-        rows[1, "evaluate"]["seconds"] == 30
-        and rows[1, "evaluate"]["work"] == 15
-        and rows[1, "evaluate"]["waiting"] == 0.5
-    )
-    assert rows[2, "evaluate"]["seconds"] == 40  # a stage that was taken up again counts both times
-    assert (
-        rows[1, "train"]["work"] == 6
-        and rows[1, "train"]["waiting"] == 0.5
-        and rows[1, "train"]["tokens_per_second"] == 1000
-    )
-    assert rows[1, "train"]["gpus"] == 0 and rows[1, "train"]["gpu_hours"] == 0
-    manifest = json.loads((folder / "iter1/model.manifest.json").read_text())
-    runs.write_json(
-        folder / "iter1/model.manifest.json", manifest | {"versions": {"torch": "2.13.0"}, "num_processes": 8}
-    )
-    rows = {(row["iteration"], row["stage"]): row for row in figures.of_stages(run_data.read_run(folder))}
-    assert rows[1, "train"]["gpu_hours"] == pytest.approx(8 * 12 / 3600)
+def steps_of(folder):
+    return {(row["policy"], row["step"]): row for row in figures.of_steps(run_data.read_run(folder))}
 
 
-def test_work_is_that_of_the_files_that_a_stage_made(tmp_path):
-    """The next iteration's responses belong to the evaluation, unless their own stage made them."""
-    folder = runs.make_run(tmp_path / "run")
-    runs.write_json(folder / "iter2/generated.manifest.json", {"counts": {"engine_seconds": 5.0}})
-    runs.write_json(folder / "iter2/rewarded.manifest.json", {"counts": {"scoring_seconds": 2.5}})
-    runs.write_json(
-        folder / "iter1/heldout_greedy.judged.manifest.json", {"counts": {"scoring_seconds": 0.5}}
-    )
-    assert run_data.read_run(folder).work[1, "evaluate"] == 15 + 5 + 2.5 + 0.5
+def test_steps_say_what_was_working(tmp_path):
+    folder = runs.make_run(tmp_path / "run", judge=lambda i: 0.0)
     with open(folder / "stages.jsonl", "a") as file:
-        file.write('{"iteration": 2, "stage": "generate", "seconds": 10}\n')
-    work = run_data.read_run(folder).work
-    assert work[1, "evaluate"] == 15 + 2.5 + 0.5 and work[2, "generate"] == 5 and work[2, "evaluate"] == 15
-    (folder / "iter1/heldout_sampled.generated.manifest.json").unlink()
-    runs.write_json(
-        folder / "iter2/heldout_sampled.rewarded.manifest.json", {"counts": {"scoring_seconds": "4"}}
-    )
-    work = run_data.read_run(folder).work
-    assert work[1, "evaluate"] is None and work[2, "evaluate"] is None
+        file.write('{"policy": 2, "step": "sample", "seconds": 10, "finished": ""}\nhalf a li')
+    rows = steps_of(folder)
+    sampled = rows[0, "sample"]  # 6 and 4 s for held-out answers, 5 s for the next policy's responses
+    assert (sampled["seconds"], sampled["work"], sampled["waiting"]) == (20, 15, 0.25)
+    assert (rows[2, "sample"]["seconds"], rows[2, "sample"]["work"]) == (30, 10)  # taken up again
+    assert (rows[1, "annotate"]["work"], rows[2, "annotate"]["work"]) == (7.5, 4.5)
+    assert rows[0, "measure"]["work"] is None  # a judge's rewards without a manifest
+    trained = rows[1, "train"]
+    assert (trained["work"], trained["waiting"], trained["tokens_per_second"]) == (6, 0.5, 1000)
+    assert (trained["gpus"], trained["gpu_hours"]) == (0, 0)
+    answers = [
+        run_data.read_answers(path).lengths.sum() for path in folder.glob("iter2/heldout*rewarded.jsonl")
+    ]
+    assert rows[2, "sample"]["tokens_per_second"] == pytest.approx(sum(answers) / 10)
+    runs.manifest(folder / "iter1/heldout_sampled.judged", counts={"scoring_seconds": 0.5})
+    runs.manifest(folder / "iter1/divergence", counts={"seconds": 1.0})
+    assert steps_of(folder)[1, "measure"]["work"] == 1.5
+    (folder / "iter2/rewarded.manifest.json").write_text('{"counts": {"scoring_seconds": "4"}}')
+    assert steps_of(folder)[1, "annotate"]["work"] is None
+
+
+def test_gpus_are_those_of_a_step(tmp_path):
+    folder = runs.make_run(tmp_path / "run")
+    for path in folder.glob("iter*/*.manifest.json"):
+        held = json.loads(path.read_text()) | {"versions": {"torch": "2.13.0"}}
+        held["num_processes"] = 8 if path.name.startswith("model.") else None
+        runs.write_json(path, held | {"merged": {"num_datasets": 4}} if ".generated" in path.name else held)
+    rows = steps_of(folder)
+    assert rows[0, "train"]["gpu_hours"] == pytest.approx(8 * 12 / 3600)
+    assert rows[2, "sample"]["gpus"] == 4 and rows[0, "annotate"]["gpus"] == 1
+    assert rows[2, "annotate"]["gpus"] is None  # nothing tells
 
 
 def test_damaged_lines_are_counted_and_named(tmp_path):
@@ -368,7 +364,7 @@ def test_half_finished_runs(tmp_path):
     bare.mkdir()
     (bare / "loop.yaml").write_text("iterations: 2\n")
     text = build(bare, target=tmp_path / "c.html")
-    assert "iterate 0 has not been evaluated" in text and "stages.jsonl" in text
+    assert "iterate 0 has not been evaluated" in text and "no step has finished" in text
     (bare / "iter1").mkdir()
     build(bare, target=tmp_path / "c.html")
 
@@ -392,15 +388,106 @@ def test_a_ppo_run(tmp_path):
     assert {"entropy", "kl"} <= names(folder)
 
 
+def cells(text, caption):
+    """{first cell of a row: the others} of a table, by an independent parser."""
+
+    class Tables(HTMLParser):
+        found, caption, row, inside = {}, "", None, ""
+
+        def handle_starttag(self, tag, attrs):
+            self.inside = tag if tag in ("caption", "th", "td") else self.inside
+            if tag == "table":
+                self.caption = ""
+            if tag == "tr":
+                self.row = []
+            if tag in ("th", "td"):
+                self.row.append("")
+
+        def handle_endtag(self, tag):
+            self.inside = "" if tag in ("caption", "th", "td") else self.inside
+            if tag == "tr" and self.row:
+                self.found.setdefault(self.caption, {})[self.row[0]] = self.row[1:]
+
+        def handle_data(self, data):
+            if self.inside == "caption":
+                self.caption += data
+            elif self.inside:
+                self.row[-1] += data.strip()
+
+    parser = Tables()
+    parser.feed(re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL))
+    return parser.found[caption]
+
+
+def test_what_was_run_stands_at_the_top(tmp_path):
+    """Of two runs that differ in beta alone, and of PPO."""
+    one, ppo = runs.make_run(tmp_path / "one"), runs.make_run(tmp_path / "ppo", 1, kind="ppo")
+    held = json.loads((one / "loop.yaml").read_text())
+    more = {"training_args": held["training_args"] | {"beta": 0.3}, "run_dir": held["run_dir"]}
+    two = runs.make_run(tmp_path / "two", settings=more | {"gold_function": held["gold_function"]})
+    text = build(one, two, ppo, target=tmp_path / "a.html")
+    places = [text.index(part) for part in ("What was run", "What differs between", 'id="troubles"')]
+    assert places == sorted(places)
+    found = cells(text, "What was run")
+    assert found == {
+        "setting": ["one", "two", "ppo"],
+        "policy": ["tiny"] * 3,
+        "reward model": ['["judge"]'] * 3,
+        "prompts": ["60 × 2", "60 × 2", "640"],
+        "pairs": ["50 × 2", "50 × 2", "–"],
+        "held-out prompts": ["60"] * 3,
+        "iterations": ["2", "2", "–"],
+        "K": ["4", "4", "2"],
+        "temperature": ["1.0"] * 3,
+        "beta": ["0.1", "0.3", "–"],
+        "KL coefficient": ["–", "–", "0.05"],
+        "learning rate": ["0.0003", "0.0003", "1e-05"],
+        "loss": ['["sigmoid"]', '["sigmoid"]', "–"],
+        "choice of pairs": ["max_min", "max_min", "–"],
+        "epochs": ["2.0", "2.0", "1"],
+        "seed": ["0"] * 3,
+    }
+    text = build(one, two, target=tmp_path / "b.html")
+    assert cells(text, "What differs between the runs") == {
+        "setting": ["one", "two"],
+        "training_args.beta": ["0.1", "0.3"],
+    }
+    assert cells(text, "All settings")["generation.K"] == ["4", "4"]
+
+
 def test_several_runs(tmp_path):
-    one = runs.make_run(tmp_path / "one")
-    two = runs.make_run(tmp_path / "two", settings={"seed": 7})
+    one, two = runs.make_run(tmp_path / "one"), runs.make_run(tmp_path / "two", settings={"seed": 7})
     text = build(one, two, target=tmp_path / "a.html")
-    assert "What differs between the runs" in text and "one, iterate 0" in text and "two, iterate 2" in text
-    table = text.split("<caption>What differs between the runs")[1].split("</table>")[0]
-    assert ">seed<" in table and "<td>0</td><td>7</td>" in table and "temperature" not in table
+    assert "one, iterate 0" in text and "two, iterate 2" in text
+    found = cells(text, "What differs between the runs")
+    assert found["seed"] == ["0", "7"] and not any("temperature" in key for key in found)
+    assert list(cells(text, "The end of each training")) == ["run", "one", "two"]
     with pytest.raises(UserError, match="say where the page goes"):
         make_report.check(make_report.Arguments(runs=[str(one), str(two)]))
+
+
+def test_differences_of_settings():
+    got = figures.differing([{"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 5, "d": 3}, "e": [1]}])
+    assert got == {"b.c": [2, 5], "e": [None, [1]]}
+    assert [figures.sizes(counts) for counts in ([500] * 3, [500, 400], [0, 1000], [])] == [
+        "500 × 3",
+        "500, 400",
+        "1,000",
+        "",
+    ]
+
+
+def test_a_run_that_is_not_evaluated(tmp_path):
+    folder = runs.make_run(tmp_path / "run", evaluated=False)
+    run, iterates, _ = read(folder)
+    assert iterates == [] and run.missing == [] and names(folder) == set()
+    text = build(folder, target=tmp_path / "a.html")
+    assert "DPO, not evaluated: heldout_prompts is null" in text and "have not been evaluated" not in text
+    assert cells(text, "What was run")["held-out prompts"] == ["none: not evaluated"]
+    assert {"0 sample", "0 annotate", "0 train", "all"} <= cells(text, "Steps").keys()
+    assert "dpo_loss" in text and "time in all" in text
+    ppo = runs.make_run(tmp_path / "ppo", iterations=1, kind="ppo", evaluated=False)
+    assert "PPO, not evaluated" in build(ppo, target=tmp_path / "b.html")
 
 
 # ---- The page ----------------------------------------------------------------------------------------------
@@ -410,8 +497,8 @@ def test_every_heading_and_chart_has_its_definition(tmp_path):
     run, iterates, trainings = read(
         runs.make_run(tmp_path / "run", judge=lambda i: 0.1 * i, kl=lambda i: float(i))
     )
-    tables = [(run, iterates, trainings, figures.of_stages(run))]
-    plain = {"run", "stage", "prompts", "K", "GPUs", "setting", "package", run.name}
+    tables = [(run, iterates, trainings, figures.of_steps(run))]
+    plain = {"run", "prompts", "K", "GPUs", "setting", "package", run.name}
     for _, one in page.tables_of(tables):
         for key, heading in one["columns"]:
             assert key in DEFINITIONS if key else heading in plain, heading
@@ -568,7 +655,7 @@ def test_records_that_are_no_text_or_no_numbers(tmp_path):
     runs.write(pairs, [first | {"chosen_index": 1e309, "chosen_num_tokens": 10**400}])
     with open(folder / "stages.jsonl", "a") as file:
         file.write(
-            '{"iteration": [1], "stage": {}, "seconds": 1}\n{"iteration": 1, "stage": "train", "seconds": 1'
+            '{"policy": [1], "step": {}, "seconds": 1}\n{"policy": 1, "step": "train", "seconds": 1'
             + "0" * 400
             + "}\n"
         )
@@ -576,7 +663,15 @@ def test_records_that_are_no_text_or_no_numbers(tmp_path):
     assert any("heldout_sampled.rewarded.jsonl: 1 lines" in one for one in missing)
 
 
-def test_passwords_and_tokens_do_not_reach_the_page(tmp_path):
+def trackers_are_told(folder, monkeypatch):
+    """The settings that a tracker gets, as text."""
+    told = []
+    monkeypatch.setattr(trackers, "log_rows", lambda name, rows, where, settings, *_: told.append(settings))
+    run_metrics.log(folder, [{"iterate": 0}], ["wandb"])
+    return str(told)
+
+
+def test_passwords_and_tokens_do_not_reach_the_page(tmp_path, monkeypatch):
     secrets = ["hf_" + "A1b2" * 8, "sk-" + "x9Y8" * 6, "plainpassword", "swordfish77", "0123abcd4567"]
     folder = runs.make_run(
         tmp_path / "run",
@@ -589,9 +684,9 @@ def test_passwords_and_tokens_do_not_reach_the_page(tmp_path):
         },
     )
     text, _ = made(folder, tmp_path)
-    told = str(run_metrics.settings_of(folder))  # what W&B and trackio get
+    told = trackers_are_told(folder, monkeypatch)
     assert not [secret for secret in secrets if secret in text or secret in told]
-    assert "&lt;pad&gt;" in text and "https://(hidden)@host/" in text
+    assert "&lt;pad&gt;" in text and "<pad>" in told and "https://(hidden)@host/" in text
 
 
 def test_one_prompt_with_more_answers_does_not_stand_for_all():
@@ -612,24 +707,6 @@ def test_what_has_not_begun_is_one_line(tmp_path):
     folder = runs.make_run(tmp_path / "run", prompts=6, settings={"iterations": 500})
     _, missing = made(folder, tmp_path)
     assert [text for text in missing if "evaluated" in text] == ["iterates 3 to 500 have not been evaluated"]
-
-
-def test_a_run_goes_on_when_it_cannot_be_summed_up():
-    """`metrics` of loop/stages.sh, with what it calls replaced: metrics.py that fails ends the run,
-    run_metrics.py does not.
-    """
-    script = """set -euo pipefail
-    source loop/stages.sh
-    enter() { :; }; say() { echo "$*"; }; failed() { echo failed; exit 1; }; spent() { echo 0; }
-    run() { [[ "$*" != *evaluation/"$bad" ]] && [[ "$*" != *report/"$bad "* ]]; }
-    run_dir=R folder=R/iter0 logs=R/iter0/logs began=0
-    metrics 0
-    echo went on"""
-    for bad, said in (("run_metrics.py", "went on"), ("metrics.py", "failed")):
-        done = subprocess.run(
-            ["bash", "-c", f"bad={bad}\n{script}"], cwd=ROOT, capture_output=True, text=True, timeout=20
-        )
-        assert done.stdout.splitlines()[-1] == said, done.stdout + done.stderr
 
 
 def test_an_iterate_that_answers_as_the_one_before_is_named(tmp_path):

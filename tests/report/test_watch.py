@@ -22,6 +22,8 @@ pytest.importorskip("rich")
 
 import report_runs as runs
 
+from common.progress import Progress
+from common.run_folder import STEPS
 from report import state
 from report.state import read_state
 
@@ -41,18 +43,22 @@ def frame(folder, *more):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A DPO run of two iterations, evaluated up to iterate 1, with prompt files that can be counted."""
-    for name, count in (("a.jsonl", 60), ("heldout.jsonl", 60)):
-        runs.write(tmp_path / name, [{"prompt": str(n)} for n in range(count)])
-    made = runs.make_run(
-        tmp_path / "run",
-        upto=1,
-        settings={"prompts": [str(tmp_path / "a.jsonl")], "heldout_prompts": str(tmp_path / "heldout.jsonl")},
-    )
-    runs.write(made / "iter2" / "generated.jsonl", [{"id": n} for n in range(60)])
-    runs.write(made / "iter2" / "rewarded.jsonl", [{"id": n} for n in range(60)])
-    (made / "iter2" / "logs").mkdir()
+    """A DPO run of two iterations in which policy 1 is measured and has responses; its training comes next."""
+    made = runs.make_run(tmp_path / "run", iterations=2, upto=1)
+    for name in ("generated", "rewarded"):
+        runs.write(made / f"iter2/{name}.jsonl", [{"id": n} for n in range(60)])
+    (made / "iter2/logs").mkdir()
     return made
+
+
+def tell(log, monkeypatch, total, what, unit, done, note="", first=0):
+    """Leave the progress that a command leaves whose log this is, as common/progress.py writes it."""
+    monkeypatch.setenv("RLHF_PROGRESS", str(log.with_suffix(".progress.json")))
+    progress = Progress(total, what, unit, done=first, enabled=False)
+    progress.start -= 10.0  # it has been at work for so many seconds
+    progress.update(done - first, note)
+    progress.close()
+    monkeypatch.delenv("RLHF_PROGRESS")
 
 
 class Held:
@@ -74,33 +80,65 @@ def old(folder):
         os.utime(path, (1e9, 1e9))
 
 
-def test_not_begun(tmp_path):
+def test_not_begun_and_setting_up(tmp_path, monkeypatch):
+    monkeypatch.setenv("envs_dir", str(tmp_path / "envs"))
     assert read_state(tmp_path / "no").word == "not started"
     assert read_state(tmp_path).detail == "no loop.yaml yet"
     code, out, err = frame(tmp_path / "no")
     assert code == 0 and "not started" in out and err == ""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "envs").mkdir()
+    with Held(tmp_path / "run"):
+        assert read_state(tmp_path / "run").word == "running"
+        assert read_state(tmp_path / "run").detail.startswith("setting up: setup command")
+        with open(tmp_path / "envs/vllm.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            assert read_state(tmp_path / "run").detail == "setting up: environment vllm is being made"
+            found = read_state(tmp_path / "no")
+            assert (found.word, found.detail) == (
+                "not started",
+                "no such folder yet; environment vllm is being made",
+            )
 
 
-def test_training_at_work(folder):
-    (folder / "iter2/logs/train.log").write_text(
-        "$ 'accelerate' 'launch'\ntrain: step 1/9, loss 9\n$ 'accelerate' 'launch'\nreference: 10/60 pairs, "
-        "12.0/s, 4s left\n"
-        "train: step 7/28, loss 0.6147, accuracy 0.94, margin 0.2141, lr 8.61e-05, 63.5 pairs/s, 1m02s left\n"
-    )
+def test_the_steps_of_a_run():
+    dpo = {"iterations": 2, "heldout_prompts": "h"}
+    assert state.steps_of(dpo) == [
+        *((0, step) for step in STEPS),
+        *((1, step) for step in STEPS),
+        *((2, step) for step in STEPS[:3]),
+    ]
+    assert state.steps_of(dpo | {"heldout_prompts": None}) == [
+        (i, step) for i in (0, 1) for step in ("sample", "annotate", "train")
+    ]
+    ppo = {"backend": "small", "heldout_prompts": "h"}
+    assert state.steps_of(ppo) == [*((0, step) for step in STEPS), *((1, step) for step in STEPS[:3])]
+    assert state.steps_of(ppo | {"heldout_prompts": None}) == [(0, "train")]
+
+
+def test_training_at_work(folder, monkeypatch):
+    log = folder / "iter2/logs/train.log"
+    log.write_text("$ 'accelerate' 'launch'\ntrain: step 1/9, loss 9\n")
+    tell(log, monkeypatch, 28, "train", "steps", 7, "loss 0.6147, accuracy 0.94")
     with Held(folder):
         assert state.is_held(folder)
         found = read_state(folder)
         code, out, _ = frame(folder)
-    assert (found.word, found.at) == ("running", (2, "train", "train"))
-    assert (found.done, found.total, found.rate, found.left) == (7, 28, "63.5 pairs/s", "1m02s")
-    assert (
-        code == 0
-        and "running" in out
-        and "7/28 steps (25%), 63.5 pairs/s, 1m02s left" in out
-        and "loss 0.6147" in out
-    )
-    assert "in work: iteration 2, train" in out and "left in all" in out
+    assert (found.word, found.at) == ("running", (1, "train"))
+    held = found.progress
+    assert (held["done"], held["total"]) == (7, 28) and held["rate"] == pytest.approx(0.7, rel=0.05)
+    assert held["seconds_left"] == pytest.approx(30, rel=0.05)
+    assert code == 0 and "running" in out and "7/28 steps (25%), 0.7 steps/s, " in out and "loss 0.61" in out
+    assert "in work: policy 1, train" in out and "left in all" in out
     assert "iterate" in out and "best of K" not in out  # metrics.json of the hand-made run has no averages
+
+
+def test_progress_of_what_a_step_does_first(folder, monkeypatch):
+    log = folder / "iter2/logs/train.log"
+    log.write_text("$ x\n")
+    tell(log, monkeypatch, 60, "reference", "pairs", 10)
+    with Held(folder):
+        assert "in work: policy 1, train (reference)" in frame(folder)[1]
 
 
 def test_the_lock_is_only_looked_at(folder):
@@ -111,36 +149,41 @@ def test_the_lock_is_only_looked_at(folder):
         assert state.is_held(folder) is True
 
 
-def test_generation_counts_shards_and_partials(folder):
-    runs.write_json(folder / "iter2/model.manifest.json", {"complete": True})
-    shards = folder / "iter2" / "shards"
-    runs.write(shards / "heldout_sampled.generated.of2.0.jsonl", [{"id": n} for n in range(30)])
-    runs.write(shards / "heldout_sampled.generated.of2.1.jsonl.partial", [{"id": n} for n in range(5)])
-    runs.write(shards / "heldout_greedy.generated.of2.0.jsonl.partial", [{"id": n} for n in range(7)])
-    (folder / "iter2/logs/evaluate.0.log").write_text(
-        "$ x\ngenerate: 42/120 prompts, 40.9/s, 5s left, 2071 tokens/s\n"
-    )
-    lines = state.Lines()
+def trained(folder):
+    runs.manifest(folder / "iter2/model")
+
+
+def test_shards_side_by_side_are_one(folder, monkeypatch):
+    trained(folder)
+    logs = folder / "iter2/logs"
+    for k, done in enumerate((30, 12)):
+        (logs / f"sample.{k}.log").write_text("$ x\n")
+        tell(logs / f"sample.{k}.log", monkeypatch, 60, "generate", "prompts", done, f"{k} tokens/s")
+    (logs / "merge.log").write_text("$ x\n")
     with Held(folder):
-        found = read_state(folder, lines)
-    assert found.at == (2, "evaluate", "generate") and (found.done, found.total) == (42, 120)
-    assert (found.rate, found.left) == ("40.9 prompts/s", "5s") and "2071 tokens/s" in found.note
-    with open(shards / "heldout_greedy.generated.of2.0.jsonl.partial", "a") as file:
-        file.write('{"id": 8}\n{"half')
-    assert read_state(folder, lines).done == 43
+        found = read_state(folder)
+        later = read_state(folder, now=time.time() + 600)
+    assert found.at == (2, "sample") and found.progress["unit"] == "prompts"
+    assert (found.progress["done"], found.progress["total"]) == (42, 120)
+    assert found.progress["rate"] == pytest.approx(4.2, rel=0.05)
+    assert found.progress["seconds_left"] == pytest.approx(48 / 1.2, rel=0.05)  # of the slower one
+    assert (later.progress["done"], later.progress["rate"]) == (42, None)  # nothing was told for long
 
 
-def test_annotation_counts_partials(folder):
-    runs.write_json(folder / "iter2/model.manifest.json", {"complete": True})
+def test_a_step_is_done_when_its_files_or_what_is_made_of_them_are_there(folder):
+    trained(folder)
+    assert read_state(folder).at == (2, "sample")
     for kind in ("sampled", "greedy"):
-        runs.write(folder / f"iter2/heldout_{kind}.generated.jsonl", [{"id": n} for n in range(60)])
-    runs.write(folder / "iter2/heldout_sampled.rewarded.jsonl.partial", [{"id": n} for n in range(24)])
-    found = read_state(folder)
-    assert found.at == (2, "evaluate", "annotate") and (found.done, found.total, found.unit) == (
-        24,
-        120,
-        "records",
-    )
+        runs.write(folder / f"iter2/heldout_{kind}.generated.jsonl", [{"id": 1}])
+    assert read_state(folder).at == (2, "annotate")
+    runs.write(folder / "iter2/heldout_sampled.rewarded.jsonl", [{"id": 1}])
+    assert read_state(folder).at == (2, "annotate")
+    runs.write(folder / "iter2/heldout_greedy.rewarded.jsonl", [{"id": 1}])
+    assert read_state(folder).at == (2, "measure")
+    for path in folder.glob("iter2/*.jsonl"):  # to make room
+        path.unlink()
+    runs.write_json(folder / "iter2/metrics.json", {})
+    assert read_state(folder).word == "finished"
 
 
 def test_stopped_and_failed(folder):
@@ -172,56 +215,53 @@ def test_stopped_and_failed(folder):
 
 
 def test_the_shard_that_failed_is_shown(folder):
-    runs.write_json(folder / "iter2/model.manifest.json", {"complete": True})
+    trained(folder)
     (folder / ".lock").touch()
-    (folder / "iter2/logs/evaluate.1.log").write_text("$ x\nerror: no memory on GPU 1\n")
-    (folder / "iter2/logs/evaluate.0.log").write_text("$ x\nall well\n")
-    os.utime(folder / "iter2/logs/evaluate.1.log", (1e9, 1e9))
+    (folder / "iter2/logs/sample.1.log").write_text("$ x\nerror: no memory on GPU 1\n")
+    (folder / "iter2/logs/sample.0.log").write_text("$ x\nall well\n")
+    os.utime(folder / "iter2/logs/sample.1.log", (1e9, 1e9))
     found = read_state(folder)
-    assert found.word == "failed" and found.log.name == "evaluate.1.log"
+    assert found.word == "failed" and found.log.name == "sample.1.log"
 
 
-def test_finished_and_ppo(tmp_path):
+def test_finished_and_ppo(tmp_path, monkeypatch):
     whole = runs.make_run(tmp_path / "whole")
-    for i in (1, 2):
-        (whole / f"iter{i}/generated.jsonl").touch()
     assert read_state(whole).word == "finished"
     code, out, _ = frame(whole)
-    assert code == 0 and "9 of 9 stages done" in out
+    assert code == 0 and "11 of 11 steps done" in out and "last finished: policy 2, measure, 2s" in out
     ppo = runs.make_run(tmp_path / "ppo", iterations=1, upto=0, kind="ppo")
-    (ppo / "iter1" / "logs").mkdir(parents=True)
-    (ppo / "iter1/logs/train.log").write_text(
-        "$ x\nppo: rollout 4/18, reward -1.2, kl 0.31, entropy 0.9, 850 tokens/s, 3m05s left\n"
-    )
+    log = ppo / "iter1/logs/train.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("$ x\n")
+    tell(log, monkeypatch, 18, "ppo", "rollouts", 4, first=2)  # taken up behind the second one
     found = read_state(ppo)
-    assert found.at == (1, "train", "train") and (found.done, found.total, found.left) == (4, 18, "3m05s")
+    assert found.at == (0, "train") and (found.progress["done"], found.progress["total"]) == (4, 18)
+    assert found.progress["rate"] == pytest.approx(0.2, rel=0.05)
+
+
+def test_a_run_that_is_not_evaluated(tmp_path):
+    folder = runs.make_run(tmp_path / "run", evaluated=False)
+    assert read_state(folder).word == "finished"
+    code, out, _ = frame(folder)
+    assert code == 0 and "6 of 6 steps done" in out
+    assert "not evaluated: heldout_prompts is null" in out and "12" in out.split("seconds")[1]
+    (folder / "iter2/model.manifest.json").unlink()
+    assert read_state(folder).at == (1, "train")
 
 
 def test_time_left_of_the_run(folder):
-    """Stages left: training of iteration 2 (12 s as the one before) and its evaluation (30 s); 5 s are
-    gone.
-    """
+    """Left are training (12 s as the one before), and 20, 8 and 2 s of policy 2; 5 s are gone."""
     (folder / ".lock").touch()
-    ended = state.datetime.strptime("2026-01-01T00:01:30+0000", "%Y-%m-%dT%H:%M:%S%z").timestamp()
+    last = read_state(folder).done[-1]["finished"]
+    ended = state.datetime.strptime(last, "%Y-%m-%dT%H:%M:%S%z").timestamp()
     with Held(folder):
         assert read_state(folder, now=ended + 5).seconds_left == pytest.approx(12 + 30 - 5)
         assert read_state(folder, now=ended + 500).seconds_left == pytest.approx(30)
 
 
-def test_a_view_of_a_large_file_reads_it_once(tmp_path):
-    path, lines = tmp_path / "x.partial", state.Lines()
-    path.write_bytes(b"x\n" * 1000)
-    assert lines(path) == 1000
-    read = lines._known[path]
-    with open(path, "ab") as file:
-        file.write(b"y\n")
-    assert lines(path) == 1001 and read == (2000, 1000)
-    path.write_bytes(b"z\n")
-    assert lines(path) == 1 and lines(tmp_path / "none") == 0
-
-
 def test_damaged_files_do_not_end_the_view(folder):
-    (folder / "stages.jsonl").write_text('{"half\n[]\n{"stage": 3, "seconds": "x"}\n')
+    (folder / "stages.jsonl").write_text('{"half\n[]\n{"policy": 3, "step": "train", "seconds": "x"}\n')
+    (folder / "iter2/logs/train.progress.json").write_text('{"what": "train", "done": "x"}')
     (folder / "iter1/metrics.json").write_text("{")
     (folder / "iter2/logs/train.log").write_bytes(b"\xff\xfe\x00" * 100)
     assert frame(folder)[0] == 0
@@ -244,12 +284,13 @@ def test_refusals(tmp_path):
     assert "is a file" in frame(tmp_path / "file")[2]
 
 
-def test_on_a_terminal_it_refreshes_until_ctrl_c(folder):
+def test_on_a_terminal_it_refreshes_until_ctrl_c(folder, monkeypatch):
     """A real terminal (pty): the second frame shows what was written after the first; Ctrl-C ends with status
     0.
     """
     log = folder / "iter2/logs/train.log"
-    log.write_text("$ x\ntrain: step 7/28, loss 0.6\n")
+    log.write_text("$ x\n")
+    tell(log, monkeypatch, 28, "train", "steps", 7)
     leader, follower = pty.openpty()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "120", "LINES": "40"}
     command = [sys.executable, SCRIPT, str(folder), "--every", "0.3"]
@@ -266,7 +307,7 @@ def test_on_a_terminal_it_refreshes_until_ctrl_c(folder):
                 except OSError:  # the other side is closed
                     break
             if b"7/28" in seen and not written:
-                log.write_text("$ x\ntrain: step 8/28, loss 0.6\n")
+                tell(log, monkeypatch, 28, "train", "steps", 8)
                 written = True
             if b"8/28" in seen and not ended:
                 process.send_signal(signal.SIGINT)
@@ -277,33 +318,11 @@ def test_on_a_terminal_it_refreshes_until_ctrl_c(folder):
     os.close(leader)
 
 
-def test_lines_of_progress_as_the_project_writes_them(capsys):
-    from common.progress import Progress
-
-    progress = Progress(60, "rewards", "records", every=0.0)
-    progress.update(6, "12 responses")
-    found = state.progress_line([line for line in capsys.readouterr().out.splitlines()])
-    assert (found["what"], found["done"], found["total"], found["unit"]) == ("rewards", 6, 60, "records")
-    assert found["rate"].endswith("records/s") and found["left"] and "12 responses" in found["note"]
-    Progress(60, "generate", "prompts", every=0.0).tick()
-    found = state.progress_line([line := capsys.readouterr().out.strip()])
-    assert line == "generate: 0/60 prompts, none finished in 0s" and (
-        found["done"],
-        found["rate"],
-        found["left"],
-    ) == (0, "", "")
-    Progress(60, "generate", "prompts").tick()  # not due yet
-    assert capsys.readouterr().out == ""
-    assert state.progress_line(["a model said: generate: 1/2", json.dumps({"x": 1})]) is None
-
-
 def test_the_drivers_own_report_says_finished(tmp_path, monkeypatch):
     whole = runs.make_run(tmp_path / "whole")
-    for i in (1, 2):
-        (whole / f"iter{i}/generated.jsonl").touch()
     with Held(whole):
         assert read_state(whole).word == "running"  # something is at work again
-        monkeypatch.setenv("RLHF_RUN", str(whole.resolve()))  # loop/stages.sh: what the driver starts
+        monkeypatch.setenv("RLHF_RUN", str(whole.resolve()))  # what the driver starts
         assert read_state(whole).word == "finished"
 
 

@@ -5,7 +5,8 @@ import re
 HIDDEN = "(hidden)"
 # Whole words of a key; `pad_token` and `max_new_tokens` are none.
 KEY = re.compile(
-    r"(?i)^token$|(?:^|[_.-])(?:password|passwd|secret|credentials?|api_?key|access_?key|(?:hf|hub|api|access|auth|bearer|github|wandb)_?token)$"
+    r"(?i)^token$|(?:^|[_.-])(?:password|passwd|secret|credentials?|api_?key|access_?key"
+    r"|(?:hf|hub|api|access|auth|bearer|github|wandb)_?token)$"
 )
 VALUE = re.compile(
     # of hubs and clouds, by how they begin
