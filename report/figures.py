@@ -70,6 +70,8 @@ def of_settings(run) -> dict:
         label: next((flat[key] for key in keys if flat.get(key) is not None), None)
         for label, keys in HEAD.items()
     }
+    for label, value in found.items():
+        found[label] = ", ".join(map(str, value)) if isinstance(value, list) else value
     trainings = [training for _, training in sorted(run.trainings.items())]
     counts = [training.manifest.get("counts", {}) for training in trainings]
     read = [len(training.answers.ids) if training.answers else 0 for training in trainings]

@@ -295,8 +295,6 @@ def head_of(runs: list) -> list[dict]:
     if len(runs) > 1:
         found = figures.differing([run.settings for run in runs])
         made.append(side_by_side("What differs between the runs", "setting", runs, found))
-        found = figures.differing([run.versions for run in runs])
-        made.append(side_by_side("Versions that differ", "package", runs, found))
     return [one for one in made if one]
 
 
@@ -309,6 +307,9 @@ def tables_of(tables: list) -> list[tuple]:
     runs = [run for run, *_ in tables]
     settings = together([figures.flatten(run.settings) for run in runs])
     versions = together([run.versions for run in runs])
+    if several:
+        other = figures.differing([run.versions for run in runs])
+        found.append(("settings", side_by_side("Versions that differ", "package", runs, other)))
     found.append(("settings", side_by_side("All settings", "setting", runs, settings)))
     found.append(("settings", side_by_side("Versions", "package", runs, versions)))
     return [(section, made) for section, made in found if made]

@@ -341,7 +341,7 @@ def silence(figures, where, bounds):
 class Check:
     """A bound on a share that `figures.of_answers` has of a rewarded file.
 
-    `figure` has places for the share, its bound and K. `needs`: another figure of the file and its least value.
+    `figure` has places for the share, its bound and K. `needs`: another figure and its least value.
     """
 
     key: str

@@ -1,5 +1,5 @@
-"""evaluation/evaluate_benchmarks.py against lm-evaluation-harness itself: its parser takes our commands, and it
-runs a small task of ours.
+"""evaluation/evaluate_benchmarks.py against lm-evaluation-harness itself: its parser takes our commands, and
+it runs a small task of ours.
 
 Needs environment lm_eval (bash -c "source envs.sh; make_envs lm_eval"); skipped where it is not made. The
 published benchmarks' data come from the hub, which the tests do not use.

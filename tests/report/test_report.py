@@ -432,7 +432,7 @@ def test_what_was_run_stands_at_the_top(tmp_path):
     assert found == {
         "setting": ["one", "two", "ppo"],
         "policy": ["tiny"] * 3,
-        "reward model": ['["judge"]'] * 3,
+        "reward model": ["judge"] * 3,
         "prompts": ["60 × 2", "60 × 2", "640"],
         "pairs": ["50 × 2", "50 × 2", "–"],
         "held-out prompts": ["60"] * 3,
@@ -442,7 +442,7 @@ def test_what_was_run_stands_at_the_top(tmp_path):
         "beta": ["0.1", "0.3", "–"],
         "KL coefficient": ["–", "–", "0.05"],
         "learning rate": ["0.0003", "0.0003", "1e-05"],
-        "loss": ['["sigmoid"]', '["sigmoid"]', "–"],
+        "loss": ["sigmoid", "sigmoid", "–"],
         "choice of pairs": ["max_min", "max_min", "–"],
         "epochs": ["2.0", "2.0", "1"],
         "seed": ["0"] * 3,

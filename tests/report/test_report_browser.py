@@ -6,6 +6,7 @@ Playwright's own browsers are not downloaded.
 """
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -295,12 +296,8 @@ def test_keyboard_and_names(seen):
 @pytest.mark.long
 def test_60000_prompts(browser, tmp_path):
     """Three iterations of 20,000 prompts with 8 answers of about 1,400 characters (0.9 GB): size, memory, and
-    time to open.
-
-    The time is that of the page's own thread, so that a busy machine does not decide.
+    time to open, of the page's own thread, so that a busy machine does not decide.
     """
-    import random
-
     rng, folder = random.Random(0), tmp_path / "big"
     pool = " ".join(rng.choice(runs.WORDS) + rng.choice(runs.WORDS) for _ in range(100000))
 
@@ -308,19 +305,21 @@ def test_60000_prompts(browser, tmp_path):
         start = rng.randrange(len(pool) - 3000)
         return pool[start : start + rng.randint(700, 2100)]
 
+    def record(key, K, shift):
+        texts = [text() for _ in range(K)]
+        return {
+            "id": key,
+            "prompt": [{"role": "user", "content": text()[:300]}],
+            "responses": texts,
+            "rewards": [rng.gauss(shift, 1) for _ in texts],
+            "num_tokens": [len(t) // 4 for t in texts],
+        }
+
     def fill(path, tag, prompts, K, shift):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w", encoding="utf-8") as file:
             for n in range(prompts):
-                texts = [text() for _ in range(K)]
-                record = {
-                    "id": f"{tag}{n}",
-                    "prompt": [{"role": "user", "content": text()[:300]}],
-                    "responses": texts,
-                    "rewards": [rng.gauss(shift, 1) for _ in texts],
-                    "num_tokens": [len(t) // 4 for t in texts],
-                }
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps(record(f"{tag}{n}", K, shift)) + "\n")
 
     for i in range(4):
         fill(folder / f"iter{i}" / "heldout_sampled.rewarded.jsonl", "h", 1000, 8, 0.3 * i)
@@ -329,10 +328,10 @@ def test_60000_prompts(browser, tmp_path):
             fill(folder / f"iter{i}" / "rewarded.jsonl", f"t{i}-", 20000, 8, 0.3 * i)
     (folder / "loop.yaml").write_text("iterations: 3\n")
     code = (
-        "import resource, runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__'); "
+        "import resource, runpy, sys; sys.argv = sys.argv[1:]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__'); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
-    code = "import sys; sys.argv = sys.argv[1:]\n" + code.replace("sys.argv[1]", "sys.argv[0]")
     made = subprocess.run(
         [sys.executable, "-c", code, str(ROOT / "report" / "make_report.py"), str(folder)],
         capture_output=True,

@@ -43,7 +43,7 @@ def frame(folder, *more):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A DPO run of two iterations in which policy 1 is measured and has responses; its training comes next."""
+    """A DPO run of two iterations: policy 1 is measured and has responses; training policy 2 is next."""
     made = runs.make_run(tmp_path / "run", iterations=2, upto=1)
     for name in ("generated", "rewarded"):
         runs.write(made / f"iter2/{name}.jsonl", [{"id": n} for n in range(60)])
