@@ -1,7 +1,7 @@
 """Progress with rate and time left: a bar on a terminal, plain lines in a log, and a small file for programs.
 
-The file is the one that the environment variable RLHF_PROGRESS names, and the first rank writes it at most
-once a second: {"what", "unit", "done", "total", "rate" (a second), "seconds_left", "note"}; null is not known.
+The environment variable RLHF_PROGRESS names that file. The first rank writes it, at most once a second:
+{"what", "unit", "done", "total", "rate", "seconds_left", "note"}. The rate is a second's; null is not known.
 """
 
 import contextlib

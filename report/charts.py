@@ -48,31 +48,41 @@ def number(value):
     )
 
 
-def line(x, y, name, color, band=None, dash=None, mode="lines+markers", **more):
-    """One line; `band` is a list of (low, high) or None for error bars."""
+def line(points, name, color, dash=None, mode="lines+markers", **more):
+    """One line; None without a point.
+
+    Args:
+        points: tuples of x, y and maybe what is shown beside the pointer. y is a number, a (value, low, high)
+            with an error bar where low is not None, or None, which is left out.
+    """
+    points = [
+        (x, y if isinstance(y, tuple) else (y, None, None), *said) for x, y, *said in points if y is not None
+    ]
+    if not points:
+        return None
+    if len(points[0]) > 2:
+        more["text"] = [said for *_, said in points]
+    values = [y for _, y, *_ in points]
     trace = go.Scatter(
-        x=list(x), y=[number(v) for v in y], name=html.escape(name), mode=mode, meta=color, **more
+        x=[point[0] for point in points],
+        y=[number(value) for value, *_ in values],
+        name=html.escape(name),
+        mode=mode,
+        meta=color,
+        **more,
     )
     if dash:
         trace.update(line={"dash": dash})
-    if band and any(b is not None for b in band):
-        sides = [(0, 0) if b is None else (b[1] - v, v - b[0]) for v, b in zip(y, band)]
-        trace.update(
-            error_y={
-                "type": "data",
-                "symmetric": False,
-                "array": [number(up) for up, _ in sides],
-                "arrayminus": [number(down) for _, down in sides],
-                "thickness": 1.3,
-                "width": 4,
-            }
-        )
+    if any(low is not None for _, low, _ in values):
+        sides = [(0, 0) if low is None else (high - v, v - low) for v, low, high in values]
+        bars = {"array": [number(up) for up, _ in sides], "arrayminus": [number(down) for _, down in sides]}
+        trace.update(error_y={"type": "data", "symmetric": False, "thickness": 1.3, "width": 4} | bars)
     return trace
 
 
 def chart(key, title, y, x, traces, definition, whole_x=False, wide=False, **layout):
     """What the page needs of one chart; None without traces."""
-    traces = [trace for trace in traces if trace is not None and len(trace.y if trace.y is not None else ())]
+    traces = [trace for trace in traces if trace is not None]
     if not traces:
         return None
     figure = go.Figure(traces)
@@ -102,23 +112,13 @@ def over_iterates(tables, key, title, y, get=None, definition=None, kinds=KINDS,
     """
     get, traces = get or (lambda row, kind: row[kind].get(key)), []
     for n, (run, iterates, *_) in enumerate(tables):
-        for kind in kinds:
+        for k, kind in enumerate(kinds):
             points = [(row["iterate"], get(row, kind)) for row in iterates]
-            points = [(i, v if isinstance(v, tuple) else (v, None, None)) for i, v in points if v is not None]
-            if points:
-                band = [None if v[1] is None else v[1:] for _, v in points]
+            if len(tables) == 1:
+                traces.append(line(points, kind, {"color": k}))
+            else:
                 name = label(run, kind, True) if len(kinds) > 1 else run.name
-                name = name if len(tables) > 1 else kind
-                traces.append(
-                    line(
-                        [i for i, _ in points],
-                        [v[0] for _, v in points],
-                        name,
-                        {"color": n if len(tables) > 1 else kinds.index(kind)},
-                        band,
-                        "dot" if kind == "greedy" and len(tables) > 1 else None,
-                    )
-                )
+                traces.append(line(points, name, {"color": n}, "dot" if kind == "greedy" else None))
     return chart(key, title, y, "iterate", traces, definition or key, whole_x=True, **layout)
 
 
@@ -135,57 +135,37 @@ def by_iterate(tables):
                 yield n, run, row, {"color": n}, "dot" if k == 0 and len(iterates) > 1 else None
 
 
+WINS = (  # figure, name, dash; of several runs the first two are drawn, the table has the rest
+    ("reward_win", "by reward", None),
+    ("lc_win", "at equal length", "dash"),
+    ("gold_win", "by gold", "dot"),
+    ("judge_win", "by the judge", "dashdot"),
+)
+EVEN = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": 0.5, "y1": 0.5}
+EVEN |= {"line": {"dash": "dot", "width": 1, "color": "#888"}}
+
+
 def wins(tables, against):
     """Win rate by reward, plain and at equal length, of the sampled answers; by gold and by the judge where
     there are.
     """
-    traces = []
-    names = (
-        ("reward_win", "by reward", None),
-        ("lc_win", "at equal length", "dash"),
-        ("gold_win", "by gold", "dot"),
-        ("judge_win", "by the judge", "dashdot"),
-    )
+    traces, several = [], len(tables) > 1
     for n, (run, iterates, *_) in enumerate(tables):
-        for k, (key, name, dash) in enumerate(
-            names if len(tables) == 1 else names[:2]
-        ):  # of several runs the table has the rest
-            points = [
-                (row["iterate"], (row["versus"].get(against) or {}).get("sampled", {}).get(key))
-                for row in iterates
-            ]
-            points = [(i, v) for i, v in points if v]
-            if points:
-                several = len(tables) > 1
-                traces.append(
-                    line(
-                        [i for i, _ in points],
-                        [v[0] for _, v in points],
-                        label(run, name, several),
-                        {"color": n if several else k},
-                        [None if v[1] is None else v[1:] for _, v in points],
-                        dash if several else None,
-                    )
-                )
-    title = "Win rate over the start" if against == "start" else "Win rate over the previous iterate"
-    even = {
-        "type": "line",
-        "xref": "paper",
-        "x0": 0,
-        "x1": 1,
-        "y0": 0.5,
-        "y1": 0.5,
-        "line": {"dash": "dot", "width": 1, "color": "#888"},
-    }
+        versus = [(row["iterate"], (row["versus"].get(against) or {}).get("sampled", {})) for row in iterates]
+        for k, (key, name, dash) in enumerate(WINS[:2] if several else WINS):
+            color = {"color": n if several else k}
+            points = [(i, own.get(key)) for i, own in versus]
+            traces.append(line(points, label(run, name, several), color, dash if several else None))
+    over = {"start": "the start", "previous": "the previous iterate"}[against]
     return chart(
         f"wins_{against}",
-        title,
+        f"Win rate over {over}",
         "share of comparisons",
         "iterate",
         traces,
         "reward_win",
         whole_x=True,
-        shapes=[even],
+        shapes=[EVEN],
         yaxis={"tickformat": ".0%"},
     )
 
@@ -197,76 +177,41 @@ def reward_by_length(tables):
         lengths = [it.answers["sampled"].lengths for it in run.iterates.values() if "sampled" in it.answers]
         answers = run.iterates[row["iterate"]].answers.get("sampled")
         edges = measures.length_edges(np.concatenate(lengths)) if lengths else []
-        if answers is None or len(edges) < 3:
-            continue
-        points = [p for p in measures.by_length(answers.rewards, answers.lengths, edges) if p]
-        name = label(run, f"iterate {row['iterate']}", len(tables) > 1)
-        traces.append(
-            line(
-                [number(p[0]) for p in points],
-                [p[1] for p in points],
-                name,
-                color,
-                dash=dash,
-                text=[f"{p[2]} answers" for p in points],
-            )
-        )
-    return chart(
-        "by_length",
-        "Reward of answers of the same length",
-        "mean reward",
-        "tokens of the answer",
-        traces,
-        "by_length",
-    )
+        if answers is not None and len(edges) > 2:
+            bins = filter(None, measures.by_length(answers.rewards, answers.lengths, edges))
+            points = [(number(length), reward, f"{count} answers") for length, reward, count in bins]
+            name = label(run, f"iterate {row['iterate']}", len(tables) > 1)
+            traces.append(line(points, name, color, dash))
+    title, x = "Reward of answers of the same length", "tokens of the answer"
+    return chart("by_length", title, "mean reward", x, traces, "by_length")
 
 
 def against_kl(tables):
     """Reward over KL: what each nat bought."""
-    traces = []
+    traces, several = [], len(tables) > 1
     for n, (run, iterates, *_) in enumerate(tables):
-        for k, quantity in enumerate(("reward", "gold", "judge")):
-            points = [(row["kl"], row["sampled"].get(quantity), row["iterate"]) for row in iterates]
-            points = [(kl, v[0], i) for kl, v, i in points if kl is not None and v]
-            if len(points) > 1 and (quantity == "reward" or len(tables) == 1):
-                traces.append(
-                    line(
-                        [number(p[0]) for p in points],
-                        [p[1] for p in points],
-                        label(run, quantity, len(tables) > 1),
-                        {"color": n if len(tables) > 1 else k},
-                        text=[f"iterate {p[2]}" for p in points],
-                    )
-                )
-                if quantity != "reward":
-                    traces[-1].update(yaxis="y2")
+        known = [row for row in iterates if row["kl"] is not None]
+        for k, quantity in enumerate(("reward",) if several else ("reward", "gold", "judge")):
+            points = [
+                (number(row["kl"]), value[0], f"iterate {row['iterate']}")
+                for row in known
+                if (value := row["sampled"].get(quantity))
+            ]
+            if len(points) > 1:
+                name, color = label(run, quantity, several), {"color": n if several else k}
+                traces.append(line(points, name, color, **({"yaxis": "y2"} if k else {})))
     axis = {"overlaying": "y", "side": "right", "title": {"text": "gold, judge"}, "showgrid": False}
     second = {"yaxis2": axis} if any(t.yaxis == "y2" for t in traces) else {}
-    return chart(
-        "against_kl",
-        "Reward for each nat of KL",
-        "reward",
-        "KL to the reference, nats per response",
-        traces,
-        "kl",
-        **second,
-    )
+    x = "KL to the reference, nats per response"
+    return chart("against_kl", "Reward for each nat of KL", "reward", x, traces, "kl", **second)
 
 
 def best_of(tables, key, title, y):
+    """A figure of the best of k answers, over k."""
     traces = []
     for _, run, row, color, dash in by_iterate(tables):
-        curve = row["sampled"].get(key)
-        if curve:
-            traces.append(
-                line(
-                    range(1, len(curve) + 1),
-                    curve,
-                    label(run, f"iterate {row['iterate']}", len(tables) > 1),
-                    color,
-                    dash=dash,
-                )
-            )
+        name = label(run, f"iterate {row['iterate']}", len(tables) > 1)
+        traces.append(line(enumerate(row["sampled"].get(key) or (), 1), name, color, dash))
     return chart(key, title, y, "k", traces, "best_of", whole_x=True)
 
 
@@ -284,31 +229,15 @@ def histograms(tables):
         return None
     low, high = min(float(v.min()) for v in values), max(float(v.max()) for v in values)
     traces = []
+    shape = {"mode": "lines", "line": {"shape": "hvh", "width": 1.5}, "fill": "tozeroy"}
     for k, (n, run, i, t) in enumerate(known):
         edges, shares = measures.histogram(t.answers.rewards, 40, low, high)
-        if edges:
-            middles = [(a + b) / 2 for a, b in zip(edges, edges[1:])]
-            color = {"color": n} if len(tables) > 1 else {"step": k / max(len(known) - 1, 1)}
-            traces.append(
-                line(
-                    [number(m) for m in middles],
-                    shares,
-                    label(run, f"iteration {i}", len(tables) > 1),
-                    color | {"fill": True},
-                    mode="lines",
-                    line={"shape": "hvh", "width": 1.5},
-                    fill="tozeroy",
-                )
-            )
-    return chart(
-        "histogram",
-        "Rewards of the training responses",
-        "share of responses",
-        "reward",
-        traces,
-        "histogram",
-        wide=True,
-    )
+        middles = [number((a + b) / 2) for a, b in zip(edges, edges[1:])]
+        color = {"color": n} if len(tables) > 1 else {"step": k / max(len(known) - 1, 1)}
+        name = label(run, f"iteration {i}", len(tables) > 1)
+        traces.append(line(zip(middles, shares, strict=True), name, color | {"fill": True}, **shape))
+    title, y = "Rewards of the training responses", "share of responses"
+    return chart("histogram", title, y, "reward", traces, "histogram", wide=True)
 
 
 def thin(points):
@@ -325,19 +254,10 @@ def dpo_curve(tables: list, key: str, title: str, own: str, held: str | None) ->
     for n, (run, *_) in enumerate(tables):
         for name, field in (("training", own), ("held-out pairs", held)):
             points = thin(list(logged(run, field))) if field else []
-            if not points:
-                continue
+            color = {"color": n if several else 0 if name == "training" else 1}
             few = "lines+markers" if len(points) < 60 else "lines"
-            traces.append(
-                line(
-                    [x for x, _, _ in points],
-                    [y for _, y, _ in points],
-                    label(run, name, several),
-                    {"color": n if several else 0 if name == "training" else 1},
-                    mode=few if name == "training" else "markers",
-                    text=[f"iteration {i}" for *_, i in points],
-                )
-            )
+            mode = few if name == "training" else "markers"
+            traces.append(line(points, label(run, name, several), color, mode=mode))
     return chart(f"dpo_{key}", title.capitalize(), title, "optimizer step", traces, key)
 
 
@@ -353,16 +273,13 @@ def ppo_curve(tables: list, key: str, title: str) -> dict | None:
                 if number(entry.get(key)) is not None
             ]
         )
-        if points:
-            traces.append(
-                line([x for x, _ in points], [y for _, y in points], run.name, {"color": n}, mode="lines")
-            )
+        traces.append(line(points, run.name, {"color": n}, mode="lines"))
     zero = {"yaxis": {"rangemode": "tozero"}} if key.endswith("_fraction") else {}
     return chart(f"ppo_{key}", f"PPO: {title}", title, "rollout", traces, "ppo_log", **zero)
 
 
 def logged(run, field):
-    """Yield (step, value, iteration) of a field of the trainer's log, steps counted on over the
+    """Yield (step, value, its iteration in words) of a field of the trainer's log, steps counted on over the
     iterations.
     """
     before = 0
@@ -372,7 +289,7 @@ def logged(run, field):
             step = entry["step"] if finite(entry.get("step")) else 0
             last = max(last, step)
             if number(entry.get(field)) is not None:
-                yield before + step, entry[field], i
+                yield before + step, entry[field], f"iteration {i}"
         before += last
 
 
