@@ -45,11 +45,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from annotate_data.backbone import Backbone
-from annotate_data.generated import read_generated, survey
+from annotate_data.generated import survey
 from annotate_data.ranks import World, leave, share
 from common import chat, cli, devices, manifest, models, progress
 from common.cli import UserError, arg
-from common.records import dumps
+from common.records import dumps, read_generated
 from common.tokens import Encoder, answers_of
 from evaluation.metrics import mean_and_error
 from generation import get_hf2
@@ -115,9 +115,8 @@ def sampling(args: Arguments) -> dict:
 def shaping(args: Arguments) -> tuple[dict, dict]:
     """(settings, inputs) that shape the estimates; what the output's manifest holds."""
     names = ("dataset_name_or_path", "model_name_or_path", "ref_model_name_or_path", "chat_template")
-    inputs, found = {name: getattr(args, name) for name in names}, sampling(args)
-    settings = {key: found.get(key, value) for key, value in cli.shaping_values(args).items()}
-    return {key: value for key, value in settings.items() if key not in inputs}, inputs
+    how = {key: sampling(args)[key] for key in ("temperature", "top_p")}
+    return cli.shaping_values(args, names) | how, {name: getattr(args, name) for name in names}
 
 
 def is_same(one: str, other: str) -> bool:

@@ -31,7 +31,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from annotate_data.generated import read_generated
 from common import cli, manifest, records
 from common.cli import UserError, arg
 
@@ -77,7 +76,8 @@ def chosen(record, how, where):
     if how == "first":
         return 0
     rewards = record.get("rewards")
-    known = [i for i, reward in enumerate(rewards or []) if records.finite(reward)]
+    rewards = rewards[: len(record["responses"])] if isinstance(rewards, list) else []
+    known = [i for i, reward in enumerate(rewards) if records.finite(reward)]
     if not known:
         raise UserError(
             f"{where} has no rewards to choose by: score it with annotate_data/get_rewards.py, or give "
@@ -173,7 +173,7 @@ def make_entries(args):
     """(the entries, Counter of notes)."""
     entries, notes, arena = [], Counter(), args.format != "alpaca_eval"
     count = token_counter(args.format == "arena_hard_fastchat") if arena else None
-    for number, record in enumerate(read_generated_with_rewards(args.dataset_name_or_path), 1):
+    for number, record in enumerate(records.read_generated(args.dataset_name_or_path), 1):
         where = f"{args.dataset_name_or_path} record {number}"
         try:
             instruction = instruction_of(record, where)
@@ -210,12 +210,6 @@ def make_entries(args):
             "judge takes one answer each"
         )
     return (sorted(entries, key=lambda entry: str(entry[key])) if arena else entries), notes
-
-
-def read_generated_with_rewards(path):
-    """`read_generated` with the rewards of the file's records."""
-    for record, whole in zip(read_generated(path), records.read_jsonl(path, "generated file"), strict=True):
-        yield record | ({"rewards": whole["rewards"]} if isinstance(whole.get("rewards"), list) else {})
 
 
 def commands(args):

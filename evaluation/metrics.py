@@ -33,12 +33,6 @@ from common.functions import as_number, load_function
 from common.run_folder import KINDS, RunFolder, is_evaluated, read_object
 
 JUDGED = {f"judge_{kind}": kind for kind in KINDS}
-LISTS = {  # of a rewarded record, an entry for each response → what the entries are
-    "responses": str,
-    "rewards": (int, float, type(None)),
-    "num_tokens": (int, type(None)),
-    "finish_reasons": (str, type(None)),
-}
 SAME_ANSWERS = 0.95  # share of an iterate's answers that are the previous one's: from here on, a warning
 NOTHING_LEARNED = "training changes too little (its log says how many steps there were)"
 NOT_EVALUATED = "not evaluated: heldout_prompts is null, so no held-out answers were sampled"
@@ -84,36 +78,17 @@ def gold_scores(record: dict, gold) -> list[float]:
 
 
 def read_rewarded(path: str | Path) -> dict:
-    """Records of a rewarded file by id, in file order."""
-    found, identify = {}, records.Identifier()
-    for number, record in enumerate(records.read_jsonl(path, "rewarded file"), 1):
-        for field in ("prompt", "responses", "rewards"):
-            if field not in record:
-                todo = "; score it with annotate_data/get_rewards.py first" if field == "rewards" else ""
-                raise UserError(f"{path} record {number} has no `{field}`{todo}")
-        where = f"{path} record {number}"
-        for field, kind in LISTS.items():
-            value = record.get(field, [])
-            if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
-                raise UserError(
-                    f"{where}: `{field}` is {str(value)[:40]!r}, a list with one entry a response was "
-                    "expected"
-                )
-        if not record["responses"]:
-            raise UserError(f"{where} has no responses")
-        record["prompt"] = records.to_messages(record["prompt"], where)
-        sizes = len(record["responses"]), len(record["rewards"])
-        if sizes[0] != sizes[1]:
-            raise UserError(f"{path} record {number} has {sizes[0]} responses and {sizes[1]} rewards")
-        made = identify(record["prompt"], records.to_tools(record.get("tools"), where))
-        record = {"id": made} | record
-        if not isinstance(record["id"], (str, int)):
-            raise UserError(f"{where}: `id` is {str(record['id'])[:40]!r}, a text was expected")
-        if record["id"] in found:
+    """Records of a rewarded file by id, in file order.
+
+    Raises:
+        UserError: as `records.read_rewarded`, and where an id stands twice.
+    """
+    found = {}
+    for number, record in enumerate(records.read_rewarded(path), 1):
+        if found.setdefault(record["id"], record) is not record:
             raise UserError(
                 f"{path} record {number} has the id {record['id']!r} of an earlier one; ids must be unique"
             )
-        found[record["id"]] = record
     return found
 
 
