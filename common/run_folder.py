@@ -24,9 +24,9 @@ from pathlib import Path
 STEPS = ("sample", "annotate", "measure", "train")  # of policy I; the last one makes policy I+1
 KINDS = ("sampled", "greedy")  # of held-out answers
 LOGS = {  # step → first words of its logs' names
-    "sample": ("sample", "merge", "servers", "client"),
-    "annotate": ("annotate", "annotation"),
-    "measure": ("judge", "eval_annotation", "divergence", "metrics"),
+    "sample": ("sample", "servers", "client"),
+    "annotate": ("annotate",),
+    "measure": ("judge", "divergence", "metrics"),
     "train": ("train",),
 }
 

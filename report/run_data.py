@@ -340,6 +340,11 @@ def _told(run, path):
     return os.path.relpath(path, run.folder)
 
 
+def _object(run, path):
+    """`read_object` of a file of the run; a damaged one is named."""
+    return read_object(path, run.missing, _told(run, path))
+
+
 def _read_named(run, path, gold, seed, keep):
     """`read_answers` of a file, or None where it is not there or holds none; what is wrong is named."""
     if not path.is_file():
@@ -353,11 +358,8 @@ def _read_named(run, path, gold, seed, keep):
 
 
 def _read_iterate(run, files, i, gold_function, seed, keep, gold):
-    def held(path):
-        return read_object(path, run.missing, _told(run, path))
-
-    iterate = Iterate(i, metrics=clean.as_metrics(held(files.metrics(i))))
-    iterate.divergence = clean.as_divergence(held(files.divergence_summary(i)))
+    iterate = Iterate(i, metrics=clean.as_metrics(_object(run, files.metrics(i))))
+    iterate.divergence = clean.as_divergence(_object(run, files.divergence_summary(i)))
     spec = gold_function or iterate.metrics.get("gold_function") or run.settings.get("gold_function")
     function = _load_gold(spec, run.missing) if gold and spec and isinstance(spec, str) else None
     for kind in KINDS:
@@ -374,15 +376,12 @@ def _read_iterate(run, files, i, gold_function, seed, keep, gold):
 
 
 def _read_training(run, files, i, seed, keep):
-    def held(path):
-        return read_object(path, run.missing, _told(run, path))
-
-    training = Training(i, manifest=clean.as_manifest(held(files.model_manifest(i))))
+    training = Training(i, manifest=clean.as_manifest(_object(run, files.model_manifest(i))))
     training.answers = _read_named(run, files.rewarded(i), None, seed, keep)
     if files.pairs(i).is_file():
         ids = {record["id"] for record in training.answers.kept} if training.answers else set()
         training.pairs, training.margins, training.longer = read_pairs(files.pairs(i), i, ids)
-    training.history = clean.as_log(held(files.trainer_state(i)).get("log_history"))
+    training.history = clean.as_log(_object(run, files.trainer_state(i)).get("log_history"))
     if files.ppo_log(i).is_file():
         training.ppo = clean.as_log(list(lines_of(files.ppo_log(i))))
     if training.answers or training.manifest or training.history or training.ppo:

@@ -72,7 +72,7 @@ def find(run, iterates, trainings, bounds=None):
     ]
     for row in iterates:
         found += answers(row["sampled"], f"iterate {row['iterate']}, held-out answers", bounds)
-        found += silence(row["greedy"], f"iterate {row['iterate']}, greedy answers", bounds)
+        found += EMPTY.find(row["greedy"], f"iterate {row['iterate']}, greedy answers", bounds)
         found += guessed(row, f"iterate {row['iterate']}")
         found += drift(row.get("kl"), row.get("kl_per_token"), f"iterate {row['iterate']}", bounds)
     found += variety(iterates, bounds)
@@ -318,25 +318,6 @@ def length(iterates, bounds):
     return found
 
 
-def silence(figures, where, bounds):
-    """Answers without text."""
-    if figures.get("empty") is None or figures["empty"] <= bounds.empty:
-        return []
-    return [
-        Trouble(
-            "empty",
-            "Answers are empty",
-            where,
-            f"{percent(figures['empty'])} have no text (bound {percent(bounds.empty)})",
-            [
-                "see what an empty answer is rewarded with",
-                ("dpo", "let it be rejected (drop_empty false)"),
-                "lower the learning rate",
-            ],
-        )
-    ]
-
-
 @dataclass(frozen=True)
 class Check:
     """A bound on a share that `figures.of_answers` has of a rewarded file.
@@ -363,7 +344,20 @@ class Check:
         return [Trouble(self.name, self.title, where, figure, self.todo)]
 
 
+EMPTY = Check(
+    "empty",
+    "empty",
+    "empty",
+    "Answers are empty",
+    "{share} have no text (bound {bound})",
+    [
+        "see what an empty answer is rewarded with",
+        ("dpo", "let it be rejected (drop_empty false)"),
+        "lower the learning rate",
+    ],
+)
 CHECKS = (
+    EMPTY,
     Check(
         "truncated",
         "truncated",
@@ -462,9 +456,7 @@ CHECKS = (
 
 def answers(figures, where, bounds):
     """Troubles of one rewarded file."""
-    return silence(figures, where, bounds) + [
-        trouble for check in CHECKS for trouble in check.find(figures, where, bounds)
-    ]
+    return [trouble for check in CHECKS for trouble in check.find(figures, where, bounds)]
 
 
 def variety(iterates, bounds):
