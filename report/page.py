@@ -16,12 +16,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.run_folder import KINDS
 from evaluation.metrics import NOT_EVALUATED
-from report import charts, figures
+from report import charts, figures, run_data
 from report.definitions import DEFINITIONS
 
 HERE = Path(__file__).resolve().parent
@@ -226,33 +227,42 @@ def with_sum(steps: list[dict]):
     return [*steps, whole | {"gpu_hours": None if None in gpu else sum(gpu)}]
 
 
-TABLES = (  # section, caption, columns, rows of (run, iterates, trainings, steps)
+class Found(NamedTuple):
+    """A run and its figures, see report/figures.py."""
+
+    run: run_data.Run
+    iterates: list[dict]
+    trainings: list[dict]
+    steps: list[dict]
+
+
+TABLES = (  # section, caption, columns, rows of what was Found
     (
         "reward",
         "Each iterate, with 95% intervals (KL ± its standard error)",
         ITERATES,
-        lambda run, iterates, trainings, steps: iterates,
+        lambda of: of.iterates,
     ),
     (
         "wins",
         "Iterates against each other, same prompts, with 95% intervals",
         COMPARISONS,
-        lambda run, iterates, trainings, steps: comparisons(iterates),
+        lambda of: comparisons(of.iterates),
     ),
-    ("text", "Held-out answers", HELDOUT, lambda run, iterates, trainings, steps: heldout(iterates)),
+    ("text", "Held-out answers", HELDOUT, lambda of: heldout(of.iterates)),
     (
         "pairs",
         "Responses and pairs of each iteration",
         RESPONSES,
-        lambda run, iterates, trainings, steps: [row for row in trainings if row["rewards"]],
+        lambda of: [row for row in of.trainings if row["rewards"]],
     ),
     (
         "training",
         "The end of each training",
         TRAININGS,
-        lambda run, iterates, trainings, steps: trainings if run.kind == "dpo" else [],
+        lambda of: of.trainings if of.run.kind == "dpo" else [],
     ),
-    ("time", "Steps", STEPS, lambda run, iterates, trainings, steps: with_sum(steps)),
+    ("time", "Steps", STEPS, lambda of: with_sum(of.steps)),
 )
 
 
@@ -302,7 +312,7 @@ def tables_of(tables: list) -> list[tuple]:
     """The tables of all runs: a list of (section, table)."""
     several, found = len(tables) > 1, []
     for section, caption, columns, rows_of in TABLES:
-        rows = [row | {"run": run.name} for run, *of_run in tables for row in rows_of(run, *of_run)]
+        rows = [row | {"run": one[0].name} for one in tables for row in rows_of(Found(*one))]
         found.append((section, table(caption, (RUN, *columns) if several else columns, rows)))
     runs = [run for run, *_ in tables]
     settings = together([figures.flatten(run.settings) for run in runs])
