@@ -275,13 +275,11 @@ class Source:
                 model.to(torch.bfloat16)
             for key in (*TOKENS, "use_cache"):
                 setattr(model.config, key, getattr(self.config, key, None))
-            trainer.save_model(
-                str(folder), _internal_call=True
-            )  # else it pushes to the hub what is not whole yet
+            # Else it pushes to the hub what is not whole yet.
+            trainer.save_model(str(folder), _internal_call=True)
         if trainer.args.should_save:
-            trainer.state.save_to_json(
-                str(beside(folder, ".trainer_state.json"))
-            )  # what was logged is no part of the model
+            # What was logged is no part of the model.
+            trainer.state.save_to_json(str(beside(folder, ".trainer_state.json")))
             self.tokenizer.save_pretrained(folder)  # the trainer's own may have been given a pad token
             write_json(folder / "generation_config.json", self.generation_config)
             saved.copy_companions(args.model_name_or_path, folder, args.revision)

@@ -25,14 +25,8 @@ CHOOSE_TYPES = {  # see `choose`
 }
 PENALISED = {"max_min_p"}  # those that choose by reward - length_penalty × tokens
 PER_RESPONSE = ("responses", "rewards", "finish_reasons", "num_tokens", tokens.RESPONSES)  # K entries each
-SIDE_FIELDS = (
-    "",
-    "_index",
-    "_reward",
-    "_finish_reason",
-    "_num_tokens",
-    "_token_ids",
-)  # of a pair, for each of its sides
+# Of a pair, for each of its sides.
+SIDE_FIELDS = ("", "_index", "_reward", "_finish_reason", "_num_tokens", "_token_ids")
 OF_ALL = ("reward_parts", "pair_probabilities")  # speak of all K responses, so they stay behind
 
 
@@ -99,10 +93,8 @@ def usable_responses(
     for i, (text, reward, finish, sampled) in enumerate(
         zip(record["responses"], record["rewards"], reasons, ids)
     ):
-        what = (
-            text,
-            tuple(sampled) if tokens.are_ids(sampled) else None,
-        )  # texts may be equal where control tokens differ
+        # Texts may be equal where control tokens differ.
+        what = (text, tuple(sampled) if tokens.are_ids(sampled) else None)
         if not isinstance(text, str) or (drop_empty and is_empty(text)):
             left_out["empty response"] += 1
         elif not finite(reward):

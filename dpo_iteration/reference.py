@@ -356,6 +356,5 @@ def ready(model: torch.nn.Module, config, sharing: bool) -> torch.nn.Module:
         for module in [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]:
             fully_shard(module, mp_policy=dtypes)
         return fully_shard(model, mp_policy=dtypes)
-    return (
-        model if getattr(model, "hf_quantizer", None) else model.to(PartialState().device)
-    )  # 4 bits are loaded where they stay
+    # 4 bits are loaded where they stay.
+    return model if getattr(model, "hf_quantizer", None) else model.to(PartialState().device)

@@ -44,9 +44,8 @@ def copy_companions(source: str | Path, folder: str | Path, revision: str | None
         source: folder or hub name of the policy.
     """
     local = Path(source)
-    code = (
-        sorted(local.glob("*.py")) if local.is_dir() else []
-    )  # a hub model's config names the hub as its code's place
+    # A hub model's config names the hub as its code's place.
+    code = sorted(local.glob("*.py")) if local.is_dir() else []
     for path in [*(companion(source, name, revision) for name in COMPANIONS), *code]:
         if path is not None and not (Path(folder) / path.name).exists():
             shutil.copyfile(path, Path(folder) / path.name)
