@@ -22,7 +22,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
 
 from common import trackers
-from common.cli import UserError
+from common.cli import UserError, one_line
 from common.progress import Progress, duration
 from common.shared_prompts import only_wanted, prepare
 from common.training import say, step_of
@@ -78,7 +78,7 @@ def trl_refuses(*kinds):
     try:
         yield
     except (ValueError, ImportError, *kinds) as error:
-        raise UserError(f"TRL refuses the settings: {' '.join(str(error).split())[:400]}") from None
+        raise UserError(f"TRL refuses the settings: {one_line(error, 400)}") from None
 
 
 def build_trainer(args: Arguments, policy: torch.nn.Module, data) -> "IterativeDPOTrainer":

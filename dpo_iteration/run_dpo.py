@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
-from common.cli import UserError, count, parse, run
+from common.cli import UserError, count, one_line, parse, run
 from common.devices import check_processes, check_torch, gpu_memory, prepare_threads, visible_gpus
 from common.training import Training, is_main, quiet_libraries, say, step_of, world_size
 from dpo_iteration import hub, memory, output
@@ -223,9 +223,9 @@ def train(trainer, training: Training, data: Data) -> dict:
     except Exception as error:
         if isinstance(error, UserError) or not saved or trainer.plain_log.stepped:
             raise
-        what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise UserError(
-            f"cannot continue from {saved[-1]}: {what}; delete that folder to continue from the one before it"
+            f"cannot continue from {saved[-1]}: {one_line(error)}; delete that folder to continue from the one "
+            "before it"
         ) from error
     # The Trainer counts passes as if each had per_device_train_batch_size pairs.
     pairs = len(data.rows["train"])
