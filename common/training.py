@@ -23,6 +23,13 @@ from common import locks
 from common.cli import UserError
 from common.manifest import beside, difference, fingerprint, read_manifest, versions, write_json
 
+NOISE = {  # logger → how what it says begins
+    # Of a kernel for CPUs that is looked for wherever bitsandbytes is installed.
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    # Checkpoints are then ordered by their steps, as they should be.
+    "transformers.trainer_utils": "mtime may not be reliable",
+}
+
 
 def world_size() -> int:
     """Number of processes that the launcher started."""
@@ -45,8 +52,10 @@ def quiet_libraries():
 
     Called before anything heavy is imported.
     """
-    # Of a kernel for CPUs that bitsandbytes looks for wherever it is installed.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    for logger, beginning in NOISE.items():
+        logging.getLogger(logger).addFilter(
+            lambda record, beginning=beginning: not record.getMessage().startswith(beginning)
+        )
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging as transformers_logging
 

@@ -132,9 +132,8 @@ def launcher(argv: list[str], pid: int | None = None) -> list[str]:
     if not found:
         return []
     name, *more = [re.sub(r"^python[\d.]*$", "python", Path(found[0]).name), *found[1:]]
-    installed = (
-        name == "python" and more and Path(more[0]).parent.name == "bin"
-    )  # accelerate itself is a script that python runs
+    # Accelerate itself is a script that python runs.
+    installed = name == "python" and more and Path(more[0]).parent.name == "bin"
     return [Path(more[0]).name, *more[1:]] if installed else [name, *more]
 
 

@@ -22,7 +22,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
 
 from common import trackers
-from common.cli import UserError
+from common.cli import UserError, one_line
 from common.progress import Progress, duration
 from common.shared_prompts import only_wanted, prepare
 from common.training import say, step_of
@@ -68,23 +68,23 @@ def make_config(args: Arguments, accumulation: int, has_eval: bool) -> DPOConfig
         "report_to": trackers.chosen(args.report_to) or "none",
         "project": trackers.name_project(args.report_to, args.project),
     }
-    with trl_refuses():
+    with trl_refuses(TypeError, RuntimeError):
         return DPOConfig(**values | trl_arguments.given(args))
 
 
 @contextmanager
-def trl_refuses():
-    """What TRL says of settings that it does not take, in one line."""
+def trl_refuses(*kinds):
+    """What TRL says of settings that it refuses, in one line; `kinds`: further classes of such errors."""
     try:
         yield
-    except (ValueError, TypeError, RuntimeError, NotImplementedError, ImportError) as error:
-        raise UserError(f"TRL refuses the settings: {' '.join(str(error).split())[:400]}") from None
+    except (ValueError, ImportError, *kinds) as error:
+        raise UserError(f"TRL refuses the settings: {one_line(error, 400)}") from None
 
 
 def build_trainer(args: Arguments, policy: torch.nn.Module, data) -> "IterativeDPOTrainer":
     """The trainer of a loaded policy. `data`: run_dpo.Data, whose rows have the reference's values."""
     datasets = {split: Dataset.from_list(ids) if ids else None for split, ids in data.rows.items()}
-    with trl_refuses():
+    with trl_refuses(NotImplementedError):
         trainer = IterativeDPOTrainer(
             model=policy,
             args=data.config,
@@ -286,9 +286,8 @@ class IterativeDPOTrainer(DPOTrainer):
         """
         state, step = self.state, self.state.global_step
         if self.args.load_best_model_at_end and state.best_model_checkpoint:
-            step = step_of(
-                Path(state.best_model_checkpoint)
-            )  # best_global_step may be one that was not saved
+            # `best_global_step` may be one that was not saved.
+            step = step_of(Path(state.best_model_checkpoint))
             say(
                 f"the model is that of step {step} of {state.global_step}, the best by "
                 f"{self.args.metric_for_best_model} of those saved"

@@ -7,7 +7,7 @@ pushes of checkpoints on the way (`hub_strategy: every_save`) are left as they a
 
 import os
 
-from common.cli import UserError
+from common.cli import UserError, one_line
 from dpo_iteration.arguments import Arguments
 
 # Top-level files of pushes on the way that would be taken for the model, or that hold settings of this
@@ -19,10 +19,6 @@ def take_token(args: Arguments):
     """Move `hub_token` into the environment, where the hub's client looks; no file is to hold it."""
     if args.hub_token:
         os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
-
-
-def _one_line(error):
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def reach(config):
@@ -40,7 +36,7 @@ def reach(config):
     except Exception as error:
         raise UserError(
             f"--push_to_hub: cannot make or reach the repository {name}; log in with `hf auth login`: "
-            f"{_one_line(error)}"
+            f"{one_line(error)}"
         ) from None
 
 
@@ -66,6 +62,6 @@ def push(trainer, folder: str):
         )
     except Exception as error:
         raise UserError(
-            f"{folder} is complete but was not pushed: {_one_line(error)}; later: hf upload {name} {folder}"
+            f"{folder} is complete but was not pushed: {one_line(error)}; later: hf upload {name} {folder}"
         ) from None
     print(f"pushed to {done.commit_url}", flush=True)

@@ -192,9 +192,8 @@ def buffers(method, shape, processes, trainable=None, bf16=True):
     compute = 2 if bf16 else 4
     largest = max(shape.layer, shape.head)
     if method == "ddp":
-        copies = (
-            2 * shape.parameters if bf16 and trainable == shape.parameters else 0
-        )  # frozen weights are bf16 already
+        # Frozen weights are bf16 already.
+        copies = 2 * shape.parameters if bf16 and trainable == shape.parameters else 0
         return (4 * trainable if processes > 1 else 0) + copies, 0
     if method == "fsdp2":
         gradients = (compute + 4) * (largest if trainable == shape.parameters else 0)
@@ -244,9 +243,8 @@ def activations(shape, pairs, max_length, method="zero2", checkpointing=True, tr
     gradients = 3 * (2 if bf16 else 4) * shape.intermediate * tokens
     if not checkpointing:
         return shape.layers * layer + max(gradients, head)
-    stream = (
-        2 if bf16 and (method.startswith("zero") or method == "fsdp2") else 4
-    )  # autocast leaves the sums in fp32
+    # Autocast leaves the sums in fp32.
+    stream = 2 if bf16 and (method.startswith("zero") or method == "fsdp2") else 4
     return shape.layers * tokens * shape.hidden * stream + max(layer + gradients, head)
 
 

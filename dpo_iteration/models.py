@@ -14,16 +14,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from common import models, shared_prompts
-from common.cli import UserError
+from common.cli import UserError, one_line
 from common.manifest import beside, write_json
 from dpo_iteration import adapters, card, saved
 from dpo_iteration.arguments import Arguments
 
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-
-def _one_line(error):
-    return " ".join(str(error).split())[:400]
 
 
 def load_tokenizer(args: Arguments):
@@ -119,7 +115,7 @@ def load_model(name: str, args: Arguments, config, revision: str | None = None) 
             **adapters.loading(args),
         )
     except Exception as error:
-        raise UserError(f"cannot load {name}: {_one_line(error)}") from None
+        raise UserError(f"cannot load {name}: {one_line(error)}") from None
     if loading["missing_keys"]:
         some = ", ".join(sorted(loading["missing_keys"])[:3])
         raise UserError(f"{name} lacks the weights {some}: it is no whole causal language model")
@@ -142,7 +138,7 @@ def load_config(name: str, args: Arguments, revision: str | None = None):
             **(args.model_init_kwargs or {}),
         )
     except Exception as error:
-        raise UserError(f"cannot load {name}: {_one_line(error)}") from None
+        raise UserError(f"cannot load {name}: {one_line(error)}") from None
 
 
 def reason_against_sharing(args: Arguments) -> str:
@@ -152,7 +148,7 @@ def reason_against_sharing(args: Arguments) -> str:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
     except Exception as error:
-        return f"its architecture cannot be looked at: {_one_line(error)}"
+        return f"its architecture cannot be looked at: {one_line(error)}"
     reason = shared_prompts.reason_against(model)
     if reason:
         return reason
@@ -275,13 +271,11 @@ class Source:
                 model.to(torch.bfloat16)
             for key in (*TOKENS, "use_cache"):
                 setattr(model.config, key, getattr(self.config, key, None))
-            trainer.save_model(
-                str(folder), _internal_call=True
-            )  # else it pushes to the hub what is not whole yet
+            # Else it pushes to the hub what is not whole yet.
+            trainer.save_model(str(folder), _internal_call=True)
         if trainer.args.should_save:
-            trainer.state.save_to_json(
-                str(beside(folder, ".trainer_state.json"))
-            )  # what was logged is no part of the model
+            # What was logged is no part of the model.
+            trainer.state.save_to_json(str(beside(folder, ".trainer_state.json")))
             self.tokenizer.save_pretrained(folder)  # the trainer's own may have been given a pad token
             write_json(folder / "generation_config.json", self.generation_config)
             saved.copy_companions(args.model_name_or_path, folder, args.revision)

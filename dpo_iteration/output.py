@@ -35,9 +35,8 @@ def pairs_path(args: Arguments) -> Path:
 def begin(training: Training, args: Arguments, selection: Selection):
     """Rank 0: clear what `--overwrite` gives up, write an unfinished manifest and the pairs."""
     if args.overwrite:
-        shutil.rmtree(
-            training.folder / adapters.FOLDER, ignore_errors=True
-        )  # without LoRA nothing replaces it
+        # Without LoRA nothing replaces it.
+        shutil.rmtree(training.folder / adapters.FOLDER, ignore_errors=True)
     beside(training.folder, ".trainer_state.json").unlink(missing_ok=True)  # of an earlier training
     training.begin()
     write_jsonl(pairs_path(args), selection.pairs)

@@ -32,10 +32,8 @@ NUMBERS = ("scale", "margin", "ref_chosen_logps", "ref_rejected_logps")  # of a 
 # `check_packing`, in rounding's root mean square over tokens: a response of n tokens may be off by ALL + FEW
 # / √n of it.
 ALL, FEW = 3.0, 6.0
-ROUNDING = {
-    True: 0.02,
-    False: 3e-5,
-}  # at least so much (a few tokens may round less by luck), in bf16 or fp16, and in fp32
+# At least so much (a few tokens may round less by luck) in half precision (True) and in fp32.
+ROUNDING = {True: 0.02, False: 3e-5}
 
 
 def both(row: dict) -> list[list[int]]:
@@ -331,9 +329,8 @@ def score(model: torch.nn.Module, batch: dict, ld_alpha: float | None = None) ->
 def _score_padded(model, batch, ld_alpha):
     mask = batch["completion_mask"].bool()
     labels = batch["input_ids"].masked_fill(~mask, IGNORED)
-    places = (
-        {"position_ids": batch["position_ids"]} if "position_ids" in batch else {}
-    )  # not every model takes them
+    # Not every model takes them.
+    places = {"position_ids": batch["position_ids"]} if "position_ids" in batch else {}
     outputs = model(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from common import tokens
 from common.cli import UserError
-from common.records import Identifier, dumps, finite, is_empty, read_jsonl, record_id, to_messages, to_tools
+from common.records import dumps, finite, is_empty, read_rewarded, record_id
 
 CHOOSE_TYPES = {  # see `choose`
     "max_min": "best and worst",
@@ -25,14 +25,8 @@ CHOOSE_TYPES = {  # see `choose`
 }
 PENALISED = {"max_min_p"}  # those that choose by reward - length_penalty × tokens
 PER_RESPONSE = ("responses", "rewards", "finish_reasons", "num_tokens", tokens.RESPONSES)  # K entries each
-SIDE_FIELDS = (
-    "",
-    "_index",
-    "_reward",
-    "_finish_reason",
-    "_num_tokens",
-    "_token_ids",
-)  # of a pair, for each of its sides
+# Of a pair, for each of its sides.
+SIDE_FIELDS = ("", "_index", "_reward", "_finish_reason", "_num_tokens", "_token_ids")
 OF_ALL = ("reward_parts", "pair_probabilities")  # speak of all K responses, so they stay behind
 
 
@@ -58,37 +52,6 @@ class Selection:
         self.skipped_by_reason[reason.split(":")[0]] += 1
 
 
-def read_rewarded(paths):
-    """Yield (record with `id` and `prompt` as messages, path) from files as `annotate_data/get_rewards.py`
-    writes them.
-
-    Raises:
-        UserError: no `responses` or `rewards`, or lists of different lengths; names file and record.
-    """
-    for path in paths:
-        identify = Identifier()
-        for number, record in enumerate(read_jsonl(path, "rewarded file"), 1):
-            where = f"{path} record {number}"
-            if "responses" not in record or "prompt" not in record:
-                lacking = "prompt" if "responses" in record else "responses"
-                raise UserError(f"{where} has no `{lacking}`: generate answers first (generation/get_hf2.py)")
-            if "rewards" not in record:
-                raise UserError(f"{where} has no `rewards`: run annotate_data/get_rewards.py on it first")
-            for key in PER_RESPONSE:
-                if key not in ("responses", "rewards") and record.get(key) is None:
-                    continue  # absent, or null as a table's missing cell
-                if not isinstance(record[key], list):
-                    raise UserError(f"{where}: `{key}` must be a list with an entry for each response")
-                if len(record[key]) != len(record["responses"]):
-                    counts = f"{len(record['responses'])} responses and {len(record[key])} {key}"
-                    raise UserError(f"{where} has {counts}; generate and annotate it again")
-            messages, tools = to_messages(record["prompt"], where), to_tools(record.get("tools"), where)
-            own = {"id": str(record.get("id") or identify(messages, tools)), "prompt": messages} | (
-                {"tools": tools} if tools else {}
-            )
-            yield record | own, str(path)
-
-
 def usable_responses(
     record: dict, drop_truncated: bool = False, drop_empty: bool = False
 ) -> tuple[list[int], Counter]:
@@ -99,11 +62,9 @@ def usable_responses(
     for i, (text, reward, finish, sampled) in enumerate(
         zip(record["responses"], record["rewards"], reasons, ids)
     ):
-        what = (
-            text,
-            tuple(sampled) if tokens.are_ids(sampled) else None,
-        )  # texts may be equal where control tokens differ
-        if not isinstance(text, str) or (drop_empty and is_empty(text)):
+        # Texts may be equal where control tokens differ.
+        what = (text, tuple(sampled) if tokens.are_ids(sampled) else None)
+        if drop_empty and is_empty(text):
             left_out["empty response"] += 1
         elif not finite(reward):
             left_out["reward not finite"] += 1
@@ -256,7 +217,7 @@ def select_pairs(paths: list[str], eval_fraction: float = 0.0, seed: int = 42, *
     pairs.
     """
     selection, left_out, records = Selection(), Counter(), 0
-    for record, source in read_rewarded(paths):
+    for source, record in ((str(path), record) for path in paths for record in read_rewarded(path)):
         records += 1
         pairs, reason, responses = make_pairs(record, seed=seed, **choice)
         left_out += responses

@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from trl.trainer.utils import add_fused_lm_head
 
-from common.cli import UserError
+from common.cli import UserError, one_line
 from common.manifest import versions, writing
 from common.progress import Progress, duration
 from common.shared_prompts import Unsupported, only_wanted, prepare
@@ -114,7 +114,7 @@ def model_folder(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(WEIGHTS)))
     except Exception as error:
-        raise UserError(f"cannot read the reference {name}: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"cannot read the reference {name}: {one_line(error)}") from None
 
 
 def weights_key(folder: Path) -> str:
@@ -166,9 +166,7 @@ class Cache:
                     raise ValueError("its values are not those that were written")
                 found |= dict(zip(map(bytes, pairs.numpy()), map(tuple, logps.tolist()), strict=True))
             except (SafetensorError, OSError, ValueError) as error:
-                print(
-                    f"note: {path} is damaged and not used: {' '.join(str(error).split())[:200]}", flush=True
-                )
+                print(f"note: {path} is damaged and not used: {one_line(error, 200)}", flush=True)
         return found
 
     def write(self, known: dict):
@@ -356,6 +354,5 @@ def ready(model: torch.nn.Module, config, sharing: bool) -> torch.nn.Module:
         for module in [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]:
             fully_shard(module, mp_policy=dtypes)
         return fully_shard(model, mp_policy=dtypes)
-    return (
-        model if getattr(model, "hf_quantizer", None) else model.to(PartialState().device)
-    )  # 4 bits are loaded where they stay
+    # 4 bits are loaded where they stay.
+    return model if getattr(model, "hf_quantizer", None) else model.to(PartialState().device)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
-from common.cli import UserError, count, parse, run
+from common.cli import UserError, count, one_line, parse, run
 from common.devices import check_processes, check_torch, gpu_memory, prepare_threads, visible_gpus
 from common.training import Training, is_main, quiet_libraries, say, step_of, world_size
 from dpo_iteration import hub, memory, output
@@ -177,11 +177,6 @@ def prepare(args: Arguments, selection: Selection, pairs_per_step: int) -> Data:
         say(
             "note: fewer pairs than an optimizer step takes, so a step is an epoch: lower --global_batch_size"
         )
-    say(of_pairs.show_pair(tokenizer, rows["train"][0]))
-    say(
-        f"training on {len(rows['train'])} pairs, {len(rows['eval'])} held out, {per_step} pairs per "
-        "optimizer step"
-    )
     config.distributed_state.wait_for_everyone()  # every rank has seen what is there; now rank 0 may write
     return Data(selection, rows, tokenizer, per_step, sharing, steps, config)
 
@@ -215,6 +210,14 @@ def load_policy(args: Arguments, data: Data):
 
 def train(trainer, training: Training, data: Data) -> dict:
     """Train, from the newest checkpoint if there is one, and evaluate; returns the metrics of the model."""
+    from dpo_iteration.rows import show_pair
+
+    rows = data.rows
+    say(show_pair(data.tokenizer, rows["train"][0]))
+    say(
+        f"training on {len(rows['train'])} pairs, {len(rows['eval'])} held out, {data.per_step} pairs per "
+        "optimizer step"
+    )
     saved = training.checkpoints()
     if saved:
         say(f"continuing from {saved[-1]}")
@@ -223,12 +226,12 @@ def train(trainer, training: Training, data: Data) -> dict:
     except Exception as error:
         if isinstance(error, UserError) or not saved or trainer.plain_log.stepped:
             raise
-        what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise UserError(
-            f"cannot continue from {saved[-1]}: {what}; delete that folder to continue from the one before it"
+            f"cannot continue from {saved[-1]}: {one_line(error)}; delete that folder to continue from the one "
+            "before it"
         ) from error
     # The Trainer counts passes as if each had per_device_train_batch_size pairs.
-    pairs = len(data.rows["train"])
+    pairs = len(rows["train"])
     before = step_of(saved[-1]) / -(-pairs // data.per_step) if saved else 0.0
     speed = (trainer.state.epoch - before) * pairs / metrics["train_runtime"]
     metrics |= {"loss": metrics["train_loss"], "train_samples_per_second": speed}

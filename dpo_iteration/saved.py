@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from common import chat, models
-from common.cli import UserError
+from common.cli import UserError, one_line
 from common.manifest import write_json
 
 # What a policy's folder holds beside weights, configs and tokenizer, and its next reader needs: the
@@ -44,9 +44,8 @@ def copy_companions(source: str | Path, folder: str | Path, revision: str | None
         source: folder or hub name of the policy.
     """
     local = Path(source)
-    code = (
-        sorted(local.glob("*.py")) if local.is_dir() else []
-    )  # a hub model's config names the hub as its code's place
+    # A hub model's config names the hub as its code's place.
+    code = sorted(local.glob("*.py")) if local.is_dir() else []
     for path in [*(companion(source, name, revision) for name in COMPANIONS), *code]:
         if path is not None and not (Path(folder) / path.name).exists():
             shutil.copyfile(path, Path(folder) / path.name)
@@ -93,9 +92,7 @@ def check_saved(folder: str | Path, trust_remote_code: bool = False):
         try:
             return function(*args, trust_remote_code=trust_remote_code, **kwargs)
         except Exception as error:
-            raise UserError(
-                f"the saved model {folder} has no {what} that loads: {' '.join(str(error).split())[:300]}"
-            ) from None
+            raise UserError(f"the saved model {folder} has no {what} that loads: {one_line(error)}") from None
 
     tokenizer = load("tokenizer", models.load_tokenizer, str(folder))
     if not tokenizer.chat_template:
@@ -120,9 +117,7 @@ def check_saved(folder: str | Path, trust_remote_code: bool = False):
             ignore_mismatched_sizes=True,
         )
     except Exception as error:
-        raise UserError(
-            f"the saved model {folder} does not load: {' '.join(str(error).split())[:300]}"
-        ) from None
+        raise UserError(f"the saved model {folder} does not load: {one_line(error)}") from None
     wrong_shapes = [name for name, *_ in found["mismatched_keys"]]
     for names, how in (
         (found["missing_keys"], "lacks"),

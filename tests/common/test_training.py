@@ -5,7 +5,7 @@ import json
 import pytest
 
 from common.cli import UserError
-from common.training import Training, checkpoints, remove_checkpoints
+from common.training import Training, checkpoints, quiet_libraries, remove_checkpoints
 
 SETTINGS = {"beta": 0.1}
 
@@ -118,6 +118,17 @@ def test_whole_checkpoints_in_their_order(made):
     assert [path.name for path in training.checkpoints()] == ["checkpoint-2", "checkpoint-10"]
     remove_checkpoints(training.folder.glob("checkpoint-1*"))
     assert [path.name for path in checkpoints(training.folder)] == ["checkpoint-2"]
+
+
+def test_what_means_nothing_to_a_user_is_not_said(capfd):
+    from transformers.utils import logging
+
+    quiet_libraries()
+    logger = logging.get_logger("transformers.trainer_utils")
+    logger.warning("mtime may not be reliable on this filesystem")
+    logger.warning("the disk is on fire")
+    said = capfd.readouterr().err
+    assert "on fire" in said and "mtime" not in said
 
 
 def test_two_processes_do_not_train_into_one_folder(made, monkeypatch):

@@ -123,6 +123,14 @@ def test_a_resolved_section_is_complete_and_resolves_to_itself():
     assert arguments.arguments(found | decided, "loop.yaml").beta == 0.2
 
 
+def test_a_section_of_a_runs_settings_is_read(files, tmp_path):
+    section = arguments.resolve({"beta": 0.3, "adam_beta1": 0.8})
+    (tmp_path / "loop.yaml").write_text(yaml.safe_dump({"training_args": section, "seed": 1}))
+    args = parse(Arguments, "", ["loop.yaml:training_args", *files, "--beta", "0.4"])
+    arguments.check(args)
+    assert (args.beta, args.adam_beta1, args.output_dir) == (0.4, 0.8, "out")
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -99,7 +99,7 @@ def test_the_card_says_what_was_done(work, trained):
         and f"trl {manifest['versions']['trl']}" in text
     )
     assert f"trained by {1}" in text.lower() and str(ROOT) not in text.replace(str(ROOT / "configs"), "")
-    assert "use_peft" not in text
+    assert "| use_peft | `False` |" in text and "lora_r" not in text
 
 
 def test_names_of_the_hub_and_lineage(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import random
 import pytest
 
 from common.cli import UserError
-from dpo_iteration.pairs import CHOOSE_TYPES, choose, held_out, make_pairs, read_rewarded, select_pairs
+from dpo_iteration.pairs import CHOOSE_TYPES, choose, held_out, make_pairs, select_pairs
 
 
 def make_pair(row, *more, **choice):
@@ -214,7 +214,7 @@ def test_malformed_records_are_refused_by_file_and_number(tmp_path, change, mess
     row = {k: v for k, v in (record([1.0, 0.0]) | change).items() if v is not None}
     path = write(tmp_path / "a.jsonl", [record([1.0, 0.0]), row])
     with pytest.raises(UserError, match=message) as caught:
-        list(read_rewarded([path]))
+        select_pairs([path])
     assert f"{path} record 2" in str(caught.value)
 
 
@@ -228,7 +228,7 @@ def test_null_stands_for_what_is_not_known(tmp_path):
 def test_a_string_prompt_and_a_missing_id_are_taken(tmp_path):
     row = record([1.0, 0.0]) | {"prompt": "hello"}
     del row["id"]
-    one, two = (r for r, _ in read_rewarded([write(tmp_path / "a.jsonl", [row, row])]))
+    one, two = select_pairs([write(tmp_path / "a.jsonl", [row, row])]).pairs
     assert one["prompt"] == [{"role": "user", "content": "hello"}] and one["id"] != two["id"]
 
 

@@ -2,7 +2,6 @@
 continued.
 """
 
-import fcntl
 import json
 import math
 import os
@@ -464,29 +463,3 @@ def test_the_figures_are_those_of_the_weights_that_are_saved(work, here, capfd, 
         step == 1
     ) and f"held out: loss {evaluated['eval_loss']:.4f}" in said
     assert f"| {evaluated['eval_loss']:.4f} |" in text and f"up to step {step}," in text
-
-
-def test_a_lock_dies_with_its_process_though_a_worker_lives(work, tmp_path):
-    """The worker of a dataloader is forked and ends seconds after a killed parent."""
-    script = tmp_path / "holds.py"
-    script.write_text(
-        "import os, sys, time\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from types import SimpleNamespace\n"
-        "from dpo_iteration.output import prepare_output\n"
-        f"args = SimpleNamespace(output_dir={str(tmp_path / 'out')!r}, overwrite=False, pairs_path=None)\n"
-        "lock = prepare_output(args, SimpleNamespace(pairs=[], skipped=[]), {}, {})\n"
-        "if not os.fork():\n"
-        "    print(os.getpid(), flush=True)\n"  # by then it has let go of what it inherited
-        "time.sleep(60)\n"
-    )
-    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as process:
-        worker = int(process.stdout.readline())
-        with open(tmp_path / "out.lock") as lock, pytest.raises(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        process.kill()
-        process.wait()
-        os.kill(worker, 0)  # alive
-        with open(tmp_path / "out.lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.kill(worker, signal.SIGKILL)
