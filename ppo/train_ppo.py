@@ -203,23 +203,6 @@ def arguments(values: dict, where: str = "", processes: int | None = None) -> Ar
     return args
 
 
-def resolve(values: dict, where: str = "", cls=Arguments) -> dict:
-    """Every argument with its value, but for required ones that `values` lacks; types are checked alone.
-
-    Args:
-        where: names the mapping in errors. cls: of which backend.
-    """
-    required = {
-        field.name
-        for field in dataclasses.fields(cls)
-        if field.default is field.default_factory is dataclasses.MISSING
-    }
-    args = build(cls, dict.fromkeys(required, "-") | values, where)
-    return {
-        key: value for key, value in dataclasses.asdict(args).items() if key in values or key not in required
-    }
-
-
 def shaping(args: Arguments) -> tuple[dict, dict]:
     """(settings, inputs) that shape the model; what its manifest holds."""
     inputs = {
