@@ -6,31 +6,25 @@ from common import chat, models
 from common.cli import UserError
 from common.records import BadRecord
 from common.records import read_prompts as read_records
-from dpo_iteration.output import is_main, say
+from common.training import is_main, say
 from dpo_iteration.rows import check_bos
 
+DROPOUTS = ("p", "attention_dropout", "dropout", "activation_dropout", "hidden_dropout", "attn_dropout")
 
-def load(auto_class, name, args, missing=(), **more):
+
+def load(auto_class, name: str, args, missing=(), **more):
     """A model in fp32; a checkpoint that lacks weights other than `missing` is refused."""
     import torch
-    import transformers
 
-    try:
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
-        softcap = getattr(
-            config.get_text_config(), "attn_logit_softcapping", None
-        )  # sdpa would leave it out in silence
-        attention = args.attn_implementation or ("eager" if softcap else "sdpa")
-        model, report = auto_class.from_pretrained(
-            name,
-            dtype=torch.float32,
-            attn_implementation=attention,
-            output_loading_info=True,
-            trust_remote_code=args.trust_remote_code,
-            **more,
-        )
-    except Exception as error:  # hub, file and remote code fail in many ways
-        raise UserError(f"cannot load {name}: {' '.join(str(error).split())[:300]}") from None
+    config = models.load_config(name, trust_remote_code=args.trust_remote_code)
+    model, report = models.load_weights(
+        auto_class,
+        name,
+        dtype=torch.float32,
+        attn_implementation=args.attn_implementation or models.choose_attention(config, auto_class, False),
+        trust_remote_code=args.trust_remote_code,
+        **more,
+    )
     lacking = sorted(set(report["missing_keys"]) - set(missing))
     if lacking:
         raise UserError(f"{name} lacks the weights {', '.join(lacking[:3])}: they would be random")
@@ -40,103 +34,72 @@ def load(auto_class, name, args, missing=(), **more):
 def without_dropout(model):
     """Switch dropout off, be it a module or a number that a module hands to its attention."""
     for module in model.modules():
-        for key in (
-            "p",
-            "attention_dropout",
-            "dropout",
-            "activation_dropout",
-            "hidden_dropout",
-            "attn_dropout",
-        ):
+        for key in DROPOUTS:
             if isinstance(getattr(module, key, None), float):
                 setattr(module, key, 0.0)
 
 
-def load_critic(args, tokenizer, scorers):
-    """A sequence classifier with one label, of which `score` is applied at every token."""
+def load_critic(args, tokenizer, scorers: list):
+    """The value model: a sequence classifier with one label, of which `score` is applied at every token."""
     import torch
     import transformers
 
-    vocabulary, name = tokenizer.get_vocab(), args.critic_name_or_path
-    if name is None:
-        fitting = [
-            s for s in scorers if type(s).__name__ == "BradleyTerry" and s.tokenizer.get_vocab() == vocabulary
-        ]
-        name = fitting[0].name if fitting else None
-    elif models.load_tokenizer(name, trust_remote_code=args.trust_remote_code).get_vocab() != vocabulary:
+    vocabulary, start = tokenizer.get_vocab(), args.critic_name_or_path
+    if start is None:
+        models_of_rewards = [scorer for scorer in scorers if type(scorer).__name__ == "BradleyTerry"]
+        same = [s.name for s in models_of_rewards if s.tokenizer.get_vocab() == vocabulary]
+        start = next(iter(same), None)
+    elif models.load_tokenizer(start, trust_remote_code=args.trust_remote_code).get_vocab() != vocabulary:
         raise UserError(
-            f"--critic_name_or_path {name} has another vocabulary than the policy, whose token ids it would "
-            "be given; "
-            "leave it out to start from the policy"
+            f"critic_name_or_path {start} has another vocabulary than the policy, whose token ids it would "
+            "be given; leave it out to start from the policy"
         )
-    new_head = name is None
-    critic = load(
-        transformers.AutoModelForSequenceClassification,
-        name or args.model_name_or_path,
-        args,
-        missing={"score.weight"} if new_head else set(),
-        num_labels=1,
-    )
+    name, new_head = start or args.model_name_or_path, start is None
+    kind = transformers.AutoModelForSequenceClassification
+    critic = load(kind, name, args, missing={"score.weight"} if new_head else (), num_labels=1)
     if not isinstance(getattr(critic, "score", None), torch.nn.Linear) or critic.score.out_features != 1:
-        raise UserError(
-            f"{name or args.model_name_or_path}: its classifier has no head `score` with one output to take "
-            "values from"
-        )
+        raise UserError(f"{name}: its classifier has no head `score` with one output to take values from")
     size, needed = critic.get_input_embeddings().num_embeddings, max(vocabulary.values())
     if size <= needed:
-        raise UserError(
-            f"{name or args.model_name_or_path} has {size} embeddings, the policy's tokens need "
-            f"{needed + 1}: no match"
-        )
+        raise UserError(f"{name} has {size} embeddings, the policy's tokens need {needed + 1}: no match")
     if new_head:
         torch.nn.init.zeros_(critic.score.weight)
-    say(
-        f"value model: from {name or args.model_name_or_path}, "
-        + ("the policy, with a new head that says 0" if new_head else "head and all")
-    )
+    head = "the policy, with a new head that says 0" if new_head else "head and all"
+    say(f"value model: from {name}, {head}")
     return critic
 
 
-def rendered_prompts(args, tokenizer, bad):
+def rendered_prompts(args, tokenizer, bad: list):
     """Yield (prompt record, its templated text) of all sets.
 
     Records that hold no prompt, or one that the template refuses, become entries of the skipped file in the
-    list `bad`; where `bad_prompts` is refuse, the first is an error. What the template leaves out of prompts'
-    tools is told.
+    list `bad`; where `bad_prompts` is refuse, the first is an error. A warning names the parts of prompts
+    that the template leaves out.
     """
     chat.need_template(tokenizer)
     silent = {}
     for name in args.dataset_name_or_path:
-        for number, record in enumerate(
-            read_records(name, args.dataset_key, args.dataset_split, args.system_prompt, keep_bad=True), 1
-        ):
+        found = read_records(name, args.dataset_key, args.dataset_split, args.system_prompt, keep_bad=True)
+        for number, record in enumerate(found, 1):
             where = f"{name} record {number}"
+            if isinstance(record, BadRecord):
+                _leave_out(args, bad, record.id, str(record))
+                continue
+            prompt, tools = record["prompt"], record.get("tools")
             try:
-                if isinstance(record, BadRecord):
-                    raise record
-                text = chat.render(
-                    tokenizer, record["prompt"], True, args.template_kwargs, record.get("tools"), args.date
-                )
-                for part in chat.left_out(
-                    tokenizer, record["prompt"], True, args.template_kwargs, record.get("tools")
-                ):
-                    silent.setdefault(part, where)
+                text = chat.render(tokenizer, prompt, True, args.template_kwargs, tools, args.date)
+                left_out = chat.left_out(tokenizer, prompt, True, args.template_kwargs, tools)
             except UserError as error:
-                known = isinstance(error, BadRecord)
-                _leave_out(
-                    args,
-                    bad,
-                    error.id if known else record["id"],
-                    str(error) if known else f"{where}: {error}",
-                )
+                _leave_out(args, bad, record["id"], f"{where}: {error}")
             else:
+                for part in left_out:
+                    silent.setdefault(part, where)
                 yield record, text
     if bad:
         _warn(f"{len(bad)} prompts cannot be used and are skipped, for example {bad[0]['reason']}")
     for part, where in silent.items():
         _warn(
-            f"the chat template leaves out the {part} of prompts such as {where}, so the policy does not see "
-            "them"
+            f"the chat template leaves out the {part} of prompts such as {where}: the policy sees none of it"
         )
 
 
@@ -147,44 +110,36 @@ def _warn(text):
 
 def _leave_out(args, bad, prompt_id, reason):
     if args.bad_prompts == "refuse":
-        raise UserError(f"{reason}; mend or remove it, or give --bad_prompts skip")
+        raise UserError(f"{reason}; mend or remove it, or set bad_prompts skip")
     bad.append({"id": prompt_id, "reason": reason})
 
 
-def read_prompts(args, tokenizer, policy):
+def read_prompts(args, tokenizer, policy) -> tuple[list[dict], list[dict]]:
     """(prompt records with their token ids under "ids", entries of the skipped file)."""
     kept, long, bad = [], [], []
     for record, text in rendered_prompts(args, tokenizer, bad):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) > args.max_input_length:
-            long.append(
-                {
-                    "id": record["id"],
-                    "reason": f"prompt of {len(ids)} tokens, more than {args.max_input_length}",
-                }
-            )
+            reason = f"prompt of {len(ids)} tokens, more than {args.max_input_length}"
+            long.append({"id": record["id"], "reason": reason})
         else:
             kept.append(record | {"ids": ids})
     if len(kept) < args.rollout_batch_size:
-        left = f"{len(long)} skipped as too long" + (
-            f", {len(bad)} that cannot be used, such as {bad[0]['reason']}" if bad else ""
-        )
+        unusable = f", {len(bad)} that cannot be used, such as {bad[0]['reason']}" if bad else ""
         raise UserError(
-            f"{len(kept)} prompts ({left}) for rollouts of {args.rollout_batch_size}: "
-            "lower --rollout_batch_size, raise --max_input_length, or give more prompts"
+            f"{len(kept)} prompts ({len(long)} skipped as too long{unusable}) for rollouts of "
+            f"{args.rollout_batch_size}: lower rollout_batch_size, raise max_input_length, or give more "
+            "prompts"
         )
     check_bos(tokenizer, {"prompt_ids": kept[0]["ids"]})
     positions = models.positions(policy.config)
     if positions and args.max_input_length + args.max_new_tokens > positions:
         raise UserError(
-            f"{args.model_name_or_path} has {positions} positions: --max_input_length "
-            f"{args.max_input_length} + "
-            f"--max_new_tokens {args.max_new_tokens} are more"
+            f"{args.model_name_or_path} has {positions} positions: max_input_length "
+            f"{args.max_input_length} + max_new_tokens {args.max_new_tokens} are more"
         )
-    highest, embeddings = (
-        max(max(record["ids"]) for record in kept),
-        policy.get_input_embeddings().num_embeddings,
-    )
+    highest = max(max(record["ids"]) for record in kept)
+    embeddings = policy.get_input_embeddings().num_embeddings
     if highest >= embeddings:
         raise UserError(
             f"the tokenizer gives token id {highest} and {args.model_name_or_path} has {embeddings} "
@@ -193,17 +148,19 @@ def read_prompts(args, tokenizer, policy):
     return kept, bad + long
 
 
-def scorable_prompts(args, scorers, prompts):
+def scorable_prompts(args, scorers: list, prompts: list[dict]) -> tuple[list[dict], list[dict]]:
     """(prompts that all scorers can read, entries of the skipped file for the others)."""
-    kept, bad = [], []
+    kept, bad, silent = [], [], set()
     for record in prompts:
+        messages, tools = record["prompt"], record.get("tools")
         try:
             for scorer in scorers:
-                scorer.check(record["prompt"], record.get("tools"))
+                scorer.check(messages, tools)
         except UserError as error:
             _leave_out(args, bad, record["id"], str(error))
         else:
             kept.append(record)
+            silent |= {(s.name, part) for s in scorers for part in s.left_out(messages, tools)}
     if len(kept) < args.rollout_batch_size:
         raise UserError(
             f"{len(kept)} prompts for rollouts of {args.rollout_batch_size}; {len(bad)} are none that all "
@@ -211,12 +168,6 @@ def scorable_prompts(args, scorers, prompts):
         )
     if bad:
         _warn(f"{len(bad)} prompts are skipped as a scorer cannot read them, for example {bad[0]['reason']}")
-    silent = {
-        (scorer.name, part)
-        for scorer in scorers
-        for record in kept
-        for part in scorer.left_out(record["prompt"], record.get("tools"))
-    }
     for name, part in sorted(silent):
         _warn(f"{name} does not see the {part} of the prompts")
     return kept, bad

@@ -1,5 +1,6 @@
-"""What train_ppo.py writes: its manifest and log, checkpoints from which a killed run continues, and the
-model.
+"""What train_ppo.py writes: checkpoints from which a killed run continues, a log, and the model.
+
+The manifest and what counts as complete are those of common/training.py.
 """
 
 import json
@@ -10,51 +11,30 @@ import sys
 import time
 from pathlib import Path
 
-from common import locks
-from common.cli import UserError
-from common.manifest import beside, fingerprint, read_manifest, versions, write_json
+from common import trackers
+from common.cli import UserError, one_line
+from common.manifest import beside, write_json, write_jsonl
 from common.progress import Progress, duration
 from common.records import as_json, dumps, finite
-from common.trackers import Figures
-from dpo_iteration.output import checkpoints, is_main, launched, remove_checkpoints, say, write_jsonl
+from common.training import Training, checkpoints, is_main, remove_checkpoints, say, world_size
 from dpo_iteration.saved import check_saved, copy_companions
 
 
-def lock_output(args):
-    """The open lock file of the output, which rank 0 holds until the end."""
-    folder = Path(args.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return locks.hold(beside(folder, ".lock"), f"training into {folder}")
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}; give another --output_dir") from None
-
-
-def begin(ppo, settings, inputs):
+def begin(ppo, training: Training):
     """Write an unfinished manifest and the prompts left out, and go on from the last checkpoint if there is
-    one.
+    one. `ppo`: train_ppo.PPO, here and below.
     """
-    args, folder = ppo.args, Path(ppo.args.output_dir)
     if is_main():
-        if args.overwrite:
-            remove_checkpoints(folder.glob("checkpoint-*"))
-        marks = {key: fingerprint(name) for key, name in inputs.items() if name is not None}
-        write_json(
-            beside(folder, ".manifest.json"),
-            {"script": "ppo/train_ppo.py", "complete": False, "settings": settings, "inputs": marks},
-        )
-        write_jsonl(beside(folder, ".skipped.jsonl"), ppo.skipped)
+        training.begin()
+        write_jsonl(beside(training.folder, ".skipped.jsonl"), ppo.skipped)
     ppo.accelerator.wait_for_everyone()
     restore(ppo)
 
 
 def save(ppo):
-    """Write all that a later start needs, beside its place, and rename. No random state is among it: seeds go
-    by rollout.
+    """Write a checkpoint: `learners`, `done` and `kl_coef` of `ppo`. It is renamed into place when whole.
 
-    Args:
-        ppo: train_ppo.PPO; `learners` (models, optimizers, schedules), `done` (rollouts) and `kl_coef` are
-            its state.
+    It holds no random state: seeds go by rollout.
     """
     import torch
 
@@ -79,7 +59,7 @@ def restore(ppo):
     """Go on from the last checkpoint that can be read, if there is one.
 
     Raises:
-        UserError: there are some, and none can be read: to begin anew is for the user to say.
+        UserError: there are some, and none can be read: to start again is for the user to say.
     """
     import torch
 
@@ -98,7 +78,7 @@ def restore(ppo):
                 for part, values in zip(learner, state[name], strict=True)
             ]
         except (OSError, EOFError, KeyError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
-            reason = f"{folder} cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+            reason = f"{folder} cannot be read ({one_line(error, 120)})"
             say(f"note: {reason}")
             continue
         say(f"continuing from {folder}")
@@ -108,44 +88,43 @@ def restore(ppo):
         return
     if reason:
         raise UserError(
-            f"{reason}, nor is there an older one that can; mend it, or begin anew with --overwrite true"
+            f"{reason}, nor is there an older one that can; mend it, or start again with overwrite true"
         )
 
 
-def read_log(path, rollouts):
-    """The log's entries of the first `rollouts` rollouts, up to a line that was torn (a machine that lost its
-    power).
-    """
+def read_log(path: Path, rollouts: int) -> list[dict]:
+    """The log's entries of the first `rollouts` rollouts, up to a line that was torn (by a loss of power)."""
     entries = []
-    for line in (
-        path.read_text(encoding="utf-8", errors="replace").split("\n")[:rollouts] if path.exists() else []
-    ):
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            break
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:rollouts]:
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                break
     return entries
 
 
 class Log:
-    """One line of figures for each rollout: in the log file, to the trackers, and on the terminal."""
+    """One line of figures for each rollout: in the log file, to the trackers, and on the terminal.
 
-    def __init__(self, ppo, settings, trackers):
-        self.ppo, self.path = ppo, beside(ppo.args.output_dir, ".log.jsonl")
+    Args:
+        settings: what trackers show as the run's configuration.
+    """
+
+    def __init__(self, ppo, settings: dict):
+        self.ppo, args, self.path = ppo, ppo.args, beside(ppo.args.output_dir, ".log.jsonl")
         self.entries = read_log(self.path, ppo.done)
+        names = trackers.chosen(args.report_to) if is_main() else []
         if is_main():
             write_jsonl(self.path, self.entries)  # what came after the checkpoint comes again
         shown = {key: str(value) for key, value in settings.items()}
         self.trackers = [
-            Figures(name, ppo.args.output_dir, shown, ppo.args.project, ppo.args.run_name)
-            for name in trackers
-            if is_main()
+            trackers.Figures(name, args.output_dir, shown, args.project, args.run_name) for name in names
         ]
-        self.progress = Progress(
-            ppo.rollouts, "ppo", "rollouts", done=ppo.done, enabled=is_main() and sys.stderr.isatty()
-        )
+        shows = is_main() and sys.stderr.isatty()
+        self.progress = Progress(ppo.rollouts, "ppo", "rollouts", done=ppo.done, enabled=shows)
 
-    def add(self, figures, seconds):
+    def add(self, figures: dict, seconds: dict):
         """The figures of the rollout that was just learned from, and the seconds of its parts."""
         ppo, number, progress = self.ppo, self.ppo.done, self.progress
         episode = number * ppo.args.rollout_batch_size / len(ppo.prompts)
@@ -157,18 +136,15 @@ class Log:
             tracker.log(figures | {f"seconds/{key}": value for key, value in seconds.items()}, number)
         note = (
             f"reward {figures['reward']:.3f}, kl {figures['kl']:.2f}, entropy {figures['entropy']:.2f}, "
-            f"length {figures['response_length']:.1f}, "
-            f"cut {figures['truncated_fraction']:.2f}, clipped {figures['clip_fraction']:.3f}, explained "
-            f"{figures['explained_variance']:.2f}"
+            f"length {figures['response_length']:.1f}, cut {figures['truncated_fraction']:.2f}, "
+            f"clipped {figures['clip_fraction']:.3f}, explained {figures['explained_variance']:.2f}"
         )
         progress.update(1, note)
         if progress.bar is None and (number % ppo.args.logging_steps == 0 or number == ppo.rollouts):
-            left = duration(
-                (time.monotonic() - progress.start) / (number - progress.first) * (ppo.rollouts - number)
-            )
+            pace = (time.monotonic() - progress.start) / (number - progress.first)
             say(
                 f"ppo: rollout {number}/{ppo.rollouts}, {note}, {figures['tokens_per_second']:.0f} tokens/s, "
-                f"{left} left"
+                f"{duration(pace * (ppo.rollouts - number))} left"
             )
 
     def close(self):
@@ -177,19 +153,18 @@ class Log:
             tracker.close()
 
 
-def finish(ppo, entries, start_seconds, started):
+def finish(ppo, training: Training, entries: list[dict], seconds: dict):
     """Rank 0: save the policy as a plain model folder, with what came with it, and complete the manifest.
 
     Args:
         entries: those of the log.
-        start_seconds: from the script's start to the first rollout.
-        started: when the script started, seconds since the epoch.
+        seconds: `start`, from the script's start to the first rollout, and `all`.
     """
     import torch
 
     if not is_main():
         return
-    args, folder = ppo.args, Path(ppo.args.output_dir)
+    args, folder = ppo.args, training.folder
     if ppo.accelerator.mixed_precision == "bf16":
         ppo.policy.to(torch.bfloat16)
     ppo.policy.save_pretrained(folder)
@@ -200,21 +175,13 @@ def finish(ppo, entries, start_seconds, started):
     counts = {"prompts": len(ppo.prompts), "skipped": len(ppo.skipped), "rollouts": ppo.done}
     counts["responses"] = ppo.done * args.rollout_batch_size * args.samples_per_prompt
     metrics = {key: value for key, value in (entries or [{}])[-1].items() if finite(value)}
-    manifest = read_manifest(folder) | {
-        "complete": True,
-        "counts": counts,
-        "metrics": metrics,
-        "num_processes": launched(),
-        "versions": versions(),
-        "seconds": {"start": round(start_seconds, 1), "all": round(time.time() - started, 1)},
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "output": fingerprint(folder),
-    }
-    write_json(beside(folder, ".manifest.json"), manifest)
-    if (
-        not args.keep_checkpoints
-    ):  # not before the manifest calls the model complete: a kill between would cost the whole run
-        remove_checkpoints(folder.glob("checkpoint-*"))
+    training.finish(
+        args.keep_checkpoints,
+        counts=counts,
+        metrics=metrics,
+        num_processes=world_size(),
+        seconds={key: round(value, 1) for key, value in seconds.items()},
+    )
     say(
         f"read {len(ppo.prompts)} prompts, skipped {len(ppo.skipped)}, sampled {counts['responses']} "
         f"responses in {ppo.done} rollouts"
@@ -224,4 +191,4 @@ def finish(ppo, entries, start_seconds, started):
             f"reward {entries[0]['reward']:.3f} → {metrics['reward']:.3f}, {metrics['kl']:.2f} nats per "
             "response off the reference"
         )
-    say(f"trained {folder} in {duration(time.time() - started)}")
+    say(f"trained {folder} in {duration(seconds['all'])}")

@@ -28,7 +28,8 @@ from loop.plan import Plan, with_config
 from loop.plan import main as plan_main
 from loop.prompt_sets import check_prompts
 from loop.settings import LoopSettings, RunSettings, complete, gpus_of, processes
-from ppo import arguments, train_ppo
+from ppo import train_ppo
+from ppo.checks import check_batches
 from ppo.openrlhf import arguments as openrlhf_arguments
 
 BACKENDS = {"openrlhf": "ppo.openrlhf.run_openrlhf", "small": "ppo.train_ppo"}
@@ -332,7 +333,7 @@ def check_rollouts(plan, args, prompts, found):
         return
 
     def sizes(*given):
-        return plan.ask(lambda: refuse(arguments.check_batches(args, processes(plan.settings), *given)))
+        return plan.ask(lambda: refuse(check_batches(args, processes(plan.settings), *given)))
 
     before = checks.Findings()
     before.attempt(sizes)

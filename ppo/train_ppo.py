@@ -1,69 +1,227 @@
-r"""Train a policy by PPO, small enough to read: the algorithm in one file, plain data parallel, for one GPU,
-a few, or a CPU.
+r"""PPO in one file: settings, algorithm, training. Plain data parallel, for one GPU, a few, or a CPU.
 
-In:  a policy, prompts, and what scores a response: reward models (as annotate_data/get_rewards.py takes them, also with
-     another tokenizer than the policy's), a function of your own, or a weighted sum.
-Out: model, tokenizer, chat template and generation config in the folder `output_dir`; beside it one line of
-figures for
-     each rollout (`.log.jsonl`), the prompts left out (`.skipped.jsonl`), and last a manifest
+In:  a policy, prompts, and what scores a response: reward models (as annotate_data/get_rewards.py takes them,
+     also with another tokenizer than the policy's), a function of your own, or a weighted sum.
+Out: model, tokenizer, chat template and generation config in the folder `output_dir`. Next to it: a line of
+     figures for each rollout (`.log.jsonl`), the prompts left out (`.skipped.jsonl`), and last a manifest
      (`.manifest.json`).
 
     python ppo/train_ppo.py configs/train_ppo_tiny.yaml
     accelerate launch --num_processes 2 ppo/train_ppo.py configs/train_ppo_tiny.yaml
 
-A rollout, then passes over it, again and again (Ziegler et al. 2019, arXiv 1909.08593; details: arXiv
-2403.17031):
+Training repeats two steps (Ziegler et al. 2019, arXiv 1909.08593; details: arXiv 2403.17031):
 
-    rollout   sample responses; score each; reward of a token = −kl_coef · kl(token), plus the score at the last one
-    learn     advantages by GAE; `ppo_epochs` passes in shuffled batches: clipped policy loss, clipped value loss
+    rollout   sample responses and score them; the reward of a token is −kl_coef · kl(token), plus the score
+              at the last one
+    learn     advantages by GAE; `ppo_epochs` passes in shuffled batches: clipped policy loss, clipped value
+              loss
 
-The four models: the policy, the reference (the policy as it was at the start, frozen), the value model, and
-what scores. What was left out for the sake of reading: sharded models, LoRA, a fast engine for sampling.
-Every process holds all four and the whole rollout as numbers, so that whitening, GAE and the order of the
-responses are the same everywhere; only passes through models are shared out, and gradients added up. That is
-for models of up to about a billion parameters. Beside this file: arguments.py (settings), inputs.py
-(loading), output.py (checkpoints, log, manifest).
+Four models take part: the policy, the reference (the policy as it was at the start, frozen), the value model,
+and what scores. Left out to keep this readable: sharded models, LoRA, a fast engine for sampling. Every
+process holds all four models and the whole rollout as numbers, so that whitening, GAE and the order of the
+responses are the same everywhere. Only passes through models are shared out, and gradients added up. That is
+for models of up to about a billion parameters.
 
-Nothing is found by looking for padding tokens: where a response ends is known by position, so PAD may be EOS.
-All that is random in a rollout is drawn from seeds made of `seed` and the rollout's number. With
-`--save_steps N` a killed run continues from its last checkpoint when the same command is started again, to
-the same weights on a CPU.
+What surrounds the algorithm: checks.py refuses settings that cannot work, inputs.py loads models and prompts,
+output.py writes checkpoints, log and model.
+
+Nothing is found by looking for padding tokens: positions say where a response ends, so PAD may be EOS. All
+randomness of a rollout is drawn from seeds made of `seed` and the rollout's number. A killed run continues
+from its last checkpoint when the same command is started again, to the same weights on a CPU.
 """
 
 import copy
+import dataclasses
 import math
-import os
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
+from annotate_data.functions import EXAMPLE
 from annotate_data.get_rewards import combine, make_scorers
 from common import chat, models, trackers
-from common.cli import UserError, parse, run
+from common.cli import UserError, arg, build, count, parse, run, shaping_values
 from common.devices import check_processes, check_torch, prepare_threads
+from common.functions import function_file
 from common.manifest import with_date
 from common.records import sample_seed
+from common.training import Training, quiet_libraries, say
 from dpo_iteration import saved
-from dpo_iteration.output import is_complete, is_main, say
-from ppo.arguments import Arguments, arguments, check, check_paths, check_samples, scoring, shaping  # noqa: F401 (arguments: for ppo/run.py)
+from ppo.checks import check, check_paths, check_samples, scoring
 from ppo.inputs import load, load_critic, read_prompts, scorable_prompts, without_dropout
-from ppo.output import Log, begin, finish, lock_output, save
+from ppo.output import Log, begin, finish, save
 
-OFF_BY_ROUNDING = {
-    "no": 1e-3,
-    "bf16": 0.1,
-}  # of a log-probability before anything was learned, mean over tokens, by precision
-# Mean distance of the first pass's ratio from 1 in bf16: so many times what rounding was seen to do, within
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Largest mean distance of a log-probability from the reference's before anything was learned, by precision.
+OFF_BY_ROUNDING = {"no": 1e-3, "bf16": 0.1}
+# In bf16 the first step's ratio may be this many times as far from 1 as rounding was seen to move it, within
 # these limits.
 TIMES_ROUNDING, LEAST_ROUNDING, MOST_ROUNDING = 3, 0.02, 0.3
+# Of an optimizer step, means over its tokens; see PPO.backward.
+FIGURES = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "ratio", "ratio_distance")
 
 
-# The mathematics. Tensors are [responses, tokens]; `mask` is 1 at a response's tokens and 0 behind them.
+# ---- Settings --------------------------------------------------------------------------------------------
 
 
-def kl_estimate(log_probs, ref_log_probs, estimator):
+@dataclasses.dataclass(kw_only=True)
+class Arguments:
+    """ppo/openrlhf/arguments.py takes these too, but for a few, and has defaults of its own for some."""
+
+    model_name_or_path: str = arg(
+        help="policy to start from, and the reference: hub name or folder", shapes=False
+    )
+    critic_name_or_path: str | None = arg(
+        None,
+        "start of the value model, a classifier with the policy's vocabulary; None: the first reward model "
+        "if it has that vocabulary, else the policy with a new head",
+        shapes=False,
+    )
+    reward_name_or_path: list[str] | None = arg(
+        None, "reward model, or several: hub name or folder", shapes=False
+    )
+    reward_type: list[str] = arg(["auto"], "kind of the reward models, see annotate_data/get_rewards.py")
+    reward_function: str | None = arg(None, "FILE.py:NAME, f(messages, response[, record]) → number")
+    reward_weights: list[float] | None = arg(
+        None, "one for each reward model, then the function's; the sum is the score"
+    )
+    trust_remote_code: bool = arg(False, "run Python code that comes with a model", shapes=False)
+    attn_implementation: str | None = arg(
+        None, "of policy and value model; None: eager where scores are soft-capped, else sdpa", shapes=False
+    )
+    chat_template: str | None = arg(
+        None, "file with a jinja chat template to use instead of the policy's own", shapes=False
+    )
+    template_kwargs: dict = arg({}, "arguments of the template, JSON: '{\"enable_thinking\": false}'")
+    system_prompt: str | None = arg(None, "put before every prompt that has no system turn")
+    date: str | None = arg(
+        None, "day for a template that writes today's, YYYY-MM-DD; None: that of the first start"
+    )
+
+    dataset_name_or_path: list[str] = arg(
+        help="prompts, one set or several: hub name, a data set's folder, .jsonl, .json, …", shapes=False
+    )
+    dataset_key: str | None = arg(
+        None, "column of the prompts (the first of context_messages, messages, prompt, conversations)"
+    )
+    dataset_split: str = arg("train", "split of a data set; a file has none")
+    bad_prompts: str = arg(
+        "skip",
+        "records that hold no prompt, or one that a chat template refuses: skip and list them, or refuse",
+        ["skip", "refuse"],
+        shapes=False,
+    )
+    output_dir: str = arg(help="folder of the trained model", shapes=False)
+    overwrite: bool = arg(False, "start again where an output exists or is half done", shapes=False)
+    seed: int = arg(42, "seed of sampling and of the order of prompts and responses")
+
+    max_input_length: int = arg(1024, "tokens of the templated prompt; longer prompts are skipped and listed")
+    max_new_tokens: int = arg(1024, "tokens of a response; one without an end of turn by then is cut off")
+    temperature: float = arg(1.0, "of sampling; log-probabilities are those of the logits divided by it")
+    top_p: float = arg(
+        1.0,
+        "nucleus sampling; log-probabilities are of the whole distribution all the same, so below 1 the "
+        "policy that samples is not quite the one that learns",
+    )
+    generation_batch_size: int = arg(64, "responses that a process samples at once")
+
+    num_episodes: float = arg(1.0, "passes over the prompts")
+    max_rollouts: int | None = arg(None, "maximum number of rollouts")
+    rollout_batch_size: int = arg(128, "prompts of a rollout, over all processes")
+    samples_per_prompt: int = arg(1, "responses to each prompt of a rollout")
+    batch_size: int = arg(128, "responses per optimizer step, over all processes")
+    micro_batch_size: int = arg(8, "responses in one pass through a model, per process", shapes=False)
+    ppo_epochs: int = arg(1, "passes over a rollout's responses")
+
+    learning_rate: float = arg(5e-7, "peak learning rate of the policy")
+    critic_learning_rate: float = arg(9e-6, "peak learning rate of the value model")
+    lr_scheduler_type: str = arg(
+        "cosine", "schedule of both", ("constant", "constant_with_warmup", "cosine", "linear")
+    )
+    warmup_steps: float = arg(0.0, "optimizer steps of linear warm-up; below 1 a share of all steps")
+    weight_decay: float = arg(0.0, "decoupled weight decay of both models")
+    max_grad_norm: float = arg(1.0, "gradients of each model are scaled down to this norm; 0: never")
+    kl_coef: float = arg(
+        0.01, "reward taken off per nat that a response is off the reference; with kl_target the start"
+    )
+    kl_target: float | None = arg(None, "nats per response that kl_coef is steered to; None: kl_coef stays")
+    kl_horizon: int = arg(10000, "responses; the larger, the slower kl_coef is steered")
+    kl_estimator: str = arg(
+        "k1",
+        "of a token's KL in the reward; k1: log-ratio, k2: half its square, k3: ratio − 1 − log-ratio",
+        ("k1", "k2", "k3"),
+    )
+    gamma: float = arg(1.0, "discount of a later token's reward, per token")
+    gae_lambda: float = arg(0.95, "0: advantages from the next value alone, 1: from the rewards alone")
+    clip: float = arg(0.2, "a token's probability ratio earns no more beyond 1 ± this")
+    value_clip: float = arg(0.2, "a value earns no more beyond the rollout's value ± this")
+    value_coef: float = arg(
+        0.1, "weight of the value loss; matters through max_grad_norm alone, the models being two"
+    )
+    missing_eos_penalty: float = arg(1.0, "taken off the score of a response that was cut off, as in TRL")
+    whiten_rewards: bool = arg(False, "scale the tokens' rewards to variance 1, keep their mean")
+    whiten_advantages: bool = arg(True, "scale the advantages to mean 0 and variance 1")
+
+    bf16: bool = arg(
+        True, "compute in bfloat16 on a GPU and save in it; the weights that learn are fp32 all the while"
+    )
+    gradient_checkpointing: bool = arg(False, "recompute activations: less memory, slower", shapes=False)
+    cpu_threads: int | None = arg(
+        None, "threads of a process without a GPU; None: the cores shared out", shapes=False
+    )
+    save_steps: int = arg(20, "rollouts between checkpoints; 0 writes none", shapes=False)
+    save_total_limit: int = arg(2, "checkpoints kept while training", shapes=False)
+    keep_checkpoints: bool = arg(
+        False, "keep checkpoints, with the value model, once the model is saved", shapes=False
+    )
+    logging_steps: int = arg(1, "rollouts between lines of progress", shapes=False)
+    report_to: list[str] = arg(
+        ["none"], f"trackers, one or several: none, {', '.join(trackers.FIGURES)}", shapes=False
+    )
+    project: str | None = arg(
+        None,
+        "project of the run at the trackers; None: as their variables say (WANDB_PROJECT, …), else "
+        f"{trackers.PROJECT}",
+        shapes=False,
+    )
+    run_name: str | None = arg(None, "name of the run at the trackers", shapes=False)
+
+
+def arguments(values: dict, where: str = "", processes: int | None = None) -> Arguments:
+    """Arguments from a mapping, checked without torch and before the files are there.
+
+    Args:
+        where: names the mapping in errors. processes: as `check`.
+    """
+    args = build(Arguments, values, where)
+    check(args, processes)
+    return args
+
+
+def shaping(args: Arguments) -> tuple[dict, dict]:
+    """(settings, inputs) that shape the model; what its manifest holds."""
+    inputs = {
+        "model_name_or_path": args.model_name_or_path,
+        "critic_name_or_path": args.critic_name_or_path,
+        "chat_template": args.chat_template,
+    }
+    inputs |= {f"dataset_name_or_path {i}": name for i, name in enumerate(args.dataset_name_or_path, 1)}
+    inputs |= {f"reward_name_or_path {i}": name for i, name in enumerate(args.reward_name_or_path or [], 1)}
+    if args.reward_function:
+        inputs["reward_function"] = str(function_file(args.reward_function, "reward_function", EXAMPLE)[0])
+    return shaping_values(args), inputs
+
+
+# ---- The mathematics -------------------------------------------------------------------------------------
+# Tensors are [responses, tokens]; `mask` is 1 at a response's tokens and 0 after them.
+
+
+def kl_estimate(log_probs: "Tensor", ref_log_probs: "Tensor", estimator: str) -> "Tensor":
     """Each token's KL to the reference, estimated from the token that was sampled
     (joschu.net/blog/kl-approx.html).
 
@@ -74,28 +232,25 @@ def kl_estimate(log_probs, ref_log_probs, estimator):
     return {"k1": lambda: k1, "k2": lambda: k1.square() / 2, "k3": lambda: (-k1).expm1() + k1}[estimator]()
 
 
-def token_rewards(scores, kl, mask, kl_coef):
+def token_rewards(scores: "Tensor", kl: "Tensor", mask: "Tensor", kl_coef: float) -> "Tensor":
     """−kl_coef · kl at every token, plus the response's score at its last one. `scores`: [responses]."""
     rewards = -kl_coef * kl * mask
     last = mask.sum(1).long() - 1
     return rewards.scatter_add(1, last[:, None], scores[:, None].to(rewards.dtype))
 
 
-def whiten(values, mask, shift_mean=True):
-    """`values` scaled to variance 1 over all tokens of the mask, and moved to mean 0 unless not `shift_mean`;
-    0 elsewhere.
-    """
+def whiten(values: "Tensor", mask: "Tensor", shift_mean: bool = True) -> "Tensor":
+    """`values` scaled to variance 1 over the mask's tokens, and to mean 0 with `shift_mean`; 0 elsewhere."""
     mean = (values * mask).sum() / mask.sum()
     variance = ((values - mean).square() * mask).sum() / mask.sum()
     white = (values - mean) * variance.clamp(min=1e-8).rsqrt()
     return (white if shift_mean else white + mean) * mask
 
 
-def gae(values, rewards, mask, gamma, lam):
-    """(advantages, returns) by generalised advantage estimation (arXiv 1506.02438), 0 behind a response's
-    end.
+def gae(values: "Tensor", rewards: "Tensor", mask: "Tensor", gamma: float, lam: float) -> tuple:
+    """(advantages, returns) by generalised advantage estimation (arXiv 1506.02438), 0 after the end.
 
-    δ_t = r_t + γ V_{t+1} − V_t,  A_t = δ_t + γ λ A_{t+1},  return_t = A_t + V_t;  V is 0 once the response has ended.
+    δ_t = r_t + γ V_{t+1} − V_t,  A_t = δ_t + γ λ A_{t+1},  return_t = A_t + V_t;  V is 0 after the end, too.
     """
     values, rewards = values * mask, rewards * mask
     advantages, following, next_value = values.new_zeros(values.shape), 0.0, 0.0
@@ -105,21 +260,19 @@ def gae(values, rewards, mask, gamma, lam):
     return advantages, advantages + values
 
 
-def policy_loss(log_probs, old_log_probs, advantages, clip):
+def policy_loss(log_probs: "Tensor", old_log_probs: "Tensor", advantages: "Tensor", clip: float):
     """(loss, ratio π/π_old) of each token: −min(ratio · A, clipped ratio · A) (arXiv 1707.06347)."""
     ratio = (log_probs - old_log_probs).exp()
     return -(ratio * advantages).minimum(ratio.clamp(1 - clip, 1 + clip) * advantages), ratio
 
 
-def value_loss(values, old_values, returns, clip):
-    """Each token's ½ max((V − R)², (V_clipped − R)²), V_clipped being at most `clip` away from the rollout's
-    value.
-    """
+def value_loss(values: "Tensor", old_values: "Tensor", returns: "Tensor", clip: float):
+    """Each token's ½ max((V − R)², (V_clipped − R)²); V_clipped is V kept within `clip` of the rollout's."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return (values - returns).square().maximum((clipped - returns).square()) / 2
 
 
-def steer(kl_coef, kl, target, horizon, responses):
+def steer(kl_coef: float, kl: float, target: float, horizon: int, responses: int) -> float:
     """The next kl_coef: a step up where `kl` (nats per response) is above `target`, down below (arXiv
     1909.08593, §2.2).
     """
@@ -127,10 +280,10 @@ def steer(kl_coef, kl, target, horizon, responses):
     return kl_coef * (1 + error * responses / horizon)
 
 
-# From token ids to numbers. A row is one response: {"prompt": ids, "response": ids, …}.
+# ---- From token ids to numbers. A row is one response: {"prompt": ids, "response": ids, …} ----------------
 
 
-def padded(rows, pad, device):
+def padded(rows: list[dict], pad: int, device) -> tuple:
     """What a model is given for `rows`: prompts padded on the left, responses on the right, so that they meet
     in one column.
 
@@ -139,8 +292,8 @@ def padded(rows, pad, device):
     """
     import torch
 
-    before, behind = (max(len(row[side]) for row in rows) for side in ("prompt", "response"))
-    ids = torch.full((len(rows), before + behind), pad)
+    before, after = (max(len(row[side]) for row in rows) for side in ("prompt", "response"))
+    ids = torch.full((len(rows), before + after), pad)
     there = torch.zeros_like(ids)
     for i, row in enumerate(rows):
         start, end = before - len(row["prompt"]), before + len(row["response"])
@@ -151,26 +304,25 @@ def padded(rows, pad, device):
     return inputs, ids[:, before:], there[:, before:].float()
 
 
-def log_probs_of(policy, inputs, responses, temperature, entropy=False):
-    """(log-probabilities of the response's tokens, entropies of the distributions they come from), both
-    [rows, R], in fp32.
+def log_probs_of(
+    policy, inputs: dict, responses: "Tensor", temperature: float, entropy: bool = False
+) -> tuple:
+    """(log-probabilities of the response's tokens, entropies of their distributions), [rows, R] in fp32.
 
     Entropies are None unless asked for: they take two more tensors of the vocabulary's size, which here is
     what fills a GPU.
     """
     count = responses.shape[1]
-    logits = policy(**inputs, logits_to_keep=count + 1).logits[
-        :, -count - 1 : -1
-    ]  # a token comes from the one before it
-    every = (logits.float() / temperature).log_softmax(-1)
+    logits = policy(**inputs, logits_to_keep=count + 1).logits
+    every = (logits[:, -count - 1 : -1].float() / temperature).log_softmax(
+        -1
+    )  # a token comes from the one before
     entropies = -(every.exp() * every).sum(-1) if entropy else None
     return every.gather(-1, responses[..., None])[..., 0], entropies
 
 
-def values_of(critic, inputs, responses):
-    """Values [rows, R] in fp32: what is expected from where each token of the response is about to be
-    chosen.
-    """
+def values_of(critic, inputs: dict, responses: "Tensor") -> "Tensor":
+    """Values [rows, R] in fp32: what is expected where each token of the response is about to be chosen."""
     import torch
 
     count = responses.shape[1]
@@ -179,16 +331,42 @@ def values_of(critic, inputs, responses):
         return critic.score(hidden.float())[..., 0]
 
 
-class PPO:
-    """The four models, and one method for each thing that is done with them."""
+# ---- The algorithm ---------------------------------------------------------------------------------------
 
-    def __init__(self, args, accelerator):
-        import torch
+
+class PPO:
+    """The four models, and a method for each thing that is done with them.
+
+    Attributes:
+        learners: name → (model, optimizer, schedule), what learns.
+        done: rollouts that were learned from. rollouts: how many there will be.
+        prompts: records with their token ids under "ids". skipped: entries of the skipped file.
+        stops: ids of the tokens that end a response.
+    """
+
+    def __init__(self, args: Arguments, accelerator):
+        self.args, self.accelerator, self.device = args, accelerator, accelerator.device
+        self.load_policy()
+        self.load_scorers()
+        self.critic = load_critic(args, self.tokenizer, self.scorers)
+        self.reference = copy.deepcopy(self.policy).requires_grad_(False).eval()
+        for model in (self.policy, self.reference, self.critic):
+            model.to(self.device)
+        for model in (self.policy, self.critic):
+            without_dropout(model)
+            if args.gradient_checkpointing:
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        rollouts = max(1, int(args.num_episodes * len(self.prompts) / args.rollout_batch_size + 1e-9))
+        self.rollouts = min(rollouts, args.max_rollouts or rollouts)
+        self.kl_coef, self.done = args.kl_coef, 0
+        rates = {"policy": args.learning_rate, "critic": args.critic_learning_rate}
+        self.learners = {name: self.learner(getattr(self, name), rate) for name, rate in rates.items()}
+
+    def load_policy(self):
+        """Tokenizer, policy and prompts; how the policy samples, and where responses end."""
         import transformers
 
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        self.args, self.accelerator, self.device = args, accelerator, accelerator.device
+        args = self.args
         self.tokenizer = models.load_tokenizer(
             args.model_name_or_path,
             trust_remote_code=args.trust_remote_code,
@@ -196,16 +374,12 @@ class PPO:
         )
         self.policy = load(transformers.AutoModelForCausalLM, args.model_name_or_path, args)
         self.prompts, self.skipped = read_prompts(args, self.tokenizer, self.policy)
-
-        # All sampling settings are ours: a model's generation config may hold a top_k, of which training
-        # knows nothing.
         self.stops = set(chat.stop_token_ids(self.tokenizer, self.policy.generation_config.eos_token_id))
-        self.generation_config = saved.generation_config(
-            args.model_name_or_path, self.tokenizer
-        )  # goes with the trained model
-        self.pad = next(
-            t for t in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if t is not None
-        )
+        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        self.pad = next(token for token in known if token is not None)
+        # Saved with the trained model. Sampling here follows our settings alone: a model's own generation
+        # config may hold a top_k, which training knows nothing of.
+        self.generation_config = saved.generation_config(args.model_name_or_path, self.tokenizer)
         self.policy.generation_config = transformers.GenerationConfig(
             do_sample=True,
             temperature=args.temperature,
@@ -216,62 +390,46 @@ class PPO:
             pad_token_id=self.pad,
         )
 
+    def load_scorers(self):
+        """What scores a response; prompts that a scorer cannot read are skipped."""
+        import torch
+
         threads = torch.get_num_threads()
-        self.scorers = make_scorers(scoring(args))
-        check_samples(args, [type(scorer).__name__ for scorer in self.scorers])
-        self.prompts, refused = scorable_prompts(args, self.scorers, self.prompts)
+        self.scorers = make_scorers(scoring(self.args))
+        check_samples(self.args, [type(scorer).__name__ for scorer in self.scorers])
+        self.prompts, refused = scorable_prompts(self.args, self.scorers, self.prompts)
         self.skipped += refused
         for scorer in self.scorers:
             scorer.load()
-        torch.set_num_threads(threads)
-        self.critic = load_critic(args, self.tokenizer, self.scorers)
-        self.reference = copy.deepcopy(self.policy).requires_grad_(False).eval()
-        for model in (self.policy, self.reference, self.critic):
-            model.to(self.device)
-        for model in (self.policy, self.critic):
-            without_dropout(model)
-            if args.gradient_checkpointing:
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        torch.set_num_threads(threads)  # a scorer sets its own
 
-        rollouts = max(1, int(args.num_episodes * len(self.prompts) / args.rollout_batch_size + 1e-9))
-        self.rollouts = min(rollouts, args.max_rollouts or rollouts)
-        self.kl_coef, self.done = args.kl_coef, 0  # rollouts
-        steps = (
-            self.rollouts
-            * args.ppo_epochs
-            * args.rollout_batch_size
-            * args.samples_per_prompt
-            // args.batch_size
-        )
+    def learner(self, model, learning_rate: float) -> tuple:
+        """(model, its optimizer, its schedule)."""
+        import torch
+        import transformers
+
+        args = self.args
+        responses = self.rollouts * args.rollout_batch_size * args.samples_per_prompt
+        steps = responses * args.ppo_epochs // args.batch_size
         warmup = math.ceil(args.warmup_steps * steps) if args.warmup_steps < 1 else int(args.warmup_steps)
         if warmup > steps:
             raise UserError(
-                f"--warmup_steps {args.warmup_steps:g} is more than the {steps} optimizer steps of this run"
+                f"warmup_steps {args.warmup_steps:g} is more than the {steps} optimizer steps of this run"
             )
-        self.learners = {}  # name → (model, its optimizer, its schedule)
-        for name, model, rate in (
-            ("policy", self.policy, args.learning_rate),
-            ("critic", self.critic, args.critic_learning_rate),
-        ):
-            optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=args.weight_decay)
-            schedule = transformers.get_scheduler(args.lr_scheduler_type, optimizer, warmup, steps)
-            self.learners[name] = (model, optimizer, schedule)
+        optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=args.weight_decay)
+        return model, optimizer, transformers.get_scheduler(args.lr_scheduler_type, optimizer, warmup, steps)
 
     # Rollouts
 
-    def rollout(self, number):
-        """Rows of rollout `number` (from 1 on), all of them on every process, and the seconds of each
-        part.
-        """
-        args, rows, seconds = self.args, [], {"generate": 0.0, "score": 0.0, "evaluate": 0.0}
-        prompts = [
-            self.prompts[i]
-            for i in self.order((number - 1) * args.rollout_batch_size, args.rollout_batch_size)
-        ]
+    def rollout(self, number: int) -> tuple[list[dict], dict]:
+        """(rows of rollout `number`, from 1 on, all of them on every process; the seconds of each part)."""
+        args, seconds = self.args, {"generate": 0.0, "score": 0.0, "evaluate": 0.0}
+        size = args.rollout_batch_size
+        prompts = [self.prompts[i] for i in self.order((number - 1) * size, size)]
         size = args.generation_batch_size // args.samples_per_prompt
-        batches = [
-            prompts[i : i + size] for i in range(0, len(prompts), size)
-        ]  # the same whatever the number of processes
+        # The same batches whatever the number of processes.
+        batches = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+        rows = []
         try:
             for i in range(self.accelerator.process_index, len(batches), self.accelerator.num_processes):
                 times = [time.monotonic()]
@@ -290,82 +448,67 @@ class PPO:
         for part in parts:
             if isinstance(part, str):
                 raise UserError(part)
-        return [
-            row
-            for _, new in sorted((pair for part in parts for pair in part), key=lambda pair: pair[0])
-            for row in new
-        ], seconds
+        batches = sorted((batch for part in parts for batch in part), key=lambda batch: batch[0])
+        return [row for _, new in batches for row in new], seconds
 
-    def order(self, start, count):
-        """Indices of prompts number `start` to `start + count` of the run: each pass over them shuffled
-        anew.
-        """
+    def order(self, start: int, count: int) -> list[int]:
+        """Indices of prompts number `start` to `start + count` of the run; each pass has its own order."""
         import torch
 
         found, total = [], len(self.prompts)
         while len(found) < count:
             episode, place = divmod(start + len(found), total)
-            shuffled = torch.randperm(
-                total,
-                generator=torch.Generator().manual_seed(sample_seed(self.args.seed, episode, "prompts")),
-            )
+            shuffle = torch.Generator().manual_seed(sample_seed(self.args.seed, episode, "prompts"))
+            shuffled = torch.randperm(total, generator=shuffle)
             found += shuffled[place : place + count - len(found)].tolist()
         return found
 
-    def generate(self, prompts, seed):
-        """`samples_per_prompt` rows for each prompt, with the response up to its first stop token, and its
-        text.
-        """
+    def generate(self, prompts: list[dict], seed: int) -> list[dict]:
+        """`samples_per_prompt` rows a prompt: the response up to its first stop token, and its text."""
         import torch
 
-        many = [
+        rows = [
             {"prompt": prompt["ids"], "response": [], "record": prompt}
             for prompt in prompts
             for _ in range(self.args.samples_per_prompt)
         ]
-        inputs, *_ = padded(many, self.pad, self.device)
+        inputs, *_ = padded(rows, self.pad, self.device)
+        given = {key: inputs[key] for key in ("input_ids", "attention_mask")}
         self.policy.eval()
         torch.manual_seed(seed)
         try:
             with torch.no_grad(), self.accelerator.autocast():
-                sampled = self.policy.generate(
-                    input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
-                )
+                sampled = self.policy.generate(**given)
         except RuntimeError as error:
             if "probability tensor" not in str(error):
                 raise
             raise UserError(
-                "the policy's probabilities are not finite any more: lower --learning_rate; checkpoints are "
+                "the policy's probabilities are not finite any more: lower learning_rate; checkpoints are "
                 "kept"
             ) from None
-        for row, ids in zip(many, sampled[:, inputs["input_ids"].shape[1] :].tolist()):
+        for row, ids in zip(rows, sampled[:, inputs["input_ids"].shape[1] :].tolist()):
             end = next((i for i, token in enumerate(ids) if token in self.stops), None)
             row["cut"] = end is None
             row["response"] = ids if end is None else ids[: end + 1]
             row["text"] = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
-        return many
+        return rows
 
-    def score(self, rows):
-        """Give each row its score: texts go to the scorers, which have templates and tokenizers of their
-        own.
-        """
-        K, args = self.args.samples_per_prompt, self.args
+    def score(self, rows: list[dict]):
+        """Give each row its score. Scorers get texts, and have templates and tokenizers of their own."""
+        K, asked = self.args.samples_per_prompt, []
         groups = [rows[i : i + K] for i in range(0, len(rows), K)]
-        asked = []
         for group in groups:
-            others = {key: value for key, value in group[0]["record"].items() if key != "ids"}
-            ends = ["length" if row["cut"] else "stop" for row in group]
-            lengths = [len(row["response"]) for row in group]
-            asked.append(
-                others
-                | {"responses": [row["text"] for row in group], "finish_reasons": ends, "num_tokens": lengths}
-            )
+            record = {key: value for key, value in group[0]["record"].items() if key != "ids"}
+            record["responses"] = [row["text"] for row in group]
+            record["finish_reasons"] = ["length" if row["cut"] else "stop" for row in group]
+            record["num_tokens"] = [len(row["response"]) for row in group]
+            asked.append(record)
         parts = []
         for scorer in self.scorers:
             found = {index: entry["rewards"] for index, entry in scorer.score(asked)}
             parts.append([found[index] for index in range(len(asked))])
         for group, record, *scores in zip(groups, asked, *parts):
-            for row, score in zip(group, combine(scores, args.reward_weights or [1.0])):
+            for row, score in zip(group, combine(scores, self.args.reward_weights or [1.0])):
                 if score is None:
                     raise UserError(
                         f"a response to prompt {record['id']} has a score that is not finite: "
@@ -374,65 +517,57 @@ class PPO:
                 row["score"] = score
                 del row["record"]
 
-    def evaluate(self, rows):
+    def evaluate(self, rows: list[dict]):
         """Give each row the log-probabilities of policy and reference and the values, [tokens] each, and the
-        mean entropy.
+        sum of its tokens' entropies.
 
-        In bf16 the first rows also get what rounding does to their ratios: the policy's pass is made once
-        more with all positions moved on by one, which rotary encodings do not see but for rounding.
+        In bf16 the first rows also get what rounding does to their ratios: the policy's pass is repeated with
+        all positions moved on by one, which rotary encodings do not see but for rounding.
         """
         import torch
 
         from common.shared_prompts import is_rotary
 
+        temperature = self.args.temperature
         rounds = self.accelerator.mixed_precision == "bf16" and is_rotary(self.policy)
         for start in range(0, len(rows), self.args.micro_batch_size):
-            some = rows[start : start + self.args.micro_batch_size]
-            inputs, responses, _ = padded(some, self.pad, self.device)
+            batch = rows[start : start + self.args.micro_batch_size]
+            inputs, responses, _ = padded(batch, self.pad, self.device)
+            found = {}
             with torch.no_grad(), self.accelerator.autocast():
-                found, entropies = log_probs_of(
-                    self.policy, inputs, responses, self.args.temperature, entropy=True
-                )
-                ref, _ = log_probs_of(self.reference, inputs, responses, self.args.temperature)
-                values = values_of(self.critic, inputs, responses)
+                log_probs, entropies = log_probs_of(self.policy, inputs, responses, temperature, entropy=True)
+                found["log_probs"] = log_probs
+                found["ref_log_probs"], _ = log_probs_of(self.reference, inputs, responses, temperature)
+                found["values"] = values_of(self.critic, inputs, responses)
                 if rounds and start == 0:
-                    moved, _ = log_probs_of(
-                        self.policy,
-                        inputs | {"position_ids": inputs["position_ids"] + 1},
-                        responses,
-                        self.args.temperature,
-                    )
-                    for i, row in enumerate(some):
-                        n = len(row["response"])
-                        row["rounding"] = (moved[i, :n] - found[i, :n]).expm1().abs().cpu()
-            for i, row in enumerate(some):
+                    moved = inputs | {"position_ids": inputs["position_ids"] + 1}
+                    again, _ = log_probs_of(self.policy, moved, responses, temperature)
+                    found["rounding"] = (again - log_probs).expm1().abs()
+            for i, row in enumerate(batch):
                 n = len(row["response"])
-                row |= {
-                    "log_probs": found[i, :n].cpu(),
-                    "ref_log_probs": ref[i, :n].cpu(),
-                    "values": values[i, :n].cpu(),
-                }
+                row |= {key: value[i, :n].cpu() for key, value in found.items()}
                 row["entropy"] = entropies[i, :n].sum().item()
 
     # Learning
 
-    def advantages(self, rows):
-        """Tensors [responses, longest] on the device for `learn`, and the figures that are logged of a
-        rollout.
+    def advantages(self, rows: list[dict]) -> tuple[dict, dict]:
+        """(tensors [responses, longest] on the device for `learn`, the figures that are logged of a rollout).
+
+        The rows are in order of their prompts, `samples_per_prompt` after one another.
         """
         import torch
 
-        args, stack = (
-            self.args,
-            lambda key: torch.nn.utils.rnn.pad_sequence([row[key] for row in rows], True).to(self.device),
-        )
+        def stack(key):
+            return torch.nn.utils.rnn.pad_sequence([row[key] for row in rows], True).to(self.device)
+
+        args = self.args
         data = {key: stack(key) for key in ("log_probs", "ref_log_probs", "values")}
         lengths = torch.tensor([len(row["response"]) for row in rows], device=self.device)
         mask = data["mask"] = (torch.arange(lengths.max(), device=self.device) < lengths[:, None]).float()
         cut, scores = ([row[key] for row in rows] for key in ("cut", "score"))
-        rewarded = [score - args.missing_eos_penalty * without_end for score, without_end in zip(scores, cut)]
+        penalised = [score - args.missing_eos_penalty * is_cut for score, is_cut in zip(scores, cut)]
         kl = kl_estimate(data["log_probs"], data["ref_log_probs"], args.kl_estimator)
-        rewards = token_rewards(torch.tensor(rewarded, device=self.device), kl, mask, self.kl_coef)
+        rewards = token_rewards(torch.tensor(penalised, device=self.device), kl, mask, self.kl_coef)
         total = rewards.sum() / len(rows)
         if args.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False)
@@ -453,7 +588,7 @@ class PPO:
         }
         return data, figures
 
-    def learn(self, rows, data, number):
+    def learn(self, rows: list[dict], data: dict, number: int) -> dict:
         """`ppo_epochs` passes over the rows; returns the figures, means over tokens and steps."""
         import torch
 
@@ -464,116 +599,99 @@ class PPO:
         for epoch in range(args.ppo_epochs):
             shuffle = torch.Generator().manual_seed(sample_seed(args.seed, number, f"epoch {epoch}"))
             for batch in torch.randperm(len(rows), generator=shuffle).split(args.batch_size):
-                tokens = data["mask"][
-                    batch
-                ].sum()  # of all processes: the loss is one mean over the step's tokens
-                sums = torch.zeros(6, device=self.device)
-                for some in batch[rank::world].split(args.micro_batch_size):
-                    sums += self.backward(
-                        [rows[i] for i in some], {key: value[some] for key, value in data.items()}, tokens
-                    )
-                self.add_up(
-                    [
-                        sums,
-                        *(
-                            p.grad
-                            for model, *_ in self.learners.values()
-                            for p in model.parameters()
-                            if p.grad is not None
-                        ),
-                    ]
-                )
-                names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "ratio", "ratio_distance")
-                figure = dict(zip(names, (sums / tokens).tolist()))
+                # Of all processes: the loss is one mean over the step's tokens.
+                tokens = data["mask"][batch].sum()
+                sums = torch.zeros(len(FIGURES), device=self.device)
+                for part in batch[rank::world].split(args.micro_batch_size):
+                    mine = {key: value[part] for key, value in data.items()}
+                    sums += self.backward([rows[i] for i in part], mine, tokens)
+                parameters = [p for model, *_ in self.learners.values() for p in model.parameters()]
+                self.add_up([sums, *(p.grad for p in parameters if p.grad is not None)])
+                figure = dict(zip(FIGURES, (sums / tokens).tolist()))
                 distance = figure.pop("ratio_distance")
                 if not figures:
                     self.check_ratio(distance, rows, number)
-                for name, (model, optimizer, schedule) in self.learners.items():
-                    norm = torch.nn.utils.clip_grad_norm_(
-                        model.parameters(), args.max_grad_norm or math.inf
-                    ).item()
-                    if not math.isfinite(norm) or not math.isfinite(
-                        figure[f"{'value' if name == 'critic' else name}_loss"]
-                    ):
-                        raise UserError(
-                            f"loss or gradient of the {name} is not finite in rollout {number}, before it "
-                            "could reach the weights; "
-                            "lower the learning rates or look at the scores; what is on disk is kept"
-                        )
-                    figure[f"{name}_grad_norm"], figure[f"{name}_learning_rate"] = (
-                        norm,
-                        schedule.get_last_lr()[0],
-                    )
-                    optimizer.step()
-                    schedule.step()
-                    optimizer.zero_grad(set_to_none=True)
+                for name, loss in (("policy", "policy_loss"), ("critic", "value_loss")):
+                    figure |= self.step(name, figure[loss], number)
                 figures.append(figure)
         return {key: sum(figure[key] for figure in figures) / len(figures) for key in figures[0]}
 
-    def backward(self, rows, data, tokens):
-        """Add the gradients of some rows of an optimizer step of `tokens` tokens; returns sums over the rows'
-        tokens.
+    def backward(self, rows: list[dict], data: dict, tokens: "Tensor") -> "Tensor":
+        """Add the gradients of some rows of an optimizer step of `tokens` tokens; returns the sums of
+        FIGURES over the rows' tokens.
         """
         import torch
 
+        args = self.args
         inputs, responses, mask = padded(rows, self.pad, self.device)
         old = {key: value[:, : responses.shape[1]] for key, value in data.items()}
         with self.accelerator.autocast():
-            log_probs, _ = log_probs_of(self.policy, inputs, responses, self.args.temperature)
+            log_probs, _ = log_probs_of(self.policy, inputs, responses, args.temperature)
             values = values_of(self.critic, inputs, responses)
-        losses, ratio = policy_loss(log_probs, old["log_probs"], old["advantages"], self.args.clip)
-        value_losses = value_loss(values, old["values"], old["returns"], self.args.value_clip)
-        (((losses + self.args.value_coef * value_losses) * mask).sum() / tokens).backward()
+        losses, ratio = policy_loss(log_probs, old["log_probs"], old["advantages"], args.clip)
+        value_losses = value_loss(values, old["values"], old["returns"], args.value_clip)
+        (((losses + args.value_coef * value_losses) * mask).sum() / tokens).backward()
         with torch.no_grad():
-            clipped = ((ratio - 1).abs() > self.args.clip).float()
-            parts = (losses, value_losses, clipped, ratio - 1 - ratio.log(), ratio, (ratio - 1).abs())
+            distance = (ratio - 1).abs()
+            clipped = (distance > args.clip).float()
+            parts = (losses, value_losses, clipped, ratio - 1 - ratio.log(), ratio, distance)
             return torch.stack([(part * mask).sum() for part in parts])
 
-    def check_ratio(self, distance, rows, number):
-        """Stop where the first step of a rollout, before which nothing was learned, sees other
-        log-probabilities than the rollout.
-        """
+    def step(self, name: str, loss: float, number: int) -> dict:
+        """One optimizer step of a learner, by gradients of all processes; returns its figures."""
+        import torch
+
+        model, optimizer, schedule = self.learners[name]
+        limit = self.args.max_grad_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit).item()
+        if not math.isfinite(norm) or not math.isfinite(loss):
+            raise UserError(
+                f"loss or gradient of the {name} is not finite in rollout {number}, before it could reach "
+                "the weights; lower the learning rates or look at the scores; what is on disk is kept"
+            )
+        figures = {f"{name}_grad_norm": norm, f"{name}_learning_rate": schedule.get_last_lr()[0]}
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        return figures
+
+    # Nothing was learned yet: the same weights must say the same
+
+    def check_start(self, figures: dict):
+        """Stop where the first rollout's log-probabilities are not those of the reference."""
+        limit = OFF_BY_ROUNDING[self.accelerator.mixed_precision]
+        if abs(figures["kl"]) > figures["response_length"] * limit:
+            raise UserError(
+                f"the policy is {figures['kl']:.3g} nats off the reference before anything was learned, and "
+                "both are the same model: look for dropout or noise in the model, and at its attention "
+                "(attn_implementation eager)"
+            )
+
+    def check_ratio(self, distance: float, rows: list[dict], number: int):
+        """Stop where a rollout's first step sees other log-probabilities than the rollout did."""
         import torch
 
         limit = OFF_BY_ROUNDING["no"]
         if self.accelerator.mixed_precision == "bf16":
             seen = [row["rounding"] for row in rows if "rounding" in row]
-            limit = (
-                min(max(TIMES_ROUNDING * torch.cat(seen).mean().item(), LEAST_ROUNDING), MOST_ROUNDING)
-                if seen
-                else MOST_ROUNDING
-            )
+            rounding = TIMES_ROUNDING * torch.cat(seen).mean().item() if seen else MOST_ROUNDING
+            limit = min(max(rounding, LEAST_ROUNDING), MOST_ROUNDING)
         if not distance < limit:
             raise UserError(
                 f"rollout {number}: the probability ratio of the first step is off 1 by {distance:.2g} in "
-                "the mean, "
-                f"more than rounding ({limit:.2g}): "
-                "passes of the same weights differ. Look for dropout or noise in the model, and at its "
-                "attention "
-                "(--attn_implementation eager)"
+                f"the mean, more than rounding ({limit:.2g}): passes of the same weights differ. Look for "
+                "dropout or noise in the model, and at its attention (attn_implementation eager)"
             )
 
-    def check_start(self, figures):
-        """What must hold before anything was learned."""
-        if (
-            abs(figures["kl"])
-            > figures["response_length"] * OFF_BY_ROUNDING[self.accelerator.mixed_precision]
-        ):
-            raise UserError(
-                f"the policy is {figures['kl']:.3g} nats off the reference before anything was learned, and "
-                "both are the same model: "
-                "look for dropout or noise in the model, and at its attention (--attn_implementation eager)"
-            )
+    # Processes
 
-    # Processes and files
-
-    def gather(self, value):
+    def gather(self, value) -> list:
         """The values of all processes, on every process."""
         from accelerate.utils import gather_object
 
         return gather_object([value]) if self.accelerator.num_processes > 1 else [value]
 
-    def add_up(self, tensors):
+    def add_up(self, tensors: list):
         """Sum tensors over all processes, in place."""
         import torch
 
@@ -582,9 +700,13 @@ class PPO:
                 torch.distributed.all_reduce(tensor)
 
 
-def train(args, settings, inputs, started):
-    """Load, learn, save: what needs torch."""
+# ---- The training ----------------------------------------------------------------------------------------
+
+
+def train(args: Arguments, training: Training, started: float):
+    """Load, learn, save: what needs torch. `started`: seconds since the epoch."""
     check_torch()
+    quiet_libraries()
     import torch
     from accelerate import Accelerator
 
@@ -597,14 +719,13 @@ def train(args, settings, inputs, started):
     accelerator = Accelerator(mixed_precision="bf16" if args.bf16 and gpu else "no")
     accelerator.wait_for_everyone()  # every rank has looked at what is there; now rank 0 may write
     ppo = PPO(args, accelerator)
-    begin(ppo, settings, inputs)
+    begin(ppo, training)
     say(
         f"{len(ppo.prompts)} prompts, {len(ppo.skipped)} skipped; {ppo.rollouts} rollouts of "
-        f"{args.rollout_batch_size} × {args.samples_per_prompt} "
-        f"responses, {args.ppo_epochs} passes over each in steps of {args.batch_size}; responses end with "
-        f"{sorted(ppo.stops)}"
+        f"{args.rollout_batch_size} × {args.samples_per_prompt} responses, {count(args.ppo_epochs, 'pass')} "
+        f"over each in steps of {args.batch_size}; responses end with {sorted(ppo.stops)}"
     )
-    log, ready = Log(ppo, settings, trackers.chosen(args.report_to)), time.time()
+    log, ready = Log(ppo, training.settings), time.time()
     for number in range(ppo.done + 1, ppo.rollouts + 1):
         begun = time.monotonic()
         rows, seconds = ppo.rollout(number)
@@ -622,7 +743,7 @@ def train(args, settings, inputs, started):
         if args.save_steps and number % args.save_steps == 0:
             save(ppo)
     log.close()
-    finish(ppo, log.entries, ready - started, started)
+    finish(ppo, training, log.entries, {"start": ready - started, "all": time.time() - started})
     accelerator.wait_for_everyone()
     accelerator.state.destroy_process_group()
 
@@ -634,27 +755,21 @@ def main():
     check(args)
     check_paths(args)
     check_processes()
-    settings, inputs = shaping(args)
-    if is_complete(args, settings, inputs):
+    training = Training(args.output_dir, "ppo/train_ppo.py", *shaping(args), args.overwrite)
+    if training.is_complete():
         say(f"{args.output_dir} is complete, nothing to do")
         return
-    lock = lock_output(args) if is_main() else None
-    prepare_threads()
     try:
-        train(args, settings, inputs, started)
-        if lock:
-            os.unlink(lock.name)
+        with training.locked():
+            prepare_threads()
+            train(args, training, started)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise
         raise UserError(
-            "the GPU's memory is full: lower --micro_batch_size or --generation_batch_size, or give "
-            "--gradient_checkpointing true; "
-            "four models are held, see the top of --help; checkpoints are kept"
+            "the GPU's memory is full: lower micro_batch_size or generation_batch_size, or give "
+            "gradient_checkpointing true; four models are held, see the top of --help; checkpoints are kept"
         ) from None
-    finally:
-        if lock:
-            lock.close()
 
 
 if __name__ == "__main__":

@@ -6,21 +6,22 @@ same file is followed by STUB_TRAINING below, which trains nothing: it writes ch
 as OpenRLHF's source says, and asks for rewards as its agent.py does.
 """
 
+import argparse
+import os
 import sys
 import types
 import zipfile
 from pathlib import Path
 
-TOOLS = Path(__file__).resolve().parents[1] / ".envs" / "tools"
-WHEEL = "openrlhf-0.11.2-*.whl"
-PINS = {
-    "openrlhf": "0.11.2",
-    "vllm": "0.29.0",
-    "ray": "2.55.0",
-    "deepspeed": "0.19.6",
-    "transformers": "5.15.0",
-    "flash-attn": "2.8.3",
-}
+import yaml
+
+from dpo_iteration.memory import GIB, shape_like
+from ppo.openrlhf import arguments as openrlhf_arguments
+from ppo.openrlhf.placement import place
+from ppo.openrlhf.preflight import pins
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = {"model_size_b": 0.5}
 
 STUB_TRAINING = """
 # STUB: no OpenRLHF training runs here. It leaves what OpenRLHF 0.11.2 leaves, and tells that it is a stub.
@@ -79,13 +80,58 @@ def train(args):
 """
 
 
+def settings(**more):
+    """configs/ppo_llama3_8b.yaml as run_openrlhf.py gets it."""
+    run = yaml.safe_load((ROOT / "configs/ppo_llama3_8b.yaml").read_text())
+    decided = {key: run[key] for key in ("model_name_or_path", "reward_name_or_path", "seed", "model_size_b")}
+    decided |= {key: run["generation"][key] for key in ("max_input_length", "max_new_tokens")}
+    decided |= {"dataset_name_or_path": run["prompts"], "output_dir": "out/model"}
+    return run["ppo"] | run["openrlhf"] | decided | more
+
+
+def arguments(**more):
+    return openrlhf_arguments.arguments(settings(**more))
+
+
+def shapes(billions=8.03, reward=True):
+    shape = shape_like(billions)
+    return {"actor": shape, "ref": shape, "critic": shape, "reward": shape if reward else None}
+
+
+def placed(args, gpus, gib=80, billions=8.03, reward=True, flash=True, machine=None):
+    """(Placement, notes) of models of so many billion parameters on nodes of up to 8 GPUs of `gib` GiB."""
+    return place(
+        args,
+        shapes(billions, reward),
+        gpus,
+        min(gpus, 8),
+        gib * GIB,
+        flash,
+        machine=machine and machine * GIB,
+    )
+
+
+def fake_gpus(folder, count, gib=80):
+    """The environment of a machine whose nvidia-smi lists so many GPUs."""
+    smi = folder / "bin" / "nvidia-smi"
+    smi.parent.mkdir(exist_ok=True)
+    listed = "".join(f"echo 'GPU {i}: fake'; " for i in range(count))
+    sizes = f"echo {gib * 1024}; " * count
+    smi.write_text(f'#!/bin/sh\nif [ "$1" = -L ]; then {listed or ":"} \nelse {sizes or ":"} \nfi\n')
+    smi.chmod(0o755)
+    base = {k: v for k, v in os.environ.items() if k not in ("CUDA_VISIBLE_DEVICES", "WANDB_API_KEY")}
+    return base | {
+        "PATH": f"{smi.parent}:{os.environ['PATH']}",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
 def wheel():
     """The wheel that tests/run.sh has fetched."""
-    import os
-
-    tools = Path(os.environ.get("TOOLS") or TOOLS)
-    found = sorted((tools / "wheels").glob(WHEEL))
-    assert found, f"no {WHEEL} in {tools / 'wheels'}: start the tests with bash tests/run.sh"
+    tools = Path(os.environ.get("TOOLS") or ROOT / ".envs" / "tools")
+    found = sorted((tools / "wheels").glob("openrlhf-0.11.2-*.whl"))
+    assert found, f"no openrlhf-0.11.2-*.whl in {tools / 'wheels'}: start the tests with bash tests/run.sh"
     return found[-1]
 
 
@@ -125,7 +171,10 @@ class Validated(Exception):
 
 
 def captured(source, arguments, monkeypatch):
-    """Arguments (nested namespace) that the real module at `source`/openrlhf/cli has parsed and validated."""
+    """Arguments (nested namespace) that the real module at `source`/openrlhf/cli has parsed and validated.
+
+    An abbreviated option, which argparse would take, ends as an unknown one.
+    """
 
     def get_strategy(args):
         raise Validated(args)
@@ -135,7 +184,13 @@ def captured(source, arguments, monkeypatch):
     exec((source / "openrlhf/utils/config.py").read_text(), config.__dict__)
     loaded["openrlhf.utils.config"] = config
     path = source / "openrlhf/cli/train_ppo_ray.py"
+    init = argparse.ArgumentParser.__init__
     with monkeypatch.context() as patch:
+        patch.setattr(
+            argparse.ArgumentParser,
+            "__init__",
+            lambda self, *args, **more: init(self, *args, **more | {"allow_abbrev": False}),
+        )
         for name, module in loaded.items():
             patch.setitem(sys.modules, name, module)
         patch.setattr(sys, "argv", [str(path), *arguments])
@@ -152,7 +207,7 @@ def install(source, folder):
     """Put the real parser with the stub training behind it, and packages of the pinned versions in name, into
     `folder`.
     """
-    for package, version in PINS.items():
+    for package, version in pins().items():
         info = folder / f"{package.replace('-', '_')}-{version}.dist-info"
         info.mkdir(parents=True)
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")

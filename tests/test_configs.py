@@ -60,7 +60,7 @@ def test_a_ppo_config_is_accepted_as_it_is_read(path, monkeypatch):
 
 def test_a_key_of_both_backends_takes_the_values_of_either(monkeypatch):
     monkeypatch.chdir(ROOT)
-    for key, value in (("lr_scheduler_type", "polynomial"), ("num_episodes", "0.5"), ("value_coef", "null")):
+    for key, value in (("lr_scheduler_type", "polynomial"), ("num_episodes", "0.5")):
         assert parse(PPOSettings, "", ["configs/ppo_tiny.yaml", f"--ppo.{key}", value]).problems == []
     wrong = parse(
         PPOSettings,

@@ -1,10 +1,9 @@
-"""What OpenRLHF's launches die of, looked at before anything is loaded: each a line with what to do."""
+"""What would end an OpenRLHF run after minutes, or never, looked at first: each a line with what to do."""
 
-import argparse
-import ast
-import importlib.util
+import functools
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -13,20 +12,15 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from common import chat
-from common.cli import UserError, nearest, no_room
+from common.cli import UserError
 from common.devices import gpu_memory, visible_gpus
 from common.models import read_json
 from dpo_iteration.memory import GIB
+from ppo.openrlhf.arguments import Arguments
+from ppo.openrlhf.command import Placement
 
-# requirements-ppo.txt has the reasons.
-PINS = {
-    "openrlhf": "0.11.2",
-    "vllm": "0.29.0",
-    "ray": "2.55.0",
-    "deepspeed": "0.19.6",
-    "transformers": "5.15.0",
-    "flash-attn": "2.8.3",
-}
+REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements-ppo.txt"
+NEWER_TOO = ("vllm", "flash-attn")  # OpenRLHF asks for these at least; of the others for one version
 PARTS = (
     ("user", "A question, with 3 numbers?"),
     ("assistant", "An answer."),
@@ -35,7 +29,15 @@ PARTS = (
 )
 
 
-def installed(package):
+@functools.cache
+def pins() -> dict[str, str]:
+    """Package → version, of requirements-ppo.txt."""
+    lines = REQUIREMENTS.read_text(encoding="utf-8").splitlines()
+    found = [re.match(r"([\w-]+)(?:\[\w+\])?==([\w.]+)", line) for line in lines]
+    return {match[1]: match[2] for match in found if match}
+
+
+def installed(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -43,97 +45,34 @@ def installed(package):
 
 
 def check_versions():
-    """Refuse other versions than those the command was held against; vLLM and flash-attn may be newer."""
-    for package, pin in PINS.items():
+    """Refuse other versions than those that the flags were written for; see NEWER_TOO."""
+
+    def parts(version):
+        return [int(part) for part in version.split(".")[:3] if part.isdigit()]
+
+    for package, pin in pins().items():
         found = installed(package)
         if found is None:
-            how = (
-                "pip install flash-attn==2.8.3 --no-build-isolation"
-                if package == "flash-attn"
-                else "source envs.sh; make_envs ppo_train; use_env ppo_train"
-            )
+            how = "source envs.sh; make_envs ppo_train; use_env ppo_train"
+            if package == "flash-attn":
+                how = f"pip install flash-attn=={pin} --no-build-isolation"
             raise UserError(f"{package} is not installed in {sys.executable}: {how}")
-        numbers = [
-            [int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit()]
-            for version in (found, pin)
-        ]
-        newer = package in ("vllm", "flash-attn") and numbers[0] > numbers[1]
-        if found.split("+")[0] != pin and not newer:
+        found = found.split("+")[0]
+        if found != pin and not (package in NEWER_TOO and parts(found) > parts(pin)):
             raise UserError(
                 f"{package} {found} is installed, {pin} is needed (ppo/requirements-ppo.txt): pip install "
                 f"{package}=={pin}"
             )
-    if installed("torch") is None:
-        raise UserError("torch is not installed here: source envs.sh; make_envs ppo_train; use_env ppo_train")
 
 
-def parser_of(source):
-    """OpenRLHF's argument parser, built from the text of its command's module: the statements that make it,
-    nothing that runs.
-
-    The parser sits behind `if __name__ == "__main__":`, so it cannot be imported.
-    """
-    main = next(
-        node
-        for node in ast.parse(source).body
-        if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)
-    )
-    end = next(
-        i
-        for i, node in enumerate(main.body)
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "args"
-    )
-    from datetime import datetime
-
-    names = {"argparse": argparse, "datetime": datetime, "os": os}
-    exec(compile(ast.Module(main.body[:end], []), "train_ppo_ray.py", "exec"), names)
-    return names["parser"]
-
-
-def check_command(arguments):
-    """Refuse a command that the installed OpenRLHF's parser does not take, whole option names compared."""
-    spec = importlib.util.find_spec("openrlhf")
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            "openrlhf is not installed here: source envs.sh; make_envs ppo_train; use_env ppo_train"
-        )
-    path = Path(list(spec.submodule_search_locations)[0]) / "cli" / "train_ppo_ray.py"
-    try:
-        parser = parser_of(path.read_text(encoding="utf-8"))
-    except (OSError, StopIteration, KeyError):
-        raise UserError(
-            f"{path} holds no argument parser known here: openrlhf {PINS['openrlhf']} is needed"
-        ) from None
-    check_options(parser, arguments)
-
-
-def check_options(parser, arguments):
-    """`check_command` against a given parser.
-
-    Returns:
-        the parsed arguments.
-    """
-    known = {option for action in parser._actions for option in action.option_strings}
-    for word in arguments:
-        if word.startswith("--") and word not in known:
-            raise UserError(f"OpenRLHF has no flag {word}{nearest(word, known)}")
-
-    def error(message):
-        raise UserError(f"OpenRLHF's parser refuses the command: {message}")
-
-    parser.error = error
-    return parser.parse_args(arguments)
-
-
-def cluster_gpus(address):
+def cluster_gpus(address: str) -> list[int]:
     """GPUs of each node of a running Ray cluster, asked in a process of its own."""
     code = (
         "import json, sys, ray; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='ERROR'); "
         "print(json.dumps([int(n['Resources'].get('GPU', 0)) for n in ray.nodes() if n['Alive']]))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, address], capture_output=True, text=True, timeout=120, check=False
-    )
+    asked = [sys.executable, "-c", code, address]
+    done = subprocess.run(asked, capture_output=True, text=True, timeout=120, check=False)
     try:
         return json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
@@ -144,7 +83,7 @@ def cluster_gpus(address):
         ) from None
 
 
-def count_gpus(args):
+def count_gpus(args: Arguments) -> tuple[int, int, float | None]:
     """(GPUs, GPUs of a node, bytes of the smallest or None) that this run may take.
 
     Raises:
@@ -159,43 +98,40 @@ def count_gpus(args):
         nodes = [count for count in cluster_gpus(args.ray_address) if count]
         if not nodes:
             raise UserError(f"ray_address {args.ray_address}: its nodes have no GPU")
-        there, a_node = sum(nodes), min(nodes)
         if len(set(nodes)) > 1 and not args.gpus_per_node:
             raise UserError(
                 f"the cluster's nodes have {', '.join(map(str, nodes))} GPUs, OpenRLHF wants nodes alike: "
                 "give num_gpus and gpus_per_node"
             )
-        where = f"of the Ray cluster {args.ray_address}"
+        there, a_node, where = sum(nodes), min(nodes), f"of the Ray cluster {args.ray_address}"
     else:
         there = a_node = len(visible_gpus())
-        size = size or (gpu_memory() * GIB if gpu_memory() else None)
-        where = "visible"
+        size, where = size or (gpu_memory() or 0) * GIB or None, "visible"
         if not there:
             raise UserError(
                 "no GPU is visible: OpenRLHF needs one; without, take the small backend (ppo/train_ppo.py, "
-                "backend: small). "
-                "With dry_run, num_gpus and gpu_memory_gib it plans for GPUs that are elsewhere"
+                "backend: small). With dry_run, num_gpus and gpu_memory_gib it plans for GPUs that are "
+                "elsewhere"
             )
     wanted = args.num_gpus or there
     if wanted > there:
-        raise UserError(f"num_gpus {wanted}, but {there} GPUs are {where}; give --num_gpus {there}")
+        raise UserError(f"num_gpus {wanted}, but {there} GPUs are {where}; set num_gpus {there}")
     return wanted, args.gpus_per_node or a_node, size
 
 
-def check_cores(args, gpus):
-    """Refuse fewer cores than Ray places a run on: one for each GPU and one for the trainer, or it waits for
-    ever; one for Ray itself.
+def check_cores(args: Arguments, gpus: int):
+    """Refuse fewer cores than Ray places a run on: one for each GPU, one for the trainer, one for Ray itself.
+    It would wait for ever.
     """
     cores = len(os.sched_getaffinity(0))
     if not args.ray_address and cores < gpus + 2:
         raise UserError(
             f"OpenRLHF on {gpus} GPUs needs {gpus + 2} CPU cores and this process may use {cores}: ask for "
-            "more (Slurm: --cpus-per-task), "
-            "or give --num_gpus fewer"
+            "more (Slurm: --cpus-per-task), or set num_gpus to fewer"
         )
 
 
-def check_ray(args):
+def check_ray(args: Arguments) -> list[str]:
     """Refuse a Ray cluster that the environment names and the settings do not: OpenRLHF would join it,
     whoever's it is.
 
@@ -207,21 +143,16 @@ def check_ray(args):
         return []
     if address:
         raise UserError(
-            f"RAY_ADDRESS is {address}: OpenRLHF would join that cluster; give --ray_address {address} to "
+            f"RAY_ADDRESS is {address}: OpenRLHF would join that cluster; set ray_address {address} to "
             "use it, or unset RAY_ADDRESS"
         )
     found = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
-    return (
-        [
-            f"{found} names a Ray cluster on this machine, which OpenRLHF would join: `ray stop` ends it if "
-            "nobody needs it"
-        ]
-        if found.exists()
-        else []
-    )
+    if not found.exists():
+        return []
+    return [f"{found} names a Ray cluster, which OpenRLHF would join: `ray stop` ends it if nobody needs it"]
 
 
-def machine_memory(args):
+def machine_memory(args: Arguments) -> float | None:
     """Bytes of a node's main memory; None where it is another machine's and not given."""
     if args.machine_memory_gib:
         return args.machine_memory_gib * GIB
@@ -229,34 +160,22 @@ def machine_memory(args):
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if here else None
 
 
-def check_writable(folder):
-    """Refuse a folder that cannot be made or written."""
+def check_address(url: str):
+    """Refuse an address of a reward server that nobody listens at, or that is none."""
+    parts = urlparse(url)
+    if not parts.hostname or "," in url:
+        raise UserError(f"reward_url {url}: http://HOST:PORT/get_reward was expected")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".probe"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection((parts.hostname, port), timeout=10).close()
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"cannot write {folder}: {no_room(error) or error.strerror}; give another --output_dir"
+            f"reward_url {url}: nobody answers ({error}); start it there: python -m openrlhf.cli.serve_rm … "
+            "or python ppo/openrlhf/serve_reward.py --host ADDRESS …"
         ) from None
 
 
-def check_address(url):
-    """Refuse an address of a reward server that nobody listens at, or that is none."""
-    parts = urlparse(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or "," in url:
-        raise UserError(f"reward_url {url}: http://HOST:PORT/get_reward was expected")
-    try:
-        socket.create_connection(
-            (parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)), timeout=10
-        ).close()
-    except (OSError, ValueError) as error:
-        how = "start it there: python -m openrlhf.cli.serve_rm … or python ppo/openrlhf/serve_reward.py --host ADDRESS …"
-        raise UserError(f"reward_url {url}: nobody answers ({error}); {how}") from None
-
-
-def has_value_head(name, head):
+def has_value_head(name: str, head: str) -> bool | None:
     """Whether a local reward model has the weights of its head; None for one that is not at hand."""
     folder = Path(name)
     if not folder.is_dir():
@@ -272,7 +191,7 @@ def has_value_head(name, head):
     return False
 
 
-def differs(policy, reward):
+def differs(policy, reward) -> str | None:
     """Why a reward model cannot read the policy's token ids as they are, in words; None where it can.
 
     OpenRLHF's own reward model gets the policy's ids, in the policy's template. Both must be what
@@ -306,16 +225,15 @@ def differs(policy, reward):
     return None
 
 
-def notes_on_machine(placement):
+def notes_on_machine(placement: Placement) -> list[str]:
     """What may stop a run here that cannot be known for certain."""
-    notes = []
     try:
         scope = int(Path("/proc/sys/kernel/yama/ptrace_scope").read_text())
     except (OSError, ValueError):
         scope = 0
-    if placement.colocate and scope > 0:
-        notes.append(
-            f"kernel.yama.ptrace_scope is {scope}: if the first hand-over of weights to vLLM ends in "
-            "`pidfd_getfd`, set it to 0 (OpenRLHF issue 1349)"
-        )
-    return notes
+    if not placement.colocate or not scope:
+        return []
+    return [
+        f"kernel.yama.ptrace_scope is {scope}: if the first hand-over of weights to vLLM ends in "
+        "`pidfd_getfd`, set it to 0 (OpenRLHF issue 1349)"
+    ]

@@ -14,11 +14,12 @@ from collections import deque
 from pathlib import Path
 
 from common.cli import UserError
+from common.manifest import write_yaml
 
 GRACE = 30  # seconds that a stopped process has for its own end
 
 
-def stop(process, grace=GRACE):
+def stop(process: subprocess.Popen, grace: float = GRACE):
     """End a process and its group: as Ctrl-C does, then harder.
 
     Only what was started here is in that group.
@@ -47,13 +48,13 @@ def stopped_by_signals():
         signal.signal(signal.SIGTERM, before)
 
 
-def free_port():
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
-def last_lines(path, count=8):
+def last_lines(path: Path, count: int = 8) -> list[str]:
     """The end of a log, without a progress bar's earlier states and without empty lines."""
     try:
         with open(path, "rb") as file:
@@ -66,7 +67,7 @@ def last_lines(path, count=8):
 
 
 @contextlib.contextmanager
-def reward_server(settings, folder, gpus, patience=1800):
+def reward_server(settings: dict, folder: Path, gpus: str | None, patience: float = 1800):
     """Run ppo/openrlhf/serve_reward.py with the mapping `settings` while the block runs; yields its address.
 
     Args:
@@ -76,8 +77,6 @@ def reward_server(settings, folder, gpus, patience=1800):
     Raises:
         UserError: it ended or did not answer; with the end of its log.
     """
-    from common.manifest import write_yaml
-
     port, log = free_port(), folder / "reward.log"
     write_yaml(folder / "reward.yaml", settings | {"port": port})
     script = str(Path(__file__).with_name("serve_reward.py"))
@@ -87,30 +86,31 @@ def reward_server(settings, folder, gpus, patience=1800):
         process = subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, env=env, start_new_session=True
         )
-    direct = urllib.request.build_opener(
-        urllib.request.ProxyHandler({})
-    )  # http_proxy knows nothing of this machine
     try:
         end = time.monotonic() + patience
-        while True:
+        while not _answers(port):
             if process.poll() is not None or time.monotonic() > end:
-                reason = next(
-                    (line for line in reversed(last_lines(log)) if line.startswith("error: ")),
-                    " | ".join(last_lines(log, 3)),
-                )
-                raise UserError(
-                    f"the reward server does not run ({reason.removeprefix('error: ')}); its log is {log}"
-                )
-            with contextlib.suppress(urllib.error.URLError, OSError):
-                direct.open(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
+                lines = last_lines(log)
+                errors = [line for line in lines if line.startswith("error: ")]
+                reason = errors[-1].removeprefix("error: ") if errors else " | ".join(lines[-3:])
+                raise UserError(f"the reward server does not run ({reason}); its log is {log}")
             time.sleep(0.2)
         yield f"http://127.0.0.1:{port}/get_reward"
     finally:
         stop(process, 5)
 
 
-def run_openrlhf(command, log, env):
+def _answers(port):
+    """Whether the server on this machine answers; http_proxy knows nothing of it."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        direct.open(f"http://127.0.0.1:{port}/health", timeout=5).close()
+    except (urllib.error.URLError, OSError):
+        return False
+    return True
+
+
+def run_openrlhf(command: list[str], log: Path, env: dict):
     """Run the command to its end; what it prints goes to the terminal and the log.
 
     Raises:
@@ -149,7 +149,7 @@ def run_openrlhf(command, log, env):
         )
 
 
-def checkpoint_to_resume(folder):
+def checkpoint_to_resume(folder: Path) -> str | None:
     """The newest step that policy and value model both have whole, made the one that DeepSpeed loads; None
     without one.
 
@@ -163,21 +163,17 @@ def checkpoint_to_resume(folder):
     tags, latest = {}, {}
     for role in ("_actor", "_critic"):
         file = folder / role / "latest"
-        if not (folder / role).is_dir():
+        if not file.is_file():
             return None
-        latest[role] = file.read_text(encoding="utf-8").strip() if file.is_file() else None
-        if latest[role] is None:
-            return None
-        at = step(latest[role])
+        latest[role] = file.read_text(encoding="utf-8").strip()
+        found = {path.name for path in (folder / role).glob("global_step*") if path.is_dir()}
         # A folder beyond `latest` may be half written.
-        tags[role] = {
-            f.name for f in (folder / role).glob("global_step*") if f.is_dir() and step(f.name) <= at
-        }
+        tags[role] = {tag for tag in found if step(tag) <= step(latest[role])}
     common = sorted(tags["_actor"] & tags["_critic"], key=step)
     if not common:
         raise UserError(
-            f"{folder} holds checkpoints of policy and value model that share no step; give --overwrite true "
-            "to start anew"
+            f"{folder} holds checkpoints of policy and value model that share no step; set overwrite true "
+            "to start again"
         )
     for role, tag in latest.items():
         if tag != common[-1]:
@@ -187,5 +183,5 @@ def checkpoint_to_resume(folder):
     return common[-1]
 
 
-def step(tag):
+def step(tag: str) -> int:
     return int("".join(filter(str.isdigit, tag)) or 0)

@@ -2,6 +2,7 @@
 stop tokens.
 """
 
+import collections
 import json
 import os
 import random
@@ -9,13 +10,15 @@ import shutil
 from pathlib import Path
 
 from common import models, records
-from common.cli import UserError
-from common.manifest import write_json
-from dpo_iteration.output import write_jsonl
+from common.cli import UserError, one_line
+from common.manifest import write_json, write_jsonl
 from dpo_iteration.saved import generation_config
 from ppo.inputs import rendered_prompts
+from ppo.openrlhf.arguments import Arguments
 
+# Files that are not linked from the policy's folder: the tokenizer is saved with our template.
 OURS = (
+    "README.md",
     "generation_config.json",
     "chat_template.jinja",
     "chat_template.json",
@@ -24,39 +27,35 @@ OURS = (
 )
 
 
-def load_tokenizer(name, trust_remote_code=False, chat_template=None):
+def load_tokenizer(name: str, trust_remote_code: bool = False, chat_template: str | None = None):
     """A model's tokenizer, with the chat template of the file `chat_template` where one is given."""
     tokenizer = models.load_tokenizer(name, trust_remote_code=trust_remote_code, chat_template=chat_template)
     if not tokenizer.chat_template:
         raise UserError(
-            f"model_name_or_path {name} has no chat template: put a chat_template.jinja beside its tokenizer "
-            "or give --chat_template FILE"
+            f"model_name_or_path {name} has no chat template: put a chat_template.jinja in its folder or "
+            "set chat_template to a file"
         )
     return tokenizer
 
 
-def read_all(args, tokenizer):
-    """(records to write, skipped): every prompt of all sets in order; too long ones and those that cannot be
-    used are named in `skipped`.
-    """
+def read_all(args: Arguments, tokenizer) -> tuple[list[dict], list[dict]]:
+    """(records to write: every prompt of all sets in order; entries of the skipped file)."""
     kept, skipped, bad, seen = [], [], [], set()
     for record, text in rendered_prompts(args, tokenizer, bad):
         tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
         if tokens > args.max_input_length:
             skipped.append({"id": record["id"], "reason": "too long", "tokens": tokens})
             continue
-        key = (
-            record["id"] if record["id"] not in seen else f"{record['id']}-{len(seen)}"
-        )  # the same prompt in two sets
+        twin = record["id"] in seen  # the same prompt in two sets
+        key = f"{record['id']}-{len(seen)}" if twin else record["id"]
         seen.add(key)
         # In the label as text: the reward functions' record, which OpenRLHF hands through untouched.
         kept.append({"prompt": text, "label": records.dumps(record | {"id": key})})
-    return kept, [
-        {"id": entry["id"], "reason": "cannot be used", "detail": entry["reason"]} for entry in bad
-    ] + skipped
+    unusable = [{"id": e["id"], "reason": "cannot be used", "detail": e["reason"]} for e in bad]
+    return kept, unusable + skipped
 
 
-def whole_rollouts(args, kept):
+def whole_rollouts(args: Arguments, kept: list) -> tuple[list, list, int]:
     """(prompts of whole rollouts in a fixed random order, those left over, passes over them) within
     `max_rollouts`.
     """
@@ -75,11 +74,9 @@ def whole_rollouts(args, kept):
     return kept[:cut], kept[cut:], episodes
 
 
-def write_prompts(args, tokenizer, path):
-    """Write the prompts file and its `.skipped.jsonl`.
-
-    Returns:
-        dict of counts: prompts, skipped by reason, episodes, rollouts.
+def write_prompts(args: Arguments, tokenizer, path: Path) -> dict:
+    """Write the prompts file and its `.skipped.jsonl`; returns counts: prompts, skipped by reason, episodes,
+    rollouts.
     """
     kept, skipped = read_all(args, tokenizer)
     chosen, left, episodes = whole_rollouts(args, kept)
@@ -87,34 +84,28 @@ def write_prompts(args, tokenizer, path):
     skipped += [{"id": json.loads(entry["label"])["id"], "reason": reason} for entry in left]
     write_jsonl(path, chosen)
     write_jsonl(path.with_name("prompts.skipped.jsonl"), skipped)
-    by_reason = {}
-    for entry in skipped:
-        by_reason[entry["reason"]] = by_reason.get(entry["reason"], 0) + 1
     return {
         "prompts": len(chosen),
-        "skipped": by_reason,
+        "skipped": dict(collections.Counter(entry["reason"] for entry in skipped)),
         "episodes": episodes,
         "rollouts": len(chosen) // args.rollout_batch_size * episodes,
     }
 
 
-def local_folder(name):
+def local_folder(name: str) -> Path:
     """The folder of a model, fetched from the hub where it is none (vLLM would fetch the same files)."""
     if Path(name).is_dir():
         return Path(name).resolve()
     import huggingface_hub
 
+    wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"]
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"]
-            )
-        )
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
     except Exception as error:
-        raise UserError(f"cannot fetch {name} from the hub: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"cannot fetch {name} from the hub: {one_line(error)}") from None
 
 
-def prepare_policy(args, tokenizer, folder):
+def prepare_policy(args: Arguments, tokenizer, folder: Path):
     """Put the policy into `folder`: links to its weights, our tokenizer with its template, a generation
     config that stops.
 
@@ -130,10 +121,5 @@ def prepare_policy(args, tokenizer, folder):
     tokenizer.save_pretrained(folder)
     write_json(folder / "generation_config.json", generation_config(source, tokenizer))
     for file in source.iterdir():
-        if (
-            file.is_file()
-            and not (folder / file.name).exists()
-            and file.name not in OURS
-            and file.name != "README.md"
-        ):
+        if file.is_file() and not (folder / file.name).exists() and file.name not in OURS:
             os.symlink(file.resolve(), folder / file.name)

@@ -6,9 +6,9 @@ response with special tokens; `prompt`, the templated text that was sampled from
 the record as JSON. The messages come out of the label, the response out of the query; then a reward model
 sees its own template and its own tokens, as in get_rewards.py.
 
-A reward *model* is served by ppo/openrlhf/serve_reward.py in a process of its own. OpenRLHF calls `reward_func` in its
-sampling processes, one response at a time, where a model would be loaded once for each engine, on its GPU or
-on none: only functions are called there,
+A reward *model* is served by ppo/openrlhf/serve_reward.py in a process of its own. OpenRLHF calls
+`reward_func` in its sampling processes, one response at a time, where a model would be loaded once for each
+engine, on its GPU or on none: only functions are called there,
 
     RLHF_REWARD_CONFIG=reward.yaml python -m openrlhf.cli.train_ppo_ray … --reward.remote_url
     ppo/openrlhf/reward.py
@@ -31,61 +31,39 @@ from annotate_data.arguments import Arguments as Annotation
 from annotate_data.arguments import check as check_annotation
 from common import records
 from common.cli import UserError, arg, build, read_yaml
+from ppo.openrlhf.inherit import inherit
 
 CONFIG = "RLHF_REWARD_CONFIG"
 CPU_PARAMETERS = 200e6  # more than these are not scored without a GPU
-ANNOTATION = (
-    "reward_name_or_path",
-    "reward_type",
-    "reward_function",
-    "reward_weights",
-    "max_length",
-    "batch_tokens",
-    "dtype",
-    "attn_implementation",
-    "trust_remote_code",
-)
+# Of get_rewards.py: what is about its files, about pair-preference models, or has another name here.
+NOT_TAKEN = (
+    "dataset_name_or_path output_dir K overwrite chunk_records ranking save_pair_probabilities chat_template"
+).split()
 
 
 @dataclass(kw_only=True)
-class RewardArguments:
+class RewardArguments(inherit(Annotation, NOT_TAKEN)):
     policy: str = arg(
         help="folder or hub name of the policy: its tokenizer tells the response from the prompt"
-    )
-    reward_name_or_path: list[str] | None = arg(
-        None, "reward models of annotate_data/get_rewards.py: folders or hub names"
-    )
-    reward_type: list[str] = arg(
-        ["auto"], "as in get_rewards.py; pair-preference models cannot judge one response"
-    )
-    reward_function: str | None = arg(None, "FILE.py:NAME, f(messages, response[, record]) → number")
-    reward_weights: list[float] | None = arg(
-        None, "one for each model, then the function's; the sum is the reward"
     )
     reward_chat_template: str | None = arg(
         None, "jinja file in place of the reward model's own chat template"
     )
-    max_length: int = arg(4096, "tokens of a sequence for the reward model; the left is cut")
-    batch_tokens: int | None = arg(None, "tokens of a forward pass; None: 16384 on a GPU, 2048 without")
-    dtype: str = arg(
-        "auto", "auto is bfloat16 on a GPU, float32 without", ("auto", "float32", "bfloat16", "float16")
-    )
-    attn_implementation: str = arg("auto", "auto is flash_attention_2 where installed (GPU), else sdpa")
-    trust_remote_code: bool = arg(False, "run Python code that comes with the models")
     allow_cpu: bool = arg(
         False, f"score models of more than {CPU_PARAMETERS / 1e6:.0f} million parameters without a GPU too"
     )
 
 
-def annotation(args):
+def annotation(args: RewardArguments) -> Annotation:
     """Arguments of get_rewards.py for the same rewards."""
     if not args.reward_name_or_path and not args.reward_function:
         raise UserError("no reward: give reward_name_or_path or reward_function")
-    values = {key: getattr(args, key) for key in ANNOTATION}
+    same = Annotation.__dataclass_fields__.keys() - NOT_TAKEN
+    values = {key: getattr(args, key) for key in same}
     return Annotation("-", "-", chat_template=args.reward_chat_template, **values)
 
 
-def check(args):
+def check(args: RewardArguments) -> Annotation:
     """Refuse what is known to be wrong before a model is loaded.
 
     Raises:
@@ -101,7 +79,7 @@ def check(args):
     return asked
 
 
-def special_strings(tokenizer):
+def special_strings(tokenizer) -> re.Pattern | None:
     """A pattern of the special tokens that decoding without them would leave out; None without any."""
     found = set(tokenizer.all_special_tokens) | {
         str(t) for t in tokenizer.added_tokens_decoder.values() if t.special
@@ -121,7 +99,7 @@ class Texts:
         ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
-    def response(self, query, prompt):
+    def response(self, query: str, prompt: str) -> str:
         """The response in a query as generation/get_hf2.py would have written it: without special tokens.
 
         Raises:
@@ -136,7 +114,7 @@ class Texts:
             "data.max_len?"
         )
 
-    def record(self, query, prompt, label):
+    def record(self, query: str, prompt: str, label: str) -> dict:
         """The record that get_rewards.py's scorers take, of one response."""
         try:
             record = json.loads(label)
@@ -156,7 +134,7 @@ class Rewards:
         UserError: as `check`; a model beyond CPU_PARAMETERS without a GPU.
     """
 
-    def __init__(self, args):
+    def __init__(self, args: RewardArguments):
         self.args, self.asked, self.lock = args, check(args), threading.Lock()
 
     def load(self):
@@ -182,23 +160,22 @@ class Rewards:
         import torch
 
         from common.devices import check_torch
+        from dpo_iteration.memory import shape_of
 
         if not hasattr(scorer, "config") or self.args.allow_cpu:
             return
         check_torch()
         if torch.cuda.is_available():
             return
-        from dpo_iteration.memory import shape_of
-
         count = shape_of(scorer.name, trust_remote_code=self.args.trust_remote_code).parameters
         if count > CPU_PARAMETERS:
             raise UserError(
                 f"{scorer.name} has {count / 1e9:.1f} billion parameters and this process has no GPU: start "
-                "ppo/openrlhf/serve_reward.py where one is "
-                "and give its address as reward_url, or say --allow_cpu true"
+                "ppo/openrlhf/serve_reward.py where one is and give its address as reward_url, or say "
+                "--allow_cpu true"
             )
 
-    def __call__(self, queries, prompts, labels):
+    def __call__(self, queries: list, prompts: list, labels: list) -> list[float]:
         """list of rewards (floats), one for each query.
 
         Raises:
@@ -225,7 +202,7 @@ class Rewards:
         return rewards
 
 
-def answer(rewards):
+def answer(rewards: list[float]) -> dict:
     """What OpenRLHF reads: a number for one response, lists for several (it sends one at a time)."""
     value = rewards[0] if len(rewards) == 1 else rewards
     return {"rewards": value, "scores": value, "extra_logs": {}}

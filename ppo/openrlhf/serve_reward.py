@@ -1,15 +1,17 @@
 r"""Serve rewards to OpenRLHF over HTTP: reward models of annotate_data, weighted sums of them, or a Python
 function.
 
-In:  a YAML or arguments that name the rewards and the policy (for its tokenizer); requests from OpenRLHF's sampling processes.
+In:  a YAML or arguments that name the rewards and the policy (for its tokenizer); requests from OpenRLHF's
+     sampling processes.
 Out: answers at /get_reward, `{"query": [...], "prompts": [...], "labels": [...]}` in, `{"rewards", "scores",
-"extra_logs"}` out.
+     "extra_logs"}` out.
 
-    python ppo/openrlhf/serve_reward.py --policy RLHFlow/LLaMA3-SFT --reward_name_or_path sfairXC/FsfairX-LLaMA3-RM-v0.1 --port 5000
+    python ppo/openrlhf/serve_reward.py --policy RLHFlow/LLaMA3-SFT \
+        --reward_name_or_path sfairXC/FsfairX-LLaMA3-RM-v0.1 --port 5000
 
-ppo/openrlhf/run_openrlhf.py starts one by itself; on another machine start it by hand, with --host, and give its
-address as reward_url. The labels must be those of our prompts file. Requests that wait are scored together.
-It has no password: keep it in your own network.
+ppo/openrlhf/run_openrlhf.py starts one by itself; on another machine start it by hand, with --host, and give
+its address as reward_url. The labels must be those of our prompts file. Requests that wait are scored
+together. It has no password: keep it in your own network.
 """
 
 import json
@@ -26,6 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.cli import UserError, arg, parse, run
 from ppo.openrlhf.reward import RewardArguments, Rewards, answer, check
 
+EXPECTED = (
+    'expected {"query": [...], "prompts": [...], "labels": [...]} of one length, as OpenRLHF 0.11.2 sends'
+)
+
 
 @dataclass(kw_only=True)
 class Arguments(RewardArguments):
@@ -39,11 +45,11 @@ class Batcher:
     passes.
     """
 
-    def __init__(self, rewards, size):
+    def __init__(self, rewards: Rewards, size: int):
         self.rewards, self.size, self.waiting, self.scored = rewards, size, queue.SimpleQueue(), 0
         threading.Thread(target=self._work, daemon=True).start()
 
-    def __call__(self, queries, prompts, labels):
+    def __call__(self, queries: list, prompts: list, labels: list) -> list[float]:
         """Rewards of one request, or its error."""
         box = queue.SimpleQueue()
         self.waiting.put(((queries, prompts, labels), box))
@@ -72,7 +78,7 @@ class Batcher:
             return [self._together([one])[0] for one in given]
 
 
-def handler(batcher):
+def handler(batcher: Batcher) -> type:
     """The class that answers requests."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -96,15 +102,7 @@ def handler(batcher):
                 if not all(isinstance(part, list) and len(part) == len(given[0]) for part in given):
                     raise ValueError
             except (ValueError, KeyError, TypeError):
-                self.reply(
-                    400,
-                    {
-                        "error": (
-                            'expected {"query": [...], "prompts": [...], "labels": [...]} of one '
-                            "length, as OpenRLHF 0.11.2 sends"
-                        )
-                    },
-                )
+                self.reply(400, {"error": EXPECTED})
                 return
             try:
                 self.reply(200, answer(batcher(*given)))

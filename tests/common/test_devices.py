@@ -108,7 +108,7 @@ def test_every_script_asks_before_it_loads_a_model(tmp_path, monkeypatch):
         lambda: main(divergence, "--model_name_or_path", policy, "--ref_model_name_or_path", reference),
         lambda: main(get_hf2, "--model_name_or_path", policy),
         lambda: run_dpo.prepare(None, None, 1),
-        lambda: train_ppo.train(None, None, None, 0.0),
+        lambda: train_ppo.train(None, None, 0.0),
         lambda: openrlhf_reward.Rewards(asked).load(),
     ):
         with pytest.raises(UserError, match="torch sees none"):

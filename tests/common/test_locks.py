@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -34,18 +33,6 @@ def training(folder):
     return held
 
 
-def small_ppo(folder):
-    from ppo.output import lock_output
-
-    return lock_output(SimpleNamespace(output_dir=str(folder / "model")))
-
-
-def openrlhf(folder):
-    from ppo.openrlhf.run_openrlhf import locked
-
-    return locked(SimpleNamespace(output_dir=str(folder / "model")))
-
-
 def merge(folder):
     from generation import merge_data
 
@@ -61,7 +48,7 @@ def merge(folder):
     merge_data.main()
 
 
-TAKERS = (output, training, small_ppo, openrlhf, merge)
+TAKERS = (output, training, merge)
 
 
 @pytest.fixture

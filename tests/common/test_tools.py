@@ -199,5 +199,5 @@ def test_ppo_leaves_out_what_it_cannot_use(tokenizer, tmp_path, capsys):
     kept, bad = inputs.scorable_prompts(args, [NoTools()], kept)
     assert [record["prompt"] for record in kept] == talks[:1] and bad[0]["reason"] == "it refuses the turns"
     args.bad_prompts = "refuse"
-    with pytest.raises(UserError, match="record 2: the last turn .*--bad_prompts skip"):
+    with pytest.raises(UserError, match="record 2: the last turn .*bad_prompts skip"):
         list(inputs.rendered_prompts(args, tokenizer, []))

@@ -23,8 +23,9 @@ from transformers import (
     GenerationConfig,
 )
 
+from common import training
 from common.cli import UserError, build, read_yaml
-from ppo import output
+from common.training import Training
 from ppo import train_ppo as ppo
 
 SCRIPT = str(ROOT / "ppo" / "train_ppo.py")
@@ -398,7 +399,7 @@ def test_a_ratio_off_one_stops_the_run(work):
     it.check_start(figures)
     data["log_probs"] = data["log_probs"] + 0.01
     with pytest.raises(
-        UserError, match="ratio of the first step is off 1 by 0.01.*dropout.*--attn_implementation"
+        UserError, match="ratio of the first step is off 1 by 0.01.*dropout.*attn_implementation"
     ):
         it.learn(rows, data, 1)
     with pytest.raises(UserError, match="nats off the reference before anything was learned"):
@@ -710,20 +711,20 @@ def test_checkpoints_of_which_none_can_be_read_are_not_passed_over_in_silence(wo
     for state in (work / "unreadable").glob("checkpoint-*/state.pt"):
         os.truncate(state, 1000)
     with pytest.raises(
-        UserError, match="checkpoint-5 cannot be read .*nor is there an older one.*--overwrite true"
+        UserError, match="checkpoint-5 cannot be read .*nor is there an older one.*overwrite true"
     ):
         here(words)
     for note in (work / "unreadable").glob("checkpoint-*/trainer_state.json"):
         os.truncate(note, 5)
     with pytest.raises(
-        UserError, match="checkpoint-. cannot be read .*trainer_state.json is damaged.*--overwrite true"
+        UserError, match="checkpoint-. cannot be read .*trainer_state.json is damaged.*overwrite true"
     ):
         here(words)
 
 
 def test_checkpoints_stay_until_the_model_is_known_to_be_complete(work, here, monkeypatch, capsys):
     """A kill between the two would otherwise cost the whole run."""
-    words, written = argv(work, "late", **RUN | {"keep_checkpoints": False}), output.write_json
+    words, written = argv(work, "late", **RUN | {"keep_checkpoints": False}), training.write_json
 
     def write(path, content):
         if content.get("complete"):
@@ -731,7 +732,7 @@ def test_checkpoints_stay_until_the_model_is_known_to_be_complete(work, here, mo
         written(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(output, "write_json", write)
+        patch.setattr(training, "write_json", write)
         with pytest.raises(KeyboardInterrupt):
             here(words)
     here(words)
@@ -750,21 +751,21 @@ def test_long_prompts_are_skipped_and_listed(work, here):
 
 WRONG = {
     "nothing scores": {"reward_function": ...},
-    "--batch_size 3": {"batch_size": 3},
-    "does not divide by 1 process × --micro_batch_size 3": {"micro_batch_size": 3},
-    "--generation_batch_size 1 is below": {"generation_batch_size": 1},
-    "--top_p 0.0 must be above 0": {"top_p": 0.0},
-    "--gae_lambda 1.5": {"gae_lambda": 1.5},
-    "--kl_coef -1": {"kl_coef": -1.0},
-    "--temperature 0.0 must be above 0": {"temperature": 0.0},
-    "--lr_scheduler_type constant has no warm-up": {"lr_scheduler_type": "constant", "warmup_steps": 3},
-    "--warmup_steps 7 is more than the 6 optimizer steps": {"warmup_steps": 7},
-    "--kl_target steers": {"kl_target": 3.0, "kl_coef": 0.0},
+    "batch_size 3": {"batch_size": 3},
+    "does not divide by 1 process × micro_batch_size 3": {"micro_batch_size": 3},
+    "generation_batch_size 1 is below": {"generation_batch_size": 1},
+    "top_p 0.0 must be above 0": {"top_p": 0.0},
+    "gae_lambda 1.5": {"gae_lambda": 1.5},
+    "kl_coef -1": {"kl_coef": -1.0},
+    "temperature 0.0 must be above 0": {"temperature": 0.0},
+    "lr_scheduler_type constant has no warm-up": {"lr_scheduler_type": "constant", "warmup_steps": 3},
+    "warmup_steps 7 is more than the 6 optimizer steps": {"warmup_steps": 7},
+    "kl_target steers": {"kl_target": 3.0, "kl_coef": 0.0},
     "no such reward function file": {"reward_function": "nowhere.py:f"},
     "lr_scheduler_type: 'cosin' is not one of": {"lr_scheduler_type": "cosin"},
-    "--report_to nothing": {"report_to": ["nothing"]},
+    "report_to nothing": {"report_to": ["nothing"]},
     "needs --reward_weights|need --reward_weights": {"reward_name_or_path": ["RM"]},
-    "--model_name_or_path ./nowhere": {"model_name_or_path": "./nowhere"},
+    "model_name_or_path ./nowhere": {"model_name_or_path": "./nowhere"},
     "is the model .* itself": {"output_dir": "POLICY"},
     "12 prompts .* for rollouts of 16": {"rollout_batch_size": 16, "batch_size": 32},
     "has 512 positions": {"max_input_length": 510},
@@ -815,7 +816,7 @@ def test_one_response_a_prompt_is_refused_where_responses_are_compared(work, her
     name = str(micro.make_pair_preference(work / "pair-preference-model-x"))
     for kind in ("auto", "pair_preference"):
         with pytest.raises(
-            UserError, match="compares the responses of a prompt: give --samples_per_prompt 2 or more"
+            UserError, match="compares the responses of a prompt: give samples_per_prompt 2 or more"
         ):
             here(
                 argv(
@@ -830,11 +831,9 @@ def test_one_response_a_prompt_is_refused_where_responses_are_compared(work, her
 
 
 def test_a_second_run_into_the_same_folder_is_refused_and_sharding_too(work, here, monkeypatch):
-    args = build(ppo.Arguments, settings(work, "locked"))
-    lock = ppo.lock_output(args)
-    with pytest.raises(UserError, match="another process is training into"):
-        here(argv(work, "locked"))
-    lock.close()
+    with Training(work / "locked", "", {}, {}).locked():
+        with pytest.raises(UserError, match="another process is training into"):
+            here(argv(work, "locked"))
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(UserError, match="DEEPSPEED would cut them up: launch it with configs/ddp.yaml"):
         here(argv(work, "locked"))
@@ -850,8 +849,12 @@ def test_the_command_line_answers_at_once(work):
         out, _ = process.communicate(timeout=60)
         assert process.returncode == status and said in out, out
         assert "Traceback" not in out and time.monotonic() - begun < 20
-    program = [sys.executable, "-c", "import ppo.train_ppo, sys; print('torch' in sys.modules)"]
-    loaded = subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_settings_are_read_without_anything_heavy():
+    """The loop imports both backends to resolve a section."""
+    asks = "import sys, ppo.train_ppo, ppo.openrlhf.run_openrlhf; print('torch' in sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", asks], cwd=ROOT, capture_output=True, text=True)
     assert loaded.stdout.strip() == "False", loaded.stderr
 
 

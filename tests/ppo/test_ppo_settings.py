@@ -17,7 +17,7 @@ from common.cli import UserError, build
 from generation.sampling import check_sampling
 from loop import plan as loop_plan
 from loop import settings as run_settings
-from ppo import arguments, train_ppo
+from ppo import checks, train_ppo
 from ppo import run as ppo_run
 from ppo.run import PPOPlan, PPOSettings
 
@@ -129,6 +129,7 @@ def test_each_backend_gets_what_it_knows(settings):
     """A reward model's own template and length have keys in one backend only."""
     settings["annotation"] = {"chat_template": "my.jinja", "max_length": 300, "template_kwargs": {}}
     settings["generation"]["template_kwargs"] = {"enable_thinking": False}
+    del settings["ppo"]["bf16"]  # OpenRLHF has no such choice
     small, other = made(settings), made(settings | {"backend": "openrlhf"})
     assert small.training_of(1)["template_kwargs"] == {
         "enable_thinking": False
@@ -144,6 +145,7 @@ def test_each_backend_gets_what_it_knows(settings):
 def test_placement_goes_to_openrlhf_alone(settings):
     settings["openrlhf"] = {"num_gpus": 4}
     assert "num_gpus" not in made(settings).training_of(1)
+    del settings["ppo"]["bf16"]
     assert made(settings | {"backend": "openrlhf"}).training_of(1)["num_gpus"] == 4
 
 
@@ -188,7 +190,7 @@ def test_what_is_right_passes_and_says_so(settings, capsys):
         ({"ppo": {"missing_eos_penalty": -1.0}}, "missing_eos_penalty -1.0 must not be negative"),
         (
             {"ppo": {"batch_size": 32, "rollout_batch_size": 32}},
-            "25 prompts are fewer than a rollout takes: lower --ppo.rollout_batch_size 32",
+            "25 prompts are fewer than a rollout takes: lower rollout_batch_size 32",
         ),
         (
             {"ppo": {"missing_eos_penalty": -1.0}, "backend": "openrlhf"},
@@ -205,7 +207,7 @@ def test_what_is_right_passes_and_says_so(settings, capsys):
         ({"ppo": {"clip": 0}}, "clip 0.0 must be above 0"),
         (
             {"ppo": {"batch_size": 8, "micro_batch_size": 4, "rollout_batch_size": 8}, "num_processes": 3},
-            "ppo.batch_size 8 does not divide by 3 processes",
+            "batch_size 8 does not divide by 3 processes",
         ),
         ({"generation": {"eos_ids": [1]}}, "generation: PPO (backend small) would train without eos_ids"),
         ({"heldout": {"top_k": 5}}, "would train without top_k"),
@@ -295,11 +297,11 @@ def test_all_that_is_wrong_is_told_at_once_with_sizes_that_fit(settings, capsys)
     with pytest.raises(UserError) as refused:
         check(settings | {"ppo": wrong, "num_processes": 1})
     told = capsys.readouterr().err + str(refused.value)
-    for problem in ("--ppo.clip 0.0 must be above 0", "top_p 2.0", "report_to wanbd"):
+    for problem in ("clip 0.0 must be above 0", "top_p 2.0", "report_to wanbd"):
         assert problem in told
-    sizes = "--ppo.rollout_batch_size 24 --ppo.batch_size 24 --ppo.micro_batch_size 8"
+    sizes = "rollout_batch_size 24, batch_size 24, micro_batch_size 8"
     assert (
-        "25 prompts are fewer than a rollout takes: lower --ppo.rollout_batch_size 128, or give more; these "
+        "25 prompts are fewer than a rollout takes: lower rollout_batch_size 128, or give more; these "
         f"fit together: {sizes}" in told
     )
     check(
@@ -322,12 +324,12 @@ def test_all_that_is_wrong_is_told_at_once_with_sizes_that_fit(settings, capsys)
 def test_sizes_that_are_offered_fit(sizes, world, prompts):
     keys = ("rollout_batch_size", "samples_per_prompt", "batch_size", "micro_batch_size")
     args = types.SimpleNamespace(**dict(zip(keys, sizes)))
-    assert arguments.check_batches(args, world, prompts)
-    offered = arguments.fitting(args, world, prompts)
+    assert checks.check_batches(args, world, prompts)
+    offered = checks.fitting(args, world, prompts)
     assert bool(offered) == (min(sizes[0], prompts or sizes[0]) * sizes[1] >= world)
     if offered:
         vars(args).update(offered)
-        assert arguments.check_batches(args, world, prompts) == [] and args.rollout_batch_size <= (
+        assert checks.check_batches(args, world, prompts) == [] and args.rollout_batch_size <= (
             prompts or sizes[0]
         )
 

@@ -1,0 +1,175 @@
+"""What train_ppo.py refuses before torch is imported, each with what to do instead.
+
+Errors call an argument by its key, as a YAML and `--key value` have it.
+"""
+
+import math
+import os
+from pathlib import Path
+
+from annotate_data import arguments as annotation
+from common import trackers
+from common.cli import UserError, count, existing_file, refuse
+from common.models import check_model, check_policy
+from common.training import world_size
+
+POSITIVE = (
+    "max_input_length max_new_tokens generation_batch_size rollout_batch_size samples_per_prompt batch_size "
+    "micro_batch_size ppo_epochs kl_horizon logging_steps save_total_limit max_rollouts temperature "
+    "num_episodes learning_rate critic_learning_rate clip value_clip kl_target value_coef"
+).split()
+NOT_NEGATIVE = "kl_coef warmup_steps weight_decay max_grad_norm missing_eos_penalty save_steps seed".split()
+SHARES = "gamma gae_lambda top_p".split()
+
+
+def out_of_range(args, positive: list[str], not_negative: list[str], shares: list[str]) -> list[str]:
+    """What is said of numbers outside their range. None is in every range, as is a key that `args` lacks."""
+    given = {key: value for key, value in vars(args).items() if value is not None}
+    problems = [
+        f"{key} {given[key]} must be above 0 and finite"
+        for key in positive
+        if key in given and not 0 < given[key] < math.inf
+    ]
+    problems += [
+        f"{key} {given[key]} must not be negative, and finite"
+        for key in not_negative
+        if key in given and not 0 <= given[key] < math.inf
+    ]
+    problems += [
+        f"{key} {given[key]} must be from 0 to 1"
+        for key in shares
+        if key in given and not 0 <= given[key] <= 1
+    ]
+    return problems + (["top_p 0.0 must be above 0: it leaves no token to sample"] if args.top_p == 0 else [])
+
+
+def check(args, processes: int | None = None):
+    """Refuse what cannot work, whatever the files are.
+
+    Args:
+        processes: how many will train; None: those that were launched.
+
+    Raises:
+        UserError: names the settings, all at once.
+    """
+    problems = out_of_range(args, POSITIVE, NOT_NEGATIVE, SHARES)
+    if not args.reward_name_or_path and not args.reward_function:
+        problems.append("nothing scores a response: give reward_name_or_path or reward_function")
+    if args.kl_target and not args.kl_coef:
+        problems.append("kl_target steers kl_coef by a factor: give a kl_coef above 0 to start from")
+    problems += check_batches(args, processes or world_size())
+    if args.generation_batch_size < args.samples_per_prompt:
+        problems.append(
+            f"generation_batch_size {args.generation_batch_size} is below samples_per_prompt "
+            f"{args.samples_per_prompt}, which are sampled together"
+        )
+    problems += check_schedule(args)
+    for function, *given in (
+        (check_samples, args, args.reward_type),
+        (trackers.check, args.report_to, "report_to", trackers.FIGURES),
+    ):
+        try:
+            function(*given)
+        except UserError as error:
+            problems.append(str(error))
+    for kind in ("DEEPSPEED", "FSDP"):
+        if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
+            problems.append(
+                f"this PPO holds whole models on each process, {kind} would cut them up: launch it with "
+                "configs/ddp.yaml"
+            )
+    refuse(problems)
+
+
+def check_schedule(args) -> list[str]:
+    """What is wrong with the learning rates' schedule."""
+    if args.lr_scheduler_type != "constant" or not args.warmup_steps:
+        return []
+    return ["lr_scheduler_type constant has no warm-up: take constant_with_warmup, or warmup_steps 0"]
+
+
+def check_batches(args, processes: int, prompts: int | None = None) -> list[str]:
+    """What is wrong with the sizes of rollouts and steps, and sizes that fit together.
+
+    Args:
+        prompts: how many there are, where that is known.
+    """
+    if min(args.rollout_batch_size, args.samples_per_prompt, args.batch_size, args.micro_batch_size) < 1:
+        return []  # told already
+    problems, responses = [], args.rollout_batch_size * args.samples_per_prompt
+    if prompts is not None and prompts < args.rollout_batch_size:
+        problems.append(
+            f"{prompts} prompts are fewer than a rollout takes: lower rollout_batch_size "
+            f"{args.rollout_batch_size}, or give more"
+        )
+    elif responses % args.batch_size:
+        problems.append(
+            f"a rollout has {responses} responses (rollout_batch_size {args.rollout_batch_size} × "
+            f"samples_per_prompt {args.samples_per_prompt}), which does not divide into steps of batch_size "
+            f"{args.batch_size}"
+        )
+    if args.batch_size % (args.micro_batch_size * processes):
+        problems.append(
+            f"batch_size {args.batch_size} does not divide by {count(processes, 'process')} × "
+            f"micro_batch_size {args.micro_batch_size}"
+        )
+    if problems and (sizes := fitting(args, processes, prompts)):
+        problems[-1] += f"; these fit together: {', '.join(f'{key} {value}' for key, value in sizes.items())}"
+    return problems
+
+
+def fitting(args, processes: int, prompts: int | None = None) -> dict:
+    """{key: value} of sizes near those of `args` that divide; {} where there are none.
+
+    A rollout is made smaller where there are fewer prompts: by a quarter at most, if that will do, and so
+    that passes are large.
+    """
+
+    def largest(most, whole, parts):
+        """The largest number up to `most` that divides `whole` and is itself a multiple of `parts`."""
+        return next((n for n in range(most, 0, -1) if whole % n == 0 and n % parts == 0), None)
+
+    most = min(args.rollout_batch_size, prompts or args.rollout_batch_size)
+    found = {}
+    for rollout in range(1 if most < args.rollout_batch_size else most, most + 1):
+        responses = rollout * args.samples_per_prompt
+        batch = largest(min(args.batch_size, responses), responses, processes)
+        if batch:
+            micro = largest(min(args.micro_batch_size, batch // processes), batch // processes, 1)
+            sizes = {"rollout_batch_size": rollout, "batch_size": batch, "micro_batch_size": micro}
+            found[rollout >= most - most // 4, micro, rollout] = sizes
+    return found[max(found)] if found else {}
+
+
+def check_samples(args, kinds: list[str]):
+    """Refuse one response a prompt where responses are compared: all would score the same.
+
+    Args:
+        kinds: what was asked for, or the names of the scorers' classes once `auto` has been found out.
+    """
+    if args.samples_per_prompt == 1 and {"pair_preference", "PairPreference"} & set(kinds):
+        raise UserError(
+            "a pair-preference model compares the responses of a prompt: give samples_per_prompt 2 or more"
+        )
+
+
+def scoring(args) -> annotation.Arguments:
+    """The arguments of annotate_data/get_rewards.py that say what scores a response."""
+    shared = ("name_or_path", "type", "function", "weights")
+    values = {f"reward_{key}": getattr(args, f"reward_{key}") for key in shared}
+    return annotation.Arguments("", "", trust_remote_code=args.trust_remote_code, date=args.date, **values)
+
+
+def check_paths(args):
+    """Refuse files that are not there, folders that hold no model, and an output that is an input."""
+    annotation.check(scoring(args))
+    if not args.dataset_name_or_path:
+        raise UserError("dataset_name_or_path names no prompts")
+    if args.chat_template:
+        existing_file(args.chat_template, "chat template")
+    check_policy(args.model_name_or_path, "model_name_or_path")
+    if args.critic_name_or_path is not None:
+        check_model(args.critic_name_or_path, "critic_name_or_path")
+    for name in (args.model_name_or_path, args.critic_name_or_path, *(args.reward_name_or_path or [])):
+        if name and Path(name).resolve() == Path(args.output_dir).resolve():
+            raise UserError(f"output_dir {args.output_dir} is the model {name} itself; choose another")

@@ -1,0 +1,283 @@
+"""run_openrlhf.py from start to end with a STUB for OpenRLHF's training (tests/openrlhf_stub.py)."""
+
+import fcntl
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from openrlhf_stub import ROOT, arguments, captured, fake_gpus, settings
+
+from common import cli
+from common.devices import visible_gpus
+from ppo.openrlhf import process, run_openrlhf
+from ppo.openrlhf.reward import RewardArguments, Rewards
+
+SCRIPT = str(ROOT / "ppo/openrlhf/run_openrlhf.py")
+
+
+class Runs:
+    """run_openrlhf.py on two fake GPUs with the stub as OpenRLHF: in this process, or as a command."""
+
+    def __init__(self, models, stub, folder, patch, capture):
+        self.models, self.folder, self.patch, self.capture = models, folder, patch, capture
+        self.model, self.work = folder / "iter1" / "model", folder / "iter1" / "model.work"
+        machine = fake_gpus(folder, 2)
+        for name in ("CUDA_VISIBLE_DEVICES", "WANDB_API_KEY", "RAY_ADDRESS"):
+            patch.delenv(name, raising=False)
+        for name in ("PATH", "HF_HUB_OFFLINE"):
+            patch.setenv(name, machine[name])
+        patch.setenv("PYTHONPATH", str(stub))
+        patch.syspath_prepend(str(stub))
+        patch.setenv("ACCELERATE_USE_CPU", "true")  # rewards are scored on the CPU, whatever the GPUs say
+        patch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+        patch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody is there, and it is not for this machine
+
+    def command(self, **more):
+        values = {
+            "model_name_or_path": str(self.models["policy"]),
+            "reward_name_or_path": str(self.models["same"]),
+            "max_input_length": 200,
+            "dataset_name_or_path": str(self.models["prompts"]),
+            "output_dir": str(self.model),
+            "rollout_batch_size": 4,
+            "batch_size": 4,
+            "micro_batch_size": 1,
+            "max_new_tokens": 50,
+            "save_steps": 2,
+            "warmup_steps": 0,
+        } | more
+        given = {key: value for key, value in values.items() if value is not None}
+        (self.folder / "train.yaml").write_text(yaml.safe_dump(given))
+        return [sys.executable, SCRIPT, str(self.folder / "train.yaml")]
+
+    def run(self, env=(), **more):
+        """The script's `main` as its last line runs it; what it and its processes printed."""
+        command, status = self.command(**more), 0
+        self.capture.readouterr()
+        visible_gpus.cache_clear()
+        with self.patch.context() as patch:
+            for key, value in dict(env).items():
+                patch.setenv(key, value)
+            patch.setattr(sys, "argv", command[1:])
+            try:
+                cli.run(run_openrlhf.main)
+            except SystemExit as end:
+                status = end.code
+        visible_gpus.cache_clear()
+        printed = self.capture.readouterr()
+        return SimpleNamespace(returncode=status, stdout=printed.out, stderr=printed.err)
+
+
+@pytest.fixture
+def runs(models, stub, tmp_path, monkeypatch, capfd):
+    yield Runs(models, stub, tmp_path, monkeypatch, capfd)
+    visible_gpus.cache_clear()
+
+
+def check_output(runs, models):
+    """A plain model folder that loads as the policy did, and a manifest that says complete."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    manifest = json.loads(Path(f"{runs.model}.manifest.json").read_text())
+    assert manifest["complete"] and manifest["num_gpus"] == 2 and manifest["counts"]["rollouts"] >= 5
+    template, expected = (
+        AutoTokenizer.from_pretrained(m).chat_template for m in (runs.model, models["policy"])
+    )
+    assert template == expected
+    config, before = (json.loads((m / "config.json").read_text()) for m in (runs.model, models["policy"]))
+    assert config.get("use_cache", True) and config["pad_token_id"] == before["pad_token_id"]
+    assert AutoModelForCausalLM.from_pretrained(runs.model).generation_config.eos_token_id
+    assert not any(file.is_symlink() for file in runs.model.iterdir())
+    assert (runs.model / "preprocessor_config.json").is_file()
+    assert not (runs.work / "checkpoints").exists()
+    assert (runs.work / "prompts.jsonl").is_file() and (runs.work / "openrlhf.log").is_file()
+    return manifest
+
+
+def test_failure_resume_stop_and_end(runs, models):
+    failed = runs.run({"STUB_FAIL": "3"})
+    told = "error: OpenRLHF ended with status 1: RuntimeError: STUB: CUDA out of memory; the log is"
+    assert failed.returncode == 2 and failed.stderr.splitlines()[-1].startswith(told)
+    assert not any(runs.model.iterdir())
+    assert "from 0 to" in failed.stdout and "--ckpt.load_enable" not in failed.stdout
+    with open(f"{runs.model}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another process is training into" in runs.run().stderr
+    other = runs.run(kl_coef=0.5)
+    assert other.returncode == 2 and "kl_coef was 0.01 and is now 0.5" in other.stderr
+    fewer = runs.run({"CUDA_VISIBLE_DEVICES": "0"})
+    assert fewer.returncode == 2 and "num_gpus was 2 and is now 1" in fewer.stderr
+    torn = runs.run({"STUB_TORN": "_actor4"})
+    assert "continuing from global_step2" in torn.stdout and "from 2 to" in torn.stdout
+    assert torn.returncode == 2
+
+    hanging = dict(os.environ) | {"STUB_HANG": "5"}
+    started = subprocess.Popen(runs.command(), stdout=subprocess.PIPE, text=True, env=hanging)
+    seen = ""
+    for line in started.stdout:
+        seen += line
+        if "STUB hangs" in line:
+            break
+    assert "continuing from global_step2" in seen  # policy had 4, the value model 2
+    listed = subprocess.run(["pgrep", "-P", str(started.pid)], capture_output=True, text=True)
+    children = listed.stdout.split()
+    started.send_signal(signal.SIGINT)
+    assert started.wait(60) == 130 and children
+    for child in children:
+        assert not Path(f"/proc/{child}").exists() or "zombie" in Path(f"/proc/{child}/status").read_text()
+    done = runs.run()
+    assert done.returncode == 0, done.stderr
+    assert "continuing from global_step4" in done.stdout
+    assert "STUB reward None" in done.stdout  # OpenRLHF's own reward model
+    check_output(runs, models)
+    begun = time.monotonic()
+    again = runs.run()
+    assert again.returncode == 0 and "is complete, nothing to do" in again.stdout
+    assert time.monotonic() - begun < 20
+    changed = runs.run(learning_rate=1e-3)
+    assert changed.returncode == 2 and "complete with other settings: learning_rate" in changed.stderr
+
+
+def test_a_checkpoint_is_taken_that_policy_and_value_model_have(tmp_path):
+    def save(role, *tags, latest=None):
+        for tag in tags:
+            (tmp_path / role / f"global_step{tag}").mkdir(parents=True, exist_ok=True)
+        if latest:
+            (tmp_path / role / "latest").write_text(f"global_step{latest}")
+
+    assert process.checkpoint_to_resume(tmp_path) is None
+    save("_actor", 4)
+    assert process.checkpoint_to_resume(tmp_path) is None  # a folder and no whole checkpoint
+    save("_actor", 4, 10, latest=10)
+    assert process.checkpoint_to_resume(tmp_path) is None
+    save("_critic", 4, 10, latest=4)  # its 10 is torn
+    assert process.checkpoint_to_resume(tmp_path) == "global_step4"
+    assert (tmp_path / "_actor" / "latest").read_text() == "global_step4"
+    save("_actor", latest=10)
+    save("_critic", latest=10)
+    assert process.checkpoint_to_resume(tmp_path) == "global_step10"
+
+
+def test_a_reward_model_with_other_tokens_is_served(runs, models):
+    names = [str(models["chatml"])]
+    done = runs.run(reward_name_or_path=names, num_episodes=2, save_steps=0)
+    assert done.returncode == 0, done.stderr
+    assert "our reward server takes one of the GPUs that train" in done.stderr
+    assert "another id or none" in done.stderr
+    reward = float((runs.work / "openrlhf.log").read_text().split("STUB reward ")[1].split(",")[0])
+    first = json.loads((runs.work / "prompts.jsonl").read_text().split("\n")[0])
+    rewards = Rewards(RewardArguments(policy=str(models["policy"]), reward_name_or_path=names)).load()
+    [expected] = rewards([first["prompt"] + "a STUB answer.<|eot_id|>"], [first["prompt"]], [first["label"]])
+    assert reward == pytest.approx(expected, abs=2e-5)
+    assert "--critic.model_name_or_path " + shlex.quote(str(runs.work / "policy")) in done.stdout
+    counts = check_output(runs, models)["counts"]
+    skipped = (runs.work / "prompts.skipped.jsonl").read_text().split("\n")[:-1]
+    assert counts["prompts"] % 4 == 0 and counts["rollouts"] == counts["prompts"] // 4 * 2
+    assert len(skipped) + counts["prompts"] == 26 and sum(counts["skipped"].values()) == len(skipped)
+
+
+def test_a_function_scores_in_openrlhfs_own_process(runs, models):
+    done = runs.run(reward_name_or_path=None, reward_function=models["function"], save_steps=0)
+    assert done.returncode == 0, done.stderr
+    assert f"STUB reward {len('a STUB answer.') / 10}," in done.stdout
+    check_output(runs, models)
+
+
+def test_wrong_set_ups_are_one_line(runs, models, tmp_path):
+    (tmp_path / "file").write_text("")
+    stale = runs.work / "checkpoints" / "_actor"
+    stale.mkdir(parents=True)
+    wrong = {
+        "_actor has no manifest": {},
+        "cannot write": {"output_dir": str(tmp_path / "file" / "model")},
+        "nobody answers": {"reward_name_or_path": None, "reward_url": "http://127.0.0.1:9/get_reward"},
+        "cannot be used so": {"reward_name_or_path": str(models["chatml"]), "reward_backend": "local"},
+        "fewer than rollout_batch_size 400": {"rollout_batch_size": 400, "batch_size": 400},
+    }
+    for expected, more in wrong.items():
+        done = runs.run(**more)
+        errors = [line for line in done.stderr.splitlines() if not line.startswith("ppo: ")]
+        assert done.returncode == 2 and len(errors) == 1 and expected in errors[0], done.stderr
+        if stale.exists():
+            stale.rmdir()
+
+
+def test_what_openrlhfs_engines_and_optimizer_need(monkeypatch):
+    """vLLM starts without nvcc; DeepSpeed compiles with any CUDA 13. What is set already stays."""
+    monkeypatch.setattr(run_openrlhf, "visible_gpus", lambda: ["0"])
+    plan = SimpleNamespace(placement=SimpleNamespace(all_gpus=1), kind="local")
+    monkeypatch.delenv("VLLM_USE_FLASHINFER_SAMPLER", raising=False)
+    monkeypatch.setenv("DS_SKIP_CUDA_CHECK", "0")
+    found = run_openrlhf.environment(arguments(), plan)
+    assert found == {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
+    shown = run_openrlhf.show(["python", "-m", "m", "--a", "b c"], found)
+    assert shown == "VLLM_USE_FLASHINFER_SAMPLER=0 \\\npython -m m \\\n  --a 'b c'"
+
+
+def test_a_tokenizer_of_several_templates_comes_along(monkeypatch, tmp_path):
+    import dpo_iteration.saved
+
+    monkeypatch.setattr(dpo_iteration.saved, "check_saved", lambda *args: None)
+    monkeypatch.setattr(dpo_iteration.saved, "store_once", lambda *args: None)  # these weights are none
+    for name in ("policy", "made"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    (tmp_path / "made/model.safetensors").write_text("")
+    (tmp_path / "policy/additional_chat_templates").mkdir()
+    (tmp_path / "policy/additional_chat_templates/rag.jinja").write_text("rag")
+    paths = SimpleNamespace(model=str(tmp_path / "made"), policy=str(tmp_path / "policy"))
+    run_openrlhf.place_model(arguments(output_dir=str(tmp_path / "out")), paths)
+    assert (tmp_path / "out/additional_chat_templates/rag.jinja").read_text() == "rag"
+
+
+def dry_run(folder, env, *more, prompts=None, **values):
+    """The script's dry run on the recipe's settings, out of reach of the hub."""
+    output = str(folder / "out dir" / "model")
+    values = settings(output_dir=output, **({"dataset_name_or_path": prompts} if prompts else {}), **values)
+    (folder / "loop.yaml").write_text(yaml.safe_dump({"ppo": values}))
+    command = [sys.executable, SCRIPT, f"{folder / 'loop.yaml'}:ppo", "--dry_run", "true", *more]
+    return subprocess.run(command, capture_output=True, text=True, env=env)
+
+
+@pytest.mark.parametrize("gpus", [8, 0])
+def test_a_dry_run_prints_the_command_without_secrets_and_writes_nothing(gpus, tmp_path, source, monkeypatch):
+    """On the GPUs that are here, or for those of another machine."""
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "Hi {i}"}}\n' for i in range(2000)))
+    elsewhere = [] if gpus else ["--num_gpus", "8", "--gpu_memory_gib", "80"]
+    env = fake_gpus(tmp_path, gpus) | {"WANDB_API_KEY": "s3cret"}
+    more = ["--report_to", "wandb", "--machine_memory_gib", "1000", *elsewhere]
+    done = dry_run(tmp_path, env, *more, prompts=str(tmp_path / "prompts.jsonl"))
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.replace(" \\\n", "\n").splitlines()
+    head = ["VLLM_USE_FLASHINFER_SAMPLER=0 DS_SKIP_CUDA_CHECK=1", "python -m openrlhf.cli.train_ppo_ray"]
+    assert lines[:2] == head and all(line.startswith("  --") for line in lines[2:])
+    parsed = captured(source, shlex.split(" ".join(lines[2:])), monkeypatch)
+    assert parsed.ckpt.output_dir == str(tmp_path / "out dir" / "model.work" / "model")
+    assert parsed.vllm.num_engines == parsed.actor.num_gpus_per_node == 8
+    assert "s3cret" not in done.stdout + done.stderr and not (tmp_path / "out dir").exists()
+    assert "8 GPUs on one node" in done.stderr and "8 engines × 1 GPUs" in done.stderr
+    assert "is assumed" in done.stderr
+
+
+@pytest.mark.parametrize("more, visible, expected", [
+    (["--num_gpus", "4"], None, "num_gpus 4, but 2 GPUs are visible; set num_gpus 2"),
+    (["--num_gpus", "2"], "0", "num_gpus 2, but 1 GPUs are visible"),
+    (["--machine_memory_gib", "1000"], None, "take 4 GPUs of 80 GiB, or offload true"),
+    (["--logger.wandb.key", "s3cret"], None, "export WANDB_API_KEY"),
+    (["--kl_ceof", "1"], None, "did you mean '--kl_coef'"),
+    (["--kl_target", "1"], None, "OpenRLHF aims at nats a token"),
+    (["--model_name_or_path", "./nowhere"], None, "no such folder"),
+])  # fmt: skip
+def test_wrong_arguments_end_in_one_line(more, visible, expected, tmp_path):
+    env = fake_gpus(tmp_path, 2) | ({"CUDA_VISIBLE_DEVICES": visible} if visible else {})
+    done = dry_run(tmp_path, env, *more)
+    assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
+    assert len(done.stderr.splitlines()) == 1 and expected in done.stderr and "s3cret" not in done.stderr
