@@ -30,6 +30,8 @@ turns() { # of one policy after the other; policy 0 is the start
     step sample "$policy" "$i"
     step annotate "$policy" "$i"
     step measure "$policy" "$i"
+    tell evaluation/run_metrics.py --run "$run" "${report_to[@]}"
+    [ -z "${plan[report]}" ] || tell report/make_report.py "$run"
     step train "$policy" "$i"
     prune "$i"
   done
@@ -98,7 +100,6 @@ measure() { # POLICY I: what a second judge says, KL to the start, and the figur
   [ "${#judges[@]}" -eq 0 ] || more+=(--judge_sampled "$here/heldout_sampled.judged.jsonl" --judge_greedy "$here/heldout_greedy.judged.jsonl")
   in_env rlhflow "$here/logs/metrics.log" python evaluation/metrics.py --sampled "$here/heldout_sampled.rewarded.jsonl" \
     --greedy "$here/heldout_greedy.rewarded.jsonl" --output_dir "$here/metrics.json" "${more[@]}"
-  attempt rlhflow "$here/logs/metrics.log" python evaluation/run_metrics.py --run "$run" "${report_to[@]}"
 }
 
 declare -F train >/dev/null || train() { # POLICY I: policy I+1, by DPO on the best and worst of the responses; run_ppo.sh has another

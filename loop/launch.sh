@@ -8,7 +8,7 @@
 #   done_already FILE         whether an output is there; what exists is whole
 #   step NAME POLICY I        call a step of the driver and write its seconds down
 #   in_env ENV LOG COMMAND…   run a command; what it says goes into the log, and its failure ends the driver
-#   attempt ENV LOG COMMAND…  the same, but a failure is only noted
+#   tell SCRIPT RUN…          sum the run up behind a step that has done something; a failure is only noted
 #   shards ENV LOG COMMAND…   one process per group of GPUs, side by side, each told its --local_index
 #   prune I                   delete the weights that `keep_iterates` lets go
 #   conclude                  the table, and where the page is
@@ -150,8 +150,10 @@ step() { # NAME POLICY I
   printf '{"policy": %d, "step": "%s", "seconds": %d, "finished": "%(%Y-%m-%dT%H:%M:%S%z)T"}\n' \
     "$3" "$1" "$((SECONDS - began))" -1 >>"${plan[run_dir]}/stages.jsonl"
   say "$at: $((SECONDS - began)) s"
-  [[ -n "${plan[report]:-}" && ( "$1" = measure || "$1" = train ) ]] || return 0
-  attempt rlhflow "${plan[run_dir]}/report.log" python report/make_report.py "${plan[run_dir]}"
+}
+
+tell() { # SCRIPT RUN…: to be done behind a step that has done something; what cannot be done ends nothing
+  [ "$worked" = no ] || attempt rlhflow "${plan[run_dir]}/report.log" python "$@"
 }
 
 prune() { # I: once policy I is there and measured, the weights before the last `keep_iterates`, never the start's

@@ -263,6 +263,7 @@ def test_printed_commands_run_by_hand(untrained, tmp_path):
         "evaluation/divergence.py",
         "evaluation/metrics.py",
         "evaluation/run_metrics.py",
+        "report/make_report.py",
     ]
     [training] = [line for line in lines if "train_ppo.py" in line]
     assert training.startswith(
