@@ -1,5 +1,4 @@
-"""Peak memory of what handles records one by one, against the number of records: it should not grow with
-them.
+"""Peak memory of what handles records, against their number.
 
 In:  nothing; it makes prompts of about 200 characters, a byte tokenizer, and a mock API server that answers at once.
 Out: a table of MB and seconds: the reader, the client (against the mock server), the merge, and annotation by
