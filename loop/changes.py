@@ -15,7 +15,10 @@ DEPENDS = {
     "iter*/*judged.jsonl": ("eval_reward_model", "eval_annotation"),
     "iter*/model": ("model_name_or_path", "seed", "training_args", "ppo", "reference", "train_on"),
 }
-ANEW = "Start another run with --run_dir, or delete what is to be made anew (this output and what comes after it)"
+ANEW = (
+    "Start another run with --run_dir, or delete what is to be made anew (this output and what comes "
+    "after it)"
+)
 
 
 def outputs(folder: RunFolder, pattern: str) -> list[Path]:
@@ -31,7 +34,8 @@ def outputs(folder: RunFolder, pattern: str) -> list[Path]:
 
 
 def refuse(plan, now: dict):
-    """Refuse settings that differ from those that what is there was made with, and inputs that have changed since.
+    """Refuse settings that differ from those that what is there was made with, and inputs that have changed
+    since.
 
     Args:
         plan: the Plan. now: its resolved settings.
@@ -96,5 +100,6 @@ def refuse_prompts(plan):
         if entry.get("path") != name and not (Path(name).exists() and same_content(entry, name)):
             path = plan.folder.generated(i)
             raise UserError(
-                f"{path} was made with other settings: prompts was {entry.get('path')!r} and is now {name!r}. {ANEW}"
+                f"{path} was made with other settings: prompts was {entry.get('path')!r} and is now "
+                f"{name!r}. {ANEW}"
             )

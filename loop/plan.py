@@ -4,11 +4,11 @@
     python loop/plan.py check  CONFIG [--key value …]   check all that can be known now; writes nothing
     python loop/plan.py write  CONFIG [--key value …]   the same, then RUN/loop.yaml, which the commands of a run read
 
-`--stage I.STAGE` and `--stop_stage I.STAGE` leave stages out; `--left ""` says that nothing is left to do, so that only
-changed settings are looked for.
+`--stage I.STAGE` and `--stop_stage I.STAGE` leave stages out; `--left ""` says that nothing is left to do, so
+that only changed settings are looked for.
 
-RUN/loop.yaml holds every setting, those that were not given too: its sections `generation`, `heldout`, `annotation`,
-`eval_annotation` and `training_args` are complete arguments of the scripts that read them.
+RUN/loop.yaml holds every setting, those that were not given too: its sections `generation`, `heldout`,
+`annotation`, `eval_annotation` and `training_args` are complete arguments of the scripts that read them.
 """
 
 import argparse
@@ -95,7 +95,8 @@ class Plan:
 
     def expected(self) -> str:
         return (
-            "ITERATION.STAGE was expected, with STAGE 1 generate, 2 annotate, 3 train or 4 evaluate, for example "
+            "ITERATION.STAGE was expected, with STAGE 1 generate, 2 annotate, 3 train or 4 evaluate, for "
+            "example "
             "2.3; 0.4 evaluates the start"
         )
 
@@ -132,7 +133,8 @@ class Plan:
         for key in ("chat_template", "template_kwargs"):
             if given.get(key) and given[key] != sampled.get(key):
                 raise UserError(
-                    f"training has {key} {given[key]!r} and generation {sampled.get(key)!r}: give it once, in generation"
+                    f"training has {key} {given[key]!r} and generation {sampled.get(key)!r}: give it once, "
+                    "in generation"
                 )
         shared = ("chat_template", "template_kwargs", "revision", "trust_remote_code")
         given |= {key: sampled[key] for key in shared if sampled.get(key) and not given.get(key)}
@@ -289,7 +291,8 @@ class Plan:
         check.refuse_unknown(given, known, "servers")
         if given.get("hosts") and not given.get("start"):
             raise UserError(
-                "servers.hosts are other machines: servers.start must be the command that starts a model there (it gets the "
+                "servers.hosts are other machines: servers.start must be the command that starts a model "
+                "there (it gets the "
                 "model as its last word, and returns when they answer), servers.stop the one that ends them"
             )
         client = {key: value for key, value in given.items() if key not in ("start", "stop")}
@@ -343,8 +346,10 @@ def read(kind: type[Plan], argv: list[str], planning: bool) -> tuple[Plan, list[
     refuse_other_kind(settings)
     if not settings.without_gpu and not gpus_of(settings):
         raise UserError(
-            f"this run needs GPUs and {none_visible()}: `without_gpu: true` in its YAML (or --without_gpu true) lets it use "
-            "the CPU, which is for small models; to plan it for GPUs elsewhere: --check --num_gpus 8 --gpu_memory_gib 80; "
+            f"this run needs GPUs and {none_visible()}: `without_gpu: true` in its YAML (or --without_gpu "
+            "true) lets it use "
+            "the CPU, which is for small models; to plan it for GPUs elsewhere: --check --num_gpus 8 "
+            "--gpu_memory_gib 80; "
             f"the same on tiny models: {kind.example}"
         )
     plan = kind(settings, planning)
@@ -353,12 +358,21 @@ def read(kind: type[Plan], argv: list[str], planning: bool) -> tuple[Plan, list[
 
 
 def with_config(argv: list[str], default: str) -> list[str]:
-    """`argv` with the config in front: the first word, if it is no flag; else the word behind a flag's value that is a YAML
-    file. A relative path is from the folder that the driver was started in, if it is there, else from the project's.
+    """`argv` with the config in front: the first word, if it is no flag; else the word behind a flag's value
+    that is a YAML file. A relative path is from the folder that the driver was started in, if it is there,
+    else from the project's.
     """
     words = list(argv)
-    at = next((k for k, word in enumerate(words) if not word.startswith("--") and word.endswith((".yaml", ".yml"))
-               and (k == 0 or "=" in words[k - 1] or not words[k - 1].startswith("--"))), None)  # fmt: skip
+    at = next(
+        (
+            k
+            for k, word in enumerate(words)
+            if not word.startswith("--")
+            and word.endswith((".yaml", ".yml"))
+            and (k == 0 or "=" in words[k - 1] or not words[k - 1].startswith("--"))
+        ),
+        None,
+    )
     if at is None and words and not words[0].startswith("--"):
         at = 0
     config = words.pop(at) if at is not None else default

@@ -79,7 +79,8 @@ class RunSettings:
     server_port: int = arg(8000, "port of the first API server; the others follow")
     servers: dict = arg(
         {},
-        f"of generation_backend servers: {', '.join(CLIENT)} of generation/gen_hf.py; and for servers on other machines "
+        f"of generation_backend servers: {', '.join(CLIENT)} of generation/gen_hf.py; and for servers on "
+        "other machines "
         "hosts, ports, and the commands start and stop",
     )
     heldout: dict = arg({}, "arguments of the held-out sampling that differ from `generation`")
@@ -90,7 +91,8 @@ class RunSettings:
     eval_annotation: dict = arg({}, "arguments of annotate_data/get_rewards.py for `eval_reward_model`")
     divergence: bool = arg(
         True,
-        "estimate each iterate's KL to the starting policy from its held-out answers (evaluation/divergence.py)",
+        "estimate each iterate's KL to the starting policy from its held-out answers "
+        "(evaluation/divergence.py)",
     )
     report: bool = arg(True, "make RUN/report/index.html anew after each stage")
     report_to: list[str] | None = arg(

@@ -6,8 +6,9 @@
     python ppo/run.py plan   CONFIG [--key value …]   what OpenRLHF would do on GPUs that need not be here, such as
                                                       --openrlhf.num_gpus 8 --openrlhf.gpu_memory_gib 80
 
-A PPO run has two policies: the start, and what PPO makes of it. All but the training is as in loop/plan.py, so that both
-kinds of runs can be compared. The section `ppo` of RUN/loop.yaml has the complete arguments of the backend that trains.
+A PPO run has two policies: the start, and what PPO makes of it. All but the training is as in loop/plan.py,
+so that both kinds of runs can be compared. The section `ppo` of RUN/loop.yaml has the complete arguments of
+the backend that trains.
 """
 
 import dataclasses
@@ -110,7 +111,8 @@ class PPOSettings(RunSettings):
     ppo: dict = arg({}, "arguments of the algorithm; --ppo.kl_coef 0.1")
     openrlhf: dict = arg(
         {},
-        "more arguments of ppo/openrlhf/run_openrlhf.py: placement on the GPUs; the small backend takes no notice",
+        "more arguments of ppo/openrlhf/run_openrlhf.py: placement on the GPUs; the small backend takes no "
+        "notice",
     )
 
     iterations = 1  # not a setting: what PPO trains is iterate 1
@@ -141,7 +143,9 @@ class PPOPlan(Plan):
 
     @property
     def module(self):
-        """The backend's module, with `Arguments`, `arguments(values, where)` and `shaping(args)`; imports nothing heavy."""
+        """The backend's module, with `Arguments`, `arguments(values, where)` and `shaping(args)`; imports
+        nothing heavy.
+        """
         return importlib.import_module(BACKENDS[self.backend])
 
     def all_stages(self):
@@ -154,8 +158,8 @@ class PPOPlan(Plan):
         return self.heldout_jobs()
 
     def training(self) -> dict:
-        """Complete arguments of the backend but for what the run decides: what evaluation says of prompts and rewards, then
-        `ppo`, and `openrlhf` where it is that.
+        """Complete arguments of the backend but for what the run decides: what evaluation says of prompts and
+        rewards, then `ppo`, and `openrlhf` where it is that.
 
         Raises:
             UserError: a key is the run's own, or the other backend's.
@@ -172,7 +176,8 @@ class PPOPlan(Plan):
             foreign = [key for key in settings.ppo if key not in known and key in others]
             if foreign:
                 raise UserError(
-                    f"ppo: {', '.join(foreign)} for backend {other} alone; leave that out with backend {self.backend}"
+                    f"ppo: {', '.join(foreign)} for backend {other} alone; leave that out with backend "
+                    f"{self.backend}"
                 )
         shared = {
             ours: value
@@ -361,7 +366,9 @@ def check_backend(plan, args, found):
 
 
 def show_plan(argv: list[str]):
-    """Print where OpenRLHF would put what, and its command; on a machine without GPUs, for so many as are asked for."""
+    """Print where OpenRLHF would put what, and its command; on a machine without GPUs, for so many as are
+    asked for.
+    """
     settings = parse(PPOSettings, __doc__, with_config(argv, PPOPlan.default))
     refuse(settings.problems)
     settings.backend = "openrlhf"

@@ -90,7 +90,9 @@ PARSERS = {
 
 
 def commands(page: Path) -> list[str]:
-    """The command lines of a page: those of its `sh` blocks, and code in a line that starts one of our scripts."""
+    """The command lines of a page: those of its `sh` blocks, and code in a line that starts one of our
+    scripts.
+    """
     text = page.read_text(encoding="utf-8")
     lines = []
     for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):

@@ -530,7 +530,8 @@ def test_requirements_that_others_include_are_in_their_stamp(venv):
 # ---- What the drivers do -----------------------------------------------------------------------------------
 
 DRIVER = (
-    f"cd {ROOT}; source loop/launch.sh; again='the same'; {{}}; plan[run_dir]=$FOLDER/run; enter_rlhflow; echo $python; "
+    f"cd {ROOT}; source loop/launch.sh; again='the same'; {{}}; plan[run_dir]=$FOLDER/run; enter_rlhflow; "
+    "echo $python; "
     'hold "$FOLDER/run"; make_ready {}'
 )
 

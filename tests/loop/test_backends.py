@@ -171,7 +171,9 @@ def test_a_dry_run_prints_servers_clients_and_the_end(tmp_path):
 
 
 def test_servers_on_other_machines_are_started_and_stopped_by_commands(tmp_path):
-    """As the client takes them, by --hosts; the commands of a user's own get the model and say when it is served."""
+    """As the client takes them, by --hosts; the commands of a user's own get the model and say when it is
+    served.
+    """
     given = {
         "hosts": ["node1", "node2"],
         "ports": [8000, 8000],

@@ -1,4 +1,6 @@
-"""What the settings of a run come to: values for the driver, sections for the scripts, and what is refused."""
+"""What the settings of a run come to: values for the driver, sections for the scripts, and what is
+refused.
+"""
 
 from pathlib import Path
 
@@ -70,9 +72,15 @@ def test_stages(make, first, last, named):
 
 @pytest.mark.parametrize(
     "first, last, told",
-    [("7", None, "--stage 7: ITERATION.STAGE was expected"), ("9.1", None, "there are 3 iterations"), ("2.1", "1.4", "comes behind"),
-     ("x.train", None, "was expected"), ("-1.train", None, "was expected"), ("0.train", None, "was expected")],
-)  # fmt: skip
+    [
+        ("7", None, "--stage 7: ITERATION.STAGE was expected"),
+        ("9.1", None, "there are 3 iterations"),
+        ("2.1", "1.4", "comes behind"),
+        ("x.train", None, "was expected"),
+        ("-1.train", None, "was expected"),
+        ("0.train", None, "was expected"),
+    ],
+)
 def test_stages_that_are_not_there(make, first, last, told):
     with pytest.raises(UserError, match=told):
         make().stages(first, last)

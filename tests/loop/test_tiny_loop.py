@@ -181,12 +181,18 @@ def test_a_second_start_skips_what_is_finished(finished):
     assert intervals(again.stdout)
 
 
-@pytest.mark.parametrize("change, named", [
-    (("--generation.temperature", "0.7"), "temperature was 1.0 and is now 0.7"),
-    (("--training_args.beta", "0.3"), "beta was"),
-    (("--reward_name_or_path", "tiny/built/policy"), "reward_name_or_path was ['tiny/built/reward_model'] and is now"),
-    (("--seed", "7"), "seed was 0 and is now 7"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (("--generation.temperature", "0.7"), "temperature was 1.0 and is now 0.7"),
+        (("--training_args.beta", "0.3"), "beta was"),
+        (
+            ("--reward_name_or_path", "tiny/built/policy"),
+            "reward_name_or_path was ['tiny/built/reward_model'] and is now",
+        ),
+        (("--seed", "7"), "seed was 0 and is now 7"),
+    ],
+)
 def test_a_changed_setting_is_refused_by_name(finished, change, named):
     folder, _ = finished
     settings = (folder / "loop.yaml").read_text()
