@@ -30,7 +30,7 @@ turns() { # of one policy after the other; policy 0 is the start
     step sample "$policy" "$i"
     step annotate "$policy" "$i"
     step measure "$policy" "$i"
-    tell evaluation/run_metrics.py --run "$run" "${report_to[@]}"
+    tell evaluation/run_metrics.py --run "$run"
     [ -z "${plan[report]}" ] || tell report/make_report.py "$run"
     step train "$policy" "$i"
     prune "$i"

@@ -25,7 +25,6 @@ gpu_groups=()      # CUDA_VISIBLE_DEVICES of each process that generates
 each_gpu=()        # what starts one process per GPU: python, or accelerate launch …
 reward_models=()   # models that training is rewarded by
 judges=()          # and those that only judge the held-out answers
-report_to=()       # --report_to with the trackers
 prompt_sets=()     # all of them, for PPO
 start_servers=() ask_servers=() stop_servers=() # of generation_backend servers
 arguments=()       # what PLAN is called with
@@ -158,7 +157,7 @@ tell() { # SCRIPT RUN…: to be done behind a step that has done something; what
 
 prune() { # I: once policy I is there and measured, the weights before the last `keep_iterates`, never the start's
   local k old
-  [ "$mode" = run ] && [ -n "${plan[keep_iterates]}" ] && done_already "${plan[run_dir]}/iter$1/model" || return 0
+  [ "$mode" = run ] && [ -n "${plan[keep_iterates]:-}" ] && done_already "${plan[run_dir]}/iter$1/model" || return 0
   for ((k = 0; k <= $1; k++)); do
     [ -e "${plan[run_dir]}/iter$k/metrics.json" ] || [ -z "${plan[heldout_prompts]}" ] || return 0
   done
@@ -226,7 +225,7 @@ read_plan() { # PYTHON PLAN ARGUMENTS…: its lines KEY<TAB>VALUE into `plan`, a
   local lines key value
   lines="$("$1" "$2" values "${@:3}")" || exit
   # shellcheck disable=SC2034 # the driver reads them
-  gpu_groups=() each_gpu=() reward_models=() judges=() report_to=() prompt_sets=() start_servers=() ask_servers=() stop_servers=()
+  gpu_groups=() each_gpu=() reward_models=() judges=() prompt_sets=() start_servers=() ask_servers=() stop_servers=()
   while IFS= read -r value; do
     key="${value%%$'\t'*}" value="${value#*$'\t'}"
     case "$key" in

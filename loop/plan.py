@@ -212,7 +212,6 @@ class Plan:
             "each_gpu": ["python"] if many == 1 else [*ONE_PER_GPU.split(), "--num_processes", many],
             "reward_models": settings.reward_name_or_path or [],
             "judges": settings.eval_reward_model or [],
-            "report_to": ["--report_to", *settings.report_to] if settings.report_to else [],
         }
         if settings.generation_backend == "servers":
             lists |= self.servers()
