@@ -43,12 +43,14 @@ def reward_of(args, record):
         return module.reward_func([query], [record["prompt"]], [record["label"]])["rewards"]
     body = json.dumps({"query": [query], "prompts": [record["prompt"]], "labels": [record["label"]]}).encode()
     request = urllib.request.Request(urls[0], body, {"Content-Type": "application/json"})
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # its aiohttp does not look for proxies
+    # Its aiohttp does not look for proxies.
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     return json.load(direct.open(request, timeout=60))["rewards"]
 
 
 def train(args):
-    print("STUB openrlhf, no training:", os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("RAY_ADDRESS"), flush=True)
+    told = [os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "RAY_ADDRESS")]
+    print("STUB openrlhf, no training:", *told, flush=True)
     lines = [json.loads(line) for line in Path(args.data.prompt_dataset).read_text().split("\\n")[:-1]]
     rollouts = len(lines) // args.rollout.batch_size * args.train.num_episodes
     first, checkpoints = 0, Path(args.ckpt.path)
@@ -72,7 +74,8 @@ def train(args):
         if os.environ.get("STUB_HANG") == str(step):
             print("STUB hangs", flush=True)
             time.sleep(600)
-    shutil.copytree(args.actor.model_name_or_path, args.ckpt.output_dir, ignore=shutil.ignore_patterns("chat_template*", "generation*"))
+    ignored = shutil.ignore_patterns("chat_template*", "generation*")
+    shutil.copytree(args.actor.model_name_or_path, args.ckpt.output_dir, ignore=ignored)
     config = Path(args.ckpt.output_dir, "config.json")
     config.write_text(json.dumps(json.loads(config.read_text()) | {"use_cache": False, "pad_token_id": 7}))
 
