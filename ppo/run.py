@@ -13,7 +13,6 @@ the backend that trains.
 
 import dataclasses
 import importlib
-import re
 import sys
 import typing
 from pathlib import Path
@@ -230,28 +229,11 @@ class PPOPlan(Plan):
         return "ppo and openrlhf" if self.backend == "openrlhf" else "ppo"
 
     def ask(self, function, *args):
-        """What a function of the backend returns; where it refuses and names its flags (`--offload`), those
-        of run_ppo.sh instead.
-        """
-        own = {"dataset_name_or_path": "prompts", "output_dir": "run_dir"}
-        sections = {ours: f"{name}.{key}" for name, keys in SHARED.items() for key, ours in keys.items()}
-
-        def name(match):
-            key = own.get(match[1], match[1])
-            if (
-                key in PPOSettings.__dataclass_fields__
-                or key not in self.module.Arguments.__dataclass_fields__
-            ):
-                return f"--{key}"
-            section = "ppo" if key in train_ppo.Arguments.__dataclass_fields__ else "openrlhf"
-            return f"--{sections.get(key, f'{section}.{key}')}"
-
+        """What a function of the backend returns; its refusals, which name its keys, say where those stand."""
         try:
             return function(*args)
         except UserError as error:
-            refuse(
-                [re.sub(r"--(\w+)", name, problem) for problem in getattr(error, "problems", [str(error)])]
-            )
+            refuse([f"ppo: {problem}" for problem in getattr(error, "problems", [str(error)])])
 
     def is_trained(self) -> bool:
         held = read_manifest(self.folder.model(1))
@@ -332,7 +314,7 @@ def check_rollouts(plan, args, prompts, found):
         return
     if plan.backend == "openrlhf":  # its sizes follow from where it is placed, see its plan
         found.problems.append(
-            f"{prompts} prompts are fewer than a rollout takes: lower --ppo.rollout_batch_size "
+            f"{prompts} prompts are fewer than a rollout takes: lower ppo.rollout_batch_size "
             f"{args.rollout_batch_size}, or give more"
         )
         return
