@@ -7,25 +7,10 @@ from common import records
 from common.cli import count
 from common.manifest import beside, write_jsonl
 from common.progress import duration
-from common.training import (  # noqa: F401 (for ppo/)
-    Training,
-    checkpoints,
-    is_main,
-    remove_checkpoints,
-    say,
-    world_size,
-)
+from common.training import Training, world_size
 from dpo_iteration import adapters, card
 from dpo_iteration.arguments import Arguments
 from dpo_iteration.pairs import Selection
-
-
-def is_complete(args, settings, inputs):
-    """For ppo/train_ppo.py, until it has a Training of its own."""
-    return Training(args.output_dir, "", settings, inputs, args.overwrite).is_complete()
-
-
-launched = world_size  # for ppo/
 
 
 def pairs_path(args: Arguments) -> Path:
