@@ -213,9 +213,7 @@ def make_card(args: Arguments, settings: dict, counts: dict, metrics: dict, proc
     """huggingface_hub's ModelCard of a run.
 
     Args:
-        args: the script's arguments.
-        settings: what shaped the model, as in its manifest.
-        counts: records, pairs and skipped prompts, as in its manifest.
+        settings, counts: as in the model's manifest.
         metrics: of the Trainer; those of the held-out pairs begin with `eval_`.
         processes: number of training processes.
     """
