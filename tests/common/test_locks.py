@@ -119,8 +119,8 @@ HOLD = (
 )
 
 
-def bash(lock, *seconds, path=None):
-    environment = os.environ | ({"PATH": f"{path}:{os.environ['PATH']}"} if path else {})
+def bash(lock, *seconds, path=None, **more):
+    environment = os.environ | ({"PATH": f"{path}:{os.environ['PATH']}"} if path else {}) | more
     return subprocess.Popen(
         ["bash", "-c", HOLD, "bash", str(lock), *seconds],
         cwd=ROOT,
@@ -161,6 +161,23 @@ def test_bash_tells_a_lock_that_is_held(tmp_path):
     with bash(lock) as third:
         assert third.communicate("\n") == ("mine\n", "")
     assert is_held(tmp_path) is False
+
+
+def test_a_decimal_comma_is_no_missing_lock(tmp_path):
+    """`flock -w 0.1` is refused as a usage error where numbers are written as 0,1."""
+    made = subprocess.run(
+        ["localedef", "-i", "de_DE", "-f", "UTF-8", tmp_path / "de_DE.UTF-8"],
+        capture_output=True,
+        check=False,
+    )
+    if not (tmp_path / "de_DE.UTF-8").is_dir():
+        pytest.skip(f"no German locale can be made here: {made.stderr}")
+    german = {"LOCPATH": str(tmp_path), "LC_ALL": "de_DE.UTF-8"}
+    with bash(tmp_path / ".lock") as first:
+        assert first.stdout.readline() == "mine\n"
+        with bash(tmp_path / ".lock", "0.1", **german) as second:
+            assert second.communicate()[0] == "another\n"
+        first.communicate("\n")
 
 
 def test_bash_goes_on_where_locks_are_refused(tmp_path, without_locks):
