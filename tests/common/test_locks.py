@@ -4,6 +4,7 @@ meanwhile.
 
 import errno
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -78,6 +79,27 @@ def test_a_file_system_that_refuses_locks_is_no_other_process(folder, monkeypatc
     assert (
         said.count("refuses locks") == 1 and os.strerror(getattr(errno, name)) in said and str(folder) in said
     )
+
+
+def test_two_processes_on_one_output_without_locks_spoil_nothing(tmp_path, monkeypatch):
+    """Each stops when it sees the other's records, and a third start has what both have saved."""
+    refuse(monkeypatch, "ENOSYS")
+    first = output(tmp_path)
+    first.append({"id": "a"})
+    second = output(tmp_path)
+    assert list(second.done) == ["a"]
+    second.append({"id": "b", "text": "longer"})
+    for one, name in ((first, "a"), (second, "c")):
+        with pytest.raises(UserError, match="another process writes"):
+            one.append({"id": name})
+    with pytest.raises(UserError, match="another process writes"):
+        second.finish(["a", "b", "c"], {})
+    assert not (tmp_path / "x.jsonl").exists()
+    third = output(tmp_path)
+    third.finish(["a", "b", "c"], {"records": 3})
+    with pytest.raises(UserError, match="another process writes"):  # it goes on where all is done
+        first.finish(["a"], {})
+    assert [json.loads(line)["id"] for line in open(tmp_path / "x.jsonl")] == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("take", TAKERS)
