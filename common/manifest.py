@@ -190,6 +190,14 @@ def _write_text(path, text):
     os.replace(temporary, path)
 
 
+def let_others_read(path: str | Path) -> None:
+    """Give a file the mode that the umask asks for: safetensors writes files that nobody else may read."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    with contextlib.suppress(OSError):  # some file systems know no modes
+        Path(path).chmod(0o666 & ~umask)
+
+
 def read_manifest(path: str | Path) -> dict | None:
     """The manifest beside the output `path`, or None."""
     try:
