@@ -64,6 +64,11 @@ def check_policy(name: str, what: str = "--model_name_or_path") -> None:
     check_model(name, what)
     path = Path(name) / "config.json"
     config = read_json(path) if path.is_file() else {}
+    if config.get("is_encoder_decoder"):
+        raise UserError(
+            f"{what} {name} is an encoder-decoder ({config.get('model_type')}), which neither vLLM nor training here "
+            "can run: give a causal language model"
+        )
     kinds = [str(kind) for kind in config.get("architectures") or []]
     # LlamaForSequenceClassification, LlamaForRewardModelWithGating, BertForMaskedLM; MistralModel, which has
     # no head. Code that comes with a model (auto_map) may call its classes what it likes.
