@@ -18,7 +18,7 @@ from common.messages import is_messages
 
 BINARY = {  # how files begin that are no text, and what to do with them
     b"\x1f\x8b": "packed by gzip: add .gz to its name",
-    b"PAR1": "a parquet table, JSON Lines were expected: call it .parquet as a file of prompts, else convert it",
+    b"PAR1": "a parquet table, JSON Lines were expected: call prompts .parquet, convert other files",
     b"PK\x03\x04": "a zip archive: unpack it first",
     b"\x28\xb5\x2f\xfd": "packed by zstd: unpack it first",
     b"\xff\xfe": "UTF-16 text: convert it first (iconv -f UTF-16 -t UTF-8)",
@@ -122,8 +122,8 @@ def _parsed_list(text, path):
     except (RecursionError, ValueError) as error:
         if getattr(error, "msg", None) == "Extra data":
             raise UserError(
-                f"{path} line 1 begins a list and more stands behind it; write an object a line, or one list of "
-                "objects"
+                f"{path} line 1 begins a list and more stands behind it; write an object a line, or one list "
+                "of objects"
             ) from None
         raise UserError(f"{path} is not valid JSON: {error}") from None
 

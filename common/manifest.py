@@ -380,8 +380,8 @@ class Output:
         """
         if size != self._offset:
             raise UserError(
-                f"another process writes {self.path}, on a file system that refuses locks; what both have saved is "
-                "kept: end the other one and start the same command again"
+                f"another process writes {self.path}, on a file system that refuses locks; what both have "
+                "saved is kept: end the other one and start the same command again"
             )
 
     def skip(self, prompt_id: str, reason) -> None:

@@ -66,8 +66,8 @@ def check_policy(name: str, what: str = "--model_name_or_path") -> None:
     config = read_json(path) if path.is_file() else {}
     if config.get("is_encoder_decoder"):
         raise UserError(
-            f"{what} {name} is an encoder-decoder ({config.get('model_type')}), which neither vLLM nor training here "
-            "can run: give a causal language model"
+            f"{what} {name} is an encoder-decoder ({config.get('model_type')}), which neither vLLM nor "
+            "training can run here: give a causal language model"
         )
     kinds = [str(kind) for kind in config.get("architectures") or []]
     # LlamaForSequenceClassification, LlamaForRewardModelWithGating, BertForMaskedLM; MistralModel, which has
@@ -150,7 +150,8 @@ def _refuse_note(file, named):
     """Refuse what git-lfs left in place of a file that it was to fetch."""
     if file.stat().st_size < 1024 and file.read_bytes().startswith(b"version https://git-lfs"):
         raise UserError(
-            f"{named}: {file.name} is a note of git-lfs in place of the file: run `git lfs pull` in that folder"
+            f"{named}: {file.name} is a note of git-lfs in place of the file: run `git lfs pull` in that "
+            "folder"
         )
 
 
