@@ -78,7 +78,12 @@ def shaping_values(args, inputs: Iterable[str] = ()) -> dict:
 
 def one_line(error: BaseException, limit: int = 300) -> str:
     """An error of a library in one line: its kind, and the beginning of what it says."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:limit]}"
+    text = " ".join(str(error).split())[:limit]
+    if (
+        "ignore_mismatched_sizes" in text
+    ):  # transformers points at a report above, which the scripts do not show
+        text = "its weights have other shapes than its config.json says"
+    return f"{type(error).__name__}: {text}"
 
 
 def count(number: int, one: str, many: str | None = None) -> str:

@@ -16,6 +16,15 @@ from pathlib import Path
 from common.cli import UserError, existing_file
 from common.messages import is_messages
 
+BINARY = {  # how files begin that are no text, and what to do with them
+    b"\x1f\x8b": "packed by gzip: add .gz to its name",
+    b"PAR1": "a parquet table, JSON Lines were expected: call prompts .parquet, convert other files",
+    b"PK\x03\x04": "a zip archive: unpack it first",
+    b"\x28\xb5\x2f\xfd": "packed by zstd: unpack it first",
+    b"\xff\xfe": "UTF-16 text: convert it first (iconv -f UTF-16 -t UTF-8)",
+    b"\xfe\xff": "UTF-16 text: convert it first (iconv -f UTF-16 -t UTF-8)",
+}
+
 
 class BadRecord(UserError):
     """What is wrong with one record of many.
@@ -57,8 +66,13 @@ def decoding(path: str | Path):
     try:
         yield
     except UnicodeDecodeError as error:
+        with open(path, "rb") as file:
+            start = file.read(4)
+        what = next((what for mark, what in BINARY.items() if start.startswith(mark)), None)
         raise UserError(
-            f"{path} is not UTF-8 text ({error.reason} near byte {error.start}); convert it first"
+            f"{path} is {what}"
+            if what
+            else f"{path} is not UTF-8 text ({error.reason} near byte {error.start}); convert it first"
         ) from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be unpacked: {error}; fetch it again") from None
@@ -106,6 +120,11 @@ def _parsed_list(text, path):
     try:
         return json.loads(text)
     except (RecursionError, ValueError) as error:
+        if getattr(error, "msg", None) == "Extra data":
+            raise UserError(
+                f"{path} line 1 begins a list and more stands behind it; write an object a line, or one list "
+                "of objects"
+            ) from None
         raise UserError(f"{path} is not valid JSON: {error}") from None
 
 
@@ -151,7 +170,7 @@ def _parsed(line, path, number):
             raise UserError(
                 f"{path} is a Git LFS pointer, not the data: run `git lfs pull` in its folder"
             ) from None
-        if not line.endswith("\n"):
+        if not line.endswith("\n") and error.msg != "Extra data":  # a whole record stands in front of that
             raise UserError(
                 f"{path} line {number} is torn (the file ends inside a record); write the file again"
             ) from None

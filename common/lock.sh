@@ -10,7 +10,7 @@ lock_file() {
   local said status=0 host='' boot='' pid='' start='' me how=(-n)
   [ "$#" -lt 2 ] || how=(-w "$2")
   exec {lock}>>"$1"
-  said="$(flock "${how[@]}" "$lock" 2>&1)" || status=$?
+  said="$(LC_ALL=C flock "${how[@]}" "$lock" 2>&1)" || status=$? # 0.5 seconds are 0,5 in Germany
   case "$status" in
     0) : >"$1" ;; # not empty: somebody works there without a lock
     1) return 1 ;;

@@ -190,6 +190,14 @@ def _write_text(path, text):
     os.replace(temporary, path)
 
 
+def let_others_read(path: str | Path) -> None:
+    """Give a file the mode that the umask asks for: safetensors writes files that nobody else may read."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    with contextlib.suppress(OSError):  # some file systems know no modes
+        Path(path).chmod(0o666 & ~umask)
+
+
 def read_manifest(path: str | Path) -> dict | None:
     """The manifest beside the output `path`, or None."""
     try:
@@ -364,6 +372,17 @@ class Output:
             self._file.flush()
         self.done[record["id"]] = (self._offset, len(line))
         self._offset += len(line)
+        self._refuse_others(self._file.tell())
+
+    def _refuse_others(self, size):
+        """Refuse to go on where the partial file is not as long as what was written: file systems without
+        locks let a second process write into it.
+        """
+        if size != self._offset:
+            raise UserError(
+                f"another process writes {self.path}, on a file system that refuses locks; what both have "
+                "saved is kept: end the other one and start the same command again"
+            )
 
     def skip(self, prompt_id: str, reason) -> None:
         """Leave a record out, with a line in the skipped file."""
@@ -397,6 +416,11 @@ class Output:
             counts: dict for the manifest; looked at when all lines are written, so that they may be counted
                 meanwhile.
         """
+        try:
+            size = self.partial.stat().st_size
+        except FileNotFoundError:  # the other one has come to its end
+            size = None
+        self._refuse_others(size)
         whole = Path(f"{self.path}.tmp")
         with writing(whole), open(whole, "wb") as target:
             target.writelines(lines)
@@ -421,4 +445,4 @@ class Output:
         write_json(beside(self.path, ".manifest.json"), self.manifest)
         os.replace(whole, self.path)
         self._file.close()
-        self.partial.unlink()
+        self.partial.unlink(missing_ok=True)

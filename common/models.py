@@ -27,6 +27,13 @@ LENGTHS = (
 )
 # With these kinds of rotary encoding a config says the length as it is after stretching.
 STRETCHED = {"su", "longrope", "llama3", "yarn", "telechat3-yarn", "deepseek_yarn", "deepseek_llama_scaling"}
+READ_FIRST = (  # small enough to be read before the weights, and large enough for git-lfs
+    "config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+)
 TEKKEN = "tekken.json"  # of mistral-common, which environment vllm has and rlhflow has not
 
 
@@ -57,6 +64,11 @@ def check_policy(name: str, what: str = "--model_name_or_path") -> None:
     check_model(name, what)
     path = Path(name) / "config.json"
     config = read_json(path) if path.is_file() else {}
+    if config.get("is_encoder_decoder"):
+        raise UserError(
+            f"{what} {name} is an encoder-decoder ({config.get('model_type')}), which neither vLLM nor "
+            "training can run here: give a causal language model"
+        )
     kinds = [str(kind) for kind in config.get("architectures") or []]
     # LlamaForSequenceClassification, LlamaForRewardModelWithGating, BertForMaskedLM; MistralModel, which has
     # no head. Code that comes with a model (auto_map) may call its classes what it likes.
@@ -97,6 +109,9 @@ def _refuse_adapter(path, named):
 
 def _check_weights(path, named):
     """Refuse a model's folder whose weights are missing or were not fetched, as its files show."""
+    for name in READ_FIRST:
+        if (path / name).is_file():
+            _refuse_note(path / name, named)
     if (path / "model.safetensors").is_file():
         files = [path / "model.safetensors"]
     else:
@@ -126,11 +141,35 @@ def _check_weights(path, named):
         how = f"make some of its FSDP states: accelerate merge-weights {path / 'pytorch_model_fsdp_0'} {path}"
         raise UserError(f"{named} is a checkpoint without whole weights; {how}")
     for file in files:
-        if file.stat().st_size < 1024 and file.read_bytes().startswith(b"version https://git-lfs"):
-            raise UserError(
-                f"{named}: {file.name} is a note of git-lfs in place of the weights: run `git lfs pull` in "
-                "that folder"
+        _refuse_note(file, named)
+        if file.suffix == ".safetensors" and _is_cut(file):
+            raise UserError(f"{named}: {file.name} is damaged or was cut off: fetch or save it again")
+
+
+def _refuse_note(file, named):
+    """Refuse what git-lfs left in place of a file that it was to fetch."""
+    if file.stat().st_size < 1024 and file.read_bytes().startswith(b"version https://git-lfs"):
+        raise UserError(
+            f"{named}: {file.name} is a note of git-lfs in place of the file: run `git lfs pull` in that "
+            "folder"
+        )
+
+
+def _is_cut(file):
+    """Whether a .safetensors file ends before the last tensor of its header, or has no header."""
+    with open(file, "rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        there = file.stat().st_size - 8 - size
+        if there < 0:
+            return True
+        try:
+            header = json.loads(opened.read(size))
+            return there < max(
+                (entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"),
+                default=0,
             )
+        except (ValueError, AttributeError, LookupError, TypeError):
+            return True
 
 
 def read_json(path: Path) -> dict:

@@ -295,8 +295,10 @@ def _answered(record, where, identify, rewarded):
         if field == "rewards" and not rewarded or values is None and field != "rewards":
             continue
         if not isinstance(values, list):
-            if rewarded or isinstance(values, (str, dict)):
+            if field == "rewards" or isinstance(values, (str, dict)):
                 raise UserError(f"{where}: `{field}` must be a list with an entry for each response")
+            if rewarded:  # annotation let the number pass, and pairs want lists
+                record = record | {field: None}
         elif len(values) != len(responses):
             raise UserError(f"{where} has {len(responses)} responses and {len(values)} {field}")
         elif rewarded and not all(isinstance(value, kinds) for value in values):

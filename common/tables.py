@@ -82,6 +82,8 @@ def _loaded(name, load, *args, **more):
     try:
         return load(*args, **more)
     except Exception as error:
+        if type(error).__name__ == "DatasetGenerationError" and error.__cause__:
+            error = error.__cause__  # which says nothing itself
         text = " ".join(str(error).split())
         if "Config name is missing" in text or ("BuilderConfig" in text and "not found" in text):
             text += f"; choose a configuration by its name behind a colon, {split_config(name)[0]}:NAME"
@@ -141,9 +143,12 @@ def refuse_split(name: str, split: str) -> None:
 def read_parquet(path: str | Path):
     """Yield the rows of a .parquet file."""
     import datasets
+    import pyarrow.parquet
 
     path = existing_file(path, "input")
     _refuse_pointer(path)
+    if _loaded(str(path), pyarrow.parquet.read_metadata, path).num_rows == 0:
+        raise UserError(f"{path} is empty")
     yield from _rows(
         _loaded(str(path), datasets.load_dataset, "parquet", data_files=str(path), split="train"), path
     )

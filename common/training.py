@@ -182,7 +182,7 @@ class Training:
             if self.is_complete():
                 raise UserError(f"another process has finished {self.folder}; there is nothing left to do")
             yield
-            os.unlink(lock.name)
+            Path(lock.name).unlink(missing_ok=True)  # without locks another process may have ended, too
 
     def begin(self, **more):
         """Write the manifest of an unfinished model, and with `overwrite` remove the checkpoints. On rank 0.

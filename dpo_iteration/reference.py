@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from trl.trainer.utils import add_fused_lm_head
 
 from common.cli import UserError, one_line
-from common.manifest import versions, writing
+from common.manifest import let_others_read, versions, writing
 from common.progress import Progress, duration
 from common.shared_prompts import Unsupported, only_wanted, prepare
 from common.training import say
@@ -183,6 +183,7 @@ class Cache:
                 temporary,
                 {"about": json.dumps(self.about), "sha256": checksum(pairs, logps)},
             )
+            let_others_read(temporary)
             os.replace(temporary, path)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common import chat, models
 from common.cli import UserError, one_line
-from common.manifest import write_json
+from common.manifest import let_others_read, write_json
 
 # What a policy's folder holds beside weights, configs and tokenizer, and its next reader needs: the
 # processors of images, audio and video, the tokenizer in Mistral's own format, and code of the model's own.
@@ -87,6 +87,8 @@ def check_saved(folder: str | Path, trust_remote_code: bool = False):
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     folder = Path(folder)
+    for file in folder.rglob("*.safetensors"):
+        let_others_read(file)
 
     def load(what, function, *args, **kwargs):
         try:

@@ -2,6 +2,8 @@
 work.
 """
 
+import contextlib
+import locale
 import os
 import signal
 import sys
@@ -56,6 +58,13 @@ FOREIGN_NAMES = {
 for name in [name for name in os.environ if name.startswith(FOREIGN) or name.upper() in FOREIGN_NAMES]:
     del os.environ[name]
 os.environ["PYTHONNOUSERSITE"] = "1"
+
+# Tests compare text: it is UTF-8 with decimal points, whatever the shell's language is.
+for name in [name for name in os.environ if name in ("LANG", "LANGUAGE") or name.startswith("LC_")]:
+    del os.environ[name]
+os.environ["LC_ALL"] = "C.UTF-8"
+with contextlib.suppress(locale.Error):  # an old system has C only, where Python takes UTF-8 by itself
+    locale.setlocale(locale.LC_ALL, "C.UTF-8")
 
 # Started in the background of a script, the tests would hand an ignored Ctrl-C down to what they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -60,7 +60,7 @@ tests_in() { # ENVIRONMENT PART: pytest there on what is chosen of a part, its t
   [ "${#files[@]}" -gt 0 ] || return 0
   echo "== environment $name: ${#files[@]} files"
   use_env "$name"
-  TOOLS="$tools" python -c 'import os, sys; sys.path.append(os.environ["TOOLS"]); import pytest; sys.exit(pytest.main(sys.argv[1:]))' \
+  TOOLS="$tools" python -X utf8 -c 'import os, sys; sys.path.append(os.environ["TOOLS"]); import pytest; sys.exit(pytest.main(sys.argv[1:]))' \
     -q -rs --durations 8 "${long[@]}" "${arguments[@]}" "${files[@]}" || status=$?
 }
 

@@ -4,6 +4,7 @@ meanwhile.
 
 import errno
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -80,6 +81,27 @@ def test_a_file_system_that_refuses_locks_is_no_other_process(folder, monkeypatc
     )
 
 
+def test_two_processes_on_one_output_without_locks_spoil_nothing(tmp_path, monkeypatch):
+    """Each stops when it sees the other's records, and a third start has what both have saved."""
+    refuse(monkeypatch, "ENOSYS")
+    first = output(tmp_path)
+    first.append({"id": "a"})
+    second = output(tmp_path)
+    assert list(second.done) == ["a"]
+    second.append({"id": "b", "text": "longer"})
+    for one, name in ((first, "a"), (second, "c")):
+        with pytest.raises(UserError, match="another process writes"):
+            one.append({"id": name})
+    with pytest.raises(UserError, match="another process writes"):
+        second.finish(["a", "b", "c"], {})
+    assert not (tmp_path / "x.jsonl").exists()
+    third = output(tmp_path)
+    third.finish(["a", "b", "c"], {"records": 3})
+    with pytest.raises(UserError, match="another process writes"):  # it goes on where all is done
+        first.finish(["a"], {})
+    assert [json.loads(line)["id"] for line in open(tmp_path / "x.jsonl")] == ["a", "b", "c"]
+
+
 @pytest.mark.parametrize("take", TAKERS)
 @pytest.mark.parametrize("name", ["EWOULDBLOCK", "EACCES"])
 def test_a_lock_that_another_holds_is(folder, monkeypatch, take, name):
@@ -119,8 +141,8 @@ HOLD = (
 )
 
 
-def bash(lock, *seconds, path=None):
-    environment = os.environ | ({"PATH": f"{path}:{os.environ['PATH']}"} if path else {})
+def bash(lock, *seconds, path=None, **more):
+    environment = os.environ | ({"PATH": f"{path}:{os.environ['PATH']}"} if path else {}) | more
     return subprocess.Popen(
         ["bash", "-c", HOLD, "bash", str(lock), *seconds],
         cwd=ROOT,
@@ -161,6 +183,23 @@ def test_bash_tells_a_lock_that_is_held(tmp_path):
     with bash(lock) as third:
         assert third.communicate("\n") == ("mine\n", "")
     assert is_held(tmp_path) is False
+
+
+def test_a_decimal_comma_is_no_missing_lock(tmp_path):
+    """`flock -w 0.1` is refused as a usage error where numbers are written as 0,1."""
+    made = subprocess.run(
+        ["localedef", "-i", "de_DE", "-f", "UTF-8", tmp_path / "de_DE.UTF-8"],
+        capture_output=True,
+        check=False,
+    )
+    if not (tmp_path / "de_DE.UTF-8").is_dir():
+        pytest.skip(f"no German locale can be made here: {made.stderr}")
+    german = {"LOCPATH": str(tmp_path), "LC_ALL": "de_DE.UTF-8"}
+    with bash(tmp_path / ".lock") as first:
+        assert first.stdout.readline() == "mine\n"
+        with bash(tmp_path / ".lock", "0.1", **german) as second:
+            assert second.communicate()[0] == "another\n"
+        first.communicate("\n")
 
 
 def test_bash_goes_on_where_locks_are_refused(tmp_path, without_locks):

@@ -259,12 +259,17 @@ def test_several_chat_templates(tmp_path):
         chat.render(models.load_tokenizer(str(path)), turns, True)
 
 
+HEADER = b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}'
+WEIGHTS = len(HEADER).to_bytes(8, "little") + HEADER + b"1234"
+NOTE = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+
+
 @pytest.fixture
 def model(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "model.safetensors").write_bytes(WEIGHTS)
     models.check_model(str(folder))
     return folder
 
@@ -275,7 +280,7 @@ def sharded(folder, *there):
         '{"weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}}'
     )
     for name in there:
-        (folder / name).write_bytes(b"weights")
+        (folder / name).write_bytes(WEIGHTS)
 
 
 def adapter(folder):
@@ -310,11 +315,15 @@ def checkpoint(folder, *states):
             "lacks 1 of the 2 files of its weights, model-1-of-2.safetensors for one",
         ),
         (
-            lambda f: (f / "model.safetensors").write_text(
-                "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
-            ),
-            "git lfs pull",
+            lambda f: (f / "model.safetensors").write_text(NOTE),
+            "model.safetensors is a note of git-lfs .*git lfs pull",
         ),
+        (
+            lambda f: (f / "tokenizer.json").write_text(NOTE),
+            "tokenizer.json is a note of git-lfs .*git lfs pull",
+        ),
+        (lambda f: (f / "model.safetensors").write_bytes(WEIGHTS[:-1]), "is damaged or was cut off: fetch"),
+        (lambda f: (f / "model.safetensors").write_bytes(b""), "is damaged or was cut off: fetch"),
     ],
 )
 def test_what_is_no_whole_model_is_called_what_it_is(model, change, told):

@@ -4,6 +4,7 @@ of the hub.
 
 import http.server
 import json
+import os
 import re
 import shlex
 import shutil
@@ -184,6 +185,19 @@ def spoil(name):
 
 def without_template(folder):
     (folder / "chat_template.jinja").unlink()
+
+
+def test_a_saved_model_may_be_read_by_whom_the_umask_lets(work, tmp_path):
+    """safetensors 0.8 writes files of mode 600, so that nobody else could start from the model."""
+    shutil.copytree(work / "policy", tmp_path / "model")
+    for umask in (0o022, 0o027):
+        (tmp_path / "model/model.safetensors").chmod(0o600)
+        before = os.umask(umask)
+        try:
+            check_saved(tmp_path / "model")
+        finally:
+            os.umask(before)
+        assert (tmp_path / "model/model.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 @pytest.mark.parametrize(

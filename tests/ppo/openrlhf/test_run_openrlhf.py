@@ -230,7 +230,7 @@ def test_a_tokenizer_of_several_templates_comes_along(monkeypatch, tmp_path):
     for name in ("policy", "made"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
-    (tmp_path / "made/model.safetensors").write_text("")
+    (tmp_path / "made/model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     (tmp_path / "policy/additional_chat_templates").mkdir()
     (tmp_path / "policy/additional_chat_templates/rag.jinja").write_text("rag")
     paths = SimpleNamespace(model=str(tmp_path / "made"), policy=str(tmp_path / "policy"))
