@@ -288,6 +288,7 @@ begin() { # PLAN ARGUMENTS…
   done
   chosen="$mode"
   export RLHF_CALLER="$OLDPWD" # where a relative path of a config is from
+  [ "$(count_gpus)" -gt 0 ] || export DS_ACCELERATOR=cpu # DeepSpeed would warn at every start that it found none
   planner="$(find_planner)"
   [ -n "$planner" ] || { enter_rlhflow; planner="$python"; }
   read_plan "$planner" "$script" "${arguments[@]}"
