@@ -126,7 +126,7 @@ def check_ranking(args: Arguments, kinds: list[str]) -> None:
 
 
 def check(args: Arguments) -> None:
-    """Refuse what is known to be wrong without reading data or loading a model; used by loop/preflight.py
+    """Refuse what is known to be wrong without reading data or loading a model; used by loop/check.py
     too.
 
     Raises:
