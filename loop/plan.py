@@ -153,7 +153,7 @@ class Plan:
             "seed": self.settings.seed,
         }
 
-    def job(self, section: dict, prompts: str, output: Path, **more):
+    def job(self, section: dict, prompts: str, output: Path, **more: object) -> get_hf2.Arguments:
         """The arguments of get_hf2.py for one job."""
         decided = {
             "model_name_or_path": self.settings.model_name_or_path,
