@@ -15,12 +15,16 @@ A record has `prompt` (messages) and `responses` (K texts). What is wrong with o
 import gc
 import os
 from array import array
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 from annotate_data.batches import WINDOW, Batches, Row, windows
 from common import chat, models
 from common.cli import UserError, one_line
 from common.devices import keep_memory
+
+if TYPE_CHECKING:
+    import torch
 
 GPU_TOKENS, CPU_TOKENS = 16384, 2048  # of a forward pass; a CPU's caches like small ones
 TRIED = 3  # sequences of the first group on which shared prompts are compared with the model's own attention
@@ -158,7 +162,7 @@ class Backbone:
             cuts.append(sum(row.cut > 0 for row in rows))
         return groups, cuts
 
-    def load_weights(self, auto_class):
+    def load_weights(self, auto_class: type):
         """Put the weights on this rank's GPU, or on the CPU where there is none.
 
         Args:
@@ -209,7 +213,7 @@ class Backbone:
         if not gpu:
             keep_memory()
 
-    def refuse_missing(self, missing):
+    def refuse_missing(self, missing: Iterable[str]):
         """Refuse a checkpoint that lacks the weights `missing` (names)."""
         if missing:
             missing = sorted(missing, key=lambda key: ("score" not in key, key))
@@ -228,7 +232,9 @@ class Backbone:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def hidden_states(self, groups, positions):
+    def hidden_states(
+        self, groups: list[list[array]], positions: list[list[list[int]]]
+    ) -> Iterator[tuple[int, "torch.Tensor"]]:
         """Last hidden states of groups of sequences; a group's share a prompt.
 
         Args:
@@ -286,7 +292,7 @@ class Backbone:
             for ids, at in zip(group, asked, strict=True)
         )
 
-        def forward(sequences, asked):
+        def forward(sequences: list[list[array]], asked: list[list[int]]) -> "torch.Tensor":
             packed = shared_prompts.pack(sequences, self.device)
             if last_only:
                 return shared_prompts.last_states(self.model.base_model, packed)[:, None].float()

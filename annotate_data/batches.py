@@ -3,6 +3,7 @@ out.
 """
 
 from array import array
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from common.cli import UserError
@@ -27,7 +28,7 @@ class Batches:
     def __init__(self, tokens):
         self.tokens = tokens
 
-    def shrink(self, sequences, longest, tokens):
+    def shrink(self, sequences: int, longest: int, tokens: int):
         """Half as many tokens from now on, after `tokens` in that many sequences did not fit.
 
         Raises:
@@ -44,7 +45,9 @@ class Batches:
             flush=True,
         )
 
-    def run(self, forward, rows, apart=None):
+    def run(
+        self, forward: Callable[[list], list], rows: list, apart: Callable[[int], object] | None = None
+    ) -> Iterator[tuple[list[int], list]]:
         """Yield (indices into `rows`, their results) batch by batch, longest first.
 
         Longest first, so that rows of a batch are alike and a batch that is too large for the memory shows at
@@ -74,7 +77,7 @@ class Batches:
             at += len(batch)
 
 
-def windows(groups, tokens):
+def windows(groups: list, tokens: int) -> Iterator[list[int]]:
     """Yield lists of indices of `groups`, those with the longest sequence first, of about `tokens` tokens
     each.
 

@@ -4,7 +4,7 @@ number.
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from annotate_data.backbone import BadRecord
 from common.cli import one_line
@@ -39,7 +39,7 @@ class RewardFunction:
         self.name, self.function = spec, load_function(spec, "--reward_function", EXAMPLE)
         self.with_record = takes_record(self.function)
 
-    def hint(self):
+    def hint(self) -> str:
         """What to write instead of a function of TRL's form, `f(completions, **kwargs)`; empty for others."""
         try:
             parameters = inspect.signature(self.function).parameters
@@ -65,7 +65,7 @@ class RewardFunction:
     def unload(self):
         """Nothing."""
 
-    def score(self, records: list[dict]):
+    def score(self, records: list[dict]) -> Iterator[tuple[int, dict]]:
         """Yield (index, {"rewards", "cut"}) of records; an exception of the function is a `BadRecord`."""
         for index, record in enumerate(records):
             others = {key: value for key, value in record.items() if key not in ("prompt", "responses")}

@@ -23,11 +23,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from annotate_data.arguments import MODEL, Arguments, check, check_ranking, dated, names, shaping, types
-from annotate_data.backbone import BadRecord
+from annotate_data.backbone import Backbone, BadRecord
 from annotate_data.functions import RewardFunction
 from annotate_data.generated import read_unscored, survey
 from annotate_data.preference import PairPreference
@@ -59,7 +60,7 @@ class Job:
     output: manifest.Output | None = None  # rank 0 only
 
 
-def make_scorers(args):
+def make_scorers(args: Arguments) -> list[Backbone | RewardFunction]:
     """The scorers in the order of `--reward_weights`: models, without weights as yet, then the function."""
     scorers, kinds, options = [], [], {key: getattr(args, key) for key in MODEL}
     for name, asked in zip(names(args), types(args), strict=True):
@@ -73,7 +74,7 @@ def make_scorers(args):
     return scorers + ([RewardFunction(args.reward_function)] if args.reward_function else [])
 
 
-def check_turns(scorers, jobs: list[Job], loud: bool = True) -> None:
+def check_turns(scorers: list[Backbone | RewardFunction], jobs: list[Job], loud: bool = True) -> None:
     """Look at the first record of each kind of turns before any weights are loaded.
 
     Where a scorer's chat template takes none, that is an error; where it takes some, the others' records are
@@ -120,7 +121,7 @@ def take_over(job: Job) -> None:
         path.unlink()
 
 
-def open_output(job, args, scorers, settings, inputs):
+def open_output(job: Job, args: Arguments, scorers: int, settings: dict, inputs: dict) -> bytearray:
     """Lock and check the output (rank 0); returns one byte for each scorer and record, 1 where that is
     done.
     """
@@ -160,7 +161,15 @@ def work(record: dict) -> int:
     return sum(prompt + len(response) for response in record["responses"])
 
 
-def score(scorer, number, jobs, done, world, args, bar):
+def score(
+    scorer: Backbone | RewardFunction,
+    number: int,
+    jobs: list[Job],
+    done: list[bytearray],
+    world: World,
+    args: Arguments,
+    bar: progress.Progress,
+):
     """Score what is left and save each record: rank 0 into `X.partial`, rank r into `X.partial.rank<r>`.
 
     Ranks share out each chunk and wait for each other after it, so that one's error ends all of them.
@@ -182,12 +191,20 @@ def score(scorer, number, jobs, done, world, args, bar):
                 turn += 1
 
 
-def score_chunk(scorer, number, job, mine, file, world, bar):
+def score_chunk(
+    scorer: Backbone | RewardFunction,
+    number: int,
+    job: Job,
+    mine: list[tuple[int, dict]],
+    file: BinaryIO | None,
+    world: World,
+    bar: progress.Progress,
+):
     """Score this rank's records of a chunk, longest first; one that a reward model cannot read gets rewards
     of null.
     """
 
-    def save(index, entry):
+    def save(index: int, entry: dict):
         entry = {"id": number * job.N + index} | entry
         entry["rewards"] = [rounded(x) for x in entry["rewards"]]
         if "pairs" in entry:
@@ -238,7 +255,9 @@ def combine(parts: list[list], weights: list[float]) -> list:
     ]
 
 
-def rewarded(job, scorers, weights, counts):
+def rewarded(
+    job: Job, scorers: list[Backbone | RewardFunction], weights: list[float], counts: dict
+) -> Iterator[bytes]:
     """Yield the output's lines in the input's order; fills `counts` on the way."""
     order = (s * job.N + i for i in range(job.N) for s in range(len(scorers)))
     saved, summary, nulls, cut, refused = map(json.loads, job.output.saved(order)), Summary(), 0, 0, 0
@@ -272,7 +291,7 @@ def rewarded(job, scorers, weights, counts):
     } | summary.figures()
 
 
-def finish(job: Job, scorers, weights: list[float], facts) -> dict:
+def finish(job: Job, scorers: list[Backbone | RewardFunction], weights: list[float], facts: dict) -> dict:
     """Put rewards and records together, in the input's order; returns the counts."""
     take_over(job)
     total = len(scorers) * job.N
@@ -309,7 +328,14 @@ def tell(job: Job, counts: dict) -> None:
         )
 
 
-def run_scorer(scorer, number, jobs, done, world, args):
+def run_scorer(
+    scorer: Backbone | RewardFunction,
+    number: int,
+    jobs: list[Job],
+    done: list[bytearray],
+    world: World,
+    args: Arguments,
+) -> tuple[int, int, float, dict]:
     """All that scorer `number` has left.
 
     Returns (records scored, responses, seconds, facts for the manifest).
@@ -347,7 +373,7 @@ def run_scorer(scorer, number, jobs, done, world, args):
     return sum(left), responses, time.monotonic() - started, facts
 
 
-def check_files(args):
+def check_files(args: Arguments) -> list[tuple[str, Path]]:
     """[(input, output)]; refuses numbers and names of files that do not go together."""
     sources, targets = args.dataset_name_or_path, [Path(path) for path in args.output_dir]
     if not sources or len(sources) != len(targets):
@@ -365,7 +391,13 @@ def is_complete(target: Path, settings: dict, inputs: dict) -> bool:
     return bool(target.exists() and found and not manifest.difference(found, settings, inputs))
 
 
-def finish_all(jobs, scorers, weights, ran, processes):
+def finish_all(
+    jobs: list[Job],
+    scorers: list[Backbone | RewardFunction],
+    weights: list[float],
+    ran: list[tuple],
+    processes: int,
+):
     """Complete the outputs (rank 0); `ran`: what `run_scorer` returned for each scorer."""
     scored, responses, seconds = (sum(column) for column in list(zip(*ran, strict=True))[:3])
     facts = {key: value for *_, found in ran for key, value in found.items()}

@@ -18,12 +18,12 @@ class PackedLinear(torch.nn.Module):
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS)
         self.bias = None if linear.bias is None else linear.bias.detach()
 
-    def forward(self, inputs):
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """[…, in features] → […, out features]"""
         return torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
 
 
-def pack_linears(model):
+def pack_linears(model: torch.nn.Module) -> int:
     """Replace the linear layers of a model on the CPU, one by one; returns how many were."""
     count = 0
     for parent in list(model.modules()):

@@ -17,6 +17,7 @@ import functools
 import json
 import math
 from array import array
+from collections.abc import Iterator
 
 from annotate_data.backbone import Backbone, BadRecord
 from annotate_data.ranking import rank
@@ -48,7 +49,7 @@ def context_of(messages: list[dict]) -> str:
     return "\n" + "".join(turns) + "\n"
 
 
-def together(questions):
+def together(questions: list[tuple]) -> list[list[tuple]]:
     """Groups of a record's questions that are computed together: those that share the context, or the first
     response too.
 
@@ -140,7 +141,7 @@ class PairPreference(Backbone):
             )
             context, cut = context[math.ceil(over * len(context) / tokens) :], True
 
-    def score(self, records):
+    def score(self, records: list[dict]) -> Iterator[tuple[int, dict]]:
         largest = max((len(record["responses"]) for record in records), default=1)
         step = max(1, TOGETHER // max(1, largest * (largest - 1)))
         for at in range(0, len(records), step):

@@ -5,8 +5,10 @@ response i is better than response j (None where the two could not be compared),
 1]. `rank` drives many of them at once, so that a round of all is one batch.
 """
 
+from collections.abc import Callable, Generator
 
-def round_robin(K):
+
+def round_robin(K: int) -> Generator[list[tuple], list, list]:
     """All K(K−1)/2 pairs; the reward is the mean probability of winning against the others, 0.5 where all is
     even.
 
@@ -22,7 +24,7 @@ def round_robin(K):
     return rewards
 
 
-def tournament(K):
+def tournament(K: int) -> Generator[list[tuple], list, list]:
     """The best and the worst of K in about 3K/2 comparisons: neighbours meet, then winners and losers among
     themselves.
 
@@ -69,7 +71,9 @@ def _wins(p):
 RANKINGS = {"round_robin": round_robin, "tournament": tournament}
 
 
-def rank(sizes, ranking, compare):
+def rank(
+    sizes: list[int], ranking: str, compare: Callable[[list[tuple]], list]
+) -> list[tuple[list, list[list]]]:
     """Rewards of many prompts' responses, a round of all prompts at a time.
 
     Args:
@@ -88,7 +92,7 @@ def rank(sizes, ranking, compare):
     matrices = [[[None] * K for _ in range(K)] for K in sizes]
     rewards, asked = [None] * len(sizes), {}
 
-    def advance(n, answers):
+    def advance(n: int, answers: list | None):
         try:
             asked[n] = rankings[n].send(answers)
         except StopIteration as ended:

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from typing import Any
 
 from common.cli import UserError
 
@@ -57,7 +58,7 @@ class World:
 
         threading.Thread(target=wait, daemon=True).start()
 
-    def gather(self, value=None):
+    def gather(self, value: object = None) -> list:
         """The values of all ranks, on every rank; also a barrier."""
         if self.size == 1:
             return [value]
@@ -67,7 +68,7 @@ class World:
         torch.distributed.all_gather_object(values, value)
         return values
 
-    def together(self, action):
+    def together(self, action: Callable) -> Any:
         """`action()` on every rank; one rank's UserError is raised on all, for rank 0 alone tells errors."""
         value = error = None
         try:

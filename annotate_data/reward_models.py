@@ -7,10 +7,15 @@ token that is not padding, and misses the true one where padding and end of turn
 """
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from annotate_data.backbone import Backbone
 from common.cli import UserError, one_line
+
+if TYPE_CHECKING:
+    import torch
 
 KINDS = ("bradley_terry", "armorm", "pair_preference")
 PAIR_PREFERENCE_NAMES = ("pair-preference-model",)  # published under such names; their config is any policy's
@@ -93,7 +98,7 @@ class BradleyTerry(Backbone):
                 "the rewards would not be those it was trained to give"
             )
 
-    def score(self, records):
+    def score(self, records: list[dict]) -> Iterator[tuple[int, dict]]:
         import torch
 
         groups, cuts = self.encode_all(records)
@@ -210,14 +215,14 @@ class ArmoRM(Backbone):
         self.head = None
         super().unload()
 
-    def gate(self, ids):
+    def gate(self, ids: Iterable[int]) -> int | None:
         """Position of the token before the last assistant header, or None."""
         ids, header = list(ids), self.header
         return next(
             (j for j in range(len(ids) - len(header), -1, -1) if ids[j : j + len(header)] == header), None
         )
 
-    def score(self, records):
+    def score(self, records: list[dict]) -> Iterator[tuple[int, dict]]:
         groups, cuts = self.encode_all(records)
         gates = [[self.gate(ids) for ids in group] for group in groups]
         places = [
@@ -229,7 +234,7 @@ class ArmoRM(Backbone):
             rewards = [None if at is None else x for at, x in zip(gates[g], scores, strict=True)]
             yield g, {"rewards": rewards, "cut": cuts[g]}
 
-    def mix(self, prompt, end):
+    def mix(self, prompt: "torch.Tensor", end: "torch.Tensor") -> "torch.Tensor":
         """Scores [n] of hidden states [n, hidden] at the prompt's end and at the sequence's, in fp32."""
         import torch
 

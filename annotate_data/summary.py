@@ -34,7 +34,7 @@ class Correlation:
         self.xy += dx * (y - self.mean_y)
 
     @property
-    def value(self):
+    def value(self) -> float | None:
         return self.xy / math.sqrt(self.xx) / math.sqrt(self.yy) if self.xx > 0 and self.yy > 0 else None
 
 
@@ -74,7 +74,7 @@ class Summary:
             for x, n in zip(centred(xs), centred(ns), strict=True):
                 self.within.add(x, n)
 
-    def figures(self):
+    def figures(self) -> dict[str, float | None]:
         """What the rewards look like; nothing to say is None.
 
         Returns:

@@ -1,7 +1,7 @@
 r"""Measure sequences per second of ways to score responses with a reward model: same records, one run.
 
-In:  nothing: a Llama of 27 million random weights and synthetic records are made on the spot. Or a reward model (one
-     label) and a generated JSON Lines file (`prompt`, `responses`).
+In:  nothing: a Llama of 27 million random weights and synthetic records are made on the spot. Or a reward
+     model (one label) and a generated JSON Lines file (`prompt`, `responses`).
 Out: a table, and with --output_dir a JSON file of the numbers, the versions and the cores.
 
     python benchmarks/annotation.py --records 24 --K 8 --dtype float32 --output_dir runs/annotation.json
@@ -25,14 +25,20 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from annotate_data.reward_models import BradleyTerry
 from common import chat, cli, devices, models, records
 from common.cli import UserError, arg
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WAYS = ("pipeline", "padded", "vllm", "shared")
 WARM_UP = 2  # records
@@ -56,7 +62,7 @@ class Arguments:
     output_dir: str | None = arg(None, help="JSON file to write (a file name)")
 
 
-def make_model(folder, seed):
+def make_model(folder: str | Path, seed: int):
     """A Llama-shaped classifier of 27 million random weights with a tokenizer of bytes."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -93,20 +99,20 @@ def make_model(folder, seed):
     tokenizer.save_pretrained(folder)
 
 
-def make_records(count, K, seed):
+def make_records(count: int, K: int, seed: int) -> list[dict]:
     """Prompts of 100 to 400 and responses of 20 to 300 characters, which are tokens of the tokenizer
     above.
     """
     rng = random.Random(seed)
 
-    def text(shortest, longest):
+    def text(shortest: int, longest: int) -> str:
         return "".join(rng.choices("etaoin shrdlu", k=rng.randint(shortest, longest)))
 
     prompts = ([{"role": "user", "content": text(100, 400)}] for _ in range(count))
     return [{"prompt": prompt, "responses": [text(20, 300) for _ in range(K)]} for prompt in prompts]
 
 
-def read_records(path, count):
+def read_records(path: str | Path, count: int) -> list[dict]:
     """The first `count` records as messages and responses."""
     found = []
     for number, record in enumerate(records.read_jsonl(path, "generated file"), 1):
@@ -120,7 +126,7 @@ def read_records(path, count):
     return found
 
 
-def templated(tokenizer, record):
+def templated(tokenizer: "PreTrainedTokenizerBase", record: dict) -> list[str]:
     """The text of each of a record's sequences, as the template writes it."""
     turns = (
         [*record["prompt"], {"role": "assistant", "content": response}] for response in record["responses"]
@@ -138,18 +144,18 @@ class Way:
         """Before each time, off the clock."""
         devices.keep_memory(False)
 
-    def texts(self, rows):
+    def texts(self, rows: list[dict]) -> list[list[str]]:
         return [templated(self.tokenizer, row) for row in rows]
 
-    def ids(self, texts):
+    def ids(self, texts: list[list[str]]) -> list[list[list[int]]]:
         return [[chat.encode_for_classifier(self.tokenizer, text) for text in group] for group in texts]
 
-    def rewards(self, states):
+    def rewards(self, states: "torch.Tensor") -> list[float]:
         """Raw logits of last hidden states, the head in float32."""
         return (states.float() @ self.model.score.weight.float().T)[:, 0].tolist()
 
 
-def regroup(flat, texts):
+def regroup(flat: Iterable[float], texts: list[list[str]]) -> list[list[float]]:
     flat = iter(flat)
     return [[next(flat) for _ in group] for group in texts]
 
@@ -167,7 +173,7 @@ class Pipeline(Way):
         super().ready()
         self.model.set_attn_implementation(self.args.attention)
 
-    def score(self, rows):
+    def score(self, rows: list[dict]) -> list[list[float]]:
         texts = self.texts(rows)
         bos = (
             self.tokenizer.bos_token if chat.added_specials(self.tokenizer)[0] else None
@@ -185,7 +191,7 @@ class Padded(Way):
         super().ready()
         self.model.set_attn_implementation(self.args.attention)
 
-    def score(self, rows):
+    def score(self, rows: list[dict]) -> list[list[float]]:
         import torch
 
         texts = self.texts(rows)
@@ -221,7 +227,7 @@ class Shared(Way):
     def ready(self):
         devices.keep_memory()
 
-    def score(self, rows):
+    def score(self, rows: list[dict]) -> list[list[float]]:
         found = dict(self.scorer.score(rows))
         return [found[i]["rewards"] for i in range(len(rows))]
 
@@ -260,25 +266,29 @@ class Vllm(Way):
                 "vLLM did not empty its prefix cache, so its time would be that of prompts it has seen"
             )
 
-    def score(self, rows):
+    def score(self, rows: list[dict]) -> list[list[float]]:
         texts = self.texts(rows)
         prompts = [{"prompt_token_ids": ids} for group in self.ids(texts) for ids in group]
         outputs = self.engine.classify(prompts, pooling_params=self.params, use_tqdm=False)
         return regroup((output.outputs.probs[0] for output in outputs), texts)
 
 
-def one_at_a_time(model, tokenizer, texts):
+def one_at_a_time(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", texts: list[list[str]]
+) -> list[list[float]]:
     """What all ways are held against: `model` in float32, one sequence, the state of its very last token."""
     import torch
 
-    def reward(text):
+    def reward(text: str) -> float:
         ids = torch.tensor([chat.encode_for_classifier(tokenizer, text)], device=model.device)
         return model.score(model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, -1]).item()
 
     return [[reward(text) for text in group] for group in texts]
 
 
-def measure(ways, rows, repeats, cores):
+def measure(
+    ways: dict[str, Way], rows: list[dict], repeats: int, cores: int
+) -> dict[str, tuple[list, list, list]]:
     """{way: ([seconds], [CPU seconds], rewards)}; a way that has a rest while others run is not favoured by
     its place.
     """
@@ -302,7 +312,9 @@ def measure(ways, rows, repeats, cores):
     return taken
 
 
-def results(taken, reference):
+def results(
+    taken: dict[str, tuple[list, list, list]], reference: list[list[float]]
+) -> tuple[dict[str, dict], float | None]:
     """Numbers of each way, and how ours compares with the best of the others."""
     count = sum(map(len, reference))
     rate = {name: count / statistics.median(seconds) for name, (seconds, _, _) in taken.items()}
@@ -321,8 +333,8 @@ def results(taken, reference):
     return found, round(rate["shared"] / best, 2) if best and "shared" in rate else None
 
 
-def main():
-    args = cli.parse(Arguments, __doc__)
+def settle(args: Arguments) -> int:
+    """Check the arguments and put in what depends on the machine; returns its cores."""
     if not args.ways or set(args.ways) - set(WAYS):
         raise UserError(f"--ways takes some of {' '.join(WAYS)}")
     if min(args.records, args.K, args.repeats) < 1:
@@ -333,48 +345,53 @@ def main():
     cores = len(os.sched_getaffinity(0))
     os.environ["OMP_NUM_THREADS"] = str(cores)
     import torch
-    import transformers
 
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     args.gpu = torch.cuda.is_available()
     args.dtype = {"auto": "bfloat16" if args.gpu else "float32"}.get(args.dtype, args.dtype)
     args.batch_tokens = args.batch_tokens or (16384 if args.gpu else 4096)
     args.shared_tokens = args.shared_tokens or (16384 if args.gpu else 2048)
-    rows = (
-        read_records(args.dataset_name_or_path, args.records)
-        if args.dataset_name_or_path
-        else make_records(args.records, args.K, args.seed)
+    return cores
+
+
+def measure_all(args: Arguments, rows: list[dict], made: str, cores: int) -> tuple[dict, list, dict]:
+    """(what `measure` gives, the reference's rewards, facts about what was measured).
+
+    `made`: an empty folder, for a model of random weights.
+    """
+    import torch
+    import transformers
+
+    if not args.reward_name_or_path:
+        make_model(made, args.seed)
+    folder = args.reward_name_or_path or made
+    tokenizer = models.load_tokenizer(folder)
+    texts = [templated(tokenizer, record) for record in rows]
+    lengths = [len(chat.encode_for_classifier(tokenizer, text)) for group in texts for text in group]
+    args.longest = max(lengths)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
     )
-    with tempfile.TemporaryDirectory() as made, torch.inference_mode():
-        if not args.reward_name_or_path:
-            make_model(made, args.seed)
-        folder = args.reward_name_or_path or made
-        tokenizer = models.load_tokenizer(folder)
-        texts = [templated(tokenizer, record) for record in rows]
-        lengths = [len(chat.encode_for_classifier(tokenizer, text)) for group in texts for text in group]
-        args.longest = max(lengths)
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager"
-        )
-        model.eval().to("cuda" if args.gpu else "cpu")
-        torch.set_num_threads(cores)
-        reference = one_at_a_time(model, tokenizer, texts)
-        model.to(getattr(torch, args.dtype))
-        softcap = getattr(model.config, "attn_logit_softcapping", None)
-        flash = args.gpu and args.dtype != "float32" and transformers.utils.is_flash_attn_2_available()
-        args.attention = "flash_attention_2" if flash else "eager" if softcap else "sdpa"
-        kinds = dict(zip(WAYS, (Pipeline, Padded, Vllm, Shared)))
-        ways = {name: kinds[name](args, folder, model, tokenizer) for name in WAYS if name in args.ways}
-        parameters = sum(weight.numel() for weight in model.parameters())
-        where = f"{torch.cuda.get_device_name()}" if args.gpu else f"{cores} cores"
-        print(
-            f"{len(lengths)} sequences of {min(lengths)} to {args.longest} tokens, {parameters / 1e6:.1f}M "
-            f"weights, {args.dtype}, {where}"
-        )
-        taken = measure(ways, rows, args.repeats, cores)
-    found, ratio = results(taken, reference)
-    spread = statistics.pstdev([reward for group in reference for reward in group])
+    model.eval().to("cuda" if args.gpu else "cpu")
+    torch.set_num_threads(cores)
+    reference = one_at_a_time(model, tokenizer, texts)
+    model.to(getattr(torch, args.dtype))
+    softcap = getattr(model.config, "attn_logit_softcapping", None)
+    flash = args.gpu and args.dtype != "float32" and transformers.utils.is_flash_attn_2_available()
+    args.attention = "flash_attention_2" if flash else "eager" if softcap else "sdpa"
+    kinds = dict(zip(WAYS, (Pipeline, Padded, Vllm, Shared)))
+    ways = {name: kinds[name](args, folder, model, tokenizer) for name in WAYS if name in args.ways}
+    parameters = sum(weight.numel() for weight in model.parameters())
+    where = f"{torch.cuda.get_device_name()}" if args.gpu else f"{cores} cores"
+    print(
+        f"{len(lengths)} sequences of {min(lengths)} to {args.longest} tokens, {parameters / 1e6:.1f}M "
+        f"weights, {args.dtype}, {where}"
+    )
+    facts = {"device": where, "parameters": parameters, "sequences": len(lengths)}
+    return measure(ways, rows, args.repeats, cores), reference, facts
+
+
+def tell(found: dict[str, dict], ratio: float | None, spread: float):
+    """Print the table of what `results` gives."""
     print(
         "\nrewards have a standard deviation of "
         f"{spread:.2f}\n{'':10}{'sequences/s':>12}{'× pipeline':>12}{'differs':>12}{'CPU s':>9}"
@@ -390,35 +407,48 @@ def main():
             f"shared prompts are {ratio:.2f} times as fast as the best of "
             f"{' and '.join(n for n in found if n not in ('pipeline', 'shared'))}"
         )
+
+
+def write(args: Arguments, facts: dict):
+    """Write `facts`, the versions and the settings as JSON."""
+    import torch
+    import transformers
+
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    if "vllm" in sys.modules:
+        versions["vllm"] = sys.modules["vllm"].__version__
+    facts |= {"versions": versions, "load_average": os.getloadavg()}
+    names = ("dtype", "batch_tokens", "shared_tokens", "repeats", "seed", "attention")
+    facts |= {name: getattr(args, name) for name in names}
+    Path(args.output_dir).parent.mkdir(parents=True, exist_ok=True)
+    Path(args.output_dir).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def main():
+    args = cli.parse(Arguments, __doc__)
+    cores = settle(args)
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    rows = (
+        read_records(args.dataset_name_or_path, args.records)
+        if args.dataset_name_or_path
+        else make_records(args.records, args.K, args.seed)
+    )
+    with tempfile.TemporaryDirectory() as made, torch.inference_mode():
+        taken, reference, facts = measure_all(args, rows, made, cores)
+    found, ratio = results(taken, reference)
+    spread = statistics.pstdev([reward for group in reference for reward in group])
+    tell(found, ratio, spread)
     if args.output_dir:
-        versions = {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        }
-        if "vllm" in sys.modules:
-            versions["vllm"] = sys.modules["vllm"].__version__
-        facts = {
-            "ways": found,
-            "shared_over_best_other": ratio,
-            "versions": versions,
-            "cores": cores,
-            "device": where,
-            "dtype": args.dtype,
-        }
-        facts["reward_deviation"] = round(spread, 4)
-        facts |= {
-            "parameters": parameters,
-            "sequences": len(lengths),
-            "records": len(rows),
-            "load_average": os.getloadavg(),
-        }
-        facts |= {
-            name: getattr(args, name)
-            for name in ("batch_tokens", "shared_tokens", "repeats", "seed", "attention")
-        }
-        Path(args.output_dir).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.output_dir).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        facts |= {"ways": found, "shared_over_best_other": ratio, "cores": cores, "records": len(rows)}
+        write(args, facts | {"reward_deviation": round(spread, 4)})
 
 
 if __name__ == "__main__":

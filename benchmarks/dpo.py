@@ -1,7 +1,8 @@
 r"""Measure pairs per second and peak memory of DPO training: our trainer against TRL's, on the same pairs and
 steps in one run.
 
-In:  nothing: a Llama of 26 million random weights and synthetic pairs are made on the spot. Or a model of yours.
+In:  nothing: a Llama of 26 million random weights and synthetic pairs are made on the spot. Or a model of
+     yours.
 Out: a table, and with --output_dir a JSON file of the numbers, the versions and the cores.
 
     python benchmarks/dpo.py --shape recipe --output_dir runs/dpo.json
@@ -29,8 +30,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -39,6 +42,10 @@ from common import models
 from common.cli import UserError, arg, parse, run
 from common.devices import prepare_threads
 from common.manifest import versions, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
 
 # tokens of prompt and response: (mean of the logarithm's median, spread of the logarithm, least, most)
 SHAPES = {
@@ -74,7 +81,7 @@ class Arguments:
     output_dir: str | None = arg(None, "JSON file to write (a file name)")
 
 
-def make_model(folder, seed):
+def make_model(folder: str | Path, seed: int):
     import torch
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -99,13 +106,13 @@ def make_model(folder, seed):
     tokenizer.save_pretrained(folder)
 
 
-def make_rows(shape, count, vocabulary, seed):
+def make_rows(shape: str, count: int, vocabulary: int, seed: int) -> list[dict]:
     """Pairs as token ids, drawn evenly; chosen and rejected differ from their first token on or share a
     few.
     """
     rng, (prompt, response) = random.Random(seed), SHAPES[shape]
 
-    def draw(lengths):
+    def draw(lengths: tuple[float, ...]) -> list[int]:
         median, spread, least, most = lengths
         length = min(most, max(least, round(rng.lognormvariate(0, spread) * median)))
         return [rng.randrange(4, vocabulary) for _ in range(length)]
@@ -121,7 +128,7 @@ def make_rows(shape, count, vocabulary, seed):
     ]
 
 
-def padded_tokens(rows, order, at_once):
+def padded_tokens(rows: list[dict], order: list[int], at_once: int) -> int:
     """Tokens of TRL's batches of `at_once` pairs, in this order."""
     total = 0
     for k in range(0, len(order), at_once):
@@ -137,7 +144,7 @@ def padded_tokens(rows, order, at_once):
 # A process of one way
 
 
-def settings(args, folder, at_once, accumulation, precompute):
+def settings(args: Arguments, folder: Path, at_once: int, accumulation: int, precompute: bool) -> "DPOConfig":
     import torch
     from trl import DPOConfig
 
@@ -163,14 +170,126 @@ def settings(args, folder, at_once, accumulation, precompute):
     )
 
 
-def child(way, args, folder, at_once, row_tokens):
+def turns(tell: Callable) -> "TrainerCallback":
+    """A callback that tells the memory and waits for a line before each step and at the end."""
+    import torch
+    from transformers import TrainerCallback
+
+    def pause():
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        memory = (
+            torch.cuda.max_memory_allocated()
+            if torch.cuda.is_available()
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )
+        tell(memory=memory)
+        sys.stdin.readline()
+
+    class Turns(TrainerCallback):
+        def on_step_begin(self, *_: object, **__: object):
+            pause()
+
+        def on_train_end(self, *_: object, **__: object):
+            pause()
+
+    return Turns()
+
+
+def our_trainer(
+    args: Arguments,
+    folder: Path,
+    rows: list[dict],
+    at_once: int,
+    row_tokens: int,
+    load: Callable,
+    **common: object,
+) -> tuple["DPOTrainer", float]:
+    """(our trainer, seconds that the reference took).
+
+    Args:
+        load: a function that loads the model.
+        common: arguments that TRL's trainer gets too.
+    """
+    import torch
+    from datasets import Dataset
+
+    started = time.monotonic()
+    from common.manifest import fingerprint
+    from dpo_iteration import reference
+    from dpo_iteration.dpo import IterativeDPOTrainer
+    from dpo_iteration.packing import Steps, columns_of
+
+    name = str(folder / "model")
+    steps = Steps(
+        [columns_of(row) for row in rows], args.pairs, row_tokens, at_once, seed=args.seed, epochs=1
+    )
+    config = settings(args, folder / "ours", at_once, steps.accumulation, True)
+    half = torch.bfloat16 if config.bf16 else None
+    reference.add_reference(
+        rows,
+        lambda: reference.ready(load(), config, True),
+        name,
+        None,
+        folder / "cache",
+        {"f": fingerprint(name)["size"]},
+        reference.Passes(row_tokens, at_once, 3, half),
+    )
+    seconds = time.monotonic() - started
+    trainer = IterativeDPOTrainer(
+        model=load(),
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        rows={"train": rows, "eval": []},
+        steps=steps,
+        eval_steps=None,
+        sharing=True,
+        **common,
+    )
+    return trainer, seconds
+
+
+def trl_trainer(
+    precompute: bool,
+    args: Arguments,
+    folder: Path,
+    rows: list[dict],
+    at_once: int,
+    load: Callable,
+    **common: object,
+) -> tuple["DPOTrainer", float]:
+    """(TRL's trainer, seconds until it was made, in which it computes the reference with `precompute`).
+
+    Args:
+        load, common: as `our_trainer`.
+    """
+    from datasets import Dataset
+    from trl import DPOTrainer
+
+    class Tokenised(DPOTrainer):
+        def _prepare_dataset(self, dataset, *_):
+            return dataset
+
+    started = time.monotonic()
+    path = folder / "trl.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = Dataset.from_json(str(path), cache_dir=str(folder / f"cache{os.getpid()}"))
+    trainer = Tokenised(
+        model=load(),
+        ref_model=None if precompute else load(),
+        args=settings(args, folder / "trl", at_once, args.pairs // at_once, precompute),
+        train_dataset=data,
+        **common,
+    )
+    return trainer, time.monotonic() - started
+
+
+def child(way: str, args: Arguments, folder: Path, at_once: int, row_tokens: int):
     """Train; each step begins when a line comes in, and its end is told by a line."""
     import contextlib
 
     import torch
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
-    from trl import DPOTrainer
+    from transformers import AutoModelForCausalLM, PrinterCallback
 
     name, rows = str(folder / "model"), json.loads((folder / "rows.json").read_text())
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -178,82 +297,17 @@ def child(way, args, folder, at_once, row_tokens):
     talk = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print goes elsewhere
 
-    def tell(**words):
+    def tell(**words: object):
         print(json.dumps(words), file=talk, flush=True)
 
-    class Turns(TrainerCallback):
-        def pause(self):
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            memory = (
-                torch.cuda.max_memory_allocated()
-                if torch.cuda.is_available()
-                else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            )
-            tell(memory=memory)
-            sys.stdin.readline()
-
-        def on_step_begin(self, *_, **__):
-            self.pause()
-
-        def on_train_end(self, *_, **__):
-            self.pause()
-
-    class Tokenised(DPOTrainer):
-        def _prepare_dataset(self, dataset, *_):
-            return dataset
-
-    def load():
+    def load() -> "PreTrainedModel":
         return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation="sdpa")
 
-    started = time.monotonic()
+    shared = {"load": load, "processing_class": tokenizer, "callbacks": [turns(tell)]}
     if way == "ours":
-        from common.manifest import fingerprint
-        from dpo_iteration import reference
-        from dpo_iteration.dpo import IterativeDPOTrainer
-        from dpo_iteration.packing import Steps, columns_of
-
-        steps = Steps(
-            [columns_of(row) for row in rows], args.pairs, row_tokens, at_once, seed=args.seed, epochs=1
-        )
-        config = settings(args, folder / "ours", at_once, steps.accumulation, True)
-        half = torch.bfloat16 if config.bf16 else None
-        reference.add_reference(
-            rows,
-            lambda: reference.ready(load(), config, True),
-            name,
-            None,
-            folder / "cache",
-            {"f": fingerprint(name)["size"]},
-            reference.Passes(row_tokens, at_once, 3, half),
-        )
-        reference_seconds = time.monotonic() - started
-        trainer = IterativeDPOTrainer(
-            model=load(),
-            args=config,
-            processing_class=tokenizer,
-            train_dataset=Dataset.from_list(rows),
-            rows={"train": rows, "eval": []},
-            steps=steps,
-            eval_steps=None,
-            sharing=True,
-            callbacks=[Turns()],
-        )
+        trainer, reference_seconds = our_trainer(args, folder, rows, at_once, row_tokens, **shared)
     else:
-        precompute = way == "trl"
-        path = folder / "trl.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        data = Dataset.from_json(str(path), cache_dir=str(folder / f"cache{os.getpid()}"))
-        config = settings(args, folder / "trl", at_once, args.pairs // at_once, precompute)
-        trainer = Tokenised(
-            model=load(),
-            ref_model=None if precompute else load(),
-            args=config,
-            processing_class=tokenizer,
-            train_dataset=data,
-            callbacks=[Turns()],
-        )
-        reference_seconds = time.monotonic() - started
+        trainer, reference_seconds = trl_trainer(way == "trl", args, folder, rows, at_once, **shared)
     trainer.remove_callback(PrinterCallback)
     tell(reference=reference_seconds, tokens=None)
     with contextlib.redirect_stdout(sys.stderr):
@@ -276,13 +330,13 @@ class Way:
         self.reference = self.hear()["reference"]
         self.hear()  # the first step is about to begin
 
-    def hear(self):
+    def hear(self) -> dict:
         line = self.process.stdout.readline()
         if not line:
             raise UserError(f"a trainer ended with status {self.process.wait()}; its last words are above")
         return json.loads(line)
 
-    def step(self, counts=True):
+    def step(self, counts: bool = True) -> float:
         began = time.monotonic()
         self.process.stdin.write("\n")
         self.process.stdin.flush()
@@ -296,7 +350,7 @@ class Way:
         self.process.wait()
 
 
-def best_size(args, folder, log, way="trl"):
+def best_size(args: Arguments, folder: Path, log: TextIO, way: str = "trl") -> int:
     """The number of pairs in a pass with which TRL takes least time for a step, of those that divide a
     step.
     """
@@ -363,7 +417,7 @@ def main():
     )
 
 
-def report(args, ways, at_once, row_tokens, tokens):
+def report(args: Arguments, ways: dict[str, Way], at_once: int, row_tokens: int, tokens: dict[str, int]):
     """Print the table and write the file."""
     mean = {name: count / tokens["pairs"] for name, count in tokens.items()}
     ceiling = tokens["padded"] / tokens["packed"]
@@ -377,7 +431,8 @@ def report(args, ways, at_once, row_tokens, tokens):
         f"TRL's best: {at_once} pairs a pass; rows of {row_tokens} tokens"
     )
     print(
-        f"{'':<16}{'pairs/s':>9}{'of trl':>8}{'least':>7}{'most':>7}{'of ceiling':>12}{'GB':>7}{'reference s':>13}"
+        f"{'':<16}{'pairs/s':>9}{'of trl':>8}{'least':>7}{'most':>7}{'of ceiling':>12}{'GB':>7}"
+        f"{'reference s':>13}"
     )
     found, base = {}, ways.get("trl")
     for name, way in ways.items():
@@ -398,7 +453,8 @@ def report(args, ways, at_once, row_tokens, tokens):
         }
         found[name]["reference_seconds"] = way.reference
         print(
-            f"{name:<16}{rate:>9.2f}{ratio:>8.2f}{ratios[0]:>7.2f}{ratios[-1]:>7.2f}{share:>12}{way.memory / 1e9:>7.2f}{way.reference:>13.1f}"
+            f"{name:<16}{rate:>9.2f}{ratio:>8.2f}{ratios[0]:>7.2f}{ratios[-1]:>7.2f}{share:>12}"
+            f"{way.memory / 1e9:>7.2f}{way.reference:>13.1f}"
         )
     if args.output_dir:
         figures = {

@@ -1,17 +1,19 @@
 """Tokens per second of `get_hf2.py` against one bare `LLM.generate` of the same engine over the same prompts.
 
-In:  a policy and prompts, or none: then a random Llama with a 32,000-token vocabulary and prompts of 50 to 200 tokens, whose
-     responses end at random, after a quarter of `--max_new_tokens` in the mean.
+In:  a policy and prompts, or none: then a random Llama with a 32,000-token vocabulary and prompts of 50
+     to 200 tokens, whose responses end at random, after a quarter of `--max_new_tokens` in the mean.
 Out: a table, and with `--output_dir FILE.json` its figures. Environment `vllm`.
 
     python benchmarks/generation.py --prompts 128 --repeats 3 --output_dir generation.json
 
 Each way runs in a process of its own, in turns, and is timed from the moment when the engine is ready:
 
-    bare      `LLM(model)` with the engine's defaults, one unseeded `LLM.generate` over all prompts, nothing saved
+    bare      `LLM(model)` with the engine's defaults, one unseeded `LLM.generate` over all prompts, nothing
+              saved
     options   the same with the options that get_hf2.py gives to the engine
     seeds     and with a seed for each prompt
-    ours      get_hf2.py: prompts read, tokenised and ordered, every answer saved as it finishes, the file put in order
+    ours      get_hf2.py: prompts read, tokenised and ordered, every answer saved as it finishes, the file put
+              in order
 
 so that ours / bare is the price of everything, options → seeds that of the seeds, seeds → ours that of
 reading and saving. The tail is the time at the end with less than half of the slots busy.
@@ -29,6 +31,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # not this folder, whose generation.py would hide the package
@@ -36,6 +39,11 @@ sys.path[0] = str(ROOT)  # not this folder, whose generation.py would hide the p
 from common.cli import UserError, arg, parse, run
 from common.devices import prepare_threads, visible_gpus
 from common.manifest import versions, write_json
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+    from generation import get_hf2
 
 WAYS = ("bare", "options", "seeds", "ours")
 
@@ -61,7 +69,7 @@ class Arguments:
     way: str | None = arg(None, help="(of a child process)")
 
 
-def make_policy(folder, hidden, layers, vocabulary=32000):
+def make_policy(folder: str | Path, hidden: int, layers: int, vocabulary: int = 32000):
     """A random Llama in bfloat16 with a tokenizer of bytes and of words that no text meets, which decode all
     the same.
     """
@@ -97,7 +105,7 @@ def make_policy(folder, hidden, layers, vocabulary=32000):
     tokenizer.save_pretrained(folder)
 
 
-def write_prompts(path, count):
+def write_prompts(path: str | Path, count: int):
     dice = random.Random(0)
     words = ["why", "number", "green", "river", "seven", "think", "of", "the", "and", "a"]
     with open(path, "w", encoding="utf-8") as file:
@@ -109,13 +117,13 @@ def write_prompts(path, count):
 
 
 class Watch:
-    """Slots busy over time, from the engine's own counts."""
+    """Slots busy over time, from the engine's own counts; `ready` is the moment when that begins."""
 
     def __init__(self, llm):
         self.samples, self.slots = [], llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
         step = llm.llm_engine.step
 
-        def watched():
+        def watched() -> list:
             outputs = step()
             if not self.samples or time.monotonic() - self.samples[-1][0] > 0.05:
                 busy = [m.value for m in llm.get_metrics() if m.name == "vllm:num_requests_running"]
@@ -123,58 +131,111 @@ class Watch:
             return outputs
 
         llm.llm_engine.step = watched
+        self.ready = time.monotonic()
 
-    def tail(self, end):
+    def tail(self, end: float) -> float:
         """Seconds at the end with less than half of the slots busy, or of the most that ever were."""
         half = min(self.slots, max((busy for _, busy in self.samples), default=0)) / 2
         full = [when for when, busy in self.samples if busy >= half]
         return end - full[-1] if full else 0.0
 
 
-def child(args):
-    """One way, timed in this process; prints a line of JSON."""
-    from generation import get_hf2, sampling
-
-    prepare_threads()
-    options = [
-        "--model_name_or_path",
-        args.model_name_or_path,
-        "--dataset_name_or_path",
-        args.dataset_name_or_path,
-        "--output_dir",
-        f"{args.folder}/out",
-    ]
-    options += [
-        "--K",
-        args.K,
-        "--max_input_length",
-        args.max_input_length,
-        "--max_new_tokens",
-        args.max_new_tokens,
-        "--dtype",
-        args.dtype,
-    ]
+def options_of(args: Arguments) -> list[str]:
+    """The command line of get_hf2.py for what is measured."""
+    options = ["--output_dir", f"{args.folder}/out"]
+    for key in (
+        "model_name_or_path",
+        "dataset_name_or_path",
+        "K",
+        "max_input_length",
+        "max_new_tokens",
+        "dtype",
+    ):
+        options += [f"--{key}", getattr(args, key)]
     options += ["--eos_ids", *json.loads(Path(args.folder, "eos.json").read_text()), "--overwrite"]
     options += [] if visible_gpus() else ["--kv_cache_gib", args.kv_cache_gib]
     options += [] if args.max_num_seqs is None else ["--max_num_seqs", args.max_num_seqs]
-    asked = parse(get_hf2.Arguments, "", list(map(str, options)))
-    began = time.monotonic()
-    ready, watch = 0.0, None
+    return list(map(str, options))
 
-    def warmed(llm, length):
-        """The moment when the engine is ready: it has answered prompts that are not among the timed ones."""
-        nonlocal ready, watch
-        from vllm import SamplingParams
 
-        fields = {"n": 2, "max_tokens": 8, "temperature": 1.0}
-        llm.generate(
-            [{"prompt_token_ids": [5 + i] * 40} for i in range(8)],
-            [SamplingParams(**fields, seed=i) for i in range(8)],
-            use_tqdm=False,
-        )
-        watch, ready = Watch(llm), time.monotonic()
+def warm_up(llm: "LLM") -> Watch:
+    """Have the engine answer prompts that are not among the timed ones; from then on it is watched."""
+    from vllm import SamplingParams
+
+    fields = {"n": 2, "max_tokens": 8, "temperature": 1.0}
+    llm.generate(
+        [{"prompt_token_ids": [5 + i] * 40} for i in range(8)],
+        [SamplingParams(**fields, seed=i) for i in range(8)],
+        use_tqdm=False,
+    )
+    return Watch(llm)
+
+
+def run_script(args: Arguments, options: list[str]) -> tuple[Watch, float, int]:
+    """get_hf2.py itself: (its Watch, the moment when it ended, tokens sampled)."""
+    from generation import get_hf2
+
+    watches, start = [], get_hf2.start_engine
+
+    def started(*given: object) -> "LLM":
+        llm = start(*given)
+        watches.append(warm_up(llm))
         return llm
 
+    get_hf2.start_engine = started
+    sys.argv = ["get_hf2.py", *options]
+    with contextlib.redirect_stdout(io.StringIO()):
+        get_hf2.main()
+    end = time.monotonic()
+    with open(f"{args.folder}/out0.jsonl", encoding="utf-8") as file:
+        return watches[0], end, sum(sum(json.loads(line)["num_tokens"]) for line in file)
+
+
+def run_engine(args: Arguments, asked: "get_hf2.Arguments") -> tuple[Watch, float, int]:
+    """`LLM.generate` of the same prompts, as `run_script`."""
+    import vllm
+
+    from generation import get_hf2, sampling
+
+    limit = sampling.context_length(asked.model_name_or_path, asked)
+    needed = asked.max_input_length + asked.max_new_tokens
+    tokenizer = sampling.load_tokenizer(asked.model_name_or_path, asked)
+    stops = sampling.stop_ids(asked.model_name_or_path, tokenizer, asked)
+    items = sampling.Prompts(asked, tokenizer, Nowhere(), limit, sampling.load_prompts(asked)).items
+    if args.way == "bare":
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        memory = {} if visible_gpus() else {"kv_cache_memory_bytes": int(args.kv_cache_gib * 2**30)}
+        llm = vllm.LLM(
+            asked.model_name_or_path,
+            dtype=asked.dtype,
+            max_model_len=min(needed, limit or needed),
+            generation_config="vllm",
+            **memory,
+        )
+    else:
+        llm = get_hf2.start_engine(asked, limit, needed)
+    watch = warm_up(llm)
+    fields = [sampling.sampling_fields(asked, item, stops, limit) for item in items]
+    if args.way != "seeds":
+        fields = [f | {"seed": None} for f in fields]
+    outputs = llm.generate(
+        [{"prompt_token_ids": item.token_ids} for item in items],
+        [vllm.SamplingParams(**f) for f in fields],
+        use_tqdm=False,
+    )
+    end = time.monotonic()
+    return watch, end, sum(len(sample.token_ids) for output in outputs for sample in output.outputs)
+
+
+def child(args: Arguments):
+    """One way, timed in this process; prints a line of JSON."""
+    from generation import get_hf2
+
+    prepare_threads()
+    options = options_of(args)
+    asked = parse(get_hf2.Arguments, "", options)
+    began = time.monotonic()
     import vllm
 
     class Counted(vllm.LLM):
@@ -182,57 +243,9 @@ def child(args):
             super().__init__(*a, **k, disable_log_stats=False)
 
     vllm.LLM = Counted
-    limit = sampling.context_length(asked.model_name_or_path, asked)
-    needed = asked.max_input_length + asked.max_new_tokens
-    if args.way == "ours":
-        start = get_hf2.start_engine
-        get_hf2.start_engine = lambda *a: warmed(start(*a), needed)
-        sys.argv = ["get_hf2.py", *map(str, options)]
-        with contextlib.redirect_stdout(io.StringIO()):
-            get_hf2.main()
-        end = time.monotonic()
-        with open(f"{args.folder}/out0.jsonl", encoding="utf-8") as file:
-            tokens = sum(sum(json.loads(line)["num_tokens"]) for line in file)
-    else:
-        tokenizer = sampling.load_tokenizer(asked.model_name_or_path, asked)
-        stops = sampling.stop_ids(asked.model_name_or_path, tokenizer, asked)
-        items = sampling.Prompts(asked, tokenizer, Nowhere(), limit, sampling.load_prompts(asked)).items
-        if args.way == "bare":
-            os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-            memory = {} if visible_gpus() else {"kv_cache_memory_bytes": int(args.kv_cache_gib * 2**30)}
-            llm = Counted(
-                asked.model_name_or_path,
-                dtype=asked.dtype,
-                max_model_len=min(needed, limit or needed),
-                generation_config="vllm",
-                **memory,
-            )
-        else:
-            llm = get_hf2.start_engine(asked, limit, needed)
-        warmed(llm, needed)
-        fields = [sampling.sampling_fields(asked, item, stops, limit) for item in items]
-        if args.way != "seeds":
-            fields = [f | {"seed": None} for f in fields]
-        outputs = llm.generate(
-            [{"prompt_token_ids": item.token_ids} for item in items],
-            [vllm.SamplingParams(**f) for f in fields],
-            use_tqdm=False,
-        )
-        end = time.monotonic()
-        tokens = sum(len(sample.token_ids) for output in outputs for sample in output.outputs)
-    print(
-        "FIGURES "
-        + json.dumps(
-            {
-                "tokens": tokens,
-                "seconds": end - ready,
-                "start": ready - began,
-                "tail": watch.tail(end),
-                "slots": watch.slots,
-            }
-        )
-    )
+    watch, end, tokens = run_script(args, options) if args.way == "ours" else run_engine(args, asked)
+    figures = {"tokens": tokens, "seconds": end - watch.ready, "start": watch.ready - began}
+    print("FIGURES " + json.dumps(figures | {"tail": watch.tail(end), "slots": watch.slots}))
 
 
 class Nowhere:
@@ -240,11 +253,11 @@ class Nowhere:
 
     done = ()
 
-    def skip(self, *_):
+    def skip(self, *_: object):
         pass
 
 
-def measure(args, way, folder):
+def measure(args: Arguments, way: str, folder: str | Path) -> dict:
     """The figures of one way, from a process of its own."""
     options = {
         k: getattr(args, k)
@@ -273,7 +286,8 @@ def measure(args, way, folder):
 def main():
     args = parse(Arguments, __doc__, yaml_positional=False)
     if args.way:
-        return child(args)
+        child(args)
+        return
     for way in args.ways:
         if way not in WAYS:
             raise UserError(f"--ways {way}: there are {', '.join(WAYS)}")
@@ -315,14 +329,15 @@ def main():
     tell(args, found)
 
 
-def tell(args, found):
+def tell(args: Arguments, found: dict[str, list[dict]]):
     """The table; a ratio is the median over the turns of the ratios within a turn, since the machine's speed
     may drift.
     """
     rates = {way: [f["tokens"] / f["seconds"] for f in figures] for way, figures in found.items()}
     base = args.ways[0]
     print(
-        f"\n{'way':<9}{'tokens/s':>10}{f'of {base}':>10}{'least':>8}{'most':>8}{'start s':>9}{'tail s':>8}{'tail':>7}"
+        f"\n{'way':<9}{'tokens/s':>10}{f'of {base}':>10}{'least':>8}{'most':>8}"
+        f"{'start s':>9}{'tail s':>8}{'tail':>7}"
     )
     rows = {}
     for way, figures in found.items():
@@ -338,7 +353,8 @@ def tell(args, found):
         }
         rows[way] = row
         print(
-            f"{way:<9}{row['tokens_per_second']:>10.0f}{row['ratio']:>10.3f}{min(ratios):>8.3f}{max(ratios):>8.3f}"
+            f"{way:<9}{row['tokens_per_second']:>10.0f}{row['ratio']:>10.3f}"
+            f"{min(ratios):>8.3f}{max(ratios):>8.3f}"
             f"{row['start']:>9.1f}{row['tail']:>8.1f}{row['tail'] / row['seconds']:>7.1%}"
         )
     if args.output_dir:

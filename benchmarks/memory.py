@@ -1,6 +1,7 @@
 """Peak memory of what handles records, against their number.
 
-In:  nothing; it makes prompts of about 200 characters, a byte tokenizer, and a mock API server that answers at once.
+In:  nothing; it makes prompts of about 200 characters, a byte tokenizer, and a mock API server that answers
+     at once.
 Out: a table of MB and seconds: the reader, the client (against the mock server), the merge, and annotation by
 a function.
 
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,8 +45,8 @@ MOCK = """
 import sys
 from aiohttp import web
 K, port = int(sys.argv[1]), int(sys.argv[2])
-choices = [{"index": k, "text": f"answer {k}, which is about as long as a short sentence is", "finish_reason": "stop",
-            "token_ids": [1] * 12} for k in range(K)]
+choices = [{"index": k, "text": f"answer {k}, which is about as long as a short sentence is",
+            "finish_reason": "stop", "token_ids": [1] * 12} for k in range(K)]
 async def models(request):
     return web.json_response({"data": [{"id": "mock", "root": "mock", "max_model_len": 4096}]})
 async def answer(request):
@@ -62,7 +64,7 @@ REWARD = (
 )
 
 
-def make_tokenizer(folder):
+def make_tokenizer(folder: str | Path):
     """A model folder with a tokenizer of one token a byte and a template, and no weights."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -77,14 +79,14 @@ def make_tokenizer(folder):
     LlamaConfig().save_pretrained(folder)
 
 
-def write_prompts(path, count):
+def write_prompts(path: str | Path, count: int):
     with open(path, "w", encoding="utf-8") as file:
         for i in range(count):
             text = f"Question {i}: " + "what would you say of this number, and why? " * 4
             file.write(json.dumps({"prompt": text, "number": i}) + "\n")
 
 
-def split(path, prefix):
+def split(path: str | Path, prefix: str | Path):
     """Two shards of a file, without manifests, as another tool would leave them."""
     half = Path(path).stat().st_size // 2
     with (
@@ -96,7 +98,7 @@ def split(path, prefix):
             (first if source.tell() < half else second).write(line)
 
 
-def measure(command):
+def measure(command: list) -> tuple[float, float]:
     """(peak MB, seconds) of a command.
 
     Raises:
@@ -115,7 +117,13 @@ def measure(command):
     return usage.ru_maxrss / 1024, time.monotonic() - began
 
 
-def steps(folder, count, args):
+def merge_command(shards: Path, output: Path, *more: object) -> list:
+    """Merge the two shards whose names begin with `shards`."""
+    words = ["--base_path", shards, "--output_dir", output, "--num_datasets", 2]
+    return ["generation/merge_data.py", *words, *more]
+
+
+def steps(folder: Path, count: int, args: Arguments) -> Iterator[tuple[str, list]]:
     """(name, command) of each thing to measure, in the order in which they feed each other."""
     prompts, generated = folder / f"prompts{count}.jsonl", folder / f"generated{count}.jsonl"
     yield "reader", ["-c", READER, prompts]
@@ -129,62 +137,18 @@ def steps(folder, count, args):
         "--max_new_tokens",
         64,
     ]
-    yield (
-        "client",
-        [
-            "generation/gen_hf.py",
-            "--ports",
-            args.port,
-            *options,
-            "--dataset_name_or_path",
-            prompts,
-            "--output_dir",
-            generated,
-        ],
-    )
-    split(generated, folder / f"s{count}.")
-    merged = folder / f"merged{count}.jsonl"
-    yield (
-        "merge",
-        [
-            "generation/merge_data.py",
-            "--base_path",
-            folder / f"s{count}.",
-            "--output_dir",
-            merged,
-            "--num_datasets",
-            2,
-        ],
-    )
-    yield (
-        "merge, shuffled",
-        [
-            "generation/merge_data.py",
-            "--base_path",
-            folder / f"s{count}.",
-            "--output_dir",
-            folder / f"shuffled{count}.jsonl",
-            "--num_datasets",
-            2,
-            "--shuffle_seed",
-            1,
-        ],
-    )
+    files = ["--dataset_name_or_path", prompts, "--output_dir", generated]
+    yield "client", ["generation/gen_hf.py", "--ports", args.port, *options, *files]
+    shards, merged = folder / f"s{count}.", folder / f"merged{count}.jsonl"
+    split(generated, shards)
+    yield "merge", merge_command(shards, merged)
+    yield "merge, shuffled", merge_command(shards, folder / f"shuffled{count}.jsonl", "--shuffle_seed", 1)
+    files = ["--dataset_name_or_path", merged, "--output_dir", folder / f"rewarded{count}.jsonl"]
     reward = ["--reward_function", f"{folder / 'reward.py'}:length"]
-    yield (
-        "annotation",
-        [
-            "annotate_data/get_rewards.py",
-            "--dataset_name_or_path",
-            merged,
-            "--output_dir",
-            folder / f"rewarded{count}.jsonl",
-            *reward,
-        ],
-    )
+    yield "annotation", ["annotate_data/get_rewards.py", *files, *reward]
 
 
-def wait_for(port, server):
+def wait_for(port: int, server: subprocess.Popen):
     """Return when the mock server listens."""
     for _ in range(600):
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):

@@ -5,9 +5,14 @@ imported here.
 """
 
 import datetime
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from common.cli import UserError
 from common.messages import CALLS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ROLES = ("system", "developer", "user", "assistant")  # of which a conversation without tools is made
 
@@ -20,7 +25,7 @@ def parse_date(text: str | None) -> datetime.date:
         raise UserError(f"date {text!r}: a day as YYYY-MM-DD was expected") from None
 
 
-def fixed_clock(date: str | None):
+def fixed_clock(date: str | None) -> Callable[[str], str]:
     """What a template calls as `strftime_now`: midnight of `date`, so that a run's prompts do not change from
     day to day.
     """
@@ -28,7 +33,7 @@ def fixed_clock(date: str | None):
     return midnight.strftime
 
 
-def need_template(tokenizer) -> None:
+def need_template(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Refuse a tokenizer that has no chat template: no prompt's fault."""
     if not tokenizer.chat_template:
         raise UserError(
@@ -44,7 +49,7 @@ def need_template(tokenizer) -> None:
 
 
 def render(
-    tokenizer,
+    tokenizer: "PreTrainedTokenizerBase",
     messages: list[dict],
     generation_prompt: bool,
     template_kwargs: dict | None = None,
@@ -80,7 +85,7 @@ def render(
 
 
 def encode(
-    tokenizer,
+    tokenizer: "PreTrainedTokenizerBase",
     messages: list[dict],
     generation_prompt: bool,
     template_kwargs: dict | None = None,
@@ -95,12 +100,12 @@ def encode(
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def writes_date(tokenizer) -> bool:
+def writes_date(tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether the template may ask for today's date; some do for a system turn or tools alone."""
     return "strftime_now" in str(tokenizer.chat_template)
 
 
-def added_specials(tokenizer) -> tuple[list[int], list[int]]:
+def added_specials(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
     """(token ids in front, token ids behind) that the tokenizer adds to a text by itself: BOS or CLS, and EOS
     or SEP.
     """
@@ -109,7 +114,9 @@ def added_specials(tokenizer) -> tuple[list[int], list[int]]:
     return whole[:at], whole[at + len(bare) :]
 
 
-def encode_for_classifier(tokenizer, text: str, added: tuple[list, list] | None = None) -> list[int]:
+def encode_for_classifier(
+    tokenizer: "PreTrainedTokenizerBase", text: str, added: tuple[list, list] | None = None
+) -> list[int]:
     """Token ids of a templated text as a reward model reads it, with one BOS where the template writes it or
     the tokenizer adds it.
 
@@ -135,7 +142,7 @@ def encode_for_classifier(tokenizer, text: str, added: tuple[list, list] | None 
 
 
 def left_out(
-    tokenizer,
+    tokenizer: "PreTrainedTokenizerBase",
     messages: list[dict],
     generation_prompt: bool,
     template_kwargs: dict | None = None,
@@ -163,7 +170,7 @@ def left_out(
     return found
 
 
-def use_template(tokenizer, path: str | None) -> None:
+def use_template(tokenizer: "PreTrainedTokenizerBase", path: str | None) -> None:
     """Replace the tokenizer's chat template by the jinja text in the file `path` (None: leave it)."""
     if path:
         from common.cli import existing_file
@@ -171,7 +178,7 @@ def use_template(tokenizer, path: str | None) -> None:
         tokenizer.chat_template = existing_file(path, "chat template").read_text(encoding="utf-8")
 
 
-def turn_suffix(tokenizer, template_kwargs: dict | None = None):
+def turn_suffix(tokenizer: "PreTrainedTokenizerBase", template_kwargs: dict | None = None) -> list[int]:
     """Token ids that the template writes behind an assistant's text (Llama-3: `<|eot_id|>`; ChatML:
     `<|im_end|>\\n`).
     """
@@ -193,7 +200,7 @@ def turn_suffix(tokenizer, template_kwargs: dict | None = None):
     return tokenizer(text[text.rindex(mark) + len(mark) :], add_special_tokens=False)["input_ids"]
 
 
-def end_of_turn(tokenizer, template_kwargs: dict | None = None) -> int | None:
+def end_of_turn(tokenizer: "PreTrainedTokenizerBase", template_kwargs: dict | None = None) -> int | None:
     """The token with which the template closes an assistant's turn, or None (GLM's do not: the next turn's
     role closes it).
 
@@ -209,7 +216,7 @@ def end_of_turn(tokenizer, template_kwargs: dict | None = None) -> int | None:
 
 
 def stop_token_ids(
-    tokenizer, generation_eos: int | list[int] | None = None, extra: list[int] = ()
+    tokenizer: "PreTrainedTokenizerBase", generation_eos: int | list[int] | None = None, extra: list[int] = ()
 ) -> list[int]:
     """Sorted ids that end a response: the generation config's, the tokenizer's EOS, the template's end of
     turn, `extra`.
@@ -224,7 +231,7 @@ def stop_token_ids(
     )
 
 
-def literal_specials(tokenizer) -> list[str]:
+def literal_specials(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     """The strings that tokenise as special tokens; a user's message that holds one is counted, never searched
     for.
     """

@@ -52,7 +52,13 @@ def refuse(problems: list[str]) -> None:
         raise UserErrors(problems) if len(problems) > 1 else UserError(problems[0])
 
 
-def arg(default=dataclasses.MISSING, help="", choices=None, metavar=None, shapes=True):
+def arg(
+    default: object = dataclasses.MISSING,
+    help: str = "",
+    choices: Iterable | None = None,
+    metavar: str | None = None,
+    shapes: bool = True,
+) -> typing.Any:
     """A dataclass field with its help text; without a default it is required. Lists and dicts may be
     defaults.
 
@@ -67,7 +73,7 @@ def arg(default=dataclasses.MISSING, help="", choices=None, metavar=None, shapes
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def shaping_values(args, inputs: Iterable[str] = ()) -> dict:
+def shaping_values(args: object, inputs: Iterable[str] = ()) -> dict:
     """{name: value} of the arguments that shape an output, as a manifest holds them.
 
     `inputs`: names of arguments to leave out, since the manifest holds what they name: files and models.
@@ -116,7 +122,7 @@ def existing_file(path: str | Path, what: str = "file", besides: Iterable[str | 
         raise UserError(f"{what} {path} is a folder, a file was expected")
     taken = {Path(name).resolve() for name in besides}
 
-    def files(folder):
+    def files(folder: Path) -> list[Path]:
         return (
             sorted(f for f in folder.iterdir() if f.is_file() and f.resolve() not in taken)
             if folder.is_dir()
@@ -153,12 +159,12 @@ def read_yaml(path: str | Path, what: str = "YAML file") -> dict:
     return values
 
 
-def load_yaml(text):
+def load_yaml(text: str) -> object:
     """As `yaml.safe_load`, but a key that is given twice is a YAMLError with both lines."""
     import yaml
 
     class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node, deep=False):
+        def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
             seen = {}
             for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
                 if key.tag == "tag:yaml.org,2002:merge":  # `<<: *defaults`: the mapping's own keys are to win
@@ -187,7 +193,7 @@ def _unwrap(hint):
     return typing.get_origin(hint) or hint, None, optional
 
 
-def convert(name, value, hint):
+def convert(name: str, value: object, hint: object) -> object:
     """`value`, from YAML or the command line, as the type of its field; a UserError names the key."""
     kind, item, optional = _unwrap(hint)
     if kind is list and optional and isinstance(value, list) and len(value) == 1:
@@ -235,7 +241,7 @@ def convert(name, value, hint):
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message):
+    def error(self, message: str):
         raise UserError(f"{message}; see --help")
 
 
@@ -276,7 +282,9 @@ def _metavar(name, kind, choices):
     return next((called for end, called in ends.items() if name.endswith(end)), "NAME")
 
 
-def parse(cls, description: str, argv: list[str] | None = None, yaml_positional: bool = True):
+def parse(
+    cls: type, description: str, argv: list[str] | None = None, yaml_positional: bool = True
+) -> typing.Any:
     """An instance of the dataclass `cls` from defaults, YAML and command line.
 
     Args:
@@ -565,7 +573,7 @@ def known(cls, values: dict, where: str) -> dict:
     return values
 
 
-def build(cls, values: dict, where: str = ""):
+def build(cls: type, values: dict, where: str = "") -> typing.Any:
     """An instance of `cls` from a mapping, with types converted, choices and required keys checked.
 
     Raises:

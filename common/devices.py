@@ -28,7 +28,7 @@ print(json.dumps([torch.cuda.is_available(), torch.__version__, torch.version.cu
 
 
 @functools.cache
-def visible_gpus():
+def visible_gpus() -> list[str]:
     """Names of the GPUs this process may use: `CUDA_VISIBLE_DEVICES` where set, else all that nvidia-smi
     lists.
     """
@@ -57,7 +57,7 @@ def visible_gpus():
     )
 
 
-def gpu_memory():
+def gpu_memory() -> float | None:
     """GiB of the smallest visible GPU, or None."""
     if not visible_gpus():
         return None
@@ -67,7 +67,7 @@ def gpu_memory():
     return min(sizes, default=None)
 
 
-def gpu_name():
+def gpu_name() -> str | None:
     """What the first GPU is called, such as "NVIDIA H100 80GB HBM3", or None."""
     if not visible_gpus():
         return None
@@ -138,7 +138,7 @@ def check_torch():
     )
 
 
-def driver_version():
+def driver_version() -> str | None:
     """Version of NVIDIA's driver, such as "580.65.06"; None where nvidia-smi does not tell."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
@@ -150,7 +150,7 @@ def driver_version():
     return lines[0] if lines and lines[0][0].isdigit() else None
 
 
-def none_visible():
+def none_visible() -> str:
     """Why no GPU is visible, in words."""
     amd = shutil.which("nvidia-smi") is None and (shutil.which("rocm-smi") or os.path.exists("/dev/kfd"))
     return (
@@ -169,7 +169,7 @@ def prepare_threads():
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def keep_memory(keep=True):
+def keep_memory(keep: bool = True):
     """Let glibc keep what a forward pass on the CPU frees, for the next layer to use; it never shrinks then.
 
     Otherwise every large tensor is new to the kernel, which clears it page by page: a tenth of the time of

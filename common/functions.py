@@ -5,6 +5,7 @@ import contextlib
 import importlib.util
 import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from common.cli import UserError, existing_file, nearest, one_line
@@ -29,7 +30,7 @@ def function_file(spec: str, option: str, example: str, look: bool = False) -> t
     return path, name
 
 
-def defined_names(path: str | Path):
+def defined_names(path: str | Path) -> set[str] | None:
     """Names that a Python file defines or imports, wherever in it, without running it; None where that cannot
     be said.
     """
@@ -50,7 +51,7 @@ def defined_names(path: str | Path):
     return None if "*" in names or "__getattr__" in names else names
 
 
-def as_number(value):
+def as_number(value: object) -> float:
     """What a function of the user's own returned, as a float; a TypeError that shows it where it is no
     number. May be NaN.
     """
@@ -61,7 +62,7 @@ def as_number(value):
     raise TypeError(f"it returned {shown if len(shown) <= 40 else shown[:40] + '…'}, a number was expected")
 
 
-def load_function(spec: str, option: str, example: str):
+def load_function(spec: str, option: str, example: str) -> Callable:
     """The function that `path.py:name` names.
 
     Raises:

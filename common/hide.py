@@ -16,7 +16,7 @@ VALUE = re.compile(
 )
 
 
-def hidden(value, key=""):
+def hidden(value: object, key: str = "") -> object:
     """Settings, or a text, without what looks like a password or token: by the name of its key, or by how it
     looks.
     """

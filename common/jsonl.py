@@ -61,7 +61,7 @@ def open_text(path: str | Path, newline: str = "\n") -> io.TextIOWrapper:
 
 
 @contextlib.contextmanager
-def decoding(path: str | Path):
+def decoding(path: str | Path) -> Iterator[None]:
     """Errors of reading text as a UserError that names the file."""
     try:
         yield

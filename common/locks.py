@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import functools
+import io
 import os
 import weakref
 from pathlib import Path
@@ -23,7 +24,7 @@ def _let_go():
 os.register_at_fork(after_in_child=_let_go)
 
 
-def hold(path, doing, wait=False):
+def hold(path: str | Path, doing: str, wait: bool = False) -> io.FileIO:
     """Open and lock `path`, a file that nothing is written to through the handle which is returned.
 
     The lock lasts until that handle is closed or forgotten, or this process ends. Some file systems refuse

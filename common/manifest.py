@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from common import locks, records
 from common.chat import parse_date
@@ -60,7 +61,7 @@ def beside(path: str | Path, suffix: str) -> Path:
 
 
 @contextlib.contextmanager
-def writing(path):
+def writing(path: str | Path) -> Iterator[None]:
     """Give an error of writing (disk full, quota, size limit) the name of the file, which the system leaves
     out.
     """
@@ -72,7 +73,7 @@ def writing(path):
         raise
 
 
-def versions():
+def versions() -> dict[str, str]:
     """Python and the versions of the packages that shape results, where installed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -173,7 +174,7 @@ def write_json(path: str | Path, value: dict | list) -> None:
     _write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def write_jsonl(path, entries):
+def write_jsonl(path: str | Path, entries: list):
     """Write records, one a line, under a temporary name and rename; without entries there is no file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -225,7 +226,7 @@ def generation_manifest(path: str | Path) -> dict | None:
     return None
 
 
-def with_date(args, path, default=None):
+def with_date(args: Any, path: str | Path, default: str | None = None) -> Any:
     """`args` with a date where it has none: the one that the output `path` was begun with, else `default`,
     else today's.
 
@@ -384,7 +385,7 @@ class Output:
                 "saved is kept: end the other one and start the same command again"
             )
 
-    def skip(self, prompt_id: str, reason) -> None:
+    def skip(self, prompt_id: str, reason: str) -> None:
         """Leave a record out, with a line in the skipped file."""
         if self._skipped_file is None:
             self._skipped_file = open(

@@ -24,7 +24,7 @@ SHAREGPT = {
 }
 
 
-def as_json(value):
+def as_json(value: object) -> object:
     """A value of a table as JSON holds it: NaN and infinity are null, what JSON does not know is text."""
     if isinstance(value, dict):
         return {str(key): as_json(item) for key, item in value.items()}
@@ -35,7 +35,7 @@ def as_json(value):
     return value if value is None or isinstance(value, (str, int, float)) else str(value)
 
 
-def is_messages(value) -> bool:
+def is_messages(value: object) -> bool:
     """Whether a value looks like a list of messages, ours or ShareGPT's."""
     return (
         isinstance(value, list)
@@ -49,7 +49,7 @@ def text_of(message: dict) -> str:
     return message.get("content") or ""
 
 
-def to_messages(value, where: str) -> list[dict]:
+def to_messages(value: object, where: str) -> list[dict]:
     """A prompt as a list of messages whose last turn is the user's or a tool's.
 
     A string is one user turn; a trailing assistant turn is dropped (`messages` columns hold the answer too).
@@ -107,7 +107,7 @@ def _text_of_part(part, where):
     raise UserError(f"{where}: a turn holds a part of the type {str(kind)[:40]!r}; only text can be read")
 
 
-def to_tools(value, where: str) -> list[dict] | None:
+def to_tools(value: object, where: str) -> list[dict] | None:
     """The `tools` of a record as a list of JSON schemas, or None where it has none. The list, or a schema,
     may be JSON text.
 

@@ -4,10 +4,15 @@ weights, loaded alike by every stage; its positions.
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common import chat
 from common.cli import UserError, one_line
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 # How vLLM is started, so that it reads the same files as transformers: Mistral's folders hold config, weights
 # and tokenizer twice.
@@ -222,7 +227,7 @@ def load_tokenizer(
     revision: str | None = None,
     trust_remote_code: bool = False,
     chat_template: str | None = None,
-):
+) -> "PreTrainedTokenizerBase":
     """The tokenizer of a model, with the chat template of the file `chat_template` where one is given.
 
     Args:
@@ -253,8 +258,12 @@ def load_tokenizer(
 
 
 def load_config(
-    name: str, revision: str | None = None, trust_remote_code: bool = False, what: str = "model", **more
-):
+    name: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    what: str = "model",
+    **more: object,
+) -> "PretrainedConfig":
     """transformers' config of a model, which errors call `what`; `more` changes settings in it."""
     import transformers
 
@@ -268,7 +277,7 @@ def load_config(
         raise UserError(f"cannot load the {what} {name}: {one_line(error)}") from None
 
 
-def choose_attention(config, auto_class, flash: bool) -> str | None:
+def choose_attention(config: "PretrainedConfig", auto_class: type, flash: bool) -> str | None:
     """How transformers is to compute a model's attention; None: its own choice.
 
     Eager where sdpa would leave something out: it drops the soft-cap of Gemma-2's scores without a word.
@@ -287,7 +296,7 @@ def choose_attention(config, auto_class, flash: bool) -> str | None:
     return "flash_attention_2" if flash and getattr(model_class, "_supports_flash_attn", False) else None
 
 
-def load_weights(auto_class, name: str, what: str = "model", **options) -> tuple:
+def load_weights(auto_class: type, name: str, what: str = "model", **options: object) -> tuple:
     """(model, what transformers says of its loading: `missing_keys`, `unexpected_keys`, …).
 
     Args:
@@ -329,7 +338,7 @@ def _encodings(get):
     return [(str(settings.get("rope_type") or settings.get("type")), settings) for settings in layers]
 
 
-def stretch(config) -> float:
+def stretch(config: "PretrainedConfig | dict") -> float:
     """By how much a model's positions are stretched beyond the length that its config says; see
     `positions`.
     """
@@ -342,7 +351,7 @@ def stretch(config) -> float:
     return factor or 1
 
 
-def positions(config) -> int | None:
+def positions(config: "PretrainedConfig | dict") -> int | None:
     """Tokens of prompt and response that a model can take, counted as vLLM 0.32 counts them; None where its
     config does not say.
 
@@ -360,7 +369,7 @@ def positions(config) -> int | None:
     return int(said * stretch(config)) if said else None
 
 
-def encoding_of_length(config):
+def encoding_of_length(config: "PretrainedConfig | dict") -> Callable[[int], list] | None:
     """A function of a sequence's length that tells apart what transformers encodes apart; None where the
     length does not matter.
 

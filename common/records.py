@@ -332,7 +332,7 @@ def is_empty(text: str) -> bool:
     return not text.strip()
 
 
-def finite(value) -> bool:
+def finite(value: object) -> bool:
     """Whether a reward is a finite number."""
     # an int too large for a float is none either; math.isfinite would raise
     return (

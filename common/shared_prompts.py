@@ -26,6 +26,7 @@ keys of each span gathered; elsewhere each span is a call of its own.
 """
 
 import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -33,7 +34,9 @@ import torch
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from torch.utils.hooks import RemovableHandle
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.utils import ModelOutput
 
 NAME = "shared_prompts"
 LAYERS = {"full_attention", "sliding_attention"}
@@ -75,7 +78,7 @@ class Packed:
         default_factory=dict
     )  # and layouts of spans, kept for the pass: layers need the same ones
 
-    def to(self, device):
+    def to(self, device: torch.device | str) -> "Packed":
         """The same row with its tensors on another device."""
         moved = [
             None if t is None else t.to(device, non_blocking=True)
@@ -83,7 +86,7 @@ class Packed:
         ]
         return Packed(moved[0], moved[1], self.groups, moved[2], moved[3])
 
-    def spans(self, narrow=False):
+    def spans(self, narrow: bool = False) -> Iterator[tuple[int, int, int, int]]:
         """Queries that attend together: lists of (first column, columns, first column of the prefix, its
         columns).
 
@@ -98,7 +101,7 @@ class Packed:
                 yield at, length, start, prefix
                 at += length
 
-    def columns(self):
+    def columns(self) -> list[torch.Tensor]:
         """For each sequence, the [length] columns of its tokens: `hidden[columns[s]]` is as if it had been
         alone.
         """
@@ -111,7 +114,7 @@ class Packed:
         return [columns.to(self.ids.device) for columns in made]
 
 
-def shared(sequences, labelled=False):
+def shared(sequences: list[Sequence[int]], labelled: bool = False) -> int:
     """How many tokens a group's sequences have in common from the left, with at least one left over for each.
 
     `labelled`: so many that each shared token has the same next token in all sequences.
@@ -133,12 +136,12 @@ def shared(sequences, labelled=False):
     return max(0, common - 1) if labelled else common
 
 
-def packed_tokens(sequences, labelled=False):
+def packed_tokens(sequences: list[Sequence[int]], labelled: bool = False) -> int:
     """Columns that a group takes in a row."""
     return sum(map(len, sequences)) - (len(sequences) - 1) * shared(sequences, labelled)
 
 
-def plan(groups, budget):
+def plan(groups: list[list[Sequence[int]]], budget: int) -> Iterator[list[tuple[int, list[int]]]]:
     """Batches of at most `budget` columns, largest first, as lists of (group, [its sequences]) by number.
 
     A group too large for a batch is cut into parts that each bring the prefix; a sequence longer than the
@@ -165,7 +168,9 @@ def plan(groups, budget):
         yield batch
 
 
-def pack(groups, device="cpu", labelled=False):
+def pack(
+    groups: list[list[Sequence[int]]], device: torch.device | str = "cpu", labelled: bool = False
+) -> Packed:
     """Lay out groups of token-id sequences (lists or arrays of int) in one row.
 
     Args:
@@ -186,7 +191,7 @@ def pack(groups, device="cpu", labelled=False):
     return Packed(ids[None], positions[None], layout, last)
 
 
-def hidden_states(backbone, packed):
+def hidden_states(backbone: torch.nn.Module, packed: Packed) -> torch.Tensor:
     """Last hidden states of every column, [T, hidden]; `backbone` is a prepared model without its head."""
     output = backbone(
         input_ids=packed.ids, position_ids=packed.positions, use_cache=False, shared_prompts=packed
@@ -194,7 +199,7 @@ def hidden_states(backbone, packed):
     return output.last_hidden_state[0]
 
 
-def last_states(backbone, packed):
+def last_states(backbone: torch.nn.Module, packed: Packed) -> torch.Tensor:
     """Last hidden states of each sequence's last token, [sequences, hidden].
 
     What the last layer computes for other tokens after its keys and values would be thrown away, so its
@@ -217,14 +222,14 @@ def last_states(backbone, packed):
         return hidden_states(backbone, packed)[packed.last]
 
 
-def only_wanted(backbone):
+def only_wanted(backbone: torch.nn.Module) -> RemovableHandle:
     """Let a prepared backbone return the last states of `Packed.wanted` alone, [1, n, hidden], where that is
     set.
 
     A language model's head then works on these columns only. Returns the hook's handle.
     """
 
-    def select(_, given, named, output):
+    def select(_: torch.nn.Module, given: tuple, named: dict, output: ModelOutput) -> ModelOutput:
         packed = named.get("shared_prompts")
         if packed is not None and packed.wanted is not None:
             output.last_hidden_state = output.last_hidden_state[:, packed.wanted]
@@ -241,20 +246,20 @@ def _spread(made, packed):
 
 
 def attention(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    scaling=None,
-    dropout=0.0,
-    sliding_window=None,
-    softcap=None,
-    shared_prompts=None,
-    is_causal=None,
-    s_aux=None,
-    **_,
-):
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    shared_prompts: Packed | None = None,
+    is_causal: bool | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
     """What transformers' layers call: query, key, value [1, heads, T, width] → ([1, T, heads, width],
     None).
     """
@@ -297,7 +302,7 @@ def attention(
     return _spread(made, shared_prompts) if narrow else made, None
 
 
-def uses_varlen(query, softcap):
+def uses_varlen(query: torch.Tensor, softcap: float | None) -> bool:
     """Whether torch's variable-length attention computes this: flash kernels, so CUDA and half precision, no
     soft-cap.
     """
@@ -311,7 +316,7 @@ def uses_varlen(query, softcap):
     )
 
 
-def on_gpu(tensor):
+def on_gpu(tensor: torch.Tensor) -> bool:
     """Whether torch's CUDA kernels compute with it; a function, so that a test can take their branches
     without a GPU.
     """
@@ -412,7 +417,7 @@ def _mask(length, total, window, like, masks):
 AttentionInterface.register(NAME, attention)
 
 
-def reason_against(model):
+def reason_against(model: PreTrainedModel) -> str:
     """Why `model` cannot share prompts, as a phrase; empty when nothing speaks against it."""
     config = model.config
     if config.get_text_config() is not config or getattr(config, "is_encoder_decoder", False):
@@ -437,7 +442,7 @@ def reason_against(model):
     return ""
 
 
-def is_rotary(model):
+def is_rotary(model: PreTrainedModel) -> bool:
     """Whether all that it knows of positions is their distances: moved on together they give the same but for
     rounding.
     """
@@ -454,11 +459,11 @@ def _rope_types(config):
     return found
 
 
-def supports(model):
+def supports(model: PreTrainedModel) -> bool:
     return not reason_against(model)
 
 
-def prepare(model, example=None):
+def prepare(model: PreTrainedModel, example: list[Sequence[int]] | None = None) -> str:
     """Switch `model` (in evaluation or training) to shared prompts; `hidden_states` is how to call it from
     then on.
 
@@ -502,7 +507,7 @@ def prepare(model, example=None):
 
 
 @contextlib.contextmanager
-def own_attention(model):
+def own_attention(model: PreTrainedModel) -> Iterator[None]:
     """Let a prepared model compute with the attention that it had before, for a while: padded batches, as any
     model takes them.
     """

@@ -3,6 +3,7 @@ the hub itself.
 """
 
 import csv
+from collections.abc import Iterator
 from pathlib import Path
 
 from common.cli import UserError, existing_file
@@ -22,7 +23,7 @@ def split_config(name: str) -> tuple[str, str | None]:
     )
 
 
-def read_csv(path: str | Path, delimiter: str | None = None):
+def read_csv(path: str | Path, delimiter: str | None = None) -> Iterator[dict | BadRecord]:
     """Yield the rows of a .csv or .tsv file as dicts of texts, every cell as it stands; a `BadRecord` for one
     of another width.
 
@@ -140,7 +141,7 @@ def refuse_split(name: str, split: str) -> None:
         )
 
 
-def read_parquet(path: str | Path):
+def read_parquet(path: str | Path) -> Iterator[dict]:
     """Yield the rows of a .parquet file."""
     import datasets
     import pyarrow.parquet
@@ -154,7 +155,7 @@ def read_parquet(path: str | Path):
     )
 
 
-def read_data_set(name: str, split: str):
+def read_data_set(name: str, split: str) -> Iterator[dict | BadRecord]:
     """Yield the records of one split: of a folder of `save_to_disk`, of a data set's folder as cloned from
     the hub, or of the hub.
 

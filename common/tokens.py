@@ -9,8 +9,12 @@ do not decode to the text beside them are another tokenizer's, or the text was e
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from common import chat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PROMPT, RESPONSES, DATE = "prompt_token_ids", "response_token_ids", "prompt_date"  # fields of a record
 BROKEN = "\ufffd"  # what a tokenizer writes for bytes that make no character
@@ -36,7 +40,7 @@ def answers_of(record: dict) -> list[Answer]:
     return [Answer(*values) for values in zip(record["responses"], *told, strict=True)]
 
 
-def are_ids(value) -> bool:
+def are_ids(value: object) -> bool:
     """Whether a JSON value is a list of token ids."""
     return isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)
 
@@ -189,13 +193,15 @@ class Encoder:
         return before + rest[:end], True
 
 
-def shown_difference(tokenizer, ids, others, width=60):
+def shown_difference(
+    tokenizer: "PreTrainedTokenizerBase", ids: list[int], others: list[int], width: int = 60
+) -> tuple[str, ...]:
     """Two sequences of token ids as text, from shortly before they part."""
     start = max(0, common_prefix(ids, others) - 8)
     return tuple(repr(tokenizer.decode(one[start:])[:width]) for one in (ids, others))
 
 
-def prompt_mismatch(encoder, record):
+def prompt_mismatch(encoder: Encoder, record: dict) -> tuple[str, ...] | None:
     """None, or (how the prompt was sampled, how the template writes it here) as text from where they part."""
     written = encoder.rendered(record)
     return None if written == record[PROMPT] else shown_difference(encoder.tokenizer, record[PROMPT], written)

@@ -157,7 +157,7 @@ def _arguments(folder, project, run_name, settings):
         def __init__(self):  # not the parent's, which would set up devices
             self.output_dir, self.project, self.run_name = folder, project, run_name
 
-        def to_dict(self):
+        def to_dict(self) -> dict:
             return dict(settings)
 
         to_sanitized_dict = to_dict

@@ -184,7 +184,7 @@ class Training:
             yield
             Path(lock.name).unlink(missing_ok=True)  # without locks another process may have ended, too
 
-    def begin(self, **more):
+    def begin(self, **more: object):
         """Write the manifest of an unfinished model, and with `overwrite` remove the checkpoints. On rank 0.
 
         Args:
@@ -196,7 +196,7 @@ class Training:
         manifest = {"script": self.script, "complete": False, "settings": self.settings, "inputs": marks}
         write_json(self.manifest_path, manifest | (self.checkpoint_settings or {}) | more)
 
-    def finish(self, keep_checkpoints: bool = False, **more):
+    def finish(self, keep_checkpoints: bool = False, **more: object):
         """Complete the manifest of the model that is now in the folder, then remove checkpoints. On rank 0.
 
         In this order: were they removed first, a kill in between would cost the whole run.

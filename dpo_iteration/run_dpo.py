@@ -227,8 +227,8 @@ def train(trainer, training: Training, data: Data) -> dict:
         if isinstance(error, UserError) or not saved or trainer.plain_log.stepped:
             raise
         raise UserError(
-            f"cannot continue from {saved[-1]}: {one_line(error)}; delete that folder to continue from the one "
-            "before it"
+            f"cannot continue from {saved[-1]}: {one_line(error)}; delete that folder to continue from the "
+            "one before it"
         ) from error
     # The Trainer counts passes as if each had per_device_train_batch_size pairs.
     pairs = len(rows["train"])

@@ -39,8 +39,10 @@ import statistics
 import sys
 import time
 from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -53,6 +55,9 @@ from common.records import dumps, read_generated
 from common.tokens import Encoder, answers_of
 from evaluation.metrics import mean_and_error
 from generation import get_hf2
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SCRIPT = "evaluation/divergence.py"
 HALVES = ("bfloat16", "float16")
@@ -159,7 +164,7 @@ class Policy(Backbone):
         self.temperature = temperature
         self.positions = self.positions or sys.maxsize
 
-    def refuse_missing(self, missing):
+    def refuse_missing(self, missing: Iterable[str]):
         if missing:
             raise UserError(
                 f"{self.name} lacks the weights {', '.join(sorted(missing)[:3])}: it is no whole causal "
@@ -174,7 +179,7 @@ class Policy(Backbone):
         add_fused_lm_head(self.model, temperature=self.temperature)
         self.only_wanted = None
 
-    def logps(self, groups):
+    def logps(self, groups: list[tuple[list[int], list]]) -> Iterator[tuple[int, list[list[float]]]]:
         """Log-probabilities of each response's tokens.
 
         Args:
@@ -270,7 +275,7 @@ class Policy(Backbone):
         return [found[place[at]].tolist() for at in spans]
 
 
-def summarise(entries, facts: dict) -> dict:
+def summarise(entries: Iterable[dict], facts: dict) -> dict:
     """The estimates out of the output's records; `facts` are put beside them."""
     kl, k3, tokens, total, total_k3, responses = [], [], 0, 0.0, 0.0, 0
     for entry in entries:
@@ -320,7 +325,7 @@ def combine(record: dict, policy: list, reference: list, rounded: bool = False) 
     return entry
 
 
-def of_itself(args, output, facts):
+def of_itself(args: Arguments, output: manifest.Output, facts: dict):
     """Policy and reference are one model: the estimate is 0 and nothing is computed."""
     known = {"tokens": None, "logps": None, "ref_logps": None, "k3": None}
     records = read_generated(args.dataset_name_or_path)
@@ -346,7 +351,17 @@ def of_itself(args, output, facts):
     print(f"{args.model_name_or_path} is the reference: KL 0; wrote {summary_path(args.output_dir)}")
 
 
-def run_model(policy, number, N, done, world, output, args, tokenizer, limit):
+def run_model(
+    policy: Policy,
+    number: int,
+    N: int,
+    done: dict,
+    world: World,
+    output: manifest.Output,
+    args: Arguments,
+    tokenizer: "PreTrainedTokenizerBase",
+    limit: int,
+):
     """Save the log-probabilities that one model (number 0 the policy, 1 the reference) gives to what is not
     done.
 
@@ -436,7 +451,7 @@ def load_models(args: Arguments, temperature: float, world: World) -> tuple[Poli
     return policy, reference
 
 
-def restore_summary(args: Arguments, output):
+def restore_summary(args: Arguments, output: manifest.Output):
     """Write the estimates that the manifest of a complete output holds: their own file is gone."""
     counts = output.manifest["counts"].items()
     manifest.write_json(
@@ -463,7 +478,7 @@ def main():
     devices.check_torch()
     world, started = World(), time.monotonic()
 
-    def open_output():
+    def open_output() -> manifest.Output:
         return manifest.Output(args.output_dir, SCRIPT, settings, inputs, args.overwrite)
 
     output = world.together(lambda: open_output() if world.rank == 0 else None)
@@ -484,10 +499,10 @@ def main():
         finish(args, output, N, facts, time.monotonic() - started, world.size)
 
 
-def finish(args, output, N, facts, seconds, processes):
+def finish(args: Arguments, output: manifest.Output, N: int, facts: dict, seconds: float, processes: int):
     """Put both models' entries together, write the estimates, then the records."""
 
-    def entries():
+    def entries() -> Iterator[dict]:
         saved = map(json.loads, output.saved(key for i in range(N) for key in (i, N + i)))
         counts.update(left_out=0, retokenised=0, from_text=0)
         for record in read_generated(args.dataset_name_or_path):

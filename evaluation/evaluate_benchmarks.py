@@ -69,7 +69,7 @@ class Arguments:
     dry_run: bool = arg(False, help="print the commands only")
 
 
-def model_of(args):
+def model_of(args: Arguments) -> tuple[str, Path]:
     """(model, folder for its results).
 
     Raises:
@@ -96,7 +96,7 @@ def model_of(args):
     return name, Path(args.output_dir) if args.output_dir else run.iteration(args.iterate) / "benchmarks"
 
 
-def groups(tasks, run_code):
+def groups(tasks: list[str], run_code: bool) -> tuple[dict[int | None, list[str]], list[str]]:
     """({examples or None: [tasks]}, tasks that are left out)."""
     found, left_out = {}, []
     for task in tasks:
@@ -115,7 +115,7 @@ def groups(tasks, run_code):
     return found, left_out
 
 
-def literal(value):
+def literal(value: object) -> str:
     return (
         str(value)
         if not isinstance(value, str) or value.replace("_", "").isalnum() or "/" in value
@@ -123,7 +123,7 @@ def literal(value):
     )
 
 
-def command(args, model, shots, tasks, folder):
+def command(args: Arguments, model: str, shots: int | None, tasks: list[str], folder: Path) -> list[str]:
     """The harness's command for the tasks of one number of examples."""
     named = {"pretrained": model, "dtype": args.dtype}
     if args.trust_remote_code:
@@ -165,13 +165,13 @@ def command(args, model, shots, tasks, folder):
     return words + (["--confirm_run_unsafe_code"] if any(task.startswith(CODE) for task in tasks) else [])
 
 
-def newest_results(folder):
+def newest_results(folder: str | Path) -> Path | None:
     """The harness's last result file under a folder, or None: MODEL/results_TIME.json."""
     found = sorted(Path(folder).rglob("results_*.json"), key=lambda path: path.stat().st_mtime)
     return found[-1] if found else None
 
 
-def figures(path):
+def figures(path: Path) -> dict[str, dict]:
     """{task: {metric: number}} of a result file, with `examples` in the prompt; `acc,none` and its
     `acc_stderr,none` as the harness names them.
     """
@@ -183,7 +183,7 @@ def figures(path):
     }
 
 
-def variables(words):
+def variables(words: list[str]) -> dict[str, str]:
     """What the harness's command needs beside the environment that is there; what is set there stays."""
     needed = {"HF_ALLOW_CODE_EVAL": "1"} if "--confirm_run_unsafe_code" in words else {}
     if (
@@ -195,7 +195,7 @@ def variables(words):
     return needed | {key: value for key, value in vllm.items() if key not in os.environ}
 
 
-def evaluate(args, words, folder, tasks):
+def evaluate(args: Arguments, words: list[str], folder: Path, tasks: list[str]) -> dict[str, dict]:
     """Run the harness for one group, if it was not run for just this; its results."""
     folder.mkdir(parents=True, exist_ok=True)
     settings, mark = (

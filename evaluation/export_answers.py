@@ -26,6 +26,7 @@ import shlex
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +56,7 @@ class Arguments:
     overwrite: bool = arg(False, help="replace a file that is there")
 
 
-def instruction_of(record, where):
+def instruction_of(record: dict, where: str) -> str:
     """The prompt as one text.
 
     Raises:
@@ -71,7 +72,7 @@ def instruction_of(record, where):
     return record["prompt"][0]["content"]
 
 
-def chosen(record, how, where):
+def chosen(record: dict, how: str, where: str) -> int:
     """Index of the answer that is exported."""
     if how == "first":
         return 0
@@ -86,7 +87,7 @@ def chosen(record, how, where):
     return max(known, key=lambda i: rewards[i])
 
 
-def markdown_counts(text):
+def markdown_counts(text: str) -> dict[str, dict]:
     """Arena-Hard's style features of an answer, what stands between ``` left out: headers by level, list
     items, bold spans.
     """
@@ -108,7 +109,7 @@ def markdown_counts(text):
     }
 
 
-def token_counter(fastchat):
+def token_counter(fastchat: bool) -> Callable[[str], int] | None:
     """Arena-Hard's own count of an answer's tokens where tiktoken and its vocabulary can be had, else
     None.
     """
@@ -121,7 +122,7 @@ def token_counter(fastchat):
         return None
 
 
-def key_of(record, names, where):
+def key_of(record: dict, names: tuple[str, ...], where: str) -> str | int:
     for name in names:
         if isinstance(record.get(name), (str, int)):
             return record[name]
@@ -131,7 +132,7 @@ def key_of(record, names, where):
     )
 
 
-def alpaca_entry(record, instruction, answer, args):
+def alpaca_entry(record: dict, instruction: str, answer: str, args: Arguments) -> dict:
     dataset = record.get("dataset")
     return {
         "dataset": dataset if isinstance(dataset, str) else Path(args.dataset_name_or_path).stem,
@@ -141,7 +142,9 @@ def alpaca_entry(record, instruction, answer, args):
     }
 
 
-def arena_entry(record, instruction, answer, args, tokens, where):
+def arena_entry(
+    record: dict, instruction: str, answer: str, args: Arguments, tokens: int, where: str
+) -> dict:
     """One line of a model_answer file; `tokens` of the answer for its style control."""
     counts = {"token_len": tokens} | markdown_counts(answer)
     digest = hashlib.sha256(f"{args.generator}\0{instruction}\0{answer}".encode()).hexdigest()[:22]
@@ -169,7 +172,7 @@ def arena_entry(record, instruction, answer, args, tokens, where):
     }
 
 
-def make_entries(args):
+def make_entries(args: Arguments) -> tuple[list[dict], Counter]:
     """(the entries, Counter of notes)."""
     entries, notes, arena = [], Counter(), args.format != "alpaca_eval"
     count = token_counter(args.format == "arena_hard_fastchat") if arena else None
@@ -212,7 +215,7 @@ def make_entries(args):
     return (sorted(entries, key=lambda entry: str(entry[key])) if arena else entries), notes
 
 
-def commands(args):
+def commands(args: Arguments) -> list[str]:
     """Lines to judge the file by; both judges need a hosted model."""
     name, target = shlex.quote(args.generator), shlex.quote(str(args.output_dir))
     if args.format == "alpaca_eval":

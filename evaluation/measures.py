@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -62,7 +63,9 @@ def wins(before: dict, after: dict) -> dict:
     return found
 
 
-def fit_logistic(x, y, groups=None, ridge=RIDGE, steps=100):
+def fit_logistic(
+    x: np.ndarray, y: np.ndarray, groups: np.ndarray | None = None, ridge: float = RIDGE, steps: int = 100
+) -> tuple[np.ndarray, np.ndarray]:
     """Weights w of P(y) = 1 / (1 + exp(−x·w)), by Newton's method, and their covariance.
 
     Minimises −Σ [y log p + (1 − y) log(1 − p)] + ridge/2 · |w|²; y may be a share (a tie is ½).
@@ -77,7 +80,7 @@ def fit_logistic(x, y, groups=None, ridge=RIDGE, steps=100):
     x, y = np.asarray(x, float), np.asarray(y, float)
     w = np.zeros(x.shape[1])
 
-    def loss(w):
+    def loss(w: np.ndarray) -> float:
         z = x @ w
         return float(np.sum(np.logaddexp(0, z) - y * z) + ridge / 2 * w @ w)
 
@@ -212,7 +215,9 @@ def distinct(texts: list[str], n: int) -> float | None:
     return len(seen) / total if total else None
 
 
-def histogram(values, bins: int = 40, low: float | None = None, high: float | None = None) -> tuple:
+def histogram(
+    values: Sequence[float] | np.ndarray, bins: int = 40, low: float | None = None, high: float | None = None
+) -> tuple:
     """(edges, shares) of the finite values in equal bins; the outer ones take what lies beyond low and
     high.
     """

@@ -22,6 +22,7 @@ import math
 import os
 import statistics
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,12 +55,12 @@ class Arguments:
     )
 
 
-def load_gold(spec: str):
+def load_gold(spec: str) -> Callable:
     """The function that `path.py:name` names, taking (messages, response); a UserError as `load_function`."""
     return load_function(spec, "--gold_function", "tiny/task.py:gold_score")
 
 
-def gold_scores(record: dict, gold) -> list[float]:
+def gold_scores(record: dict, gold: Callable) -> list[float]:
     """Gold of each response of a record; a bad return value or a refusal names the record."""
     scores = []
     for response in record["responses"]:
@@ -92,7 +93,7 @@ def read_rewarded(path: str | Path) -> dict:
     return found
 
 
-def prompt_means(by_id: dict, gold=None) -> dict:
+def prompt_means(by_id: dict, gold: Callable | None = None) -> dict:
     """`{id: mean}` over a prompt's responses: of its rewards (prompts with none but null left out), or of
     gold.
     """
@@ -123,7 +124,7 @@ def same_answers(before: dict, after: dict) -> float | None:
     return sum(old == new for old, new in pairs) / len(pairs) if pairs else None
 
 
-def mean_and_error(values) -> tuple[float | None, float | None]:
+def mean_and_error(values: Iterable[float]) -> tuple[float | None, float | None]:
     """Mean, and its standard error over prompts (None for fewer than two)."""
     values = list(values)
     if not values:
@@ -132,7 +133,7 @@ def mean_and_error(values) -> tuple[float | None, float | None]:
     return statistics.fmean(values), error
 
 
-def measure(by_id: dict, gold=None) -> dict:
+def measure(by_id: dict, gold: Callable | None = None) -> dict:
     """Metrics of one rewarded file; what the file does not tell is None.
 
     Returns:
@@ -256,7 +257,7 @@ def measured(metrics: dict) -> list:
     return [(name, values) for name, values in found.items() if values]
 
 
-def are_metrics(value) -> bool:
+def are_metrics(value: object) -> bool:
     """Whether a JSON value has the form of what `main` writes."""
     if not isinstance(value, dict) or not all(
         isinstance(value.get(key, {}), dict) for key in (*KINDS, "judge", "files")
@@ -312,7 +313,7 @@ def read_run(folder: str | Path) -> list:
     return iterates
 
 
-def compare(first: tuple, last: tuple, gold=None) -> list:
+def compare(first: tuple, last: tuple, gold: Callable | None = None) -> list:
     """Paired intervals between two iterates, from their held-out files.
 
     Args:

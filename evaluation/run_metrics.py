@@ -30,6 +30,7 @@ import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +62,7 @@ class Arguments:
     )
 
 
-def flat(values, prefix: str) -> dict:
+def flat(values: object, prefix: str) -> dict:
     """{prefix + key: number} of a dict's numbers; `rewards/margins` becomes `rewards_margins`."""
     return (
         {
@@ -180,7 +181,7 @@ def log(folder: str | Path, made: list[dict], report_to: list[str] | None):
         print(f"{name}: logged {count(len(new), 'iterate')}{before}", flush=True)
 
 
-def alike(made: list[dict]):
+def alike(made: list[dict]) -> Iterator[str]:
     """Lines: which iterates answer as the one before did, as the page warns of."""
     for before, row in zip(made, made[1:]):
         shares = [same for kind in KINDS if (same := row.get(f"{kind}_same")) is not None]

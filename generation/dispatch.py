@@ -9,10 +9,15 @@ import collections
 import contextlib
 import random
 import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from common import tokens
 from common.cli import UserError
 from generation import sampling
+
+if TYPE_CHECKING:
+    import aiohttp
 
 RETRIED = (408, 429)  # and all from 500 on
 PATIENCE = (429, 503)  # these may come with Retry-After
@@ -61,15 +66,15 @@ class Server:
         self.silent, self.last, self.reason = None, 0.0, ""  # since when; time and reason of the last failure
         self.probed = False  # it was lost and back, and has not answered since
 
-    def healthy(self, now: float):
+    def healthy(self, now: float) -> bool:
         return self.up and not self.failures and now >= self.wait
 
-    def open(self, now: float, concurrency: int):
+    def open(self, now: float, concurrency: int) -> bool:
         """Whether it may have another request."""
         ready = not self.failures or (self.trial is None and now >= self.rest)
         return self.up and ready and now >= self.wait and self.in_flight < concurrency
 
-    def silent_for(self):
+    def silent_for(self) -> float:
         """Seconds between the failures since when it is silent."""
         return 0.0 if self.silent is None else self.last - self.silent
 
@@ -83,7 +88,7 @@ class Server:
             self.silent, self.probed = None, True
         print(f"note: {self.url} is back", flush=True)
 
-    def failed(self, failure, tried):
+    def failed(self, failure: Failure, tried: bool):
         """Note a failure; `tried` is that of a trial or a probe.
 
         Other requests that fail at once count as one.
@@ -102,14 +107,16 @@ class Server:
             )
 
 
-def pause(failures: int):
+def pause(failures: int) -> float:
     """Seconds to wait after failures in a row: doubled each time, with jitter so that clients do not march in
     step.
     """
     return min(LONGEST_PAUSE, 0.25 * 2 ** min(failures, 10)) * random.uniform(0.5, 1.0)
 
 
-async def ask(session, url: str, body: dict | None = None, timeout: float = 10.0):
+async def ask(
+    session: "aiohttp.ClientSession", url: str, body: dict | None = None, timeout: float = 10.0
+) -> Any:
     """GET, or POST `body` as JSON; the answer's JSON.
 
     Raises:
@@ -139,7 +146,7 @@ async def ask(session, url: str, body: dict | None = None, timeout: float = 10.0
         raise Failure("the answer is not JSON") from None
 
 
-async def served_model(session, server):
+async def served_model(session: "aiohttp.ClientSession", server: Server) -> tuple[str, str | None, int]:
     """(name, folder or hub name, tokens of context) of what a server serves."""
     try:
         card = (await ask(session, f"{server.url}/v1/models"))["data"][0]
@@ -150,7 +157,7 @@ async def served_model(session, server):
         ) from None
 
 
-async def agree(session, servers):
+async def agree(session: "aiohttp.ClientSession", servers: list[Server]) -> tuple[str, str | None, int]:
     """What all servers serve; a UserError names the one that does not answer or differs."""
     answers = await asyncio.gather(*(served_model(session, s) for s in servers), return_exceptions=True)
     for server, answer in zip(servers, answers):
@@ -187,7 +194,7 @@ class Run:
         )  # changed: something may be handed out
         self.tokens = 0
 
-    def failed(self, server, failure, tried):
+    def failed(self, server: Server, failure: Failure, tried: bool):
         """Note a failure; end the run when every server has done nothing but fail for too long."""
         was_up = server.up
         failure.wait = min(failure.wait, self.args.give_up_after)
@@ -202,7 +209,7 @@ class Run:
         if was_up and not server.up:
             self.probes.append(self.tasks.create_task(self.probe(server)))
 
-    async def probe(self, server):
+    async def probe(self, server: Server):
         """Ask a lost server until it is usable again."""
         while not server.up:
             await asyncio.sleep(max(server.rest, server.wait) - time.monotonic())
@@ -224,7 +231,7 @@ class Run:
                 server.returned()
                 self.changed.set()
 
-    async def answer(self, server, item, fields):
+    async def answer(self, server: Server, item: sampling.Item, fields: dict) -> dict:
         """The record of one prompt, answered by one server."""
         body = fields | {
             "model": self.serves[0],
@@ -255,7 +262,7 @@ class Run:
             raise Failure(f"the server gave up on the request ({reasons})")
         return sampling.answered(item, texts, reasons, ids)
 
-    async def send(self, server, request):
+    async def send(self, server: Server, request: Request):
         """Have one prompt answered by one server, and save it; what fails waits again, at once."""
         name = request.item.record["id"]
         try:
@@ -276,7 +283,7 @@ class Run:
             rate = self.tokens / max(time.monotonic() - self.progress.start, 1e-9)
             self.progress.update(1, f"{rate:.0f} tokens/s")
 
-    def leave(self, server, request, failure=None):
+    def leave(self, server: Server, request: Request, failure: Failure | None = None):
         """A request is back from a server."""
         server.in_flight -= 1
         self.changed.set()
@@ -293,7 +300,7 @@ class Run:
         self.again.append(request)
         self.failed(server, failure, tried)
 
-    def fits(self, request, server, now):
+    def fits(self, request: Request, server: Server, now: float) -> bool:
         """Whether a request that has failed may go to this server now.
 
         While there are healthy servers at which it has not failed, it is for them. The first failure may be
@@ -305,7 +312,7 @@ class Run:
             return False
         return now >= request.rest or (request.failures < 2 and server in untried)
 
-    def choose(self, server, now):
+    def choose(self, server: Server, now: float) -> Request | None:
         """Take the request that a server shall have next from those that wait; None where there is none for
         it.
         """
@@ -334,7 +341,7 @@ class Run:
                 server.trial = request
             self.tasks.create_task(self.send(server, request))
 
-    async def feed(self, requests):
+    async def feed(self, requests: Iterable[tuple[sampling.Item, dict]]):
         """Let requests wait as there is room."""
         for item, fields in requests:
             await self.room.acquire()
@@ -342,7 +349,7 @@ class Run:
             self.changed.set()
             await asyncio.sleep(0)  # reading and tokenising takes turns with the answers
 
-    async def all(self, requests):
+    async def all(self, requests: Iterable[tuple[sampling.Item, dict]]):
         """Answer all requests; the first error ends the run."""
         try:
             async with asyncio.TaskGroup() as self.tasks:

@@ -20,6 +20,7 @@ import asyncio
 import dataclasses
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
@@ -29,6 +30,10 @@ from common.manifest import Output, beside, with_date, write_json
 from common.progress import Progress, duration
 from generation import get_hf2, sampling
 from generation.dispatch import Failure, Run, Server, agree, ask
+
+if TYPE_CHECKING:
+    import aiohttp
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -48,7 +53,14 @@ class Arguments(sampling.SamplingArguments):
     shares_section = get_hf2.Arguments  # a YAML section may serve both scripts
 
 
-async def check_tokenizer(session, server, model, args, tokenizer, item):
+async def check_tokenizer(
+    session: "aiohttp.ClientSession",
+    server: Server,
+    model: str,
+    args: Arguments,
+    tokenizer: "PreTrainedTokenizerBase",
+    item: sampling.Item,
+):
     """Refuse a tokenizer that encodes a prompt otherwise than the served model's own."""
     text = chat.render(
         tokenizer, item.record["prompt"], True, args.template_kwargs, item.record.get("tools"), args.date
@@ -75,7 +87,7 @@ async def check_tokenizer(session, server, model, args, tokenizer, item):
         )
 
 
-async def generate(args):
+async def generate(args: Arguments):
     args = with_date(args, args.output_dir)
     hosts = args.hosts * len(args.ports) if len(args.hosts) == 1 else args.hosts
     servers = [Server(f"http://{host}:{port}") for host, port in zip(hosts, args.ports)]

@@ -27,6 +27,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
@@ -36,6 +37,9 @@ from common.devices import check_torch, prepare_threads, visible_gpus
 from common.manifest import Output, with_date
 from common.progress import Progress, duration
 from generation import sampling
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -119,7 +123,7 @@ def check(jobs: list[Arguments]) -> None:
         )
 
 
-def start_engine(args: Arguments, limit: int | None, needed: int):
+def start_engine(args: Arguments, limit: int | None, needed: int) -> "LLM":
     """The vLLM engine, with room for `needed` tokens of prompt and response."""
     check_torch()
     on_cpu = not visible_gpus()
@@ -172,7 +176,7 @@ def start_engine(args: Arguments, limit: int | None, needed: int):
         ) from error
 
 
-def answer(llm, requests: Iterable, window: int, progress: Progress) -> Counter:
+def answer(llm: "LLM", requests: Iterable, window: int, progress: Progress) -> Counter:
     """Run the engine's own step loop and save each answer as it finishes.
 
     Args:

@@ -22,6 +22,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
@@ -155,7 +156,7 @@ def check_alike(first_path: Path, first: dict, path: Path, other: dict) -> None:
         )
 
 
-def check_records(paths: list[Path], manifests) -> list[tuple[int, int]]:
+def check_records(paths: list[Path], manifests: list[dict | None]) -> list[tuple[int, int]]:
     """Read every record once; an `id` may occur only once.
 
     Returns:
@@ -201,7 +202,7 @@ def parse_record(line: bytes, path: Path, number: int) -> dict:
     return record
 
 
-def check_unchanged(paths: list[Path], marks: list[dict], manifests) -> None:
+def check_unchanged(paths: list[Path], marks: list[dict], manifests: list[dict | None]) -> None:
     """Refuse a shard whose content is not what its manifest describes, or whose list of skipped prompts is
     not whole.
 
@@ -226,7 +227,7 @@ def check_unchanged(paths: list[Path], marks: list[dict], manifests) -> None:
             )
 
 
-def write_merged(target, paths: list[Path], places: list[tuple[int, int]]) -> None:
+def write_merged(target: BinaryIO, paths: list[Path], places: list[tuple[int, int]]) -> None:
     """Copy the records at `places`, as `check_records` gives them, into `target`, one a line."""
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(open(path, "rb")) for path in paths]

@@ -7,12 +7,16 @@ so that they give the same answers where the engine is batch-invariant.
 
 import dataclasses
 from array import array
+from typing import TYPE_CHECKING
 
 from common import chat, models, tokens
 from common.cli import UserError, arg, count, existing_file, shaping_values
 from common.manifest import beside
 from common.messages import text_of
 from common.records import BadRecord, read_prompts, sample_seed, shard_range
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SHOWN = 3  # bad prompts that are printed; the skipped file lists all
 
@@ -90,12 +94,12 @@ def check_sampling(args: SamplingArguments) -> None:
         raise UserError("--max_new_tokens and --max_input_length must be at least 1")
 
 
-def load_tokenizer(name: str, args: SamplingArguments):
+def load_tokenizer(name: str, args: SamplingArguments) -> "PreTrainedTokenizerBase":
     """The tokenizer of a model, with the chat template that `args` asks for."""
     return models.load_tokenizer(name, args.revision, args.trust_remote_code, args.chat_template)
 
 
-def stop_ids(name: str, tokenizer, args: SamplingArguments) -> list[int]:
+def stop_ids(name: str, tokenizer: "PreTrainedTokenizerBase", args: SamplingArguments) -> list[int]:
     """Token ids that end a response: generation config, tokenizer, template and `--eos_ids`."""
     from transformers import GenerationConfig
 

@@ -1,10 +1,14 @@
 """Whether what a run has made so far was made from today's settings and inputs."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.cli import UserError
 from common.manifest import read_manifest, same_content
 from common.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from loop.plan import Plan
 
 # Files of a run, and the settings that they depend on, besides what they were made from.
 SAMPLED = ("model_name_or_path", "seed", "date")
@@ -33,7 +37,7 @@ def outputs(folder: RunFolder, pattern: str) -> list[Path]:
     return found
 
 
-def refuse(plan, now: dict):
+def refuse(plan: "Plan", now: dict):
     """Refuse settings that differ from those that what is there was made with, and inputs that have changed
     since.
 
@@ -53,7 +57,7 @@ def refuse(plan, now: dict):
     refuse_prompts(plan)
 
 
-def difference(plan, before: dict, now: dict, key: str, output: Path) -> str | None:
+def difference(plan: "Plan", before: dict, now: dict, key: str, output: Path) -> str | None:
     """In what a setting, or a key of a section, that shapes an output differs, in words."""
     old, new = before.get(key), now.get(key)
     if not isinstance(old, dict) or not isinstance(new, dict):
@@ -67,7 +71,7 @@ def difference(plan, before: dict, now: dict, key: str, output: Path) -> str | N
     return None
 
 
-def same_files(old, new, output: Path) -> bool:
+def same_files(old: object, new: object, output: Path) -> bool:
     """Whether another path leads to what the output was made from."""
     olds, news = ([value] if isinstance(value, str) else value or [] for value in (old, new))
     if not isinstance(olds, list) or not isinstance(news, list) or len(olds) != len(news):
@@ -90,7 +94,7 @@ def refuse_inputs(output: Path):
             raise UserError(f"{output} was made from other data: {key} ({path}) has changed since. {ANEW}")
 
 
-def refuse_prompts(plan):
+def refuse_prompts(plan: "Plan"):
     """Refuse other prompts for an iteration whose responses are there."""
     for i in range(1, plan.settings.iterations + 1):
         held = read_manifest(plan.folder.generated(i))

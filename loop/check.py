@@ -9,7 +9,9 @@ import math
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from annotate_data import get_rewards
 from annotate_data.functions import EXAMPLE
@@ -24,8 +26,11 @@ from generation import get_hf2, sampling
 from loop import changes
 from loop.estimates import describe, parameters
 from loop.prompt_sets import check_prompts, first_prompt
-from loop.settings import decided, gpu_groups, gpus_of, processes
+from loop.settings import LoopSettings, decided, gpu_groups, gpus_of, processes
 from loop.try_function import made_up, try_function
+
+if TYPE_CHECKING:
+    from loop.plan import Plan
 
 # learning rate × steps; Adam moves no weight further. The recipe's is 1.6e-4, and half a bf16 step at a
 # weight of 0.02 is 6e-5
@@ -43,7 +48,7 @@ class Findings:
     def __init__(self):
         self.problems, self.notes = [], []
 
-    def attempt(self, function, *args):
+    def attempt(self, function: Callable, *args: object) -> Any:
         """What the function returns; None, and a problem more, where it raises a UserError."""
         try:
             return function(*args)
@@ -54,7 +59,7 @@ class Findings:
             )  # two stages may be asked the same
             return None
 
-    def tell(self, summary):
+    def tell(self, summary: str):
         """Print summary and notes; the problems instead, a line each, where there are any."""
         if self.problems:
             for problem in self.problems[:-1]:
@@ -64,7 +69,7 @@ class Findings:
             print(f"check: {line}", file=sys.stderr)
 
 
-def check_settings(plan, found: Findings):
+def check_settings(plan: "Plan", found: Findings):
     """Look at what the settings themselves say."""
     settings = plan.settings
     if not settings.prompts:
@@ -96,7 +101,7 @@ def check_settings(plan, found: Findings):
     found.attempt(gpu_groups, settings)
 
 
-def check_models(plan, found: Findings):
+def check_models(plan: "Plan", found: Findings):
     """Look at the models and templates, and at the arguments of sampling and annotation."""
     settings = plan.settings
     check_settings(plan, found)
@@ -121,7 +126,7 @@ def check_models(plan, found: Findings):
             found.attempt(get_rewards.check, asked)
 
 
-def check_model_files(settings, key: str, name: str, section: dict, found: Findings):
+def check_model_files(settings: LoopSettings, key: str, name: str, section: dict, found: Findings):
     """Look at a model's tokenizer and template, or say of one on the hub that nobody has.
 
     Args:
@@ -151,7 +156,7 @@ def refuse_unknown(given: dict, known: tuple, section: str):
             )
 
 
-def check_sampling(plan, found: Findings):
+def check_sampling(plan: "Plan", found: Findings):
     """Refuse wrong sampling arguments, of the responses and of the held-out answers."""
     for job in plan.jobs():
         try:
@@ -161,7 +166,7 @@ def check_sampling(plan, found: Findings):
     check_positions(plan, found)
 
 
-def check_functions(plan, found: Findings):
+def check_functions(plan: "Plan", found: Findings):
     """Call the run's own functions on a made-up response to the first prompt of each set whose answers they
     are to judge.
     """
@@ -205,7 +210,7 @@ def check_functions(plan, found: Findings):
                     break
 
 
-def check_positions(plan, found: Findings):
+def check_positions(plan: "Plan", found: Findings):
     """Note where prompts and responses may be longer than the policy's positions: generation caps what it
     samples.
     """
@@ -225,7 +230,7 @@ def check_positions(plan, found: Findings):
         )
 
 
-def check_gpus(plan, found: Findings) -> tuple[list[str], float | None]:
+def check_gpus(plan: "Plan", found: Findings) -> tuple[list[str], float | None]:
     """Refuse more processes than GPUs, and a large model without any; returns (visible GPUs, parameters of
     the policy or None).
     """
@@ -238,7 +243,7 @@ def check_gpus(plan, found: Findings) -> tuple[list[str], float | None]:
     return gpus, count
 
 
-def check_learning(plan, asked: dpo.Arguments, sets: dict, found: Findings):
+def check_learning(plan: "Plan", asked: dpo.Arguments, sets: dict, found: Findings):
     """Note a training that can hardly change the policy: few steps at a small rate, or bf16 where there is no
     GPU.
 
@@ -275,7 +280,7 @@ def check_learning(plan, asked: dpo.Arguments, sets: dict, found: Findings):
         )
 
 
-def summary(plan) -> str:
+def summary(plan: "Plan") -> str:
     """How many processes of what will be at work."""
     generators = "API server" if plan.settings.generation_backend == "servers" else "generation process"
     where = "GPUs" if gpus_of(plan.settings) else "CPU"
@@ -285,7 +290,7 @@ def summary(plan) -> str:
     )
 
 
-def check(plan, left: bool):
+def check(plan: "Plan", left: bool):
     """Print findings about a run of the loop and refuse what cannot work.
 
     Args:
@@ -340,7 +345,7 @@ def check(plan, left: bool):
     conclude(plan, left, found, summary(plan) if not found.problems else "")
 
 
-def conclude(plan, left: bool, found: Findings, summary: str):
+def conclude(plan: "Plan", left: bool, found: Findings, summary: str):
     """Try the run's functions where something is left to do, and tell what was found."""
     if left and not found.problems:
         check_functions(plan, found)

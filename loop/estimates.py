@@ -3,12 +3,18 @@
 import re
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.devices import gpu_memory, gpu_name
 from common.models import local_config
 from common.progress import duration
 from dpo_iteration import memory
+from dpo_iteration.arguments import Arguments
 from loop.settings import processes
+
+if TYPE_CHECKING:
+    from loop.check import Findings
+    from loop.plan import Plan
 
 # For the estimates, per GPU. Assumed, not measured here; docs/performance.md says how the sums are made.
 SPEEDS = {  # dense bf16 TFLOPS and TB/s of memory, by the makers' data sheets, for what nvidia-smi calls so
@@ -65,7 +71,7 @@ def estimate(
     )
 
 
-def check_disk(plan, found, gib: float, what: str, instead: str):
+def check_disk(plan: "Plan", found: "Findings", gib: float, what: str, instead: str):
     """Refuse less room than `gib` GiB where the run lies; `instead` says what to do."""
     folder = plan.folder.path.absolute()
     free = shutil.disk_usage(next(p for p in [folder, *folder.parents] if p.exists())).free / 2**30
@@ -80,7 +86,7 @@ def check_disk(plan, found, gib: float, what: str, instead: str):
         )
 
 
-def check_memory(plan, count, method, args, found):
+def check_memory(plan: "Plan", count: float, method: str, args: Arguments, found: "Findings"):
     """Tell what training takes of a GPU, as `run_dpo.py --check true` does, and refuse what does not fit.
 
     `args`: of run_dpo.py.
@@ -122,7 +128,15 @@ def check_memory(plan, count, method, args, found):
         )
 
 
-def describe(plan, count, method, gpus, local_size, args, found):
+def describe(
+    plan: "Plan",
+    count: float,
+    method: str,
+    gpus: list[str],
+    local_size: int | None,
+    args: Arguments | None,
+    found: "Findings",
+):
     """Memory, disk and hours against what there is, as notes; what certainly does not fit as problems.
 
     `args`: of run_dpo.py, or None.

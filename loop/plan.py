@@ -1,8 +1,10 @@
 """The settings of a run, resolved: what run_loop.sh needs of them, and RUN/loop.yaml.
 
-    python loop/plan.py values CONFIG [--key value …]   KEY<TAB>VALUE lines for the driver; looks at nothing but the YAML
+    python loop/plan.py values CONFIG [--key value …]   KEY<TAB>VALUE lines for the driver; looks at nothing but
+                                                        the YAML
     python loop/plan.py check  CONFIG [--key value …]   check all that can be known now; writes nothing
-    python loop/plan.py write  CONFIG [--key value …]   the same, then RUN/loop.yaml, which the commands of a run read
+    python loop/plan.py write  CONFIG [--key value …]   the same, then RUN/loop.yaml, which the commands of a
+                                                        run read
 
 `--stage I.STAGE` and `--stop_stage I.STAGE` leave stages out; `--left ""` says that nothing is left to do, so
 that only changed settings are looked for.
@@ -153,7 +155,7 @@ class Plan:
             "seed": self.settings.seed,
         }
 
-    def job(self, section: dict, prompts: str, output: Path, **more):
+    def job(self, section: dict, prompts: str, output: Path, **more: object) -> get_hf2.Arguments:
         """The arguments of get_hf2.py for one job."""
         decided = {
             "model_name_or_path": self.settings.model_name_or_path,

@@ -2,12 +2,18 @@
 
 import re
 from array import array
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common import chat
 from common.cli import UserError, existing_file
 from common.models import has_template, read_json
 from common.records import BadRecord, is_local, read_prompts, record_id, with_system
+
+if TYPE_CHECKING:
+    from loop.check import Findings
+    from loop.plan import Plan
 
 
 class Template:
@@ -38,7 +44,7 @@ class Template:
                 )
         chat.use_template(self, path)
 
-    def apply_chat_template(self, messages, tokenize=False, **given):
+    def apply_chat_template(self, messages: list[dict], tokenize: bool = False, **given: object) -> str:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         [text], _ = render_jinja_template(
@@ -58,7 +64,11 @@ def template_of(name: str, generation: dict) -> Template | None:
 
 
 def local_prompts(
-    name: str, generation: dict, template: Template | None = None, notes: list | None = None, others=()
+    name: str,
+    generation: dict,
+    template: Template | None = None,
+    notes: list | None = None,
+    others: Iterable[str] = (),
 ) -> array | None:
     """Hashes of a local prompt set's prompts, 8 bytes each; None for a set on the hub.
 
@@ -111,7 +121,7 @@ def _hashes(name, found, generation, template, notes):
     return hashes
 
 
-def first_prompt(name: str, plan) -> dict | None:
+def first_prompt(name: str, plan: "Plan") -> dict | None:
     """The first record of a local prompt set, None for a set on the hub."""
     generation = plan.settings.generation | (
         plan.settings.heldout if name == plan.settings.heldout_prompts else {}
@@ -131,7 +141,7 @@ def first_prompt(name: str, plan) -> dict | None:
     )
 
 
-def check_prompts(plan, found) -> dict:
+def check_prompts(plan: "Plan", found: "Findings") -> dict:
     """Read the prompt sets and refuse an overlap with the held-out set.
 
     Returns:

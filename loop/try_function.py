@@ -1,7 +1,9 @@
 """Call a function of the user's own on made-up responses, before a run needs it: a process of its own, in the
 function's environment.
 
-    python loop/try_function.py reward FILE.py:NAME < records.json      or gold; records as `made_up` makes them
+    python loop/try_function.py reward FILE.py:NAME < records.json
+
+or `gold`; the records are as `made_up` makes them.
 
 Ends with status 0, or with one line that says what is wrong. What the function prints is nobody's concern.
 """

@@ -5,7 +5,7 @@ last). What is shown, and in which section, is the list CHARTS.
 
 import html
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -16,6 +16,7 @@ import plotly.graph_objects as go
 from common.records import finite
 from common.run_folder import KINDS
 from evaluation import measures
+from report.run_data import Run
 
 MOST_POINTS = 2000  # of a line; longer logs are thinned evenly
 DPO_CURVES = (
@@ -39,7 +40,7 @@ PPO_CURVES = (
 )
 
 
-def number(value):
+def number(value: object) -> float | None:
     """A float short enough for a page; None where it is not finite."""
     return (
         float(f"{value:.5g}")
@@ -48,7 +49,14 @@ def number(value):
     )
 
 
-def line(points, name, color, dash=None, mode="lines+markers", **more):
+def line(
+    points: Iterable[tuple],
+    name: str,
+    color: dict,
+    dash: str | None = None,
+    mode: str = "lines+markers",
+    **more: object,
+) -> go.Scatter | None:
     """One line; None without a point.
 
     Args:
@@ -80,7 +88,17 @@ def line(points, name, color, dash=None, mode="lines+markers", **more):
     return trace
 
 
-def chart(key, title, y, x, traces, definition, whole_x=False, wide=False, **layout):
+def chart(
+    key: str,
+    title: str,
+    y: str,
+    x: str,
+    traces: list,
+    definition: str,
+    whole_x: bool = False,
+    wide: bool = False,
+    **layout: object,
+) -> dict | None:
     """What the page needs of one chart; None without traces."""
     traces = [trace for trace in traces if trace is not None]
     if not traces:
@@ -102,11 +120,20 @@ def chart(key, title, y, x, traces, definition, whole_x=False, wide=False, **lay
     }
 
 
-def label(run, name, several):
+def label(run: Run, name: str, several: bool) -> str:
     return f"{run.name}, {name}" if several else name
 
 
-def over_iterates(tables, key, title, y, get=None, definition=None, kinds=KINDS, **layout):
+def over_iterates(
+    tables: list[tuple],
+    key: str,
+    title: str,
+    y: str,
+    get: Callable | None = None,
+    definition: str | None = None,
+    kinds: tuple[str, ...] = KINDS,
+    **layout: object,
+) -> dict | None:
     """A value of each iterate, a line for each run and kind; `get(row, kind)` gives a number or (value, low,
     high), without it the kind's figure `key`. The definition is that of `key`, too.
     """
@@ -122,7 +149,7 @@ def over_iterates(tables, key, title, y, get=None, definition=None, kinds=KINDS,
     return chart(key, title, y, "iterate", traces, definition or key, whole_x=True, **layout)
 
 
-def by_iterate(tables):
+def by_iterate(tables: list[tuple]) -> Iterator[tuple]:
     """(n, run, row, colour, dash) of the iterates whose curves are drawn: all of one run, first and last of
     several.
     """
@@ -145,7 +172,7 @@ EVEN = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": 0.5, "y1": 0.5}
 EVEN |= {"line": {"dash": "dot", "width": 1, "color": "#888"}}
 
 
-def wins(tables, against):
+def wins(tables: list[tuple], against: str) -> dict | None:
     """Win rate by reward, plain and at equal length, of the sampled answers; by gold and by the judge where
     there are.
     """
@@ -170,7 +197,7 @@ def wins(tables, against):
     )
 
 
-def reward_by_length(tables):
+def reward_by_length(tables: list[tuple]) -> dict | None:
     """Mean reward of sampled answers of about the same length, a line for each iterate."""
     traces = []
     for _, run, row, color, dash in by_iterate(tables):
@@ -186,7 +213,7 @@ def reward_by_length(tables):
     return chart("by_length", title, "mean reward", x, traces, "by_length")
 
 
-def against_kl(tables):
+def against_kl(tables: list[tuple]) -> dict | None:
     """Reward over KL: what each nat bought."""
     traces, several = [], len(tables) > 1
     for n, (run, iterates, *_) in enumerate(tables):
@@ -206,7 +233,7 @@ def against_kl(tables):
     return chart("against_kl", "Reward for each nat of KL", "reward", x, traces, "kl", **second)
 
 
-def best_of(tables, key, title, y):
+def best_of(tables: list[tuple], key: str, title: str, y: str) -> dict | None:
     """A figure of the best of k answers, over k."""
     traces = []
     for _, run, row, color, dash in by_iterate(tables):
@@ -215,7 +242,7 @@ def best_of(tables, key, title, y):
     return chart(key, title, y, "k", traces, "best_of", whole_x=True)
 
 
-def histograms(tables):
+def histograms(tables: list[tuple]) -> dict | None:
     """Rewards that each iteration trained on."""
     known = [
         (n, run, i, t)
@@ -240,7 +267,7 @@ def histograms(tables):
     return chart("histogram", title, y, "reward", traces, "histogram", wide=True)
 
 
-def thin(points):
+def thin(points: list) -> list:
     return (
         points
         if len(points) <= MOST_POINTS
@@ -278,7 +305,7 @@ def ppo_curve(tables: list, key: str, title: str) -> dict | None:
     return chart(f"ppo_{key}", f"PPO: {title}", title, "rollout", traces, "ppo_log", **zero)
 
 
-def logged(run, field):
+def logged(run: Run, field: str) -> Iterator[tuple]:
     """Yield (step, value, its iteration in words) of a field of the trainer's log, steps counted on over the
     iterations.
     """
@@ -293,7 +320,7 @@ def logged(run, field):
         before += last
 
 
-def seconds(tables):
+def seconds(tables: list[tuple]) -> dict | None:
     """Working and waiting seconds of each step."""
     traces, several = [], len(tables) > 1
     rows = [
@@ -342,7 +369,7 @@ def previous_wins(tables: list) -> dict | None:
     return wins(tables, "previous") if any(len(iterates) > 2 for _, iterates, *_ in tables) else None
 
 
-def curve(key: str, title: str, y: str, **more) -> Callable:
+def curve(key: str, title: str, y: str, **more: object) -> Callable:
     """What makes a chart of a figure over the iterates, see `over_iterates`."""
     return lambda tables: over_iterates(tables, key, title, y, **more)
 

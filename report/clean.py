@@ -12,19 +12,19 @@ from common.records import finite
 from common.run_folder import KINDS
 
 
-def numbers(value) -> dict:
+def numbers(value: object) -> dict:
     """The entries of a mapping that are numbers, NaN among them, which a log is to tell; {} for what is no
     mapping.
     """
     return _entries(value, lambda one: finite(one) or isinstance(one, float))
 
 
-def finites(value) -> dict:
+def finites(value: object) -> dict:
     """The entries of a mapping that are finite numbers; {} for what is no mapping."""
     return _entries(value, finite)
 
 
-def texts(value) -> dict:
+def texts(value: object) -> dict:
     """The entries of a mapping that are texts; {} for what is no mapping."""
     return _entries(value, lambda one: isinstance(one, str))
 
@@ -62,7 +62,7 @@ def as_manifest(found: dict) -> dict:
     } | finites({"num_processes": found.get("num_processes")})
 
 
-def as_log(entries) -> list[dict]:
+def as_log(entries: object) -> list[dict]:
     """Entries of a training's log: their numbers, and of PPO's the seconds of a rollout's parts."""
     return [
         numbers(entry) | {"seconds": finites(entry.get("seconds"))}
@@ -71,7 +71,7 @@ def as_log(entries) -> list[dict]:
     ]
 
 
-def is_rewarded(record) -> bool:
+def is_rewarded(record: dict | None) -> bool:
     """Whether a record has what the report reads: a prompt, K texts, K rewards, and lists of K where there
     are others.
     """

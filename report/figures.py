@@ -16,6 +16,7 @@ from common.records import finite, is_empty
 from common.run_folder import KINDS
 from evaluation import measures
 from evaluation.metrics import same_answers
+from report.run_data import Answers, Iterate, Run
 
 QUANTITIES = ("reward", "gold", "judge")
 HEAD = {  # what a reader asks first of a run → where loop.yaml has it, the first that is there
@@ -63,7 +64,7 @@ def differing(settings: list[dict]) -> dict[str, list]:
     }
 
 
-def of_settings(run) -> dict:
+def of_settings(run: Run) -> dict:
     """{label of HEAD: value} of what a reader asks first of a run; None where it is not known."""
     flat = flatten(run.settings)
     found = {
@@ -92,7 +93,7 @@ def sizes(counts: list[int]) -> str:
     return f"{known[0]} × {len(known)}" if len(set(known)) == 1 and len(known) > 1 else ", ".join(known)
 
 
-def of_iterates(run) -> list[dict]:
+def of_iterates(run: Run) -> list[dict]:
     """Figures of each evaluated iterate, in order.
 
     Returns:
@@ -136,7 +137,7 @@ def best_so_far(rows: list) -> int | None:
     return None
 
 
-def values_of(iterate, kind: str, quantity: str) -> tuple | None:
+def values_of(iterate: Iterate, kind: str, quantity: str) -> tuple | None:
     """(Answers, flat values) of a quantity, or None: reward and gold of the answers, judge's rewards of the
     judged ones.
     """
@@ -145,7 +146,7 @@ def values_of(iterate, kind: str, quantity: str) -> tuple | None:
     return None if values is None or not np.isfinite(values).any() else (answers, values)
 
 
-def of_kind(iterate, kind: str) -> dict:
+def of_kind(iterate: Iterate, kind: str) -> dict:
     """Figures of one iterate's sampled or greedy answers; {} where neither answers nor metrics are there."""
     written, found = iterate.metrics.get(kind) or {}, {}
     judge = (iterate.metrics.get("judge") or {}).get(kind) or {}
@@ -181,7 +182,7 @@ def of_kind(iterate, kind: str) -> dict:
     return found
 
 
-def of_answers(answers) -> dict:
+def of_answers(answers: Answers) -> dict:
     """What a rewarded file alone tells: counts, length, truncation, repetition, variety, ties and spread."""
     known, cut = answers.lengths[answers.lengths >= 0], answers.cut[answers.cut >= 0]
     texts = [text for record in answers.kept for text in record["responses"]]
@@ -212,7 +213,7 @@ def of_answers(answers) -> dict:
     }
 
 
-def compare(before, after, kind: str) -> dict:
+def compare(before: Iterate, after: Iterate, kind: str) -> dict:
     """How one iterate differs from another on the same prompts.
 
     Returns:
@@ -255,7 +256,7 @@ def compare(before, after, kind: str) -> dict:
     return found
 
 
-def of_trainings(run) -> list[dict]:
+def of_trainings(run: Run) -> list[dict]:
     """Figures of each iteration's training: of its rewarded responses, its pairs, and its end.
 
     Returns:
@@ -297,7 +298,7 @@ def of_trainings(run) -> list[dict]:
     return found
 
 
-def gpus_of(run, policy: int, step: str) -> int | None:
+def gpus_of(run: Run, policy: int, step: str) -> int | None:
     """GPUs that a step held: processes where it ran on GPUs, 0 on the CPU, None where nothing tells."""
     made = run.made.get((policy, step), [])
     versions = [str(one["versions"].get("torch", "")) for one in made] + [str(run.versions.get("torch", ""))]
@@ -314,7 +315,7 @@ def gpus_of(run, policy: int, step: str) -> int | None:
     return max(counts, default=0) or None
 
 
-def of_steps(run) -> list[dict]:
+def of_steps(run: Run) -> list[dict]:
     """Where the time went, a row for each finished step of a policy.
 
     Returns:
@@ -335,7 +336,7 @@ def of_steps(run) -> list[dict]:
     return list(rows.values())
 
 
-def working_seconds(run, policy: int, step: str) -> float | None:
+def working_seconds(run: Run, policy: int, step: str) -> float | None:
     """Seconds of a step in which responses, rewards or optimizer steps were made; None where the manifests
     do not tell.
     """
@@ -352,7 +353,7 @@ def working_seconds(run, policy: int, step: str) -> float | None:
     return sum(spent) if spent and None not in spent else None
 
 
-def tokens_per_second(run, policy: int, step: str, work: float | None) -> float | None:
+def tokens_per_second(run: Run, policy: int, step: str, work: float | None) -> float | None:
     """Tokens a second while a step worked: those sampled, those trained on; None for the other steps."""
     training = run.trainings.get(policy + 1)
     if step == "train" and training:
@@ -370,7 +371,7 @@ def tokens_per_second(run, policy: int, step: str, work: float | None) -> float 
     return total / work if total else None
 
 
-def in_short(run, iterates: list, steps: list) -> list[tuple]:
+def in_short(run: Run, iterates: list, steps: list) -> list[tuple]:
     """The last iterate against the start, for the head of the page: a list of (definition's key, label, value
     text, note).
     """

@@ -13,7 +13,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -48,7 +48,7 @@ SHAPES = {  # how a figure is written
 }
 
 
-def as_json(value) -> str:
+def as_json(value: object) -> str:
     """JSON that can stand inside <script>: ASCII only, and without <, > and &, so that no text can end the
     block.
     """
@@ -67,7 +67,7 @@ def policy(scripts: list[str]) -> str:
     )
 
 
-def shown(value, shape: str = "number") -> str:
+def shown(value: object, shape: str = "number") -> str:
     """A figure as text; (value, low, high) with its interval, None as a dash."""
     if value is None:
         return "–"
@@ -197,7 +197,7 @@ STEPS = (
 )
 
 
-def comparisons(iterates: list[dict]):
+def comparisons(iterates: list[dict]) -> Iterator[dict]:
     """Yield a row for each comparison of two iterates and kind of answers."""
     for row in iterates:
         start = (row["versus"].get("start") or {}).get("iterate")
@@ -209,13 +209,13 @@ def comparisons(iterates: list[dict]):
             yield from ({"which": which, "kind": kind} | other[kind] for kind in KINDS if other[kind])
 
 
-def heldout(iterates: list[dict]):
+def heldout(iterates: list[dict]) -> Iterator[dict]:
     """Yield a row for each iterate and kind of its answers."""
     for row in iterates:
         yield from ({"iterate": row["iterate"], "kind": kind} | row[kind] for kind in KINDS)
 
 
-def with_sum(steps: list[dict]):
+def with_sum(steps: list[dict]) -> list[dict]:
     """The rows of a run's steps, and their sum."""
     if not steps:
         return []
@@ -325,7 +325,7 @@ def tables_of(tables: list) -> list[tuple]:
     return [(section, made) for section, made in found if made]
 
 
-def text_of(value) -> str:
+def text_of(value: object) -> str:
     """A setting as YAML's reader would know it."""
     if value is None:
         return "–"

@@ -13,6 +13,7 @@ import os
 import sys
 from array import array
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,10 +64,10 @@ class Answers:
     damaged: int = 0
 
     @property
-    def K(self):
+    def K(self) -> int:
         return int(np.diff(self.offsets).max()) if self.ids else 0
 
-    def by_prompt(self, values):
+    def by_prompt(self, values: np.ndarray) -> dict[str, np.ndarray]:
         """`{id: array}` of the finite values of each prompt's responses; prompts without any are left out."""
         found = {}
         for n, key in enumerate(self.ids):
@@ -76,7 +77,7 @@ class Answers:
                 found[key] = own
         return found
 
-    def means(self, values):
+    def means(self, values: np.ndarray) -> dict[str, float]:
         """`{id: mean}` over each prompt's responses, of finite values."""
         return {key: float(own.mean()) for key, own in self.by_prompt(values).items()}
 
@@ -148,18 +149,18 @@ class Sample:
     def __init__(self, size, seed=0):
         self.size, self.seed, self._heap = size, seed, []
 
-    def add(self, key, record):
+    def add(self, key: str, record: dict):
         rank = sample_hash(key, self.seed)
         if len(self._heap) < self.size:
             heapq.heappush(self._heap, (-rank, str(key), record))
         elif self._heap and -rank > self._heap[0][0]:
             heapq.heapreplace(self._heap, (-rank, str(key), record))
 
-    def records(self):
+    def records(self) -> list[dict]:
         return [record for _, _, record in sorted(self._heap, key=lambda item: (-item[0], item[1]))]
 
 
-def lines_of(path: Path):
+def lines_of(path: Path) -> Iterator[dict | None]:
     """Yield each JSON object of a JSON Lines file, or None for a line that is none (torn, not UTF-8)."""
     with open(path, "rb") as file:
         for line in file:
@@ -171,7 +172,7 @@ def lines_of(path: Path):
                 yield value if isinstance(value, dict) else None
 
 
-def read_answers(path: Path, gold=None, seed: int = 0, keep: int = KEEP_TEXTS) -> Answers:
+def read_answers(path: Path, gold: Callable | None = None, seed: int = 0, keep: int = KEEP_TEXTS) -> Answers:
     """A rewarded file as `Answers`, one line in memory at a time.
 
     Args:
@@ -232,7 +233,7 @@ def ties(texts: list[str], rewards: list[float]) -> tuple[int, int]:
     prompt.
     """
 
-    def couples(counts):
+    def couples(counts: Counter) -> int:
         return sum(n * (n - 1) // 2 for n in counts.values())
 
     known = [(text, reward) for text, reward in zip(texts, rewards) if not math.isnan(reward)]

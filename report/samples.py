@@ -24,11 +24,11 @@ def cut(text: str) -> list:
     return [text] if len(text) <= LONGEST else [text[:LONGEST], len(text) - LONGEST]
 
 
-def short(value) -> float | None:
+def short(value: object) -> float | None:
     return round(float(value), 4) if finite(value) else None
 
 
-def turns(prompt) -> list:
+def turns(prompt: str | list[dict]) -> list:
     """Messages as [role, text, …] lists, tool calls as JSON behind the text; a string is a user's turn."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     calls = [[json.dumps(m[key], ensure_ascii=False) for key in CALLS if m.get(key)] for m in messages]

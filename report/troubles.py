@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import arg
 from common.run_folder import KINDS
 from evaluation.metrics import NOTHING_LEARNED, SAME_ANSWERS
+from report.run_data import Run
 
 PENALTY = "choose pairs with a length penalty (choose_type max_min_p with length_penalty)"
 WIDER = 2.576 / 1.960  # half a normal's 99% interval, in halves of its 95% one
@@ -56,7 +57,9 @@ class Trouble:
     todo: str | list
 
 
-def find(run, iterates, trainings, bounds=None):
+def find(
+    run: Run, iterates: list[dict], trainings: list[dict], bounds: Bounds | None = None
+) -> list[Trouble]:
     """All troubles of a run, in the order of the checks.
 
     Args:
@@ -93,7 +96,7 @@ def find(run, iterates, trainings, bounds=None):
     return found
 
 
-def traits(run):
+def traits(run: Run) -> set[str]:
     """What decides which advice fits: dpo or ppo, and whether a reward model scores (model) or a function
     alone (function).
     """
@@ -106,7 +109,7 @@ def traits(run):
     return {run.kind, "function" if function else "model"}
 
 
-def advice(parts, known):
+def advice(parts: list, known: set[str]) -> str:
     """`a, b, or c` of the parts that fit the traits `known`."""
     fitting = [
         part if isinstance(part, str) else part[1]
@@ -116,16 +119,16 @@ def advice(parts, known):
     return ", ".join(fitting[:-1]) + (", or " if len(fitting) > 1 else "") + fitting[-1]
 
 
-def percent(share):
+def percent(share: float) -> str:
     return f"{100 * share:.1f}%"
 
 
-def rises(triple):
+def rises(triple: tuple | None) -> bool:
     """Whether the 95% interval of a difference lies above 0; not where there is none."""
     return triple is not None and triple[1] is not None and triple[1] > 0
 
 
-def falls(triple):
+def falls(triple: tuple | None) -> bool:
     """Whether the interval, widened to 99% as a normal's would be, lies below 0: a run has many comparisons,
     and few are to be false alarms.
     """
@@ -136,7 +139,7 @@ def _shown(triple):
     return f"{triple[0]:+.3f} [{triple[1]:+.3f}, {triple[2]:+.3f}]"
 
 
-def alike(iterates, bounds):
+def alike(iterates: list[dict], bounds: Bounds) -> list[Trouble]:
     """Iterates that answer as the one before did: training has changed nothing that shows."""
     found = []
     for row in iterates:
@@ -175,7 +178,7 @@ OVER_OPTIMISED = [
 ]
 
 
-def over_optimised(iterates):
+def over_optimised(iterates: list[dict]) -> list[Trouble]:
     """Reward up while gold, a second judge, or the share of prompts that are won falls, against the previous
     iterate, the start, or the best before: a fall in small steps, each of which may be chance.
     """
@@ -238,7 +241,7 @@ def _against(row, against):
     return f"iterate {row['iterate']} against the {against if against == 'start' else 'previous one'}"
 
 
-def judges(iterates):
+def judges(iterates: list[dict]) -> list[Trouble]:
     """A gain over the start that the training reward model sees and a second judge does not."""
     found = []
     for row in iterates[-1:]:
@@ -267,7 +270,7 @@ def judges(iterates):
     return found
 
 
-def length(iterates, bounds):
+def length(iterates: list[dict], bounds: Bounds) -> list[Trouble]:
     """Answers that grow beyond the bound, and a gain that equal lengths do not show."""
     found = []
     start = next((row["sampled"].get("length") for row in iterates if row["iterate"] == 0), None)
@@ -454,12 +457,12 @@ CHECKS = (
 )
 
 
-def answers(figures, where, bounds):
+def answers(figures: dict, where: str, bounds: Bounds) -> list[Trouble]:
     """Troubles of one rewarded file."""
     return [trouble for check in CHECKS for trouble in check.find(figures, where, bounds)]
 
 
-def variety(iterates, bounds):
+def variety(iterates: list[dict], bounds: Bounds) -> list[Trouble]:
     """Fewer different 2-grams than at the start, beyond what the bound allows."""
     start = next((row["sampled"].get("distinct_2") for row in iterates if row["iterate"] == 0), None)
     return [
@@ -481,7 +484,7 @@ def variety(iterates, bounds):
     ]
 
 
-def guessed(row, where):
+def guessed(row: dict, where: str) -> list[Trouble]:
     """A KL of other tokens than were sampled, for most of the answers."""
     if not row.get("retokenised") or row["retokenised"] <= row["responses"] / 2:
         return []
@@ -497,7 +500,7 @@ def guessed(row, where):
     ]
 
 
-def drift(kl, per_token, where, bounds):
+def drift(kl: float | None, per_token: float | None, where: str, bounds: Bounds) -> list[Trouble]:
     """KL beyond its bound."""
     if (kl is None or kl <= bounds.kl) and (per_token is None or per_token <= bounds.kl_per_token):
         return []
@@ -519,7 +522,7 @@ def drift(kl, per_token, where, bounds):
     ]
 
 
-def training(row, bounds):
+def training(row: dict, bounds: Bounds) -> list[Trouble]:
     """Troubles of one iteration's optimisation."""
     found, where = [], f"iteration {row['iteration']}"
     if row.get("eval_accuracy") is not None and row["eval_accuracy"] < bounds.accuracy:
@@ -554,7 +557,7 @@ def training(row, bounds):
     return found
 
 
-def collapse(trainings, bounds):
+def collapse(trainings: list[dict], bounds: Bounds) -> list[Trouble]:
     """The spread of a prompt's rewards, against the first iteration's."""
     known = [
         (row["iteration"], row["rewards"].get("spread"))
@@ -575,7 +578,7 @@ def collapse(trainings, bounds):
     ]
 
 
-def ppo(log, where, bounds, kl_known):
+def ppo(log: list[dict], where: str, bounds: Bounds, kl_known: bool) -> list[Trouble]:
     """Troubles of PPO's own log; KL only where no iterate has its own figure."""
     found = []
     if not log:

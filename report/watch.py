@@ -15,6 +15,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -23,7 +24,10 @@ from common.cli import UserError, arg, count
 from common.progress import duration
 from common.run_folder import is_evaluated
 from evaluation import metrics
-from report.state import read_state
+from report.state import State, read_state
+
+if TYPE_CHECKING:
+    from rich.console import Group
 
 COLORS = {
     "not started": "dim",
@@ -42,7 +46,7 @@ class Arguments:
     log_lines: int = arg(15, "lines of the log shown when something failed; fewer while it runs")
 
 
-def frame(folder: Path, state, log_lines: int, width: int | None = None):
+def frame(folder: Path, state: State, log_lines: int, width: int | None = None) -> "Group":
     """One frame of the view, as a rich renderable for a terminal of `width` characters, or of any.
 
     All text of files goes in as Text, so that nothing in it is markup.
@@ -68,7 +72,7 @@ def frame(folder: Path, state, log_lines: int, width: int | None = None):
     return Group(*parts, *log_panel(state, log_lines))
 
 
-def doing(state) -> list:
+def doing(state: State) -> list:
     """Lines: how many steps are done, and which one is in work or comes next."""
     from rich.text import Text
 
@@ -84,7 +88,7 @@ def doing(state) -> list:
     return parts
 
 
-def progress_bar(state) -> list:
+def progress_bar(state: State) -> list:
     """The bar of the command in work, with its counts, rate and time left, and its note."""
     from rich.progress_bar import ProgressBar
     from rich.table import Table
@@ -104,7 +108,7 @@ def progress_bar(state) -> list:
     return [grid, *([Text(held["note"], "dim")] if held["note"] else [])]
 
 
-def log_panel(state, log_lines: int) -> list:
+def log_panel(state: State, log_lines: int) -> list:
     """The end of the log: all of `log_lines` lines where something went wrong, fewer while it runs."""
     from rich.panel import Panel
     from rich.text import Text
@@ -145,7 +149,7 @@ def main():
 
     console = Console()
 
-    def now():
+    def now() -> "Group":
         width = console.width if console.is_terminal else None
         return frame(folder, read_state(folder), args.log_lines, width)
 

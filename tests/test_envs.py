@@ -37,14 +37,17 @@ case "$1 $2" in
   "env list") printf '# conda environments:\n#\n# * -> active\nbase                 * %s\n' "$root"
     for d in "$root"/envs/*/; do [ ! -d "$d" ] || printf '%-22s%s\n' "$(basename "$d")" "${d%/}"; done ;;
   "create -y") [ "$3" = -n ] && [[ "$5" = python=* ]] && [ ! -e "$root/envs/$4" ]
-    [ -z "${TERMS-}" ] || { echo "CondaToSNonInteractiveError: Terms of Service have not been accepted"; exit 1; }
+    refusal="CondaToSNonInteractiveError: Terms of Service have not been accepted"
+    [ -z "${TERMS-}" ] || { echo "$refusal"; exit 1; }
     "$PYTHON" -m venv "$root/envs/$4" ;;
   "env remove") [ "$3" = -y ] && [ "$4" = -n ] && rm -rf "$root/envs/$5" ;;
   "shell.bash hook") cat <<HOOK
 conda() {
   [ "\$1" = activate ] || { command conda "\$@"; return; }
   case ":\$PATH:" in
-    *":\${CONDA_PREFIX:-none}/bin:"*) PATH=":\$PATH:"; PATH="\${PATH/":\$CONDA_PREFIX/bin:"/":$root/envs/\$2/bin:"}"; PATH="\${PATH#:}" PATH="\${PATH%:}" ;;
+    *":\${CONDA_PREFIX:-none}/bin:"*)
+      PATH=":\$PATH:"; PATH="\${PATH/":\$CONDA_PREFIX/bin:"/":$root/envs/\$2/bin:"}"
+      PATH="\${PATH#:}" PATH="\${PATH%:}" ;;
     *) PATH="$root/envs/\$2/bin:\$PATH" ;;
   esac
   export PATH CONDA_PREFIX="$root/envs/\$2"

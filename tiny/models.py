@@ -12,6 +12,7 @@ chat template to 20,000 short conversations one by one would cost as much as tra
 
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import datasets
 import torch
@@ -24,7 +25,11 @@ from transformers import (
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
     PrinterCallback,
+    Trainer,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
     set_seed,
 )
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
@@ -132,7 +137,7 @@ def new_policy(tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int, see
     return model
 
 
-def load_policy(folder) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+def load_policy(folder: str | Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """A policy that was saved, with its tokenizer."""
     return LlamaForCausalLM.from_pretrained(folder), PreTrainedTokenizerFast.from_pretrained(folder)
 
@@ -165,7 +170,14 @@ class Progress(TrainerCallback):
     def __init__(self, say: Callable[[str], None]):
         self.say = say
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict | None = None,
+        **kwargs: object,
+    ):
         if logs and "loss" in logs:
             accuracy = logs.get("accuracy", logs.get("mean_token_accuracy"))
             self.say(
@@ -174,15 +186,15 @@ class Progress(TrainerCallback):
             )
 
 
-def run(trainer, say: Callable[[str], None]) -> None:
+def run(trainer: Trainer, say: Callable[[str], None]) -> None:
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress(say))
     trainer.train()
 
 
 def train_sft(
-    model,
-    tokenizer,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
     pairs: list[tuple[str, str]],
     batch_size: int,
     learning_rate: float,
@@ -212,7 +224,12 @@ def train_sft(
 
 @torch.no_grad()
 def sample(
-    model, tokenizer, prompts: list[str], temperature: float, max_new_tokens: int, seed: int
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: list[str],
+    temperature: float,
+    max_new_tokens: int,
+    seed: int,
 ) -> list[str]:
     """One sampled response per prompt, prompts of similar length together."""
     torch.manual_seed(seed)
@@ -253,8 +270,8 @@ def new_reward_model(policy: LlamaForCausalLM, seed: int) -> LlamaForSequenceCla
 
 
 def train_reward_model(
-    model,
-    tokenizer,
+    model: LlamaForSequenceClassification,
+    tokenizer: PreTrainedTokenizerFast,
     pairs: list[tuple[str, str, str]],
     batch_size: int,
     learning_rate: float,
@@ -281,7 +298,9 @@ def train_reward_model(
 
 
 @torch.no_grad()
-def score(model, tokenizer, pairs: list[tuple[str, str]]) -> list[float]:
+def score(
+    model: LlamaForSequenceClassification, tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]
+) -> list[float]:
     """Raw Bradley-Terry logit of each (prompt, response)."""
     model.eval()
     prompts = prompt_ids(tokenizer, sorted({prompt for prompt, _ in pairs}))

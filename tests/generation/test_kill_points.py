@@ -1,5 +1,6 @@
-"""An output and a merge, ended before each of the steps on disk that they take: afterwards there is no file or
-a whole one with its manifest, and a new start, also one that is ended at the same step, comes to the same end.
+"""An output and a merge, ended before each of the steps on disk that they take: afterwards there is no file
+or a whole one with its manifest, and a new start, also one that is ended at the same step, comes to the same
+end.
 """
 
 import json

@@ -31,7 +31,8 @@ STUB = r"""
 import http.server, json, os, subprocess, sys, time
 options = dict(zip(sys.argv[1::2], sys.argv[2::2])) if "--enforce-eager" not in sys.argv else {}
 port, model = int(sys.argv[sys.argv.index("--port") + 1]), sys.argv[sys.argv.index("--model") + 1]
-keep = {k: os.environ.get(k) for k in ("CUDA_VISIBLE_DEVICES", "VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS", "VLLM_USE_FLASHINFER_SAMPLER")}
+kept = "CUDA_VISIBLE_DEVICES VLLM_CPU_OMP_THREADS_BIND OMP_NUM_THREADS VLLM_USE_FLASHINFER_SAMPLER"
+keep = {k: os.environ.get(k) for k in kept.split()}
 open(f"stub_{port}.json", "w").write(json.dumps({"argv": sys.argv[1:], "env": keep}))
 child = subprocess.Popen(["sleep", "1000"])  # as the engine is a child of the API server
 how = os.environ.get("STUB", "")
