@@ -209,6 +209,15 @@ def data_read(args: Arguments, counts: dict) -> list[tuple]:
     ]
 
 
+def results_of(metrics: dict) -> list[list[str]]:
+    """Rows of the table of results: what it is, of the training pairs, of the held-out ones."""
+    found = []
+    for key, label in RESULTS.items():
+        values = [metrics.get(f"{prefix}{key}") for prefix in ("", "eval_")]
+        found.append([label, *(f"{value:.4f}" if records.finite(value) else "" for value in values)])
+    return found
+
+
 def make_card(args: Arguments, settings: dict, counts: dict, metrics: dict, processes: int):
     """huggingface_hub's ModelCard of a run.
 
@@ -231,10 +240,6 @@ def make_card(args: Arguments, settings: dict, counts: dict, metrics: dict, proc
         datasets=[asked_of for asked_of in asked if on_hub(asked_of)] or None,
         tags=["dpo", "online-rlhf", "trl", *(["lora"] if args.use_peft else [])],
     )
-    results = []
-    for key, label in RESULTS.items():
-        values = [metrics.get(f"{prefix}{key}") for prefix in ("", "eval_")]
-        results.append([label, *(f"{value:.4f}" if records.finite(value) else "" for value in values)])
     whose = f" up to step {metrics['step']}, whose weights these are" if "step" in metrics else ""
     body = f"""# {name}
 
@@ -253,7 +258,7 @@ iteration of online RLHF ([arXiv 2405.07863](https://arxiv.org/abs/2405.07863)).
 
 Of the last log line while training{whose}, and of all held-out pairs.
 
-{table(["", "training", "held out"], results)}
+{table(["", "training", "held out"], results_of(metrics))}
 
 ## Settings
 

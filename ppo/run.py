@@ -2,10 +2,10 @@
 
     python ppo/run.py values CONFIG [--key value …]   KEY<TAB>VALUE lines for the driver
     python ppo/run.py check  CONFIG [--key value …]   check all that can be known now; writes nothing
-    python ppo/run.py write  CONFIG [--key value …]   the same, then RUN/loop.yaml, which the commands of a run
-                                                      read
-    python ppo/run.py plan   CONFIG [--key value …]   what OpenRLHF would do on GPUs that need not be here, such
-                                                      as --openrlhf.num_gpus 8 --openrlhf.gpu_memory_gib 80
+    python ppo/run.py write  CONFIG [--key value …]   the same, then RUN/loop.yaml, which the commands of a
+                                                      run read
+    python ppo/run.py plan   CONFIG [--key value …]   what OpenRLHF would do on GPUs that need not be here,
+                                                      such as --openrlhf.num_gpus 8 --openrlhf.gpu_memory_gib 80
 
 A PPO run has two policies: the start, and what PPO makes of it. All but the training is as in loop/plan.py,
 so that both kinds of runs can be compared. The section `ppo` of RUN/loop.yaml has the complete arguments of
