@@ -11,11 +11,15 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common import records
 from common.cli import UserError
 from common.manifest import generation_manifest, read_manifest, versions
 from dpo_iteration.arguments import Arguments
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
 
 RESULTS = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
 
@@ -196,7 +200,7 @@ def lineage(args: Arguments, chain: list[str], asked: list[str]) -> list[tuple]:
 def data_read(args: Arguments, counts: dict) -> list[tuple]:
     """Rows of the card's table of data."""
 
-    def listed(by_reason):
+    def listed(by_reason: dict[str, int]) -> str:
         return ", ".join(f"{n} {reason}" for reason, n in by_reason.items()) or "none"
 
     return [
@@ -218,7 +222,7 @@ def results_of(metrics: dict) -> list[list[str]]:
     return found
 
 
-def make_card(args: Arguments, settings: dict, counts: dict, metrics: dict, processes: int):
+def make_card(args: Arguments, settings: dict, counts: dict, metrics: dict, processes: int) -> "ModelCard":
     """huggingface_hub's ModelCard of a run.
 
     Args:
