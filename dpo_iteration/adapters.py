@@ -10,14 +10,23 @@ import importlib.util
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.cli import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig
+    from transformers import PreTrainedModel
+    from trl import DPOTrainer
+
+    from dpo_iteration.arguments import Arguments
 
 SETTINGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit")
 FOLDER = "adapter"  # in the model's folder; at its top, loaders would take the adapter for the model
 
 
-def check(args):
+def check(args: "Arguments"):
     """Refuse what cannot work, and settings without effect, before torch is imported."""
     if not args.use_peft:
         for field in dataclasses.fields(args):
@@ -86,7 +95,7 @@ def shards_weights() -> str | None:
     return "ZeRO-3" if str(stage) == "3" else None
 
 
-def lora_config(args):
+def lora_config(args: "Arguments") -> "LoraConfig | None":
     """What TRL's trainer is to wrap the policy in, or None."""
     if not args.use_peft:
         return None
@@ -105,7 +114,7 @@ def lora_config(args):
     )
 
 
-def loading(args) -> dict:
+def loading(args: "Arguments") -> dict:
     """Arguments with which `from_pretrained` quantises the weights, for policy and reference alike; else
     none.
     """
@@ -124,7 +133,7 @@ def loading(args) -> dict:
     return {"quantization_config": quantization}
 
 
-def without_packing(model):
+def without_packing(model: "torch.nn.Module"):
     """Keep bitsandbytes from packing 4-bit weights anew for CPUs with AVX512-BF16, at a layer's first pass in
     evaluation.
 
@@ -136,7 +145,7 @@ def without_packing(model):
             module.support_avx512bf16_for_cpu = False
 
 
-def keep_fp32(trainer):
+def keep_fp32(trainer: "DPOTrainer"):
     """Back to fp32 with the adapters that TRL turned into bf16 (QLoRA's): small steps would round away.
 
     Under DeepSpeed they are left as they are: it keeps fp32 master weights itself.
@@ -147,7 +156,7 @@ def keep_fp32(trainer):
                 parameter.data = parameter.data.float()
 
 
-def save(trainer, args):
+def save(trainer: "DPOTrainer", args: "Arguments"):
     """Write the adapter to OUTPUT_DIR/adapter and the policy with the adapter merged to OUTPUT_DIR; on all
     ranks.
 
@@ -168,7 +177,7 @@ def save(trainer, args):
     model.save_pretrained(folder)
 
 
-def merged(args, adapter: str | Path):
+def merged(args: "Arguments", adapter: str | Path) -> "PreTrainedModel":
     """The policy's own weights with the adapter of the folder `adapter` added, summed in fp32 and rounded
     once.
     """

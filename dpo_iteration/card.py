@@ -11,11 +11,15 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common import records
 from common.cli import UserError
 from common.manifest import generation_manifest, read_manifest, versions
 from dpo_iteration.arguments import Arguments
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
 
 RESULTS = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
 
@@ -196,7 +200,7 @@ def lineage(args: Arguments, chain: list[str], asked: list[str]) -> list[tuple]:
 def data_read(args: Arguments, counts: dict) -> list[tuple]:
     """Rows of the card's table of data."""
 
-    def listed(by_reason):
+    def listed(by_reason: dict[str, int]) -> str:
         return ", ".join(f"{n} {reason}" for reason, n in by_reason.items()) or "none"
 
     return [
@@ -209,7 +213,16 @@ def data_read(args: Arguments, counts: dict) -> list[tuple]:
     ]
 
 
-def make_card(args: Arguments, settings: dict, counts: dict, metrics: dict, processes: int):
+def results_of(metrics: dict) -> list[list[str]]:
+    """Rows of the table of results: what it is, of the training pairs, of the held-out ones."""
+    found = []
+    for key, label in RESULTS.items():
+        values = [metrics.get(f"{prefix}{key}") for prefix in ("", "eval_")]
+        found.append([label, *(f"{value:.4f}" if records.finite(value) else "" for value in values)])
+    return found
+
+
+def make_card(args: Arguments, settings: dict, counts: dict, metrics: dict, processes: int) -> "ModelCard":
     """huggingface_hub's ModelCard of a run.
 
     Args:
@@ -231,10 +244,6 @@ def make_card(args: Arguments, settings: dict, counts: dict, metrics: dict, proc
         datasets=[asked_of for asked_of in asked if on_hub(asked_of)] or None,
         tags=["dpo", "online-rlhf", "trl", *(["lora"] if args.use_peft else [])],
     )
-    results = []
-    for key, label in RESULTS.items():
-        values = [metrics.get(f"{prefix}{key}") for prefix in ("", "eval_")]
-        results.append([label, *(f"{value:.4f}" if records.finite(value) else "" for value in values)])
     whose = f" up to step {metrics['step']}, whose weights these are" if "step" in metrics else ""
     body = f"""# {name}
 
@@ -253,7 +262,7 @@ iteration of online RLHF ([arXiv 2405.07863](https://arxiv.org/abs/2405.07863)).
 
 Of the last log line while training{whose}, and of all held-out pairs.
 
-{table(["", "training", "held out"], results)}
+{table(["", "training", "held out"], results_of(metrics))}
 
 ## Settings
 

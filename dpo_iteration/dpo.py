@@ -10,14 +10,16 @@ import math
 import os
 import sys
 import time
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
 
@@ -29,7 +31,10 @@ from common.training import say, step_of
 from dpo_iteration import adapters, models, trl_arguments
 from dpo_iteration.arguments import OURS, Arguments
 from dpo_iteration.losses import Pairs, Settings, pair_losses
-from dpo_iteration.packing import NUMBERS, PaddedCollator, Rows, check_packing, collate_packed, score
+from dpo_iteration.packing import NUMBERS, PaddedCollator, Rows, Scored, check_packing, collate_packed, score
+
+if TYPE_CHECKING:
+    from dpo_iteration.run_dpo import Data
 
 OF_PAIRS = (
     "loss",
@@ -73,7 +78,7 @@ def make_config(args: Arguments, accumulation: int, has_eval: bool) -> DPOConfig
 
 
 @contextmanager
-def trl_refuses(*kinds):
+def trl_refuses(*kinds: type[Exception]) -> Iterator[None]:
     """What TRL says of settings that it refuses, in one line; `kinds`: further classes of such errors."""
     try:
         yield
@@ -81,7 +86,7 @@ def trl_refuses(*kinds):
         raise UserError(f"TRL refuses the settings: {one_line(error, 400)}") from None
 
 
-def build_trainer(args: Arguments, policy: torch.nn.Module, data) -> "IterativeDPOTrainer":
+def build_trainer(args: Arguments, policy: torch.nn.Module, data: "Data") -> "IterativeDPOTrainer":
     """The trainer of a loaded policy. `data`: run_dpo.Data, whose rows have the reference's values."""
     datasets = {split: Dataset.from_list(ids) if ids else None for split, ids in data.rows.items()}
     with trl_refuses(NotImplementedError):
@@ -148,7 +153,7 @@ class IterativeDPOTrainer(DPOTrainer):
         """The rows have them."""
         return dataset
 
-    def create_model_card(self, *args, **kwargs):
+    def create_model_card(self, *args: object, **kwargs: object):
         """None: ours is written at the end (card.py)."""
 
     def _save(self, output_dir=None, state_dict=None):
@@ -174,10 +179,10 @@ class IterativeDPOTrainer(DPOTrainer):
             num_workers=args.dataloader_num_workers,
         )
 
-    def get_train_dataloader(self):
+    def get_train_dataloader(self) -> DataLoader:
         return self.loader("train") if self.batching["train"] else super().get_train_dataloader()
 
-    def get_eval_dataloader(self, eval_dataset=None):
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         ours = self.batching["eval"] and (eval_dataset is None or eval_dataset is self.eval_dataset)
         return self.loader("eval") if ours else super().get_eval_dataloader(eval_dataset)
 
@@ -227,7 +232,7 @@ class IterativeDPOTrainer(DPOTrainer):
     # What is logged
 
     @torch.no_grad()
-    def count(self, scored, pairs, losses, inputs):
+    def count(self, scored: Scored, pairs: Pairs, losses: torch.Tensor, inputs: dict):
         """Add up what TRL logs under the same names, as means over the pairs or tokens since the last log."""
         mode, real = "train" if self.model.training else "eval", (inputs["scale"] > 0).float()
         chosen, rejected = (self.beta * ratio for ratio in pairs.ratios)
@@ -258,7 +263,7 @@ class IterativeDPOTrainer(DPOTrainer):
         values = torch.stack([value.double() for value in values])
         self.sums[mode] = values if self.sums[mode] is None else self.sums[mode] + values
 
-    def log(self, logs, start_time=None):
+    def log(self, logs: dict, start_time: float | None = None):
         mode = "train" if self.model.training else "eval"
         if self.sums[mode] is not None:
             *values, tokens, pairs = self.accelerator.reduce(self.sums[mode], "sum").tolist()
@@ -304,7 +309,7 @@ class IterativeDPOTrainer(DPOTrainer):
         return found | {key: value for key, value in done[-1].items() if key.startswith("eval_")}
 
 
-def without_reference():
+def without_reference() -> AbstractContextManager:
     """A context in which TRL's constructor makes nothing for a reference, whose values the rows have already.
 
     Under FSDP it would load a reference model all the same, and everywhere it would hash all weights to
@@ -328,19 +333,32 @@ class PlainLog(TrainerCallback):
     def __init__(self, pairs_per_step):
         self.pairs_per_step, self.progress, self.stepped = pairs_per_step, None, False
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ):
         self.started, self.first = time.monotonic(), state.global_step
         terminal = state.is_world_process_zero and sys.stderr.isatty()
         self.progress = Progress(state.max_steps, "train", "steps", done=self.first, enabled=terminal)
         self.note = ""
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ):
         self.stepped = True  # a checkpoint, if any, is read by now
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ):
         self.progress.update(1, self.note)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict | None = None,
+        **kwargs: object,
+    ):
         if not math.isfinite(logs.get("loss", 0.0)):  # every rank sees the same mean, so that all stop
             raise UserError(f"the loss is {logs['loss']} at step {state.global_step}: lower --learning_rate")
         if not state.is_world_process_zero or "loss" not in logs:
@@ -356,5 +374,7 @@ class PlainLog(TrainerCallback):
             speed = f"{rate * self.pairs_per_step:.1f} pairs/s, {left} left"
             print(f"train: step {state.global_step}/{state.max_steps}, {self.note}, {speed}", flush=True)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ):
         self.progress.close()

@@ -6,9 +6,13 @@ pushes of checkpoints on the way (`hub_strategy: every_save`) are left as they a
 """
 
 import os
+from typing import TYPE_CHECKING
 
 from common.cli import UserError, one_line
 from dpo_iteration.arguments import Arguments
+
+if TYPE_CHECKING:
+    from trl import DPOConfig, DPOTrainer
 
 # Top-level files of pushes on the way that would be taken for the model, or that hold settings of this
 # machine.
@@ -21,7 +25,7 @@ def take_token(args: Arguments):
         os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
 
 
-def reach(config):
+def reach(config: "DPOConfig"):
     """Make the repository, or find it, before a model is loaded: a wrong token is to be known now, not hours
     later.
     """
@@ -40,7 +44,7 @@ def reach(config):
         ) from None
 
 
-def push(trainer, folder: str):
+def push(trainer: "DPOTrainer", folder: str):
     """Upload the folder in place of what pushes on the way have left. On rank 0, with the model complete on
     disk.
 

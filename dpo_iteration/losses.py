@@ -80,10 +80,10 @@ class Loss:
 LOSSES = {"aot": Loss(smoothed=True), "aot_unpaired": Loss(smoothed=True), "sft": Loss()}
 
 
-def loss(smoothed: bool = False, offset: bool = False):
+def loss(smoothed: bool = False, offset: bool = False) -> Callable:
     """Make a function a loss under its own name; see Loss."""
 
-    def register(function):
+    def register(function: Callable) -> Callable:
         LOSSES[function.__name__] = Loss(function, smoothed, offset)
         return function
 

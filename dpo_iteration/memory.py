@@ -7,8 +7,12 @@ what CUDA and NCCL take.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from common.cli import UserError, read_yaml
+
+if TYPE_CHECKING:
+    from dpo_iteration.arguments import Arguments
 
 GIB = 2**30
 RESERVED = 2 * GIB  # a GPU: CUDA's context, NCCL's buffers, gaps between blocks. Assumed, not measured
@@ -46,12 +50,12 @@ class Shape:
     linear: int
 
     @property
-    def layer(self):
+    def layer(self) -> int:
         """Parameters of one layer."""
         return self.hidden * (2 * self.query + 2 * self.key_value + 3 * self.intermediate)
 
     @property
-    def head(self):
+    def head(self) -> int:
         return self.vocabulary * self.hidden
 
     def lora(self, rank: int) -> int:
@@ -142,7 +146,7 @@ def _kept_weight(method, bf16):
     return 2 if bf16 and method.startswith("zero") else 4
 
 
-def checkpoint_bytes(args, trained: int) -> int:
+def checkpoint_bytes(args: "Arguments", trained: int) -> int:
     """Bytes of the checkpoints that are on the disk at once: those that are kept, and the next, written
     before the oldest goes.
 
@@ -158,7 +162,14 @@ def checkpoint_bytes(args, trained: int) -> int:
     return (args.save_total_limit + 1) * (2 * weight + 12) * trained
 
 
-def states(method, parameters, processes, trainable=None, bf16=True, frozen=None):
+def states(
+    method: str,
+    parameters: int,
+    processes: int,
+    trainable: int | None = None,
+    bf16: bool = True,
+    frozen: float | None = None,
+) -> tuple[float, float]:
     """(bytes a GPU, bytes of all processes on the CPU) of weights, gradients and optimizer states.
 
     ZeRO, arXiv 1910.02054, §3.1 and §5: 16 bytes a trainable parameter, which are 2 of weight, 2 of gradient,
@@ -179,7 +190,9 @@ def states(method, parameters, processes, trainable=None, bf16=True, frozen=None
     return sum(part / processes if shared else part for part, shared in zip(parts, SHARES[method])), 0
 
 
-def buffers(method, shape, processes, trainable=None, bf16=True):
+def buffers(
+    method: str, shape: Shape, processes: int, trainable: int | None = None, bf16: bool = True
+) -> tuple[float, float]:
     """(bytes a GPU, bytes on the CPU) that come on top of the states while training.
 
     ddp: a second copy of the gradients in its buckets (`gradient_as_bucket_view` is off), and autocast's bf16
@@ -220,7 +233,7 @@ def layer_activations(shape: Shape, method: str = "zero2", bf16: bool = True) ->
     return 2 * norm * shape.hidden + inner + 4 * shape.heads + 8
 
 
-def head_memory(shape, tokens, trainable=None, bf16=True):
+def head_memory(shape: Shape, tokens: int, trainable: int | None = None, bf16: bool = True) -> float:
     """Bytes of the fused LM head: one tile of logits, hidden states and their gradient, the gradient of its
     weight in fp32.
     """
@@ -230,7 +243,15 @@ def head_memory(shape, tokens, trainable=None, bf16=True):
     return tile + tokens * shape.hidden * (4 + 2 * width) + gradient
 
 
-def activations(shape, pairs, max_length, method="zero2", checkpointing=True, trainable=None, bf16=True):
+def activations(
+    shape: Shape,
+    pairs: int,
+    max_length: int,
+    method: str = "zero2",
+    checkpointing: bool = True,
+    trainable: int | None = None,
+    bf16: bool = True,
+) -> float:
     """Bytes at the peak of one forward and backward pass over `pairs` pairs: chosen and rejected of
     `max_length` tokens each.
 
@@ -248,7 +269,9 @@ def activations(shape, pairs, max_length, method="zero2", checkpointing=True, tr
     return shape.layers * tokens * shape.hidden * stream + max(layer + gradients, head)
 
 
-def reference_pass(method, shape, processes, bf16=True, frozen=None):
+def reference_pass(
+    method: str, shape: Shape, processes: int, bf16: bool = True, frozen: float | None = None
+) -> float:
     """Bytes a GPU of the model whose log-probabilities are cached before training: its weights as training
     will hold them, `frozen` bytes each with adapters, and the largest unit gathered where they are sharded.
     """
@@ -274,13 +297,21 @@ class Need:
     cpu: float
 
     @property
-    def total(self):
+    def total(self) -> float:
         return max(self.states + self.buffers + self.activations, self.reference) + RESERVED
 
 
 def need(
-    method, shape, processes, pairs, max_length, checkpointing=True, trainable=None, bf16=True, frozen=None
-):
+    method: str,
+    shape: Shape,
+    processes: int,
+    pairs: int,
+    max_length: int,
+    checkpointing: bool = True,
+    trainable: int | None = None,
+    bf16: bool = True,
+    frozen: float | None = None,
+) -> Need:
     """The Need of a method with `pairs` pairs per GPU at once; `frozen`: see `states`."""
     frozen = None if trainable is None else frozen or (2 if bf16 else 4)
     kept, moved = states(method, shape.parameters, processes, trainable, bf16, frozen)
@@ -297,7 +328,7 @@ def need(
 
 
 def recommend(
-    shape: Shape, processes: int, memory: float, global_batch_size: int, max_length: int, **how
+    shape: Shape, processes: int, memory: float, global_batch_size: int, max_length: int, **how: object
 ) -> tuple[str, int] | None:
     """(method, pairs per GPU) of the first of METHODS that fits into `memory` bytes, with as many pairs as
     fit; else None.
@@ -318,7 +349,7 @@ def usable(gib: float) -> float:
     return USABLE * REPORTED.get(gib, gib) * GIB
 
 
-def remedy(args, shape: Shape, processes: int, memory: float, **how) -> str:
+def remedy(args: "Arguments", shape: Shape, processes: int, memory: float, **how: object) -> str:
     """What would make training fit into `memory` bytes a GPU, none of it in use already; `args` as
     run_dpo.py's, `how` as `need`'s.
     """
@@ -342,7 +373,7 @@ def remedy(args, shape: Shape, processes: int, memory: float, **how) -> str:
     return f"no configuration fits: take {', '.join(others[:-1])} or {others[-1]}"
 
 
-def report(args, gpus: int, memory_gib: float | None) -> list[str]:
+def report(args: "Arguments", gpus: int, memory_gib: float | None) -> list[str]:
     """The lines that `--check true` prints: what each method needs on `gpus` GPUs of `memory_gib` GiB, and
     which to take.
 

@@ -7,11 +7,18 @@ import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import DistributedType
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from common import models, shared_prompts
 from common.cli import UserError, one_line
@@ -19,10 +26,13 @@ from common.manifest import beside, write_json
 from dpo_iteration import adapters, card, saved
 from dpo_iteration.arguments import Arguments
 
+if TYPE_CHECKING:
+    from trl import DPOConfig, DPOTrainer
+
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def load_tokenizer(args: Arguments):
+def load_tokenizer(args: Arguments) -> PreTrainedTokenizerBase:
     """The policy's tokenizer, with the chat template that `args` asks for."""
     return models.load_tokenizer(
         args.model_name_or_path, args.revision, args.trust_remote_code, args.chat_template
@@ -61,7 +71,7 @@ def attention(name: str, args: Arguments, revision: str | None = None) -> str:
     return "eager" if capped or not getattr(known, "_supports_sdpa", True) else "sdpa"
 
 
-def prepare_sharding(config):
+def prepare_sharding(config: "DPOConfig"):
     """FSDP's dtypes; and without a GPU what lets FSDP and offloading run there.
 
     accelerate 1.15 would have FSDP round all that the model returns to bf16, so that log-probabilities that
@@ -85,7 +95,7 @@ def prepare_sharding(config):
         config.deepspeed_plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
 
 
-def weights_dtype(args: Arguments, config) -> torch.dtype:
+def weights_dtype(args: Arguments, config: "DPOConfig") -> torch.dtype:
     """fp32; with `bf16` bf16 where nothing is lost by it: under DeepSpeed, which keeps fp32 master weights,
     and with LoRA, which freezes these.
     """
@@ -96,7 +106,9 @@ def weights_dtype(args: Arguments, config) -> torch.dtype:
     )
 
 
-def load_model(name: str, args: Arguments, config, revision: str | None = None) -> torch.nn.Module:
+def load_model(
+    name: str, args: Arguments, config: "DPOConfig", revision: str | None = None
+) -> torch.nn.Module:
     """A causal language model in `weights_dtype`, or in 4 bits.
 
     Raises:
@@ -128,7 +140,7 @@ def load_model(name: str, args: Arguments, config, revision: str | None = None) 
     return model
 
 
-def load_config(name: str, args: Arguments, revision: str | None = None):
+def load_config(name: str, args: Arguments, revision: str | None = None) -> PretrainedConfig:
     """The configuration of a model, without its weights, with what `model_init_kwargs` changes in it."""
     try:
         return AutoConfig.from_pretrained(
@@ -190,7 +202,7 @@ def reference_name(args: Arguments) -> tuple[str, str | None]:
     return (args.ref_model_name_or_path, None) if other else (args.model_name_or_path, args.revision)
 
 
-def check_models(args: Arguments, tokenizer, rows: dict):
+def check_models(args: Arguments, tokenizer: PreTrainedTokenizerBase, rows: dict):
     """Look at policy and reference before the weights of either are loaded.
 
     Raises:
@@ -226,7 +238,7 @@ def check_models(args: Arguments, tokenizer, rows: dict):
             )
 
 
-def check_master_weights(trainer):
+def check_master_weights(trainer: "DPOTrainer"):
     """Refuse to train weights that are bf16 only: at a learning rate of 5e-7 a step rounds away."""
     if trainer.is_deepspeed_enabled:
         deepspeed = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
@@ -248,7 +260,7 @@ class Source:
     generation_config: dict
 
     @classmethod
-    def of(cls, policy: torch.nn.Module, tokenizer, args: Arguments) -> "Source":
+    def of(cls, policy: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, args: Arguments) -> "Source":
         """Remember the three; set the policy's special tokens, which the Trainer else does with a warning."""
         generation_config = saved.generation_config(
             args.model_name_or_path, tokenizer, args.revision, card.sampling_stops(args)
@@ -259,7 +271,7 @@ class Source:
             setattr(policy.config, key, getattr(tokenizer, key))
         return source
 
-    def save(self, trainer, args: Arguments):
+    def save(self, trainer: "DPOTrainer", args: Arguments):
         """Write model (in the training's dtype), tokenizer, chat template, generation config; on all
         ranks.
         """

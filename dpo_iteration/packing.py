@@ -92,7 +92,7 @@ class Steps:
         self.accumulation = self._least_accumulation()
 
     @property
-    def batch_sampler(self):
+    def batch_sampler(self) -> "Steps":
         """Where the Trainer looks for `set_epoch`."""
         return self
 
@@ -317,7 +317,7 @@ def score(model: torch.nn.Module, batch: dict, ld_alpha: float | None = None) ->
     owner, pairs = batch["owner"], len(batch["scale"])
     logps, whose = outputs.log_probs[0], owner % 3
 
-    def sums(values):
+    def sums(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         found = values.new_zeros(3 * pairs).index_add(0, owner, values).view(pairs, 3)
         return found[:, 0] + found[:, 2], found[:, 1] + found[:, 2]
 

@@ -9,7 +9,7 @@ depends on the record and the seed only: not on the order of the files, nor on t
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 
 from common import tokens
@@ -79,7 +79,11 @@ def usable_responses(
 
 
 def choose(
-    scores, usable: list[int], choose_type: str, rng: random.Random, empty=()
+    scores: list[float] | dict[int, float],
+    usable: list[int],
+    choose_type: str,
+    rng: random.Random,
+    empty: Container[int] = (),
 ) -> tuple[int, int] | None:
     """(index of chosen, index of rejected) or None where no choice has a higher and a lower score.
 
@@ -210,7 +214,7 @@ def held_out(messages: list[dict], fraction: float, seed: int) -> bool:
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
-def select_pairs(paths: list[str], eval_fraction: float = 0.0, seed: int = 42, **choice) -> Selection:
+def select_pairs(paths: list[str], eval_fraction: float = 0.0, seed: int = 42, **choice: object) -> Selection:
     """The pairs of one or several rewarded files. `choice`: what `make_pairs` takes.
 
     Record ids may repeat between files (iterations that answered the same prompt): each record gives its own

@@ -19,9 +19,10 @@ import json
 import os
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
@@ -48,12 +49,18 @@ from dpo_iteration.packing import (
     score,
 )
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from trl import DPOConfig
+
 SAVE_EVERY = 2000  # pairs, about: what a killed pass does again at most
 LIBRARIES = ("torch", "transformers", "trl")
 WEIGHTS = ("*.safetensors", "*.bin", "*.json", "*.py")  # of a model folder: what its forward pass depends on
 
 
-def compute_reference(args: Arguments, config, rows: dict, sharing: bool, tokenizer):
+def compute_reference(
+    args: Arguments, config: "DPOConfig", rows: dict, sharing: bool, tokenizer: "PreTrainedTokenizerBase"
+):
     """Put the reference's log-probabilities into the rows, from disk where they are known; says how many
     were.
     """
@@ -275,13 +282,13 @@ def _compute(rows, load, passes):
     model, data, batches = load(), Rows(rows), iter(steps)
     base = getattr(model, "module", model)  # in DeepSpeed's engine
 
-    def batch_of(keys):
+    def batch_of(keys: list) -> dict:
         return {
             k: v.to(state.device) if isinstance(v, torch.Tensor) else v
             for k, v in collate([data[key] for key in keys]).items()
         }
 
-    def casting():
+    def casting() -> AbstractContextManager:
         return torch.autocast(state.device.type, passes.autocast) if passes.autocast else nullcontext()
 
     if sharing:  # before the pass is paid for
@@ -324,7 +331,7 @@ def let_go(model: torch.nn.Module):
                 tensor.data = tensor.data.new_empty(0)
 
 
-def ready(model: torch.nn.Module, config, sharing: bool) -> torch.nn.Module:
+def ready(model: torch.nn.Module, config: "DPOConfig", sharing: bool) -> torch.nn.Module:
     """A loaded reference on its device, with TRL's fused head, in evaluation; sharded where the policy will
     be.
 

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from typing import TYPE_CHECKING
 
 from common.cli import UserError
 from common.manifest import generation_manifest
@@ -10,6 +11,9 @@ from common.tokens import Answer, Encoder, prompt_mismatch
 from common.training import is_main
 from dpo_iteration.arguments import Arguments
 from dpo_iteration.pairs import Selection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SIDES = ("chosen", "rejected")
 
@@ -100,7 +104,7 @@ class PairTokenizer:
         )
 
 
-def tokenize(selection: Selection, tokenizer, args: Arguments) -> dict:
+def tokenize(selection: Selection, tokenizer: "PreTrainedTokenizerBase", args: Arguments) -> dict:
     """{"train", "eval"}: the pairs as rows of token ids.
 
     Pairs that teach nothing move to `selection.skipped`.
@@ -122,7 +126,7 @@ def tokenize(selection: Selection, tokenizer, args: Arguments) -> dict:
     return rows
 
 
-def show_pair(tokenizer, row: dict) -> str:
+def show_pair(tokenizer: "PreTrainedTokenizerBase", row: dict) -> str:
     """A row decoded, the tokens that the loss counts between ⟦ and ⟧, with the numbers of tokens and of
     BOS.
     """
@@ -135,7 +139,7 @@ def show_pair(tokenizer, row: dict) -> str:
     return "\n".join(lines)
 
 
-def check_bos(tokenizer, row: dict):
+def check_bos(tokenizer: "PreTrainedTokenizerBase", row: dict):
     """Refuse a template or tokenizer that begins a prompt with two BOS."""
     bos = tokenizer.bos_token_id
     if bos is not None and row["prompt_ids"][:2] == [bos, bos]:

@@ -19,6 +19,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
@@ -36,6 +37,11 @@ from dpo_iteration.arguments import (
 )
 from dpo_iteration.pairs import Selection, select_pairs
 from dpo_iteration.saved import check_saved
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from dpo_iteration.dpo import IterativeDPOTrainer
 
 
 @dataclass
@@ -96,7 +102,9 @@ def choose_pairs(args: Arguments) -> Selection:
     """The pairs of all files, and what was left out."""
 
     @functools.cache
-    def tokenizer():  # few files need it: answers without a number of tokens, for max_min_p
+    def tokenizer() -> (
+        "PreTrainedTokenizerBase"
+    ):  # few files need it: answers without a number of tokens, for max_min_p
         from dpo_iteration.models import load_tokenizer
 
         return load_tokenizer(args)
@@ -196,7 +204,7 @@ def add_reference(args: Arguments, data: Data):
     reference.compute_reference(args, data.config, data.rows, data.sharing, data.tokenizer)
 
 
-def load_policy(args: Arguments, data: Data):
+def load_policy(args: Arguments, data: Data) -> "IterativeDPOTrainer":
     """The trainer, with the policy and what came with it (`source`) and goes with the trained model."""
     from dpo_iteration import models
     from dpo_iteration.dpo import build_trainer
@@ -208,7 +216,7 @@ def load_policy(args: Arguments, data: Data):
     return trainer
 
 
-def train(trainer, training: Training, data: Data) -> dict:
+def train(trainer: "IterativeDPOTrainer", training: Training, data: Data) -> dict:
     """Train, from the newest checkpoint if there is one, and evaluate; returns the metrics of the model."""
     from dpo_iteration.rows import show_pair
 
@@ -238,7 +246,14 @@ def train(trainer, training: Training, data: Data) -> dict:
     return metrics | trainer.figures()
 
 
-def save(args: Arguments, training: Training, data: Data, trainer, metrics: dict, seconds: dict):
+def save(
+    args: Arguments,
+    training: Training,
+    data: Data,
+    trainer: "IterativeDPOTrainer",
+    metrics: dict,
+    seconds: dict,
+):
     """Write the model with what came with the policy, and once it loads, complete the manifest."""
     trainer.source.save(trainer, args)
     if is_main():
@@ -246,7 +261,7 @@ def save(args: Arguments, training: Training, data: Data, trainer, metrics: dict
         output.finish(training, args, data.selection, metrics, seconds)
 
 
-def end(args: Arguments, trainer):
+def end(args: Arguments, trainer: "IterativeDPOTrainer"):
     """Push the model that is whole on disk, if asked to, and leave the other processes."""
     if is_main() and trainer.args.push_to_hub:
         hub.push(trainer, args.output_dir)

@@ -9,11 +9,17 @@ a second model. Each weight is read once, one at a time, for numbers that are no
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common import chat, models
 from common.cli import UserError, one_line
 from common.manifest import let_others_read, write_json
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
 
 # What a policy's folder holds beside weights, configs and tokenizer, and its next reader needs: the
 # processors of images, audio and video, the tokenizer in Mistral's own format, and code of the model's own.
@@ -51,7 +57,12 @@ def copy_companions(source: str | Path, folder: str | Path, revision: str | None
             shutil.copyfile(path, Path(folder) / path.name)
 
 
-def generation_config(source: str | Path, tokenizer, revision: str | None = None, stops=()) -> dict:
+def generation_config(
+    source: str | Path,
+    tokenizer: "PreTrainedTokenizerBase",
+    revision: str | None = None,
+    stops: Iterable[int] = (),
+) -> dict:
     """The policy's generation_config.json as a dict (the tokenizer's special tokens where it has none), with
     every token that ends a response.
 
@@ -90,7 +101,7 @@ def check_saved(folder: str | Path, trust_remote_code: bool = False):
     for file in folder.rglob("*.safetensors"):
         let_others_read(file)
 
-    def load(what, function, *args, **kwargs):
+    def load(what: str, function: Callable, *args: object, **kwargs: object) -> object:
         try:
             return function(*args, trust_remote_code=trust_remote_code, **kwargs)
         except Exception as error:
@@ -151,11 +162,11 @@ def store_once(folder: str | Path, trust_remote_code: bool = False):
             config, trust_remote_code=trust_remote_code
         ).all_tied_weights_keys
 
-    def read(name):
+    def read(name: str) -> "torch.Tensor":
         with safe_open(places[name], "pt") as stored:
             return stored.get_tensor(name)
 
-    def called(name):
+    def called(name: str) -> list[str]:
         """Names in the files: those of some architectures (Gemma 3) begin otherwise than the model's."""
         return [stored for stored in places if stored.split(".")[-2:] == name.split(".")[-2:]]
 
@@ -214,7 +225,7 @@ def read_weights(folder: Path) -> tuple[dict, list[str]]:
     return weights, infinite
 
 
-def some(names) -> str:
+def some(names: Iterable[str]) -> str:
     """The first three names, and how many there are more."""
     names = sorted(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,7 +1,7 @@
 """The settings of a run, resolved: what run_loop.sh needs of them, and RUN/loop.yaml.
 
-    python loop/plan.py values CONFIG [--key value …]   KEY<TAB>VALUE lines for the driver; looks at nothing but
-                                                        the YAML
+    python loop/plan.py values CONFIG [--key value …]   KEY<TAB>VALUE lines for the driver; looks at nothing
+                                                        but the YAML
     python loop/plan.py check  CONFIG [--key value …]   check all that can be known now; writes nothing
     python loop/plan.py write  CONFIG [--key value …]   the same, then RUN/loop.yaml, which the commands of a
                                                         run read

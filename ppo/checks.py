@@ -6,12 +6,17 @@ Errors call an argument by its key, as a YAML and `--key value` have it.
 import math
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from annotate_data import arguments as annotation
 from common import trackers
 from common.cli import UserError, count, existing_file, refuse
 from common.models import check_model, check_policy
 from common.training import world_size
+
+if TYPE_CHECKING:
+    from ppo.openrlhf.arguments import Arguments as OpenRLHFArguments
+    from ppo.train_ppo import Arguments
 
 POSITIVE = (
     "max_input_length max_new_tokens generation_batch_size rollout_batch_size samples_per_prompt batch_size "
@@ -22,7 +27,9 @@ NOT_NEGATIVE = "kl_coef warmup_steps weight_decay max_grad_norm missing_eos_pena
 SHARES = "gamma gae_lambda top_p".split()
 
 
-def out_of_range(args, positive: list[str], not_negative: list[str], shares: list[str]) -> list[str]:
+def out_of_range(
+    args: "Arguments | OpenRLHFArguments", positive: list[str], not_negative: list[str], shares: list[str]
+) -> list[str]:
     """What is said of numbers outside their range. None is in every range, as is a key that `args` lacks."""
     given = {key: value for key, value in vars(args).items() if value is not None}
     problems = [
@@ -43,7 +50,7 @@ def out_of_range(args, positive: list[str], not_negative: list[str], shares: lis
     return problems + (["top_p 0.0 must be above 0: it leaves no token to sample"] if args.top_p == 0 else [])
 
 
-def check(args, processes: int | None = None):
+def check(args: "Arguments", processes: int | None = None):
     """Refuse what cannot work, whatever the files are.
 
     Args:
@@ -81,14 +88,14 @@ def check(args, processes: int | None = None):
     refuse(problems)
 
 
-def check_schedule(args) -> list[str]:
+def check_schedule(args: "Arguments | OpenRLHFArguments") -> list[str]:
     """What is wrong with the learning rates' schedule."""
     if args.lr_scheduler_type != "constant" or not args.warmup_steps:
         return []
     return ["lr_scheduler_type constant has no warm-up: take constant_with_warmup, or warmup_steps 0"]
 
 
-def check_batches(args, processes: int, prompts: int | None = None) -> list[str]:
+def check_batches(args: "Arguments", processes: int, prompts: int | None = None) -> list[str]:
     """What is wrong with the sizes of rollouts and steps, and sizes that fit together.
 
     Args:
@@ -118,14 +125,14 @@ def check_batches(args, processes: int, prompts: int | None = None) -> list[str]
     return problems
 
 
-def fitting(args, processes: int, prompts: int | None = None) -> dict:
+def fitting(args: "Arguments", processes: int, prompts: int | None = None) -> dict:
     """{key: value} of sizes near those of `args` that divide; {} where there are none.
 
     A rollout is made smaller where there are fewer prompts: by a quarter at most, if that will do, and so
     that passes are large.
     """
 
-    def largest(most, whole, parts):
+    def largest(most: int, whole: int, parts: int) -> int | None:
         """The largest number up to `most` that divides `whole` and is itself a multiple of `parts`."""
         return next((n for n in range(most, 0, -1) if whole % n == 0 and n % parts == 0), None)
 
@@ -141,7 +148,7 @@ def fitting(args, processes: int, prompts: int | None = None) -> dict:
     return found[max(found)] if found else {}
 
 
-def check_samples(args, kinds: list[str]):
+def check_samples(args: "Arguments", kinds: list[str]):
     """Refuse one response a prompt where responses are compared: all would score the same.
 
     Args:
@@ -153,14 +160,14 @@ def check_samples(args, kinds: list[str]):
         )
 
 
-def scoring(args) -> annotation.Arguments:
+def scoring(args: "Arguments") -> annotation.Arguments:
     """The arguments of annotate_data/get_rewards.py that say what scores a response."""
     shared = ("name_or_path", "type", "function", "weights")
     values = {f"reward_{key}": getattr(args, f"reward_{key}") for key in shared}
     return annotation.Arguments("", "", trust_remote_code=args.trust_remote_code, date=args.date, **values)
 
 
-def check_paths(args):
+def check_paths(args: "Arguments"):
     """Refuse files that are not there, folders that hold no model, and an output that is an input."""
     annotation.check(scoring(args))
     if not args.dataset_name_or_path:

@@ -1,6 +1,8 @@
 """What train_ppo.py starts from: models, looked at before they are trusted, and prompts as token ids."""
 
 import sys
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from common import chat, models
 from common.cli import UserError
@@ -9,10 +11,19 @@ from common.records import read_prompts as read_records
 from common.training import is_main, say
 from dpo_iteration.rows import check_bos
 
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ppo.openrlhf.arguments import Arguments as OpenRLHFArguments
+    from ppo.train_ppo import Arguments
+
 DROPOUTS = ("p", "attention_dropout", "dropout", "activation_dropout", "hidden_dropout", "attn_dropout")
 
 
-def load(auto_class, name: str, args, missing=(), **more):
+def load(
+    auto_class: type, name: str, args: "Arguments", missing: Iterable[str] = (), **more: object
+) -> "PreTrainedModel":
     """A model in fp32; a checkpoint that lacks weights other than `missing` is refused."""
     import torch
 
@@ -31,7 +42,7 @@ def load(auto_class, name: str, args, missing=(), **more):
     return model
 
 
-def without_dropout(model):
+def without_dropout(model: "torch.nn.Module"):
     """Switch dropout off, be it a module or a number that a module hands to its attention."""
     for module in model.modules():
         for key in DROPOUTS:
@@ -39,7 +50,7 @@ def without_dropout(model):
                 setattr(module, key, 0.0)
 
 
-def load_critic(args, tokenizer, scorers: list):
+def load_critic(args: "Arguments", tokenizer: "PreTrainedTokenizerBase", scorers: list) -> "PreTrainedModel":
     """The value model: a sequence classifier with one label, of which `score` is applied at every token."""
     import torch
     import transformers
@@ -69,7 +80,9 @@ def load_critic(args, tokenizer, scorers: list):
     return critic
 
 
-def rendered_prompts(args, tokenizer, bad: list):
+def rendered_prompts(
+    args: "Arguments | OpenRLHFArguments", tokenizer: "PreTrainedTokenizerBase", bad: list
+) -> Iterator[tuple[dict, str]]:
     """Yield (prompt record, its templated text) of all sets.
 
     Records that hold no prompt, or one that the template refuses, become entries of the skipped file in the
@@ -114,7 +127,9 @@ def _leave_out(args, bad, prompt_id, reason):
     bad.append({"id": prompt_id, "reason": reason})
 
 
-def read_prompts(args, tokenizer, policy) -> tuple[list[dict], list[dict]]:
+def read_prompts(
+    args: "Arguments", tokenizer: "PreTrainedTokenizerBase", policy: "PreTrainedModel"
+) -> tuple[list[dict], list[dict]]:
     """(prompt records with their token ids under "ids", entries of the skipped file)."""
     kept, long, bad = [], [], []
     for record, text in rendered_prompts(args, tokenizer, bad):
@@ -148,7 +163,7 @@ def read_prompts(args, tokenizer, policy) -> tuple[list[dict], list[dict]]:
     return kept, bad + long
 
 
-def scorable_prompts(args, scorers: list, prompts: list[dict]) -> tuple[list[dict], list[dict]]:
+def scorable_prompts(args: "Arguments", scorers: list, prompts: list[dict]) -> tuple[list[dict], list[dict]]:
     """(prompts that all scorers can read, entries of the skipped file for the others)."""
     kept, bad, silent = [], [], set()
     for record in prompts:

@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common import trackers
 from common.cli import UserError, one_line
@@ -19,8 +20,11 @@ from common.records import as_json, dumps, finite
 from common.training import Training, checkpoints, is_main, remove_checkpoints, say, world_size
 from dpo_iteration.saved import check_saved, copy_companions
 
+if TYPE_CHECKING:
+    from ppo.train_ppo import PPO
 
-def begin(ppo, training: Training):
+
+def begin(ppo: "PPO", training: Training):
     """Write an unfinished manifest and the prompts left out, and go on from the last checkpoint if there is
     one. `ppo`: train_ppo.PPO, here and below.
     """
@@ -31,7 +35,7 @@ def begin(ppo, training: Training):
     restore(ppo)
 
 
-def save(ppo):
+def save(ppo: "PPO"):
     """Write a checkpoint: `learners`, `done` and `kl_coef` of `ppo`. It is renamed into place when whole.
 
     It holds no random state: seeds go by rollout.
@@ -55,7 +59,7 @@ def save(ppo):
     ppo.accelerator.wait_for_everyone()
 
 
-def restore(ppo):
+def restore(ppo: "PPO"):
     """Go on from the last checkpoint that can be read, if there is one.
 
     Raises:
@@ -153,7 +157,7 @@ class Log:
             tracker.close()
 
 
-def finish(ppo, training: Training, entries: list[dict], seconds: dict):
+def finish(ppo: "PPO", training: Training, entries: list[dict], seconds: dict):
     """Rank 0: save the policy as a plain model folder, with what came with it, and complete the manifest.
 
     Args:

@@ -2,10 +2,10 @@
 
     python ppo/run.py values CONFIG [--key value …]   KEY<TAB>VALUE lines for the driver
     python ppo/run.py check  CONFIG [--key value …]   check all that can be known now; writes nothing
-    python ppo/run.py write  CONFIG [--key value …]   the same, then RUN/loop.yaml, which the commands of a run
-                                                      read
-    python ppo/run.py plan   CONFIG [--key value …]   what OpenRLHF would do on GPUs that need not be here, such
-                                                      as --openrlhf.num_gpus 8 --openrlhf.gpu_memory_gib 80
+    python ppo/run.py write  CONFIG [--key value …]   the same, then RUN/loop.yaml, which the commands of a
+                                                      run read
+    python ppo/run.py plan   CONFIG [--key value …]   what OpenRLHF would do on GPUs that need not be here:
+                                                      --openrlhf.num_gpus 8 --openrlhf.gpu_memory_gib 80
 
 A PPO run has two policies: the start, and what PPO makes of it. All but the training is as in loop/plan.py,
 so that both kinds of runs can be compared. The section `ppo` of RUN/loop.yaml has the complete arguments of
@@ -16,7 +16,10 @@ import dataclasses
 import importlib
 import sys
 import typing
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
@@ -75,7 +78,7 @@ NEEDED = {
 }
 
 
-def of_either(*backends):
+def of_either(*backends: type) -> type:
     """What `ppo` may hold, as a dataclass: every key of a backend, with the values that any of them takes.
 
     A key or value that is not the chosen backend's is refused where its own arguments are built, with the
@@ -142,19 +145,19 @@ class PPOPlan(Plan):
         return "openrlhf" if gpus_of(self.settings) else "small"
 
     @property
-    def module(self):
+    def module(self) -> ModuleType:
         """The backend's module, with `Arguments`, `arguments(values, where)` and `shaping(args)`; imports
         nothing heavy.
         """
         return importlib.import_module(BACKENDS[self.backend])
 
-    def all_stages(self):
+    def all_stages(self) -> list[str]:
         return ["0.evaluate", "1.train", "1.evaluate"]
 
-    def expected(self):
+    def expected(self) -> str:
         return "one of 0.evaluate, 1.train and 1.evaluate was expected"
 
-    def jobs(self):
+    def jobs(self) -> list:
         return self.heldout_jobs()
 
     def training(self) -> dict:
@@ -200,27 +203,27 @@ class PPOPlan(Plan):
             "seed": settings.seed,
         }
 
-    def trained(self):
+    def trained(self) -> dict:
         return {"ppo": self.training()}
 
-    def shaping_training(self, section):
+    def shaping_training(self, section: str) -> set[str]:
         return {f.name for f in dataclasses.fields(self.module.Arguments) if f.metadata["shapes"]}
 
-    def values(self, stages):
+    def values(self, stages: list[str]) -> list[tuple[str, object]]:
         return [
             *super().values(stages),
             ("backend", self.backend),
             *(("prompt_sets[]", name) for name in self.settings.prompts),
         ]
 
-    def left_out(self):
+    def left_out(self) -> Iterator[tuple[str, str]]:
         """(section, key) of what evaluation would use and the backend could not."""
         known = self.module.Arguments.__dataclass_fields__
         for name, keys in NEEDED.items():
             given = getattr(self.settings, name) | (self.settings.heldout if name == "generation" else {})
             yield from ((name, key) for key in keys if given.get(key) and SHARED[name].get(key) not in known)
 
-    def arguments(self):
+    def arguments(self) -> train_ppo.Arguments | openrlhf_arguments.Arguments:
         """The backend's arguments as it reads them, checked as far as can be before anything is loaded."""
         return self.ask(self.module.arguments, self.training_of(1), self.where)
 
@@ -229,7 +232,7 @@ class PPOPlan(Plan):
         """The sections that hold the backend's arguments, for messages."""
         return "ppo and openrlhf" if self.backend == "openrlhf" else "ppo"
 
-    def ask(self, function, *args):
+    def ask(self, function: Callable, *args: object) -> Any:
         """What a function of the backend returns; its refusals, which name its keys, say where they stand."""
         try:
             return function(*args)
@@ -247,11 +250,11 @@ class PPOPlan(Plan):
                 f"{self.example}; for a plan only: python ppo/run.py plan …"
             )
 
-    def check(self, left):
+    def check(self, left: bool):
         check(self, left)
 
 
-def check(plan, left):
+def check(plan: PPOPlan, left: bool):
     """Print findings about a PPO run and refuse what cannot work.
 
     Args:
@@ -296,7 +299,12 @@ def check(plan, left):
     )
 
 
-def check_disk(plan, args, count: float, found):
+def check_disk(
+    plan: PPOPlan,
+    args: train_ppo.Arguments | openrlhf_arguments.Arguments,
+    count: float,
+    found: checks.Findings,
+):
     """Hold the model and its checkpoints against the disk. `count`: parameters of the policy."""
     kept = args.save_total_limit if args.save_steps else 0
     if plan.backend == "small":  # policy and value model with Adam's two states, in 4 bytes each
@@ -307,7 +315,12 @@ def check_disk(plan, args, count: float, found):
     estimates.check_disk(plan, found, room * count / 2**30, what, "see ppo.save_total_limit")
 
 
-def check_rollouts(plan, args, prompts, found):
+def check_rollouts(
+    plan: PPOPlan,
+    args: train_ppo.Arguments | openrlhf_arguments.Arguments | None,
+    prompts: int | None,
+    found: checks.Findings,
+):
     """Refuse fewer prompts than a rollout takes, with sizes that fit together in place of what was said of
     the sizes without them.
     """
@@ -320,7 +333,7 @@ def check_rollouts(plan, args, prompts, found):
         )
         return
 
-    def sizes(*given):
+    def sizes(*given: int) -> Any:
         return plan.ask(lambda: refuse(check_batches(args, processes(plan.settings), *given)))
 
     before = checks.Findings()
@@ -329,7 +342,9 @@ def check_rollouts(plan, args, prompts, found):
     found.attempt(sizes, prompts)
 
 
-def check_backend(plan, args, found):
+def check_backend(
+    plan: PPOPlan, args: train_ppo.Arguments | openrlhf_arguments.Arguments, found: checks.Findings
+):
     """What the backend itself refuses before it loads anything, on as many processes as will be started."""
     if (
         plan.backend == "openrlhf"

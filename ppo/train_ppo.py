@@ -55,7 +55,9 @@ from ppo.inputs import load, load_critic, read_prompts, scorable_prompts, withou
 from ppo.output import Log, begin, finish, save
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+    from transformers import PreTrainedModel
 
 # Largest mean distance of a log-probability from the reference's before anything was learned, by precision.
 OFF_BY_ROUNDING = {"no": 1e-3, "bf16": 0.1}
@@ -260,13 +262,15 @@ def gae(values: "Tensor", rewards: "Tensor", mask: "Tensor", gamma: float, lam: 
     return advantages, advantages + values
 
 
-def policy_loss(log_probs: "Tensor", old_log_probs: "Tensor", advantages: "Tensor", clip: float):
+def policy_loss(
+    log_probs: "Tensor", old_log_probs: "Tensor", advantages: "Tensor", clip: float
+) -> tuple["Tensor", "Tensor"]:
     """(loss, ratio π/π_old) of each token: −min(ratio · A, clipped ratio · A) (arXiv 1707.06347)."""
     ratio = (log_probs - old_log_probs).exp()
     return -(ratio * advantages).minimum(ratio.clamp(1 - clip, 1 + clip) * advantages), ratio
 
 
-def value_loss(values: "Tensor", old_values: "Tensor", returns: "Tensor", clip: float):
+def value_loss(values: "Tensor", old_values: "Tensor", returns: "Tensor", clip: float) -> "Tensor":
     """Each token's ½ max((V − R)², (V_clipped − R)²); V_clipped is V kept within `clip` of the rollout's."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return (values - returns).square().maximum((clipped - returns).square()) / 2
@@ -283,7 +287,7 @@ def steer(kl_coef: float, kl: float, target: float, horizon: int, responses: int
 # ---- From token ids to numbers. A row is one response: {"prompt": ids, "response": ids, …} ----------------
 
 
-def padded(rows: list[dict], pad: int, device) -> tuple:
+def padded(rows: list[dict], pad: int, device: "torch.device") -> tuple:
     """What a model is given for `rows`: prompts padded on the left, responses on the right, so that they meet
     in one column.
 
@@ -305,7 +309,7 @@ def padded(rows: list[dict], pad: int, device) -> tuple:
 
 
 def log_probs_of(
-    policy, inputs: dict, responses: "Tensor", temperature: float, entropy: bool = False
+    policy: "PreTrainedModel", inputs: dict, responses: "Tensor", temperature: float, entropy: bool = False
 ) -> tuple:
     """(log-probabilities of the response's tokens, entropies of their distributions), [rows, R] in fp32.
 
@@ -321,7 +325,7 @@ def log_probs_of(
     return every.gather(-1, responses[..., None])[..., 0], entropies
 
 
-def values_of(critic, inputs: dict, responses: "Tensor") -> "Tensor":
+def values_of(critic: "PreTrainedModel", inputs: dict, responses: "Tensor") -> "Tensor":
     """Values [rows, R] in fp32: what is expected where each token of the response is about to be chosen."""
     import torch
 
@@ -403,7 +407,7 @@ class PPO:
             scorer.load()
         torch.set_num_threads(threads)  # a scorer sets its own
 
-    def learner(self, model, learning_rate: float) -> tuple:
+    def learner(self, model: "PreTrainedModel", learning_rate: float) -> tuple:
         """(model, its optimizer, its schedule)."""
         import torch
         import transformers
@@ -557,7 +561,7 @@ class PPO:
         """
         import torch
 
-        def stack(key):
+        def stack(key: str) -> "Tensor":
             return torch.nn.utils.rnn.pad_sequence([row[key] for row in rows], True).to(self.device)
 
         args = self.args
@@ -685,7 +689,7 @@ class PPO:
 
     # Processes
 
-    def gather(self, value) -> list:
+    def gather(self, value: object) -> list:
         """The values of all processes, on every process."""
         from accelerate.utils import gather_object
 

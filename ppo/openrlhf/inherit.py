@@ -1,11 +1,12 @@
 """Arguments that one script takes over from another, so that both mean the same by a key."""
 
 import dataclasses
+from collections.abc import Container
 
 from common.cli import arg
 
 
-def inherit(cls, without=(), defaults: dict | None = None):
+def inherit(cls: type, without: Container[str] = (), defaults: dict | None = None) -> type:
     """A dataclass of the fields of `cls`, to be the base of another script's arguments.
 
     Args:

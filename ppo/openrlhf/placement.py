@@ -11,6 +11,7 @@ cut into tiles: bf16 logits, an fp32 copy and its gradient. Estimates; no GPU ha
 import dataclasses
 import itertools
 import math
+from collections.abc import Iterator
 
 from common.cli import UserError, count
 from dpo_iteration import memory
@@ -160,7 +161,7 @@ def engines_of(args: Arguments, tensor_parallel: int, sampling: int, gpus_per_no
     return engines
 
 
-def candidates(args: Arguments, gpus: int, gpus_per_node: int, flash: bool):
+def candidates(args: Arguments, gpus: int, gpus_per_node: int, flash: bool) -> Iterator[Placement]:
     """Yield the placements to try, the faster first."""
     nodes, training, sampling = split(args, gpus, gpus_per_node)
     gpus_per_node = min(gpus_per_node, gpus)
@@ -245,7 +246,7 @@ def does_not_fit(args: Arguments, shapes: dict, gpus: int, gpu: float, tried: li
     training, sampling, best, _ = min(tried, key=lambda one: max(one[:2]))
     tokens, size = tried[-1][3], shapes["actor"].parameters / 1e9
 
-    def with_gpus(number, offload):
+    def with_gpus(number: int, offload: bool) -> tuple[bool, float]:
         """(whether colocated training on so many GPUs fits, bytes of the machines' memory)."""
         stage = 3 if number > 1 else 2
         placement = dataclasses.replace(

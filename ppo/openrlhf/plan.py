@@ -1,7 +1,9 @@
 """What a run will do: who gives the rewards, and where all goes on the GPUs there are. Nothing is written."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.cli import UserError
 from common.devices import prepare_threads
@@ -11,6 +13,9 @@ from ppo.openrlhf import preflight
 from ppo.openrlhf.arguments import Arguments
 from ppo.openrlhf.command import Placement, accumulation
 from ppo.openrlhf.placement import place
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclasses.dataclass
@@ -71,7 +76,7 @@ def with_tokenizers(args: Arguments, notes: list[str]) -> tuple[object, str, boo
     return None, *choose_reward(args, None, notes)
 
 
-def why_not_local(args: Arguments, tokenizer) -> str | None:
+def why_not_local(args: Arguments, tokenizer: "PreTrainedTokenizerBase") -> str | None:
     """Why OpenRLHF cannot hold the first reward model itself, in words; None where it can."""
     from ppo.openrlhf.prompts import load_tokenizer
 
@@ -90,7 +95,9 @@ def why_not_local(args: Arguments, tokenizer) -> str | None:
     return None
 
 
-def choose_reward(args: Arguments, tokenizer, notes: list[str]) -> tuple[str, bool]:
+def choose_reward(
+    args: Arguments, tokenizer: "PreTrainedTokenizerBase | None", notes: list[str]
+) -> tuple[str, bool]:
     """(kind, same tokens) of Plan. `tokenizer` None: the same tokens are assumed.
 
     Raises:
@@ -128,7 +135,7 @@ def shapes_of(args: Arguments, kind: str) -> dict:
     """
     reward_size = args.reward_size_b or args.model_size_b
 
-    def shape(name, billions):
+    def shape(name: str, billions: float | None) -> memory.Shape | None:
         if Path(name).is_dir():
             return memory.shape_of(name, trust_remote_code=args.trust_remote_code)
         return memory.shape_like(billions) if billions else None
@@ -184,7 +191,7 @@ def try_place(args: Arguments, kind: str, gpus: tuple, flash: bool, notes: list[
     raise problem
 
 
-def describe(args: Arguments, found: Plan):
+def describe(args: Arguments, found: Plan) -> Iterator[str]:
     """What was decided, for a reader: lines."""
     p, steps = found.placement, accumulation(args, found.placement)
     reward = {

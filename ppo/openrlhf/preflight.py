@@ -9,6 +9,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
 from common import chat
@@ -18,6 +19,9 @@ from common.models import read_json
 from dpo_iteration.memory import GIB
 from ppo.openrlhf.arguments import Arguments
 from ppo.openrlhf.command import Placement
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements-ppo.txt"
 NEWER_TOO = ("vllm", "flash-attn")  # OpenRLHF asks for these at least; of the others for one version
@@ -47,7 +51,7 @@ def installed(package: str) -> str | None:
 def check_versions():
     """Refuse other versions than those that the flags were written for; see NEWER_TOO."""
 
-    def parts(version):
+    def parts(version: str) -> list[int]:
         return [int(part) for part in version.split(".")[:3] if part.isdigit()]
 
     for package, pin in pins().items():
@@ -191,7 +195,7 @@ def has_value_head(name: str, head: str) -> bool | None:
     return False
 
 
-def differs(policy, reward) -> str | None:
+def differs(policy: "PreTrainedTokenizerBase", reward: "PreTrainedTokenizerBase") -> str | None:
     """Why a reward model cannot read the policy's token ids as they are, in words; None where it can.
 
     OpenRLHF's own reward model gets the policy's ids, in the policy's template. Both must be what

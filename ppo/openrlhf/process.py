@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 
 from common.cli import UserError
@@ -35,10 +36,10 @@ def stop(process: subprocess.Popen, grace: float = GRACE):
 
 
 @contextlib.contextmanager
-def stopped_by_signals():
+def stopped_by_signals() -> Iterator[None]:
     """SIGTERM ends this script as Ctrl-C does, so that what it started is stopped too."""
 
-    def interrupt(*_):
+    def interrupt(*_: object):
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, interrupt)
@@ -67,7 +68,7 @@ def last_lines(path: Path, count: int = 8) -> list[str]:
 
 
 @contextlib.contextmanager
-def reward_server(settings: dict, folder: Path, gpus: str | None, patience: float = 1800):
+def reward_server(settings: dict, folder: Path, gpus: str | None, patience: float = 1800) -> Iterator[str]:
     """Run ppo/openrlhf/serve_reward.py with the mapping `settings` while the block runs; yields its address.
 
     Args:

@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common import models, records
 from common.cli import UserError, one_line
@@ -15,6 +16,9 @@ from common.manifest import write_json, write_jsonl
 from dpo_iteration.saved import generation_config
 from ppo.inputs import rendered_prompts
 from ppo.openrlhf.arguments import Arguments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Files that are not linked from the policy's folder: the tokenizer is saved with our template.
 OURS = (
@@ -27,7 +31,9 @@ OURS = (
 )
 
 
-def load_tokenizer(name: str, trust_remote_code: bool = False, chat_template: str | None = None):
+def load_tokenizer(
+    name: str, trust_remote_code: bool = False, chat_template: str | None = None
+) -> "PreTrainedTokenizerBase":
     """A model's tokenizer, with the chat template of the file `chat_template` where one is given."""
     tokenizer = models.load_tokenizer(name, trust_remote_code=trust_remote_code, chat_template=chat_template)
     if not tokenizer.chat_template:
@@ -38,7 +44,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, chat_template: st
     return tokenizer
 
 
-def read_all(args: Arguments, tokenizer) -> tuple[list[dict], list[dict]]:
+def read_all(args: Arguments, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[dict], list[dict]]:
     """(records to write: every prompt of all sets in order; entries of the skipped file)."""
     kept, skipped, bad, seen = [], [], [], set()
     for record, text in rendered_prompts(args, tokenizer, bad):
@@ -74,7 +80,7 @@ def whole_rollouts(args: Arguments, kept: list) -> tuple[list, list, int]:
     return kept[:cut], kept[cut:], episodes
 
 
-def write_prompts(args: Arguments, tokenizer, path: Path) -> dict:
+def write_prompts(args: Arguments, tokenizer: "PreTrainedTokenizerBase", path: Path) -> dict:
     """Write the prompts file and its `.skipped.jsonl`; returns counts: prompts, skipped by reason, episodes,
     rollouts.
     """
@@ -105,7 +111,7 @@ def local_folder(name: str) -> Path:
         raise UserError(f"cannot fetch {name} from the hub: {one_line(error)}") from None
 
 
-def prepare_policy(args: Arguments, tokenizer, folder: Path):
+def prepare_policy(args: Arguments, tokenizer: "PreTrainedTokenizerBase", folder: Path):
     """Put the policy into `folder`: links to its weights, our tokenizer with its template, a generation
     config that stops.
 

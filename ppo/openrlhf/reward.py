@@ -24,6 +24,7 @@ import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # OpenRLHF loads this file by its path
 
@@ -32,6 +33,9 @@ from annotate_data.arguments import check as check_annotation
 from common import records
 from common.cli import UserError, arg, build, read_yaml
 from ppo.openrlhf.inherit import inherit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CONFIG = "RLHF_REWARD_CONFIG"
 CPU_PARAMETERS = 200e6  # more than these are not scored without a GPU
@@ -79,7 +83,7 @@ def check(args: RewardArguments) -> Annotation:
     return asked
 
 
-def special_strings(tokenizer) -> re.Pattern | None:
+def special_strings(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern | None:
     """A pattern of the special tokens that decoding without them would leave out; None without any."""
     found = set(tokenizer.all_special_tokens) | {
         str(t) for t in tokenizer.added_tokens_decoder.values() if t.special
@@ -137,7 +141,7 @@ class Rewards:
     def __init__(self, args: RewardArguments):
         self.args, self.asked, self.lock = args, check(args), threading.Lock()
 
-    def load(self):
+    def load(self) -> "Rewards":
         from annotate_data.get_rewards import make_scorers
         from annotate_data.preference import PairPreference
         from common.devices import prepare_threads
@@ -225,7 +229,7 @@ def _configured():
 _loading = threading.Lock()
 
 
-def reward_func(queries, prompts, labels, **kwargs):
+def reward_func(queries: list, prompts: list, labels: list, **kwargs: object) -> dict:
     """Called by OpenRLHF, from several threads at once, with lists of one entry each."""
     with _loading:
         rewards = _configured()

@@ -52,7 +52,9 @@ def training_of(args: Arguments) -> Training:
     )
 
 
-def command_of(args: Arguments, found: Plan, url: str | None, prompts: int, resume: bool):
+def command_of(
+    args: Arguments, found: Plan, url: str | None, prompts: int, resume: bool
+) -> tuple[list[str], Paths]:
     """(arguments of python, Paths). `url` of the reward server; `prompts`: how many are in the file."""
     work, start = work_folder(args), args.critic_name_or_path
     if start is None and found.same_tokens:

@@ -84,7 +84,7 @@ def handler(batcher: Batcher) -> type:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
-        def reply(self, status, value):
+        def reply(self, status: int, value: object):
             body = json.dumps(value).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
@@ -111,7 +111,7 @@ def handler(batcher: Batcher) -> type:
                 print(f"reward failed: {text}", flush=True)
                 self.reply(500, {"error": text})
 
-        def log_message(self, *args):
+        def log_message(self, *args: object):
             pass
 
     return Handler
