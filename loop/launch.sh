@@ -135,6 +135,7 @@ failed() { # LOG STATUS
   local line
   printf '\n--- last lines of %s\n' "$1" >&2
   { grep -v '^ *$' "$1" | tail -n "$log_lines" >&2; } || true
+  [[ "$1" != */client.log ]] || printf "the servers' own logs: %s\n" "${plan[run_dir]}/servers/logs"/*.log >&2
   line="$(awk '/^[$] /{line=""} /^error: /{line=$0} END{print line}' "$1" || true)" # of the last start alone
   printf -- '---\n%s\nlog: %s\nto continue: %s\n' "${line:-error: $at: ended with status $2}" "$1" "$again" >&2
   exit 1

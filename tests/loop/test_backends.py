@@ -13,7 +13,7 @@ import pytest
 
 pytestmark = pytest.mark.usefixtures("built")
 
-STOPS = "--stop_stage", "0.4"
+STOPS = "--stop_stage", "1.annotate"
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_no_server_outlives_its_loop(served, tmp_path):
 
 
 def test_servers_give_what_the_engine_gives(served, undisturbed):
-    """Of the start; its evaluation samples the first iteration's responses too."""
+    """Of the start: held-out answers, and the first iteration's responses."""
     folder, settings = served
     end = faults.loop(folder, *settings, *STOPS)
     assert end.returncode == 0, end.stdout[-2000:] + end.stderr[-3000:]
