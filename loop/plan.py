@@ -54,6 +54,7 @@ class Plan:
     Settings = LoopSettings
     default = "configs/loop_llama3_8b.yaml"
     example = "bash run_loop.sh configs/loop_tiny.yaml"  # what a machine without GPUs can do
+    counted = True  # whether there may be more iterations
 
     def __init__(self, settings, planning: bool = False):
         self.settings, self.planning = settings, planning
@@ -89,7 +90,8 @@ class Plan:
         name = f"{int(iteration) if iteration.isdecimal() else iteration or 1}.{stage}"
         if name in names:
             return names.index(name)
-        if stage in STAGES and iteration.isdecimal() and int(iteration) > self.settings.iterations:
+        beyond = iteration.isdecimal() and int(iteration) > self.settings.iterations
+        if beyond and f"{self.settings.iterations}.{stage}" in names and self.counted:
             if flag == "--stop_stage":  # to the end
                 return len(names) - 1
             raise UserError(f"{flag} {asked}: there are {self.settings.iterations} iterations")
@@ -326,13 +328,21 @@ class Plan:
         check.check(self, left)
 
 
+class Flags(argparse.ArgumentParser):
+    """The driver's own flags; what is wrong with them is one line, as with all others."""
+
+    def error(self, message: str):
+        name = message.partition(":")[0].removeprefix("argument ")
+        raise UserError(f"{name} needs a value")
+
+
 def read(kind: type[Plan], argv: list[str], planning: bool) -> tuple[Plan, list[str], argparse.Namespace]:
     """The plan of a command line, the names of its stages, and the driver's own flags.
 
     Raises:
         UserError: all that the settings alone show to be wrong.
     """
-    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags = Flags(add_help=False, allow_abbrev=False)
     for name in ("--stage", "--stop_stage", "--left"):
         flags.add_argument(name)
     own, rest = flags.parse_known_args(argv)

@@ -134,6 +134,7 @@ class PPOPlan(Plan):
     Settings = PPOSettings
     default = "configs/ppo_llama3_8b.yaml"
     example = "bash run_ppo.sh configs/ppo_tiny.yaml"
+    counted = False
     plain = tuple(key for key in Plan.plain if key in PPOSettings.__dataclass_fields__ or key == "iterations")
     DECIDED = ("model_name_or_path", "reward_name_or_path", "dataset_name_or_path", "output_dir", "seed")
 

@@ -161,7 +161,7 @@ def test_a_second_start_does_nothing(finished):
     (("--ppo.kl_coef", "0.2"), "kl_coef was 0.1 and is now 0.2"),
     (("--generation.temperature", "0.7"), "temperature was 1.0 and is now 0.7"),
     (("--seed", "7"), "seed was 0 and is now 7"),
-    (("--reward_name_or_path", "tiny/built/policy"), "is a LlamaForCausalLM"),
+    (("--reward_name_or_path", "tiny/built/policy"), "reward_name_or_path was ['tiny/built/reward_mod"),
 ])  # fmt: skip
 def test_a_changed_setting_is_refused_by_name(finished, change, named):
     folder, settings, _ = finished

@@ -68,7 +68,12 @@ def test_the_policy_gets_better(finished):
     assert found["sampled", "gold"][1] > 0, output
     for i in range(4):
         metrics = json.loads((folder / f"iter{i}" / "metrics.json").read_text())
-        assert metrics["sampled"]["prompts"] >= 256 and metrics["greedy"]["K"] == 1 and metrics["seconds"] > 0
+        assert metrics["sampled"]["prompts"] >= 256 and metrics["greedy"]["K"] == 1
+    steps = [(entry["policy"], entry["step"]) for entry in records(folder / "stages.jsonl")]
+    each = ("sample", "annotate", "measure", "train")
+    assert steps == [(i, step) for i in range(4) for step in each][:-1]
+    with open(folder / "metrics.csv", newline="") as file:
+        assert all(float(row["seconds"]) > 0 for row in csv.DictReader(file))
 
 
 def test_every_record_is_traced_through_the_stages(finished):
