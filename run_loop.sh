@@ -58,7 +58,7 @@ sample() { # POLICY I: held-out answers, and the responses that the next policy 
     return
   fi
   for k in "${outputs[@]}"; do parts+=("${k%/*}/shards/$(basename "$k" .jsonl).of${#gpu_groups[@]}."); done
-  shards vllm "$here/logs/sample.%s.log" python generation/get_hf2.py "$settings:$(IFS=,; echo "${sections[*]}")" \
+  shards vllm "$here/logs/sample.NUMBER.log" python generation/get_hf2.py "$settings:$(IFS=,; echo "${sections[*]}")" \
     --model_name_or_path "$1" --dataset_name_or_path "${prompts[@]}" --output_dir "${parts[@]}" \
     --K "${K[@]}" --temperature "${temperature[@]}" --iteration "${iteration[@]}" --seed "${plan[seed]}"
   for k in "${!outputs[@]}"; do

@@ -98,10 +98,10 @@ attempt() { # ENVIRONMENT LOG COMMAND…: what cannot be done ends nothing
   begins "$1" || return 0
   if [ "$mode" = dry_run ]; then shown "${@:3}"; return; fi
   start "${@:2}"
-  wait "$!" || say "note: ${*: -1} was left out, see $2"
+  wait "$!" || say "note: $(shown "${@:3}") failed, see $2"
 }
 
-shards() { # ENVIRONMENT LOG COMMAND…: LOG has a %s for the number of the process
+shards() { # ENVIRONMENT LOG COMMAND…: NUMBER in LOG stands for that of the process
   local log="$2" k n="${#gpu_groups[@]}" visible command pids=() bad='' status=0
   begins "$1" || return 0
   for ((k = 0; k < n; k++)); do
@@ -111,8 +111,7 @@ shards() { # ENVIRONMENT LOG COMMAND…: LOG has a %s for the number of the proc
     if [ "$mode" = dry_run ]; then
       if [ "$n" -eq 1 ]; then shown "${command[@]}"; else echo "($(shown "${command[@]}")) &"; fi
     else
-      # shellcheck disable=SC2059
-      start "$(printf "$log" "$k")" "${command[@]}"
+      start "${log/NUMBER/$k}" "${command[@]}"
       pids+=("$!")
     fi
   done
@@ -120,8 +119,7 @@ shards() { # ENVIRONMENT LOG COMMAND…: LOG has a %s for the number of the proc
   for k in "${!pids[@]}"; do
     wait "${pids[k]}" || { status=$? bad="$k"; }
   done
-  # shellcheck disable=SC2059
-  [ -z "$bad" ] || failed "$(printf "$log" "$bad")" "$status"
+  [ -z "$bad" ] || failed "${log/NUMBER/$bad}" "$status"
 }
 
 remove() { # PREFIX…: files that begin so and are not needed any more
@@ -271,6 +269,7 @@ make_ready() { # ENVIRONMENT…: of what is left; --check ends here, and --dry_r
   fi
   [ "$#" -gt 0 ] || say "every stage of ${plan[run_dir]} is done, nothing is left to do" >&2
   [ "$#" -gt 0 ] && [ "$mode" = run ] || return 0
+  check_machine "$@" || exit 2
   waited make_envs "$@" || exit 2
   enter rlhflow
   python="$(command -v python)"
