@@ -377,19 +377,19 @@ use_env() { # NAME: what make_envs found in this shell, else what is there
 }
 
 enter_env() { # "its own name<tab>its folder"
-  local prefix="${1#*$'\t'}" restore
-  restore="$(set +o | grep nounset)" # activation scripts use variables that are not set
+  local prefix="${1#*$'\t'}" unset=+u
+  [[ $- != *u* ]] || unset=-u # activation scripts use variables that are not set
   set +u
   if with_conda; then
     eval "$(conda shell.bash hook)"
-    conda activate "${1%%$'\t'*}" || { eval "$restore"; return 2; }
+    conda activate "${1%%$'\t'*}" || { set "$unset"; return 2; }
     # conda takes the place of its own last environment in PATH; a virtual environment in front of that would win.
     [ "$(command -v python)" = "$prefix/bin/python" ] || PATH="$prefix/bin:$PATH"
     unset VIRTUAL_ENV VIRTUAL_ENV_PROMPT
   else
     # shellcheck disable=SC1091
-    source "$prefix/bin/activate" || { eval "$restore"; return 2; }
+    source "$prefix/bin/activate" || { set "$unset"; return 2; }
   fi
   hash -r
-  eval "$restore"
+  set "$unset"
 }
