@@ -32,6 +32,7 @@ turns() { # of one policy after the other; policy 0 is the start
     step measure "$policy" "$i"
     tell evaluation/run_metrics.py --run "$run"
     [ -z "${plan[report]}" ] || tell report/make_report.py "$run"
+    news=no
     step train "$policy" "$i"
     prune "$i"
   done
@@ -48,13 +49,13 @@ sample() { # POLICY I: held-out answers, and the responses that the next policy 
   [ "${#outputs[@]}" -gt 0 ] || return 0
 
   if [ "${plan[generation_backend]}" = servers ]; then
-    in_env vllm "$here/logs/servers.log" "${start_servers[@]}" "$1"
+    serve "$here/logs/servers.log" "$1"
     for k in "${!outputs[@]}"; do
       in_env vllm "$here/logs/client.log" python generation/gen_hf.py "$settings:${sections[k]}" --tokenizer "$1" "${ask_servers[@]}" \
         --dataset_name_or_path "${prompts[k]}" --output_dir "${outputs[k]}" \
         --K "${K[k]}" --temperature "${temperature[k]}" --iteration "${iteration[k]}" --seed "${plan[seed]}"
     done
-    in_env vllm "$here/logs/servers.log" "${stop_servers[@]}"
+    serve_no_more "$here/logs/servers.log"
     return
   fi
   for k in "${outputs[@]}"; do parts+=("${k%/*}/shards/$(basename "$k" .jsonl).of${#gpu_groups[@]}."); done

@@ -8,7 +8,8 @@
 #   done_already FILE         whether an output is there; what exists is whole
 #   step NAME POLICY I        call a step of the driver and write its seconds down
 #   in_env ENV LOG COMMAND…   run a command; what it says goes into the log, and its failure ends the driver
-#   tell SCRIPT RUN…          sum the run up behind a step that has done something; a failure is only noted
+#   tell SCRIPT RUN…          sum the run up where steps have done something since it was last told; a failure is only noted
+#   serve LOG MODEL, serve_no_more LOG    servers of a policy, which never outlive this script
 #   shards ENV LOG COMMAND…   one process per group of GPUs, side by side, each told its --local_index
 #   prune I                   delete the weights that `keep_iterates` lets go
 #   conclude                  the table, and where the page is
@@ -29,7 +30,7 @@ prompt_sets=()     # all of them, for PPO
 start_servers=() ask_servers=() stop_servers=() # of generation_backend servers
 arguments=()       # what PLAN is called with
 declare -A needed=()         # environments of what is left
-mode=run at='' worked=no entered='' python='' again='' mark=''
+mode=run at='' worked=no news=no entered='' python='' again='' mark=''
 
 say() { printf '[%(%H:%M:%S)T] %s\n' -1 "$*"; }
 
@@ -122,6 +123,16 @@ shards() { # ENVIRONMENT LOG COMMAND…: NUMBER in LOG stands for that of the pr
   [ -z "$bad" ] || failed "${log/NUMBER/$bad}" "$status"
 }
 
+serve() { # LOG MODEL: start its servers. A file says so, for whatever must end them: this script, or the next start
+  [ "$mode" != run ] || { mkdir -p "${plan[run_dir]}/servers" && : >"${plan[run_dir]}/servers/in_use"; }
+  in_env vllm "$1" "${start_servers[@]}" "$2"
+}
+
+serve_no_more() { # LOG
+  in_env vllm "$1" "${stop_servers[@]}"
+  [ "$mode" != run ] || rm -f -- "${plan[run_dir]}/servers/in_use"
+}
+
 remove() { # PREFIX…: files that begin so and are not needed any more
   local prefix
   for prefix in "$@"; do
@@ -144,14 +155,15 @@ step() { # NAME POLICY I
   at="policy $3: $1" worked=no
   [ "$1" != train ] || at="policy $3: train policy $(($3 + 1))"
   "$@"
+  [ "$worked" = no ] || news=yes
   [ "$worked$mode" = yesrun ] || return 0
   printf '{"policy": %d, "step": "%s", "seconds": %d, "finished": "%(%Y-%m-%dT%H:%M:%S%z)T"}\n' \
     "$3" "$1" "$((SECONDS - began))" -1 >>"${plan[run_dir]}/stages.jsonl"
   say "$at: $((SECONDS - began)) s"
 }
 
-tell() { # SCRIPT RUN…: to be done behind a step that has done something; what cannot be done ends nothing
-  [ "$worked" = no ] || attempt rlhflow "${plan[run_dir]}/report.log" python "$@"
+tell() { # SCRIPT RUN…: what cannot be done ends nothing
+  [ "$news" = no ] || attempt rlhflow "${plan[run_dir]}/report.log" python "$@"
 }
 
 prune() { # I: once policy I is there and measured, the weights before the last `keep_iterates`, never the start's
@@ -172,9 +184,12 @@ prune() { # I: once policy I is there and measured, the weights before the last 
 # ---- One driver at a time holds a run's folder -----------------------------------------------------------------------
 
 stop_started() { # end what this run started, and what a killed driver of this run left behind
-  local pid pids signal
-  [ -z "$(find "${plan[run_dir]}/servers" -name '*.server' 2>/dev/null)" ] ||
-    stop_seconds=10 bash generation/register_server.sh stop "${plan[run_dir]}/servers" >&2 {lock}>&- || true
+  local pid pids signal servers="${plan[run_dir]}/servers"
+  if [ -e "$servers/in_use" ]; then # by another start, perhaps, with other settings
+    [ "${#stop_servers[@]}" -gt 0 ] || stop_servers=(bash generation/register_server.sh stop "$servers")
+    stop_seconds=10 "${stop_servers[@]}" >&2 {lock}>&- || true
+    rm -f -- "$servers/in_use"
+  fi
   for signal in TERM KILL; do
     for _ in 1 2 3 4 5 6 7 8 9 10; do
       pids="$(grep -lsxzF "RLHF_RUN=$mark" /proc/[0-9]*/environ | cut -d/ -f3 || true)"
@@ -314,9 +329,9 @@ begin() { # PLAN ARGUMENTS…
   fi
 }
 
-conclude() { # the table where a policy has been measured, and the page
+conclude() { # the table where a policy has been measured, or none is to be, and the page
   [ "$mode" = run ] || return 0
-  if [ -n "$(find "${plan[run_dir]}" -maxdepth 2 -path '*/iter*/metrics.json' 2>/dev/null)" ]; then
+  if [ -z "${plan[heldout_prompts]}" ] || [ -n "$(find "${plan[run_dir]}" -maxdepth 2 -path '*/iter*/metrics.json' 2>/dev/null)" ]; then
     "$python" evaluation/run_metrics.py --run "${plan[run_dir]}"
   else
     say "no policy of ${plan[run_dir]} has been measured yet, so there is no table" >&2

@@ -200,6 +200,31 @@ def test_servers_on_other_machines_are_started_and_stopped_by_commands(tmp_path)
     assert end.returncode == 2 and "servers.start must be the command" in end.stderr
 
 
+def test_servers_on_other_machines_are_stopped_however_the_loop_ends(tmp_path):
+    """Those of a driver that was killed by the next start, and its own when the client fails."""
+    told = tmp_path / "told"
+    given = {
+        "hosts": ["127.0.0.1"],
+        "ports": [int(faults.free_ports())],
+        "start": f"echo start >>{told}; :",
+        "stop": f"echo stop >>{told}",
+        "give_up_after": 1,
+    }
+    settings = [
+        *faults.small_settings(tmp_path),
+        "--generation_backend",
+        "servers",
+        "--servers",
+        json.dumps(given),
+    ]
+    in_use = tmp_path / "run/servers/in_use"
+    in_use.parent.mkdir(parents=True)
+    in_use.touch()
+    end = faults.loop(tmp_path / "run", *settings)
+    assert end.returncode == 1 and "to continue" in end.stderr, end.stderr
+    assert told.read_text().split() == ["stop", "start", "stop"] and not in_use.exists()
+
+
 @pytest.mark.parametrize("wrong, named", [
     (("--generation_backend", "server"), "'server' is not one of engine, servers"),
     (("--servers.concurency", 3), "did you mean 'concurrency'"),

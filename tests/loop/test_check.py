@@ -145,7 +145,8 @@ def test_a_run_without_evaluation_is_planned_and_said(config, tmp_path):
         planned.stderr
     )
     scripts = re.findall(r"\w+/(\w+)\.py", planned.stdout.split("# policy 0", 1)[1])
-    assert scripts == ["get_hf2", "merge_data", "get_rewards", "run_dpo"] * 2
+    turn, told = ["get_hf2", "merge_data", "get_rewards"], ["run_metrics", "make_report"]
+    assert scripts == [*turn, *told, "run_dpo"] * 2 + told
 
 
 def test_loop_yaml_holds_every_setting(config, tmp_path, monkeypatch):
