@@ -20,6 +20,7 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,6 @@ def writing(path: str | Path) -> Iterator[None]:
 
 def versions() -> dict[str, str]:
     """Python and the versions of the packages that shape results, where installed."""
-    from importlib import metadata  # slow, and wanted where something is written
-
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -38,7 +38,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import cli, manifest, trackers
-from common.cli import arg, count
+from common.cli import arg, count, one_line
 from common.hide import hidden
 from common.manifest import write_json
 from common.records import finite
@@ -155,28 +155,23 @@ def log(folder: str | Path, made: list[dict], report_to: list[str] | None):
     What each was told stands in RUN/trackers.json, so that no row is logged twice.
     """
     run, settings = RunFolder(folder), hidden(metrics.settings_of(folder))
-    names = {
-        "project": settings.get("project"),
-        "run_name": settings.get("run_name") or run.path.resolve().name,
-    }
+    names = {"project": settings.get("project")}
+    names["run_name"] = settings.get("run_name") or run.path.resolve().name
     states = read_object(run.trackers)
     for name in trackers.chosen(report_to):
         state = states.setdefault(name, {})
         told = state.setdefault("iterates", [])
         new = [row for row in made if row["iterate"] not in told]
-        if new:
-            figures = [(row["iterate"], {k: v for k, v in row.items() if finite(v)}) for row in new]
-            for _, row in figures:
-                del row["iterate"]
-            try:
+        figures = [
+            (row["iterate"], {k: v for k, v in row.items() if finite(v) and k != "iterate"}) for row in new
+        ]
+        try:
+            if new:
                 trackers.log_rows(name, figures, run.path, settings, names, state)
-            except Exception as error:  # no network, no login, not installed
-                print(
-                    f"note: {name} was not told of this run: {type(error).__name__}: "
-                    f"{' '.join(str(error).split())[:200]}",
-                    flush=True,
-                )
-                continue
+        except Exception as error:  # no network, no login, not installed
+            print(f"note: {name} was not told of this run: {one_line(error, 200)}", flush=True)
+            continue
+        if new:
             state["iterates"] = [*told, *(row["iterate"] for row in new)]
             write_json(run.trackers, states)
         before = f", {count(len(told), 'iterate')} had been logged before" if told else ""

@@ -140,7 +140,7 @@ ALIKE = Kind(
     "alike",
     "The iterate answers as the one before did",
     f"{NOTHING_LEARNED}; raise learning_rate; take more optimizer steps, by a smaller batch, more epochs or "
-    f"prompts; on the CPU bf16 false",
+    "prompts; on the CPU bf16 false",
 )
 
 
@@ -246,7 +246,7 @@ LENGTH_GROWTH = Kind(
     "length_growth",
     "The answers grow",
     f"look at the win rate at equal length; {PENALTY}; dpo: weigh length down in the loss (ld_alpha); ppo: "
-    f"correct the reward for length",
+    "correct the reward for length",
 )
 LENGTH_ONLY, BREVITY_ONLY = (
     Kind(
