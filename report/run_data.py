@@ -13,7 +13,7 @@ import os
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -223,13 +223,12 @@ def ties(texts: list[str], rewards: list[float]) -> tuple[int, int]:
     prompt.
     """
 
-    def couples(counts: Counter) -> int:
-        return sum(n * (n - 1) // 2 for n in counts.values())
+    def couples(values: Iterable) -> int:
+        return sum(math.comb(n, 2) for n in Counter(values).values())
 
     known = [(text, reward) for text, reward in zip(texts, rewards) if not math.isnan(reward)]
-    different = len(known) * (len(known) - 1) // 2 - couples(Counter(text for text, _ in known))
-    tied = couples(Counter(reward for _, reward in known)) - couples(Counter(known))
-    return different, tied
+    different = math.comb(len(known), 2) - couples(text for text, _ in known)
+    return different, couples(reward for _, reward in known) - couples(known)
 
 
 def read_pairs(path: Path, iteration: int, ids: set) -> tuple:
@@ -243,16 +242,13 @@ def read_pairs(path: Path, iteration: int, ids: set) -> tuple:
         sizes = pair.get("chosen_num_tokens"), pair.get("rejected_num_tokens")
         if all(isinstance(n, int) and finite(n) for n in sizes):
             longer.append(sizes[0] - sizes[1])
-        source = str(pair.get("source") or "")
-        of_this = (
-            not source or Path(source).parent.name == f"iter{iteration}"
-        )  # with train_on: all others are in it too
-        key = str(pair.get("id"))
-        if of_this and key in ids and len(marks.get(key, [])) < PAIRS_KEPT:
+        source, key = str(pair.get("source") or ""), str(pair.get("id"))
+        if source and Path(source).parent.name != f"iter{iteration}":
+            continue  # with train_on: all others are in it too
+        if key in ids and len(marks.get(key, [])) < PAIRS_KEPT:
             known = clean.finites(pair)
-            marks.setdefault(key, []).append(
-                {name: known.get(name) for name in ("chosen_index", "rejected_index", "margin")}
-            )
+            names = ("chosen_index", "rejected_index", "margin")
+            marks.setdefault(key, []).append({name: known.get(name) for name in names})
     return marks, np.array(margins), float(np.mean(longer)) if longer else None
 
 
@@ -292,10 +288,8 @@ def read_run(
         raise UserError(f"no such run: {folder}" + _near(folder))
     begun = files.settings.is_file()
     if not begun and not files.iterations():
-        raise UserError(
-            f"{folder} holds neither {files.settings.name} nor iter0, iter1, …, so it is no run's folder"
-            + _near(folder)
-        )
+        lacks = f"neither {files.settings.name} nor iter0, iter1, …"
+        raise UserError(f"{folder} holds {lacks}, so it is no run's folder" + _near(folder))
     run = Run(folder, folder.resolve().name, {}, steps=files.finished_steps())
     try:
         run.settings = hidden(cli.read_yaml(files.settings)) if begun else {}
@@ -388,36 +382,34 @@ def _load_gold(spec, missing):
 
 def _name_missing(run):
     """Say what a finished run would have and this one has not; what its settings leave out is not missing."""
-    files = RunFolder(run.folder)
+    files, missing = RunFolder(run.folder), run.missing
     for i, training in run.trainings.items():
         if run.kind == "dpo" and not training.history:
-            run.missing.append(f"the trainer's log of iteration {i} ({_told(run, files.trainer_state(i))})")
+            missing.append(f"the trainer's log of iteration {i} ({_told(run, files.trainer_state(i))})")
         if run.kind == "ppo" and not training.ppo:
-            run.missing.append(f"PPO's log ({_told(run, files.ppo_log(i))})")
+            missing.append(f"PPO's log ({_told(run, files.ppo_log(i))})")
     if not run.evaluated:
         return
-    last = max(run.iterates, default=0)
-    if run.settings and run.iterations - last > 1:  # a run that has just begun is not a list of hundreds
-        run.missing.append(f"iterates {last + 1} to {run.iterations} have not been evaluated")
-    for i in range(min(run.iterations, last + 1) + 1) if run.settings else run.iterates:
-        iterate = run.iterates.get(i)
-        if iterate is None:
-            if i <= last or run.iterations == last + 1:
-                run.missing.append(f"iterate {i} has not been evaluated")
-            continue
-        absent = [kind for kind in KINDS if kind not in iterate.answers]
-        if absent:
-            run.missing.append(
-                f"the {' and '.join(absent)} held-out answers of iterate {i}, so no intervals from them"
-            )
-    iterates = run.iterates.values()
-    has_kl = any(it.divergence for it in iterates) or any(t.ppo for t in run.trainings.values())
-    if run.iterates and not has_kl:
-        run.missing.append("KL to the reference (iterN/divergence.json)")
-    if run.iterates and not any(it.judged for it in iterates):
-        run.missing.append("a second judge (eval_reward_model)")
-    if run.iterates and not any(has_gold(it, kind) for it in iterates for kind in KINDS):
-        run.missing.append("gold score (gold_function)")
+    last, end = max(run.iterates, default=0), run.iterations
+    if run.settings and end - last > 1:  # a run that has just begun is not a list of hundreds
+        missing.append(f"iterates {last + 1} to {end} have not been evaluated")
+    wanted = range(last + 2 if end == last + 1 else last + 1) if run.settings else run.iterates
+    for i in wanted:
+        absent = [kind for kind in KINDS if i in run.iterates and kind not in run.iterates[i].answers]
+        if i not in run.iterates:
+            missing.append(f"iterate {i} has not been evaluated")
+        elif absent:
+            answers = f"the {' and '.join(absent)} held-out answers of iterate {i}"
+            missing.append(f"{answers}, so no intervals from them")
+    iterates = list(run.iterates.values())
+    if not iterates:
+        return
+    if not any(it.divergence for it in iterates) and not any(t.ppo for t in run.trainings.values()):
+        missing.append("KL to the reference (iterN/divergence.json)")
+    if not any(it.judged for it in iterates):
+        missing.append("a second judge (eval_reward_model)")
+    if not any(has_gold(it, kind) for it in iterates for kind in KINDS):
+        missing.append("gold score (gold_function)")
 
 
 def has_gold(iterate: Iterate, kind: str) -> bool:

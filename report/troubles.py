@@ -4,7 +4,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -56,7 +55,8 @@ class Trouble:
     todo: str
 
 
-class Kind(NamedTuple):
+@dataclass(frozen=True)
+class Kind:
     """A kind of trouble. `todo` is what to try, parts with `; ` between them; one that begins with the word
     of a trait and a colon is for runs with that trait alone (see `traits`).
     """
@@ -140,7 +140,7 @@ ALIKE = Kind(
     "alike",
     "The iterate answers as the one before did",
     f"{NOTHING_LEARNED}; raise learning_rate; take more optimizer steps, by a smaller batch, more epochs or "
-    "prompts; on the CPU bf16 false",
+    f"prompts; on the CPU bf16 false",
 )
 
 
@@ -246,7 +246,7 @@ LENGTH_GROWTH = Kind(
     "length_growth",
     "The answers grow",
     f"look at the win rate at equal length; {PENALTY}; dpo: weigh length down in the loss (ld_alpha); ppo: "
-    "correct the reward for length",
+    f"correct the reward for length",
 )
 LENGTH_ONLY, BREVITY_ONLY = (
     Kind(
@@ -298,18 +298,18 @@ def variety(iterates: list[dict], bounds: Bounds) -> Iterator[Trouble]:
 
 
 @dataclass(frozen=True)
-class Check:
+class Check(Kind):
     """A bound on a share that `figures.of_answers` has of a rewarded file.
 
-    `figure` has places for the share, its bound and K. `needs`: another figure and its least value.
+    `figure` has places for the share and K. `bound`: a name of Bounds, the key's own where it is empty.
+    `needs`: another figure and its least value. `below`: whether a share below the bound is the bad one.
     """
 
     key: str
-    kind: Kind
     figure: str
-    bound: str = ""  # a name of Bounds; the key's own where it is empty
+    bound: str = ""
     needs: tuple | None = None
-    below: bool = False  # whether a share below the bound is the bad one
+    below: bool = False
 
     def find(self, figures: dict, where: str, bounds: Bounds) -> list[Trouble]:
         value, bound = figures.get(self.key), getattr(bounds, self.bound or self.key)
@@ -318,80 +318,69 @@ class Check:
         if not (value < bound if self.below else value > bound):
             return []
         figure = self.figure.format(share=percent(value), K=figures.get("K"))
-        return [self.kind.at(where, f"{figure} (bound {percent(bound)})")]
+        return [self.at(where, f"{figure} (bound {percent(bound)})")]
 
 
-TRUNCATED = Kind(
+EMPTY = Check(
+    "empty",
+    "Answers are empty",
+    "see what an empty answer is rewarded with; dpo: let it be rejected (drop_empty false); lower the "
+    "learning rate",
+    "empty",
+    "{share} have no text",
+)
+TRUNCATED = Check(
     "truncated",
     "Many answers are cut off",
     "raise max_new_tokens; dpo: leave cut answers out of the pairs (drop_truncated); ppo: set "
     "missing_eos_penalty; see why the policy does not end",
-)
-EMPTY = Check(
-    "empty",
-    Kind(
-        "empty",
-        "Answers are empty",
-        "see what an empty answer is rewarded with; dpo: let it be rejected (drop_empty false); lower the "
-        "learning rate",
-    ),
-    "{share} have no text",
+    "truncated",
+    "{share} hit the length limit",
 )
 CHECKS = (
     EMPTY,
-    Check("truncated", TRUNCATED, "{share} hit the length limit"),
+    TRUNCATED,
     Check(
         "looping",
-        Kind(
-            "looping",
-            "Many answers repeat themselves",
-            "lower the learning rate; model: train the reward model with repeated answers among its "
-            "negatives; function: take something off for repetition in the reward function",
-        ),
+        "Many answers repeat themselves",
+        "lower the learning rate; model: train the reward model with repeated answers among its negatives; "
+        "function: take something off for repetition in the reward function",
+        "looping",
         "{share} consist of repetition for half or more",
     ),
     Check(
+        "ties",
+        "Many rewards are ties",
+        "the reward cannot tell them apart, so use a finer one; dpo: leave such pairs out with min_margin",
         "tied",
-        Kind(
-            "ties",
-            "Many rewards are ties",
-            "the reward cannot tell them apart, so use a finer one; dpo: leave such pairs out with "
-            "min_margin",
-        ),
         "{share} of the pairs of different answers to a prompt have equal rewards",
         needs=("K", 2),
     ),
     Check(
+        "collapsed",
+        "A prompt's rewards are often all equal",
+        "these prompts teach nothing, so raise the temperature; dpo: raise K; see whether the reward still "
+        "tells answers apart",
         "all_equal",
-        Kind(
-            "collapsed",
-            "A prompt's rewards are often all equal",
-            "these prompts teach nothing, so raise the temperature; dpo: raise K; see whether the reward "
-            "still tells answers apart",
-        ),
         "in {share} of the prompts",
         needs=("K", 2),
     ),
     Check(
+        "few_distinct",
+        "Few different answers",
+        "raise the temperature or top_p; go back to an iterate that still varies",
         "different_texts",
-        Kind(
-            "few_distinct",
-            "Few different answers",
-            "raise the temperature or top_p; go back to an iterate that still varies",
-        ),
         "on average {share} of a prompt's {K} answers differ",
         needs=("K", 2),
         below=True,
     ),
     *(
         Check(
+            "saturated",
+            "The rewards are saturated",
+            "the scale is used up, so use harder prompts; a reward without a ceiling (the logit instead of a "
+            "probability)",
             key,
-            Kind(
-                "saturated",
-                "The rewards are saturated",
-                "the scale is used up, so use harder prompts; a reward without a ceiling (the logit instead "
-                "of a probability)",
-            ),
             f"{{share}} equal the {end} reward of the file",
             bound="at_end",
             needs=("responses", 20),
@@ -399,14 +388,12 @@ CHECKS = (
         for key, end in (("at_top", "largest"), ("at_bottom", "smallest"))
     ),
     Check(
+        "null_rewards",
+        "Rewards are missing",
+        "model: see the skipped files and the log of annotation, where answers that are too long for the "
+        "reward model are the usual cause; function: see the log of annotation, as the reward function gives "
+        "none or NaN for these answers",
         "null_share",
-        Kind(
-            "null_rewards",
-            "Rewards are missing",
-            "model: see the skipped files and the log of annotation, where answers that are too long for the "
-            "reward model are the usual cause; function: see the log of annotation, as the reward function "
-            "gives none or NaN for these answers",
-        ),
         "{share} of the rewards are null",
     ),
 )

@@ -134,12 +134,14 @@ def test_even_a_script_in_the_page_may_not_fetch(seen):
 
 def test_injection_does_nothing(seen):
     seen.scroll()
+    data = json.loads(seen.page.locator("#samples-data").text_content())
     for name in ("heldout", "training"):
+        seen.page.fill("#search", "")
         seen.page.check(f"input[value={name}]")
+        seen.wait_count(f"{len(data[name])} of {len(data[name])}")
         seen.page.fill("#search", "onerror")
-        seen.wait_count("1 of")
-        for details in seen.page.locator("#list details").all():
-            details.evaluate("d => d.open = true")
+        seen.wait_count(f"1 of {len(data[name])}")
+        seen.page.evaluate("document.querySelectorAll('#list details').forEach(d => { d.open = true })")
         assert EVIL in seen.page.locator("#list").inner_text().replace("\u2028", "")
     seen.page.wait_for_timeout(300)
     assert seen.page.evaluate("window.owned") is None and seen.console == []
@@ -223,7 +225,8 @@ def test_dark_follows_the_system_and_the_switch(seen):
         return sum(seen.page.evaluate(colour)[:3]) / 3
 
     def line():
-        seen.page.wait_for_selector(".plot .js-line")
+        seen.page.locator(".plot").first.scroll_into_view_if_needed()
+        seen.page.wait_for_selector(".plot .js-line", state="attached")
         return seen.page.evaluate("getComputedStyle(document.querySelector('.plot .js-line')).stroke")
 
     assert ground() < 60
