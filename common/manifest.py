@@ -166,12 +166,12 @@ def write_yaml(path: str | Path, values: dict) -> None:
     """Write a YAML file under a temporary name and rename."""
     import yaml
 
-    _write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000))
+    write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000))
 
 
 def write_json(path: str | Path, value: dict | list) -> None:
     """Write JSON under a temporary name and rename."""
-    _write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_jsonl(path: str | Path, entries: list):
@@ -179,12 +179,13 @@ def write_jsonl(path: str | Path, entries: list):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if entries:
-        _write_text(path, "".join(records.dumps(entry) + "\n" for entry in entries))
+        write_text(path, "".join(records.dumps(entry) + "\n" for entry in entries))
     else:
         path.unlink(missing_ok=True)
 
 
-def _write_text(path, text):
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text under a temporary name and rename."""
     temporary = Path(f"{path}.tmp")
     with writing(path):
         temporary.write_text(text, encoding="utf-8", newline="\n")

@@ -61,6 +61,11 @@ if TYPE_CHECKING:
 
 SCRIPT = "evaluation/divergence.py"
 HALVES = ("bfloat16", "float16")
+NOTES = {  # of what is counted, if there is any
+    "left_out": "responses left out: no token, or longer than the models' context",
+    "from_text": "responses have no token ids of this tokenizer: from their text the estimate is not exact",
+    "retokenised": "of them have another number of tokens than were sampled",
+}
 K3_NULL = "computed in bf16 or fp16, whose rounding would add to it; --dtype float32 gives it"
 
 
@@ -84,10 +89,7 @@ class Arguments:
     )
     batch_tokens: int | None = arg(
         None,
-        help=(
-            "tokens of a forward pass; None: 16384 on a GPU, 2048 without; halved by itself when memory "
-            "runs out"
-        ),
+        "tokens of a forward pass, halved when memory runs out; None: 16384 on a GPU, 2048 without",
         shapes=False,
     )
     share_prompts: bool = arg(
@@ -138,10 +140,7 @@ def check(args: Arguments):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1")
     if Path(args.output_dir).suffix != ".jsonl":
-        raise UserError(
-            f"--output_dir {args.output_dir}: a name that ends in .jsonl was expected; the estimates stand "
-            "beside it, in .json"
-        )
+        raise UserError(f"--output_dir {args.output_dir}: a name that ends in .jsonl was expected")
     temperature = sampling(args)["temperature"]
     if not temperature > 0:
         raise UserError(
@@ -251,15 +250,12 @@ class Policy(Backbone):
         packed = shared_prompts.pack(groups, labelled=True)
         columns = packed.columns()
         begun = [start for group, start in zip(groups, starts, strict=True) for _ in group]
-        spans = [
-            at[start - 1 : -1] for at, start in zip(columns, begun, strict=True)
-        ]  # the columns that foretell them
+        # the columns that predict them
+        spans = [at[start - 1 : -1] for at, start in zip(columns, begun, strict=True)]
         ids = [ids for group in groups for ids in group]
         following = torch.zeros(packed.ids.shape[1], dtype=torch.long)
-        for at, one, start in zip(spans, ids, begun, strict=True):
-            following[at] = torch.tensor(
-                one[start:], dtype=torch.long
-            )  # alike wherever sequences share a column
+        for at, one, start in zip(spans, ids, begun, strict=True):  # alike where sequences share a column
+            following[at] = torch.tensor(one[start:], dtype=torch.long)
         packed.wanted = torch.cat(spans).unique()
         place = torch.zeros(packed.ids.shape[1], dtype=torch.long)
         place[packed.wanted] = torch.arange(len(packed.wanted))
@@ -291,16 +287,10 @@ def summarise(entries: Iterable[dict], facts: dict) -> dict:
             k3.append(statistics.fmean(values))
             total_k3 += sum(values)
     rounded = len(k3) < len(kl)
-    found = dict(
-        zip(
-            ("kl", "kl_se", "k3", "k3_se"),
-            (*mean_and_error(kl), *((None, None) if rounded else mean_and_error(k3))),
-        )
-    )
-    found |= {
-        "kl_per_token": total / tokens if tokens else None,
-        "k3_per_token": total_k3 / tokens if tokens and not rounded else None,
-    }
+    found = dict(zip(("kl", "kl_se"), mean_and_error(kl)))
+    found |= dict(zip(("k3", "k3_se"), mean_and_error([] if rounded else k3)))
+    found["kl_per_token"] = total / tokens if tokens else None
+    found["k3_per_token"] = total_k3 / tokens if tokens and not rounded else None
     found = {key: None if value is None else round(value, 6) for key, value in found.items()}
     facts = facts | ({"k3_null": K3_NULL} if rounded else {})
     return found | {"estimator": "k1", "prompts": len(kl), "responses": responses, "tokens": tokens} | facts
@@ -327,28 +317,23 @@ def combine(record: dict, policy: list, reference: list, rounded: bool = False) 
 
 def of_itself(args: Arguments, output: manifest.Output, facts: dict):
     """Policy and reference are one model: the estimate is 0 and nothing is computed."""
-    known = {"tokens": None, "logps": None, "ref_logps": None, "k3": None}
-    records = read_generated(args.dataset_name_or_path)
     lines = [
-        {"id": record["id"]} | {key: [value] * len(record["responses"]) for key, value in known.items()}
-        for record in records
+        {"id": record["id"]}
+        | dict.fromkeys(("tokens", "logps", "ref_logps", "k3"), [None] * len(record["responses"]))
+        for record in read_generated(args.dataset_name_or_path)
     ]
-    zeros = dict.fromkeys(("kl", "kl_se", "k3", "k3_se", "kl_per_token", "k3_per_token"), 0.0)
-    summary = (
-        zeros
-        | {
-            "estimator": "none: policy and reference are one model",
-            "prompts": len(lines),
-            "responses": 0,
-            "tokens": 0,
-        }
-        | facts
-    )
-    manifest.write_json(summary_path(args.output_dir), summary)
-    output.finish_with(
-        ((dumps(line) + "\n").encode() for line in lines), {"records": len(lines), "processes": 1} | summary
-    )
+    summary = dict.fromkeys(("kl", "kl_se", "k3", "k3_se", "kl_per_token", "k3_per_token"), 0.0)
+    summary |= {"estimator": "none: policy and reference are one model", "prompts": len(lines)}
+    summary |= {"responses": 0, "tokens": 0} | facts
+    save(args, output, lines, summary, records=len(lines), processes=1)
     print(f"{args.model_name_or_path} is the reference: KL 0; wrote {summary_path(args.output_dir)}")
+
+
+def save(args: Arguments, output: manifest.Output, entries: Iterable[dict], summary: dict, **counts: int):
+    """Write the estimates, then the records."""
+    manifest.write_json(summary_path(args.output_dir), summary)
+    lines = ((dumps(entry) + "\n").encode() for entry in entries)
+    output.finish_with(lines, counts | summary)
 
 
 def run_model(
@@ -410,25 +395,19 @@ def score(records: list, policy: Policy, encode: Encoder, limit: int, source: st
         except UserError as error:
             raise UserError(f"{source} record {i + 1}: {' '.join(str(error).split())}") from None
         known = [k for k, ids in enumerate(responses) if ids and len(prompt) + len(ids) <= limit and prompt]
-        entries.append(
-            {
-                "id": i,
-                "logps": [None] * len(responses),
-                "retokenised": made["retokenised"],
-                "from_text": len(responses) - made["as_sampled"],
-                "dtype": policy.dtype,
-            }
-        )
+        entry = {"id": i, "logps": [None] * len(responses), "dtype": policy.dtype}
+        entry |= {"retokenised": made["retokenised"], "from_text": len(responses) - made["as_sampled"]}
+        entries.append(entry)
         if known:
             groups.append((prompt, [responses[k] for k in known]))
-            places.append((entries[-1], known))
+            places.append((entry, known))
     for g, found in policy.logps(groups) if groups else ():
         entry, known = places[g]
         for k, values in zip(known, found, strict=True):
             if not all(map(math.isfinite, values)):
                 raise UserError(
-                    f"{policy.name} gives log-probabilities that are no numbers: is it damaged, or "
-                    "trained in another dtype?"
+                    f"{policy.name} gives log-probabilities that are no numbers: is it damaged, or trained "
+                    "in another dtype?"
                 )
             entry["logps"][k] = [round(value, 6) for value in values]
     return entries
@@ -510,40 +489,20 @@ def finish(args: Arguments, output: manifest.Output, N: int, facts: dict, second
             counts["left_out"] += ours["logps"].count(None)
             for key in ("retokenised", "from_text"):
                 counts[key] += ours[key]
-            yield combine(
-                record,
-                ours["logps"],
-                theirs["logps"],
-                not {ours["dtype"], theirs["dtype"]}.isdisjoint(HALVES),
-            )
+            rounded = not {ours["dtype"], theirs["dtype"]}.isdisjoint(HALVES)
+            yield combine(record, ours["logps"], theirs["logps"], rounded)
 
     counts = {}
     summary = summarise(entries(), facts) | counts | {"seconds": round(seconds, 1)}
     summary["exact"] &= not counts["from_text"]
-    manifest.write_json(summary_path(args.output_dir), summary)
-    output.finish_with(
-        ((dumps(entry) + "\n").encode() for entry in entries()),
-        {"records": N, "processes": processes} | summary,
-    )
+    save(args, output, entries(), summary, records=N, processes=processes)
     error = "" if summary["kl_se"] is None else f" ± {summary['kl_se']:.3f}"
-    shown = (
-        "–"
-        if summary["kl"] is None
-        else f"{summary['kl']:.3f}{error} nats a response, {summary['kl_per_token']:.4f} a token"
-    )
-    print(
-        f"read {N} prompts, {summary['responses']} responses, {summary['tokens']} tokens; wrote "
-        f"{args.output_dir}\n  KL to {facts['reference']}: {shown}"
-    )
-    for key, what in (
-        ("left_out", "responses left out: no token, or longer than the models' context"),
-        (
-            "from_text",
-            "responses have no token ids of this tokenizer, so their text was tokenised: the estimate is not "
-            "exact",
-        ),
-        ("retokenised", "of them have another number of tokens than were sampled"),
-    ):
+    shown = "–"
+    if summary["kl"] is not None:
+        shown = f"{summary['kl']:.3f}{error} nats a response, {summary['kl_per_token']:.4f} a token"
+    of = f"{N} prompts, {summary['responses']} responses, {summary['tokens']} tokens"
+    print(f"read {of}; wrote {args.output_dir}\n  KL to {facts['reference']}: {shown}")
+    for key, what in NOTES.items():
         if summary[key]:
             print(f"note: {summary[key]} {what}")
     if not facts["exact"]:

@@ -90,9 +90,7 @@ def model_of(args: Arguments) -> tuple[str, Path]:
         name = cli.read_yaml(run.settings, "run (its loop.yaml)").get("model_name_or_path", "")
     elif not Path(name, "config.json").is_file():
         pruned = run.pruned(args.iterate).exists()
-        raise UserError(
-            f"{name} is not there" + (": its weights were deleted by keep_iterates" if pruned else "")
-        )
+        raise UserError(f"{name} is not there" + (": keep_iterates deleted its weights" if pruned else ""))
     return name, Path(args.output_dir) if args.output_dir else run.iteration(args.iterate) / "benchmarks"
 
 
@@ -116,11 +114,9 @@ def groups(tasks: list[str], run_code: bool) -> tuple[dict[int | None, list[str]
 
 
 def literal(value: object) -> str:
-    return (
-        str(value)
-        if not isinstance(value, str) or value.replace("_", "").isalnum() or "/" in value
-        else json.dumps(value)
-    )
+    """A value of --model_args, as the harness reads it."""
+    plain = not isinstance(value, str) or value.replace("_", "").isalnum() or "/" in value
+    return str(value) if plain else json.dumps(value)
 
 
 def command(args: Arguments, model: str, shots: int | None, tasks: list[str], folder: Path) -> list[str]:
@@ -139,23 +135,10 @@ def command(args: Arguments, model: str, shots: int | None, tasks: list[str], fo
     elif args.max_model_len:
         named["max_length"] = args.max_model_len
     start = ["-m", "lm_eval"] if args.backend == "hf" or devices.visible_gpus() else ["-c", ON_CPU]
-    words = [
-        sys.executable,
-        *start,
-        "run",
-        "--model",
-        args.backend,
-        "--model_args",
-        *(f"{key}={literal(value)}" for key, value in (named | args.model_args).items()),
-        "--tasks",
-        *tasks,
-        "--batch_size",
-        args.batch_size,
-        "--seed",
-        str(args.seed),
-        "--output_path",
-        str(folder),
-    ]
+    words = [sys.executable, *start, "run", "--model", args.backend, "--model_args"]
+    words += [f"{key}={literal(value)}" for key, value in (named | args.model_args).items()]
+    words += ["--tasks", *tasks, "--batch_size", args.batch_size, "--seed", str(args.seed)]
+    words += ["--output_path", str(folder)]
     words += [] if shots is None else ["--num_fewshot", str(shots)]
     words += ["--limit", str(args.limit)] if args.limit else []
     words += ["--include_path", args.include_path] if args.include_path else []
@@ -186,9 +169,8 @@ def figures(path: Path) -> dict[str, dict]:
 def variables(words: list[str]) -> dict[str, str]:
     """What the harness's command needs beside the environment that is there; what is set there stays."""
     needed = {"HF_ALLOW_CODE_EVAL": "1"} if "--confirm_run_unsafe_code" in words else {}
-    if (
-        devices.visible_gpus()
-    ):  # both as generation/get_hf2.py does: no nvcc is needed, and on the CPU one process
+    # both as generation/get_hf2.py does: no nvcc is needed, and on the CPU one process
+    if devices.visible_gpus():
         vllm = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
     else:
         vllm = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -198,13 +180,8 @@ def variables(words: list[str]) -> dict[str, str]:
 def evaluate(args: Arguments, words: list[str], folder: Path, tasks: list[str]) -> dict[str, dict]:
     """Run the harness for one group, if it was not run for just this; its results."""
     folder.mkdir(parents=True, exist_ok=True)
-    settings, mark = (
-        {
-            "command": words[1:],
-            "model": manifest.fingerprint(words[words.index("--model_args") + 1].partition("=")[2]),
-        },
-        folder / "done.json",
-    )
+    model, mark = words[words.index("--model_args") + 1].partition("=")[2], folder / "done.json"
+    settings = {"command": words[1:], "model": manifest.fingerprint(model)}
     if mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) == settings and newest_results(folder):
         print(f"{', '.join(tasks)}: done already")
         return figures(newest_results(folder))
@@ -219,13 +196,11 @@ def evaluate(args: Arguments, words: list[str], folder: Path, tasks: list[str]) 
         ).returncode
     results = newest_results(folder)
     if status or results is None or results.stat().st_mtime < began - 1:
-        lines = [
-            line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
-        ]
-        raise UserError(
-            f"lm_eval ended with status {status}: "
-            f"{' '.join(lines[-1].split())[:300] if lines else 'it said nothing'}; log: {log}"
+        said = log.read_text(encoding="utf-8", errors="replace").split("\n")
+        last = next(
+            (" ".join(line.split())[:300] for line in reversed(said) if line.strip()), "it said nothing"
         )
+        raise UserError(f"lm_eval ended with status {status}: {last}; log: {log}")
     manifest.write_json(mark, settings)
     return figures(results)
 
@@ -241,10 +216,8 @@ def main():
         folder = target / ("default" if shots is None else f"{shots}_examples")
         planned.append((command(args, model, shots, tasks, folder), folder, tasks))
     if left_out:
-        print(
-            f"note: {', '.join(left_out)} left out: they run code that the model writes; --run_code true "
-            "allows it"
-        )
+        names = ", ".join(left_out)
+        print(f"note: {names} left out: they run code that the model writes; --run_code true allows it")
     if args.dry_run:
         for words, *_ in planned:
             print("".join(f"{key}={value} " for key, value in variables(words).items()) + shlex.join(words))
@@ -252,21 +225,11 @@ def main():
     found = {}
     for words, folder, tasks in planned:
         found |= evaluate(args, words, folder, tasks)
-    manifest.write_json(
-        target / "results.json",
-        {
-            "model": model,
-            "limit": args.limit,
-            "apply_chat_template": args.apply_chat_template,
-            "tasks": found,
-        },
-    )
+    told = {"model": model, "limit": args.limit, "apply_chat_template": args.apply_chat_template}
+    manifest.write_json(target / "results.json", told | {"tasks": found})
     for task, values in found.items():
-        shown = ", ".join(
-            f"{key.partition(',')[0]} {value:.4f}"
-            for key, value in values.items()
-            if "," in key and "stderr" not in key
-        )
+        metrics = {key: value for key, value in values.items() if "," in key and "stderr" not in key}
+        shown = ", ".join(f"{key.partition(',')[0]} {value:.4f}" for key, value in metrics.items())
         if shown:
             print(f"{task:24} {shown}")
     print(f"wrote {target / 'results.json'}")

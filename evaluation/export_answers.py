@@ -17,10 +17,7 @@ prompts. Their fields (`dataset`, `uid`, …) are carried into the answers and f
 of yours (the starting policy's, say) any prompts do.
 """
 
-import functools
 import hashlib
-import json
-import os
 import re
 import shlex
 import sys
@@ -91,21 +88,15 @@ def markdown_counts(text: str) -> dict[str, dict]:
     """Arena-Hard's style features of an answer, what stands between ``` left out: headers by level, list
     items, bold spans.
     """
-    blocks = re.findall("```([^`]*)```", text)
-    text = functools.reduce(lambda rest, block: rest.replace(block, ""), blocks, text)
+    for block in re.findall("```([^`]*)```", text):
+        text = text.replace(block, "")
     levels = Counter(map(len, re.findall(r"^(#{1,6})\s", text, re.MULTILINE)))
+    items = {"ordered": r"^\s*\d+\.\s", "unordered": r"^\s*[-*+]\s"}
+    bold = {"**": r"\*\*[^*\n]+\*\*", "__": r"__[^_\n]+__"}
     return {
         "header_count": {f"h{n}": levels[n] for n in range(1, 7)},
-        "list_count": {
-            "ordered": len(re.findall(r"^\s*\d+\.\s", text, re.MULTILINE)),
-            "unordered": len(re.findall(r"^\s*[-*+]\s", text, re.MULTILINE)),
-        },
-        "bold_count": {
-            mark * 2: len(
-                re.findall(rf"{re.escape(mark * 2)}[^{re.escape(mark)}\n]+{re.escape(mark * 2)}", text)
-            )
-            for mark in "*_"
-        },
+        "list_count": {kind: len(re.findall(mark, text, re.MULTILINE)) for kind, mark in items.items()},
+        "bold_count": {kind: len(re.findall(mark, text)) for kind, mark in bold.items()},
     }
 
 
@@ -149,24 +140,20 @@ def arena_entry(
     counts = {"token_len": tokens} | markdown_counts(answer)
     digest = hashlib.sha256(f"{args.generator}\0{instruction}\0{answer}".encode()).hexdigest()[:22]
     if args.format == "arena_hard":
-        messages = [
-            {"role": "user", "content": instruction},
-            {"role": "assistant", "content": {"answer": answer}},
-        ]
+        asked, given = {"role": "user", "content": instruction}, {"answer": answer}
         return {
             "uid": key_of(record, ("uid", "question_id"), where),
             "ans_id": digest,
             "model": args.generator,
-            "messages": messages,
+            "messages": [asked, {"role": "assistant", "content": given}],
             "tstamp": time.time(),
             "metadata": counts,
         }
-    choices = [{"index": 0, "turns": [{"content": answer, "token_len": tokens}]}]
     return {
         "question_id": key_of(record, ("question_id", "uid"), where),
         "answer_id": digest,
         "model_id": args.generator,
-        "choices": choices,
+        "choices": [{"index": 0, "turns": [{"content": answer, "token_len": tokens}]}],
         "tstamp": time.time(),
         "conv_metadata": counts,
     }
@@ -194,8 +181,7 @@ def make_entries(args: Arguments) -> tuple[list[dict], Counter]:
             continue
         if count is None:
             notes[
-                "answers were counted in the policy's tokens, as tiktoken or its vocabulary cannot be had: "
-                "leave style control out"
+                "answers counted in the policy's tokens, as tiktoken is not there: leave out style control"
             ] += 1
         tokens = count(answer) if count else (record.get("num_tokens") or [None] * (i + 1))[i]
         if tokens is None:
@@ -221,10 +207,8 @@ def commands(args: Arguments) -> list[str]:
     if args.format == "alpaca_eval":
         return [
             "pip install alpaca-eval; export OPENAI_API_KEY=…",
-            f"alpaca_eval --model_outputs {target}                                  # AlpacaEval's prompts, "
-            "against GPT-4 Turbo",
-            f"alpaca_eval --model_outputs {target} --reference_outputs START.json   # any prompts, against "
-            "other answers to them",
+            f"alpaca_eval --model_outputs {target}   # AlpacaEval's prompts, against GPT-4 Turbo",
+            f"alpaca_eval --model_outputs {target} --reference_outputs START.json   # against other answers",
         ]
     bench = "arena-hard-v2.0" if args.format == "arena_hard" else "arena-hard-v0.1"
     more = "" if args.format == "arena_hard" else " && git checkout 8f2f44d"
@@ -250,17 +234,8 @@ def main():
         raise UserError(f"{target} is there already; give another --output_dir or --overwrite")
     entries, notes = make_entries(args)
     target.parent.mkdir(parents=True, exist_ok=True)
-    if args.format == "alpaca_eval":
-        manifest.write_json(target, entries)
-    else:
-        temporary = target.with_name(f"{target.name}.tmp")
-        with manifest.writing(target):
-            temporary.write_text(
-                "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries),
-                encoding="utf-8",
-                newline="\n",
-            )
-        os.replace(temporary, target)
+    write = manifest.write_json if args.format == "alpaca_eval" else manifest.write_jsonl
+    write(target, entries)
     print(f"wrote {len(entries)} answers of {args.generator} to {target}")
     for note, n in notes.items():
         print(f"note: {n} {note}")

@@ -63,6 +63,11 @@ def wins(before: dict, after: dict) -> dict:
     return found
 
 
+def sigmoid(z: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(−z)), without an overflow."""
+    return 1 / (1 + np.exp(-np.clip(z, -500, 500)))
+
+
 def fit_logistic(
     x: np.ndarray, y: np.ndarray, groups: np.ndarray | None = None, ridge: float = RIDGE, steps: int = 100
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -86,7 +91,7 @@ def fit_logistic(
 
     now = loss(w)
     for _ in range(steps):
-        p = 1 / (1 + np.exp(-np.clip(x @ w, -500, 500)))
+        p = sigmoid(x @ w)
         gradient = x.T @ (p - y) + ridge * w
         hessian = (x * (p * (1 - p))[:, None]).T @ x + ridge * np.eye(len(w))
         step, scale = np.linalg.solve(hessian, gradient), 1.0
@@ -95,7 +100,7 @@ def fit_logistic(
         w, before, now = w - scale * step, now, loss(w - scale * step)
         if np.abs(gradient).max() < 1e-9 * max(1, len(y)) or before - now < 1e-13 * max(1.0, abs(now)):
             break
-    p = 1 / (1 + np.exp(-np.clip(x @ w, -500, 500)))
+    p = sigmoid(x @ w)
     bread = np.linalg.inv((x * (p * (1 - p))[:, None]).T @ x + ridge * np.eye(len(w)))
     scores = x * (y - p)[:, None]
     if groups is not None:
@@ -129,30 +134,22 @@ def length_controlled_win_rate(
     """
     y, delta, groups = [], [], []
     for n, key in enumerate(key for key in before if key in after):
-        size = min(
-            len(before[key]),
-            len(after[key]),
-            len(before_lengths.get(key, ())),
-            len(after_lengths.get(key, ())),
-        )
+        sizes = (before_lengths.get(key, ()), after_lengths.get(key, ()))
+        size = min(map(len, (before[key], after[key], *sizes)))
         old, new = before[key][:size], after[key][:size]
         y.append((new > old) + 0.5 * (new == old))
-        delta.append(after_lengths[key][:size] - before_lengths[key][:size] if size else np.zeros(0))
+        delta.append(np.asarray(sizes[1][:size], float) - np.asarray(sizes[0][:size], float))
         groups.append(np.full(size, n))
     if len(y) < 2 or not sum(map(len, y)):
         return None
-    y, delta, groups = np.concatenate(y), np.concatenate(delta).astype(float), np.concatenate(groups)
+    y, delta, groups = map(np.concatenate, (y, delta, groups))
     spread = delta.std()
     if min((delta <= 0).mean(), (delta >= 0).mean()) < SUPPORT:
         return None
-    w, covariance = fit_logistic(
-        np.stack([np.ones(len(y)), np.tanh(delta / spread) if spread > 0 else np.zeros(len(y))], 1), y, groups
-    )
+    longer = np.tanh(delta / spread) if spread > 0 else np.zeros(len(y))
+    w, covariance = fit_logistic(np.stack([np.ones(len(y)), longer], 1), y, groups)
     error = math.sqrt(max(covariance[0, 0], 0.0))
-    return tuple(
-        float(1 / (1 + math.exp(-max(min(z, 500), -500))))
-        for z in (w[0], w[0] - 1.96 * error, w[0] + 1.96 * error)
-    )
+    return tuple(float(sigmoid(z)) for z in (w[0], w[0] - 1.96 * error, w[0] + 1.96 * error))
 
 
 def best_of(values: dict, others: dict | None = None) -> list[float]:
@@ -170,9 +167,8 @@ def best_of(values: dict, others: dict | None = None) -> list[float]:
     Returns:
         list of n numbers; empty without values.
     """
-    n = max(Counter(map(len, values.values())).items(), key=lambda item: (item[1], item[0]), default=(0, 0))[
-        0
-    ]
+    sizes = Counter(map(len, values.values()))
+    n = max(sizes, key=lambda size: (sizes[size], size), default=0)
     curve, count = np.zeros(n), 0
     weights = np.array([[math.comb(i, k - 1) / math.comb(n, k) for i in range(n)] for k in range(1, n + 1)])
     for key, own in values.items():
@@ -189,17 +185,17 @@ def best_of(values: dict, others: dict | None = None) -> list[float]:
     return [float(v) for v in curve / count] if count else []
 
 
-def tokens(text: str) -> list[str]:
-    """Words and signs of a text, as n-grams count them."""
-    return TOKEN.findall(text)
+def ngrams(text: str, n: int) -> list[tuple]:
+    """The n-grams of a text's words and signs."""
+    words = TOKEN.findall(text)
+    return list(zip(*(words[k:] for k in range(n))))
 
 
 def repetition(text: str, n: int = 4) -> float:
     """Share of a text's n-grams that stood in it before (seq-rep-n of Welleck et al. 2019, arXiv
     1908.04319); 0 if too short.
     """
-    words = tokens(text)
-    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    grams = ngrams(text, n)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
@@ -209,9 +205,9 @@ def distinct(texts: list[str], n: int) -> float | None:
     """
     total, seen = 0, set()
     for text in texts:
-        words = tokens(text)
-        total += max(0, len(words) - n + 1)
-        seen.update(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+        grams = ngrams(text, n)
+        total += len(grams)
+        seen.update(grams)
     return len(seen) / total if total else None
 
 
@@ -230,36 +226,29 @@ def histogram(
     if high <= low:
         low, high = low - 0.5, high + 0.5
     counts, edges = np.histogram(np.clip(values, low, high), bins, (low, high))
-    return [float(e) for e in edges], [float(c) for c in counts / len(values)]
+    return edges.tolist(), (counts / len(values)).tolist()
 
 
 def by_length(rewards: np.ndarray, lengths: np.ndarray, edges: list) -> list:
     """(mean length, mean reward, responses) of the responses within each of the length bins; None where a bin
     has fewer than 5.
     """
-    found = []
+    known, found = np.isfinite(rewards) & (lengths >= 0), []
+    bins = np.clip(
+        np.searchsorted(edges, lengths, "right") - 1, None, len(edges) - 2
+    )  # the last holds its end
     for k in range(len(edges) - 1):
-        inside = (lengths >= edges[k]) & (
-            (lengths < edges[k + 1]) | (k == len(edges) - 2) & (lengths <= edges[k + 1])
-        )
-        inside &= np.isfinite(rewards) & (lengths >= 0)
-        enough = inside.sum() >= 5
-        found.append(
-            (float(lengths[inside].mean()), float(rewards[inside].mean()), int(inside.sum()))
-            if enough
-            else None
-        )
+        inside = known & (bins == k)
+        count = int(inside.sum())
+        means = (float(values[inside].mean()) for values in (lengths, rewards))
+        found.append((*means, count) if count >= 5 else None)
     return found
 
 
 def length_edges(lengths: np.ndarray, bins: int = 8) -> list[float]:
     """Edges that cut lengths into bins of about as many responses, at most `bins`."""
     lengths = lengths[lengths >= 0]
-    return (
-        [float(e) for e in np.unique(np.quantile(lengths, np.linspace(0, 1, bins + 1)))]
-        if len(lengths)
-        else []
-    )
+    return np.unique(np.quantile(lengths, np.linspace(0, 1, bins + 1))).tolist() if len(lengths) else []
 
 
 def length_correlation(rewards: np.ndarray, lengths: np.ndarray, offsets: np.ndarray) -> float | None:

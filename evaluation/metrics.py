@@ -257,17 +257,6 @@ def measured(metrics: dict) -> list:
     return [(name, values) for name, values in found.items() if values]
 
 
-def are_metrics(value: object) -> bool:
-    """Whether a JSON value has the form of what `main` writes."""
-    if not isinstance(value, dict) or not all(
-        isinstance(value.get(key, {}), dict) for key in (*KINDS, "judge", "files")
-    ):
-        return False
-    return all(isinstance(own, dict) for own in value.get("judge", {}).values()) and all(
-        isinstance(file, str) for file in value.get("files", {}).values()
-    )
-
-
 def settings_of(folder: str | Path) -> dict:
     """The settings in RUN/loop.yaml; {} where they are not there or cannot be read."""
     try:
@@ -276,7 +265,24 @@ def settings_of(folder: str | Path) -> dict:
         return {}
 
 
-def read_run(folder: str | Path) -> list:
+def read_metrics(path: Path) -> dict:
+    """What `main` has written into a metrics.json; a UserError names one that holds something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); delete it and measure again") from None
+    parts = [found.get(key, {}) for key in (*KINDS, "judge", "files")] if isinstance(found, dict) else [None]
+    if all(isinstance(part, dict) for part in parts):
+        *_, judge, files = parts
+        inner = [isinstance(own, dict) for own in judge.values()] + [
+            isinstance(f, str) for f in files.values()
+        ]
+        if all(inner):
+            return found
+    raise UserError(f"{path} does not hold metrics; delete it and measure again")
+
+
+def read_run(folder: str | Path) -> list[tuple[Path, dict]]:
     """`(folder of the iterate, its metrics)` of every iterate of a run that was measured, in order.
 
     With them stand `iterate`, its number; `divergence`, the estimates of evaluation/divergence.py where it
@@ -286,107 +292,94 @@ def read_run(folder: str | Path) -> list:
     Raises:
         UserError: no such folder, or no metrics in it yet.
     """
-    run, iterates = RunFolder(folder), []
-    seconds, evaluated = run.seconds(), is_evaluated(settings_of(folder))
-    for i in run.iterations():
-        path = run.metrics(i)
-        if path.is_file():
-            try:
-                metrics = json.loads(path.read_text(encoding="utf-8"))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path} is not valid JSON ({error}); delete it and measure again") from None
-            if not are_metrics(metrics):
-                raise UserError(f"{path} does not hold metrics; delete it and measure again")
-        elif evaluated or not read_object(run.model_manifest(i)).get("complete"):
-            continue
-        else:
-            metrics = {}
-        metrics = {"iterate": i} | metrics
+    run = RunFolder(folder)
+    found = {i: read_metrics(run.metrics(i)) for i in run.iterations() if run.metrics(i).is_file()}
+    if not found:
+        if is_evaluated(settings_of(folder)):
+            there = "" if run.path.is_dir() else ", there is no such folder"
+            raise UserError(f"no iterN/metrics.json in {folder}{there}")
+        found = {i: {} for i in run.iterations() if read_object(run.model_manifest(i)).get("complete")}
+    seconds = run.seconds()
+    for i, own in found.items():
+        own["iterate"] = i
         if estimates := read_object(run.divergence_summary(i)):
-            metrics["divergence"] = estimates
+            own["divergence"] = estimates
         if i in seconds:
-            metrics["seconds"] = sum(seconds[i].values())
-        iterates.append((path.parent, metrics))
-    if not iterates and evaluated:
-        there = "" if run.path.is_dir() else ", there is no such folder"
-        raise UserError(f"no iterN/metrics.json in {folder}{there}")
-    return iterates
+            own["seconds"] = sum(seconds[i].values())
+    return [(run.iteration(i), own) for i, own in found.items()]
 
 
-def compare(first: tuple, last: tuple, gold: Callable | None = None) -> list:
-    """Paired intervals between two iterates, from their held-out files.
+def gains(iterates: list[tuple], gold_function: str | None = None) -> list[dict]:
+    """Paired intervals between the first and the last of a run's iterates, from their held-out files.
 
     Args:
-        first, last: items of `read_run`.
-        gold: gold function; None leaves gold out.
+        iterates: of `read_run`.
+        gold_function: FILE.py:NAME; None takes the one that the last metrics were made with.
 
     Returns:
-        list of (kind, quantity, (difference, low, high)), quantity out of reward, judge (the second reward
-        model's reward) and gold; nothing for a file that is not there any more.
-    """
-    found = []
-    for kind in KINDS:
-        for quantity, name in (("reward", kind), ("judge", f"judge_{kind}"), ("gold", kind)):
-            names = [(metrics.get("files") or {}).get(name) for _, metrics in (first, last)]
-            if None in names or (quantity == "gold" and not gold):
-                continue
-            paths = [folder / file for (folder, _), file in zip((first, last), names, strict=True)]
-            if all(path.is_file() for path in paths):
-                pair = [
-                    prompt_means(read_rewarded(path), gold if quantity == "gold" else None) for path in paths
-                ]
-                found.append((kind, quantity, paired_bootstrap(*pair)))
-    return found
-
-
-def gains(iterates: list, gold_function: str | None = None) -> list[str]:
-    """Lines: how the last of a run's iterates (see `read_run`) differs from the first on the same prompts;
-    none for one iterate.
-
-    Gold is compared with `gold_function` (FILE.py:NAME), or with the one that the last metrics were made
-    with.
+        a dict for each kind of answers and quantity (reward; judge, the second reward model's reward; gold):
+            `first`, `last` (iterates), `answers`, `quantity`, `difference`, `low`, `high`. Nothing for one
+            iterate, nor for a file that is not there any more.
     """
     if len(iterates) < 2:
         return []
-    first, last = iterates[0], iterates[-1]
-    spec = gold_function or last[1].get("gold_function")
-    lines = [
-        f"  {kind:7} {quantity:6} {difference:+.3f}  [{low:+.3f}, {high:+.3f}]"
-        for kind, quantity, (difference, low, high) in compare(first, last, load_gold(spec) if spec else None)
-    ]
-    ends = f"iterate {last[1]['iterate']} − iterate {first[1]['iterate']}"
-    return [f"{ends}, same prompts, 95% bootstrap interval", *lines] if lines else []
+    ends, found = (iterates[0], iterates[-1]), []
+    spec = gold_function or ends[1][1].get("gold_function")
+    gold = load_gold(spec) if spec else None
+    for kind in KINDS:
+        for name in (kind, f"judge_{kind}"):
+            paths = [place / (own.get("files") or {}).get(name, "-") for place, own in ends]
+            if not all(path.is_file() for path in paths):
+                continue
+            both = [read_rewarded(path) for path in paths]
+            scores = (
+                {"judge": None} if name in JUDGED else {"reward": None} | ({"gold": gold} if gold else {})
+            )
+            for quantity, score in scores.items():
+                interval = paired_bootstrap(*(prompt_means(one, score) for one in both))
+                found.append(
+                    {"first": ends[0][1]["iterate"], "last": ends[1][1]["iterate"], "answers": kind}
+                    | {"quantity": quantity}
+                    | dict(zip(("difference", "low", "high"), interval, strict=True))
+                )
+    return found
 
 
-def _below_table(folder, iterates, gold_function):
-    """What stands below a run's table: how its last iterate differs, or that nothing was measured."""
-    evaluated = is_evaluated(settings_of(folder))
-    return gains(iterates, gold_function) if evaluated else [NOT_EVALUATED]
+def below_table(iterates: list[tuple], gained: list[dict]) -> list[str]:
+    """Lines under a run's table: its `gains`, or that nothing was measured."""
+    if not any(measured(own) for _, own in iterates):
+        return [NOT_EVALUATED]
+    head = "iterate {last} − iterate {first}, same prompts, 95% bootstrap interval"
+    line = "  {answers:7} {quantity:6} {difference:+.3f}  [{low:+.3f}, {high:+.3f}]"
+    return [head.format(**gained[0]), *(line.format(**one) for one in gained)] if gained else []
 
 
-def table(run_folder: str | Path, gold_function: str | None = None) -> str:
-    """Text: the table of a run's iterates, and how the last differs from the first; `gold_function` as in
-    `gains`.
+def table(runs: list[tuple]) -> str:
+    """Text: the iterates of one run, or of several in one table, and how each run's last differs from its
+    own first.
+
+    Args:
+        runs: list of (name or None, of `read_run`, of `gains`).
     """
-    iterates = read_run(run_folder)
-    lines = _below_table(run_folder, iterates, gold_function)
-    return "\n".join([format_table([metrics for _, metrics in iterates]), *([""] if lines else []), *lines])
+    rows = [({"run": name} if name else {}) | own for name, iterates, _ in runs for _, own in iterates]
+    text = [format_table(rows)]
+    for name, iterates, gained in runs:
+        if lines := below_table(iterates, gained):
+            text += ["", f"{name}: {lines[0]}" if name else lines[0], *lines[1:]]
+    return "\n".join(text)
 
 
-def table_of_runs(folders: list, gold_function: str | None = None) -> str:
-    """Text: the iterates of several runs in one table, and how each run's last differs from its own first.
-
-    A run is called by its folder's name, or by the path as given where two names are alike.
+def table_of(folders: list[str], gold_function: str | None = None) -> str:
+    """The `table` of runs by their folders. Of several each is called by its folder's name, or by the path as
+    given where two names are alike.
     """
     names = [Path(folder).resolve().name for folder in folders]
-    if len(set(names)) < len(names):
-        names = [str(folder) for folder in folders]
-    runs = [(name, folder, read_run(folder)) for name, folder in zip(names, folders, strict=True)]
-    text = [format_table([{"run": name} | metrics for name, _, iterates in runs for _, metrics in iterates])]
-    for name, folder, iterates in runs:
-        lines = _below_table(folder, iterates, gold_function)
-        text += ["", f"{name}: {lines[0]}", *lines[1:]] if lines else []
-    return "\n".join(text)
+    if len(folders) == 1:
+        names = [None]
+    elif len(set(names)) < len(names):
+        names = folders
+    runs = [(name, read_run(folder)) for name, folder in zip(names, folders, strict=True)]
+    return table([(name, iterates, gains(iterates, gold_function)) for name, iterates in runs])
 
 
 def main():
@@ -394,9 +387,7 @@ def main():
     if args.run and args.runs:
         raise UserError("give --run FOLDER or --runs FOLDER FOLDER …, not both")
     if args.run or args.runs:
-        print(
-            table(args.run, args.gold_function) if args.run else table_of_runs(args.runs, args.gold_function)
-        )
+        print(table_of(args.runs or [args.run], args.gold_function))
         return
     files = {name: getattr(args, name) for name in (*KINDS, *JUDGED) if getattr(args, name)}
     if not files:

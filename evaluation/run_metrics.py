@@ -5,8 +5,9 @@ trackers of transformers.
     python evaluation/run_metrics.py --run runs/tiny --report_to tensorboard
 
 In:  a run's folder, as run_loop.sh and run_ppo.sh leave it, finished or not, evaluated or not.
-Out: `metrics.json` and `metrics.csv` there, what the trackers were told in `trackers.json`, and the run's
-     table in the terminal.
+Out: `metrics.json` (the rows, and `gains`: how the last iterate differs from the first) and `metrics.csv`
+     there, what the trackers were told in `trackers.json`, and the run's table in the terminal. While no
+     file of the run has changed, what metrics.json holds is shown again without being computed.
 
 A row's names are flat: `iterate`; what metrics.json of the iterate has of the answers, as `sampled_reward`,
 `greedy_gold`, `judge_sampled_reward`, …; `…_win_rate` against the start (below), with its standard error;
@@ -25,9 +26,9 @@ without them the tracker's own variable (WANDB_PROJECT) and the run's folder do.
 """
 
 import csv
+import hashlib
 import io
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import cli, manifest, trackers
-from common.cli import arg, count
+from common.cli import arg, count, one_line
 from common.hide import hidden
 from common.manifest import write_json
 from common.records import finite
@@ -64,22 +65,15 @@ class Arguments:
 
 def flat(values: object, prefix: str) -> dict:
     """{prefix + key: number} of a dict's numbers; `rewards/margins` becomes `rewards_margins`."""
-    return (
-        {
-            prefix + key.replace("/", "_"): value
-            for key, value in values.items()
-            if finite(value) or value is None
-        }
-        if isinstance(values, dict)
-        else {}
-    )
+    items = values.items() if isinstance(values, dict) else ()
+    return {prefix + key.replace("/", "_"): own for key, own in items if finite(own) or own is None}
 
 
 def rows(folder: str | Path) -> list[dict]:
     """One flat dict for each iterate of `metrics.read_run`, in order, all with the same keys.
 
     Raises:
-        UserError: no such folder, or no metrics in it yet.
+        UserError: as `metrics.read_run`.
     """
     made, run = [], RunFolder(folder)
     seconds, start, before = run.seconds(), {}, {}
@@ -127,23 +121,31 @@ def _against(kind, answers, start, before, is_start):
     return row
 
 
-def save(folder: str | Path, made: list[dict]):
-    """Write `rows` as metrics.json and metrics.csv, each under a temporary name; what would be the same is
-    left as it is.
-    """
-    run, text = RunFolder(folder), io.StringIO()
+def made_of(run: RunFolder, gold_function: str | None) -> str:
+    """A hash of the sizes and times of all that the rows and gains are made of."""
+    found = [gold_function]
+    for pattern in ("stages.jsonl", "iter*/*.json", "iter*/*.jsonl"):
+        stats = [(str(path.relative_to(run.path)), path.stat()) for path in sorted(run.path.glob(pattern))]
+        found += [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+
+def current(folder: str | Path, gold_function: str | None = None) -> dict:
+    """What RUN/metrics.json holds, written anew, with metrics.csv, where anything has changed."""
+    run = RunFolder(folder)
+    table, mark = run.metrics_table.with_suffix(".csv"), made_of(run, gold_function)
+    held = read_object(run.metrics_table)
+    if held.get("made_of") == mark and table.is_file():
+        return held
+    made, text = rows(folder), io.StringIO()
     writer = csv.DictWriter(text, list(made[0]) if made else ["iterate"], lineterminator="\n")
     writer.writeheader()
     writer.writerows(made)
-    held = {"run": run.path.resolve().name, "iterates": made}
-    if read_object(run.metrics_table) != held:
-        write_json(run.metrics_table, held)
-    path = run.metrics_table.with_suffix(".csv")
-    if not path.is_file() or path.read_text(encoding="utf-8") != text.getvalue():
-        temporary = path.with_name(f"{path.name}.tmp")
-        with manifest.writing(path):
-            temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
-        os.replace(temporary, path)
+    manifest.write_text(table, text.getvalue())
+    gained = metrics.gains(metrics.read_run(folder), gold_function)
+    held = {"run": run.path.resolve().name, "iterates": made, "gains": gained, "made_of": mark}
+    write_json(run.metrics_table, held)
+    return held
 
 
 def log(folder: str | Path, made: list[dict], report_to: list[str] | None):
@@ -153,28 +155,23 @@ def log(folder: str | Path, made: list[dict], report_to: list[str] | None):
     What each was told stands in RUN/trackers.json, so that no row is logged twice.
     """
     run, settings = RunFolder(folder), hidden(metrics.settings_of(folder))
-    names = {
-        "project": settings.get("project"),
-        "run_name": settings.get("run_name") or run.path.resolve().name,
-    }
+    names = {"project": settings.get("project")}
+    names["run_name"] = settings.get("run_name") or run.path.resolve().name
     states = read_object(run.trackers)
     for name in trackers.chosen(report_to):
         state = states.setdefault(name, {})
         told = state.setdefault("iterates", [])
         new = [row for row in made if row["iterate"] not in told]
-        if new:
-            figures = [(row["iterate"], {k: v for k, v in row.items() if finite(v)}) for row in new]
-            for _, row in figures:
-                del row["iterate"]
-            try:
+        figures = [
+            (row["iterate"], {k: v for k, v in row.items() if finite(v) and k != "iterate"}) for row in new
+        ]
+        try:
+            if new:
                 trackers.log_rows(name, figures, run.path, settings, names, state)
-            except Exception as error:  # no network, no login, not installed
-                print(
-                    f"note: {name} was not told of this run: {type(error).__name__}: "
-                    f"{' '.join(str(error).split())[:200]}",
-                    flush=True,
-                )
-                continue
+        except Exception as error:  # no network, no login, not installed
+            print(f"note: {name} was not told of this run: {one_line(error, 200)}", flush=True)
+            continue
+        if new:
             state["iterates"] = [*told, *(row["iterate"] for row in new)]
             write_json(run.trackers, states)
         before = f", {count(len(told), 'iterate')} had been logged before" if told else ""
@@ -211,11 +208,10 @@ def warnings(folder: str | Path) -> list[str]:
 def main():
     args = cli.parse(Arguments, __doc__)
     trackers.check(args.report_to, known=trackers.FIGURES)
-    made = rows(args.run)
-    save(args.run, made)
-    log(args.run, made, args.report_to or metrics.settings_of(args.run).get("report_to"))
-    print(metrics.table(args.run, args.gold_function))
-    for line in warnings(args.run) or alike(made):  # the page warns of the same
+    iterates, held = metrics.read_run(args.run), current(args.run, args.gold_function)
+    log(args.run, held["iterates"], args.report_to or metrics.settings_of(args.run).get("report_to"))
+    print(metrics.table([(None, iterates, held["gains"])]))
+    for line in warnings(args.run) or alike(held["iterates"]):  # the page warns of the same
         print(line)
 
 

@@ -42,26 +42,18 @@ PPO_CURVES = (
 
 def number(value: object) -> float | None:
     """A float short enough for a page; None where it is not finite."""
-    return (
-        float(f"{value:.5g}")
-        if isinstance(value, (int, float, np.floating, np.integer)) and abs(value) <= sys.float_info.max
-        else None
-    )
+    return float(f"{value:.5g}") if finite(value) else None
 
 
 def line(
-    points: Iterable[tuple],
-    name: str,
-    color: dict,
-    dash: str | None = None,
-    mode: str = "lines+markers",
-    **more: object,
+    points: Iterable[tuple], name: str, color: dict, dash: str | None = None, **more: object
 ) -> go.Scatter | None:
     """One line; None without a point.
 
     Args:
         points: tuples of x, y and maybe what is shown beside the pointer. y is a number, a (value, low, high)
             with an error bar where low is not None, or None, which is left out.
+        more: of plotly's trace.
     """
     points = [
         (x, y if isinstance(y, tuple) else (y, None, None), *said) for x, y, *said in points if y is not None
@@ -71,21 +63,20 @@ def line(
     if len(points[0]) > 2:
         more["text"] = [said for *_, said in points]
     values = [y for _, y, *_ in points]
-    trace = go.Scatter(
-        x=[point[0] for point in points],
-        y=[number(value) for value, *_ in values],
-        name=html.escape(name),
-        mode=mode,
-        meta=color,
-        **more,
-    )
-    if dash:
-        trace.update(line={"dash": dash})
     if any(low is not None for _, low, _ in values):
         sides = [(0, 0) if low is None else (high - v, v - low) for v, low, high in values]
-        bars = {"array": [number(up) for up, _ in sides], "arrayminus": [number(down) for _, down in sides]}
-        trace.update(error_y={"type": "data", "symmetric": False, "thickness": 1.3, "width": 4} | bars)
-    return trace
+        up, down = ([number(float(side)) for side in own] for own in zip(*sides, strict=True))
+        bars = {"type": "data", "symmetric": False, "thickness": 1.3, "width": 4}
+        more["error_y"] = bars | {"array": up, "arrayminus": down}
+    if dash:
+        more["line"] = {"dash": dash}
+    return go.Scatter(
+        x=[x for x, *_ in points],
+        y=[number(float(value)) for value, *_ in values],
+        name=html.escape(name),
+        meta=color,
+        **({"mode": "lines+markers"} | more),
+    )
 
 
 def chart(
@@ -95,7 +86,6 @@ def chart(
     x: str,
     traces: list,
     definition: str,
-    whole_x: bool = False,
     wide: bool = False,
     **layout: object,
 ) -> dict | None:
@@ -105,19 +95,12 @@ def chart(
         return None
     figure = go.Figure(traces)
     figure.update_layout(template="none", showlegend=len(traces) > 1, **layout)
-    figure.update_xaxes(title={"text": x})
+    figure.update_xaxes(title={"text": x}, dtick=1 if x in ("iterate", "k") else None)
     figure.update_layout(yaxis_title_text=y)  # a second axis has its own
     if figure.layout.yaxis.rangemode == "tozero" and not any(v for trace in traces for v in trace.y):
         figure.update_layout(yaxis_range=[0, 1])  # of nothing but zeros plotly would show -1 to 1
-    if whole_x:
-        figure.update_xaxes(dtick=1)
-    return {
-        "key": key,
-        "title": title,
-        "definition": definition,
-        "figure": figure.to_plotly_json(),
-        "wide": wide,
-    }
+    made = {"key": key, "title": title, "definition": definition, "wide": wide}
+    return made | {"figure": figure.to_plotly_json()}
 
 
 def label(run: Run, name: str, several: bool) -> str:
@@ -146,7 +129,7 @@ def over_iterates(
             else:
                 name = label(run, kind, True) if len(kinds) > 1 else run.name
                 traces.append(line(points, name, {"color": n}, "dot" if kind == "greedy" else None))
-    return chart(key, title, y, "iterate", traces, definition or key, whole_x=True, **layout)
+    return chart(key, title, y, "iterate", traces, definition or key, **layout)
 
 
 def by_iterate(tables: list[tuple]) -> Iterator[tuple]:
@@ -183,18 +166,9 @@ def wins(tables: list[tuple], against: str) -> dict | None:
             color = {"color": n if several else k}
             points = [(i, own.get(key)) for i, own in versus]
             traces.append(line(points, label(run, name, several), color, dash if several else None))
-    over = {"start": "the start", "previous": "the previous iterate"}[against]
-    return chart(
-        f"wins_{against}",
-        f"Win rate over {over}",
-        "share of comparisons",
-        "iterate",
-        traces,
-        "reward_win",
-        whole_x=True,
-        shapes=[EVEN],
-        yaxis={"tickformat": ".0%"},
-    )
+    title = "Win rate over " + {"start": "the start", "previous": "the previous iterate"}[against]
+    more = {"shapes": [EVEN], "yaxis": {"tickformat": ".0%"}}
+    return chart(f"wins_{against}", title, "share of comparisons", "iterate", traces, "reward_win", **more)
 
 
 def reward_by_length(tables: list[tuple]) -> dict | None:
@@ -239,28 +213,26 @@ def best_of(tables: list[tuple], key: str, title: str, y: str) -> dict | None:
     for _, run, row, color, dash in by_iterate(tables):
         name = label(run, f"iterate {row['iterate']}", len(tables) > 1)
         traces.append(line(enumerate(row["sampled"].get(key) or (), 1), name, color, dash))
-    return chart(key, title, y, "k", traces, "best_of", whole_x=True)
+    return chart(key, title, y, "k", traces, "best_of")
 
 
 def histograms(tables: list[tuple]) -> dict | None:
     """Rewards that each iteration trained on."""
-    known = [
-        (n, run, i, t)
+    trained = [
+        (n, run, i, training.answers.rewards)
         for n, (run, *_) in enumerate(tables)
-        for i, t in sorted(run.trainings.items())
-        if t.answers
+        for i, training in sorted(run.trainings.items())
+        if training.answers
     ]
-    values = [t.answers.rewards[np.isfinite(t.answers.rewards)] for *_, t in known]
-    values = [v for v in values if len(v)]
-    if not values:
+    values = np.concatenate([np.zeros(0), *(rewards for *_, rewards in trained)])
+    values = values[np.isfinite(values)]
+    if not len(values):
         return None
-    low, high = min(float(v.min()) for v in values), max(float(v.max()) for v in values)
-    traces = []
-    shape = {"mode": "lines", "line": {"shape": "hvh", "width": 1.5}, "fill": "tozeroy"}
-    for k, (n, run, i, t) in enumerate(known):
-        edges, shares = measures.histogram(t.answers.rewards, 40, low, high)
+    traces, shape = [], {"mode": "lines", "line": {"shape": "hvh", "width": 1.5}, "fill": "tozeroy"}
+    for k, (n, run, i, rewards) in enumerate(trained):
+        edges, shares = measures.histogram(rewards, 40, float(values.min()), float(values.max()))
         middles = [number((a + b) / 2) for a, b in zip(edges, edges[1:])]
-        color = {"color": n} if len(tables) > 1 else {"step": k / max(len(known) - 1, 1)}
+        color = {"color": n} if len(tables) > 1 else {"step": k / max(len(trained) - 1, 1)}
         name = label(run, f"iteration {i}", len(tables) > 1)
         traces.append(line(zip(middles, shares, strict=True), name, color | {"fill": True}, **shape))
     title, y = "Rewards of the training responses", "share of responses"
@@ -268,41 +240,10 @@ def histograms(tables: list[tuple]) -> dict | None:
 
 
 def thin(points: list) -> list:
-    return (
-        points
-        if len(points) <= MOST_POINTS
-        else [points[round(k * (len(points) - 1) / (MOST_POINTS - 1))] for k in range(MOST_POINTS)]
-    )
-
-
-def dpo_curve(tables: list, key: str, title: str, own: str, held: str | None) -> dict | None:
-    """A field of the trainer's log over the steps of all iterations in turn, and that of held-out pairs."""
-    traces, several = [], len(tables) > 1
-    for n, (run, *_) in enumerate(tables):
-        for name, field in (("training", own), ("held-out pairs", held)):
-            points = thin(list(logged(run, field))) if field else []
-            color = {"color": n if several else 0 if name == "training" else 1}
-            few = "lines+markers" if len(points) < 60 else "lines"
-            mode = few if name == "training" else "markers"
-            traces.append(line(points, label(run, name, several), color, mode=mode))
-    return chart(f"dpo_{key}", title.capitalize(), title, "optimizer step", traces, key)
-
-
-def ppo_curve(tables: list, key: str, title: str) -> dict | None:
-    """A field of PPO's log over its rollouts."""
-    traces = []
-    for n, (run, *_) in enumerate(tables):
-        points = thin(
-            [
-                (entry["step"] if finite(entry.get("step")) else k + 1, entry[key])
-                for _, t in sorted(run.trainings.items())
-                for k, entry in enumerate(t.ppo)
-                if number(entry.get(key)) is not None
-            ]
-        )
-        traces.append(line(points, run.name, {"color": n}, mode="lines"))
-    zero = {"yaxis": {"rangemode": "tozero"}} if key.endswith("_fraction") else {}
-    return chart(f"ppo_{key}", f"PPO: {title}", title, "rollout", traces, "ppo_log", **zero)
+    """At most MOST_POINTS of them, evenly."""
+    if len(points) <= MOST_POINTS:
+        return points
+    return [points[round(k)] for k in np.linspace(0, len(points) - 1, MOST_POINTS)]
 
 
 def logged(run: Run, field: str) -> Iterator[tuple]:
@@ -315,45 +256,57 @@ def logged(run: Run, field: str) -> Iterator[tuple]:
         for entry in training.history:
             step = entry["step"] if finite(entry.get("step")) else 0
             last = max(last, step)
-            if number(entry.get(field)) is not None:
+            if finite(entry.get(field)):
                 yield before + step, entry[field], f"iteration {i}"
         before += last
 
 
+def dpo_curve(tables: list, key: str, title: str, own: str, held: str | None) -> dict | None:
+    """A field of the trainer's log over the steps of all iterations in turn, and that of held-out pairs."""
+    traces, several = [], len(tables) > 1
+    for n, (run, *_) in enumerate(tables):
+        points = thin(list(logged(run, own)))
+        mode, color = "lines+markers" if len(points) < 60 else "lines", {"color": n if several else 0}
+        traces.append(line(points, label(run, "training", several), color, mode=mode))
+        if held:
+            points, color = thin(list(logged(run, held))), {"color": n if several else 1}
+            traces.append(line(points, label(run, "held-out pairs", several), color, mode="markers"))
+    return chart(f"dpo_{key}", title.capitalize(), title, "optimizer step", traces, key)
+
+
+def ppo_curve(tables: list, key: str, title: str) -> dict | None:
+    """A field of PPO's log over its rollouts."""
+    traces = []
+    for n, (run, *_) in enumerate(tables):
+        entries = [entry for _, t in sorted(run.trainings.items()) for entry in enumerate(t.ppo, 1)]
+        points = [
+            (entry["step"] if finite(entry.get("step")) else k, entry[key])
+            for k, entry in entries
+            if finite(entry.get(key))
+        ]
+        traces.append(line(thin(points), run.name, {"color": n}, mode="lines"))
+    zero = {"yaxis": {"rangemode": "tozero"}} if key.endswith("_fraction") else {}
+    return chart(f"ppo_{key}", f"PPO: {title}", title, "rollout", traces, "ppo_log", **zero)
+
+
 def seconds(tables: list[tuple]) -> dict | None:
     """Working and waiting seconds of each step."""
-    traces, several = [], len(tables) > 1
-    rows = [
-        (label(run, f"{row['policy']} {row['step']}", several), row)
-        for run, _, _, steps in tables
-        for row in steps
+    names, columns = [], {"working": [], "waiting": [], "not known": []}
+    for run, _, _, steps in tables:
+        for row in steps:
+            names.append(html.escape(label(run, f"{row['policy']} {row['step']}", len(tables) > 1)))
+            work = row["work"]
+            parts = (0, 0, row["seconds"]) if work is None else (work, row["seconds"] - work, 0)
+            for values, part in zip(columns.values(), parts, strict=True):
+                values.append(number(part))
+    colors = dict(zip(columns, (0, 1, 7), strict=True))
+    traces = [
+        go.Bar(x=names, y=values, name=name, meta={"color": colors[name]})
+        for name, values in columns.items()
+        if any(values)
     ]
-    parts = (
-        ("working", lambda row: row["work"]),
-        ("waiting", lambda row: None if row["work"] is None else row["seconds"] - row["work"]),
-        ("not known", lambda row: row["seconds"] if row["work"] is None else None),
-    )
-    for k, (name, get) in enumerate(parts):
-        values = [number(get(row) or 0) for _, row in rows]
-        if any(values):
-            traces.append(
-                go.Bar(
-                    x=[html.escape(text) for text, _ in rows],
-                    y=values,
-                    name=name,
-                    meta={"color": (0, 1, 7)[k]},
-                )
-            )
-    return chart(
-        "seconds",
-        "Where the time went",
-        "seconds",
-        "policy and step",
-        traces,
-        "waiting",
-        wide=True,
-        barmode="stack",
-    )
+    title, x = "Where the time went", "policy and step"
+    return chart("seconds", title, "seconds", x, traces, "waiting", wide=True, barmode="stack")
 
 
 def kl_of(row: dict, kind: str) -> tuple | None:
@@ -374,6 +327,7 @@ def curve(key: str, title: str, y: str, **more: object) -> Callable:
     return lambda tables: over_iterates(tables, key, title, y, **more)
 
 
+SAMPLED = {"kinds": ("sampled",)}
 FROM_ZERO = {"yaxis": {"rangemode": "tozero"}}
 CHARTS = (  # section, what makes a chart of the tables, or None where nothing of it is known
     ("reward", curve("reward", "Held-out reward", "held-out reward")),
@@ -382,11 +336,8 @@ CHARTS = (  # section, what makes a chart of the tables, or None where nothing o
     ("wins", lambda tables: wins(tables, "start")),
     ("wins", previous_wins),
     ("length", reward_by_length),
-    (
-        "length",
-        curve("length_correlation", "Reward and length within a prompt", "correlation", kinds=("sampled",)),
-    ),
-    ("drift", curve("kl", "KL to the reference", "nats per response", get=kl_of, kinds=("sampled",))),
+    ("length", curve("length_correlation", "Reward and length within a prompt", "correlation", **SAMPLED)),
+    ("drift", curve("kl", "KL to the reference", "nats per response", get=kl_of, **SAMPLED)),
     ("drift", against_kl),
     ("best", lambda tables: best_of(tables, "best_of", "Best of k", "reward")),
     ("best", lambda tables: best_of(tables, "gold_of_best", "Gold of the best of k by reward", "gold")),
@@ -394,10 +345,7 @@ CHARTS = (  # section, what makes a chart of the tables, or None where nothing o
     ("text", curve("truncated", "Cut off", "share", **FROM_ZERO)),
     ("text", curve("repetition", "Repeated 4-grams", "share", **FROM_ZERO)),
     ("text", curve("distinct_2", "Distinct 2-grams", "share", definition="distinct", **FROM_ZERO)),
-    (
-        "text",
-        curve("different_texts", "Different answers to a prompt", "share", kinds=("sampled",), **FROM_ZERO),
-    ),
+    ("text", curve("different_texts", "Different answers to a prompt", "share", **SAMPLED, **FROM_ZERO)),
     ("pairs", histograms),
     *(("training", lambda tables, one=one: dpo_curve(tables, *one)) for one in DPO_CURVES),
     *(("training", lambda tables, one=one: ppo_curve(tables, *one)) for one in PPO_CURVES),

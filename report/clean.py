@@ -4,6 +4,7 @@ be is not there.
 
 import math
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -43,11 +44,6 @@ def as_metrics(found: dict) -> dict:
     return kept | {"files": texts(found.get("files"))} | texts({"gold_function": found.get("gold_function")})
 
 
-def as_divergence(found: dict) -> dict:
-    """The same of divergence.json."""
-    return finites(found) | {k: one for k, one in texts(found).items() if k in ("estimator", "reference")}
-
-
 def as_manifest(found: dict) -> dict:
     """The same of a manifest."""
     if not found:
@@ -64,28 +60,12 @@ def as_manifest(found: dict) -> dict:
 
 def as_log(entries: object) -> list[dict]:
     """Entries of a training's log: their numbers, and of PPO's the seconds of a rollout's parts."""
+    entries = entries if isinstance(entries, Iterable) else ()
     return [
         numbers(entry) | {"seconds": finites(entry.get("seconds"))}
-        for entry in (entries if isinstance(entries, list) else [])
+        for entry in entries
         if isinstance(entry, dict)
     ]
-
-
-def is_rewarded(record: dict | None) -> bool:
-    """Whether a record has what the report reads: a prompt, K texts, K rewards, and lists of K where there
-    are others.
-    """
-    responses, rewards = (record or {}).get("responses"), (record or {}).get("rewards")
-    if not isinstance(responses, list) or not isinstance(rewards, list) or not responses:
-        return False
-    if len(responses) != len(rewards) or not all(isinstance(text, str) for text in responses):
-        return False
-    if not all(reward is None or isinstance(reward, (int, float)) for reward in rewards):
-        return False
-    if not all(isinstance(record.get(name) or [], list) for name in ("num_tokens", "finish_reasons")):
-        return False
-    prompt = record.get("prompt")
-    return isinstance(prompt, str) or isinstance(prompt, list) and all(isinstance(m, dict) for m in prompt)
 
 
 def as_flat(record: dict) -> tuple[list, list, list]:

@@ -5,8 +5,8 @@ What a run does not tell is None. Every key has its definition in report/definit
 """
 
 import sys
-from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -38,6 +38,20 @@ HEAD = {  # what a reader asks first of a run → where loop.yaml has it, the fi
 }
 
 
+class Figures(NamedTuple):
+    """A run and its figures: of `of_iterates`, `of_trainings`, `of_steps`."""
+
+    run: Run
+    iterates: list[dict]
+    trainings: list[dict]
+    steps: list[dict]
+
+
+def of_run(run: Run) -> Figures:
+    """All figures of a run."""
+    return Figures(run, of_iterates(run), of_trainings(run), of_steps(run))
+
+
 def flatten(mapping: dict, prefix: str = "") -> dict:
     """`{"a": {"b": 1}}` → `{"a.b": 1}`."""
     found = {}
@@ -56,12 +70,8 @@ def differing(settings: list[dict]) -> dict[str, list]:
         settings: list of mappings, one a run; a key that a run lacks has None.
     """
     flat = [flatten(one) for one in settings]
-    keys = Counter(key for one in flat for key in one)
-    return {
-        key: [one.get(key) for one in flat]
-        for key in sorted(keys, key=str)
-        if len({repr(one.get(key)) for one in flat}) > 1
-    }
+    values = {key: [one.get(key) for one in flat] for key in sorted(set().union(*flat), key=str)}
+    return {key: own for key, own in values.items() if len(set(map(repr, own))) > 1}
 
 
 def of_settings(run: Run) -> dict:
@@ -106,12 +116,10 @@ def of_iterates(run: Run) -> list[dict]:
     for n, i in enumerate(order):
         iterate = run.iterates[i]
         row = {"iterate": i, "versus": {}} | {kind: of_kind(iterate, kind) for kind in KINDS}
-        row |= {
-            key: iterate.divergence.get(key)
-            for key in ("kl", "kl_se", "kl_per_token", "estimator", "reference", "retokenised", "responses")
-        }
-        if row["kl"] is None and run.kind == "ppo" and i in run.trainings and run.trainings[i].ppo:
-            row |= {"kl": run.trainings[i].ppo[-1].get("kl"), "estimator": "k1, PPO's last rollout"}
+        row |= {key: iterate.divergence.get(key) for key in ("kl", "kl_se", "kl_per_token")}
+        row |= {key: iterate.divergence.get(key) for key in ("retokenised", "responses")}
+        if row["kl"] is None and i in run.trainings and run.trainings[i].ppo:  # of PPO's last rollout
+            row["kl"] = run.trainings[i].ppo[-1].get("kl")
         others = {"start": order[0] if order[0] == 0 and i else None, "previous": order[n - 1] if n else None}
         best = best_so_far(found)
         others |= {"best": None if best in others.values() else best}
@@ -129,9 +137,7 @@ def best_so_far(rows: list) -> int | None:
     where neither is known.
     """
     for quantity in ("gold", "judge"):
-        known = [
-            (row["sampled"][quantity][0], row["iterate"]) for row in rows if row["sampled"].get(quantity)
-        ]
+        known = [(own[0], row["iterate"]) for row in rows if (own := row["sampled"].get(quantity))]
         if known:
             return max(known)[1]
     return None
@@ -148,43 +154,37 @@ def values_of(iterate: Iterate, kind: str, quantity: str) -> tuple | None:
 
 def of_kind(iterate: Iterate, kind: str) -> dict:
     """Figures of one iterate's sampled or greedy answers; {} where neither answers nor metrics are there."""
-    written, found = iterate.metrics.get(kind) or {}, {}
-    judge = (iterate.metrics.get("judge") or {}).get(kind) or {}
+    written, found = iterate.metrics.get(kind, {}), {}
     for quantity in QUANTITIES:
         have = values_of(iterate, kind, quantity)
         if have:
             found[quantity] = measures.mean_interval(have[0].means(have[1]))
         else:  # the average that metrics.json holds, with ±1.96 of its standard error
-            source, key = (judge, "reward") if quantity == "judge" else (written, quantity)
+            judged = quantity == "judge"
+            source, key = (
+                (iterate.metrics.get("judge", {}).get(kind, {}), "reward") if judged else (written, quantity)
+            )
             mean, error = source.get(key), source.get(f"{key}_se")
             if mean is not None:
-                found[quantity] = (
-                    (mean, None, None) if error is None else (mean, mean - 1.96 * error, mean + 1.96 * error)
-                )
+                interval = (None, None) if error is None else (mean - 1.96 * error, mean + 1.96 * error)
+                found[quantity] = (mean, *interval)
     answers = iterate.answers.get(kind)
     if answers is None:
-        return found | {
-            key: written[key]
-            for key in ("length", "truncated", "empty", "K", "prompts", "best_of_k")
-            if written.get(key) is not None
-        }
+        names = ("length", "truncated", "empty", "K", "prompts", "best_of_k")
+        return found | {key: written[key] for key in names if key in written}
     found |= of_answers(answers)
     if answers.K > 1:
-        found["best_of"] = measures.best_of(answers.by_prompt(answers.rewards))
-        if (
-            answers.gold is not None
-            and np.isfinite(answers.gold).all()
-            and np.isfinite(answers.rewards).all()
-        ):
-            found["gold_of_best"] = measures.best_of(
-                answers.by_prompt(answers.rewards), answers.by_prompt(answers.gold)
-            )
+        rewards = answers.by_prompt(answers.rewards)
+        found["best_of"] = measures.best_of(rewards)
+        gold = answers.gold
+        if gold is not None and np.isfinite(gold).all() and np.isfinite(answers.rewards).all():
+            found["gold_of_best"] = measures.best_of(rewards, answers.by_prompt(gold))
     return found
 
 
 def of_answers(answers: Answers) -> dict:
     """What a rewarded file alone tells: counts, length, truncation, repetition, variety, ties and spread."""
-    known, cut = answers.lengths[answers.lengths >= 0], answers.cut[answers.cut >= 0]
+    known, cut = answers.known_lengths, answers.cut[answers.cut >= 0]
     texts = [text for record in answers.kept for text in record["responses"]]
     repeated = np.array([measures.repetition(text) for text in texts])
     spread, equal = measures.spread_within(answers.rewards, answers.offsets)
@@ -200,9 +200,7 @@ def of_answers(answers: Answers) -> dict:
         "empty": sum(map(is_empty, texts)) / len(texts) if texts else None,
         "repetition": float(repeated.mean()),
         "looping": float((repeated >= 0.5).mean()),
-        "distinct_1": measures.distinct(texts, 1),
-        "distinct_2": measures.distinct(texts, 2),
-        "distinct_3": measures.distinct(texts, 3),
+        **{f"distinct_{n}": measures.distinct(texts, n) for n in (1, 2, 3)},
         "different_texts": float(answers.distinct.mean()) if answers.K > 1 else None,
         "tied": answers.tied / answers.different if answers.different else None,
         "spread": spread,
@@ -234,25 +232,16 @@ def compare(before: Iterate, after: Iterate, kind: str) -> dict:
             continue
         if kind == "greedy":
             shares = list(won.values())
-            found["counts"] = (
-                sum(s > 0.5 for s in shares),
-                sum(s == 0.5 for s in shares),
-                sum(s < 0.5 for s in shares),
-            )
+            found["counts"] = tuple(shares.count(share) for share in (1.0, 0.5, 0.0))
         answers = [answers for answers, _ in pair]
-        if all((a.lengths >= 0).all() for a in answers):
+        if all((own.lengths >= 0).all() for own in answers):
             # lengths of the responses that have a reward, so that both lists are aligned
-            lengths = [
-                a.by_prompt(np.where(np.isfinite(a.rewards), a.lengths.astype(float), np.nan))
-                for a in answers
-            ]
+            lengths = [np.where(np.isfinite(own.rewards), own.lengths, np.nan) for own in answers]
+            lengths = [own.by_prompt(values) for own, values in zip(answers, lengths, strict=True)]
             found["lc_win"] = measures.length_controlled_win_rate(old, new, *lengths)
     if found and kind in before.answers and kind in after.answers:
-        texts = [
-            {record["id"]: record["responses"] for record in iterate.answers[kind].kept}
-            for iterate in (before, after)
-        ]
-        found["same"] = same_answers(*texts)
+        kept = [iterate.answers[kind].kept for iterate in (before, after)]
+        found["same"] = same_answers(*({one["id"]: one["responses"] for one in own} for own in kept))
     return found
 
 
@@ -266,23 +255,20 @@ def of_trainings(run: Run) -> list[dict]:
     """
     found = []
     for i, training in sorted(run.trainings.items()):
-        metrics, counts = training.manifest.get("metrics") or {}, training.manifest.get("counts") or {}
+        metrics, counts = training.manifest.get("metrics", {}), training.manifest.get("counts", {})
         last = {key: value for entry in training.history for key, value in entry.items()}
+        rewards, margins = training.answers.rewards if training.answers else np.zeros(0), training.margins
+        known = rewards[np.isfinite(rewards)]
         row = {
             "iteration": i,
             "rewards": of_answers(training.answers) if training.answers else {},
             "ppo": training.ppo[-1] if training.ppo else {},
+            "reward_mean": float(known.mean()) if len(known) else None,
+            "pairs": counts.get("train_pairs", None if margins is None else len(margins)),
+            "eval_pairs": counts.get("eval_pairs"),
+            "margin": float(margins.mean()) if margins is not None and len(margins) else None,
+            "chosen_longer": training.longer,
         }
-        row["reward_mean"] = (
-            float(np.nanmean(training.answers.rewards))
-            if training.answers and np.isfinite(training.answers.rewards).any()
-            else None
-        )
-        row["pairs"] = counts.get("train_pairs", None if training.margins is None else len(training.margins))
-        row["margin"] = (
-            float(training.margins.mean()) if training.margins is not None and len(training.margins) else None
-        )
-        row |= {"chosen_longer": training.longer, "eval_pairs": counts.get("eval_pairs")}
         for name, key in (
             ("loss", "loss"),
             ("accuracy", "rewards/accuracies"),
@@ -290,9 +276,9 @@ def of_trainings(run: Run) -> list[dict]:
             ("grad_norm", "grad_norm"),
         ):
             row[name] = metrics.get(key, last.get(key))
-        logged = [*training.history, *training.ppo]
         row["not_finite"] = sum(
-            any(isinstance(v, float) and not np.isfinite(v) for v in entry.values()) for entry in logged
+            any(isinstance(v, float) and not np.isfinite(v) for v in entry.values())
+            for entry in [*training.history, *training.ppo]
         )
         found.append(row)
     return found
@@ -367,22 +353,21 @@ def tokens_per_second(run: Run, policy: int, step: str, work: float | None) -> f
         return None
     made = [training.answers] if training and training.answers else []
     made += run.iterates[policy].answers.values() if policy in run.iterates else []
-    total = sum(int(answers.lengths[answers.lengths >= 0].sum()) for answers in made)
+    total = sum(int(answers.known_lengths.sum()) for answers in made)
     return total / work if total else None
 
 
-def in_short(run: Run, iterates: list, steps: list) -> list[tuple]:
+def in_short(of: Figures) -> list[tuple]:
     """The last iterate against the start, for the head of the page: a list of (definition's key, label, value
     text, note).
     """
-    found = _gain(iterates[0], iterates[-1]) if iterates else []
-    if steps:
-        hours = sum(row["seconds"] for row in steps) / 3600
-        gpu = [row["gpu_hours"] for row in steps]
+    found = _gain(of.iterates[0], of.iterates[-1]) if of.iterates else []
+    if of.steps:
+        hours = sum(row["seconds"] for row in of.steps) / 3600
+        gpu = [row["gpu_hours"] for row in of.steps]
         note = "" if None in gpu else f"{sum(gpu):.2f} GPU-hours" if any(gpu) else "no GPU"
-        found.append(
-            ("seconds", "time in all", f"{hours:.2f} h" if hours >= 1 else f"{60 * hours:.1f} min", note)
-        )
+        text = f"{hours:.2f} h" if hours >= 1 else f"{60 * hours:.1f} min"
+        found.append(("seconds", "time in all", text, note))
     return found
 
 

@@ -13,7 +13,6 @@ run's size.
 """
 
 import dataclasses
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import cli
 from common.cli import UserError, arg, count
-from common.manifest import write_json
+from common.manifest import write_json, write_text
 from common.run_folder import RunFolder, warnings_of
 
 
@@ -93,20 +92,15 @@ def make(args: Arguments) -> tuple:
     if len({run.name for run in runs}) < len(runs):
         for run, folder in zip(runs, args.runs):
             run.name = str(folder)
-    tables = [
-        (run, figures.of_iterates(run), figures.of_trainings(run), figures.of_steps(run)) for run in runs
-    ]
-    found = [(run, troubles.find(run, iterates, trainings, bounds)) for run, iterates, trainings, _ in tables]
+    found = [figures.of_run(run) for run in runs]
+    warned = [troubles.find(of, bounds) for of in found]
     shown = samples.collect(runs, args.samples, args.sample_megabytes, args.seed)
     states = [(one.word, hidden(one.detail)) for one in (state.read_state(run.folder) for run in runs)]
-    text = page.render(tables, found, shown, states)
+    text = page.render(found, warned, shown, states)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(target.name + ".tmp")
-    temporary.write_text(
-        text, encoding="utf-8", errors="replace", newline="\n"
-    )  # half a surrogate pair in a setting or a name
-    os.replace(temporary, target)
-    warned = [(run.name, trouble) for run, listed in found for trouble in listed]
+    # a setting or a name may hold half a surrogate pair
+    write_text(target, text.encode("utf-8", "replace").decode("utf-8"))
+    warned = [(run.name, trouble) for run, listed in zip(runs, warned, strict=True) for trouble in listed]
     write_json(warnings_of(target), [{"run": name} | dataclasses.asdict(trouble) for name, trouble in warned])
     return target, warned, [(run.name, text) for run in runs for text in run.missing]
 

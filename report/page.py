@@ -13,16 +13,14 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.run_folder import KINDS
 from evaluation.metrics import NOT_EVALUATED
-from report import charts, figures, run_data
+from report import charts, figures
 from report.definitions import DEFINITIONS
 
 HERE = Path(__file__).resolve().parent
@@ -38,11 +36,10 @@ SECTIONS = (
     ("time", "Time"),
     ("settings", "Settings and versions"),
 )
-SHAPES = {  # how a figure is written
-    "text": str,
-    "share": lambda v: f"{100 * v:.1f}%",
+SHAPES = {  # how a number that is not whole is written
     "number": lambda v: f"{v:.3f}",
     "fine": lambda v: f"{v:.4g}",
+    "share": lambda v: f"{100 * v:.1f}%",
     "tokens": lambda v: f"{v:.1f}",
     "count": lambda v: f"{v:,.0f}",
 }
@@ -71,230 +68,148 @@ def shown(value: object, shape: str = "number") -> str:
     """A figure as text; (value, low, high) with its interval, None as a dash."""
     if value is None:
         return "–"
-    write = SHAPES[shape]
+    if isinstance(value, str):
+        return value
     if isinstance(value, tuple):
-        return write(value[0]) + (f" [{write(value[1])}, {write(value[2])}]" if value[1] is not None else "")
-    return write(value)
+        interval = f" [{shown(value[1], shape)}, {shown(value[2], shape)}]"
+        return shown(value[0], shape) + ("" if value[1] is None else interval)
+    return f"{value:,}" if isinstance(value, int) else SHAPES[shape](value)
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column of a table: its heading, the key of its definition (report/definitions.py), what it shows of a
-    row, and how.
-
-    `get` is a path into the row, `sampled.reward`, or a function of it; `shape` is one of SHAPES.
-    """
-
-    heading: str
-    definition: str | None
-    get: str | Callable
-    shape: str = "number"
-
-    def cell(self, row: dict) -> str:
-        """The text of a row's figure; a dash where there is none."""
-        if callable(self.get):
-            return shown(self.get(row), self.shape)
-        value = row
-        for key in self.get.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        return shown(value, self.shape)
+def iterates(of: figures.Figures) -> Iterator[dict]:
+    """A row for each iterate."""
+    for row in of.iterates:
+        curve = row["sampled"].get("best_of")
+        best = f"{shown(curve[-1])} (K={len(curve)})" if curve else row["sampled"].get("best_of_k")
+        error = f" ±{row['kl_se']:.3f}" if row.get("kl_se") is not None else ""
+        own = {f"{key}_{kind}": row[kind].get(key) for key in figures.QUANTITIES for kind in KINDS}
+        yield row | own | {"best_of": best, "kl": shown(row["kl"]) + error}
 
 
-def _best_of(row):
-    curve = row["sampled"].get("best_of")
-    if curve:
-        return f"{shown(curve[-1])} (K={len(curve)})"
-    return shown(row["sampled"].get("best_of_k"))
-
-
-def _kl(row):
-    error = row.get("kl_se")
-    return shown(row["kl"]) + (f" ±{error:.3f}" if error is not None else "")
-
-
-def _counts(row):
-    return "/".join(map(str, row["counts"])) if row.get("counts") else None
-
-
-RUN = Column("run", None, "run", "text")  # leads the rows where there are several
-ITERATES = (
-    Column("iterate", "iterate", "iterate", "text"),
-    *(
-        Column(f"{DEFINITIONS[quantity][0]}, {kind}", quantity, f"{kind}.{quantity}")
-        for quantity in figures.QUANTITIES
-        for kind in KINDS
-    ),
-    Column("best of K", "best_of", _best_of, "text"),
-    Column("KL", "kl", _kl, "text"),
-    Column("KL per token", "kl_per_token", "kl_per_token"),
-)
-COMPARISONS = (
-    Column("iterate", "iterate", "which", "text"),
-    Column("answers", "sampled", "kind", "text"),
-    Column("reward, difference", "reward", "reward"),
-    Column("win rate", "reward_win", "reward_win", "share"),
-    Column("at equal length", "lc_win", "lc_win", "share"),
-    Column("won/tied/lost", "counts", _counts, "text"),
-    Column("gold, difference", "gold", "gold"),
-    Column("win rate by gold", "gold_win", "gold_win", "share"),
-    Column("judge, difference", "judge", "judge"),
-    Column("win rate by judge", "judge_win", "judge_win", "share"),
-)
-HELDOUT = (
-    Column("iterate", "iterate", "iterate", "text"),
-    Column("answers", "sampled", "kind", "text"),
-    Column("length", "length", "length", "tokens"),
-    Column("90th percentile", "length_p90", "length_p90", "tokens"),
-    Column("cut off", "truncated", "truncated", "share"),
-    Column("empty", "empty", "empty", "share"),
-    Column("repeated", "repetition", "repetition", "share"),
-    Column("looping", "looping", "looping", "share"),
-    Column("distinct-1", "distinct", "distinct_1", "fine"),
-    Column("distinct-2", "distinct", "distinct_2", "fine"),
-    Column("distinct-3", "distinct", "distinct_3", "fine"),
-    Column("different", "different_texts", "different_texts", "share"),
-    Column("ties", "tied", "tied", "share"),
-    Column("spread", "spread", "spread"),
-    Column("reward and length", "length_correlation", "length_correlation"),
-    Column("null", "null_share", "null_share", "share"),
-    Column("prompts", None, "prompts", "count"),
-)
-RESPONSES = (
-    Column("iteration", "iterate", "iteration", "text"),
-    Column("prompts", None, "rewards.prompts", "count"),
-    Column("K", None, "rewards.K", "text"),
-    Column("mean reward", "reward", "reward_mean"),
-    Column("spread", "spread", "rewards.spread"),
-    Column("ties", "tied", "rewards.tied", "share"),
-    Column("all equal", "all_equal", "rewards.all_equal", "share"),
-    Column("at the largest", "at_top", "rewards.at_top", "share"),
-    Column("null", "null_share", "rewards.null_share", "share"),
-    Column("different", "different_texts", "rewards.different_texts", "share"),
-    Column("length", "length", "rewards.length", "tokens"),
-    Column("cut off", "truncated", "rewards.truncated", "share"),
-    Column("empty", "empty", "rewards.empty", "share"),
-    Column("reward and length", "length_correlation", "rewards.length_correlation"),
-    Column("margin of pairs", "margin", "margin"),
-    Column("chosen longer by", "chosen_longer", "chosen_longer", "tokens"),
-)
-TRAININGS = (
-    Column("iteration", "iterate", "iteration", "text"),
-    Column("pairs", "pairs", "pairs", "count"),
-    Column("held out", "pairs", "eval_pairs", "count"),
-    Column("loss", "loss", "loss", "fine"),
-    Column("accuracy", "accuracy", "accuracy", "share"),
-    Column("held-out accuracy", "eval_accuracy", "eval_accuracy", "share"),
-    Column("gradient norm", "grad_norm", "grad_norm", "fine"),
-)
-STEPS = (
-    Column("step", "step", lambda row: f"{row['policy']} {row['step']}".strip(), "text"),
-    Column("seconds", "seconds", "seconds", "count"),
-    Column("working", "work", "work", "count"),
-    Column("waiting", "waiting", "waiting", "share"),
-    Column("tokens/s", "tokens_per_second", "tokens_per_second", "count"),
-    Column("GPUs", None, "gpus", "count"),
-    Column("GPU-hours", "gpu_hours", "gpu_hours"),
-)
-
-
-def comparisons(iterates: list[dict]) -> Iterator[dict]:
-    """Yield a row for each comparison of two iterates and kind of answers."""
-    for row in iterates:
+def comparisons(of: figures.Figures) -> Iterator[dict]:
+    """A row for each comparison of two iterates and kind of answers."""
+    for row in of.iterates:
         start = (row["versus"].get("start") or {}).get("iterate")
         for against, other in row["versus"].items():
             if against == "previous" and other["iterate"] == start:
                 continue  # said once
             named = {"start": " (start)", "best": " (best before)"}.get(against, "")
             which = f"{row['iterate']} against {other['iterate']}{named}"
-            yield from ({"which": which, "kind": kind} | other[kind] for kind in KINDS if other[kind])
+            for kind in KINDS:
+                if own := other[kind]:
+                    counts = "/".join(map(str, own["counts"])) if own.get("counts") else None
+                    more = {f"{key}_difference": own.get(key) for key in figures.QUANTITIES}
+                    yield own | more | {"which": which, "kind": kind, "counts": counts}
 
 
-def heldout(iterates: list[dict]) -> Iterator[dict]:
-    """Yield a row for each iterate and kind of its answers."""
-    for row in iterates:
+def heldout(of: figures.Figures) -> Iterator[dict]:
+    """A row for each iterate and kind of its answers."""
+    for row in of.iterates:
         yield from ({"iterate": row["iterate"], "kind": kind} | row[kind] for kind in KINDS)
 
 
-def with_sum(steps: list[dict]) -> list[dict]:
+def responses(of: figures.Figures) -> list[dict]:
+    """A row for each iteration's responses and pairs."""
+    return [row | row["rewards"] for row in of.trainings if row["rewards"]]
+
+
+def steps(of: figures.Figures) -> list[dict]:
     """The rows of a run's steps, and their sum."""
-    if not steps:
+    if not of.steps:
         return []
-    known = [row for row in steps if row["work"] is not None]
+    known = [row for row in of.steps if row["work"] is not None]
     wall, work = sum(row["seconds"] for row in known), sum(row["work"] for row in known)
-    gpu = [row["gpu_hours"] for row in steps]
-    whole = {"policy": "all", "step": "", "seconds": sum(row["seconds"] for row in steps)}
+    gpu = [row["gpu_hours"] for row in of.steps]
+    whole = {"step": "all", "seconds": sum(row["seconds"] for row in of.steps)}
     whole |= {"work": work if known else None, "waiting": 1 - work / wall if wall else None}
-    return [*steps, whole | {"gpu_hours": None if None in gpu else sum(gpu)}]
+    whole |= {"gpu_hours": None if None in gpu else sum(gpu)}
+    return [*(row | {"step": f"{row['policy']} {row['step']}"} for row in of.steps), whole]
 
 
-class Found(NamedTuple):
-    """A run and its figures, see report/figures.py."""
-
-    run: run_data.Run
-    iterates: list[dict]
-    trainings: list[dict]
-    steps: list[dict]
-
-
-TABLES = (  # section, caption, columns, rows of what was Found
+COLUMNS = {  # key → (heading, definition) of those that have another one than report/definitions.py
+    "iteration": ("iteration", "iterate"),
+    "kind": ("answers", "sampled"),
+    "which": ("iterate", "iterate"),
+    "best_of": ("best of K", "best_of"),
+    "kl": ("KL", "kl"),
+    "reward_mean": ("mean reward", "reward"),
+    "eval_pairs": ("held out", "pairs"),
+    **{f"distinct_{n}": (f"distinct-{n}", "distinct") for n in (1, 2, 3)},
+    **{f"{key}_difference": (f"{key}, difference", key) for key in figures.QUANTITIES},
+    **{f"{key}_{kind}": (f"{key}, {kind}", key) for key in figures.QUANTITIES for kind in KINDS},
+}
+TABLES = (  # section, caption, keys of the columns, rows of a run's figures
     (
         "reward",
         "Each iterate, with 95% intervals (KL ± its standard error)",
-        ITERATES,
-        lambda of: of.iterates,
+        """iterate reward_sampled reward_greedy gold_sampled gold_greedy judge_sampled judge_greedy best_of kl
+        kl_per_token""",
+        iterates,
     ),
     (
         "wins",
         "Iterates against each other, same prompts, with 95% intervals",
-        COMPARISONS,
-        lambda of: comparisons(of.iterates),
+        """which kind reward_difference reward_win lc_win counts gold_difference gold_win judge_difference
+        judge_win""",
+        comparisons,
     ),
-    ("text", "Held-out answers", HELDOUT, lambda of: heldout(of.iterates)),
+    (
+        "text",
+        "Held-out answers",
+        """iterate kind length length_p90 truncated empty repetition looping distinct_1 distinct_2 distinct_3
+        different_texts tied spread length_correlation null_share prompts""",
+        heldout,
+    ),
     (
         "pairs",
         "Responses and pairs of each iteration",
-        RESPONSES,
-        lambda of: [row for row in of.trainings if row["rewards"]],
+        """iteration prompts K reward_mean spread tied all_equal at_top null_share different_texts length
+        truncated empty length_correlation margin chosen_longer""",
+        responses,
     ),
     (
         "training",
         "The end of each training",
-        TRAININGS,
+        "iteration pairs eval_pairs loss accuracy eval_accuracy grad_norm",
         lambda of: of.trainings if of.run.kind == "dpo" else [],
     ),
-    ("time", "Steps", STEPS, lambda of: with_sum(of.steps)),
+    ("time", "Steps", "step seconds work waiting tokens_per_second gpus gpu_hours", steps),
 )
 
 
-def table(caption: str, columns: tuple, rows: list[dict]) -> dict | None:
-    """A table for the template, without columns that hold nothing; None without rows."""
-    cells = [[column.cell(row) for row in rows] for column in columns]
-    kept = [k for k, own in enumerate(cells) if set(own) - {"–", ""}]
-    return (
-        {
-            "caption": caption,
-            "columns": [(columns[k].definition, columns[k].heading) for k in kept],
-            "rows": [list(row) for row in zip(*(cells[k] for k in kept), strict=True)],
-        }
-        if rows
-        else None
-    )
+def table(caption: str, columns: list[str], rows: list[dict], headings: dict | None = None) -> dict | None:
+    """A table for the template, without columns that hold nothing; None without rows.
+
+    Args:
+        columns: keys of `rows`. headings: of keys that are no figures.
+    """
+    headings, kept, cells = headings or {}, [], []
+    for key in columns:
+        heading, definition = COLUMNS.get(key, (None, key))
+        known = DEFINITIONS.get(definition)
+        own = [shown(row.get(key), known.shape if known else "number") for row in rows]
+        if set(own) - {"–", ""}:
+            name = headings.get(key) or heading or (known.name if known else key)
+            kept.append((definition if known else None, name))
+            cells.append(own)
+    made = {"caption": caption, "columns": kept, "rows": [list(row) for row in zip(*cells, strict=True)]}
+    return made if rows else None
 
 
 def side_by_side(caption: str, first: str, runs: list, values: dict[str, list]) -> dict | None:
     """A table of settings: a row for each key of `values`, a column for each run."""
-    columns = (Column(first, None, "key", "text"),) + tuple(
-        Column(run.name, None, lambda row, n=n: text_of(row["values"][n]), "text")
-        for n, run in enumerate(runs)
-    )
-    return table(caption, columns, [{"key": key, "values": own} for key, own in values.items()])
+    headings = {"": first} | {str(n): run.name for n, run in enumerate(runs)}
+    rows = [
+        {"": str(key)} | {str(n): text_of(value) for n, value in enumerate(own)}
+        for key, own in values.items()
+    ]
+    return table(caption, list(headings), rows, headings)
 
 
 def together(mappings: list[dict]) -> dict[str, list]:
     """`{key: value of each mapping}`, None where one lacks it."""
-    return {
-        key: [one.get(key) for one in mappings] for key in dict.fromkeys(k for one in mappings for k in one)
-    }
+    keys = dict.fromkeys(key for one in mappings for key in one)
+    return {key: [one.get(key) for one in mappings] for key in keys}
 
 
 def head_of(runs: list) -> list[dict]:
@@ -308,21 +223,21 @@ def head_of(runs: list) -> list[dict]:
     return [one for one in made if one]
 
 
-def tables_of(tables: list) -> list[tuple]:
+def tables_of(found: list[figures.Figures]) -> list[tuple]:
     """The tables of all runs: a list of (section, table)."""
-    several, found = len(tables) > 1, []
+    several, made = len(found) > 1, []
     for section, caption, columns, rows_of in TABLES:
-        rows = [row | {"run": one[0].name} for one in tables for row in rows_of(Found(*one))]
-        found.append((section, table(caption, (RUN, *columns) if several else columns, rows)))
-    runs = [run for run, *_ in tables]
+        rows = [row | {"run": of.run.name} for of in found for row in rows_of(of)]
+        made.append((section, table(caption, ["run"] * several + columns.split(), rows)))
+    runs = [of.run for of in found]
     settings = together([figures.flatten(run.settings) for run in runs])
     versions = together([run.versions for run in runs])
     if several:
         other = figures.differing([run.versions for run in runs])
-        found.append(("settings", side_by_side("Versions that differ", "package", runs, other)))
-    found.append(("settings", side_by_side("All settings", "setting", runs, settings)))
-    found.append(("settings", side_by_side("Versions", "package", runs, versions)))
-    return [(section, made) for section, made in found if made]
+        made.append(("settings", side_by_side("Versions that differ", "package", runs, other)))
+    made.append(("settings", side_by_side("All settings", "setting", runs, settings)))
+    made.append(("settings", side_by_side("Versions", "package", runs, versions)))
+    return [(section, one) for section, one in made if one]
 
 
 def text_of(value: object) -> str:
@@ -332,13 +247,12 @@ def text_of(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def render(tables: list, troubles: list, samples: dict, states: list, title: str | None = None) -> str:
+def render(found: list[figures.Figures], troubles: list, samples: dict, states: list) -> str:
     """The page as text.
 
     Args:
-        tables: list of (run, iterates, trainings, steps), see report/figures.py.
-        troubles: list of (run, list of troubles.Trouble). samples: of samples.collect.
-        states: list of (word, detail) of the runs, see report/state.py.
+        troubles: a list of troubles.Trouble for each run. samples: of samples.collect.
+        states: (word, detail) of each run, see report/state.py.
     """
     import jinja2
     from plotly.offline import get_plotlyjs
@@ -349,23 +263,24 @@ def render(tables: list, troubles: list, samples: dict, states: list, title: str
     template = environment.from_string((HERE / "page.html.j2").read_text(encoding="utf-8"))
     library = get_plotlyjs().replace("</script", "<\\/script")
     script = (HERE / "page.js").read_text(encoding="utf-8")
-    made = charts.of_runs(tables)
-    sections = []
-    for key, heading in SECTIONS:
-        own = [chart for section, chart in made if section == key]
-        listed = [one for section, one in tables_of(tables) if section == key]
-        if own or listed:
-            sections.append({"key": key, "heading": heading, "charts": own, "tables": listed})
-    runs = [run for run, *_ in tables]
+    made, listed = charts.of_runs(found), tables_of(found)
+    sections = [
+        {
+            "key": key,
+            "heading": heading,
+            "charts": [chart for section, chart in made if section == key],
+            "tables": [one for section, one in listed if section == key],
+        }
+        for key, heading in SECTIONS
+    ]
     return template.render(
-        title=title or ", ".join(run.name for run in runs),
-        runs=list(zip(runs, states, tables)),
-        head=head_of(runs),
+        title=", ".join(of.run.name for of in found),
+        runs=list(zip(found, states, troubles, strict=True)),
+        head=head_of([of.run for of in found]),
         not_evaluated=NOT_EVALUATED,
-        sections=sections,
+        sections=[section for section in sections if section["charts"] or section["tables"]],
         definitions=DEFINITIONS,
-        in_short=[(run, figures.in_short(run, iterates, steps)) for run, iterates, _, steps in tables],
-        troubles=troubles,
+        in_short=figures.in_short,
         samples=samples,
         samples_json=as_json(samples),
         charts_json=as_json({chart["key"]: chart["figure"] for _, chart in made}),

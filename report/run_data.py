@@ -5,15 +5,15 @@ A run may be half finished or damaged: what is not there or cannot be read is na
 error, except where the folder is no run at all.
 """
 
+import contextlib
 import hashlib
 import heapq
-import json
 import math
 import os
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,10 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from common import cli
-from common.cli import UserError
+from common.cli import UserError, count
 from common.hide import hidden
+from common.jsonl import BadRecord, jsonl_records
 from common.manifest import beside
-from common.records import finite, record_id
+from common.records import finite, read_rewarded
 from common.run_folder import KINDS, RunFolder, is_evaluated, is_ppo, read_object
 from evaluation.metrics import load_gold
 from report import clean
@@ -48,7 +49,7 @@ class Answers:
         different, tied: pairs of responses of one prompt with different texts, and those of them with equal
             rewards.
         kept: records of the seeded sample, smallest hash first, with `gold` where there is one.
-        damaged: lines that could not be read.
+        wrong: what could not be read, in words; None where all could.
     """
 
     ids: list = field(default_factory=list)
@@ -61,11 +62,15 @@ class Answers:
     different: int = 0
     tied: int = 0
     kept: list = field(default_factory=list)
-    damaged: int = 0
+    wrong: str | None = None
 
     @property
     def K(self) -> int:
         return int(np.diff(self.offsets).max()) if self.ids else 0
+
+    @property
+    def known_lengths(self) -> np.ndarray:
+        return self.lengths[self.lengths >= 0]
 
     def by_prompt(self, values: np.ndarray) -> dict[str, np.ndarray]:
         """`{id: array}` of the finite values of each prompt's responses; prompts without any are left out."""
@@ -160,16 +165,10 @@ class Sample:
         return [record for _, _, record in sorted(self._heap, key=lambda item: (-item[0], item[1]))]
 
 
-def lines_of(path: Path) -> Iterator[dict | None]:
-    """Yield each JSON object of a JSON Lines file, or None for a line that is none (torn, not UTF-8)."""
-    with open(path, "rb") as file:
-        for line in file:
-            if line.strip():
-                try:
-                    value = json.loads(line)
-                except (ValueError, RecursionError):
-                    value = None
-                yield value if isinstance(value, dict) else None
+def lines_of(path: Path) -> Iterator[dict]:
+    """Yield the objects of a JSON Lines file up to where it is torn, as one is that is being written."""
+    with contextlib.suppress(UserError):
+        yield from (record for record in jsonl_records(path) if not isinstance(record, BadRecord))
 
 
 def read_answers(path: Path, gold: Callable | None = None, seed: int = 0, keep: int = KEEP_TEXTS) -> Answers:
@@ -181,43 +180,34 @@ def read_answers(path: Path, gold: Callable | None = None, seed: int = 0, keep: 
         seed, keep: the sample whose texts are kept.
     """
     rewards, lengths, cut, golds, offsets = array("d"), array("i"), array("b"), array("d"), array("q", [0])
-    found, sample, distinct, seen = Answers(), Sample(keep, seed), array("d"), Counter()
-    for record in lines_of(path):
-        if not clean.is_rewarded(record):
-            found.damaged += 1
-            continue
-        flat, texts = clean.as_flat(record), record["responses"]
-        for values, more in zip((rewards, lengths, cut), flat, strict=True):
-            values.extend(more)
-        offsets.append(len(rewards))
-        key = _key_of(record, seen)
-        found.ids.append(key)
-        kept = record | {"id": key}
-        if gold is not None:
-            golds.extend(_gold_of(gold, record, text) for text in texts)
-            kept["gold"] = list(golds[offsets[-2] :])
-        different, tied = ties(texts, flat[0])
-        found.different, found.tied = found.different + different, found.tied + tied
-        distinct.append(len(set(texts)) / len(texts))
-        sample.add(key, kept)
+    found, sample, distinct, seen, bad = Answers(), Sample(keep, seed), array("d"), set(), []
+    try:
+        for record in read_rewarded(path, keep_bad=True):
+            if isinstance(record, BadRecord) or record["id"] in seen:
+                bad.append(record)
+                continue
+            flat, texts, key = clean.as_flat(record), record["responses"], record["id"]
+            for values, more in zip((rewards, lengths, cut), flat, strict=True):
+                values.extend(more)
+            offsets.append(len(rewards))
+            seen.add(key)
+            found.ids.append(key)
+            if gold is not None:
+                golds.extend(_gold_of(gold, record, text) for text in texts)
+                record["gold"] = list(golds[offsets[-2] :])
+            different, tied = ties(texts, flat[0])
+            found.different, found.tied = found.different + different, found.tied + tied
+            distinct.append(len(set(texts)) / len(texts))
+            sample.add(key, record)
+        if bad:
+            found.wrong = f"{count(len(bad), 'line')} cannot be read"
+    except UserError as error:
+        found.wrong = str(error)
     found.offsets, found.rewards = np.array(offsets), np.array(rewards)
     found.lengths, found.cut, found.distinct = np.array(lengths), np.array(cut), np.array(distinct)
     found.gold = np.array(golds) if gold is not None else None
     found.kept = sample.records()
     return found
-
-
-def _key_of(record, seen):
-    """A record's id, made of its prompt where it has none; one that was `seen` before gets a number."""
-    key = record.get("id")
-    if key is None:
-        try:
-            key = record_id(record["prompt"])
-        except UnicodeEncodeError:  # half a surrogate pair
-            key = f"{sample_hash(json.dumps(record['prompt'])):016x}"
-    key = str(key)
-    seen[key] += 1
-    return f"{key}#{seen[key]}" if seen[key] > 1 else key
 
 
 def _gold_of(gold, record, text):
@@ -233,13 +223,12 @@ def ties(texts: list[str], rewards: list[float]) -> tuple[int, int]:
     prompt.
     """
 
-    def couples(counts: Counter) -> int:
-        return sum(n * (n - 1) // 2 for n in counts.values())
+    def couples(values: Iterable) -> int:
+        return sum(math.comb(n, 2) for n in Counter(values).values())
 
     known = [(text, reward) for text, reward in zip(texts, rewards) if not math.isnan(reward)]
-    different = len(known) * (len(known) - 1) // 2 - couples(Counter(text for text, _ in known))
-    tied = couples(Counter(reward for _, reward in known)) - couples(Counter(known))
-    return different, tied
+    different = math.comb(len(known), 2) - couples(text for text, _ in known)
+    return different, couples(reward for _, reward in known) - couples(known)
 
 
 def read_pairs(path: Path, iteration: int, ids: set) -> tuple:
@@ -248,23 +237,18 @@ def read_pairs(path: Path, iteration: int, ids: set) -> tuple:
     """
     marks, margins, longer = {}, array("d"), array("d")
     for pair in lines_of(path):
-        if pair is None:
-            continue
         if finite(pair.get("margin")):
             margins.append(pair["margin"])
         sizes = pair.get("chosen_num_tokens"), pair.get("rejected_num_tokens")
         if all(isinstance(n, int) and finite(n) for n in sizes):
             longer.append(sizes[0] - sizes[1])
-        source = str(pair.get("source") or "")
-        of_this = (
-            not source or Path(source).parent.name == f"iter{iteration}"
-        )  # with train_on: all others are in it too
-        key = str(pair.get("id"))
-        if of_this and key in ids and len(marks.get(key, [])) < PAIRS_KEPT:
+        source, key = str(pair.get("source") or ""), str(pair.get("id"))
+        if source and Path(source).parent.name != f"iter{iteration}":
+            continue  # with train_on: all others are in it too
+        if key in ids and len(marks.get(key, [])) < PAIRS_KEPT:
             known = clean.finites(pair)
-            marks.setdefault(key, []).append(
-                {name: known.get(name) for name in ("chosen_index", "rejected_index", "margin")}
-            )
+            names = ("chosen_index", "rejected_index", "margin")
+            marks.setdefault(key, []).append({name: known.get(name) for name in names})
     return marks, np.array(margins), float(np.mean(longer)) if longer else None
 
 
@@ -304,10 +288,8 @@ def read_run(
         raise UserError(f"no such run: {folder}" + _near(folder))
     begun = files.settings.is_file()
     if not begun and not files.iterations():
-        raise UserError(
-            f"{folder} holds neither {files.settings.name} nor iter0, iter1, …, so it is no run's folder"
-            + _near(folder)
-        )
+        lacks = f"neither {files.settings.name} nor iter0, iter1, …"
+        raise UserError(f"{folder} holds {lacks}, so it is no run's folder" + _near(folder))
     run = Run(folder, folder.resolve().name, {}, steps=files.finished_steps())
     try:
         run.settings = hidden(cli.read_yaml(files.settings)) if begun else {}
@@ -351,16 +333,14 @@ def _read_named(run, path, gold, seed, keep):
     if not path.is_file():
         return None
     found = read_answers(path, gold, seed, keep)
-    if not found.ids:
-        run.missing.append(f"{_told(run, path)} holds no answer that can be read")
-    elif found.damaged:
-        run.missing.append(f"{_told(run, path)}: {found.damaged} lines cannot be read")
+    if found.wrong:
+        run.missing.append(f"{_told(run, path)}: {found.wrong}")
     return found if found.ids else None
 
 
 def _read_iterate(run, files, i, gold_function, seed, keep, gold):
     iterate = Iterate(i, metrics=clean.as_metrics(_object(run, files.metrics(i))))
-    iterate.divergence = clean.as_divergence(_object(run, files.divergence_summary(i)))
+    iterate.divergence = clean.finites(_object(run, files.divergence_summary(i)))
     spec = gold_function or iterate.metrics.get("gold_function") or run.settings.get("gold_function")
     function = _load_gold(spec, run.missing) if gold and spec and isinstance(spec, str) else None
     for kind in KINDS:
@@ -384,7 +364,7 @@ def _read_training(run, files, i, seed, keep):
         training.pairs, training.margins, training.longer = read_pairs(files.pairs(i), i, ids)
     training.history = clean.as_log(_object(run, files.trainer_state(i)).get("log_history"))
     if files.ppo_log(i).is_file():
-        training.ppo = clean.as_log(list(lines_of(files.ppo_log(i))))
+        training.ppo = clean.as_log(lines_of(files.ppo_log(i)))
     if training.answers or training.manifest or training.history or training.ppo:
         run.trainings[i] = training
     run.versions |= training.manifest.get("versions", {})
@@ -402,36 +382,34 @@ def _load_gold(spec, missing):
 
 def _name_missing(run):
     """Say what a finished run would have and this one has not; what its settings leave out is not missing."""
-    files = RunFolder(run.folder)
+    files, missing = RunFolder(run.folder), run.missing
     for i, training in run.trainings.items():
         if run.kind == "dpo" and not training.history:
-            run.missing.append(f"the trainer's log of iteration {i} ({_told(run, files.trainer_state(i))})")
+            missing.append(f"the trainer's log of iteration {i} ({_told(run, files.trainer_state(i))})")
         if run.kind == "ppo" and not training.ppo:
-            run.missing.append(f"PPO's log ({_told(run, files.ppo_log(i))})")
+            missing.append(f"PPO's log ({_told(run, files.ppo_log(i))})")
     if not run.evaluated:
         return
-    last = max(run.iterates, default=0)
-    if run.settings and run.iterations - last > 1:  # a run that has just begun is not a list of hundreds
-        run.missing.append(f"iterates {last + 1} to {run.iterations} have not been evaluated")
-    for i in range(min(run.iterations, last + 1) + 1) if run.settings else run.iterates:
-        iterate = run.iterates.get(i)
-        if iterate is None:
-            if i <= last or run.iterations == last + 1:
-                run.missing.append(f"iterate {i} has not been evaluated")
-            continue
-        absent = [kind for kind in KINDS if kind not in iterate.answers]
-        if absent:
-            run.missing.append(
-                f"the {' and '.join(absent)} held-out answers of iterate {i}, so no intervals from them"
-            )
-    iterates = run.iterates.values()
-    has_kl = any(it.divergence for it in iterates) or any(t.ppo for t in run.trainings.values())
-    if run.iterates and not has_kl:
-        run.missing.append("KL to the reference (iterN/divergence.json)")
-    if run.iterates and not any(it.judged for it in iterates):
-        run.missing.append("a second judge (eval_reward_model)")
-    if run.iterates and not any(has_gold(it, kind) for it in iterates for kind in KINDS):
-        run.missing.append("gold score (gold_function)")
+    last, end = max(run.iterates, default=0), run.iterations
+    if run.settings and end - last > 1:  # a run that has just begun is not a list of hundreds
+        missing.append(f"iterates {last + 1} to {end} have not been evaluated")
+    wanted = range(last + 2 if end == last + 1 else last + 1) if run.settings else run.iterates
+    for i in wanted:
+        absent = [kind for kind in KINDS if i in run.iterates and kind not in run.iterates[i].answers]
+        if i not in run.iterates:
+            missing.append(f"iterate {i} has not been evaluated")
+        elif absent:
+            answers = f"the {' and '.join(absent)} held-out answers of iterate {i}"
+            missing.append(f"{answers}, so no intervals from them")
+    iterates = list(run.iterates.values())
+    if not iterates:
+        return
+    if not any(it.divergence for it in iterates) and not any(t.ppo for t in run.trainings.values()):
+        missing.append("KL to the reference (iterN/divergence.json)")
+    if not any(it.judged for it in iterates):
+        missing.append("a second judge (eval_reward_model)")
+    if not any(has_gold(it, kind) for it in iterates for kind in KINDS):
+        missing.append("gold score (gold_function)")
 
 
 def has_gold(iterate: Iterate, kind: str) -> bool:

@@ -28,14 +28,13 @@ def short(value: object) -> float | None:
     return round(float(value), 4) if finite(value) else None
 
 
-def turns(prompt: str | list[dict]) -> list:
-    """Messages as [role, text, …] lists, tool calls as JSON behind the text; a string is a user's turn."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    calls = [[json.dumps(m[key], ensure_ascii=False) for key in CALLS if m.get(key)] for m in messages]
-    return [
-        [str(m.get("role", "")), *cut("\n".join(filter(None, [str(text_of(m)), *more])))]
-        for m, more in zip(messages, calls, strict=True)
-    ]
+def turns(messages: list[dict]) -> list:
+    """Messages as [role, text, …] lists, tool calls as JSON behind the text."""
+    found = []
+    for message in messages:
+        calls = [json.dumps(message[key], ensure_ascii=False) for key in CALLS if message.get(key)]
+        found.append([message["role"], *cut("\n".join(filter(None, [text_of(message), *calls])))])
+    return found
 
 
 def responses(record: dict, most: int | None = None, judged: list | None = None) -> list[dict]:
@@ -48,8 +47,7 @@ def responses(record: dict, most: int | None = None, judged: list | None = None)
         for name, values in (("n", record.get("num_tokens")), ("g", record.get("gold")), ("j", judged)):
             if values and k < len(values) and finite(values[k]):
                 answer[name] = short(values[k])
-        reasons = record.get("finish_reasons") or []
-        if k < len(reasons) and reasons[k] == "length":
+        if record.get("finish_reasons") and record["finish_reasons"][k] == "length":
             answer["c"] = 1
         found.append(answer)
     return found

@@ -4,8 +4,10 @@ Reads little and locks nothing. What a command says for people is shown and not 
 line `error: …`, which all scripts end bad input with, or a traceback.
 """
 
+import contextlib
 import os
 import re
+import statistics
 import sys
 import time
 from dataclasses import dataclass, field
@@ -17,15 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import cli
 from common.cli import UserError
 from common.progress import duration, read_progress
-from common.run_folder import (
-    KINDS,
-    RunFolder,
-    is_evaluated,
-    is_ppo,
-    progress_of,
-    read_object,
-    written_at,
-)
+from common.run_folder import KINDS, RunFolder, is_evaluated, is_ppo, progress_of, read_object, written_at
 
 FRESH = 120  # seconds: a run whose lock cannot be seen (another machine) runs if something was written since
 TAIL = 65536  # bytes of a log that are looked at
@@ -48,7 +42,7 @@ class State:
     progress: dict | None = None
     log: Path | None = None
     tail: list = field(default_factory=list)
-    done: list = field(default_factory=list)  # the steps that have finished, of stages.jsonl
+    done: list = field(default_factory=list)  # steps that have finished, of stages.jsonl
     steps: list = field(default_factory=list)  # all (policy, step) of the run
     seconds_left: float | None = None
 
@@ -74,11 +68,12 @@ def is_locked(lock: Path) -> bool | None:
     return any(line.split()[1] == "FLOCK" and wanted in line.split() for line in locks)
 
 
-def environments_in_work() -> list[str]:
-    """Names of the environments that some process is making, by their locks (envs.sh)."""
+def environments_in_work() -> str:
+    """`environment vllm is being made`, by the locks of envs.sh; empty where none is."""
     here = Path(__file__).resolve().parents[1]
     folders = (Path(os.environ.get("envs_dir", here / ".envs")), Path("~/.conda/online-rlhf").expanduser())
-    return sorted({lock.stem for folder in folders for lock in folder.glob("*.lock") if is_locked(lock)})
+    names = sorted({lock.stem for folder in folders for lock in folder.glob("*.lock") if is_locked(lock)})
+    return f"environment {' and '.join(names)} is being made" if names else ""
 
 
 def iterations_of(settings: dict) -> int:
@@ -192,11 +187,9 @@ def read_state(folder: str | Path, now: float | None = None) -> State:
     state = State("stopped", settings=settings, steps=steps_of(settings), done=run.finished_steps())
     state.at = next((step for step in state.steps if not is_done(run, settings, *step)), None)
     if state.at is None:
-        # The report that the driver itself asks for after its last step would else say for ever that the run
-        # is at work.
-        state.word = (
-            "running" if held and os.environ.get("RLHF_RUN") != str(run.path.resolve()) else "finished"
-        )
+        # RLHF_RUN: the driver itself asks for the page, which would else say for ever that it is at work
+        others = held and os.environ.get("RLHF_RUN") != str(run.path.resolve())
+        state.word = "running" if others else "finished"
         return state
     logs = sorted(run.step_logs(*state.at), key=lambda path: (-(written_at(path) or 0), path.name))
     tails = [(log, tail_of(log)) for log in logs]
@@ -210,14 +203,13 @@ def read_state(folder: str | Path, now: float | None = None) -> State:
     elif problem:
         state.word, state.detail = "failed", problem
     elif written is not None:
-        state.detail = f"nothing was written for {ago(now - written)}"
+        state.detail = f"nothing was written for {duration(max(0, now - written))}"
     return state
 
 
 def _before_settings(run, held):
     """The state of a run that has no loop.yaml yet: its driver may be setting up."""
     making = environments_in_work()
-    making = f"environment {' and '.join(making)} is being made" if making else ""
     if held:
         return State("running", f"setting up: {making or 'setup command and checks, no loop.yaml yet'}")
     there = "no loop.yaml yet" if run.path.is_dir() else "no such folder yet"
@@ -226,32 +218,22 @@ def _before_settings(run, held):
 
 def _sign_of_life(written, now):
     """When a running run wrote something last, or why it does not."""
-    if written is None or now - written > FRESH:
-        making = environments_in_work()
-        if making:
-            return f"environment {' and '.join(making)} is being made"
-    return "" if written is None else f"something was written {ago(now - written)} ago"
+    making = environments_in_work() if written is None or now - written > FRESH else ""
+    ago = "" if written is None else f"something was written {duration(max(0, now - written))} ago"
+    return making or ago
 
 
 def seconds_left(state: State, now: float) -> float | None:
     """Estimate for the whole run: a step takes what those of its name took on average; None before one of
     each has finished.
     """
-    took = {}
+    took, spent = {}, 0.0
     for entry in state.done:
         took.setdefault(entry["step"], []).append(entry["seconds"])
     names = [step for _, step in state.steps[state.steps.index(state.at) :]]
     if any(name not in took for name in names):
         return None
-    means = {name: sum(seconds) / len(seconds) for name, seconds in took.items()}
-    spent = 0.0
-    try:
+    means = [statistics.fmean(took[name]) for name in names]
+    with contextlib.suppress(KeyError, TypeError, ValueError):
         spent = now - datetime.strptime(state.done[-1]["finished"], "%Y-%m-%dT%H:%M:%S%z").timestamp()
-    except (IndexError, KeyError, TypeError, ValueError):
-        pass
-    total = sum(means[name] for name in names)
-    return max(0.0, total - min(max(spent, 0.0), means[names[0]]))
-
-
-def ago(seconds: float) -> str:
-    return duration(max(0, seconds))
+    return max(0.0, sum(means) - min(max(spent, 0.0), means[0]))

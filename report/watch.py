@@ -62,8 +62,7 @@ def frame(folder: Path, state: State, log_lines: int, width: int | None = None) 
         parts.append(Text(left, "dim"))
     if state.settings and not is_evaluated(state.settings):
         parts.append(Text(metrics.NOT_EVALUATED, "dim"))
-    rows = metrics_table(folder, width)
-    if rows:
+    if rows := metrics_table(folder, width):
         parts += [Text(""), Text(rows, no_wrap=True, overflow="crop" if width else "ignore")]
     if state.done:
         last, spent = state.done[-1], sum(entry["seconds"] for entry in state.done)

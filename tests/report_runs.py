@@ -40,60 +40,39 @@ def rewarded(
             `saturated` (rewards are 0 or 1, mostly 1), `loops` (one word again and again).
     """
     rng, rows = random.Random(f"{path.parent.name}/{path.name} {seed}"), []  # whatever folder the test has
+    noise = 0.05 if reward_of_length else 1
     for n in range(prompts):
         hard, texts, rewards, sizes, reasons = random.Random(f"{tag} {n}").gauss(0, 1), [], [], [], []
         for _ in range(K):
             size = max(8, round(rng.gauss(words, words / 5)))
-            texts.append(
-                texts[0]
-                if trouble.get("same") and texts
-                else "so " * size + "gold=0.5 end"
-                if trouble.get("loops")
-                else answer(rng, size, gold + hard / 10 + rng.gauss(0, 0.1))
-            )
-            reward = (
-                hard + shift + reward_of_length * (size - 30) + rng.gauss(0, 0.05 if reward_of_length else 1)
-            )
-            reward = (
-                float(round(reward / 10) * 10)
-                if trouble.get("ties")
-                else float(rng.random() < 0.9)
-                if trouble.get("saturated")
-                else reward
-            )
+            text = answer(rng, size, gold + hard / 10 + rng.gauss(0, 0.1))
+            if trouble.get("loops"):
+                text = "so " * size + "gold=0.5 end"
+            texts.append(texts[0] if trouble.get("same") and texts else text)
+            reward = hard + shift + reward_of_length * (size - 30) + rng.gauss(0, noise)
+            if trouble.get("ties"):
+                reward = float(round(reward / 10) * 10)
+            if trouble.get("saturated"):
+                reward = float(rng.random() < 0.9)
             rewards.append(round(reward, 6))
             sizes.append(size + 2)
             reasons.append("length" if rng.random() < trouble.get("cut", 0) else "stop")
-        rows.append(
-            {
-                "id": f"{tag}{n:04d}",
-                "prompt": [{"role": "user", "content": f"question {n} of {tag}"}],
-                "responses": texts,
-                "rewards": rewards,
-                "num_tokens": sizes,
-                "finish_reasons": reasons,
-            }
-        )
+        row = {"id": f"{tag}{n:04d}", "prompt": [{"role": "user", "content": f"question {n} of {tag}"}]}
+        row |= {"responses": texts, "rewards": rewards, "num_tokens": sizes, "finish_reasons": reasons}
+        rows.append(row)
     write(path, rows)
     return rows
 
 
 def history(steps=20, accuracy=0.8):
-    entries = [
-        {
-            "step": s,
-            "loss": 0.69 - s / 100,
-            "rewards/accuracies": 0.5 + s / 50,
-            "rewards/margins": s / 40,
-            "grad_norm": 1.0,
-            "learning_rate": 1e-4 * (1 - s / steps),
-        }
-        for s in range(1, steps + 1)
-    ]
-    return [
-        *entries,
-        {"step": steps, "eval_loss": 0.6, "eval_rewards/accuracies": accuracy, "eval_rewards/margins": 0.4},
-    ]
+    entries = []
+    for s in range(1, steps + 1):
+        entries.append(
+            {"step": s, "loss": 0.69 - s / 100, "grad_norm": 1.0, "learning_rate": 1e-4 * (1 - s / steps)}
+        )
+        entries[-1] |= {"rewards/accuracies": 0.5 + s / 50, "rewards/margins": s / 40}
+    held = {"loss": 0.6, "rewards/accuracies": accuracy, "rewards/margins": 0.4}
+    return [*entries, {"step": steps} | {f"eval_{key}": value for key, value in held.items()}]
 
 
 def make_run(
@@ -136,13 +115,12 @@ def make_run(
             estimates = {"kl": kl(i), "kl_se": 0.1, "kl_per_token": kl(i) / 32, "estimator": "k1"}
             write_json(folder / f"iter{i}/divergence.json", estimates)
     steps = [(i, step) for i in range(upto + 1) for step in steps_of(i, upto, kind, evaluated)]
-    write(
-        folder / "stages.jsonl",
-        [
-            {"policy": i, "step": step, "seconds": SECONDS[step], "finished": f"2026-01-01T00:{n:02}:00+0000"}
-            for n, (i, step) in enumerate(steps)
-        ],
-    )
+    finished = [f"2026-01-01T00:{n:02}:00+0000" for n in range(len(steps))]
+    lines = [
+        {"policy": i, "step": step, "seconds": SECONDS[step], "finished": time}
+        for (i, step), time in zip(steps, finished, strict=True)
+    ]
+    write(folder / "stages.jsonl", lines)
     return folder
 
 
@@ -164,15 +142,10 @@ def settings_of(folder, iterations, kind):
         "seed": 0,
         "model_name_or_path": "tiny",
         "reward_name_or_path": ["judge"],
-        "heldout_prompts": "heldout.jsonl",
-        "prompts": ["a.jsonl"],
-        "eval_reward_model": None,
-        "gold_function": f"{folder}/gold.py:gold_score",
-        "generation": generation,
-        "heldout": generation,
-        "annotation": {"batch_tokens": None},
-        "eval_annotation": {},
     }
+    values |= {"heldout_prompts": "heldout.jsonl", "prompts": ["a.jsonl"], "eval_reward_model": None}
+    values |= {"gold_function": f"{folder}/gold.py:gold_score", "generation": generation}
+    values |= {"heldout": generation, "annotation": {"batch_tokens": None}, "eval_annotation": {}}
     if kind == "ppo":
         ppo = {"kl_coef": 0.05, "learning_rate": 1e-5, "samples_per_prompt": 2, "num_episodes": 1}
         return values | {"backend": "small", "ppo": ppo}
@@ -187,51 +160,28 @@ def dpo_iteration(folder, i, plan, prompts, accuracy):
     for row in rows:
         best, worst = (row["rewards"].index(f(row["rewards"])) for f in (max, min))
         if best != worst:
-            pairs.append(
-                {
-                    "id": row["id"],
-                    "chosen_index": best,
-                    "rejected_index": worst,
-                    "split": "train",
-                    "chosen_num_tokens": row["num_tokens"][best],
-                    "rejected_num_tokens": row["num_tokens"][worst],
-                    "margin": row["rewards"][best] - row["rewards"][worst],
-                    "source": str(own / "rewarded.jsonl"),
-                }
-            )
+            pair = {"id": row["id"], "chosen_index": best, "rejected_index": worst, "split": "train"}
+            pair |= {"chosen_num_tokens": row["num_tokens"][best], "source": str(own / "rewarded.jsonl")}
+            pair |= {"rejected_num_tokens": row["num_tokens"][worst]}
+            pairs.append(pair | {"margin": row["rewards"][best] - row["rewards"][worst]})
     write(own / "pairs.jsonl", pairs)
     write_json(own / "model.trainer_state.json", {"log_history": history(accuracy=accuracy)})
     manifest(own / "generated", counts={"engine_seconds": 5.0}, merged={"num_datasets": 1})
     manifest(own / "rewarded", counts={"scoring_seconds": 3.0, "processes": 1})
     metrics = {"train_runtime": 6.0, "num_tokens": 6000, "loss": 0.5, "rewards/accuracies": 0.9}
-    manifest(
-        own / "model",
-        num_processes=1,
-        metrics=metrics | {"eval_rewards/accuracies": accuracy},
-        counts={"train_pairs": 50, "eval_pairs": 10},
-    )
+    metrics["eval_rewards/accuracies"] = accuracy
+    counts = {"train_pairs": 50, "eval_pairs": 10}
+    manifest(own / "model", num_processes=1, metrics=metrics, counts=counts)
 
 
 def ppo_iteration(folder, i):
     """The training of policy i by PPO."""
-    entries = [
-        {
-            "step": s,
-            "reward": s / 10,
-            "kl": s / 5,
-            "entropy": 1.0 - s / 40,
-            "response_length": 30.0 + s / 10,
-            "truncated_fraction": 0.0,
-            "policy_loss": -0.01,
-            "value_loss": 1 / s,
-            "clip_fraction": 0.1,
-            "explained_variance": 0.5,
-            "kl_coef": 0.05,
-            "tokens_per_second": 900.0,
-            "seconds": {"all": 0.5, "learn": 0.2},
-        }
-        for s in range(1, 21)
-    ]
+    entries = []
+    for s in range(1, 21):
+        entry = {"step": s, "reward": s / 10, "kl": s / 5, "entropy": 1.0 - s / 40, "kl_coef": 0.05}
+        entry |= {"response_length": 30.0 + s / 10, "truncated_fraction": 0.0, "clip_fraction": 0.1}
+        entry |= {"policy_loss": -0.01, "value_loss": 1 / s, "explained_variance": 0.5}
+        entries.append(entry | {"tokens_per_second": 900.0, "seconds": {"all": 0.5, "learn": 0.2}})
     write(folder / f"iter{i}/model.log.jsonl", entries)
     manifest(folder / f"iter{i}/model", num_processes=1, counts={"prompts": 640})
 

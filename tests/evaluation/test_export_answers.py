@@ -7,14 +7,13 @@ and sums each of the `metadata`'s groups for its style control.
 """
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "evaluation/export_answers.py"
+from common.cli import UserError
+from evaluation import export_answers
+
 MARKDOWN = (
     "# One\n## Two\n\n1. a\n2. b\n- c\n* **bold** and __too__\n```py\n# not a header\n- no "
     "item\n```\n#no header\n"
@@ -44,127 +43,90 @@ def answered(tmp_path):
     return tmp_path / "a.jsonl", rows
 
 
-def export(path, output, kind, *more, status=0):
-    command = [
-        sys.executable,
-        SCRIPT,
-        "--dataset_name_or_path",
-        path,
-        "--format",
-        kind,
-        "--generator",
-        "mine",
-        "--output_dir",
-        output,
-        *more,
-    ]
-    process = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60, check=False)
-    assert process.returncode == status, process.stdout + process.stderr
-    return process
+@pytest.fixture
+def export(monkeypatch, capsys):
+    """Start the script in this process; gives what it says."""
+
+    def start(path, output, kind, *more):
+        named = {"dataset_name_or_path": path, "format": kind, "generator": "mine", "output_dir": output}
+        given = [word for name, value in named.items() for word in (f"--{name}", str(value))]
+        monkeypatch.setattr(sys, "argv", ["export_answers.py", *given, *more])
+        export_answers.main()
+        return capsys.readouterr().out
+
+    return start
 
 
-def test_alpaca_eval_reads_it(answered, tmp_path):
+def test_alpaca_eval_reads_it(answered, export, tmp_path):
     import pandas
 
     path, rows = answered
     told = export(path, tmp_path / "mine.json", "alpaca_eval")
     export(path, tmp_path / "other.json", "alpaca_eval", "--generator", "other", "--choose", "best")
     mine, other = (pandas.read_json(tmp_path / f"{name}.json") for name in ("mine", "other"))
-    assert set(mine.columns) == {
-        "dataset",
-        "instruction",
-        "output",
-        "generator",
-    } and mine.generator.unique().tolist() == ["mine"]
-    assert mine.instruction.tolist() == [
-        row["prompt"][0]["content"] for row in rows
-    ] and mine.output.tolist() == [row["responses"][0] for row in rows]
+    assert set(mine.columns) == {"dataset", "instruction", "output", "generator"}
+    assert mine.generator.unique().tolist() == ["mine"]
+    assert mine.instruction.tolist() == [row["prompt"][0]["content"] for row in rows]
+    assert mine.output.tolist() == [row["responses"][0] for row in rows]
     joined = mine.merge(other, on=["instruction"])
     assert len(joined) == 3 and joined.output_y.tolist() == ["best"] * 3
-    assert (
-        "alpaca_eval --model_outputs" in told.stdout
-        and "3 prompts have several answers, the first one was taken" in told.stdout
-    )
+    assert "alpaca_eval --model_outputs" in told
+    assert "3 prompts have several answers, the first one was taken" in told
 
 
 @pytest.mark.parametrize("kind", ["arena_hard", "arena_hard_fastchat"])
-def test_arena_hard_reads_it(answered, tmp_path, kind):
+def test_arena_hard_reads_it(answered, export, tmp_path, kind):
     path, rows = answered
     told = export(path, tmp_path / "mine.jsonl", kind)
-    lines = [
-        json.loads(line) for line in (tmp_path / "mine.jsonl").read_text(encoding="utf-8").split("\n") if line
-    ]
-    key = "uid" if kind == "arena_hard" else "question_id"
+    text = (tmp_path / "mine.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.split("\n") if line]
+    today = kind == "arena_hard"
+    key, style_key = ("uid", "metadata") if today else ("question_id", "conv_metadata")
     assert [line[key] for line in lines] == ["u0", "u1", "u2"]
-    by_key = {line[key]: line for line in lines}
-    for row in rows:
-        line = by_key[row["uid"]]
-        style = line["metadata" if kind == "arena_hard" else "conv_metadata"]
-        if kind == "arena_hard":
-            assert (
-                set(line) == {"uid", "ans_id", "model", "messages", "tstamp", "metadata"}
-                and line["model"] == "mine"
-            )
-            assert line["messages"] == [
-                *row["prompt"],
-                {"role": "assistant", "content": {"answer": row["responses"][0]}},
-            ]
+    for row, line in zip(rows, reversed(lines), strict=True):
+        answer = row["responses"][0]
+        if today:
+            assert set(line) == {"uid", "ans_id", "model", "messages", "tstamp", "metadata"}
+            given = {"role": "assistant", "content": {"answer": answer}}
+            assert line["model"] == "mine" and line["messages"] == [*row["prompt"], given]
         else:
             assert set(line) == {"question_id", "answer_id", "model_id", "choices", "tstamp", "conv_metadata"}
-            assert [turn["content"] for turn in line["choices"][0]["turns"]] == [row["responses"][0]]
-        assert list(style) == ["token_len", "header_count", "list_count", "bold_count"] and isinstance(
-            style["token_len"], int
-        )
-        summed = [v if isinstance(v, int) else sum(v.values()) for v in style.values()][1:]
-        assert (
-            summed == [2, 4, 2]
-            and style["header_count"]["h2"] == 1
-            and style["list_count"] == {"ordered": 2, "unordered": 2}
-        )
-    assert (
-        f"data/arena-hard-v{'2.0' if kind == 'arena_hard' else '0.1'}/model_answer/mine.jsonl" in told.stdout
-    )
+            assert [turn["content"] for turn in line["choices"][0]["turns"]] == [answer]
+        style = line[style_key]
+        assert list(style) == ["token_len", "header_count", "list_count", "bold_count"]
+        assert isinstance(style.pop("token_len"), int)
+        assert [sum(own.values()) for own in style.values()] == [2, 4, 2]
+        assert style["header_count"]["h2"] == 1 and style["list_count"] == {"ordered": 2, "unordered": 2}
+    assert f"data/arena-hard-v{'2.0' if today else '0.1'}/model_answer/mine.jsonl" in told
 
 
-def test_turns_that_a_format_cannot_hold_are_refused_or_left_out(answered, tmp_path):
+def test_turns_that_a_format_cannot_hold_are_refused_or_left_out(answered, export, tmp_path):
     path, rows = answered
     rows[1]["prompt"] = [{"role": "system", "content": "s"}, *rows[1]["prompt"]]
     write(path, rows)
-    refused = export(path, tmp_path / "m.json", "alpaca_eval", status=2)
-    assert (
-        "record 2 has the turns system, user" in refused.stderr
-        and "--skip_multi_turn" in refused.stderr
-        and not (tmp_path / "m.json").exists()
-    )
+    with pytest.raises(UserError, match="record 2 has the turns system, user.*--skip_multi_turn"):
+        export(path, tmp_path / "m.json", "alpaca_eval")
+    assert not (tmp_path / "m.json").exists()
     told = export(path, tmp_path / "m.json", "alpaca_eval", "--skip_multi_turn", "true")
-    assert (
-        len(json.loads((tmp_path / "m.json").read_text())) == 2
-        and "1 prompts of several turns left out" in told.stdout
-    )
+    assert len(json.loads((tmp_path / "m.json").read_text())) == 2
+    assert "1 prompts of several turns left out" in told
 
 
 @pytest.mark.parametrize(
     "change, kind, more, named",
     [
-        (lambda row: row.pop("uid"), "arena_hard", (), "has no `uid`"),
-        (lambda row: row.update(uid="same"), "arena_hard", (), "stand twice"),
-        (
-            lambda row: row.update(rewards=[None, None]),
-            "alpaca_eval",
-            ("--choose", "best"),
-            "no rewards to choose by",
-        ),
-        (lambda row: row, "alpaca_eval", ("--output_dir", "x.jsonl"), "ends in .json"),
-        (lambda row: row, "alpaca_eval", ("--generator", "a/b"), "without a slash"),
-        (lambda row: row, "alpaka_eval", (), "is not one of alpaca_eval"),
+        ({"uid": None}, "arena_hard", "", "has no `uid`"),
+        ({"uid": "same"}, "arena_hard", "", "stand twice"),
+        ({"rewards": [None, None]}, "alpaca_eval", "--choose best", "no rewards to choose by"),
+        ({}, "alpaca_eval", "--output_dir x.jsonl", "ends in .json"),
+        ({}, "alpaca_eval", "--generator a/b", "without a slash"),
+        ({}, "alpaka_eval", "", "is not one of alpaca_eval"),
     ],
 )
-def test_refusals(answered, tmp_path, change, kind, more, named):
+def test_refusals(answered, export, tmp_path, change, kind, more, named):
     path, rows = answered
-    for row in rows:
-        change(row)
-    write(path, rows)
-    refused = export(
-        path, tmp_path / ("m.jsonl" if kind.startswith("arena") else "m.json"), kind, *more, status=2
-    )
-    assert named in refused.stderr and refused.stderr.count("\n") == 1, refused.stderr
+    write(path, [row | change for row in rows])
+    target = tmp_path / ("m.jsonl" if kind.startswith("arena") else "m.json")
+    with pytest.raises(UserError, match=named) as caught:
+        export(path, target, kind, *more.split())
+    assert "\n" not in str(caught.value) and not target.exists()

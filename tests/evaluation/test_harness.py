@@ -14,6 +14,9 @@ from pathlib import Path
 import micro
 import pytest
 
+from common.cli import UserError
+from evaluation import evaluate_benchmarks
+
 pytestmark = pytest.mark.env("vllm")
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,13 +46,8 @@ metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}
 @pytest.fixture(scope="module")
 def harness():
     """The interpreter of environment lm_eval."""
-    found = subprocess.run(
-        ["bash", "-c", "source ./envs.sh; env_prefix lm_eval"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
+    command = ["bash", "-c", "source ./envs.sh; env_prefix lm_eval"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     if not found or not Path(found, ".rlhf-stamp").is_file():
         pytest.skip("environment lm_eval is not made: source envs.sh; make_envs lm_eval")
     return f"{found}/bin/python"
@@ -60,7 +58,7 @@ def model(tmp_path_factory):
     return micro.make_policy(tmp_path_factory.mktemp("model") / "policy")
 
 
-def script(*arguments, python=sys.executable, status=0):
+def script(*arguments, python, status=0):
     process = subprocess.run(
         [python, SCRIPT, *map(str, arguments)], capture_output=True, text=True, timeout=600, check=False
     )
@@ -68,104 +66,86 @@ def script(*arguments, python=sys.executable, status=0):
     return process
 
 
-def planned(*arguments):
+@pytest.fixture
+def planned(monkeypatch, capsys):
     """The commands of a dry run, as lists of words, and the notes."""
-    out = script(*arguments, "--dry_run").stdout
-    notes = [line for line in out.splitlines() if line.startswith("note:")]
-    words, commands = shlex.split("\n".join(line for line in out.splitlines() if line not in notes)), []
-    for word in words:  # a command on the CPU takes several lines
-        if word.startswith(("VLLM_", "OMP_")):  # what the environment of the test may have already
-            continue
-        if word.startswith("HF_ALLOW") or (
-            word == sys.executable and (not commands or len(commands[-1]) > 1)
-        ):
-            commands.append([])
-        commands[-1].append(word)
-    return commands, notes
+
+    def start(*arguments):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["evaluate_benchmarks.py", *map(str, arguments), "--dry_run"])
+        evaluate_benchmarks.main()
+        out = capsys.readouterr().out
+        notes = [line for line in out.splitlines() if line.startswith("note:")]
+        words, commands = shlex.split("\n".join(line for line in out.splitlines() if line not in notes)), []
+        for word in words:  # a command on the CPU takes several lines
+            if word.startswith(("VLLM_", "OMP_")):  # what the environment of the test may have already
+                continue
+            first = word == sys.executable and (not commands or len(commands[-1]) > 1)
+            if word.startswith("HF_ALLOW") or first:
+                commands.append([])
+            commands[-1].append(word)
+        return commands, notes
+
+    return start
 
 
-def test_tasks_of_one_number_of_examples_share_a_command(model, tmp_path):
-    commands, notes = planned("--model_name_or_path", model, "--output_dir", tmp_path)
+def test_tasks_of_one_number_of_examples_share_a_command(planned, model, tmp_path):
+    given = ("--model_name_or_path", model, "--output_dir", tmp_path)
+    commands, notes = planned(*given)
     tasks = [words[words.index("--tasks") + 1 : words.index("--batch_size")] for words in commands]
-    assert (
-        tasks == [["gsm8k", "mmlu"], ["arc_challenge"], ["truthfulqa_mc2"]]
-        and "humaneval left out" in notes[0]
-    )
-    assert [
-        words[words.index("--num_fewshot") + 1] if "--num_fewshot" in words else None for words in commands
-    ] == ["5", "25", None]
-    commands, notes = planned(
-        "--model_name_or_path", model, "--output_dir", tmp_path, "--run_code", "true", "--tasks", "humaneval"
-    )
-    assert (
-        commands[0][0] == "HF_ALLOW_CODE_EVAL=1" and "--confirm_run_unsafe_code" in commands[0] and not notes
-    )
+    assert tasks == [["gsm8k", "mmlu"], ["arc_challenge"], ["truthfulqa_mc2"]]
+    assert "humaneval left out" in notes[0]
+    shots = [dict(zip(words, words[1:])).get("--num_fewshot") for words in commands]
+    assert shots == ["5", "25", None]
+    commands, notes = planned(*given, "--run_code", "true", "--tasks", "humaneval")
+    assert commands[0][0] == "HF_ALLOW_CODE_EVAL=1" and "--confirm_run_unsafe_code" in commands[0]
+    assert not notes
 
 
-def test_a_runs_iterate_and_its_start(tmp_path):
+def test_a_runs_iterate_and_its_start(planned, tmp_path):
     run = tmp_path / "run"
     micro.make_policy(run / "iter2/model")
     (run / "loop.yaml").write_text("model_name_or_path: RLHFlow/LLaMA3-SFT\n")
     [words], _ = planned("--run", run, "--iterate", 2, "--tasks", "gsm8k")
-    assert (
-        f"pretrained={run}/iter2/model" in words
-        and words[words.index("--output_path") + 1] == f"{run}/iter2/benchmarks/default"
-    )
+    assert f"pretrained={run}/iter2/model" in words
+    assert words[words.index("--output_path") + 1] == f"{run}/iter2/benchmarks/default"
     [words], _ = planned("--run", run, "--iterate", 0, "--tasks", "gsm8k")
     assert "pretrained=RLHFlow/LLaMA3-SFT" in words
-    assert "iter3/model is not there" in script("--run", run, "--iterate", 3, status=2).stderr
     model = "--model_name_or_path", "a/b", "--output_dir", "o", "--tasks"
     for more, named in (
+        (("--run", run, "--iterate", 3), "iter3/model is not there"),
         (("--run", run), "--iterate is missing"),
         ((), "give --run FOLDER"),
         ((*model, "x:y"), "NAME:EXAMPLES"),
         ((*model, "humaneval"), "no task is left"),
     ):
-        assert named in script(*more, status=2).stderr
+        with pytest.raises(UserError, match=named):
+            planned(*more)
 
 
-ALL = (
-    "--run_code",
-    "true",
-    "--apply_chat_template",
-    "true",
-    "--limit",
-    "3",
-    "--max_model_len",
-    "256",
-    "--include_path",
-    ".",
-    "--trust_remote_code",
-    "true",
-    "--model_args.enable_thinking",
-    "false",
-)
+ALL = """--run_code true --apply_chat_template true --limit 3 --max_model_len 256 --include_path .
+    --trust_remote_code true --model_args.enable_thinking false"""
 
 
-@pytest.mark.parametrize("more", [(), ("--backend", "hf"), ALL])
-def test_the_harness_takes_the_commands(harness, model, tmp_path, more):
-    commands, _ = planned("--model_name_or_path", model, "--output_dir", tmp_path, *more)
+@pytest.mark.parametrize("more", ["", "--backend hf", ALL])
+def test_the_harness_takes_the_commands(harness, planned, model, tmp_path, more):
+    commands, _ = planned("--model_name_or_path", model, "--output_dir", tmp_path, *more.split())
     parse = (
         "import json, sys; from lm_eval._cli.harness import HarnessCLI; "
         "print(json.dumps(vars(HarnessCLI()._parser.parse_args(sys.argv[1:])), default=str))"
     )
     for words in commands:
-        words = words[words.index("run") :]
-        parsed = subprocess.run(
-            [harness, "-c", parse, *words], capture_output=True, text=True, check=False, timeout=120
-        )
+        asked = [harness, "-c", parse, *words[words.index("run") :]]
+        parsed = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=120)
         assert parsed.returncode == 0, parsed.stderr
         found = json.loads(parsed.stdout.splitlines()[-1])
-        assert found["model_args"]["pretrained"] == str(model) and found["model"] == (
-            "hf" if "hf" in more else "vllm"
-        )
+        assert found["model_args"]["pretrained"] == str(model)
+        assert found["model"] == ("hf" if "hf" in more else "vllm")
         assert found["tasks"] and found["output_path"].startswith(str(tmp_path))
-        if "enable_thinking" in str(more):
-            assert (
-                found["model_args"]["enable_thinking"] is False
-                and found["limit"] == 3
-                and found["model_args"]["max_model_len"] == 256
-            )
+        if more == ALL:
+            given = found["model_args"]
+            assert given["enable_thinking"] is False and given["max_model_len"] == 256
+            assert found["limit"] == 3
 
 
 def test_a_task_runs_on_vllm_and_is_not_run_again(harness, model, tmp_path):
@@ -175,30 +155,14 @@ def test_a_task_runs_on_vllm_and_is_not_run_again(harness, model, tmp_path):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, text in (("tiny_choice", CHOICE), ("tiny_write", WRITE)):
         (tmp_path / "tasks" / f"{name}.yaml").write_text(text.format(data=data))
-    arguments = [
-        "--model_name_or_path",
-        model,
-        "--output_dir",
-        tmp_path / "out",
-        "--tasks",
-        "tiny_choice:0",
-        "tiny_write:0",
-        "--include_path",
-        tmp_path / "tasks",
-        "--dtype",
-        "float32",
-        "--max_model_len",
-        "256",
-    ]
-    told = script(*arguments, python=harness)
+    arguments = ["--model_name_or_path", model, "--output_dir", tmp_path / "out"]
+    tasks = ["--tasks", "tiny_choice:0", "tiny_write:0", "--include_path", tmp_path / "tasks"]
+    tasks += ["--dtype", "float32", "--max_model_len", "256"]
+    told = script(*arguments, *tasks, python=harness)
     found = json.loads((tmp_path / "out/results.json").read_text())["tasks"]
-    assert (
-        set(found) == {"tiny_choice", "tiny_write"}
-        and 0 <= found["tiny_choice"]["acc,none"] <= 1
-        and "tiny_choice" in told.stdout
-    )
+    assert set(found) == {"tiny_choice", "tiny_write"} and "tiny_choice" in told.stdout
+    assert 0 <= found["tiny_choice"]["acc,none"] <= 1
     assert found["tiny_write"]["exact_match,none"] == 0.0 and found["tiny_write"]["examples"] == 0
-    again = script(*arguments, python=harness)
-    assert "done already" in again.stdout
-    failed = script(*arguments[:4], "--tasks", "no_such_task", python=harness, status=2)
+    assert "done already" in script(*arguments, *tasks, python=harness).stdout
+    failed = script(*arguments, "--tasks", "no_such_task", python=harness, status=2)
     assert "lm_eval ended with status" in failed.stderr and failed.stderr.count("\n") == 1

@@ -15,8 +15,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 if BROWSER is None:
     pytest.skip("no Chromium here (chromium, chromium-browser or google-chrome)", allow_module_level=True)
@@ -46,21 +44,20 @@ def browser():
 def html(tmp_path_factory):
     """The page of a run whose names, prompts and answers all try to get out, with every kind of figure."""
     # A folder's name cannot hold a slash; the entities are what a chart's legend would decode
-    folder = runs.make_run(
-        tmp_path_factory.mktemp("runs") / "<img src=x onerror=window.owned=1>&lt;b&gt;",
-        judge=lambda i: 0.3 * i,
-        kl=lambda i: 2.0 * i,
-        settings={"note": EVIL, EVIL: 1},
-    )
-    for path, number in [
-        *((p, 0) for p in folder.glob("iter*/heldout_*.rewarded.jsonl")),
-        (folder / "iter1/rewarded.jsonl", 3),
-    ]:
+    folder = tmp_path_factory.mktemp("runs") / "<img src=x onerror=window.owned=1>&lt;b&gt;"
+    settings = {"note": EVIL, EVIL: 1}
+    runs.make_run(folder, judge=lambda i: 0.3 * i, kl=lambda i: 2.0 * i, settings=settings)
+    heldout = {path: 0 for path in folder.glob("iter*/heldout_*.rewarded.jsonl")}
+    for path, number in (heldout | {folder / "iter1/rewarded.jsonl": 3}).items():
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         rows[number]["responses"][0] = f"needle {EVIL} \u2028 gold=0.5 end"
-        rows[number]["prompt"] = [{"role": EVIL, "content": EVIL}]
+        rows[number]["prompt"] = [{"role": "user", "content": "Hello."}, {"role": EVIL, "content": EVIL}]
+        rows[number]["prompt"].append({"role": "user", "content": "Go on."})
         runs.write(path, rows)
-    target = folder.parent / "index.html"
+    return page_of(folder, folder.parent / "index.html")
+
+
+def page_of(folder, target):
     make_report.make(make_report.Arguments(runs=[str(folder)], output_dir=str(target)))
     return target
 
@@ -69,11 +66,7 @@ class Seen:
     """A page that is open, with what its console and the network saw."""
 
     def __init__(self, browser, path, **options):
-        self.context = (
-            browser.new_context(viewport={"width": 1280, "height": 900}, **options)
-            if "viewport" not in options
-            else browser.new_context(**options)
-        )
+        self.context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | options))
         self.page, self.console, self.requests = self.context.new_page(), [], []
         self.page.on("console", lambda message: self.console.append(f"{message.type}: {message.text}"))
         self.page.on("pageerror", lambda error: self.console.append(f"error: {error}"))
@@ -106,24 +99,12 @@ def seen(browser, html, request):
 
 def test_no_errors_all_charts_and_no_request(seen, html):
     seen.scroll()
-    drawn = seen.page.evaluate(
-        "[...document.querySelectorAll('.plot')].map(p => [p.dataset.chart, p.querySelectorAll('.trace, "
-        ".bars .point').length])"
-    )
-    assert len(drawn) > 18 and all(marks > 0 for _, marks in drawn), drawn
-    assert {
-        "reward",
-        "gold",
-        "judge",
-        "wins_start",
-        "by_length",
-        "kl",
-        "best_of",
-        "gold_of_best",
-        "histogram",
-        "dpo_loss",
-        "seconds",
-    } <= {k for k, _ in drawn}
+    marks = "p.querySelectorAll('.trace, .bars .point').length"
+    plots = f"[...document.querySelectorAll('.plot')].map(p => [p.dataset.chart, {marks}])"
+    drawn = dict(seen.page.evaluate(plots))
+    assert len(drawn) > 18 and all(drawn.values()), drawn
+    some = "reward gold judge wins_start by_length kl best_of gold_of_best histogram dpo_loss seconds"
+    assert set(some.split()) <= drawn.keys()
     assert seen.console == []
     assert [url for url in seen.requests if not url.startswith(("data:", "blob:"))] == [html.as_uri()]
 
@@ -134,23 +115,14 @@ def test_a_ppo_page_offers_no_training_samples(browser, tmp_path):
     Of its one iteration the win rate is shown once; a share that stays 0 begins at 0.
     """
     folder = runs.make_run(tmp_path / "ppo", iterations=1, kind="ppo")
-    make_report.make(make_report.Arguments(runs=[str(folder)], output_dir=str(tmp_path / "index.html")))
-    opened = Seen(browser, tmp_path / "index.html")
+    opened = Seen(browser, page_of(folder, tmp_path / "index.html"))
     opened.scroll()
-    assert (
-        opened.page.locator("input[name=view]").count() == 2
-        and not opened.page.locator("input[value=training]").is_visible()
-    )
-    shown = opened.page.evaluate(
-        "Object.fromEntries([...document.querySelectorAll('.plot')].map(p => [p.dataset.chart, "
-        "p.layout.yaxis.range]))"
-    )
-    assert (
-        "wins_start" in shown
-        and "wins_previous" not in shown
-        and shown["ppo_truncated_fraction"] == [0, 1]
-        and shown["ppo_clip_fraction"][0] == 0
-    )
+    assert opened.page.locator("input[name=view]").count() == 2
+    assert not opened.page.locator("input[value=training]").is_visible()
+    ranges = "[...document.querySelectorAll('.plot')].map(p => [p.dataset.chart, p.layout.yaxis.range])"
+    shown = dict(opened.page.evaluate(ranges))
+    assert "wins_start" in shown and "wins_previous" not in shown
+    assert shown["ppo_truncated_fraction"] == [0, 1] and shown["ppo_clip_fraction"][0] == 0
     assert opened.console == []
     opened.context.close()
 
@@ -162,12 +134,14 @@ def test_even_a_script_in_the_page_may_not_fetch(seen):
 
 def test_injection_does_nothing(seen):
     seen.scroll()
+    data = json.loads(seen.page.locator("#samples-data").text_content())
     for name in ("heldout", "training"):
+        seen.page.fill("#search", "")
         seen.page.check(f"input[value={name}]")
+        seen.wait_count(f"{len(data[name])} of {len(data[name])}")
         seen.page.fill("#search", "onerror")
-        seen.wait_count("1 of")
-        for details in seen.page.locator("#list details").all():
-            details.evaluate("d => d.open = true")
+        seen.wait_count(f"1 of {len(data[name])}")
+        seen.page.evaluate("document.querySelectorAll('#list details').forEach(d => { d.open = true })")
         assert EVIL in seen.page.locator("#list").inner_text().replace("\u2028", "")
     seen.page.wait_for_timeout(300)
     assert seen.page.evaluate("window.owned") is None and seen.console == []
@@ -181,34 +155,32 @@ def test_search_and_filters(seen, html):
     heldout, training = data["heldout"], data["training"]
     seen.wait_count(f"{len(heldout)} of {len(heldout)}")
     assert seen.visible() == 10
+    labels = page.locator("#list .sample").first.locator("h4").all_inner_texts()
+    assert labels == ["iterate 0", "iterate 1", "iterate 2"]  # side by side
     page.click("#after")
     assert "page 2 of" in page.locator("#place").inner_text()
-    word = heldout[7]["a"][0]["r"][0]["t"][0].split()[0]
 
-    def texts(entry):
-        answers = [one for column in entry.get("a", [{"r": entry.get("r")}]) for one in column["r"]]
-        return " ".join(
-            [*(turn[1] for turn in entry["p"]), *(one["t"][0] for one in answers)]
-        ).lower(), answers
+    def answers(entry):
+        return [one for column in entry["a"] for one in column["r"]]
 
+    def has(entry, word):
+        return any(
+            word in text.lower()
+            for text in [*(t[1] for t in entry["p"]), *(a["t"][0] for a in answers(entry))]
+        )
+
+    word = heldout[7]["a"][0]["r"][0]["t"][0].split()[0].lower()
     page.fill("#search", word.upper())
-    expected = sum(word.lower() in texts(entry)[0] for entry in heldout)
-    seen.wait_count(f"{expected} of")
-    assert 0 < expected and page.locator("#list mark").first.inner_text().lower() == word.lower()
+    seen.wait_count(f"{sum(has(entry, word) for entry in heldout)} of")
+    assert page.locator("#list mark").first.inner_text().lower() == word
     page.click("button[type=reset]")
     seen.wait_count(f"{len(heldout)} of")
-    for low, high, key, name in ((1.5, None, "r", "reward"), (None, 25, "n", "length")):
-        for side, value in (("min", low), ("max", high)):
-            page.fill(f"#{name}-{side}", "" if value is None else str(value))
-
-        def fits(one, key=key, low=low, high=high):
-            return (
-                one.get(key) is not None
-                and (low is None or one[key] >= low)
-                and (high is None or one[key] <= high)
-            )
-
-        count = sum(any(fits(one) for one in texts(entry)[1]) for entry in heldout)
+    for field, value, fits in (
+        ("#reward-min", "1.5", lambda one: one["r"] is not None and one["r"] >= 1.5),
+        ("#length-max", "25", lambda one: "n" in one and one["n"] <= 25),
+    ):
+        page.fill(field, value)
+        count = sum(any(map(fits, answers(entry))) for entry in heldout)
         assert 0 < count < len(heldout)
         seen.wait_count(f"{count} of")
         page.click("button[type=reset]")
@@ -216,7 +188,7 @@ def test_search_and_filters(seen, html):
     page.check("input[value=training]")
     seen.wait_count(f"{len(training)} of")
     page.fill("#margin-min", "3")
-    count = sum(bool(entry["pairs"]) and max(pair[2] for pair in entry["pairs"]) >= 3 for entry in training)
+    count = sum(any(pair[2] >= 3 for pair in entry["pairs"]) for entry in training)
     assert 0 < count < len(training)
     seen.wait_count(f"{count} of")
     page.fill("#margin-min", "")
@@ -224,21 +196,14 @@ def test_search_and_filters(seen, html):
     seen.wait_count(f"{sum(entry['i'] == 2 for entry in training)} of")
     page.select_option("#order", "margin")
     page.wait_for_timeout(300)
-    margins = [
-        float(text.split("margin ")[1])
-        for text in page.locator("#list .sample > .facts:first-child").all_inner_texts()
-    ]
+    facts = page.locator("#list .sample > .facts:first-child").all_inner_texts()
+    margins = [float(text.split("margin ")[1]) for text in facts]
     assert margins == sorted(margins, reverse=True) and len(margins) == 10
     first = page.locator("#list .sample").first
     assert first.locator(".chosen").count() == 1 and first.locator(".rejected").count() == 1
     page.fill("#search", "nothing has this text")
     seen.wait_count("0 of")
     assert seen.visible() == 0 and seen.console == []
-
-
-def test_every_iterate_side_by_side(seen):
-    labels = seen.page.locator("#list .sample").first.locator("h4").all_inner_texts()
-    assert labels == ["iterate 0", "iterate 1", "iterate 2"]
 
 
 @pytest.mark.parametrize(
@@ -256,13 +221,12 @@ def test_a_phone_needs_no_sideways_scrolling(seen):
 @pytest.mark.parametrize("seen", [{"color_scheme": "dark"}], indirect=True)
 def test_dark_follows_the_system_and_the_switch(seen):
     def ground():
-        red, green, blue = seen.page.evaluate(
-            "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)"
-        )[:3]
-        return (red + green + blue) / 3
+        colour = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)"
+        return sum(seen.page.evaluate(colour)[:3]) / 3
 
     def line():
-        seen.page.wait_for_selector(".plot .js-line")
+        seen.page.locator(".plot").first.scroll_into_view_if_needed()
+        seen.page.wait_for_selector(".plot .js-line", state="attached")
         return seen.page.evaluate("getComputedStyle(document.querySelector('.plot .js-line')).stroke")
 
     assert ground() < 60
@@ -277,18 +241,13 @@ def test_keyboard_and_names(seen):
     """What a screen reader needs: a language, one h1, names of all controls, headings of tables."""
     page = seen.page
     assert page.evaluate("document.documentElement.lang") == "en" and page.locator("h1").count() == 1
-    nameless = page.evaluate(
-        "[...document.querySelectorAll('input, select, button')]"
-        ".filter(e => !e.labels?.length && !e.getAttribute('aria-label') && !e.textContent.trim()).length"
-    )
-    assert nameless == 0
-    assert page.evaluate(
-        "[...document.querySelectorAll('table')].every(t => t.caption && t.querySelector('th[scope=col]'))"
-    )
-    assert page.evaluate("[...document.querySelectorAll('.plot')].every(p => p.getAttribute('aria-label'))")
-    assert page.evaluate(
-        "[...document.querySelectorAll('a.hint')].every(a => document.getElementById(a.hash.slice(1)))"
-    )
+    for selector, holds in (
+        ("input, select, button", "e.labels?.length || e.getAttribute('aria-label') || e.textContent.trim()"),
+        ("table", "e.caption && e.querySelector('th[scope=col]')"),
+        (".plot", "e.getAttribute('aria-label')"),
+        ("a.hint", "document.getElementById(e.hash.slice(1))"),
+    ):
+        assert page.evaluate(f"[...document.querySelectorAll('{selector}')].every(e => {holds})"), selector
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "skip"
 
@@ -307,13 +266,9 @@ def test_60000_prompts(browser, tmp_path):
 
     def record(key, K, shift):
         texts = [text() for _ in range(K)]
-        return {
-            "id": key,
-            "prompt": [{"role": "user", "content": text()[:300]}],
-            "responses": texts,
-            "rewards": [rng.gauss(shift, 1) for _ in texts],
-            "num_tokens": [len(t) // 4 for t in texts],
-        }
+        made = {"id": key, "prompt": [{"role": "user", "content": text()[:300]}], "responses": texts}
+        rewards = [rng.gauss(shift, 1) for _ in texts]
+        return made | {"rewards": rewards, "num_tokens": [len(t) // 4 for t in texts]}
 
     def fill(path, tag, prompts, K, shift):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -332,12 +287,8 @@ def test_60000_prompts(browser, tmp_path):
         "runpy.run_path(sys.argv[0], run_name='__main__'); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
-    made = subprocess.run(
-        [sys.executable, "-c", code, str(ROOT / "report" / "make_report.py"), str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    command = [sys.executable, "-c", code, ROOT / "report" / "make_report.py", folder]
+    made = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert made.returncode == 0, made.stderr
     megabytes = int(made.stdout.split()[-1]) / 1024
     target = folder / "report" / "index.html"
@@ -349,8 +300,6 @@ def test_60000_prompts(browser, tmp_path):
     page.wait_for_selector(".plot .main-svg")
     seconds = {m["name"]: m["value"] for m in session.send("Performance.getMetrics")["metrics"]}["ThreadTime"]
     context.close()
-    print(
-        f"{target.stat().st_size / 1e6:.1f} MB, {megabytes:.0f} MB of memory, {seconds:.2f} s of the page's "
-        "thread"
-    )
+    size = f"{target.stat().st_size / 1e6:.1f} MB, {megabytes:.0f} MB of memory"
+    print(f"{size}, {seconds:.2f} s of the page's thread")
     assert target.stat().st_size < 15e6 and megabytes < 500 and seconds < 3
