@@ -52,9 +52,9 @@ def test_the_second_judge_has_its_own_models_and_arguments(make):
 
 def test_the_kl_is_at_the_held_out_temperature_and_none_of_greedy_answers(make):
     assert make(heldout={"temperature": 0.7}).resolved()["heldout"]["temperature"] == 0.7
-    assert values(make())["divergence"] == "yes"
+    assert values(make())["divergence"] is True
     for more in ({"divergence": False}, {"heldout": {"temperature": 0.0}}):
-        assert values(make(**more))["divergence"] == ""
+        assert not values(make(**more))["divergence"]
 
 
 @pytest.mark.parametrize(
