@@ -34,9 +34,12 @@ ENDINGS = {  # of a text's key → what `--help` calls the text
 }
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """What is wrong with the command line is a UserError."""
+
     def error(self, message: str):
-        raise UserError(f"{message}; see --help")
+        name, _, why = message.removeprefix("argument ").partition(": ")
+        raise UserError(f"{name} needs a value" if why.startswith("expected") else f"{message}; see --help")
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -104,7 +107,7 @@ def _read_command_line(cls, description, argv, yaml_positional, per_job=()):
     """
     argv = sys.argv[1:] if argv is None else argv
     hints = typing.get_type_hints(cls)
-    parser = _Parser(description=description, formatter_class=_Help, allow_abbrev=False)
+    parser = Parser(description=description, formatter_class=_Help, allow_abbrev=False)
     if yaml_positional:
         shown = "YAML file with any of the keys below, or FILE.yaml:SECTION; the command line wins"
         parser.add_argument("config", nargs="?", help=shown)

@@ -263,7 +263,6 @@ class Output:
 
     def __init__(self, path, script, settings, inputs, overwrite=False):
         self.path, self.partial = Path(path), Path(f"{path}.partial")
-        self.settings, self.script = settings, script
         self.started, self.skipped, self.done = time.time(), 0, {}
         self._file = self._skipped_file = None
         if any(name is not None and Path(name).resolve() == self.path.resolve() for name in inputs.values()):
@@ -283,21 +282,19 @@ class Output:
             self._discard()
         self.manifest = read_manifest(path)
         self.complete = self.path.exists()
-        if self.complete or (self.manifest and self.partial.stat().st_size):
-            self._check_same(inputs)
+        half_done = self.manifest is not None and self.partial.stat().st_size > 0
+        wrong = self._differs(settings, inputs) if self.complete or half_done else None
         if self.complete:
             self.partial.unlink()
+        if wrong:
+            raise UserError(wrong)
+        if self.complete:
             return
-        if self.manifest is None or not self.partial.stat().st_size:
+        if not half_done:
             os.truncate(self.partial, 0)
             marks = {key: fingerprint(name) for key, name in inputs.items() if name is not None}
-            self.manifest = {
-                "script": script,
-                "complete": False,
-                "settings": settings,
-                "inputs": marks,
-                "seconds": 0.0,
-            }
+            made_from = {"settings": settings, "inputs": marks}
+            self.manifest = {"script": script, "complete": False, **made_from, "seconds": 0.0}
         else:  # the start before ended with its last line
             before = self.partial.stat().st_mtime - self.manifest.get("started", time.time())
             self.manifest["seconds"] = round(self.manifest.get("seconds", 0.0) + max(0.0, before), 1)
@@ -311,22 +308,14 @@ class Output:
         for old in (self.path, beside(self.path, ".manifest.json"), beside(self.path, ".skipped.jsonl")):
             old.unlink(missing_ok=True)
 
-    def _check_same(self, inputs):
+    def _differs(self, settings, inputs):
+        """In what this start differs from what is there, in words; None where it goes on with it."""
         if self.manifest is None:
-            self.partial.unlink()
-            raise UserError(
-                f"{self.path} exists and has no manifest, so it is not known how it was made; move it away "
-                "or give --overwrite"
-            )
-        changed = difference(self.manifest, self.settings, inputs)
-        if changed:
-            what = "is complete" if self.complete else "is half done"
-            if self.complete:
-                self.partial.unlink()
-            raise UserError(
-                f"{self.path} {what} with other settings: {changed}; choose another --output_dir or give "
-                "--overwrite"
-            )
+            how = "it is not known how it was made; move it away or give --overwrite"
+            return f"{self.path} exists and has no manifest, so {how}"
+        changed = difference(self.manifest, settings, inputs)
+        what = f"{self.path} is {'complete' if self.complete else 'half done'} with other settings"
+        return changed and f"{what}: {changed}; choose another --output_dir or give --overwrite"
 
     def _load_partial(self):
         """Read back finished records as id → (offset, length); cut a torn last line."""

@@ -94,13 +94,6 @@ in_env() { # ENVIRONMENT LOG COMMAND…
   wait "$!" || failed "$2" "$?"
 }
 
-attempt() { # ENVIRONMENT LOG COMMAND…: what cannot be done ends nothing
-  begins "$1" || return 0
-  if [ "$mode" = dry_run ]; then shown "${@:3}"; return; fi
-  start "${@:2}"
-  wait "$!" || say "note: $(shown "${@:3}") failed, see $2"
-}
-
 shards() { # ENVIRONMENT LOG COMMAND…: NUMBER in LOG stands for that of the process
   local log="$2" k n="${#gpu_groups[@]}" visible command pids=() bad='' status=0
   begins "$1" || return 0
@@ -151,7 +144,11 @@ step() { # NAME POLICY I
 }
 
 tell() { # SCRIPT RUN…: to be done behind a step that has done something; what cannot be done ends nothing
-  [ "$worked" = no ] || attempt rlhflow "${plan[run_dir]}/report.log" python "$@"
+  local log="${plan[run_dir]}/report.log"
+  [ "$worked" = yes ] && begins rlhflow || return 0
+  if [ "$mode" = dry_run ]; then shown python "$@"; return; fi
+  start "$log" python "$@"
+  wait "$!" || say "note: $(shown python "$@") failed, see $log"
 }
 
 prune() { # I: once policy I is there and measured, the weights before the last `keep_iterates`, never the start's

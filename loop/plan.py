@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any fol
 
 from annotate_data.arguments import Arguments as RewardArguments
 from common.chat import parse_date
-from common.cli import UserError, build, parse, read_yaml, run
+from common.cli import Parser, UserError, build, parse, read_yaml, run
 from common.devices import none_visible
 from common.manifest import write_yaml
 from common.run_folder import RunFolder
@@ -255,21 +255,13 @@ class Plan:
         check.check(self, left)
 
 
-class Flags(argparse.ArgumentParser):
-    """The driver's own flags; what is wrong with them is one line, as with all others."""
-
-    def error(self, message: str):
-        name = message.partition(":")[0].removeprefix("argument ")
-        raise UserError(f"{name} needs a value")
-
-
 def read(kind: type[Plan], argv: list[str], planning: bool) -> tuple[Plan, list[str], argparse.Namespace]:
     """The plan of a command line, the names of its stages, and the driver's own flags.
 
     Raises:
         UserError: all that the settings alone show to be wrong.
     """
-    flags = Flags(add_help=False, allow_abbrev=False)
+    flags = Parser(add_help=False, allow_abbrev=False)
     for name in ("--stage", "--stop_stage", "--left"):
         flags.add_argument(name)
     own, rest = flags.parse_known_args(argv)
@@ -310,13 +302,6 @@ def with_config(argv: list[str], default: str) -> list[str]:
     return [str(caller / config) if elsewhere else config, *words]
 
 
-def print_values(plan: Plan, stages: list[str]):
-    for key, value in plan.values(stages):
-        if isinstance(value, bool) or value is None:
-            value = "yes" if value else ""
-        print(f"{key}\t{value}")
-
-
 def main(kind: type[Plan] = Plan, description: str = __doc__):
     name, argv = (sys.argv[1] if len(sys.argv) > 1 else "-h"), sys.argv[2:]
     if name in ("-h", "--help") or {"-h", "--help"} & {*argv}:
@@ -330,7 +315,10 @@ def main(kind: type[Plan] = Plan, description: str = __doc__):
         )
     plan, stages, own = read(kind, argv, planning=name != "write")
     if name == "values":
-        print_values(plan, stages)
+        for key, value in plan.values(stages):
+            if isinstance(value, bool) or value is None:
+                value = "yes" if value else ""
+            print(f"{key}\t{value}")
         return
     if name == "write" and (plan.settings.num_gpus or plan.settings.gpu_memory_gib):
         raise UserError(

@@ -109,12 +109,10 @@ class RunSettings:
         None, "billions of parameters, for --check's estimates where the hub is not reached"
     )
 
-    sections = {
-        "generation": get_hf2.Arguments,
-        "annotation": RewardArguments,
-        "heldout": get_hf2.Arguments,
-        "eval_annotation": RewardArguments,
-    }  # see common/arguments.py
+    sections = {  # see common/arguments.py
+        **dict.fromkeys(("generation", "heldout"), get_hf2.Arguments),
+        **dict.fromkeys(("annotation", "eval_annotation"), RewardArguments),
+    }
     # Of the driver, for what a wrong flag may have meant.
     driver_flags = ("check", "dry_run", "stage", "stop_stage")
     decided = DECIDED

@@ -22,11 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SEED = int(os.environ.get("FAULT_SEED", "0"))
 SHARE = float(os.environ.get("FAULT_SHARE", "1"))
 CONFIG = "configs/loop_tiny.yaml"
-PHASES = (
-    "start",
-    "work",
-    "finish",
-)  # a killed start had: nothing new, new records, its output all but in place
+# What a killed start had come to: nothing new, new records, its output all but in place.
+PHASES = ("start", "work", "finish")
 
 
 def share(count):
