@@ -67,6 +67,8 @@ class Findings:
 def check_settings(plan: "Plan", found: Findings):
     """Look at what the settings themselves say."""
     settings = plan.settings
+    if not settings.prompts:
+        raise UserError("prompts name at least one set")
     found.problems.extend(settings.problems)
     found.problems.extend(decided(settings))
     for key in ("num_shards", "num_processes"):
