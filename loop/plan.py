@@ -15,7 +15,6 @@ RUN/loop.yaml holds every setting, those that were not given too: its sections `
 
 import argparse
 import dataclasses
-import json
 import os
 import shlex
 import sys
@@ -29,7 +28,7 @@ from common.chat import parse_date
 from common.cli import Parser, UserError, build, parse, read_yaml, run
 from common.devices import none_visible
 from common.manifest import write_yaml
-from common.run_folder import RunFolder
+from common.run_folder import RunFolder, read_object
 from dpo_iteration import arguments as dpo
 from generation import get_hf2
 from loop import changes
@@ -220,15 +219,11 @@ class Plan:
         """Numbers of the policies whose figures are of another gold function, or want the second judge's."""
         found = []
         for i in range(self.settings.iterations + 1):
-            try:
-                metrics = json.loads(self.folder.metrics(i).read_text(encoding="utf-8"))
-                judged = "judge" in metrics or not self.settings.eval_reward_model
-                fresh = metrics["gold_function"] == self.settings.gold_function and judged
-            except FileNotFoundError:
-                continue
-            except (OSError, ValueError, KeyError, TypeError):
-                fresh = False
-            found += [] if fresh else [str(i)]
+            metrics = read_object(self.folder.metrics(i))  # {} where it is damaged
+            judged = "judge" in metrics or not self.settings.eval_reward_model
+            fresh = judged and metrics.get("gold_function", "") == self.settings.gold_function
+            if not fresh and self.folder.metrics(i).exists():
+                found.append(str(i))
         return " ".join(found)
 
     # ---- Checks -------------------------------------------------------------------------------------------

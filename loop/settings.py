@@ -8,6 +8,7 @@ from common import models, trackers
 from common.arguments import is_required
 from common.cli import UserError, arg, build
 from common.devices import visible_gpus
+from common.run_folder import is_ppo
 from dpo_iteration.arguments import Arguments as DPOArguments
 from generation import get_hf2
 
@@ -184,7 +185,7 @@ def refuse_other_kind(settings: RunSettings, before: dict):
     Raises:
         UserError: it is of run_ppo.sh and `settings` of run_loop.sh, or the reverse.
     """
-    held, names = "backend" in before, {True: "PPO (run_ppo.sh)", False: "DPO (run_loop.sh)"}
+    held, names = is_ppo(before), {True: "PPO (run_ppo.sh)", False: "DPO (run_loop.sh)"}
     if before and held != hasattr(settings, "backend"):
         raise UserError(
             f"{settings.run_dir} holds a run of {names[held]}, this would be one of {names[not held]}: give "

@@ -11,7 +11,7 @@ def built():
     yet.
     """
     command = yaml.safe_load((faults.ROOT / faults.CONFIG).read_text())["setup_command"]
-    end = faults.ended(["bash", "-c", f"source ./envs.sh; use_env rlhflow; {command}"])
+    end = faults.ended(["bash", "-c", f"source ./envs.sh; use_env rlhflow; {command}"], timeout=None)
     assert end.returncode == 0, end.stderr
 
 
