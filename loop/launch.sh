@@ -95,13 +95,6 @@ in_env() { # ENVIRONMENT LOG COMMAND…
   wait "$!" || failed "$2" "$?"
 }
 
-attempt() { # ENVIRONMENT LOG COMMAND…: what cannot be done ends nothing
-  begins "$1" || return 0
-  if [ "$mode" = dry_run ]; then shown "${@:3}"; return; fi
-  start "${@:2}"
-  wait "$!" || say "note: $(shown "${@:3}") failed, see $2"
-}
-
 shards() { # ENVIRONMENT LOG COMMAND…: NUMBER in LOG stands for that of the process
   local log="$2" k n="${#gpu_groups[@]}" visible command pids=() bad='' status=0
   begins "$1" || return 0
@@ -163,7 +156,11 @@ step() { # NAME POLICY I
 }
 
 tell() { # SCRIPT RUN…: what cannot be done ends nothing
-  [ "$news" = no ] || attempt rlhflow "${plan[run_dir]}/report.log" python "$@"
+  local log="${plan[run_dir]}/report.log"
+  [ "$news" = yes ] && begins rlhflow || return 0
+  if [ "$mode" = dry_run ]; then shown python "$@"; return; fi
+  start "$log" python "$@"
+  wait "$!" || say "note: $(shown python "$@") failed, see $log"
 }
 
 prune() { # I: once policy I is there and measured, the weights before the last `keep_iterates`, never the start's
@@ -331,7 +328,7 @@ begin() { # PLAN ARGUMENTS…
 
 conclude() { # the table where a policy has been measured, or none is to be, and the page
   [ "$mode" = run ] || return 0
-  if [ -z "${plan[heldout_prompts]}" ] || [ -n "$(find "${plan[run_dir]}" -maxdepth 2 -path '*/iter*/metrics.json' 2>/dev/null)" ]; then
+  if [ -z "${plan[heldout_prompts]-none}" ] || [ -n "$(find "${plan[run_dir]}" -maxdepth 2 -path '*/iter*/metrics.json' 2>/dev/null)" ]; then
     "$python" evaluation/run_metrics.py --run "${plan[run_dir]}"
   else
     say "no policy of ${plan[run_dir]} has been measured yet, so there is no table" >&2

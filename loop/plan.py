@@ -15,33 +15,24 @@ RUN/loop.yaml holds every setting, those that were not given too: its sections `
 
 import argparse
 import dataclasses
-import json
 import os
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
-from annotate_data import get_rewards
+from annotate_data.arguments import Arguments as RewardArguments
 from common.chat import parse_date
-from common.cli import UserError, build, parse, read_yaml, run
+from common.cli import Parser, UserError, build, parse, read_yaml, run
 from common.devices import none_visible
 from common.manifest import write_yaml
-from common.run_folder import RunFolder
+from common.run_folder import RunFolder, read_object
 from dpo_iteration import arguments as dpo
-from generation import gen_hf, get_hf2
-from loop import changes, check
-from loop.settings import (
-    CLIENT,
-    DECIDED,
-    LoopSettings,
-    complete,
-    gpu_groups,
-    gpus_of,
-    processes,
-    refuse_other_kind,
-)
+from generation import get_hf2
+from loop import changes
+from loop.settings import DECIDED, LoopSettings, complete, gpu_groups, gpus_of, processes, refuse_other_kind
 
 STAGES = ("generate", "annotate", "train", "evaluate")  # of an iteration; the start is evaluated only
 ONE_PER_GPU = "accelerate launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no"
@@ -100,8 +91,7 @@ class Plan:
     def expected(self) -> str:
         return (
             "ITERATION.STAGE was expected, with STAGE 1 generate, 2 annotate, 3 train or 4 evaluate, for "
-            "example "
-            "2.3; 0.4 evaluates the start"
+            "example 2.3; 0.4 evaluates the start"
         )
 
     def prompts(self, i: int) -> str:
@@ -117,13 +107,12 @@ class Plan:
 
     def heldout(self) -> dict:
         """The same for the held-out prompts."""
-        return complete(
-            get_hf2.Arguments, self.generation() | self.settings.heldout, DECIDED["generation"], "heldout"
-        )
+        given = self.generation() | self.settings.heldout
+        return complete(get_hf2.Arguments, given, DECIDED["generation"], "heldout")
 
     def annotation(self, given: dict, where: str) -> dict:
         """Complete arguments of get_rewards.py but for what the run decides."""
-        return complete(get_rewards.Arguments, {"date": self.settings.date} | given, DECIDED[where], where)
+        return complete(RewardArguments, {"date": self.settings.date} | given, DECIDED[where], where)
 
     def training(self) -> dict:
         """Complete arguments of run_dpo.py but for what the run decides: the YAML, then `training_args`, then
@@ -197,20 +186,17 @@ class Plan:
 
     # ---- What the driver is told --------------------------------------------------------------------------
 
-    def values(self, stages: list[str]) -> list[tuple[str, object]]:
+    def values(self, stages: list[str]) -> Iterator[tuple[str, object]]:
         """(key, value) pairs for the driver; a key with [] is an element of a list."""
         settings, many = self.settings, processes(self.settings)
-        found = [(key, getattr(settings, key)) for key in self.plain]
-        found += [("stages", " ".join(stages)), ("num_processes", many), ("stale", self.stale())]
-        found += [(f"prompts.{i}", self.prompts(i)) for i in range(1, settings.iterations + 1)]
+        yield from ((key, getattr(settings, key)) for key in self.plain)
+        yield from {"stages": " ".join(stages), "num_processes": many, "stale": self.stale()}.items()
+        yield from ((f"prompts.{i}", self.prompts(i)) for i in range(1, settings.iterations + 1))
         generation, heldout = settings.generation, settings.generation | settings.heldout
         for name, section in (("generation", generation), ("heldout", heldout)):
-            found += [
-                (f"{name}.K", section.get("K", 8)),
-                (f"{name}.temperature", section.get("temperature", 1.0)),
-            ]
-        sampled = (heldout.get("temperature", 1.0) or 0) > 0
-        found.append(("divergence", "yes" if settings.divergence and sampled else ""))
+            yield f"{name}.K", section.get("K", 8)
+            yield f"{name}.temperature", section.get("temperature", 1.0)
+        yield "divergence", settings.divergence and (heldout.get("temperature", 1.0) or 0) > 0
         lists = {
             "gpu_groups": gpu_groups(settings),
             "each_gpu": ["python"] if many == 1 else [*ONE_PER_GPU.split(), "--num_processes", many],
@@ -218,8 +204,10 @@ class Plan:
             "judges": settings.eval_reward_model or [],
         }
         if settings.generation_backend == "servers":
-            lists |= self.servers()
-        return found + [(f"{key}[]", value) for key, values in lists.items() for value in values]
+            from loop.servers import server_commands
+
+            lists |= server_commands(self)
+        yield from ((f"{key}[]", value) for key, values in lists.items() for value in values)
 
     plain = (
         *("run_dir", "setup_command", "model_name_or_path", "iterations", "heldout_prompts", "seed"),
@@ -227,90 +215,22 @@ class Plan:
         "keep_iterates",
     )
 
-    def servers(self) -> dict[str, list]:
-        """Commands that start and stop the servers of a policy, and what the client is told of them."""
-        given, settings = self.settings.servers, self.settings
-        ports = given.get("ports") or [settings.server_port + k for k in range(len(gpu_groups(settings)))]
-        asked = ["--ports", *ports, *(["--hosts", *given["hosts"]] if given.get("hosts") else [])]
-        for key in CLIENT:
-            asked += [f"--{key}", given[key]] if key in given else []
-        folder = str(self.folder.path / "servers")
-        if given.get("start"):  # of servers on other machines: a command that gets the model as its last word
-            return {
-                "start_servers": ["bash", "-c", f'{given["start"]} "$@"', "start"],
-                "stop_servers": ["bash", "-c", given.get("stop") or ":"],
-                "ask_servers": asked,
-            }
-        variables = self.server_variables() | {"state_dir": folder, "log_dir": f"{folder}/logs"}
-        script = "generation/register_server.sh"
-        return {
-            "start_servers": ["env", *(f"{key}={value}" for key, value in variables.items()), "bash", script],
-            "stop_servers": ["bash", script, "stop", folder],
-            "ask_servers": asked,
-        }
-
-    def server_variables(self) -> dict:
-        """Settings of register_server.sh, so that servers answer as the engine of get_hf2.py would."""
-        jobs = self.jobs()
-        args = jobs[0]
-        limit = check.positions(args.model_name_or_path)  # of the start: later policies have the same
-        needed = max(job.max_input_length + job.max_new_tokens for job in jobs)
-        found = {
-            "port": self.settings.server_port,
-            "servers": len(gpu_groups(self.settings)),
-            "max_model_len": min(needed, limit or needed),
-        }
-        names = (
-            "dtype",
-            "kv_cache_gib",
-            "gpu_memory_utilization",
-            "max_num_seqs",
-            "tensor_parallel_size",
-            "revision",
-        )
-        found |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-        return found | ({"trust_remote_code": "yes"} if args.trust_remote_code else {})
-
     def stale(self) -> str:
         """Numbers of the policies whose figures are of another gold function, or want the second judge's."""
         found = []
         for i in range(self.settings.iterations + 1):
-            try:
-                metrics = json.loads(self.folder.metrics(i).read_text(encoding="utf-8"))
-                judged = "judge" in metrics or not self.settings.eval_reward_model
-                fresh = metrics["gold_function"] == self.settings.gold_function and judged
-            except FileNotFoundError:
-                continue
-            except (OSError, ValueError, KeyError, TypeError):
-                fresh = False
-            found += [] if fresh else [str(i)]
+            metrics = read_object(self.folder.metrics(i))  # {} where it is damaged
+            judged = "judge" in metrics or not self.settings.eval_reward_model
+            fresh = judged and metrics.get("gold_function", "") == self.settings.gold_function
+            if not fresh and self.folder.metrics(i).exists():
+                found.append(str(i))
         return " ".join(found)
 
     # ---- Checks -------------------------------------------------------------------------------------------
 
-    def check_servers(self):
-        """Refuse settings of servers and client that cannot work."""
-        given, known = self.settings.servers, (*CLIENT, "hosts", "ports", "start", "stop")
-        check.refuse_unknown(given, known, "servers")
-        if given.get("hosts") and not given.get("start"):
-            raise UserError(
-                "servers.hosts are other machines: servers.start must be the command that starts a model "
-                "there (it gets the "
-                "model as its last word, and returns when they answer), servers.stop the one that ends them"
-            )
-        client = {key: value for key, value in given.items() if key not in ("start", "stop")}
-        args = build(gen_hf.Arguments, client | {"tokenizer": "-"}, "servers")
-        if args.concurrency < 1 or args.timeout <= 0 or args.retries < 0 or args.give_up_after <= 0:
-            raise UserError(
-                "servers: concurrency, timeout and give_up_after must be above 0 and retries not negative"
-            )
-        first, count = self.settings.server_port, len(gpu_groups(self.settings))
-        if not 1 <= first <= 65536 - count:
-            raise UserError(f"server_port {first}: {count} ports from there on must lie from 1 to 65535")
-
     def shaping(self, section: str) -> set[str]:
         """The keys of a section that shape what is made with it."""
-        scripts = {"annotation": get_rewards.Arguments, "eval_annotation": get_rewards.Arguments}
+        scripts = {"annotation": RewardArguments, "eval_annotation": RewardArguments}
         scripts |= {"generation": get_hf2.Arguments, "heldout": get_hf2.Arguments}
         if section in scripts:
             return {f.name for f in dataclasses.fields(scripts[section]) if f.metadata["shapes"]}
@@ -325,15 +245,9 @@ class Plan:
 
     def check(self, left: bool):
         """Refuse what cannot work, all of it at once, and print what was found."""
+        from loop import check  # what it imports is not needed to resume a run
+
         check.check(self, left)
-
-
-class Flags(argparse.ArgumentParser):
-    """The driver's own flags; what is wrong with them is one line, as with all others."""
-
-    def error(self, message: str):
-        name = message.partition(":")[0].removeprefix("argument ")
-        raise UserError(f"{name} needs a value")
 
 
 def read(kind: type[Plan], argv: list[str], planning: bool) -> tuple[Plan, list[str], argparse.Namespace]:
@@ -342,7 +256,7 @@ def read(kind: type[Plan], argv: list[str], planning: bool) -> tuple[Plan, list[
     Raises:
         UserError: all that the settings alone show to be wrong.
     """
-    flags = Flags(add_help=False, allow_abbrev=False)
+    flags = Parser(add_help=False, allow_abbrev=False)
     for name in ("--stage", "--stop_stage", "--left"):
         flags.add_argument(name)
     own, rest = flags.parse_known_args(argv)
@@ -354,16 +268,14 @@ def read(kind: type[Plan], argv: list[str], planning: bool) -> tuple[Plan, list[
             raise UserError(f"{line!r}: no line break and no tab may stand in a name")
     if settings.iterations < 1 or not settings.prompts:
         raise UserError("iterations must be at least 1 and prompts name at least one set")
-    refuse_other_kind(settings)
+    plan = kind(settings, planning)
+    refuse_other_kind(settings, plan.before)
     if not settings.without_gpu and not gpus_of(settings):
         raise UserError(
             f"this run needs GPUs and {none_visible()}: `without_gpu: true` in its YAML (or --without_gpu "
-            "true) lets it use "
-            "the CPU, which is for small models; to plan it for GPUs elsewhere: --check --num_gpus 8 "
-            "--gpu_memory_gib 80; "
-            f"the same on tiny models: {kind.example}"
+            "true) lets it use the CPU, which is for small models; to plan it for GPUs elsewhere: --check "
+            f"--num_gpus 8 --gpu_memory_gib 80; the same on tiny models: {kind.example}"
         )
-    plan = kind(settings, planning)
     plan.refuse_early()
     return plan, plan.stages(own.stage, own.stop_stage), own
 
@@ -373,30 +285,16 @@ def with_config(argv: list[str], default: str) -> list[str]:
     that is a YAML file. A relative path is from the folder that the driver was started in, if it is there,
     else from the project's.
     """
-    words = list(argv)
-    at = next(
-        (
-            k
-            for k, word in enumerate(words)
-            if not word.startswith("--")
-            and word.endswith((".yaml", ".yml"))
-            and (k == 0 or "=" in words[k - 1] or not words[k - 1].startswith("--"))
-        ),
-        None,
-    )
-    if at is None and words and not words[0].startswith("--"):
-        at = 0
-    config = words.pop(at) if at is not None else default
-    caller = Path(os.environ.get("RLHF_CALLER", "."))
-    elsewhere = at is not None and caller.resolve() != Path.cwd() and (caller / config).is_file()
+    words, before = list(argv), ["", *argv]
+    free = [k for k in range(len(words)) if not before[k].startswith("--") or "=" in before[k]]
+    named = [k for k in free if words[k].endswith((".yaml", ".yml")) and not words[k].startswith("--")]
+    if words and not words[0].startswith("--"):
+        named.append(0)
+    if not named:
+        return [default, *words]
+    config, caller = words.pop(named[0]), Path(os.environ.get("RLHF_CALLER", "."))
+    elsewhere = caller.resolve() != Path.cwd() and (caller / config).is_file()
     return [str(caller / config) if elsewhere else config, *words]
-
-
-def print_values(plan: Plan, stages: list[str]):
-    for key, value in plan.values(stages):
-        if isinstance(value, bool) or value is None:
-            value = "yes" if value else ""
-        print(f"{key}\t{value}")
 
 
 def main(kind: type[Plan] = Plan, description: str = __doc__):
@@ -412,20 +310,25 @@ def main(kind: type[Plan] = Plan, description: str = __doc__):
         )
     plan, stages, own = read(kind, argv, planning=name != "write")
     if name == "values":
-        print_values(plan, stages)
+        for key, value in plan.values(stages):
+            if isinstance(value, bool) or value is None:
+                value = "yes" if value else ""
+            print(f"{key}\t{value}")
         return
     if name == "write" and (plan.settings.num_gpus or plan.settings.gpu_memory_gib):
         raise UserError(
             "num_gpus and gpu_memory_gib are for --check and --dry_run: a run takes the GPUs that it sees "
             "(CUDA_VISIBLE_DEVICES)"
         )
-    if name == "write" and own.left == "":
-        changes.refuse(plan, plan.resolved())
-    else:
+    if name == "check" or own.left != "":
         plan.check(own.left != "")
     if name == "write":
-        plan.folder.path.mkdir(parents=True, exist_ok=True)
-        write_yaml(plan.folder.settings, plan.resolved())
+        resolved = plan.resolved()
+        if own.left == "":
+            changes.refuse(plan, resolved)
+        if resolved != plan.before:
+            plan.folder.path.mkdir(parents=True, exist_ok=True)
+            write_yaml(plan.folder.settings, resolved)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from loop.plan import Plan
 
 
+FILES = ("tokenizer_config.json", "chat_template.json", "chat_template.jinja")  # the later, the stronger
+
+
 class Template:
     """The chat template of a local model folder, for `chat.render`, without the seconds that loading a
     tokenizer takes.
@@ -23,33 +26,23 @@ class Template:
 
     def __init__(self, folder, path=None):
         folder = Path(folder)
-        config = (
-            read_json(folder / "tokenizer_config.json")
-            if (folder / "tokenizer_config.json").is_file()
-            else {}
-        )
-        tokens = {
-            key: value.get("content") if isinstance(value, dict) else value
-            for key, value in config.items()
-            if key.endswith("_token")
-        }
+        config, in_json, jinja = (folder / name for name in FILES)
+        config = read_json(config) if config.is_file() else {}
+        tokens = {key: value for key, value in config.items() if key.endswith("_token")}
+        tokens = {key: v.get("content") if isinstance(v, dict) else v for key, v in tokens.items()}
         self.tokens = {key: value for key, value in tokens.items() if isinstance(value, str)}
         self.name_or_path, self.chat_template = str(folder), config.get("chat_template")
-        for file in (folder / "chat_template.json", folder / "chat_template.jinja"):
-            if file.is_file():
-                self.chat_template = (
-                    read_json(file).get("chat_template")
-                    if file.suffix == ".json"
-                    else file.read_text(encoding="utf-8")
-                )
+        if in_json.is_file():
+            self.chat_template = read_json(in_json).get("chat_template")
+        if jinja.is_file():
+            self.chat_template = jinja.read_text(encoding="utf-8")
         chat.use_template(self, path)
 
     def apply_chat_template(self, messages: list[dict], tokenize: bool = False, **given: object) -> str:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        [text], _ = render_jinja_template(
-            [messages], chat_template=self.chat_template, **(self.tokens | given)
-        )
+        given = self.tokens | given
+        [text], _ = render_jinja_template([messages], chat_template=self.chat_template, **given)
         return text
 
 
@@ -102,10 +95,9 @@ def _hashes(name, found, generation, template, notes):
                 raise record
             if template is not None:
                 messages = with_system(record["prompt"], generation.get("system_prompt"))
+                kwargs, tools = generation.get("template_kwargs"), record.get("tools")
                 try:
-                    chat.render(
-                        template, messages, True, generation.get("template_kwargs"), record.get("tools")
-                    )
+                    chat.render(template, messages, True, kwargs, tools)
                 except UserError as error:
                     raise UserError(f"{name} record {number}: {error}") from None
         except UserError as error:
@@ -113,9 +105,8 @@ def _hashes(name, found, generation, template, notes):
             continue
         hashes.append(int(record_id(record["prompt"], tools=record.get("tools")), 16))
     if bad and (not hashes or generation.get("bad_prompts") == "refuse"):
-        raise UserError(
-            str(first) + (f"; {bad - 1} more prompts of {name} cannot be used" if bad > 1 else "")
-        )
+        more = f"; {bad - 1} more prompts of {name} cannot be used" if bad > 1 else ""
+        raise UserError(f"{first}{more}")
     if bad and notes is not None:
         notes.append(f"{bad} prompts of {name} cannot be used and will be skipped, the first: {first}")
     return hashes
@@ -123,22 +114,13 @@ def _hashes(name, found, generation, template, notes):
 
 def first_prompt(name: str, plan: "Plan") -> dict | None:
     """The first record of a local prompt set, None for a set on the hub."""
-    generation = plan.settings.generation | (
-        plan.settings.heldout if name == plan.settings.heldout_prompts else {}
-    )
+    generation = plan.settings.generation
+    if name == plan.settings.heldout_prompts:
+        generation = generation | plan.settings.heldout
     if not is_local(name):
         return None
-    return next(
-        iter(
-            read_prompts(
-                name,
-                generation.get("dataset_key"),
-                generation.get("dataset_split", "train"),
-                generation.get("system_prompt"),
-            )
-        ),
-        None,
-    )
+    key, split = generation.get("dataset_key"), generation.get("dataset_split", "train")
+    return next(read_prompts(name, key, split, generation.get("system_prompt")), None)
 
 
 def check_prompts(plan: "Plan", found: "Findings") -> dict:
@@ -154,22 +136,20 @@ def check_prompts(plan: "Plan", found: "Findings") -> dict:
     sets = {}
     for name, generation in own.items():
         template = found.attempt(template_of, settings.model_name_or_path, generation)
-        sets[name] = found.attempt(
-            local_prompts, name, generation, template, found.notes, own.keys() - {name}
-        )
+        others = own.keys() - {name}
+        sets[name] = found.attempt(local_prompts, name, generation, template, found.notes, others)
     heldout = set(sets.get(settings.heldout_prompts) or [])
     for name in dict.fromkeys(settings.prompts):
         both = sum(prompt in heldout for prompt in sets[name] or [])
         if both and not settings.allow_overlap:
-            where = f"the held-out set {settings.heldout_prompts}"
             found.problems.append(
-                f"{both} prompts of {name} also stand in {where}; take them out or give --allow_overlap true"
+                f"{both} prompts of {name} also stand in the held-out set {settings.heldout_prompts}; take "
+                "them out or give --allow_overlap true"
             )
     unseen = [name for name, prompts in sets.items() if prompts is None]
     if unseen and not found.problems:
         found.notes.append(
             f"on the hub, not looked at: {', '.join(unseen)}: whether they are there, their columns, their "
-            "number of prompts, and whether "
-            "held-out prompts stand among the others"
+            "number of prompts, and whether held-out prompts stand among the others"
         )
     return sets

@@ -2,42 +2,28 @@
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 
-from annotate_data import get_rewards
-from common import trackers
-from common.cli import UserError, arg, build, read_yaml
+from annotate_data.arguments import Arguments as RewardArguments
+from common import models, trackers
+from common.arguments import is_required
+from common.cli import UserError, arg, build
 from common.devices import visible_gpus
+from common.run_folder import is_ppo
 from dpo_iteration.arguments import Arguments as DPOArguments
 from generation import get_hf2
 
-CLIENT = (
-    "concurrency",
-    "timeout",
-    "retries",
-    "give_up_after",
-)  # what `servers` may set of generation/gen_hf.py
-
+# What `servers` may set of generation/gen_hf.py.
+CLIENT = ("concurrency", "timeout", "retries", "give_up_after")
 # Keys of the sections that the run decides: what they said would be passed over.
 DECIDED = {
     "generation": (
-        "model_name_or_path",
-        "dataset_name_or_path",
-        "output_dir",
-        "iteration",
-        "seed",
-        "local_index",
-        "my_world_size",
+        *("model_name_or_path", "dataset_name_or_path", "output_dir"),
+        *("iteration", "seed", "local_index", "my_world_size"),
     ),
     "annotation": ("reward_name_or_path", "dataset_name_or_path", "output_dir", "K"),
     "training_args": (
-        "model_name_or_path",
-        "ref_model_name_or_path",
-        "train_dir",
-        "output_dir",
-        "pairs_path",
-        "seed",
-        "reference_cache",
+        *("model_name_or_path", "ref_model_name_or_path", "train_dir", "output_dir"),
+        *("pairs_path", "seed", "reference_cache"),
     ),
 }
 DECIDED |= {"heldout": DECIDED["generation"], "eval_annotation": DECIDED["annotation"]}
@@ -54,10 +40,7 @@ INSTEAD = {
 
 @dataclasses.dataclass(kw_only=True)
 class RunSettings:
-    """What every run has: models, prompts, and how its policies are evaluated.
-
-    Ppo/run.py builds on it too.
-    """
+    """What every run has: models, prompts, and how its policies are evaluated; ppo/run.py builds on it."""
 
     run_dir: str = arg(help="folder of the run")
     model_name_or_path: str = arg(help="the policy to start from: hub name or folder")
@@ -80,8 +63,7 @@ class RunSettings:
     servers: dict = arg(
         {},
         f"of generation_backend servers: {', '.join(CLIENT)} of generation/gen_hf.py; and for servers on "
-        "other machines "
-        "hosts, ports, and the commands start and stop",
+        "other machines hosts, ports, and the commands start and stop",
     )
     heldout: dict = arg({}, "arguments of the held-out sampling that differ from `generation`")
     annotation: dict = arg({}, "arguments of annotate_data/get_rewards.py")
@@ -128,18 +110,12 @@ class RunSettings:
         None, "billions of parameters, for --check's estimates where the hub is not reached"
     )
 
-    sections = {
-        "generation": get_hf2.Arguments,
-        "annotation": get_rewards.Arguments,
-        "heldout": get_hf2.Arguments,
-        "eval_annotation": get_rewards.Arguments,
-    }  # see common/cli.py
-    driver_flags = (
-        "check",
-        "dry_run",
-        "stage",
-        "stop_stage",
-    )  # of the driver, for what a wrong flag may have meant
+    sections = {  # see common/arguments.py
+        **dict.fromkeys(("generation", "heldout"), get_hf2.Arguments),
+        **dict.fromkeys(("annotation", "eval_annotation"), RewardArguments),
+    }
+    # Of the driver, for what a wrong flag may have meant.
+    driver_flags = ("check", "dry_run", "stage", "stop_stage")
     decided = DECIDED
     problems = ()
 
@@ -172,15 +148,12 @@ def decided(settings: RunSettings) -> Iterator[str]:
     for section, keys in DECIDED.items():
         for key in keys:
             if (getattr(settings, section, None) or {}).get(key) is not None:
-                instead = (
-                    "eval_reward_model"
-                    if (section, key) == ("eval_annotation", "reward_name_or_path")
-                    else INSTEAD.get(key, key)
-                )
+                instead = INSTEAD.get(key, key)
+                if (section, key) == ("eval_annotation", "reward_name_or_path"):
+                    instead = "eval_reward_model"
                 named = set(instead.replace(" and ", ".").split(".")) & settings.__dataclass_fields__.keys()
-                yield f"{section}.{key} is what the run itself decides: " + (
-                    f"leave it out and give {instead}" if named else "leave it out"
-                )
+                told = f"{section}.{key} is what the run itself decides: leave it out"
+                yield f"{told} and give {instead}" if named else told
 
 
 def complete(cls, given: dict, without: tuple, where: str) -> dict:
@@ -189,20 +162,14 @@ def complete(cls, given: dict, without: tuple, where: str) -> dict:
     Args:
         cls: its dataclass. given: some of them. without: names that the run decides. where: for messages.
     """
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.name not in without}
-    needed = {
-        name: "-" for name, f in cls.__dataclass_fields__.items() if name not in fields and is_required(f)
-    }
-    made = build(
-        cls,
-        {key: value for key, value in given.items() if key in fields or key not in without} | needed,
-        where,
-    )
-    return {name: getattr(made, name) for name in fields}
+    needed = {f.name: "-" for f in dataclasses.fields(cls) if f.name in without and is_required(f)}
+    made = build(cls, {key: value for key, value in given.items() if key not in without} | needed, where)
+    return {f.name: getattr(made, f.name) for f in dataclasses.fields(cls) if f.name not in without}
 
 
-def is_required(field: dataclasses.Field) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+def positions(name: str) -> int | None:
+    """Tokens of prompt and response that a local model can take; None where its config does not say."""
+    return models.positions(models.local_config(name) or {})
 
 
 def gpus_of(settings: RunSettings) -> list[str]:
@@ -210,17 +177,16 @@ def gpus_of(settings: RunSettings) -> list[str]:
     return visible_gpus() if settings.num_gpus is None else [str(k) for k in range(settings.num_gpus)]
 
 
-def refuse_other_kind(settings: RunSettings):
+def refuse_other_kind(settings: RunSettings, before: dict):
     """Refuse a folder that holds a run of the other driver, by that name and not by settings that differ.
 
+    `before`: what RUN/loop.yaml holds.
+
     Raises:
-        UserError: RUN/loop.yaml is of run_ppo.sh and `settings` of run_loop.sh, or the reverse.
+        UserError: it is of run_ppo.sh and `settings` of run_loop.sh, or the reverse.
     """
-    path = Path(settings.run_dir) / "loop.yaml"
-    if not path.is_file():
-        return
-    held, names = "backend" in read_yaml(path), {True: "PPO (run_ppo.sh)", False: "DPO (run_loop.sh)"}
-    if held != hasattr(settings, "backend"):
+    held, names = is_ppo(before), {True: "PPO (run_ppo.sh)", False: "DPO (run_loop.sh)"}
+    if before and held != hasattr(settings, "backend"):
         raise UserError(
             f"{settings.run_dir} holds a run of {names[held]}, this would be one of {names[not held]}: give "
             "another --run_dir"
@@ -234,12 +200,8 @@ def processes(settings: RunSettings) -> int:
 
 def gpu_groups(settings: RunSettings) -> list[str]:
     """CUDA_VISIBLE_DEVICES of each generation process; one empty string per process on the CPU."""
-    gpus, size = (
-        gpus_of(settings),
-        build(
-            get_hf2.Arguments, settings.generation | {"model_name_or_path": "-"}, "generation"
-        ).tensor_parallel_size,
-    )
+    gpus, given = gpus_of(settings), settings.generation | {"model_name_or_path": "-"}
+    size = build(get_hf2.Arguments, given, "generation").tensor_parallel_size
     if not gpus:
         return [""] * (settings.num_shards or 1)
     groups = [",".join(gpus[k : k + size]) for k in range(0, len(gpus) - size + 1, size)]

@@ -22,11 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SEED = int(os.environ.get("FAULT_SEED", "0"))
 SHARE = float(os.environ.get("FAULT_SHARE", "1"))
 CONFIG = "configs/loop_tiny.yaml"
-PHASES = (
-    "start",
-    "work",
-    "finish",
-)  # what a killed start had come to: nothing new, new records, its output all but in place
+# What a killed start had come to: nothing new, new records, its output all but in place.
+PHASES = ("start", "work", "finish")
 
 
 def share(count):
@@ -34,15 +31,23 @@ def share(count):
     return max(3, round(count * SHARE))
 
 
-def vllm_python():
-    """The interpreter of environment vllm."""
-    found = subprocess.run(
-        ["bash", "-c", "source ./envs.sh; env_prefix vllm"],
+def ended(command, timeout=900, environment=None, **options):
+    """The process of a command that has run to its end from the project's folder."""
+    return subprocess.run(
+        [str(part) for part in command],
         cwd=ROOT,
+        env=os.environ | (environment or {}),
         capture_output=True,
         text=True,
-        check=True,
+        timeout=timeout,
+        check=False,
+        **options,
     )
+
+
+def vllm_python():
+    """The interpreter of environment vllm."""
+    found = ended(["bash", "-c", "source ./envs.sh; env_prefix vllm"])
     return f"{found.stdout.strip()}/bin/python"
 
 
@@ -56,20 +61,10 @@ def small_settings(folder):
     for path, source, count in ((prompts, "iter1", 24), (heldout, "heldout", 6)):
         lines = (ROOT / f"tiny/built/prompts/{source}.jsonl").read_text(encoding="utf-8").split("\n")
         path.write_text("\n".join(lines[:count]) + "\n", encoding="utf-8")
-    return [
-        "--prompts",
-        prompts,
-        "--heldout_prompts",
-        heldout,
-        "--iterations",
-        1,
-        "--generation.K",
-        4,
-        "--generation.kv_cache_gib",
-        0.25,
-        "--training_args.num_train_epochs",
-        1,
-    ]
+    small = (
+        "--iterations 1 --generation.K 4 --generation.kv_cache_gib 0.25 --training_args.num_train_epochs 1"
+    )
+    return ["--prompts", prompts, "--heldout_prompts", heldout, *small.split()]
 
 
 def loop_command(folder, *more):
@@ -78,16 +73,7 @@ def loop_command(folder, *more):
 
 def loop(folder, *more, timeout=900, **environment):
     """Run the driver to its end; returns the process."""
-    command = loop_command(folder, *more)
-    return subprocess.run(
-        command,
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    return ended(loop_command(folder, *more), timeout, environment)
 
 
 def begin(command, log=subprocess.DEVNULL, **options):
@@ -163,55 +149,37 @@ def same_answers(one, other, K):
 
 def same_run(one, other, K=4):
     """What two finished runs of one iteration chose and trained on is the same."""
-    for name, count in (
-        ("iter1/generated", K),
-        ("iter1/rewarded", K),
-        ("iter0/heldout_sampled.rewarded", K),
-        ("iter0/heldout_greedy.rewarded", 1),
-    ):
-        same_answers(one / f"{name}.jsonl", other / f"{name}.jsonl", count)
+    for name in ("iter1/generated", "iter1/rewarded", "iter0/heldout_sampled.rewarded"):
+        same_answers(one / f"{name}.jsonl", other / f"{name}.jsonl", K)
+    same_answers(*(run / "iter0/heldout_greedy.rewarded.jsonl" for run in (one, other)), 1)
     pairs = [records(run / "iter1" / "pairs.jsonl") for run in (one, other)]
     keys = ("id", "prompt", "chosen", "rejected", "chosen_index", "rejected_index")
-    assert [[pair[key] for key in keys] for pair in pairs[0]] == [
-        [pair[key] for key in keys] for pair in pairs[1]
-    ]
-    assert (one / "iter1/model/model.safetensors").read_bytes() == (
-        other / "iter1/model/model.safetensors"
-    ).read_bytes()
+    chosen, others = ([[pair[key] for key in keys] for pair in run] for run in pairs)
+    assert chosen == others
+    weights = [(run / "iter1/model/model.safetensors").read_bytes() for run in (one, other)]
+    assert weights[0] == weights[1]
 
 
 class Killer:
-    """Kills of a command that writes `output` and, on the way, `partial`.
+    """Kills of a command that writes an output and, on the way, OUTPUT.partial.
 
     Args:
         command: function from an output path to the command that makes it.
         folder: for outputs and logs; a command that has ended is begun anew under another name.
         start: seconds that a start takes, about.
         step: bytes that a start may save at most before it is killed.
-        partial: function from the output to the file that grows.
         check: called with each finished output.
     """
 
-    def __init__(self, command, folder, start, step, check, partial=lambda output: Path(f"{output}.partial")):
-        self.command, self.folder, self.start, self.step, self.check, self.partial = (
-            command,
-            folder,
-            start,
-            step,
-            check,
-            partial,
-        )
-        self.random, self.counts, self.lives, self.starts, self.left_behind = (
-            random.Random(SEED),
-            Counter(),
-            0,
-            0,
-            None,
-        )
+    def __init__(self, command, folder, start, step, check):
+        self.command, self.folder, self.start, self.step, self.check = command, folder, start, step, check
+        self.random, self.counts, self.lives, self.starts = random.Random(SEED), Counter(), 0, 0
+        self.left_behind = None
 
-    def size(self, output):
+    @staticmethod
+    def size(output):
         try:
-            return self.partial(output).stat().st_size
+            return os.stat(f"{output}.partial").st_size
         except OSError:
             return 0
 
@@ -268,13 +236,10 @@ class Killer:
             self.lives += 1
             output, ended = self.folder / f"output{self.lives}_0.jsonl", False
             while not ended and sum(self.counts.values()) < kills:
-                # Once an output is all but finished, every start of it comes there soon: the end's turn is
-                # last.
-                open_ = [phase for phase in quota if self.counts[phase] < quota[phase]]
-                ended = self.once(
-                    output,
-                    min(open_, key=lambda phase: self.counts[phase] / quota[phase]) if open_ else "finish",
-                )
+                # Once an output is all but finished, every start of it comes there soon: its turn is last.
+                left = [phase for phase in quota if self.counts[phase] < quota[phase]]
+                phase = min(left, key=lambda phase: self.counts[phase] / quota[phase], default="finish")
+                ended = self.once(output, phase)
             if not ended:
                 self.end(output)
             self.check(output)
@@ -283,13 +248,7 @@ class Killer:
 
     def end(self, output):
         """Undisturbed to the end."""
-        end = subprocess.run(
-            [str(part) for part in self.command(output)],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        end = ended(self.command(output), None)
         assert end.returncode == 0, end.stderr[-3000:]
 
     def __str__(self):
@@ -301,41 +260,33 @@ class Stub:
     """A server that answers as `/v1/completions` does, each seed alike, after `pause` seconds."""
 
     def __init__(self, pause=0.05):
-        stub = self
-
         class Handler(http.server.BaseHTTPRequestHandler):
-            def reply(self, body, status=200):
+            def reply(self, body):
                 body = json.dumps(body).encode()
-                self.send_response(status)
+                self.send_response(200)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 with contextlib.suppress(OSError):  # the client was killed
                     self.wfile.write(body)
 
             def do_GET(self):
-                self.reply(
-                    {"data": [{"id": "stub", "root": str(ROOT / "tiny/built/policy"), "max_model_len": 96}]}
-                )
+                root = str(ROOT / "tiny/built/policy")
+                self.reply({"data": [{"id": "stub", "root": root, "max_model_len": 96}]})
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 if self.path != "/v1/completions":
-                    return self.reply({}, 404)
-                time.sleep(stub.pause)
+                    return self.send_error(404)
+                time.sleep(pause)
+                answer = {"finish_reason": "stop", "token_ids": [1, 2]}
                 texts = [f"{body.get('seed')}/{k}" for k in range(body.get("n", 1))]
-                return self.reply(
-                    {
-                        "choices": [
-                            {"index": k, "text": t, "finish_reason": "stop", "token_ids": [1, 2]}
-                            for k, t in enumerate(texts)
-                        ]
-                    }
-                )
+                choices = [answer | {"index": k, "text": text} for k, text in enumerate(texts)]
+                return self.reply({"choices": choices})
 
             def log_message(self, *_):
                 pass
 
-        self.pause, self.server = pause, http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.port = self.server.server_address[1]
 
     def __enter__(self):

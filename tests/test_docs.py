@@ -1,5 +1,6 @@
 """README.md, docs/ and RESULTS.md: the scripts accept every command, every path and link leads somewhere."""
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -8,15 +9,9 @@ from pathlib import Path
 import pytest
 from accelerate.commands.launch import launch_command_parser
 
-from annotate_data import get_rewards
-from benchmarks import annotation, dpo, generation, memory
 from common import cli
-from dpo_iteration import run_dpo
-from evaluation import divergence, evaluate_benchmarks, export_answers, metrics, run_metrics
-from generation import gen_hf, get_hf2, merge_data
+from generation import get_hf2
 from loop.settings import LoopSettings
-from ppo import train_ppo
-from ppo.openrlhf import run_openrlhf
 from ppo.run import PPOSettings
 from report import make_report, watch
 
@@ -31,22 +26,18 @@ NOT_OURS = ("tiny/built", "loop.yaml", "report/index", "my_", "mine/", "FILE.")
 # Those of RUN/loop.yaml.
 SECTIONS = ("generation", "heldout", "annotation", "eval_annotation", "training_args", "ppo")
 
-SCRIPTS = {
-    "generation/gen_hf.py": gen_hf.Arguments,
-    "generation/merge_data.py": merge_data.Arguments,
-    "annotate_data/get_rewards.py": get_rewards.Arguments,
-    "evaluation/metrics.py": metrics.Arguments,
-    "evaluation/run_metrics.py": run_metrics.Arguments,
-    "evaluation/divergence.py": divergence.Arguments,
-    "evaluation/export_answers.py": export_answers.Arguments,
-    "evaluation/evaluate_benchmarks.sh": evaluate_benchmarks.Arguments,
-    "ppo/train_ppo.py": train_ppo.Arguments,
-    "ppo/openrlhf/run_openrlhf.py": run_openrlhf.Arguments,
-    "benchmarks/annotation.py": annotation.Arguments,
-    "benchmarks/dpo.py": dpo.Arguments,
-    "benchmarks/generation.py": generation.Arguments,
-    "benchmarks/memory.py": memory.Arguments,
-}
+# Scripts whose arguments are the dataclass `Arguments` of the module of that name.
+SCRIPTS = [
+    *("generation/gen_hf.py", "generation/merge_data.py", "annotate_data/get_rewards.py"),
+    *("evaluation/metrics.py", "evaluation/run_metrics.py", "evaluation/divergence.py"),
+    *("evaluation/export_answers.py", "evaluation/evaluate_benchmarks.sh"),
+    *("dpo_iteration/run_dpo.py", "ppo/train_ppo.py", "ppo/openrlhf/run_openrlhf.py"),
+    *(f"benchmarks/{name}.py" for name in ("annotation", "dpo", "generation", "memory")),
+]
+
+
+def arguments_of(name):
+    return importlib.import_module(name.partition(".")[0].replace("/", ".")).Arguments
 
 
 def drive(kind, config, argv):
@@ -73,17 +64,15 @@ def register(argv):
     assert argv[0] == "stop" or len(argv) == 1, argv
 
 
+SLURM = "dpo_iteration/run_dpo.py"  # what configs/train_multinode.slurm starts
 PARSERS = {
-    **{name: lambda argv, kind=kind: cli.parse(kind, "", argv) for name, kind in SCRIPTS.items()},
+    **{name: lambda argv, name=name: cli.parse(arguments_of(name), "", argv) for name in SCRIPTS},
     "generation/get_hf2.py": lambda argv: cli.parse_jobs(get_hf2.Arguments, "", argv),
-    "dpo_iteration/run_dpo.py": lambda argv: cli.parse(run_dpo.Arguments, "", argv),
     "report/make_report.py": lambda argv: make_report.check(make_report.arguments(argv)),
     "report/watch.py": lambda argv: cli.parse(watch.Arguments, "", ["--run", *argv]),
     "run_loop.sh": lambda argv: drive(LoopSettings, "configs/loop_llama3_8b.yaml", argv),
     "run_ppo.sh": lambda argv: drive(PPOSettings, "configs/ppo_llama3_8b.yaml", argv),
-    "configs/train_multinode.slurm": lambda argv: cli.parse(
-        run_dpo.Arguments, "", argv or ["configs/training.yaml"]
-    ),
+    "configs/train_multinode.slurm": lambda argv: PARSERS[SLURM](argv or ["configs/training.yaml"]),
     "generation/register_server.sh": register,
     "tests/run.sh": run_tests,
 }

@@ -1,187 +1,151 @@
-"""Records: reading every form of prompts, ids that survive reordering, shards that lose nothing."""
+"""Records: every form of a prompt, ids that survive reordering, whole shards, answers in one form."""
 
-import importlib.util
 import json
 
 import pytest
+from reading import TALK, TOOLS, refusal, user, write
 
 from common.cli import UserError
+from common.messages import to_messages, to_tools
 from common.records import (
     BadRecord,
     Identifier,
-    dumps,
     finite,
     read_generated,
-    read_jsonl,
     read_prompts,
     read_records,
     read_rewarded,
     record_id,
     sample_seed,
     shard_range,
-    to_messages,
 )
-
-needs_datasets = pytest.mark.skipif(
-    importlib.util.find_spec("datasets") is None, reason="datasets is not installed"
-)
-
-
-def user(text):
-    return [{"role": "user", "content": text}]
-
-
-def write(path, *rows, end="\n"):
-    text = "\n".join(row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows)
-    path.write_text(text + end, encoding="utf-8", newline="\n")
-    return str(path)
-
-
-def refusal(call, *words):
-    with pytest.raises(UserError) as caught:
-        list(call())
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message
-    return message
+from dpo_iteration.pairs import make_pairs
 
 
 def test_ids_follow_the_prompt_not_its_place(tmp_path):
     rows = [{"prompt": text} for text in ("a", "b", "a", "c", "a")]
     ids = [p["id"] for p in read_prompts(write(tmp_path / "x.jsonl", *rows))]
     assert len(set(ids)) == 5
-    assert (
-        ids[0] == record_id(user("a"))
-        and ids[2] == record_id(user("a"), 1)
-        and ids[4] == record_id(user("a"), 2)
-    )
+    assert [ids[0], ids[2], ids[4]] == [record_id(user("a"), twin) for twin in (0, 1, 2)]
     grown = [{"prompt": "new"}, *reversed(rows)]
     again = [p["id"] for p in read_prompts(write(tmp_path / "y.jsonl", *grown))]
     assert set(ids) < set(again)
     assert record_id(user("a")) != record_id([{"role": "system", "content": "a"}])
+    assert record_id(user("a")) == "538f336cb738c0f5"  # runs of before can be continued
+    identify = Identifier()  # a twin is not another prompt
+    assert len({identify(user(text)) for text in ("1", "1", "11", "1")}) == 4
 
 
-def test_a_twin_is_not_another_prompt():
-    identify = Identifier()
-    ids = [identify(user(text)) for text in ("1", "1", "11", "1")]
-    assert len(set(ids)) == 4
-
-
-def test_line_separators_stay_inside_strings(tmp_path):
-    texts = ["one\u2028two", "next\x85line", "form\x0cfeed", "carriage\r\nreturn", "zero\x00byte"]
-    path = write(tmp_path / "x.jsonl", *({"prompt": text} for text in texts))
-    assert [p["prompt"][0]["content"] for p in read_prompts(path)] == texts
-    written = "".join(dumps({"t": text}) + "\n" for text in texts)
-    assert written.count("\n") == len(texts)
-
-
-def test_a_torn_line_is_an_error_with_its_number(tmp_path):
-    path = write(tmp_path / "x.jsonl", {"prompt": "a"}, '{"prompt": "b', end="")
-    refusal(lambda: read_jsonl(path), "line 2", "torn")
-    path = write(tmp_path / "y.jsonl", {"prompt": "a"}, '{"prompt": "b', {"prompt": "c"})
-    refusal(lambda: read_jsonl(path), "line 2", "not valid JSON")
-
-
-def test_what_is_no_record_is_refused(tmp_path):
-    refusal(lambda: read_jsonl(write(tmp_path / "a.jsonl", {"prompt": "a"}, "[1]")), "line 2", "list")
-    refusal(lambda: read_jsonl(write(tmp_path / "b.jsonl", '{"prompt": "\\ud800"}')), "line 1", "surrogate")
-    (tmp_path / "c.jsonl").write_bytes('{"prompt": "é"}\n'.encode("latin-1"))
-    refusal(lambda: read_jsonl(tmp_path / "c.jsonl"), "not UTF-8")
-    (tmp_path / "d.jsonl").write_text("")
-    refusal(lambda: read_jsonl(tmp_path / "d.jsonl"), "empty")
-    (tmp_path / "e.jsonl").write_text("\n\n")
-    refusal(lambda: read_jsonl(tmp_path / "e.jsonl"), "empty")
-    refusal(lambda: read_jsonl(tmp_path), "folder")
-    (tmp_path / "f.json").write_text("[{]")
-    refusal(lambda: read_jsonl(tmp_path / "f.json"), "not valid JSON")
-
-
-def test_a_byte_order_mark_is_let_pass(tmp_path):
-    for name, text in (("x.jsonl", b'{"prompt": "a"}\n'), ("x.json", b'[{"prompt": "a"}]')):
-        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text)
-        assert list(read_jsonl(tmp_path / name)) == [{"prompt": "a"}]
-
-
-def test_json_lists_and_lines_are_both_read(tmp_path):
-    (tmp_path / "x.json").write_text(json.dumps([{"prompt": "a"}, {"prompt": "b"}], indent=1))
-    assert [r["prompt"] for r in read_jsonl(tmp_path / "x.json")] == ["a", "b"]
-    write(tmp_path / "y.json", {"prompt": "a"}, {"prompt": "b"})  # the seed writes JSON Lines under this name
-    assert [r["prompt"] for r in read_jsonl(tmp_path / "y.json")] == ["a", "b"]
-
-
-def test_the_nearest_namesake_is_offered(tmp_path):
+def test_a_name_that_is_no_file(tmp_path):
     write(tmp_path / "gen_data.json", {"prompt": "a"})
-    refusal(lambda: read_records(str(tmp_path / "gen_data.jsonl")), f"{tmp_path / 'gen_data.json'}")
-    (tmp_path / "configs").mkdir()
-    write(tmp_path / "configs" / "p.jsonl", {"prompt": "a"})
-    refusal(lambda: read_records(str(tmp_path / "config" / "p.jsonl")), "configs")
-    refusal(lambda: read_records("./no_such_place/x.jsonl"), "no such")
+    refusal(tmp_path / "gen_data.jsonl", f"there is {tmp_path / 'gen_data.json'}", read=read_records)
     write(tmp_path / "p.txt", "a")
-    refusal(lambda: read_records(str(tmp_path / "p.txt")), ".jsonl", "hub")
+    refusal(tmp_path / "p.txt", ".jsonl", "hub", read=read_records)
+
+
+def gpt(text):
+    return {"role": "assistant", "content": text}
+
+
+SYSTEM = {"role": "system", "content": "s"}
+PARTS = [{"type": "text", "text": "Is 3 "}, {"type": "text", "text": "even?"}]
 
 
 @pytest.mark.parametrize(
     "row, wanted",
     [
         ({"context_messages": user("a"), "prompt": "b"}, user("a")),
-        ({"prompt": "b"}, user("b")),
-        ({"messages": [*user("c"), {"role": "assistant", "content": "d"}]}, user("c")),
-        (
-            {"prompt": [{"role": "system", "content": "s"}, *user("e")]},
-            [{"role": "system", "content": "s"}, *user("e")],
-        ),
         ({"context_messages": None, "prompt": "f"}, user("f")),
+        ({"messages": [*user("c"), gpt("d")]}, user("c")),
+        ({"prompt": [SYSTEM, *user("e")]}, [SYSTEM, *user("e")]),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, user("a")),
+        (
+            {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "a"}]},
+            [SYSTEM, *user("a")],
+        ),
+        ({"messages": [{"role": "user", "content": PARTS}]}, user("Is 3 even?")),
+        ({"messages": [user("a")[0] | {"name": None, "tool_calls": []}]}, user("a")),
     ],
 )
 def test_every_form_of_a_prompt(tmp_path, row, wanted):
     [record] = read_prompts(write(tmp_path / "x.jsonl", row))
-    assert record["prompt"] == wanted
+    assert record["prompt"] == wanted and record["id"] == record_id(wanted)
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
 
 
 @pytest.mark.parametrize(
-    "value",
+    "value, told",
     [
-        [],
-        3,
-        [{"role": "user"}],
-        [{"role": "user", "content": None}],
-        ["a"],
-        [{"role": "assistant", "content": "a"}],
-        [*user("a"), {"role": "system", "content": "b"}],
+        ([], "a prompt is a string or a list of messages"),
+        (3, "a prompt is a string or a list of messages"),
+        (["a"], "a message is"),
+        ([{"role": "user"}], "a message is"),
+        ([gpt(None), *user("a")], "a message is"),
+        ([gpt("a")], "the last turn of a prompt must be the user's"),
+        ([*user("a"), SYSTEM], "the last turn of a prompt must be the user's"),
+        ([{"from": "bing", "value": "a"}], "'bing'"),
+        ([{"role": "user", "content": [IMAGE]}], "'image_url'"),
     ],
 )
-def test_what_is_no_prompt_is_refused(value):
-    with pytest.raises(UserError, match="^place"):
+def test_what_is_no_prompt_is_refused(value, told):
+    with pytest.raises(UserError, match=f"^place: .*{told}"):
         to_messages(value, "place")
+
+
+@pytest.mark.parametrize(
+    "row, told",
+    [
+        ({"instruction": "Translate.", "input": "chat", "output": "cat"}, "--dataset_key instruction"),
+        ({"chosen": "a", "rejected": "b"}, "is an answer"),
+        ({"chosen": user("a"), "rejected": user("b")}, "--dataset_key chosen"),
+        ({"promt": "a"}, "--dataset_key"),
+    ],
+)
+def test_sets_of_another_form_are_refused_with_the_remedy(tmp_path, row, told):
+    columns = "context_messages or messages or prompt or conversations"
+    refusal(write(tmp_path / "x.jsonl", {"n": 1} | row), f"record 1 has no {columns}", told)
 
 
 def test_extra_fields_key_and_system_prompt(tmp_path):
     path = write(tmp_path / "x.jsonl", {"question": "a", "id": 7, "gold": [1, 2], "prompt": "no"})
     [record] = read_prompts(path, key="question", system_prompt="s")
     assert record["source_id"] == 7 and record["gold"] == [1, 2]
-    assert record["prompt"] == [{"role": "system", "content": "s"}, *user("a")]
-    assert record["id"] == record_id(record["prompt"])
-    refusal(lambda: read_prompts(path, key="questions"), "questions", "'question'", "--dataset_key")
+    assert record["prompt"] == [SYSTEM, *user("a")] and record["id"] == record_id(record["prompt"])
+    refusal(path, "questions", "'question'", "--dataset_key", key="questions")
+    refusal(write(tmp_path / "y.jsonl", {"messages": user("")}), "record 1: its last turn is empty")
 
 
-@needs_datasets
-def test_csv_parquet_and_saved_folders(tmp_path):
-    import datasets
+def test_text_that_begins_like_a_list_stays_text_in_columns_of_other_names(tmp_path):
+    texts = ["[INST] hello", "[1, 2] summed?"]
+    path = write(tmp_path / "x.jsonl", *({"q": text} for text in [*texts, json.dumps(user("as JSON"))]))
+    assert [r["prompt"] for r in read_prompts(path, key="q")] == [*map(user, texts), user("as JSON")]
 
-    rows = [{"prompt": f"question {i}", "n": i} for i in range(5)]
-    data = datasets.Dataset.from_list(rows)
-    data.to_csv(str(tmp_path / "x.csv"))
-    data.to_parquet(str(tmp_path / "x.parquet"))
-    data.save_to_disk(str(tmp_path / "plain"))
-    datasets.DatasetDict({"train": data, "test": data.select([0])}).save_to_disk(str(tmp_path / "splits"))
-    expected = [user(row["prompt"]) for row in rows]
-    for name in ("x.csv", "x.parquet", "plain", "splits"):
-        assert [p["prompt"] for p in read_prompts(str(tmp_path / name))] == expected, name
-    assert len(list(read_prompts(str(tmp_path / "splits"), split="test"))) == 1
-    refusal(lambda: read_prompts(str(tmp_path / "splits"), split="dev"), "train, test", "--dataset_split")
-    (tmp_path / "broken.parquet").write_text("no parquet")
-    refusal(lambda: read_records(str(tmp_path / "broken.parquet")), "cannot read")
+
+def test_an_alpaca_record_with_an_input_is_not_cut_in_half(tmp_path):
+    rows = [{"instruction": "Sing.", "input": ""}, {"instruction": "Translate.", "input": "chat"}]
+    path = write(tmp_path / "x.jsonl", *rows)
+    whole, half = read_prompts(path, key="instruction", keep_bad=True)
+    assert whole["prompt"] == user("Sing.") and "record 2" in str(half) and "`input`" in str(half)
+
+
+def test_fields_of_messages_and_tools_are_kept_and_enter_the_id(tmp_path):
+    tools = [TOOLS, json.dumps(TOOLS), "[]", None]
+    path = write(tmp_path / "x.jsonl", *({"messages": TALK, "tools": value} for value in tools))
+    found = list(read_prompts(path))
+    assert all(record["prompt"] == TALK for record in found)
+    assert [record.get("tools") for record in found] == [TOOLS, TOOLS, None, None]
+    ids = [record_id(TALK, 0, TOOLS), record_id(TALK, 1, TOOLS), record_id(TALK), record_id(TALK, 1)]
+    assert [r["id"] for r in found] == ids and len(set(ids)) == 4
+    assert record_id([{"role": m["role"], "content": m["content"]} for m in TALK]) not in ids
+
+
+def test_what_is_no_list_of_tools_is_refused():
+    assert to_tools([json.dumps(tool) for tool in TOOLS], "place") == TOOLS
+    for value in ("hammer", ["hammer"], {"name": "x"}, 5):
+        with pytest.raises(UserError, match="^place: `tools` must be"):
+            to_tools(value, "place")
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 103])
@@ -193,21 +157,14 @@ def test_shards_are_contiguous_even_and_whole(count, world):
 
 
 def test_seeds_are_spaced_and_depend_on_all_three():
-    seeds = {
-        sample_seed(run, iteration, name)
-        for run in (0, 1)
-        for iteration in (0, 1)
-        for name in map(str, range(500))
-    }
-    assert len(seeds) == 2000
-    assert all(seed % 1024 == 0 and 0 <= seed < 2**62 for seed in seeds)
+    of = [(run, i, str(name)) for run in (0, 1) for i in (0, 1) for name in range(500)]
+    seeds = {sample_seed(*three) for three in of}
+    assert len(seeds) == 2000 and all(seed % 1024 == 0 and 0 <= seed < 2**62 for seed in seeds)
     assert sample_seed(1, 2, "ab") == sample_seed(1, 2, "ab")
 
 
-def test_finite_and_dumps():
+def test_finite():
     assert finite(0) and finite(-1.5) and not any(map(finite, (None, True, "1", float("nan"), float("inf"))))
-    with pytest.raises(ValueError):
-        dumps({"reward": float("nan")})
 
 
 ANSWERED = {"id": "x", "prompt": user("a"), "responses": ["b", ""], "rewards": [1, None], "n": 7}
@@ -239,6 +196,13 @@ def test_generated_and_rewarded_records_have_one_form(tmp_path):
 def test_a_rewarded_record_that_cannot_be_used(tmp_path, change, words):
     row = {key: value for key, value in (ANSWERED | change).items() if value is not ...}
     path = write(tmp_path / "x.jsonl", ANSWERED, row)
-    message = refusal(lambda: read_rewarded(path), f"{path} record 2", *words)
+    message = refusal(path, f"{path} record 2", *words, read=read_rewarded)
     good, bad = read_rewarded(path, keep_bad=True)
     assert good == ANSWERED and isinstance(bad, BadRecord) and str(bad) == message
+
+
+def test_a_number_called_num_tokens_passes_training_as_it_passes_annotation(tmp_path):
+    row = {"id": "x", "prompt": "a", "responses": ["b", "c"], "rewards": [1.0, 2.0], "num_tokens": 57}
+    [record] = read_rewarded(write(tmp_path / "x.jsonl", row))
+    [pair], reason, _ = make_pairs(record, "max_min_p", 0.1, count_tokens=len)
+    assert reason is None and pair["chosen_index"] == 1 and pair["chosen_num_tokens"] == 1

@@ -1,7 +1,5 @@
 """What several files need: the tiny models, and a small finished run to compare with."""
 
-import subprocess
-
 import faults
 import pytest
 import yaml
@@ -13,9 +11,8 @@ def built():
     yet.
     """
     command = yaml.safe_load((faults.ROOT / faults.CONFIG).read_text())["setup_command"]
-    subprocess.run(
-        ["bash", "-c", f"source ./envs.sh; use_env rlhflow; {command}"], cwd=faults.ROOT, check=True
-    )
+    end = faults.ended(["bash", "-c", f"source ./envs.sh; use_env rlhflow; {command}"], timeout=None)
+    assert end.returncode == 0, end.stderr
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import faults
 import pytest
@@ -21,13 +20,10 @@ import pytest
 pytestmark = pytest.mark.usefixtures("built")
 
 VLLM = faults.vllm_python()
+POLICY, REWARD = "tiny/built/policy", "tiny/built/reward_model"
+SIZES = "--K 4 --max_input_length 64 --max_new_tokens 32".split()
 MANY = {"engine": 30, "client": 115, "annotation": 65, "driver": 20}  # under --all
 LONG = pytest.mark.long
-
-
-def some(what, few):
-    """A few kills in the ordinary run, many under --all."""
-    return pytest.mark.parametrize("kills", [few, pytest.param(faults.share(MANY[what]), marks=LONG)])
 
 
 # The loop
@@ -43,13 +39,8 @@ def test_a_loop_killed_at_every_stage_ends_as_an_undisturbed_one(undisturbed, tm
     """
     whole, settings = undisturbed
     folder, moments, kills = tmp_path / "run", random.Random(faults.SEED), 0
-    settings = [
-        *settings,
-        "--generation.max_num_seqs",
-        1,
-        "--stop_stage",
-        "1.3",
-    ]  # slow enough to be killed at work
+    # slow enough to be killed at work
+    settings = [*settings, "--generation.max_num_seqs", 1, "--stop_stage", "1.3"]
     partial = folder / "iter0/shards/heldout_sampled.generated.of1.0.jsonl.partial"
 
     def under_the_driver(script, moment, told):
@@ -64,11 +55,8 @@ def test_a_loop_killed_at_every_stage_ends_as_an_undisturbed_one(undisturbed, tm
             os.kill(pid, 9)
         assert driver.wait(timeout=120) == 1
         said = log.read_text()
-        assert (
-            told in said
-            and "to continue: bash run_loop.sh" in said
-            and "Traceback" not in said.split("\n---\n")[-1]
-        ), said
+        assert told in said and "to continue: bash run_loop.sh" in said, said
+        assert "Traceback" not in said.split("\n---\n")[-1]
         assert not faults.started_by(folder)
         return 1
 
@@ -153,44 +141,33 @@ def reached(killer, kills, *more):
     ), killer
 
 
+def killer(command, folder, start, step):
+    """Of a command, whose undisturbed output is there to compare with."""
+    whole = folder / "whole0.jsonl"
+    check = lambda output: faults.same_answers(output, whole, 4)  # noqa: E731
+    made = faults.Killer(command, folder, start, step, check)
+    made.end(whole)
+    return made
+
+
 @LONG
 def test_a_killed_engine_loses_and_doubles_nothing(tmp_path):
     prompts = many_prompts(tmp_path / "p.jsonl", 600)
 
     def command(output):
         prefix = str(output).removesuffix("0.jsonl")
+        small = "--dtype float32 --kv_cache_gib 0.25 --max_num_seqs 8".split()
         return [
             VLLM,
             "generation/get_hf2.py",
             "--model_name_or_path",
-            "tiny/built/policy",
-            "--dataset_name_or_path",
-            prompts,
-            "--output_dir",
-            prefix,
-            "--K",
-            4,
-            "--max_input_length",
-            64,
-            "--max_new_tokens",
-            32,
-            "--dtype",
-            "float32",
-            "--kv_cache_gib",
-            0.25,
-            "--max_num_seqs",
-            8,
+            POLICY,
+            *of(prompts, prefix),
+            *SIZES,
+            *small,
         ]
 
-    killer = faults.Killer(
-        command,
-        tmp_path,
-        start=15,
-        step=12_000,
-        check=lambda output: faults.same_answers(output, tmp_path / "whole0.jsonl", 4),
-    )
-    killer.end(tmp_path / "whole0.jsonl")
-    reached(killer, faults.share(MANY["engine"]))
+    reached(killer(command, tmp_path, start=15, step=12_000), faults.share(MANY["engine"]))
 
 
 @pytest.fixture(scope="module")
@@ -206,71 +183,43 @@ def real_server(tmp_path_factory):
         "state_dir": folder,
         "deadline": 400,
     }
-    command = [f"{key}={value}" for key, value in variables.items()]
-    end = subprocess.run(
-        ["env", *command, "bash", "generation/register_server.sh", "tiny/built/policy"],
-        cwd=faults.ROOT,
-        capture_output=True,
-        text=True,
-    )
+    given = [f"{key}={value}" for key, value in variables.items()]
+    end = faults.ended(["env", *given, "bash", "generation/register_server.sh", POLICY])
     assert end.returncode == 0, end.stderr
     yield port
-    subprocess.run(["bash", "generation/register_server.sh", "stop", folder], cwd=faults.ROOT, check=True)
+    faults.ended(["bash", "generation/register_server.sh", "stop", folder])
+
+
+def of(source, output):
+    """What a script reads and writes."""
+    return ["--dataset_name_or_path", source, "--output_dir", output]
 
 
 def client(port, prompts):
     """A function from an output to the command that asks the server for it."""
-    return lambda output: [
-        VLLM,
-        "generation/gen_hf.py",
-        "--ports",
-        port,
-        "--tokenizer",
-        "tiny/built/policy",
-        "--dataset_name_or_path",
-        prompts,
-        "--output_dir",
-        output,
-        "--K",
-        4,
-        "--max_input_length",
-        64,
-        "--max_new_tokens",
-        32,
-        "--concurrency",
-        4,
-    ]
+    start = [VLLM, "generation/gen_hf.py", "--ports", port, "--tokenizer", POLICY, *SIZES, "--concurrency", 4]
+    return lambda output: [*start, *of(prompts, output)]
+
+
+def annotation(generated):
+    """The same of the reward model's scores."""
+    start = [VLLM, "annotate_data/get_rewards.py", "--reward_name_or_path", REWARD]
+    return lambda output: [*start, *of(generated, output)]
 
 
 @LONG
 def test_a_client_killed_at_a_living_server_loses_and_doubles_nothing(tmp_path, real_server):
     command = client(real_server, many_prompts(tmp_path / "p.jsonl", 600))
-    killer = faults.Killer(
-        command,
-        tmp_path,
-        start=6,
-        step=1_500,
-        check=lambda output: faults.same_answers(output, tmp_path / "whole0.jsonl", 4),
-    )
-    killer.end(tmp_path / "whole0.jsonl")
-    reached(killer, faults.share(MANY["client"]))
+    reached(killer(command, tmp_path, start=6, step=1_500), faults.share(MANY["client"]))
 
 
 def test_a_killed_client_loses_and_doubles_nothing(tmp_path):
     with faults.Stub(pause=0.1) as stub:
         command = client(stub.port, many_prompts(tmp_path / "p.jsonl", 60))
-        killer = faults.Killer(
-            command,
-            tmp_path,
-            start=4,
-            step=4_000,
-            check=lambda output: faults.same_answers(output, tmp_path / "whole0.jsonl", 4),
-        )
-        killer.end(tmp_path / "whole0.jsonl")
-        reached(killer, 3, (1 / 3, 1 / 3))
+        reached(killer(command, tmp_path, start=4, step=4_000), 3, (1 / 3, 1 / 3))
 
 
-@some("annotation", 3)
+@pytest.mark.parametrize("kills", [3, pytest.param(faults.share(MANY["annotation"]), marks=LONG)])
 def test_a_killed_annotation_loses_and_doubles_nothing(undisturbed, tmp_path, kills):
     generated = tmp_path / "generated.jsonl"
     answers = faults.records(undisturbed[0] / "iter1/generated.jsonl")
@@ -278,30 +227,9 @@ def test_a_killed_annotation_loses_and_doubles_nothing(undisturbed, tmp_path, ki
     with open(generated, "w", encoding="utf-8") as file:
         for i in range(copies):
             file.writelines(json.dumps(record | {"id": f"{record['id']}-{i}"}) + "\n" for record in answers)
-
-    def command(output):
-        return [
-            VLLM,
-            "annotate_data/get_rewards.py",
-            "--reward_name_or_path",
-            "tiny/built/reward_model",
-            "--dataset_name_or_path",
-            generated,
-            "--output_dir",
-            output,
-            "--batch_tokens",
-            256,
-        ]
-
-    killer = faults.Killer(
-        command,
-        tmp_path,
-        start=9,
-        step=3_000,
-        check=lambda output: faults.same_answers(output, tmp_path / "whole0.jsonl", 4),
-    )
-    killer.end(tmp_path / "whole0.jsonl")
-    reached(killer, kills, (1 / 3, 1 / 3) if kills == 3 else (0.25, 0.6))
+    command = annotation(generated)
+    made = killer(lambda output: [*command(output), "--batch_tokens", 256], tmp_path, start=9, step=3_000)
+    reached(made, kills, (1 / 3, 1 / 3) if kills == 3 else (0.25, 0.6))
 
 
 # Disks that are full or read-only, and torn lines
@@ -313,66 +241,38 @@ def stages(undisturbed, tmp_path):
     run, _ = undisturbed
     (tmp_path / "out").mkdir()
     shutil.copy(run / "iter1/generated.jsonl", tmp_path / "shard0.jsonl")
+    merge = [
+        sys.executable,
+        "generation/merge_data.py",
+        "--base_path",
+        tmp_path / "shard",
+        "--num_datasets",
+        1,
+    ]
+    training = [
+        sys.executable,
+        "dpo_iteration/run_dpo.py",
+        f"{run}/loop.yaml:training_args",
+        "--max_steps",
+        1,
+    ]
+    training += ["--model_name_or_path", POLICY, "--train_dir", run / "iter1/rewarded.jsonl"]
+    engine = [VLLM, "generation/get_hf2.py", "--model_name_or_path", POLICY]
+    prompts = run.parent / "prompts.jsonl"
     with faults.Stub(pause=0) as stub:
         yield lambda folder: {
-            "client": client(stub.port, run.parent / "prompts.jsonl")(folder / "generated.jsonl"),
-            "merge": [
-                sys.executable,
-                "generation/merge_data.py",
-                "--base_path",
-                tmp_path / "shard",
-                "--num_datasets",
-                1,
-                "--output_dir",
-                folder / "m.jsonl",
-            ],
-            "annotation": [
-                VLLM,
-                "annotate_data/get_rewards.py",
-                "--reward_name_or_path",
-                "tiny/built/reward_model",
-                "--dataset_name_or_path",
-                run / "iter1/generated.jsonl",
-                "--output_dir",
-                folder / "rewarded.jsonl",
-            ],
-            "training": [
-                sys.executable,
-                "dpo_iteration/run_dpo.py",
-                f"{run}/loop.yaml:training_args",
-                "--model_name_or_path",
-                "tiny/built/policy",
-                "--train_dir",
-                run / "iter1/rewarded.jsonl",
-                "--output_dir",
-                folder / "model",
-                "--pairs_path",
-                folder / "pairs.jsonl",
-                "--max_steps",
-                1,
-            ],
-            "engine": [
-                VLLM,
-                "generation/get_hf2.py",
-                "--model_name_or_path",
-                "tiny/built/policy",
-                "--dataset_name_or_path",
-                run.parent / "prompts.jsonl",
-                "--output_dir",
-                f"{folder}/shard",
-            ],
+            "client": client(stub.port, prompts)(folder / "generated.jsonl"),
+            "merge": [*merge, "--output_dir", folder / "m.jsonl"],
+            "annotation": annotation(run / "iter1/generated.jsonl")(folder / "rewarded.jsonl"),
+            "training": [*training, "--output_dir", folder / "model", "--pairs_path", folder / "pairs.jsonl"],
+            "engine": [*engine, *of(prompts, f"{folder}/shard")],
         }
 
 
-def ended(command, **options):
-    return subprocess.run(
-        [str(part) for part in command],
-        cwd=faults.ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        **options,
-    )
+def limited(kib):
+    """Options of a process whose files may be so large."""
+    size = (kib * 1024, resource.RLIM_INFINITY)
+    return {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, size)}
 
 
 def is_one_line(end):
@@ -381,42 +281,27 @@ def is_one_line(end):
     return end.returncode == 2 and len(errors) == 1 and "Traceback" not in end.stderr
 
 
-@pytest.mark.parametrize("stage, kib, output", [
-    ("client", 4, "generated.jsonl"), ("merge", 4, "m.jsonl"), ("annotation", 4, "rewarded.jsonl"),
-])  # fmt: skip
-def test_a_full_disk_is_one_line_and_the_next_start_goes_on(
-    stages, undisturbed, tmp_path, stage, kib, output
-):
-    command = stages(tmp_path / "out")[stage]
-    limit = {
-        "preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (kib * 1024, resource.RLIM_INFINITY))
-    }
-    end = ended(command, **limit)
-    assert (
-        is_one_line(end) and "too large" in end.stderr.lower() and f"{tmp_path}/out/{output}" in end.stderr
-    ), end.stderr
-    assert not (tmp_path / "out" / output).exists()
-    end = ended(command)
+@pytest.mark.parametrize(
+    "stage, output", [("client", "generated.jsonl"), ("merge", "m.jsonl"), ("annotation", "rewarded.jsonl")]
+)
+def test_a_full_disk_is_one_line_and_the_next_start_goes_on(stages, undisturbed, tmp_path, stage, output):
+    command, made = stages(tmp_path / "out")[stage], tmp_path / "out" / output
+    end = faults.ended(command, **limited(4))
+    assert is_one_line(end) and "too large" in end.stderr.lower() and str(made) in end.stderr, end.stderr
+    assert not made.exists()
+    end = faults.ended(command)
     assert end.returncode == 0, end.stderr
-    assert stage == "merge" or "continuing" in end.stdout or stage == "annotation"
-    made = faults.records(tmp_path / "out" / output)
-    assert [r["id"] for r in made] == [
-        r["id"] for r in faults.records(undisturbed[0] / "iter1/generated.jsonl")
-    ]
+    assert stage != "client" or "continuing" in end.stdout
+    ids = [record["id"] for record in faults.records(undisturbed[0] / "iter1/generated.jsonl")]
+    assert [record["id"] for record in faults.records(made)] == ids
 
 
 def test_training_on_a_full_disk_is_one_line_and_the_next_start_goes_on(stages, tmp_path):
-    command = stages(tmp_path / "out")["training"]
-    end = ended(
-        command,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000 * 1024, resource.RLIM_INFINITY)),
-    )
-    assert (
-        is_one_line(end) and "a size limit is reached" in end.stderr and "too large" in end.stderr.lower()
-    ), end.stderr
-    manifest = tmp_path / "out/model.manifest.json"
+    command, manifest = stages(tmp_path / "out")["training"], tmp_path / "out/model.manifest.json"
+    end = faults.ended(command, **limited(1000))
+    assert is_one_line(end) and "a size limit is reached" in end.stderr, end.stderr
     assert not json.loads(manifest.read_text())["complete"]
-    end = ended(command)
+    end = faults.ended(command)
     assert end.returncode == 0 and json.loads(manifest.read_text())["complete"], end.stderr
 
 
@@ -425,12 +310,8 @@ def closed(tmp_path):
     """A folder that cannot be written, by root neither."""
     folder = tmp_path / "closed"
     folder.mkdir(mode=0o555)
-    if (
-        os.access(folder, os.W_OK)
-        and subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", folder], capture_output=True
-        ).returncode
-    ):
+    mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", folder]
+    if os.access(folder, os.W_OK) and subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("neither permissions nor mounts can be set here")
     yield folder
     subprocess.run(["umount", folder], capture_output=True)
@@ -438,7 +319,7 @@ def closed(tmp_path):
 
 @pytest.mark.parametrize("stage", ["engine", "merge", "annotation", "training"])
 def test_a_folder_that_cannot_be_written_is_one_line(stages, closed, stage):
-    end = ended(stages(closed)[stage])
+    end = faults.ended(stages(closed)[stage])
     assert is_one_line(end) and str(closed) in end.stderr, end.stderr
 
 
@@ -453,8 +334,5 @@ def test_a_torn_input_is_named_before_anything_runs(tmp_path):
     with open(tmp_path / "prompts.jsonl", "ab") as file:
         file.write(b'{"context_messages": [{"role": "us')
     end = faults.loop(tmp_path / "run", *settings, "--check")
-    assert (
-        end.returncode == 2
-        and "prompts.jsonl line 25 is torn" in end.stderr
-        and not Path(tmp_path / "run/loop.yaml").exists()
-    ), end.stderr
+    assert end.returncode == 2 and "prompts.jsonl line 25 is torn" in end.stderr, end.stderr
+    assert not (tmp_path / "run/loop.yaml").exists()

@@ -52,9 +52,9 @@ def test_the_second_judge_has_its_own_models_and_arguments(make):
 
 def test_the_kl_is_at_the_held_out_temperature_and_none_of_greedy_answers(make):
     assert make(heldout={"temperature": 0.7}).resolved()["heldout"]["temperature"] == 0.7
-    assert values(make())["divergence"] == "yes"
+    assert values(make())["divergence"] is True
     for more in ({"divergence": False}, {"heldout": {"temperature": 0.0}}):
-        assert values(make(**more))["divergence"] == ""
+        assert not values(make(**more))["divergence"]
 
 
 @pytest.mark.parametrize(
@@ -140,6 +140,10 @@ def test_changes_are_refused_where_something_was_made_from_what_was(make, tmp_pa
 
     assert refused(seed=9, generation={"K": 2}) == ""  # nothing is there yet
     made(plan, "iter1/generated.jsonl", {}, {"dataset_name_or_path": first})
+    made(plan, "iter1/rewarded.jsonl", {}, {})
+    assert "rewarded.jsonl was made with other settings: reward_name_or_path was ['tiny/" in refused(
+        reward_name_or_path=["a/b"]
+    )
     assert "iter1/generated.jsonl was made with other settings: seed was 0 and is now 9" in refused(seed=9)
     assert "K was 8 and is now 2" in refused(generation=plan.settings.generation | {"K": 2})
     assert (

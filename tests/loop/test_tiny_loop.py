@@ -13,29 +13,18 @@ import re
 import shutil
 import signal
 import subprocess
-import time
-from pathlib import Path
 
+import faults
 import pytest
+from faults import ROOT, records, started_by
 
 pytestmark = pytest.mark.usefixtures("built")
 
-ROOT = Path(__file__).resolve().parents[2]
-CONFIG = "configs/loop_tiny.yaml"
 
-
-def loop(*arguments, timeout=1500, config=CONFIG, **environment):
+def loop(*arguments, config=faults.CONFIG, **environment):
     """Run the driver; returns the finished process."""
-    command = ["bash", "run_loop.sh", *([config] if config else []), *map(str, arguments)]
-    return subprocess.run(
-        command,
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    command = ["bash", "run_loop.sh", *([config] if config else []), *arguments]
+    return faults.ended(command, 1500, environment)
 
 
 @pytest.fixture(scope="session")
@@ -57,8 +46,20 @@ def intervals(text):
     return {(kind, quantity): tuple(map(float, numbers)) for kind, quantity, *numbers in found}
 
 
-def records(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+def contents(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def figures(folder):
+    """The rows of metrics.csv."""
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of the finished run, for a test that changes it."""
+    return shutil.copytree(finished[0], tmp_path / "copy")
 
 
 def test_the_policy_gets_better(finished):
@@ -67,13 +68,12 @@ def test_the_policy_gets_better(finished):
     assert found["sampled", "reward"][1] > 0, output
     assert found["sampled", "gold"][1] > 0, output
     for i in range(4):
-        metrics = json.loads((folder / f"iter{i}" / "metrics.json").read_text())
+        metrics = contents(folder / f"iter{i}" / "metrics.json")
         assert metrics["sampled"]["prompts"] >= 256 and metrics["greedy"]["K"] == 1
     steps = [(entry["policy"], entry["step"]) for entry in records(folder / "stages.jsonl")]
     each = ("sample", "annotate", "measure", "train")
     assert steps == [(i, step) for i in range(4) for step in each][:-1]
-    with open(folder / "metrics.csv", newline="") as file:
-        assert all(float(row["seconds"]) > 0 for row in csv.DictReader(file))
+    assert all(float(row["seconds"]) > 0 for row in figures(folder))
 
 
 def test_every_record_is_traced_through_the_stages(finished):
@@ -88,22 +88,19 @@ def test_every_record_is_traced_through_the_stages(finished):
     assert len(pairs) + (len(records(skipped)) if skipped.exists() else 0) >= prompts
     for pair in pairs:
         source = by_id[pair["id"]]
-        assert pair["chosen_reward"] == max(source["rewards"]) and pair["rejected_reward"] == min(
-            source["rewards"]
-        )
+        assert pair["chosen_reward"] == max(source["rewards"])
+        assert pair["rejected_reward"] == min(source["rewards"])
         assert pair["chosen"][-1]["content"] == source["responses"][pair["chosen_index"]]
 
 
 def test_iterations_continue_from_each_other_and_share_the_reference(finished):
     folder, _ = finished
-    manifest = json.loads((folder / "iter3" / "model.manifest.json").read_text())
-    assert manifest["inputs"]["model_name_or_path"]["path"] == str(folder / "iter2" / "model")
-    assert manifest["inputs"]["ref_model_name_or_path"]["path"] == "tiny/built/policy"
-    seeds = [
-        json.loads((folder / f"iter{i}" / "generated.manifest.json").read_text())["settings"]["iteration"]
-        for i in (1, 2, 3)
-    ]
-    assert seeds == [1, 2, 3]
+    inputs = contents(folder / "iter3" / "model.manifest.json")["inputs"]
+    assert inputs["model_name_or_path"]["path"] == str(folder / "iter2" / "model")
+    assert inputs["ref_model_name_or_path"]["path"] == "tiny/built/policy"
+    for i in (1, 2, 3):
+        settings = contents(folder / f"iter{i}" / "generated.manifest.json")["settings"]
+        assert settings["iteration"] == i
 
 
 def test_a_run_leaves_its_kl_and_all_figures(finished):
@@ -111,69 +108,47 @@ def test_a_run_leaves_its_kl_and_all_figures(finished):
     metrics.csv.
     """
     folder, output = finished
-    kl = [json.loads((folder / f"iter{i}" / "divergence.json").read_text()) for i in range(4)]
+    kl = [contents(folder / f"iter{i}" / "divergence.json") for i in range(4)]
     assert kl[0]["kl"] == 0.0 and 0 < kl[1]["kl"] - 2 * kl[1]["kl_se"] and kl[1]["kl"] < kl[3]["kl"]
-    assert all(
-        one["exact"]
-        and one["reference"] == "tiny/built/policy"
-        and one["retokenised"] < 0.05 * one["responses"]
-        for one in kl[1:]
-    )
+    for one in kl[1:]:
+        assert one["exact"] and one["reference"] == "tiny/built/policy"
+        assert one["retokenised"] < 0.05 * one["responses"]
     entries = records(folder / "iter2" / "divergence.jsonl")
-    means = [
-        sum(a - b for a, b in zip(e["logps"], e["ref_logps"], strict=True)) / len(e["logps"]) for e in entries
-    ]
+    means = [(sum(e["logps"]) - sum(e["ref_logps"])) / len(e["logps"]) for e in entries]
     assert sum(means) / len(means) == pytest.approx(kl[2]["kl"], abs=1e-3) and len(entries) == 300
-    with open(folder / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["iterate"], float(row["kl"])) for row in rows] == [
-        (str(i), one["kl"]) for i, one in enumerate(kl)
-    ]
-    assert (
-        float(rows[3]["sampled_win_rate"]) > 0.6 and float(rows[2]["train_seconds"]) > 0 and " KL " in output
-    )
+    rows = figures(folder)
+    assert [float(row["kl"]) for row in rows] == [one["kl"] for one in kl] and " KL " in output
+    assert float(rows[3]["sampled_win_rate"]) > 0.6 and float(rows[2]["train_seconds"]) > 0
 
 
-def test_a_finished_run_of_before_gets_its_kl_and_no_more(finished, tmp_path):
+def test_a_finished_run_of_before_gets_its_kl_and_no_more(copy):
     """Nothing of it is refused or made anew, and pruned weights or `divergence: false` leave nothing to
     do.
     """
-    folder = tmp_path / "copy"
-    shutil.copytree(finished[0], folder)
-    for path in folder.glob("iter*/divergence*"):
+    for path in copy.glob("iter*/divergence*"):
         path.unlink()
-    planned = loop("--run_dir", folder, "--dry_run")
-    assert planned.returncode == 0 and planned.stdout.count("evaluation/divergence.py") == 4, (
-        planned.stdout + planned.stderr
-    )
-    assert (
-        "get_hf2" not in planned.stdout
-        and "get_rewards" not in planned.stdout
-        and "run_dpo" not in planned.stdout
-    )
-    assert "# policy" not in loop("--run_dir", folder, "--divergence", "false", "--dry_run").stdout
-    shutil.rmtree(folder / "iter1/model")
-    (folder / "iter1/model.pruned").touch()
-    assert loop("--run_dir", folder, "--dry_run").stdout.count("evaluation/divergence.py") == 3
+    planned = loop("--run_dir", copy, "--dry_run")
+    assert planned.returncode == 0, planned.stdout + planned.stderr
+    assert not re.search("get_hf2|get_rewards|run_dpo", planned.stdout)
+    assert planned.stdout.count("evaluation/divergence.py") == 4
+    assert "# policy" not in loop("--run_dir", copy, "--divergence", "false", "--dry_run").stdout
+    shutil.rmtree(copy / "iter1/model")
+    (copy / "iter1/model.pruned").touch()
+    assert loop("--run_dir", copy, "--dry_run").stdout.count("evaluation/divergence.py") == 3
 
 
-def test_a_second_reward_model_may_come_later(finished, tmp_path):
-    """A finished run is then judged and measured anew; the reward model of training itself is refused."""
-    folder = tmp_path / "copy"
-    shutil.copytree(finished[0], folder)
-    other = tmp_path / "judge"
-    shutil.copytree(ROOT / "tiny/built/reward_model", other)
-    planned = loop("--run_dir", folder, "--eval_reward_model", other, "--dry_run")
-    assert planned.stdout.count("loop.yaml:eval_annotation") == 4 and "get_hf2" not in planned.stdout, (
-        planned.stdout + planned.stderr
-    )
-    ran = loop("--run_dir", folder, "--eval_reward_model", other, "--stage", "3.4", "--stop_stage", "3.4")
-    metrics = json.loads((folder / "iter3/metrics.json").read_text())
-    assert ran.returncode == 0 and metrics["judge"]["sampled"]["reward"] == pytest.approx(
-        metrics["sampled"]["reward"], abs=1e-4
-    ), ran.stderr  # it is a copy
-    same = loop("--run_dir", folder, "--eval_reward_model", "tiny/built/reward_model", "--dry_run")
-    assert same.returncode == 2 and "is what training is rewarded by" in same.stderr
+def test_a_second_reward_model_may_come_later(copy, tmp_path):
+    """A finished run is then judged and measured anew."""
+    judge = shutil.copytree(ROOT / "tiny/built/reward_model", tmp_path / "judge")
+    planned = loop("--run_dir", copy, "--eval_reward_model", judge, "--dry_run")
+    assert planned.stdout.count("loop.yaml:eval_annotation") == 4, planned.stdout + planned.stderr
+    assert "get_hf2" not in planned.stdout
+    only = "--stage 3.4 --stop_stage 3.4".split()
+    ran = loop("--run_dir", copy, "--eval_reward_model", judge, *only)
+    assert ran.returncode == 0, ran.stderr
+    metrics = contents(copy / "iter3/metrics.json")  # it is a copy
+    reward = pytest.approx(metrics["sampled"]["reward"], abs=1e-4)
+    assert metrics["judge"]["sampled"]["reward"] == reward
 
 
 def test_a_second_start_skips_what_is_finished(finished):
@@ -186,40 +161,25 @@ def test_a_second_start_skips_what_is_finished(finished):
     assert intervals(again.stdout)
 
 
-@pytest.mark.parametrize(
-    "change, named",
-    [
-        (("--generation.temperature", "0.7"), "temperature was 1.0 and is now 0.7"),
-        (("--training_args.beta", "0.3"), "beta was"),
-        (
-            ("--reward_name_or_path", "tiny/built/policy"),
-            "reward_name_or_path was ['tiny/built/reward_model'] and is now",
-        ),
-        (("--seed", "7"), "seed was 0 and is now 7"),
-    ],
-)
-def test_a_changed_setting_is_refused_by_name(finished, change, named):
+def test_a_changed_setting_is_refused_by_name(finished):
     folder, _ = finished
     settings = (folder / "loop.yaml").read_text()
-    refused = loop("--run_dir", folder, *change)
-    assert refused.returncode == 2 and named in refused.stderr, refused.stderr
+    refused = loop("--run_dir", folder, "--generation.temperature", "0.7")
+    assert refused.returncode == 2 and "temperature was 1.0 and is now 0.7" in refused.stderr, refused.stderr
     assert (folder / "loop.yaml").read_text() == settings
 
 
-def test_weights_are_pruned_behind_the_last_finished_iteration_only(finished, tmp_path):
+def test_weights_are_pruned_behind_the_last_finished_iteration_only(copy):
     """keep_iterates deletes what is no longer read, never what an unfinished iteration starts from."""
-    folder = tmp_path / "copy"
-    shutil.copytree(finished[0], folder)
-    settings = [*("--run_dir", folder), *("--keep_iterates", 1)]
-    shutil.rmtree(folder / "iter3")
+    settings = "--run_dir", copy, "--keep_iterates", 1
+    shutil.rmtree(copy / "iter3")
     early = loop(*settings, "--stage", "3.1", "--stop_stage", "3.1", "--dry_run")
-    assert early.returncode == 0 and (folder / "iter2" / "model").exists(), early.stderr
+    assert early.returncode == 0 and (copy / "iter2" / "model").exists(), early.stderr
     loop(*settings, "--stage", "2.4", "--stop_stage", "2.4")
-    assert not (folder / "iter1" / "model").exists() and (folder / "iter2" / "model").exists()
+    assert not (copy / "iter1" / "model").exists() and (copy / "iter2" / "model").exists()
     again = loop(*settings, "--dry_run")
-    assert "# policy 2: train policy 3" in again.stdout and "# policy 1" not in again.stdout, (
-        again.stdout + again.stderr
-    )
+    assert "# policy 2: train policy 3" in again.stdout, again.stdout + again.stderr
+    assert "# policy 1" not in again.stdout
 
 
 def test_more_iterations_can_be_given(finished):
@@ -228,20 +188,17 @@ def test_more_iterations_can_be_given(finished):
     assert planned.returncode == 0, planned.stderr
     assert "# policy 3: train policy 4" in planned.stdout and "# policy 2" not in planned.stdout
     assert "run_dpo.py" in planned.stdout and f"--output_dir {folder}/iter4/model" in planned.stdout
-    loop("--run_dir", folder)  # back to three
 
 
-def test_a_printed_command_runs_by_hand(finished, tmp_path):
-    """Paste what a dry run prints for the metrics of a new run's start."""
-    folder, _ = finished
-    (folder / "iter3" / "metrics.json").rename(tmp_path / "metrics.json")
-    planned = loop("--run_dir", folder, "--dry_run")
+def test_a_printed_command_runs_by_hand(copy, tmp_path):
+    """Paste what a dry run prints for the metrics of a policy."""
+    (copy / "iter3" / "metrics.json").rename(tmp_path / "metrics.json")
+    planned = loop("--run_dir", copy, "--dry_run")
     assert "evaluation/metrics.py" in planned.stdout, planned.stdout + planned.stderr
-    pasted = subprocess.run(
-        ["bash", "-c", f"set -e\n{planned.stdout}"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    command = ["bash", "-c", f"set -e\n{planned.stdout}"]
+    pasted = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert pasted.returncode == 0, pasted.stderr
-    old, new = (json.loads((place / "metrics.json").read_text()) for place in (tmp_path, folder / "iter3"))
+    old, new = (contents(place / "metrics.json") for place in (tmp_path, copy / "iter3"))
     assert old["sampled"] == new["sampled"]
 
 
@@ -253,101 +210,64 @@ def test_one_loop_at_a_time(finished):
     assert refused.returncode == 2 and "another run is at work" in refused.stderr
 
 
-def test_a_failing_stage_shows_its_log_and_how_to_continue(finished):
-    folder, _ = finished
-    failed = loop("--run_dir", folder, "--iterations", 4, "--stage", "4.train", "--stop_stage", "4.3")
+def test_a_failing_stage_shows_its_log_and_how_to_continue(copy):
+    failed = loop("--run_dir", copy, "--iterations", 4, "--stage", "4.train", "--stop_stage", "4.3")
     assert failed.returncode == 1
     assert "error: no such rewarded file" in failed.stderr, failed.stderr
-    assert (
-        f"log: {folder}/iter4/logs/train.log" in failed.stderr
-        and "to continue: bash run_loop.sh" in failed.stderr
-    )
-    loop("--run_dir", folder)
+    assert f"log: {copy}/iter4/logs/train.log" in failed.stderr
+    assert "to continue: bash run_loop.sh" in failed.stderr
 
 
 def test_the_saved_model_is_whole(finished):
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    folder, _ = finished
-    model, info = AutoModelForCausalLM.from_pretrained(folder / "iter3" / "model", output_loading_info=True)
+    made, start = finished[0] / "iter3" / "model", ROOT / "tiny/built/policy"
+    _, info = AutoModelForCausalLM.from_pretrained(made, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    start = GenerationConfig.from_pretrained(ROOT / "tiny/built/policy")
-    assert GenerationConfig.from_pretrained(folder / "iter3" / "model").eos_token_id == start.eos_token_id
-    assert (
-        AutoTokenizer.from_pretrained(folder / "iter3" / "model").chat_template
-        == AutoTokenizer.from_pretrained(ROOT / "tiny/built/policy").chat_template
-    )
-
-
-def marked(folder):
-    """Processes that a run of this folder has started."""
-    mark = f"RLHF_RUN={folder.resolve()}".encode()
-    found = []
-    for process in Path("/proc").iterdir():
-        try:
-            if process.name.isdigit() and mark in (process / "environ").read_bytes().split(b"\0"):
-                found.append(int(process.name))
-        except OSError:
-            continue
-    return found
+    eos = [GenerationConfig.from_pretrained(folder).eos_token_id for folder in (made, start)]
+    templates = [AutoTokenizer.from_pretrained(folder).chat_template for folder in (made, start)]
+    assert eos[0] == eos[1] and templates[0] == templates[1]
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_loop_leaves_nothing_running_and_continues(finished, tmp_path, how):
     """Ctrl-C ends what was started; after kill -9 of the driver the next start does. Then the run goes on."""
-    folder = tmp_path / "run"
-    command = ["bash", "run_loop.sh", CONFIG, "--run_dir", str(folder), "--stop_stage", "0.4"]
-    said = tmp_path / "stderr"
+    folder, said = tmp_path / "run", tmp_path / "stderr"
     with open(said, "w") as errors:  # a pipe would be waited for until what was left behind has closed it
-        driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=errors)
-    deadline = time.time() + 120
+        driver = subprocess.Popen(
+            faults.loop_command(folder, "--stop_stage", "0.4"),
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+        )
     log = folder / "iter0" / "logs" / "sample.0.log"
-    while not (log.exists() and marked(folder)) and time.time() < deadline:
-        time.sleep(0.2)
-    assert marked(folder)
+    faults.wait_for(lambda: log.exists() and started_by(folder), 120)
     os.kill(driver.pid, how)
     driver.wait(timeout=60)
-    if how == signal.SIGKILL:
-        assert marked(folder)
-    else:
-        assert (
-            driver.returncode == 128 + how
-            and "to continue: bash run_loop.sh" in said.read_text()
-            and not marked(folder)
-        )
+    killed = how == signal.SIGKILL
+    assert bool(started_by(folder)) == killed
+    if not killed:
+        assert driver.returncode == 128 + how and "to continue: bash run_loop.sh" in said.read_text()
     planned = loop("--run_dir", folder, "--check")  # looks only, and stops nothing
-    assert planned.returncode == 0 and bool(marked(folder)) == (how == signal.SIGKILL), planned.stderr
-    started = loop(
-        "--run_dir", folder, "--gold_function", "nope.py:x"
-    )  # refused, but by then the folder is held
-    assert started.returncode == 2 and "nope.py" in started.stderr and not marked(folder), started.stderr
+    assert planned.returncode == 0 and bool(started_by(folder)) == killed, planned.stderr
+    # refused, but by then the folder is held
+    started = loop("--run_dir", folder, "--gold_function", "nope.py:x")
+    assert started.returncode == 2 and "nope.py" in started.stderr, started.stderr
+    assert not started_by(folder)
 
 
 def test_problems_are_found_before_anything_runs(tmp_path):
-    prompts = tmp_path / "overlap.jsonl"
-    prompts.write_text(
-        (ROOT / "tiny/built/prompts/heldout.jsonl").read_text(encoding="utf-8").split("\n")[0] + "\n",
-        encoding="utf-8",
+    prompts, heldout = tmp_path / "overlap.jsonl", ROOT / "tiny/built/prompts/heldout.jsonl"
+    prompts.write_bytes(heldout.read_bytes().splitlines(keepends=True)[0])
+    wrong = (
+        "--generation.temprature 1 --accelerate_config configs/zero22.yaml --gold_function nope.py:x".split()
     )
-    found = loop(
-        "--run_dir",
-        tmp_path / "run",
-        "--check",
-        "--prompts",
-        prompts,
-        "--reward_name_or_path",
-        "tiny/built/reward_modle",
-        "--generation.temprature",
-        "1",
-        "--accelerate_config",
-        "configs/zero22.yaml",
-        "--gold_function",
-        "nope.py:x",
-    )
-    assert found.returncode == 2
+    wrong += ["--prompts", prompts, "--reward_name_or_path", "tiny/built/reward_modle"]
+    found = loop("--run_dir", tmp_path / "run", "--check", *wrong)
+    assert found.returncode == 2 and "Traceback" not in found.stderr
     for problem in ("1 prompts of", "reward_modle", "temprature", "zero22.yaml", "nope.py"):
         assert problem in found.stderr, found.stderr
-    assert not (tmp_path / "run" / "loop.yaml").exists() and "Traceback" not in found.stderr
+    assert not (tmp_path / "run" / "loop.yaml").exists()
 
 
 def test_without_a_gpu_the_recipe_says_so_at_once():
@@ -355,18 +275,18 @@ def test_without_a_gpu_the_recipe_says_so_at_once():
     assert refused.returncode == 2 and "bash run_loop.sh configs/loop_tiny.yaml" in refused.stderr
 
 
-@pytest.mark.parametrize("arguments, named", [
-    (("--iteratons", "2"), "did you mean '--iterations'"),
-    (("--K", "4"), "unknown argument --K, did you mean --generation.K"),
-    (("--beta", "0.2"), "did you mean --training_args.beta?"),
-    (("--stage", "7"), "stage 7: ITERATION.STAGE was expected"),
-    (("configs/loop_tny.yaml",), "loop_tny.yaml"),
-])  # fmt: skip
-def test_wrong_arguments_are_one_line(arguments, named):
-    refused = loop(*arguments)
-    assert refused.returncode == 2 and named in refused.stderr and "Traceback" not in refused.stderr, (
-        refused.stderr
-    )
+def fresh(tmp_path, seed, *more, reward_model="reward_model", build=(), config=faults.CONFIG):
+    """A run of a seed whose models and prompts are built from nothing by that seed too; what it said."""
+    built = tmp_path / "built"
+    setup = ["python", "tiny/build.py", "--output_dir", built, "--seed", seed, *build]
+    models = ["--model_name_or_path", built / "policy", "--reward_name_or_path", built / reward_model]
+    prompts = ["--prompts", *(built / f"prompts/iter{i}.jsonl" for i in (1, 2, 3))]
+    heldout = ["--heldout_prompts", built / "prompts/heldout.jsonl"]
+    settings = ["--seed", seed, "--setup_command", " ".join(map(str, setup)), *models, *prompts, *heldout]
+    process = loop("--run_dir", tmp_path / "run", *settings, *more, config=config)
+    assert process.returncode == 0, process.stderr[-3000:]
+    print(process.stdout[-1500:])
+    return process.stdout
 
 
 @pytest.mark.long
@@ -375,60 +295,24 @@ def test_five_of_five_fresh_seeds_learn(seed, tmp_path):
     """Models, prompts, sampling and training all follow the seed; reward rises at every iteration, gold from
     start to end.
     """
-    built = tmp_path / "built"
-    process = loop(
-        "--run_dir",
-        tmp_path / "run",
-        "--seed",
-        seed,
-        "--setup_command",
-        f"python tiny/build.py --output_dir {built} --seed {seed}",
-        "--model_name_or_path",
-        built / "policy",
-        "--reward_name_or_path",
-        built / "reward_model",
-        "--prompts",
-        *(built / f"prompts/iter{i}.jsonl" for i in (1, 2, 3)),
-        "--heldout_prompts",
-        built / "prompts/heldout.jsonl",
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    rewards = [
-        json.loads((tmp_path / "run" / f"iter{i}" / "metrics.json").read_text())["sampled"]["reward"]
-        for i in range(4)
-    ]
-    print(process.stdout[-1500:])
-    assert rewards == sorted(rewards) and intervals(process.stdout)["sampled", "gold"][1] > 0, process.stdout
+    output = fresh(tmp_path, seed)
+    rewards = [float(row["sampled_reward"]) for row in figures(tmp_path / "run")]
+    assert rewards == sorted(rewards) and intervals(output)["sampled", "gold"][1] > 0, output
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", [201, 202])
 def test_the_overoptimised_run_is_just_that(seed, tmp_path):
     """Reward rises at every iteration; gold falls from its best iterate to the last, beyond chance."""
-    built = tmp_path / "built"
-    process = loop(
-        "--run_dir",
-        tmp_path / "run",
-        "--seed",
+    fresh(
+        tmp_path,
         seed,
-        "--model_name_or_path",
-        built / "policy",
-        "--reward_name_or_path",
-        built / "weak_reward_model",
-        "--setup_command",
-        f"python tiny/build.py --output_dir {built} --seed {seed} --weak_reward_model true",
-        "--eval_reward_model",
-        built / "reward_model",
-        "--prompts",
-        *(built / f"prompts/iter{i}.jsonl" for i in (1, 2, 3)),
-        "--heldout_prompts",
-        built / "prompts/heldout.jsonl",
+        *("--eval_reward_model", tmp_path / "built/reward_model"),
+        reward_model="weak_reward_model",
+        build=("--weak_reward_model", "true"),
         config="configs/loop_tiny_overoptimised.yaml",
     )
-    assert process.returncode == 0, process.stderr[-3000:]
-    print(process.stdout[-1500:])
-    with open(tmp_path / "run" / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = figures(tmp_path / "run")
     rewards, golds = ([float(row[f"sampled_{name}"]) for row in rows] for name in ("reward", "gold"))
     assert rewards == sorted(rewards)
     assert golds[-1] < max(golds) - 4 * float(rows[-1]["sampled_gold_se"]), golds
