@@ -9,6 +9,7 @@ what CUDA and NCCL take.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from common import models
 from common.cli import UserError, read_yaml
 
 if TYPE_CHECKING:
@@ -72,12 +73,11 @@ def shape_of(name: str, revision: str | None = None, trust_remote_code: bool = F
         UserError: the config cannot be read.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = models.without_weights(config, trust_remote_code)
     except Exception as error:
         reason = " ".join(str(error).split()).split(". ")[0][:200]
         raise UserError(
