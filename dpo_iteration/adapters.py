@@ -81,10 +81,8 @@ def shards_weights() -> str | None:
     """FSDP or ZeRO-3, where the launcher's environment says so, else None."""
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         return "FSDP"
-    stage, file = (
-        os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE"),
-        os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none"),
-    )
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if file != "none":
         stage = json.loads(Path(file).read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage")
     return "ZeRO-3" if str(stage) == "3" else None
