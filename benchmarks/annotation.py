@@ -17,9 +17,8 @@ or the GPU.
 """
 
 import gc
-import json
+import itertools
 import os
-import platform
 import random
 import statistics
 import sys
@@ -33,8 +32,10 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from annotate_data.reward_models import BradleyTerry
+from benchmarks.random_models import make_model
 from common import chat, cli, devices, models, records
 from common.cli import UserError, arg
+from common.manifest import versions, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -62,43 +63,6 @@ class Arguments:
     output_dir: str | None = arg(None, help="JSON file to write (a file name)")
 
 
-def make_model(folder: str | Path, seed: int):
-    """A Llama-shaped classifier of 27 million random weights with a tokenizer of bytes."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
-
-    special = ["<|bos|>", "<|end|>", "<|pad|>"]
-    raw = Tokenizer(
-        models.BPE(vocab={s: i for i, s in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
-    )
-    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    raw.add_special_tokens(special)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, **dict(zip(("bos_token", "eos_token", "pad_token"), special))
-    )
-    tokenizer.chat_template = (
-        "{{ bos_token }}{% for m in messages %}{{ m.role[0] + ': ' + m.content }}<|end|>{% endfor %}"
-    )
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=512,
-        intermediate_size=1792,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        num_labels=1,
-        initializer_range=0.04,
-        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
-    )
-    model = LlamaForSequenceClassification(config)
-    torch.nn.init.normal_(model.score.weight, std=0.1)  # rewards of a few units
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 def make_records(count: int, K: int, seed: int) -> list[dict]:
     """Prompts of 100 to 400 and responses of 20 to 300 characters, which are tokens of the tokenizer
     above.
@@ -113,17 +77,8 @@ def make_records(count: int, K: int, seed: int) -> list[dict]:
 
 
 def read_records(path: str | Path, count: int) -> list[dict]:
-    """The first `count` records as messages and responses."""
-    found = []
-    for number, record in enumerate(records.read_jsonl(path, "generated file"), 1):
-        if len(found) < count:
-            found.append(
-                {
-                    "prompt": records.to_messages(record["prompt"], f"{path} record {number}"),
-                    "responses": record["responses"],
-                }
-            )
-    return found
+    """The first `count` records of a generated file, as messages and responses."""
+    return list(itertools.islice(records.read_generated(path), count))
 
 
 def templated(tokenizer: "PreTrainedTokenizerBase", record: dict) -> list[str]:
@@ -143,6 +98,7 @@ class Way:
     def ready(self):
         """Before each time, off the clock."""
         devices.keep_memory(False)
+        self.model.set_attn_implementation(self.args.attention)
 
     def texts(self, rows: list[dict]) -> list[list[str]]:
         return [templated(self.tokenizer, row) for row in rows]
@@ -169,15 +125,10 @@ class Pipeline(Way):
             "text-classification", model=self.model, tokenizer=self.tokenizer, device=self.model.device
         )
 
-    def ready(self):
-        super().ready()
-        self.model.set_attn_implementation(self.args.attention)
-
     def score(self, rows: list[dict]) -> list[list[float]]:
         texts = self.texts(rows)
-        bos = (
-            self.tokenizer.bos_token if chat.added_specials(self.tokenizer)[0] else None
-        )  # it adds one, so the literal one goes
+        # It adds a BOS where its tokenizer does, so the literal one goes.
+        bos = self.tokenizer.bos_token if chat.added_specials(self.tokenizer)[0] else None
         found = self.pipe(
             [text.removeprefix(bos or "") for group in texts for text in group],
             function_to_apply="none",
@@ -187,10 +138,6 @@ class Pipeline(Way):
 
 
 class Padded(Way):
-    def ready(self):
-        super().ready()
-        self.model.set_attn_implementation(self.args.attention)
-
     def score(self, rows: list[dict]) -> list[list[float]]:
         import torch
 
@@ -362,7 +309,8 @@ def measure_all(args: Arguments, rows: list[dict], made: str, cores: int) -> tup
     import transformers
 
     if not args.reward_name_or_path:
-        make_model(made, args.seed)
+        kind = "AutoModelForSequenceClassification"
+        make_model(made, kind, seed=args.seed, num_labels=1, initializer_range=0.04)
     folder = args.reward_name_or_path or made
     tokenizer = models.load_tokenizer(folder)
     texts = [templated(tokenizer, record) for record in rows]
@@ -375,9 +323,8 @@ def measure_all(args: Arguments, rows: list[dict], made: str, cores: int) -> tup
     torch.set_num_threads(cores)
     reference = one_at_a_time(model, tokenizer, texts)
     model.to(getattr(torch, args.dtype))
-    softcap = getattr(model.config, "attn_logit_softcapping", None)
-    flash = args.gpu and args.dtype != "float32" and transformers.utils.is_flash_attn_2_available()
-    args.attention = "flash_attention_2" if flash else "eager" if softcap else "sdpa"
+    flash = args.gpu and args.dtype != "float32"
+    args.attention = models.choose_attention(model.config, type(model), flash) or "sdpa"
     kinds = dict(zip(WAYS, (Pipeline, Padded, Vllm, Shared)))
     ways = {name: kinds[name](args, folder, model, tokenizer) for name in WAYS if name in args.ways}
     parameters = sum(weight.numel() for weight in model.parameters())
@@ -411,31 +358,18 @@ def tell(found: dict[str, dict], ratio: float | None, spread: float):
 
 def write(args: Arguments, facts: dict):
     """Write `facts`, the versions and the settings as JSON."""
-    import torch
-    import transformers
-
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    if "vllm" in sys.modules:
-        versions["vllm"] = sys.modules["vllm"].__version__
-    facts |= {"versions": versions, "load_average": os.getloadavg()}
     names = ("dtype", "batch_tokens", "shared_tokens", "repeats", "seed", "attention")
-    facts |= {name: getattr(args, name) for name in names}
+    settings = {name: getattr(args, name) for name in names}
     Path(args.output_dir).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.output_dir).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    write_json(args.output_dir, facts | settings | {"versions": versions(), "load_average": os.getloadavg()})
 
 
 def main():
     args = cli.parse(Arguments, __doc__)
     cores = settle(args)
+    models.quiet_libraries()
     import torch
-    import transformers
 
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     rows = (
         read_records(args.dataset_name_or_path, args.records)
         if args.dataset_name_or_path

@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, TextIO
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.random_models import make_model
 from common import models
 from common.cli import UserError, arg, parse, run
 from common.devices import prepare_threads
@@ -49,10 +50,7 @@ if TYPE_CHECKING:
 
 # tokens of prompt and response: (mean of the logarithm's median, spread of the logarithm, least, most)
 SHAPES = {
-    "recipe": (
-        (150, 0.8, 16, 1024),
-        (300, 0.6, 16, 1024),
-    ),  # means of about 200 and 350, as in the recipe's data
+    "recipe": ((150, 0.8, 16, 1024), (300, 0.6, 16, 1024)),  # means of about 200 and 350, as in its data
     "long": ((800, 0.3, 300, 1400), (120, 0.5, 16, 500)),
     "short": ((24, 0.4, 8, 80), (300, 0.6, 16, 1024)),
 }
@@ -81,31 +79,6 @@ class Arguments:
     output_dir: str | None = arg(None, "JSON file to write (a file name)")
 
 
-def make_model(folder: str | Path, seed: int):
-    import torch
-    from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    raw = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t0"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="t1", eos_token="t2", pad_token="t3")
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=512,
-        intermediate_size=1792,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=3,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 def make_rows(shape: str, count: int, vocabulary: int, seed: int) -> list[dict]:
     """Pairs as token ids, drawn evenly; chosen and rejected differ from their first token on or share a
     few.
@@ -130,15 +103,9 @@ def make_rows(shape: str, count: int, vocabulary: int, seed: int) -> list[dict]:
 
 def padded_tokens(rows: list[dict], order: list[int], at_once: int) -> int:
     """Tokens of TRL's batches of `at_once` pairs, in this order."""
-    total = 0
-    for k in range(0, len(order), at_once):
-        batch = [rows[i] for i in order[k : k + at_once]]
-        total += (
-            2
-            * len(batch)
-            * max(len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in batch)
-        )
-    return total
+    lengths = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
+    batches = ([lengths[i] for i in order[k : k + at_once]] for k in range(0, len(order), at_once))
+    return sum(2 * len(batch) * max(batch) for batch in batches)
 
 
 # A process of one way
@@ -178,11 +145,9 @@ def turns(tell: Callable) -> "TrainerCallback":
     def pause():
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        memory = (
-            torch.cuda.max_memory_allocated()
-            if torch.cuda.is_available()
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        )
+            memory = torch.cuda.max_memory_allocated()
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         tell(memory=memory)
         sys.stdin.readline()
 
@@ -379,20 +344,23 @@ def main():
         if args.model_name_or_path:
             (folder / "model").symlink_to(Path(args.model_name_or_path).resolve())
         else:
-            make_model(folder / "model", args.seed)
+            make_model(
+                folder / "model",
+                vocabulary=VOCABULARY,
+                seed=args.seed,
+                max_position_embeddings=4096,
+                tie_word_embeddings=True,
+            )
         vocabulary = json.loads((folder / "model" / "config.json").read_text())["vocab_size"]
         rows = make_rows(args.shape, args.pairs * (args.steps + 1), vocabulary, args.seed)
         (folder / "rows.json").write_text(json.dumps(rows))
         ways = []
         try:
             at_once = best_size(args, folder, log)
-            order = [
-                i for step in Steps([0] * len(rows), args.pairs, None, seed=args.seed).steps(0) for i in step
-            ]
+            order = sum(Steps([0] * len(rows), args.pairs, None, seed=args.seed).steps(0), [])
             padded = padded_tokens(rows, order, at_once)
-            row_tokens = args.row_tokens or max(
-                2 * at_once * max(len(ids) for row in rows for ids in both(row)), 1
-            )
+            longest = max(len(ids) for row in rows for ids in both(row))
+            row_tokens = args.row_tokens or 2 * at_once * longest
             ways = [Way(way, args, folder, at_once, row_tokens, log) for way in args.ways]
             for way in ways:
                 way.step(counts=False)
@@ -437,11 +405,8 @@ def report(args: Arguments, ways: dict[str, Way], at_once: int, row_tokens: int,
     found, base = {}, ways.get("trl")
     for name, way in ways.items():
         rate = args.pairs / statistics.median(way.seconds)
-        ratios = (
-            sorted(theirs / mine for mine, theirs in zip(way.seconds, base.seconds))
-            if base
-            else [float("nan")]
-        )
+        steps = zip(way.seconds, base.seconds) if base else ()
+        ratios = sorted(theirs / mine for mine, theirs in steps) or [float("nan")]
         ratio = statistics.median(ratios)
         share = f"{ratio / ceiling:.2f}" if name == "ours" else ""
         found[name] = {
@@ -450,8 +415,8 @@ def report(args: Arguments, ways: dict[str, Way], at_once: int, row_tokens: int,
             "least": ratios[0],
             "most": ratios[-1],
             "bytes": way.memory,
+            "reference_seconds": way.reference,
         }
-        found[name]["reference_seconds"] = way.reference
         print(
             f"{name:<16}{rate:>9.2f}{ratio:>8.2f}{ratios[0]:>7.2f}{ratios[-1]:>7.2f}{share:>12}"
             f"{way.memory / 1e9:>7.2f}{way.reference:>13.1f}"

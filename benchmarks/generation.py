@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # not this folder, whose generation.py would hide the package
 
+from benchmarks.random_models import make_model
 from common.cli import UserError, arg, parse, run
 from common.devices import prepare_threads, visible_gpus
 from common.manifest import versions, write_json
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from generation import get_hf2
 
 WAYS = ("bare", "options", "seeds", "ours")
+VOCABULARY = 32000
 
 
 @dataclass
@@ -65,44 +67,21 @@ class Arguments:
     repeats: int = arg(3, help="turns")
     ways: list[str] = arg(list(WAYS), help="which to run")
     output_dir: str | None = arg(None, help="JSON file with the figures")
-    folder: str | None = arg(None, help="(of a child process)")
-    way: str | None = arg(None, help="(of a child process)")
 
 
-def make_policy(folder: str | Path, hidden: int, layers: int, vocabulary: int = 32000):
-    """A random Llama in bfloat16 with a tokenizer of bytes and of words that no text meets, which decode all
-    the same.
-    """
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    symbols = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(f"Ġw{i}" for i in range(vocabulary - 259))]
-    raw = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[]))
-    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    raw.add_special_tokens(["<s>", "</s>", "<pad>"])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
-    tokenizer.chat_template = (
-        "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
-    )
-    config = LlamaConfig(
-        vocab_size=vocabulary,
+def make_policy(folder: str | Path, hidden: int, layers: int):
+    """A random policy in bfloat16."""
+    make_model(
+        folder,
+        vocabulary=VOCABULARY,
+        dtype="bfloat16",
         hidden_size=hidden,
         intermediate_size=3 * hidden,
         num_hidden_layers=layers,
-        tie_word_embeddings=True,
         num_attention_heads=max(1, hidden // 64),
         num_key_value_heads=max(1, hidden // 128),
-        max_position_embeddings=2048,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=True,
     )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def write_prompts(path: str | Path, count: int):
@@ -140,22 +119,15 @@ class Watch:
         return end - full[-1] if full else 0.0
 
 
-def options_of(args: Arguments) -> list[str]:
+def options_of(args: Arguments, folder: str, eos: list[int]) -> list[str]:
     """The command line of get_hf2.py for what is measured."""
-    options = ["--output_dir", f"{args.folder}/out"]
-    for key in (
-        "model_name_or_path",
-        "dataset_name_or_path",
-        "K",
-        "max_input_length",
-        "max_new_tokens",
-        "dtype",
-    ):
-        options += [f"--{key}", getattr(args, key)]
-    options += ["--eos_ids", *json.loads(Path(args.folder, "eos.json").read_text()), "--overwrite"]
-    options += [] if visible_gpus() else ["--kv_cache_gib", args.kv_cache_gib]
-    options += [] if args.max_num_seqs is None else ["--max_num_seqs", args.max_num_seqs]
-    return list(map(str, options))
+    keys = ["model_name_or_path", "dataset_name_or_path", "K", "max_input_length", "max_new_tokens", "dtype"]
+    keys += [] if visible_gpus() else ["kv_cache_gib"]
+    keys += [] if args.max_num_seqs is None else ["max_num_seqs"]
+    options = [word for key in keys for word in (f"--{key}", getattr(args, key))]
+    return [
+        str(word) for word in (*options, "--output_dir", f"{folder}/out", "--eos_ids", *eos, "--overwrite")
+    ]
 
 
 def warm_up(llm: "LLM") -> Watch:
@@ -171,7 +143,7 @@ def warm_up(llm: "LLM") -> Watch:
     return Watch(llm)
 
 
-def run_script(args: Arguments, options: list[str]) -> tuple[Watch, float, int]:
+def run_script(options: list[str], output: str) -> tuple[Watch, float, int]:
     """get_hf2.py itself: (its Watch, the moment when it ended, tokens sampled)."""
     from generation import get_hf2
 
@@ -187,11 +159,11 @@ def run_script(args: Arguments, options: list[str]) -> tuple[Watch, float, int]:
     with contextlib.redirect_stdout(io.StringIO()):
         get_hf2.main()
     end = time.monotonic()
-    with open(f"{args.folder}/out0.jsonl", encoding="utf-8") as file:
+    with open(f"{output}0.jsonl", encoding="utf-8") as file:
         return watches[0], end, sum(sum(json.loads(line)["num_tokens"]) for line in file)
 
 
-def run_engine(args: Arguments, asked: "get_hf2.Arguments") -> tuple[Watch, float, int]:
+def run_engine(way: str, asked: "get_hf2.Arguments") -> tuple[Watch, float, int]:
     """`LLM.generate` of the same prompts, as `run_script`."""
     import vllm
 
@@ -202,10 +174,10 @@ def run_engine(args: Arguments, asked: "get_hf2.Arguments") -> tuple[Watch, floa
     tokenizer = sampling.load_tokenizer(asked.model_name_or_path, asked)
     stops = sampling.stop_ids(asked.model_name_or_path, tokenizer, asked)
     items = sampling.Prompts(asked, tokenizer, Nowhere(), limit, sampling.load_prompts(asked)).items
-    if args.way == "bare":
+    if way == "bare":
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        memory = {} if visible_gpus() else {"kv_cache_memory_bytes": int(args.kv_cache_gib * 2**30)}
+        memory = {} if visible_gpus() else {"kv_cache_memory_bytes": int(asked.kv_cache_gib * 2**30)}
         llm = vllm.LLM(
             asked.model_name_or_path,
             dtype=asked.dtype,
@@ -217,7 +189,7 @@ def run_engine(args: Arguments, asked: "get_hf2.Arguments") -> tuple[Watch, floa
         llm = get_hf2.start_engine(asked, limit, needed)
     watch = warm_up(llm)
     fields = [sampling.sampling_fields(asked, item, stops, limit) for item in items]
-    if args.way != "seeds":
+    if way != "seeds":
         fields = [f | {"seed": None} for f in fields]
     outputs = llm.generate(
         [{"prompt_token_ids": item.token_ids} for item in items],
@@ -228,12 +200,11 @@ def run_engine(args: Arguments, asked: "get_hf2.Arguments") -> tuple[Watch, floa
     return watch, end, sum(len(sample.token_ids) for output in outputs for sample in output.outputs)
 
 
-def child(args: Arguments):
+def child(way: str, options: list[str]):
     """One way, timed in this process; prints a line of JSON."""
     from generation import get_hf2
 
     prepare_threads()
-    options = options_of(args)
     asked = parse(get_hf2.Arguments, "", options)
     began = time.monotonic()
     import vllm
@@ -243,7 +214,8 @@ def child(args: Arguments):
             super().__init__(*a, **k, disable_log_stats=False)
 
     vllm.LLM = Counted
-    watch, end, tokens = run_script(args, options) if args.way == "ours" else run_engine(args, asked)
+    ours = way == "ours"
+    watch, end, tokens = run_script(options, asked.output_dir) if ours else run_engine(way, asked)
     figures = {"tokens": tokens, "seconds": end - watch.ready, "start": watch.ready - began}
     print("FIGURES " + json.dumps(figures | {"tail": watch.tail(end), "slots": watch.slots}))
 
@@ -257,25 +229,9 @@ class Nowhere:
         pass
 
 
-def measure(args: Arguments, way: str, folder: str | Path) -> dict:
+def measure(way: str, options: list[str]) -> dict:
     """The figures of one way, from a process of its own."""
-    options = {
-        k: getattr(args, k)
-        for k in (
-            "model_name_or_path",
-            "dataset_name_or_path",
-            "K",
-            "max_input_length",
-            "max_new_tokens",
-            "dtype",
-            "kv_cache_gib",
-        )
-    }
-    if args.max_num_seqs is not None:
-        options["max_num_seqs"] = args.max_num_seqs
-    command = [sys.executable, __file__, "--way", way, "--folder", str(folder)]
-    for key, value in options.items():
-        command += [f"--{key}", str(value)]
+    command = [sys.executable, __file__, "child", way, *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("FIGURES ")]
     if done.returncode or not lines:
@@ -285,9 +241,6 @@ def measure(args: Arguments, way: str, folder: str | Path) -> dict:
 
 def main():
     args = parse(Arguments, __doc__, yaml_positional=False)
-    if args.way:
-        child(args)
-        return
     for way in args.ways:
         if way not in WAYS:
             raise UserError(f"--ways {way}: there are {', '.join(WAYS)}")
@@ -298,29 +251,18 @@ def main():
         eos = []
         if args.model_name_or_path is None:
             args.model_name_or_path = f"{folder}/policy"
-            subprocess.run(
-                [
-                    sys.executable,
-                    "-c",
-                    f"import sys; sys.path.insert(0, {str(ROOT)!r}); from benchmarks.generation import "
-                    "make_policy; "
-                    f"make_policy({args.model_name_or_path!r}, *{args.size!r})",
-                ],
-                check=True,
-                capture_output=True,
-                cwd=ROOT,
-            )
             # A random policy's tokens are about equally likely: with these as ends a response has
             # max_new_tokens / 4 in the mean.
-            eos = random.Random(1).sample(range(300, 31000), 32000 * 4 // args.max_new_tokens)
-        Path(folder, "eos.json").write_text(json.dumps(eos))
+            eos = random.Random(1).sample(range(300, 31000), VOCABULARY * 4 // args.max_new_tokens)
+            make_policy(args.model_name_or_path, *args.size)
         if args.dataset_name_or_path is None:
             args.dataset_name_or_path = f"{folder}/prompts.jsonl"
             write_prompts(args.dataset_name_or_path, args.prompts)
+        options = options_of(args, folder, eos)
         for turn in range(args.repeats):
             for way in args.ways[turn % len(args.ways) :] + args.ways[: turn % len(args.ways)]:
-                found[way].append(measure(args, way, folder))
-                now = found[way][-1]
+                now = measure(way, options)
+                found[way].append(now)
                 print(
                     f"turn {turn + 1}, {way}: {now['tokens']} tokens in {now['seconds']:.1f} s, "
                     f"{now['tokens'] / now['seconds']:.0f} tokens/s",
@@ -358,20 +300,13 @@ def tell(args: Arguments, found: dict[str, list[dict]]):
             f"{row['start']:>9.1f}{row['tail']:>8.1f}{row['tail'] / row['seconds']:>7.1%}"
         )
     if args.output_dir:
-        write_json(
-            args.output_dir,
-            {
-                "figures": rows,
-                "versions": versions(),
-                "cores": len(os.sched_getaffinity(0)),
-                "gpus": len(visible_gpus()),
-                "settings": {
-                    k: getattr(args, k)
-                    for k in ("size", "prompts", "K", "max_new_tokens", "dtype", "repeats")
-                },
-            },
-        )
+        machine = {"cores": len(os.sched_getaffinity(0)), "gpus": len(visible_gpus())}
+        found = {"figures": rows, "versions": versions(), "settings": vars(args)}
+        write_json(args.output_dir, found | machine)
 
 
 if __name__ == "__main__":
-    run(main)
+    if sys.argv[1:2] == ["child"]:
+        child(sys.argv[2], sys.argv[3:])
+    else:
+        run(main)

@@ -26,6 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.random_models import make_model
 from common.cli import UserError, arg, parse, run
 from common.manifest import versions, write_json
 
@@ -62,21 +63,6 @@ READER = (
 REWARD = (
     "def length(messages, response):\n    return float(len(response) + len(messages[-1]['content']) % 7)\n"
 )
-
-
-def make_tokenizer(folder: str | Path):
-    """A model folder with a tokenizer of one token a byte and a template, and no weights."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, PreTrainedTokenizerFast
-
-    raw = Tokenizer(
-        models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
-    )
-    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>")
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
-    tokenizer.save_pretrained(folder)
-    LlamaConfig().save_pretrained(folder)
 
 
 def write_prompts(path: str | Path, count: int):
@@ -167,7 +153,7 @@ def main():
     holder = tempfile.TemporaryDirectory(dir=args.folder)
     folder, rows = Path(holder.name), {}
     # In a process of its own: a child's peak starts at what its parent held when it was forked.
-    subprocess.run([sys.executable, __file__, "tokenizer", str(folder / "tokenizer")], check=True)
+    subprocess.run([sys.executable, __file__, "model", str(folder / "tokenizer")], check=True)
     (folder / "reward.py").write_text(REWARD, encoding="utf-8")
     server = subprocess.Popen([sys.executable, "-c", MOCK, str(args.K), str(args.port)])
     try:
@@ -206,7 +192,7 @@ def main():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["tokenizer"]:
-        make_tokenizer(sys.argv[2])
+    if sys.argv[1:2] == ["model"]:
+        make_model(sys.argv[2], num_hidden_layers=1)
     else:
         run(main)

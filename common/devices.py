@@ -57,23 +57,25 @@ def visible_gpus() -> list[str]:
     )
 
 
+def _smi(field):
+    """What nvidia-smi says of each visible GPU, as texts; empty where it says nothing."""
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in answer.splitlines() if line.strip()]
+
+
 def gpu_memory() -> float | None:
     """GiB of the smallest visible GPU, or None."""
-    if not visible_gpus():
-        return None
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    sizes = [int(line) / 1024 for line in answer.stdout.split() if line.isdigit()]
-    return min(sizes, default=None)
+    sizes = _smi("memory.total") if visible_gpus() else []
+    return min((int(size) / 1024 for size in sizes if size.isdigit()), default=None)
 
 
 def gpu_name() -> str | None:
     """What the first GPU is called, such as "NVIDIA H100 80GB HBM3", or None."""
-    if not visible_gpus():
-        return None
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    return next((line.strip() for line in answer.stdout.splitlines() if line.strip()), None)
+    return next(iter(_smi("name")), None) if visible_gpus() else None
 
 
 def check_processes():
@@ -140,14 +142,8 @@ def check_torch():
 
 def driver_version() -> str | None:
     """Version of NVIDIA's driver, such as "580.65.06"; None where nvidia-smi does not tell."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        lines = subprocess.run(
-            command, capture_output=True, text=True, timeout=60, check=False
-        ).stdout.split()
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return lines[0] if lines and lines[0][0].isdigit() else None
+    told = next(iter(_smi("driver_version")), "")
+    return told if told[:1].isdigit() else None
 
 
 def none_visible() -> str:

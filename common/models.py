@@ -2,8 +2,11 @@
 weights, loaded alike by every stage; its positions.
 """
 
+import functools
 import json
+import logging
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +15,8 @@ from common import chat
 from common.cli import UserError, one_line
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # How vLLM is started, so that it reads the same files as transformers: Mistral's folders hold config, weights
 # and tokenizer twice.
@@ -20,26 +24,17 @@ ENGINE_FORMATS = {"tokenizer_mode": "hf", "config_format": "hf", "load_format": 
 # Names of the length in configs, as vLLM 0.32 reads them (model_arch_config_convertor.py); the smallest
 # counts.
 LENGTHS = (
-    "max_position_embeddings",
-    "n_positions",
-    "max_seq_len",
-    "seq_length",
-    "model_max_length",
-    "max_target_positions",
-    "max_sequence_length",
-    "max_seq_length",
-    "seq_len",
-)
+    "max_position_embeddings n_positions max_seq_len seq_length model_max_length max_target_positions "
+    "max_sequence_length max_seq_length seq_len"
+).split()
 # With these kinds of rotary encoding a config says the length as it is after stretching.
 STRETCHED = {"su", "longrope", "llama3", "yarn", "telechat3-yarn", "deepseek_yarn", "deepseek_llama_scaling"}
-READ_FIRST = (  # small enough to be read before the weights, and large enough for git-lfs
-    "config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "model.safetensors.index.json",
-    "pytorch_model.bin.index.json",
-)
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+# Small enough to be read before the weights, and large enough for git-lfs.
+READ_FIRST = ("config.json", "tokenizer.json", "tokenizer.model", *INDEXES)
 TEKKEN = "tekken.json"  # of mistral-common, which environment vllm has and rlhflow has not
+# Of a module, or numbers that a module hands to its attention.
+DROPOUTS = ("p", "attention_dropout", "dropout", "activation_dropout", "hidden_dropout", "attn_dropout")
 
 
 def check_model(name: str, what: str = "--model_name_or_path") -> None:
@@ -100,9 +95,7 @@ def _refuse_adapter(path, named):
             "adapter_* files elsewhere"
         )
     base = read_json(path / "adapter_config.json").get("base_model_name_or_path") or "its base model"
-    merged = (
-        path.absolute().parent
-    )  # of a model that was trained here, the adapter is kept in OUTPUT_DIR/adapter
+    merged = path.absolute().parent  # training here keeps the adapter in OUTPUT_DIR/adapter
     if path.name == "adapter" and (merged / "config.json").is_file():
         raise UserError(f"{named} is an adapter (LoRA), no model: give {merged}, into which it is merged")
     raise UserError(
@@ -117,34 +110,28 @@ def _check_weights(path, named):
     for name in READ_FIRST:
         if (path / name).is_file():
             _refuse_note(path / name, named)
-    if (path / "model.safetensors").is_file():
-        files = [path / "model.safetensors"]
-    else:
-        index = next(
-            (
-                f
-                for f in (path / "model.safetensors.index.json", path / "pytorch_model.bin.index.json")
-                if f.is_file()
-            ),
-            None,
-        )
-        shards = sorted(set((read_json(index).get("weight_map") or {}).values())) if index else []
+    whole = path / "model.safetensors"
+    index = next((path / name for name in INDEXES if (path / name).is_file()), None)
+    if whole.is_file():
+        files = [whole]
+    elif index:
+        shards = sorted(set((read_json(index).get("weight_map") or {}).values()))
         missing = [shard for shard in shards if not (path / shard).is_file()]
         if missing:
             raise UserError(
                 f"{named} lacks {len(missing)} of the {len(shards)} files of its weights, {missing[0]} for "
                 "one: fetch or save it again"
             )
-        files = [path / shard for shard in shards] or [
-            *path.glob("*.safetensors"),
-            *path.glob("pytorch_model.bin"),
-        ]
-    if not files and any(path.glob("global_step*")):
-        how = f"make some of its DeepSpeed states: python {path / 'zero_to_fp32.py'} {path} {path}"
-        raise UserError(f"{named} is a checkpoint without whole weights; {how}")
-    if not files and any(path.glob("pytorch_model_fsdp_0")):
-        how = f"make some of its FSDP states: accelerate merge-weights {path / 'pytorch_model_fsdp_0'} {path}"
-        raise UserError(f"{named} is a checkpoint without whole weights; {how}")
+        files = [path / shard for shard in shards]
+    else:
+        files = [*path.glob("*.safetensors"), *path.glob("pytorch_model.bin")]
+    for states, kind, command in (
+        ("global_step*", "DeepSpeed", f"python {path / 'zero_to_fp32.py'} {path} {path}"),
+        ("pytorch_model_fsdp_0", "FSDP", f"accelerate merge-weights {path / 'pytorch_model_fsdp_0'} {path}"),
+    ):
+        if not files and any(path.glob(states)):
+            how = f"make some of its {kind} states: {command}"
+            raise UserError(f"{named} is a checkpoint without whole weights; {how}")
     for file in files:
         _refuse_note(file, named)
         if file.suffix == ".safetensors" and _is_cut(file):
@@ -169,10 +156,8 @@ def _is_cut(file):
             return True
         try:
             header = json.loads(opened.read(size))
-            return there < max(
-                (entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"),
-                default=0,
-            )
+            ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+            return there < max(ends, default=0)
         except (ValueError, AttributeError, LookupError, TypeError):
             return True
 
@@ -257,6 +242,22 @@ def load_tokenizer(
     return tokenizer
 
 
+@functools.cache
+def quiet_libraries():
+    """Keep off the terminal what libraries say that means nothing to a user, or that we say ourselves."""
+    kernels = logging.getLogger("bitsandbytes.backends.cpu.ops")  # looked for wherever bitsandbytes is
+    kernels.addFilter(
+        lambda record: not record.getMessage().startswith("Failed to load CPU gemm_4bit_forward")
+    )
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()  # what it reports of loading is looked at by who loads
+    transformers_logging.disable_progress_bar()  # of weights that are read and written
+    if sys.stderr.isatty():
+        enable_progress_bars()  # of downloads
+
+
 def load_config(
     name: str,
     revision: str | None = None,
@@ -265,16 +266,24 @@ def load_config(
     **more: object,
 ) -> "PretrainedConfig":
     """transformers' config of a model, which errors call `what`; `more` changes settings in it."""
+    quiet_libraries()
     import transformers
 
-    transformers.logging.set_verbosity_error()  # what it reports of loading is looked at by who loads
-    transformers.utils.logging.disable_progress_bar()
     try:
         return transformers.AutoConfig.from_pretrained(
             name, revision=revision, trust_remote_code=trust_remote_code, **more
         )
     except Exception as error:  # hub, file and remote code fail in many ways
         raise UserError(f"cannot load the {what} {name}: {one_line(error)}") from None
+
+
+def without_weights(config: "PretrainedConfig", trust_remote_code: bool = False) -> "PreTrainedModel":
+    """The causal language model of a config on a device without memory."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def choose_attention(config: "PretrainedConfig", auto_class: type, flash: bool) -> str | None:
@@ -318,6 +327,14 @@ def load_weights(auto_class: type, name: str, what: str = "model", **options: ob
         ) from None
     except Exception as error:
         raise UserError(f"cannot load the {what} {name}: {one_line(error)}") from None
+
+
+def without_dropout(model: "torch.nn.Module"):
+    """Switch dropout off, be it a module or a number of a module."""
+    for module in model.modules():
+        for name in DROPOUTS:
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 def _text_settings(config):
@@ -381,11 +398,6 @@ def encoding_of_length(config: "PretrainedConfig | dict") -> Callable[[int], lis
         if "dynamic" in kind:
             limits.append((get("max_position_embeddings"), max))
         elif kind in ("longrope", "su"):
-            limits.append(
-                (
-                    settings.get("original_max_position_embeddings")
-                    or get("original_max_position_embeddings"),
-                    int.__gt__,
-                )
-            )
+            name = "original_max_position_embeddings"
+            limits.append((settings.get(name) or get(name), int.__gt__))
     return (lambda length: [compare(length, limit) for limit, compare in limits]) if limits else None

@@ -10,10 +10,8 @@ DPO and both PPOs use it. Under a launcher, rank 0 writes and the others read.
 
 import contextlib
 import json
-import logging
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -22,13 +20,7 @@ from pathlib import Path
 from common import locks
 from common.cli import UserError
 from common.manifest import beside, difference, fingerprint, read_manifest, versions, write_json
-
-NOISE = {  # logger → how what it says begins
-    # Of a kernel for CPUs that is looked for wherever bitsandbytes is installed.
-    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
-    # Checkpoints are then ordered by their steps, as they should be.
-    "transformers.trainer_utils": "mtime may not be reliable",
-}
+from common.models import quiet_libraries as quiet_libraries
 
 
 def world_size() -> int:
@@ -45,23 +37,6 @@ def say(text: str):
     """Print on rank 0."""
     if is_main():
         print(text, flush=True)
-
-
-def quiet_libraries():
-    """Keep off the terminal what libraries say that means nothing to a user.
-
-    Called before anything heavy is imported.
-    """
-    for logger, beginning in NOISE.items():
-        logging.getLogger(logger).addFilter(
-            lambda record, beginning=beginning: not record.getMessage().startswith(beginning)
-        )
-    from huggingface_hub.utils import enable_progress_bars
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()  # of weights that are read and written
-    if sys.stderr.isatty():
-        enable_progress_bars()  # of downloads
 
 
 def checkpoints(folder: str | Path) -> list[Path]:

@@ -69,27 +69,20 @@ def check_targets(names: list[str]):
         raise UserError(
             "--lora_target_modules: give all-linear, or the names of modules such as q_proj v_proj"
         )
-    for name in names:
-        if name.endswith("lm_head"):
-            raise UserError(
-                "--lora_target_modules lm_head: the loss reads lm_head's own weights, the adapter would not "
-                "be trained; leave it out"
-            )
-        if name.endswith("embed_tokens"):
-            raise UserError(
-                "--lora_target_modules embed_tokens: where lm_head shares these weights, merging would "
-                "change it too; leave it out"
-            )
+    for name, why in (
+        ("lm_head", "the loss reads lm_head's own weights, the adapter would not be trained"),
+        ("embed_tokens", "where lm_head shares these weights, merging would change it too"),
+    ):
+        if any(given.endswith(name) for given in names):
+            raise UserError(f"--lora_target_modules {name}: {why}; leave it out")
 
 
 def shards_weights() -> str | None:
     """FSDP or ZeRO-3, where the launcher's environment says so, else None."""
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         return "FSDP"
-    stage, file = (
-        os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE"),
-        os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none"),
-    )
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if file != "none":
         stage = json.loads(Path(file).read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage")
     return "ZeRO-3" if str(stage) == "3" else None

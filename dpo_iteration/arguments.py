@@ -27,6 +27,14 @@ REFUSED = {  # settings of DPOConfig that run_dpo.py decides itself, or that can
     "dataloader_drop_last": "an epoch's last step takes the pairs that are left",
     "resume_from_checkpoint": "a killed run continues by itself; --overwrite starts again",
 }
+ABOVE_0 = """
+    beta learning_rate logging_steps per_device_train_batch_size per_device_eval_batch_size
+    gradient_accumulation_steps global_batch_size max_row_tokens pairs_per_prompt
+"""
+NOT_NEGATIVE = """
+    weight_decay max_grad_norm length_penalty min_margin margin_scale margin_weight eval_steps save_steps
+    warmup_steps
+"""
 OF_LOADING = {  # what model_init_kwargs must leave to arguments of ours
     "dtype": "bf16 weights alone do not move; see --bf16",
     "torch_dtype": "bf16 weights alone do not move; see --bf16",
@@ -47,7 +55,7 @@ class Arguments(TRLArguments):
     revision: str | None = arg(None, "branch, tag or commit of the policy on the hub")
     trust_remote_code: bool = arg(False, "run Python code that comes with the model", shapes=False)
     attn_implementation: str | None = arg(
-        None, "None: flash_attention_2 where flash-attn and a GPU are, else sdpa"
+        None, "None: flash_attention_2 where flash-attn and a GPU are, else transformers' choice"
     )
     chat_template: str | None = arg(None, "file with a jinja chat template to use instead of the tokenizer's")
     template_kwargs: dict = arg({}, "arguments of the template, JSON: '{\"enable_thinking\": false}'")
@@ -370,27 +378,10 @@ def check_batches(args: Arguments):
 
 def check_numbers(args: Arguments):
     """Refuse numbers outside their range, and settings that the others leave without effect."""
-    sizes = (
-        "per_device_train_batch_size",
-        "per_device_eval_batch_size",
-        "gradient_accumulation_steps",
-        "global_batch_size",
-        "max_row_tokens",
-        "pairs_per_prompt",
-    )
-    for key in ("beta", "learning_rate", "logging_steps", *sizes):
+    for key in ABOVE_0.split():
         if getattr(args, key) is not None and not getattr(args, key) > 0:
             raise UserError(f"--{key} {getattr(args, key)} must be above 0")
-    steps = ("eval_steps", "save_steps", "warmup_steps")
-    for key in (
-        "weight_decay",
-        "max_grad_norm",
-        "length_penalty",
-        "min_margin",
-        "margin_scale",
-        "margin_weight",
-        *steps,
-    ):
+    for key in NOT_NEGATIVE.split():
         if not getattr(args, key) >= 0:
             raise UserError(f"--{key} {getattr(args, key)} must not be negative")
     if args.max_steps == 0 or (args.max_steps < 0 and not args.num_train_epochs > 0):
@@ -405,13 +396,17 @@ def check_numbers(args: Arguments):
         raise UserError(f"--length_penalty is used by --choose_type {only} only, not by {args.choose_type}")
 
 
+def pairs_path(args: Arguments) -> Path:
+    return Path(args.pairs_path) if args.pairs_path else beside(args.output_dir, ".pairs.jsonl")
+
+
 def check_paths(args: Arguments):
     """Refuse files that are not there, folders that hold no model, and an output that is an input."""
     if not args.train_dir:
         raise UserError("--train_dir names no file")
     for name in args.train_dir:
         existing_file(name, "rewarded file (--train_dir)")
-    pairs = Path(args.pairs_path) if args.pairs_path else beside(args.output_dir, ".pairs.jsonl")
+    pairs = pairs_path(args)
     if pairs.resolve() in [Path(name).resolve() for name in args.train_dir]:
         raise UserError(f"--pairs_path {pairs} is to be read and written at once; give another")
     if args.chat_template:

@@ -5,7 +5,6 @@ the hub takes them for its own; they stand in the text.
 """
 
 import contextlib
-import os
 import re
 import shlex
 import sys
@@ -61,20 +60,6 @@ def scorers(files: list[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def prompts(files: list[str]) -> list[str]:
-    """Prompt sets behind rewarded files: the input of the answers that each was made from, where manifests
-    tell.
-    """
-    found = []
-    for name in files:
-        answers = manifest_of(name).get("inputs", {}).get("dataset_name_or_path")
-        asked = (
-            manifest_of(answers["path"]).get("inputs", {}).get("dataset_name_or_path") if answers else None
-        )
-        found += [asked["path"]] if asked else []
-    return list(dict.fromkeys(found))
-
-
 def generations(files: list[str]) -> Iterator[dict]:
     """The manifests of the generations behind rewarded files, where they are there and whole."""
     for name in files:
@@ -82,6 +67,12 @@ def generations(files: list[str]) -> Iterator[dict]:
             made = generation_manifest(name)
             if made:
                 yield made
+
+
+def prompts(files: list[str]) -> list[str]:
+    """Prompt sets that the answers in rewarded files were sampled for, each once, where manifests tell."""
+    asked = (made["inputs"].get("dataset_name_or_path") for made in generations(files))
+    return list(dict.fromkeys(mark["path"] for mark in asked if mark))
 
 
 def system_prompts(files: list[str]) -> list[str]:
@@ -94,45 +85,29 @@ def sampling_stops(args: Arguments) -> list[int]:
     """Token ids that `--eos_ids` gave when this policy's responses were sampled, where manifests tell."""
     found = set()
     for made in generations(args.train_dir):
-        if args.model_name_or_path in [
-            mark["path"] for mark in made["inputs"].values()
-        ]:  # an engine's policy, or the servers'
+        # an engine's policy, or the servers'
+        if args.model_name_or_path in [mark["path"] for mark in made["inputs"].values()]:
             found |= set(made["settings"].get("eos_ids") or [])
     return sorted(found)
 
 
-def words_of(pid: int) -> list[str]:
-    """The command line of a process."""
-    return [os.fsdecode(word) for word in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]]
-
-
-def launcher(argv: list[str], pid: int | None = None) -> list[str]:
+def launcher(argv: list[str]) -> list[str]:
     """What was typed in front of a script and its arguments `argv`: [`accelerate`, `launch`, …], [`python`],
     ….
 
     A launcher does not tell its processes how it was called, so the command lines are read of this process
-    and of those above it that were given the same script and arguments; the outermost is what was typed. []
-    where the system has no /proc.
+    and of those above it that were given the same script and arguments; the outermost is what was typed.
     """
-    found, pid = [], pid or os.getpid()
-    try:
-        while pid > 1:
-            words = words_of(pid)
-            before = words[: max(0, len(words) - len(argv))]
-            if (
-                not before
-                or words[len(before) + 1 :] != argv[1:]
-                or Path(words[len(before)]).name != Path(argv[0]).name
-            ):
+    import psutil
+
+    found = []
+    with contextlib.suppress(psutil.Error):  # another user's, or gone
+        for process in [psutil.Process(), *psutil.Process().parents()]:
+            words = process.cmdline()
+            before, script = words[: -len(argv)], words[-len(argv) :]
+            if not before or script[1:] != argv[1:] or Path(script[0]).name != Path(argv[0]).name:
                 break
             found = before
-            pid = int(
-                re.search(
-                    r"^PPid:\s*(\d+)", Path(f"/proc/{pid}/status").read_text(errors="replace"), re.MULTILINE
-                )[1]
-            )
-    except OSError:  # another user's, or gone
-        pass
     if not found:
         return []
     name, *more = [re.sub(r"^python[\d.]*$", "python", Path(found[0]).name), *found[1:]]

@@ -19,7 +19,7 @@ from unittest.mock import patch
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainerState
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
 
@@ -333,32 +333,18 @@ class PlainLog(TrainerCallback):
     def __init__(self, pairs_per_step):
         self.pairs_per_step, self.progress, self.stepped = pairs_per_step, None, False
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ):
-        self.started, self.first = time.monotonic(), state.global_step
+    def on_train_begin(self, args: object, state: TrainerState, control: object, **_: object):
+        self.started, self.first, self.note = time.monotonic(), state.global_step, ""
         terminal = state.is_world_process_zero and sys.stderr.isatty()
         self.progress = Progress(state.max_steps, "train", "steps", done=self.first, enabled=terminal)
-        self.note = ""
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ):
+    def on_step_begin(self, *_: object, **__: object):
         self.stepped = True  # a checkpoint, if any, is read by now
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ):
+    def on_step_end(self, *_: object, **__: object):
         self.progress.update(1, self.note)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict | None = None,
-        **kwargs: object,
-    ):
+    def on_log(self, args: object, state: TrainerState, control: object, logs: dict, **_: object):
         if not math.isfinite(logs.get("loss", 0.0)):  # every rank sees the same mean, so that all stop
             raise UserError(f"the loss is {logs['loss']} at step {state.global_step}: lower --learning_rate")
         if not state.is_world_process_zero or "loss" not in logs:
@@ -374,7 +360,5 @@ class PlainLog(TrainerCallback):
             speed = f"{rate * self.pairs_per_step:.1f} pairs/s, {left} left"
             print(f"train: step {state.global_step}/{state.max_steps}, {self.note}, {speed}", flush=True)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ):
+    def on_train_end(self, *_: object, **__: object):
         self.progress.close()

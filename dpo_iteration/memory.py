@@ -9,6 +9,7 @@ what CUDA and NCCL take.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from common import models
 from common.cli import UserError, read_yaml
 
 if TYPE_CHECKING:
@@ -72,12 +73,11 @@ def shape_of(name: str, revision: str | None = None, trust_remote_code: bool = F
         UserError: the config cannot be read.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = models.without_weights(config, trust_remote_code)
     except Exception as error:
         reason = " ".join(str(error).split()).split(". ")[0][:200]
         raise UserError(
@@ -275,12 +275,12 @@ def reference_pass(
     """Bytes a GPU of the model whose log-probabilities are cached before training: its weights as training
     will hold them, `frozen` bytes each with adapters, and the largest unit gathered where they are sharded.
     """
-    if SHARES[method][0]:
-        gathered = (2 if bf16 else 4) * max(
-            2 * shape.layer + shape.head, min(shape.parameters, LIVE) if method != "fsdp2" else 0
-        )
-        return (frozen or _kept_weight(method, bf16)) * shape.parameters / processes + gathered
-    return (frozen or _kept_weight(method, bf16)) * shape.parameters
+    weights, unit = (frozen or _kept_weight(method, bf16)) * shape.parameters, 2 * shape.layer + shape.head
+    if not SHARES[method][0]:
+        return weights
+    if method != "fsdp2":
+        unit = max(unit, min(shape.parameters, LIVE))
+    return weights / processes + (2 if bf16 else 4) * unit
 
 
 @dataclass(frozen=True)
@@ -355,21 +355,16 @@ def remedy(args: "Arguments", shape: Shape, processes: int, memory: float, **how
     """
     found = recommend(shape, processes, memory, args.global_batch_size, args.max_length, **how)
     if found:
-        step = (
-            ""
-            if args.global_batch_size % (found[1] * processes) == 0
-            else f" and a global_batch_size that divides by {processes}"
-        )
+        divides = args.global_batch_size % (found[1] * processes) == 0
+        step = "" if divides else f" and a global_batch_size that divides by {processes}"
         return f"take configs/{found[0]}.yaml with per_device_train_batch_size {found[1]}{step}"
     others = ["more or larger GPUs", f"a max_length below {args.max_length}"]
-    others += [] if args.gradient_checkpointing else ["gradient_checkpointing true"]
-    others += (
-        ["LoRA (configs/training_lora.yaml)"]
-        if not args.use_peft
-        else []
-        if args.load_in_4bit
-        else ["QLoRA (configs/training_qlora.yaml)"]
-    )
+    if not args.gradient_checkpointing:
+        others.append("gradient_checkpointing true")
+    if not args.use_peft:
+        others.append("LoRA (configs/training_lora.yaml)")
+    elif not args.load_in_4bit:
+        others.append("QLoRA (configs/training_qlora.yaml)")
     return f"no configuration fits: take {', '.join(others[:-1])} or {others[-1]}"
 
 
@@ -393,9 +388,9 @@ def report(args: "Arguments", gpus: int, memory_gib: float | None) -> list[str]:
             f"the config of {name} cannot be read: an estimate for {args.model_size_b} billion parameters in "
             "Llama's shape"
         )
-    rank = args.lora_r if args.use_peft else None
-    few, how = shape.lora(rank or 16), {"checkpointing": args.gradient_checkpointing, "bf16": args.bf16}
-    frozen = FOUR_BITS if args.load_in_4bit else None
+    rank = args.lora_r if args.use_peft else 16
+    how = {"checkpointing": args.gradient_checkpointing, "bf16": args.bf16}
+    adapted = {"trainable": shape.lora(rank), "frozen": FOUR_BITS if args.load_in_4bit else None}
     pairs, length = args.per_device_train_batch_size, args.max_length
     lines += [
         f"{name}: {shape.parameters / 1e9:.2f} billion parameters; {gpus} GPUs of {memory_gib:.0f} GiB, "
@@ -407,24 +402,15 @@ def report(args: "Arguments", gpus: int, memory_gib: float | None) -> list[str]:
         "it",
         f"{'':20}{'states':>9}{'buffers':>9}{'activations':>13}{'reference':>11}{'in all':>9}",
     ]
-    for trainable in (None, few):
-        for method in WHOLE if trainable and frozen else METHODS:
-            found = need(
-                method,
-                shape,
-                gpus,
-                pairs,
-                length,
-                trainable=trainable,
-                frozen=frozen if trainable else None,
-                **how,
-            )
+    for kind, more in (("", {}), (", QLoRA" if args.load_in_4bit else ", LoRA", adapted)):
+        for method in WHOLE if more.get("frozen") else METHODS:
+            found = need(method, shape, gpus, pairs, length, **how, **more)
             numbers = f"{found.states / GIB:9.1f}{found.buffers / GIB:9.1f}{found.activations / GIB:13.1f}"
             numbers += f"{found.reference / GIB:11.1f}{found.total / GIB:9.1f}"
             fits = "fits" if found.total <= usable(memory_gib) else "does not fit"
             moved = f", {found.cpu / GIB:.0f} GiB of the machines' memory" if found.cpu else ""
-            kind = (", QLoRA" if frozen else ", LoRA") if trainable else ""
             lines.append(f"{method + kind:20}{numbers}  {fits}{moved}")
-    lines.append(f"LoRA of rank {rank or 16} on all linear layers trains {few / 1e6:.0f} million parameters")
-    how |= {"trainable": few, "frozen": frozen} if rank else {}
+    few = adapted["trainable"] / 1e6
+    lines.append(f"LoRA of rank {rank} on all linear layers trains {few:.0f} million parameters")
+    how |= adapted if args.use_peft else {}
     return [*lines, f"{remedy(args, shape, gpus, usable(memory_gib), **how)}; --num_processes {gpus}"]

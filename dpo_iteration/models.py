@@ -3,7 +3,6 @@ them.
 """
 
 import copy
-import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import DistributedType
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from common import models, shared_prompts
 from common.cli import UserError, one_line
@@ -56,19 +49,11 @@ def prepare_cpu(threads: int | None = None):
         ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def attention(name: str, args: Arguments, revision: str | None = None) -> str:
-    """The attention of the padded computation.
-
-    Sdpa would leave a soft-cap of the scores (Gemma 2) out in silence.
-    """
-    if args.attn_implementation:
-        return args.attn_implementation
-    if torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None:
-        return "flash_attention_2"
-    config = load_config(name, args, revision)
-    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-    known = getattr(AutoModelForCausalLM, "_model_mapping", {}).get(type(config), None)
-    return "eager" if capped or not getattr(known, "_supports_sdpa", True) else "sdpa"
+def attention(name: str, args: Arguments, revision: str | None = None) -> str | None:
+    """The attention of the padded computation; None: transformers' own choice."""
+    return args.attn_implementation or models.choose_attention(
+        load_config(name, args, revision), AutoModelForCausalLM, torch.cuda.is_available() and args.bf16
+    )
 
 
 def prepare_sharding(config: "DPOConfig"):
@@ -115,23 +100,21 @@ def load_model(
         UserError: it cannot be loaded, or the checkpoint lacks weights (transformers would make up random
             ones).
     """
-    try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            name,
-            revision=revision,
-            trust_remote_code=args.trust_remote_code,
-            output_loading_info=True,
-            dtype=weights_dtype(args, config),
-            attn_implementation=attention(name, args, revision),
-            **(config.model_init_kwargs or {}),
-            **adapters.loading(args),
-        )
-    except Exception as error:
-        raise UserError(f"cannot load {name}: {one_line(error)}") from None
+    model, loading = models.load_weights(
+        AutoModelForCausalLM,
+        name,
+        revision=revision,
+        trust_remote_code=args.trust_remote_code,
+        dtype=weights_dtype(args, config),
+        attn_implementation=attention(name, args, revision),
+        **(config.model_init_kwargs or {}),
+        **adapters.loading(args),
+    )
     if loading["missing_keys"]:
         some = ", ".join(sorted(loading["missing_keys"])[:3])
         raise UserError(f"{name} lacks the weights {some}: it is no whole causal language model")
-    without_dropout(model, args)
+    if args.disable_dropout is not False:  # TRL, which does so by default, knows modules of dropout only
+        models.without_dropout(model)
     adapters.without_packing(model)
     if getattr(model, "hf_quantizer", None) is not None and not args.load_in_4bit:
         raise UserError(
@@ -142,23 +125,14 @@ def load_model(
 
 def load_config(name: str, args: Arguments, revision: str | None = None) -> PretrainedConfig:
     """The configuration of a model, without its weights, with what `model_init_kwargs` changes in it."""
-    try:
-        return AutoConfig.from_pretrained(
-            name,
-            revision=revision,
-            trust_remote_code=args.trust_remote_code,
-            **(args.model_init_kwargs or {}),
-        )
-    except Exception as error:
-        raise UserError(f"cannot load {name}: {one_line(error)}") from None
+    return models.load_config(name, revision, args.trust_remote_code, **(args.model_init_kwargs or {}))
 
 
 def reason_against_sharing(args: Arguments) -> str:
     """Why the policy's architecture cannot compute a shared prompt once, as a phrase; empty where it can."""
     config = load_config(args.model_name_or_path, args, args.revision)
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
+        model = models.without_weights(config, args.trust_remote_code)
     except Exception as error:
         return f"its architecture cannot be looked at: {one_line(error)}"
     reason = shared_prompts.reason_against(model)
@@ -166,8 +140,9 @@ def reason_against_sharing(args: Arguments) -> str:
         return reason
     # A pass without weights shows whether the layers hand the layout on, and what they ask of their
     # attention.
-    model.set_attn_implementation(shared_prompts.NAME)
-    without_dropout(model.train(), args)
+    model.train().set_attn_implementation(shared_prompts.NAME)
+    if args.disable_dropout is not False:
+        models.without_dropout(model)
     try:
         shared_prompts.hidden_states(model.base_model, shared_prompts.pack([[[1, 2, 3], [1, 2, 4]]], "meta"))
     except shared_prompts.Unsupported as error:
@@ -176,18 +151,6 @@ def reason_against_sharing(args: Arguments) -> str:
         if "shared_prompts" in str(error):
             return "its layers do not hand on what shared prompts need"
     return ""  # what else goes wrong goes wrong for want of weights
-
-
-def without_dropout(model: torch.nn.Module, args: Arguments):
-    """Switch dropout off that is a number of its module; TRL, which does so by default, knows modules of
-    dropout only.
-    """
-    if args.disable_dropout is False:
-        return
-    for module in model.modules():
-        for name in ("attention_dropout", "dropout", "activation_dropout", "hidden_dropout", "attn_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
 
 
 def has_auxiliary_loss(args: Arguments) -> bool:

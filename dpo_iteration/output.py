@@ -1,7 +1,6 @@
 """What a training by DPO writes beside its model, and what it says at its end."""
 
 import shutil
-from pathlib import Path
 
 from common import records
 from common.cli import count
@@ -9,12 +8,8 @@ from common.manifest import beside, write_jsonl
 from common.progress import duration
 from common.training import Training, world_size
 from dpo_iteration import adapters, card
-from dpo_iteration.arguments import Arguments
+from dpo_iteration.arguments import Arguments, pairs_path
 from dpo_iteration.pairs import Selection
-
-
-def pairs_path(args: Arguments) -> Path:
-    return Path(args.pairs_path) if args.pairs_path else beside(args.output_dir, ".pairs.jsonl")
 
 
 def begin(training: Training, args: Arguments, selection: Selection):

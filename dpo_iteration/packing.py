@@ -12,6 +12,7 @@ processes have the same number of passes.
 """
 
 import heapq
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -163,11 +164,9 @@ def batches(args: Arguments, rows: dict, per_step: int) -> tuple[bool, dict]:
     for split in [split for split in rows if rows[split]]:
         costs[split] = [columns_of(row) if sharing else 0 for row in rows[split]]
     place = {"processes": world_size(), "process": int(os.environ.get("RANK", "0"))}
-    epochs = (
-        -(-args.max_steps * per_step // len(rows["train"]))
-        if args.max_steps > 0
-        else -int(-args.num_train_epochs // 1)
-    )
+    epochs = math.ceil(args.num_train_epochs)
+    if args.max_steps > 0:
+        epochs = math.ceil(args.max_steps * per_step / len(rows["train"]))
     steps["train"] = Steps(
         costs["train"],
         per_step,
@@ -179,9 +178,8 @@ def batches(args: Arguments, rows: dict, per_step: int) -> tuple[bool, dict]:
         **place,
     )
     if rows["eval"]:
-        steps["eval"] = Steps(
-            costs["eval"], len(rows["eval"]), budget, args.per_device_eval_batch_size, **place
-        )
+        at_once = args.per_device_eval_batch_size
+        steps["eval"] = Steps(costs["eval"], len(rows["eval"]), budget, at_once, **place)
     if sharing:
         alone, packed = sum(len(ids) for row in rows["train"] for ids in both(row)), sum(costs["train"])
         longest, passes = max(budget, *costs["train"]), steps["train"].accumulation
@@ -220,11 +218,8 @@ class Rows(torch.utils.data.Dataset):
 
 def numbers(rows: list[dict]) -> dict[str, torch.Tensor]:
     """{name: float32 tensor [pairs]} of the `NUMBERS` that the rows have."""
-    return {
-        name: torch.tensor([row[name] for row in rows], dtype=torch.float32)
-        for name in NUMBERS
-        if name in rows[0]
-    }
+    there = [name for name in NUMBERS if name in rows[0]]
+    return {name: torch.tensor([row[name] for row in rows], dtype=torch.float32) for name in there}
 
 
 def collate_packed(rows: list[dict]) -> dict:
@@ -271,11 +266,8 @@ class PaddedCollator:
         self.collate = DataCollatorForPreference(pad_token_id=pad_token_id)
 
     def __call__(self, rows):
-        return (
-            self.collate(rows)
-            | numbers(rows)
-            | {"tokens": sum(len(ids) for row in rows for ids in both(row))}
-        )
+        tokens = sum(len(ids) for row in rows for ids in both(row))
+        return self.collate(rows) | numbers(rows) | {"tokens": tokens}
 
 
 @dataclass
@@ -413,16 +405,11 @@ def _furthest(apart, moved, half, device):
         half: see `check_packing`.
     """
     moved = torch.cat([*moved, torch.zeros(0, device=device)])
-    squares, tokens = (
-        gather(torch.stack([moved.square().sum(), torch.tensor(float(len(moved)), device=device)])[None])
-        .sum(0)
-        .tolist()
-    )
+    sums = torch.stack([moved.square().sum(), torch.tensor(float(len(moved)), device=device)])
+    squares, tokens = gather(sums[None]).sum(0).tolist()
     rounding = max(ROUNDING[half], (squares / tokens) ** 0.5) if tokens else 5 * ROUNDING[half]
-    found = [
-        (one.square().mean().sqrt(), rounding * (ALL + FEW / len(one) ** 0.5))
-        for one in (*apart, torch.cat(apart))
-    ]
+    every = (*apart, torch.cat(apart))
+    found = [(one.square().mean().sqrt(), rounding * (ALL + FEW / len(one) ** 0.5)) for one in every]
     found = gather(torch.tensor(found, device=device))  # [responses, 2]: distance, bound
     return found[(found[:, 0] / found[:, 1]).nan_to_num(torch.inf).argmax()].tolist()
 

@@ -103,25 +103,26 @@ def choose(
     if best is None:
         return None
     ranked = ranked[ranked.index(best) :]  # empty ones that score higher take no part
+    in_order = sorted(ranked)
     if choose_type == "random":
-        first = rng.choice([i for i in usable if i in ranked])
+        first = rng.choice(in_order)
         others = [
             i
-            for i in usable
-            if i in ranked
-            and scores[i] != scores[first]
-            and max(i, first, key=scores.__getitem__) not in empty
+            for i in in_order
+            if scores[i] != scores[first] and max(i, first, key=scores.__getitem__) not in empty
         ]
         if not others:
             return None
         return tuple(sorted((first, rng.choice(others)), key=lambda i: -scores[i]))
-    worse = [i for i in usable if i in ranked and scores[i] < scores[best]]
+    worse = [i for i in in_order if scores[i] < scores[best]]
+    if not worse:
+        return None
     if choose_type == "max_max":
-        rejected = ranked[min(1, len(ranked) - 1)]
+        rejected = ranked[1]
     elif choose_type == "max_random":
-        rejected = rng.choice(worse) if worse else best
+        rejected = rng.choice(worse)
     else:
-        rejected = next(i for i in usable if i in ranked and scores[i] == scores[ranked[-1]])
+        rejected = min(worse, key=scores.__getitem__)
     return (best, rejected) if scores[best] > scores[rejected] else None
 
 
@@ -155,27 +156,19 @@ def make_pairs(
             n if n is not None else count_tokens(text) for n, text in zip(lengths, record["responses"])
         ]
         scores = {i: scores[i] - length_penalty * lengths[i] for i in usable}
-    pairs, rng = [], random.Random(f"{seed}/{record['id']}")
+    pairs, reason, rng = [], None, random.Random(f"{seed}/{record['id']}")
     empty = {i for i in usable if is_empty(record["responses"][i])}
-    while len(pairs) < pairs_per_prompt and len(usable) > 1:
+    while len(pairs) < pairs_per_prompt and len(usable) > 1 and reason is None:
         found = choose(scores, usable, choose_type, rng, empty)
         if found is None:
             silent = empty and len({scores[i] for i in usable}) > 1
-            return (
-                pairs,
-                None
-                if pairs
-                else "no response with text has the higher reward"
-                if silent
-                else "equal rewards",
-                left_out,
-            )
-        margin = scores[found[0]] - scores[found[1]]
-        if margin < min_margin:
-            return pairs, None if pairs else f"margin below min_margin: {margin:.6g}", left_out
-        pairs.append(_pair(record, found, lengths) | {"margin": margin} | _rest(record))
-        usable = [i for i in usable if i not in found]
-    return pairs, None, left_out
+            reason = "no response with text has the higher reward" if silent else "equal rewards"
+        elif (margin := scores[found[0]] - scores[found[1]]) < min_margin:
+            reason = f"margin below min_margin: {margin:.6g}"
+        else:
+            pairs.append(_pair(record, found, lengths) | {"margin": margin} | _rest(record))
+            usable = [i for i in usable if i not in found]
+    return pairs, None if pairs else reason, left_out
 
 
 def _pair(record, found, lengths):

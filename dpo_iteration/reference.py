@@ -101,11 +101,7 @@ def compute_reference(
 
 
 def reference_cache(args: Arguments) -> Path:
-    return (
-        Path(args.reference_cache)
-        if args.reference_cache
-        else Path(args.output_dir).parent / "reference_logps"
-    )
+    return Path(args.reference_cache or Path(args.output_dir).parent / "reference_logps")
 
 
 def pair_key(row: dict) -> bytes:
@@ -127,12 +123,9 @@ def model_folder(name: str, revision: str | None) -> Path:
 def weights_key(folder: Path) -> str:
     """SHA-256 of every byte of a model's weights, configuration and code, tokenizer files left out."""
     digest = hashlib.sha256()
-    files = {f for pattern in WEIGHTS for f in folder.glob(pattern)}
-    for file in sorted(
-        f
-        for f in files
-        if not f.name.startswith(("tokenizer", "special_tokens", "trainer_state", "generation_config"))
-    ):
+    others = ("tokenizer", "special_tokens", "trainer_state", "generation_config")
+    files = {f for pattern in WEIGHTS for f in folder.glob(pattern) if not f.name.startswith(others)}
+    for file in sorted(files):
         with open(file, "rb") as stream:
             digest.update(f"{file.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()
@@ -147,10 +140,8 @@ class Cache:
     """What is known of some pairs; rank 0 alone reads and writes it."""
 
     def __init__(self, folder, about):
-        self.folder = (
-            Path(folder) / hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
-        )
-        self.about = about
+        key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
+        self.folder, self.about = Path(folder) / key, about
 
     def read(self) -> dict:
         """{pair key: (chosen, rejected)}.
@@ -164,11 +155,8 @@ class Cache:
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
                 with safe_open(path, "pt") as file:
-                    pairs, logps, mark = (
-                        file.get_tensor("pairs"),
-                        file.get_tensor("logps"),
-                        (file.metadata() or {}).get("sha256"),
-                    )
+                    pairs, logps = file.get_tensor("pairs"), file.get_tensor("logps")
+                    mark = (file.metadata() or {}).get("sha256")
                 if mark != checksum(pairs, logps):
                     raise ValueError("its values are not those that were written")
                 found |= dict(zip(map(bytes, pairs.numpy()), map(tuple, logps.tolist()), strict=True))

@@ -89,14 +89,9 @@ class PairTokenizer:
         made = generation_manifest(pair["source"]) if "source" in pair else None
         told = ""
         if made:
-            template, variables = (
-                made["inputs"].get("chat_template", {}).get("path"),
-                made["settings"].get("template_kwargs"),
-            )
-            told = (
-                f" (chat_template {template or 'of the model'}, template_kwargs "
-                f"{json.dumps(variables or {})})"
-            )
+            template = made["inputs"].get("chat_template", {}).get("path", "of the model")
+            variables = json.dumps(made["settings"].get("template_kwargs") or {})
+            told = f" (chat_template {template}, template_kwargs {variables})"
         raise UserError(
             f"its answers were sampled behind a prompt with {found[0]}{told}, and here the chat template "
             f"writes {found[1]}: "

@@ -25,21 +25,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any fol
 
 from common.cli import UserError, count, one_line, parse, run
 from common.devices import check_processes, check_torch, gpu_memory, prepare_threads, visible_gpus
-from common.training import Training, is_main, quiet_libraries, say, step_of, world_size
+from common.models import quiet_libraries
+from common.training import Training, is_main, say, step_of, world_size
 from dpo_iteration import hub, memory, output
-from dpo_iteration.arguments import (
-    Arguments,
-    accumulation,
-    check,
-    check_paths,
-    halved,
-    training_of,
-)
+from dpo_iteration.arguments import Arguments, accumulation, check, check_paths, halved, training_of
 from dpo_iteration.pairs import Selection, select_pairs
 from dpo_iteration.saved import check_saved
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+    from trl import DPOConfig
 
     from dpo_iteration.dpo import IterativeDPOTrainer
 
@@ -60,11 +55,11 @@ class Data:
 
     selection: Selection
     rows: dict
-    tokenizer: object
+    tokenizer: "PreTrainedTokenizerBase"
     per_step: int
     sharing: bool
     steps: dict
-    config: object
+    config: "DPOConfig"
 
 
 def main():
@@ -102,9 +97,7 @@ def choose_pairs(args: Arguments) -> Selection:
     """The pairs of all files, and what was left out."""
 
     @functools.cache
-    def tokenizer() -> (
-        "PreTrainedTokenizerBase"
-    ):  # few files need it: answers without a number of tokens, for max_min_p
+    def tokenizer() -> "PreTrainedTokenizerBase":  # for max_min_p, of answers without a number of tokens
         from dpo_iteration.models import load_tokenizer
 
         return load_tokenizer(args)

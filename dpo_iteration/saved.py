@@ -93,8 +93,7 @@ def check_saved(folder: str | Path, trust_remote_code: bool = False):
     Raises:
         UserError: what is wrong, by file or weight.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     folder = Path(folder)
@@ -118,8 +117,7 @@ def check_saved(folder: str | Path, trust_remote_code: bool = False):
             "--learning_rate"
         )
     unset_hf_deepspeed_config()  # else ZeRO-3 would cut up this model too
-    with torch.device("meta"):
-        kind = type(load("architecture", AutoModelForCausalLM.from_config, config))
+    kind = type(load("architecture", models.without_weights, config))
     try:
         _, found = kind.from_pretrained(
             None,
@@ -147,20 +145,15 @@ def store_once(folder: str | Path, trust_remote_code: bool = False):
 
     A live engine that has loaded such a copy keeps it when it is given weights without one.
     """
-    import torch
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     folder, index, places = Path(folder), Path(folder, "model.safetensors.index.json"), {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as stored:
             places |= dict.fromkeys(stored.keys(), file)
-    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        tied = AutoModelForCausalLM.from_config(
-            config, trust_remote_code=trust_remote_code
-        ).all_tied_weights_keys
+    config = models.load_config(str(folder), trust_remote_code=trust_remote_code)
+    tied = models.without_weights(config, trust_remote_code).all_tied_weights_keys
 
     def read(name: str) -> "torch.Tensor":
         with safe_open(places[name], "pt") as stored:

@@ -9,8 +9,6 @@ import signal
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
@@ -39,21 +37,3 @@ with contextlib.suppress(locale.Error):  # an old system has C only, where Pytho
 
 # Started in the background of a script, the tests would hand an ignored Ctrl-C down to what they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@pytest.fixture
-def here(monkeypatch):
-    """Start run_dpo.py in this process: for what needs no process of its own."""
-    import torch
-    from accelerate.state import AcceleratorState, GradientState
-
-    from dpo_iteration import run_dpo
-
-    def go(arguments):
-        monkeypatch.setattr(sys, "argv", ["run_dpo.py", *arguments])
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        torch.set_num_threads(1)  # these models are too small for more
-        run_dpo.main()
-
-    return go

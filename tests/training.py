@@ -8,8 +8,10 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import micro
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = str(ROOT / "dpo_iteration" / "run_dpo.py")
@@ -79,25 +81,62 @@ def alone(model, row):
 
 
 def argv(work, name, *more):
-    """Arguments of a small training of `work`/policy on `work`/rewarded.jsonl into `work`/NAME."""
+    """Arguments of a small training of `work`/policy on `work`/rewarded.jsonl into `work`/NAME; a text of
+    `more` may hold several words.
+    """
     paths = {"model_name_or_path": "policy", "train_dir": "rewarded.jsonl", "output_dir": name}
     places = [word for key, value in paths.items() for word in (f"--{key}", work / value)]
-    return [str(word) for word in (ROOT / "configs" / "training.yaml", *places, *SMALL, *more)]
+    words = [word for one in more for word in (one.split() if isinstance(one, str) else [one])]
+    return [str(word) for word in (ROOT / "configs" / "training.yaml", *places, *SMALL, *words)]
 
 
-def start(*argv, launcher=(), cwd=None, script=SCRIPT, **environment):
-    """The finished process of `run_dpo.py ARGV`, or of `accelerate launch LAUNCHER run_dpo.py ARGV`;
-    `script`: in its place.
+def train(work, name, *more):
+    """The training of `argv` in this process; its output's folder."""
+    import torch
+    from accelerate.state import AcceleratorState, GradientState
+
+    from dpo_iteration import run_dpo
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    torch.set_num_threads(1)  # these models are too small for more
+    with patch.object(sys, "argv", ["run_dpo.py", *argv(work, name, *more)]):
+        run_dpo.main()
+    return work / name
+
+
+def launch(config, *more):
+    """Arguments of `accelerate launch` for two processes with configs/CONFIG.yaml."""
+    return ["--config_file", ROOT / "configs" / f"{config}.yaml", "--num_processes", 2, *more]
+
+
+def start(*argv, launcher=(), status=0, script=SCRIPT, **environment):
+    """The finished process of `run_dpo.py ARGV`, or of `accelerate launch LAUNCHER run_dpo.py ARGV`, which
+    ends with `status` (None: any); `script`: in its place.
     """
     program = ["-m", "accelerate.commands.launch", *map(str, launcher)] if launcher else []
     hidden = ("CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-    env = (
-        {k: v for k, v in os.environ.items() if k not in hidden}
-        | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        | environment
-    )
+    env = {k: v for k, v in os.environ.items() if k not in hidden}
+    env |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | environment
     command = [sys.executable, *program, str(script), *map(str, argv)]
-    return subprocess.run(command, cwd=cwd or ROOT, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert status in (None, done.returncode), done.stdout + done.stderr
+    return done
+
+
+def logged(folder):
+    """Entries of a training's log that have a loss, one a step."""
+    return [entry for entry in read_json(f"{folder}.trainer_state.json")["log_history"] if "loss" in entry]
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def furthest(found, expected):
+    """Largest difference of any weight of two models with the same weights."""
+    assert set(found) == set(expected)
+    return max((found[name].float() - expected[name].float()).abs().max().item() for name in expected)
 
 
 def read_jsonl(path):

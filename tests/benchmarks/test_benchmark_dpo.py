@@ -12,7 +12,6 @@ import pytest
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
 
 from benchmarks import dpo as benchmark
 
@@ -21,10 +20,8 @@ def test_padded_tokens_are_those_of_trls_batches():
     rows, order = benchmark.make_rows("recipe", 12, 200, 3), [5, 3, 8, 0, 1, 2, 4, 6, 7, 11, 9, 10]
     collate = DataCollatorForPreference(pad_token_id=0)
     for at_once in (1, 2, 4):
-        want = sum(
-            collate([rows[i] for i in order[k : k + at_once]])["input_ids"].numel()
-            for k in range(0, 12, at_once)
-        )
+        batches = ([rows[i] for i in order[k : k + at_once]] for k in range(0, 12, at_once))
+        want = sum(collate(batch)["input_ids"].numel() for batch in batches)
         assert benchmark.padded_tokens(rows, order, at_once) == want
 
 
@@ -37,27 +34,11 @@ def test_lengths_are_the_recipes():
 @pytest.mark.long
 def test_it_measures_all_ways(tmp_path):
     policy = micro.make_policy(tmp_path / "policy", max_position_embeddings=4096)
-    words = [
-        "--shape",
-        "short",
-        "--steps",
-        "2",
-        "--pairs",
-        "2",
-        "--batch_sizes",
-        "1",
-        "2",
-        "--model_name_or_path",
-        policy,
-        "--output_dir",
-        tmp_path / "b.json",
-    ]
-    end = subprocess.run(
-        [sys.executable, ROOT / "benchmarks/dpo.py", *map(str, words)],
-        capture_output=True,
-        text=True,
-        timeout=600,
+    words = (
+        f"--steps 2 --pairs 2 --batch_sizes 1 2 --model_name_or_path {policy} --output_dir {tmp_path}/b.json"
     )
+    command = [sys.executable, ROOT / "benchmarks/dpo.py", "--shape", "short", *words.split()]
+    end = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert end.returncode == 0, end.stdout + end.stderr
     found = json.loads((tmp_path / "b.json").read_text())
     assert set(found["ways"]) == set(benchmark.WAYS) and found["ceiling"] > 1

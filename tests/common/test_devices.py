@@ -37,10 +37,8 @@ class cuda:
     def init(): raise RuntimeError({OLD!r})
 """)
     smi = folder / "nvidia-smi"
-    smi.write_text(
-        f'#!/bin/sh\ncase "$*" in -L) echo "GPU 0: Stand-in (UUID: GPU-0)" ;; *driver*) echo {driver} ;; '
-        "esac\n"
-    )
+    answers = f'-L) echo "GPU 0: Stand-in (UUID: GPU-0)" ;; *driver*) echo {driver} ;;'
+    smi.write_text(f'#!/bin/sh\ncase "$*" in {answers} esac\n')
     smi.chmod(0o755)
     base = {key: value for key, value in os.environ.items() if not key.startswith(("CUDA", "ACCELERATE"))}
     return base | {"PATH": f"{folder}:{base['PATH']}", "PYTHONPATH": f"{folder}:{ROOT}"}
@@ -48,25 +46,15 @@ class cuda:
 
 def checked(env, **more):
     """What check_torch says there; empty where it lets pass."""
-    code = (
-        "from common.devices import check_torch, UserError\ntry: check_torch()\nexcept UserError as "
-        "error: print(error)"
-    )
-    return subprocess.run(
-        [sys.executable, "-c", code], env=env | more, capture_output=True, text=True, check=True
-    ).stdout
+    code = "from common.devices import *\ntry: check_torch()\nexcept UserError as error: print(error)"
+    command, env = [sys.executable, "-c", code], env | more
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
 
 
 def test_a_driver_that_is_too_old(tmp_path):
     told = checked(machine(tmp_path, "13.0"))
-    for part in (
-        "nvidia-smi shows 1 GPU, and torch sees none",
-        "driver is 570.124.06",
-        "CUDA 13.0",
-        "driver 580 or newer",
-        OLD,
-        "CUDA_VISIBLE_DEVICES=",
-    ):
+    parts = ("shows 1 GPU, and torch sees none", "driver is 570.124.06", "CUDA 13.0", "driver 580 or newer")
+    for part in (*parts, OLD, "CUDA_VISIBLE_DEVICES="):
         assert part in told, told
     assert "driver 525 or newer" in checked(machine(tmp_path, "12.6", driver="470.1"))
 
@@ -83,11 +71,8 @@ def test_the_cpu_on_purpose_and_a_torch_that_sees_gpus(tmp_path):
 
 
 def test_every_script_asks_before_it_loads_a_model(tmp_path, monkeypatch):
-    policy, rows = micro.make_policy(tmp_path / "policy"), tmp_path / "generated.jsonl"
-    reference, reward = (
-        micro.make_policy(tmp_path / "reference", seed=5),
-        micro.make_reward_model(tmp_path / "reward"),
-    )
+    policy, reward = micro.make_policy(tmp_path / "policy"), micro.make_reward_model(tmp_path / "reward")
+    reference, rows = micro.make_policy(tmp_path / "reference", seed=5), tmp_path / "generated.jsonl"
     training.write_rewarded(rows, 2)
     given = ["--dataset_name_or_path", str(rows), "--output_dir", str(tmp_path / "out.jsonl")]
 
@@ -127,9 +112,8 @@ def test_vllm_starts_without_nvcc(monkeypatch, set_before):
     if set_before:
         monkeypatch.setenv(name, set_before)
     seen = []
-    monkeypatch.setitem(
-        sys.modules, "vllm", types.SimpleNamespace(LLM=lambda **options: seen.append(os.environ[name]))
-    )
+    vllm = types.SimpleNamespace(LLM=lambda **options: seen.append(os.environ[name]))
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "WARNING")  # so that it is put back
     for module in (get_hf2, devices):
         monkeypatch.setattr(module, "visible_gpus", lambda: ["0"])

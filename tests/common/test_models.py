@@ -17,127 +17,50 @@ from common.cli import UserError
 pytestmark = pytest.mark.env("vllm")
 
 LINEAR = {"rope_type": "linear", "factor": 4.0}
+PHI = {"hidden_size": 64, "num_attention_heads": 2, "pad_token_id": 0, "original_max_position_embeddings": 64}
+
+
+def of(model_type, length=64, rope=None, **more):
+    """A config.json; `rope`: its `rope_scaling`."""
+    scaling = {"rope_scaling": rope} if rope else {}
+    return {"model_type": model_type, "max_position_embeddings": length} | scaling | more
+
+
+def yarn(kind, factor, original, **more):
+    return {"type": kind, "factor": factor, "original_max_position_embeddings": original} | more
+
+
 CONFIGS = {  # name → (config.json, positions)
-    "plain": ({"model_type": "llama", "max_position_embeddings": 64}, 64),
+    "plain": (of("llama"), 64),
     "said nowhere": ({"model_type": "llama"}, 2048),
-    "linear": ({"model_type": "llama", "max_position_embeddings": 64, "rope_scaling": LINEAR}, 256),
-    "of old": (
-        {
-            "model_type": "llama",
-            "max_position_embeddings": 64,
-            "rope_theta": 1e4,
-            "rope_scaling": {"type": "linear", "factor": 2.5},
-        },
-        160,
-    ),
-    "of transformers 5": (
-        {
-            "model_type": "qwen3",
-            "max_position_embeddings": 64,
-            "rope_parameters": LINEAR | {"rope_theta": 1e4},
-        },
-        256,
-    ),
-    "dynamic": (
-        {
-            "model_type": "llama",
-            "max_position_embeddings": 64,
-            "rope_scaling": {"type": "dynamic", "factor": 2.0},
-        },
-        128,
-    ),
-    "yarn": (
-        {
-            "model_type": "qwen2",
-            "max_position_embeddings": 64,
-            "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
-        },
-        64,
-    ),
-    "llama3": (
-        {
-            "model_type": "llama",
-            "max_position_embeddings": 64,
-            "rope_scaling": {
-                "rope_type": "llama3",
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 32,
-            },
-        },
-        64,
-    ),
+    "linear": (of("llama", rope=LINEAR), 256),
+    "of old": (of("llama", rope_theta=1e4, rope={"type": "linear", "factor": 2.5}), 160),
+    "of transformers 5": (of("qwen3", rope_parameters=LINEAR | {"rope_theta": 1e4}), 256),
+    "dynamic": (of("llama", rope={"type": "dynamic", "factor": 2.0}), 128),
+    "yarn": (of("qwen2", rope=yarn("yarn", 4.0, 16)), 64),
+    "llama3": (of("llama", rope=yarn("llama3", 8.0, 32, low_freq_factor=1.0, high_freq_factor=4.0)), 64),
     "longrope": (
-        {
-            "model_type": "phi3",
-            "max_position_embeddings": 128,
-            "original_max_position_embeddings": 64,
-            "hidden_size": 64,
-            "num_attention_heads": 2,
-            "pad_token_id": 0,
-            "rope_scaling": {
-                "type": "longrope",
-                "short_factor": [1.0] * 16,
-                "long_factor": [2.0] * 16,
-                "original_max_position_embeddings": 64,
-            },
-        },
+        of("phi3", 128, yarn("longrope", 1.0, 64, short_factor=[1.0] * 16, long_factor=[2.0] * 16), **PHI),
         128,
     ),
-    "mrope": (
-        {
-            "model_type": "qwen2",
-            "max_position_embeddings": 64,
-            "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]},
-        },
-        64,
-    ),
-    "factor null": (
-        {
-            "model_type": "llama",
-            "max_position_embeddings": 64,
-            "rope_scaling": {"rope_type": "default", "factor": None},
-        },
-        64,
-    ),
-    "window": ({"model_type": "mistral", "max_position_embeddings": 64, "sliding_window": 16}, 64),
-    "gemma 3": ({"model_type": "gemma3_text", "max_position_embeddings": 64, "rope_scaling": LINEAR}, 64),
-    "gemma 3 with pictures": (
-        {
-            "model_type": "gemma3",
-            "text_config": {
-                "model_type": "gemma3_text",
-                "max_position_embeddings": 64,
-                "rope_scaling": LINEAR,
-            },
-        },
-        64,
-    ),
+    "factor null": (of("llama", rope={"rope_type": "default", "factor": None}), 64),
+    "window": (of("mistral", sliding_window=16), 64),
+    "gemma 3": (of("gemma3_text", rope=LINEAR), 64),
     "a kind for each layer": (
-        {
-            "model_type": "olmo3",
-            "max_position_embeddings": 64,
-            "num_hidden_layers": 4,
-            "rope_parameters": {
+        of(
+            "olmo3",
+            num_hidden_layers=4,
+            rope_parameters={
                 "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
                 "full_attention": LINEAR | {"rope_theta": 1e4},
             },
-        },
+        ),
         256,
     ),
-    "text inside": (
-        {
-            "model_type": "qwen2_vl",
-            "text_config": {"model_type": "qwen2_vl_text", "max_position_embeddings": 64},
-        },
-        64,
-    ),
+    "text inside": ({"model_type": "qwen2_vl", "text_config": of("qwen2_vl_text")}, 64),
     "gpt2": ({"model_type": "gpt2", "n_positions": 64}, 64),
-    "opt": ({"model_type": "opt", "max_position_embeddings": 64}, 64),
-    "bloom": ({"model_type": "bloom", "seq_length": 64}, 64),
     "mpt": ({"model_type": "mpt", "max_seq_len": 64}, 64),
-    "cohere": ({"model_type": "cohere", "max_position_embeddings": 64, "model_max_length": 96}, 96),
+    "cohere": (of("cohere", model_max_length=96), 96),
     "recurrent": ({"model_type": "mamba"}, None),
 }
 
@@ -174,20 +97,16 @@ def test_positions_are_those_of_the_engine(name, tmp_path):
 
     config, expected = CONFIGS[name]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    found = models.positions(AutoConfig.from_pretrained(tmp_path))
-    assert found == expected
+    assert models.positions(AutoConfig.from_pretrained(tmp_path)) == expected
     if name != "said nowhere":  # config.json lacks what only the class knows
         assert models.positions(config) == expected
-    assert engine_takes(tmp_path, expected or 10**9) and (
-        expected is None or not engine_takes(tmp_path, expected + 1)
-    )
+    assert engine_takes(tmp_path, expected or 10**9)
+    assert expected is None or not engine_takes(tmp_path, expected + 1)
 
 
 def test_t5_counts_distances_and_not_positions():
-    assert (
-        models.positions({"model_type": "t5", "n_positions": 512, "relative_attention_num_buckets": 32})
-        is None
-    )
+    config = {"model_type": "t5", "n_positions": 512, "relative_attention_num_buckets": 32}
+    assert models.positions(config) is None
 
 
 def test_a_reward_models_limit_is_stretched_too(tmp_path):
@@ -219,10 +138,8 @@ def test_a_tekken_file_beside_the_tokenizer_changes_nothing(tmp_path):
     shutil.copy(tekken, folder / "tekken.json")
     tokenizer = models.load_tokenizer(str(folder))
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
-    assert (
-        chat.encode(tokenizer, turns, False) == chat.encode(before, turns, False)
-        and tokenizer.get_vocab() == before.get_vocab()
-    )
+    assert chat.encode(tokenizer, turns, False) == chat.encode(before, turns, False)
+    assert tokenizer.get_vocab() == before.get_vocab()
     (folder / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="policy has no tokenizer but tekken.json.*put the tokenizer.json"):
         models.load_tokenizer(str(folder))
@@ -243,16 +160,10 @@ def test_several_chat_templates(tmp_path):
         return models.load_tokenizer(str(path))
 
     turns = [{"role": "user", "content": "hi"}]
-    assert chat.render(load({"tool_use": "no", "default": template}), turns, True).startswith(
-        "<|im_start|>user\nhi"
-    )
-    with pytest.raises(
-        UserError,
-        match=(
-            "policy has the chat templates tool_use, rag and none is the default: give one with "
-            "--chat_template"
-        ),
-    ):
+    text = chat.render(load({"tool_use": "no", "default": template}), turns, True)
+    assert text.startswith("<|im_start|>user\nhi")
+    several = "policy has the chat templates tool_use, rag and none is the default: .*--chat_template"
+    with pytest.raises(UserError, match=several):
         chat.render(load({"tool_use": "no", "rag": "no"}), turns, True)
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="the tokenizer of .*policy has no chat template"):
@@ -299,10 +210,6 @@ def checkpoint(folder, *states):
     ("change", "told"),
     [
         (adapter, r"is an adapter \(LoRA\), no model: merge it into owner/base first"),
-        (
-            lambda f: (adapter(f), (f / "config.json").unlink()),
-            r"is an adapter \(LoRA\), no model: merge it into owner/base first",
-        ),
         (lambda f: (f / "adapter_config.json").write_text("{}"), "holds a whole model and an adapter"),
         (lambda f: (f / "config.json").unlink(), "without config.json"),
         (lambda f: checkpoint(f, "global_step20"), "without whole weights; .*zero_to_fp32.py"),
@@ -314,14 +221,8 @@ def checkpoint(folder, *states):
             lambda f: sharded(f, "model-2-of-2.safetensors"),
             "lacks 1 of the 2 files of its weights, model-1-of-2.safetensors for one",
         ),
-        (
-            lambda f: (f / "model.safetensors").write_text(NOTE),
-            "model.safetensors is a note of git-lfs .*git lfs pull",
-        ),
-        (
-            lambda f: (f / "tokenizer.json").write_text(NOTE),
-            "tokenizer.json is a note of git-lfs .*git lfs pull",
-        ),
+        (lambda f: (f / "model.safetensors").write_text(NOTE), "is a note of git-lfs .*git lfs pull"),
+        (lambda f: (f / "tokenizer.json").write_text(NOTE), "is a note of git-lfs .*git lfs pull"),
         (lambda f: (f / "model.safetensors").write_bytes(WEIGHTS[:-1]), "is damaged or was cut off: fetch"),
         (lambda f: (f / "model.safetensors").write_bytes(b""), "is damaged or was cut off: fetch"),
     ],
@@ -349,3 +250,32 @@ def test_the_adapter_that_training_leaves_names_its_merged_model(model):
     (own / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match=f"is an adapter .*: give {model}, into which it is merged"):
         models.check_model(str(own))
+
+
+def test_weights_of_another_shape_are_called_that(tmp_path):
+    """transformers' own error points at a report "above", which the scripts do not show."""
+    from transformers import AutoModelForCausalLM
+
+    folder = micro.make_policy(tmp_path / "policy")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 2 * config["hidden_size"]}))
+    with pytest.raises(UserError, match=": its weights have other shapes than its config.json says$"):
+        models.load_weights(AutoModelForCausalLM, str(folder))
+
+
+def test_an_encoder_decoder_is_no_policy(model):
+    config = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"is an encoder-decoder \(t5\)"):
+        models.check_policy(str(model))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "more", "expected"),
+    [("llama", {}, None), ("gemma2", {"attn_logit_softcapping": 50.0}, "eager")],
+)
+def test_no_soft_cap_is_left_out_by_the_attention(architecture, more, expected):
+    from transformers import AutoModelForCausalLM
+
+    config = micro.make_config(micro.make_tokenizer(), architecture, **more)
+    assert models.choose_attention(config, AutoModelForCausalLM, False) == expected

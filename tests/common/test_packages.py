@@ -8,41 +8,23 @@ from common.cli import UserError
 # What a library says where a package is missing: the text as it comes, and what to install.
 MISSING = [
     (ModuleNotFoundError("No module named 'flash_attn'", name="flash_attn.ops"), "pip install flash-attn"),
-    (ModuleNotFoundError("No module named 'google'", name="google.protobuf"), "pip install protobuf"),
-    (
-        ModuleNotFoundError("No module named 'surely_not_there'", name="surely_not_there.part"),
-        "pip install what brings surely_not_there.part",
-    ),
+    (ModuleNotFoundError("No module named 'none'", name="none.part"), "pip install what brings none.part"),
     (ModuleNotFoundError("No module named 'common.nothing'", name="common.nothing"), ""),  # a bug of ours
     (ImportError("cannot import name 'Cache' from 'json'"), ""),
     (
         ImportError(
             "This modeling file requires the following packages that were not found in your environment: "
-            "einops, sure_not. "
-            "Run `pip install einops sure_not`"
+            "einops, sure_not. Run `pip install einops sure_not`"
         ),
         "pip install einops",
     ),
     (
-        ImportError(
-            "\nLlamaTokenizer requires the SentencePiece library but it was not found in your environment. "
-            "Check out the instructions"
-        ),
+        ImportError("\nLlamaTokenizer requires the SentencePiece library but it was not found in your …"),
         "pip install sentencepiece",
     ),
     (
-        ImportError(
-            "FlashAttention2 has been toggled on, but it cannot be used due to the following error: "
-            "the package for FlashAttention2 doesn't seem to be installed."
-        ),
+        ImportError("FlashAttention2 has been toggled on, but … doesn't seem to be installed."),
         "pip install flash-attn",
-    ),
-    (
-        ImportError(
-            "You need to install `bitsandbytes` in order to use bitsandbytes optimizers: `pip install -U "
-            "bitsandbytes`"
-        ),
-        "pip install bitsandbytes",
     ),
     (
         ValueError(
@@ -51,7 +33,6 @@ MISSING = [
         "pip install sentencepiece tiktoken",
     ),
     (ValueError("the CUDA kernels require more memory"), ""),
-    (RuntimeError("mistral-common is not installed"), "pip install mistral-common"),
 ]
 
 
@@ -74,29 +55,22 @@ def test_a_missing_package_is_one_line(error, remedy, bare, capsys):
         except Exception:
             raise UserError("cannot load this/model") from None
 
-    with pytest.raises(SystemExit) as ended:
-        cli.run(wrapped)
-    said = capsys.readouterr().err
-    assert (
-        ended.value.code == 2
-        and said.count("\n") == 1
-        and said.startswith("error: cannot load this/model")
-        and said.endswith(remedy + "\n")
-    )
-
-    def bare_error():
+    def as_it_is():
         raise error
 
-    if isinstance(error, ImportError) and remedy:
+    def told(main):
         with pytest.raises(SystemExit) as ended:
-            cli.run(bare_error)
+            cli.run(main)
         said = capsys.readouterr().err
-        assert (
-            ended.value.code == 2 and said.count("\n") == 1 and said.startswith("error: ") and remedy in said
-        )
+        assert ended.value.code == 2 and said.count("\n") == 1 and said.endswith(remedy + "\n")
+        return said
+
+    assert told(wrapped).startswith("error: cannot load this/model")
+    if isinstance(error, ImportError) and remedy:
+        assert told(as_it_is).startswith("error: ")
     else:
         with pytest.raises(type(error)):
-            cli.run(bare_error)
+            cli.run(as_it_is)
 
 
 def test_packages_that_are_there_are_not_asked_for():

@@ -24,10 +24,8 @@ def test_one_that_is_not_installed_and_one_that_there_is_not(tmp_path, monkeypat
     trackers.check(["none", "wandb", "tensorboard"])
     with pytest.raises(UserError, match="--report_to mlfow: one of none, wandb, .*did you mean 'mlflow'"):
         trackers.check(["mlfow"])
-    with pytest.raises(
-        UserError,
-        match="report_to azure_ml: it is not installed .*pip install azureml-core, or report_to none",
-    ):
+    told = "report_to azure_ml: it is not installed .*pip install azureml-core, or report_to none"
+    with pytest.raises(UserError, match=told):
         trackers.check(["azure_ml"], "report_to")
     with pytest.raises(UserError, match="pip install dagshub mlflow"):
         trackers.check(["dagshub"])
@@ -47,16 +45,11 @@ def test_the_project_is_the_given_one_or_the_environments_or_ours(monkeypatch):
         monkeypatch.delenv(variable)
     monkeypatch.setenv("WANDB_PROJECT", "theirs")
     assert trackers.name_project(["wandb", "mlflow", "neptune"]) == trackers.PROJECT
-    assert (
-        os.environ["WANDB_PROJECT"] == "theirs" and os.environ["MLFLOW_EXPERIMENT_NAME"] == trackers.PROJECT
-    )
+    assert os.environ["WANDB_PROJECT"] == "theirs"
+    assert os.environ["MLFLOW_EXPERIMENT_NAME"] == trackers.PROJECT
     assert "NEPTUNE_PROJECT" not in os.environ and "COMET_PROJECT_NAME" not in os.environ
-    assert (
-        trackers.name_project(["wandb", "neptune"], "mine/all")
-        == os.environ["WANDB_PROJECT"]
-        == os.environ["NEPTUNE_PROJECT"]
-        == "mine/all"
-    )
+    assert trackers.name_project(["wandb", "neptune"], "mine/all") == "mine/all"
+    assert os.environ["WANDB_PROJECT"] == os.environ["NEPTUNE_PROJECT"] == "mine/all"
 
 
 def test_figures_arrive_by_the_callback_of_transformers(tmp_path, monkeypatch):

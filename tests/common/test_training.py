@@ -6,7 +6,8 @@ import logging
 import pytest
 
 from common.cli import UserError
-from common.training import Training, checkpoints, quiet_libraries, remove_checkpoints
+from common.models import quiet_libraries
+from common.training import Training, checkpoints, remove_checkpoints
 
 SETTINGS = {"beta": 0.1}
 
@@ -51,11 +52,8 @@ def test_from_nothing_to_a_finished_model(made):
     assert told["complete"] and told["num_gpus"] == 2 and told["counts"] == {"pairs": 3}
     assert told["settings"] == SETTINGS and told["output"]["sha256"]
     assert made().is_complete() and not training.checkpoints()
-    assert sorted(path.name for path in training.folder.parent.iterdir()) == [
-        "data.jsonl",
-        "model",
-        "model.manifest.json",
-    ]
+    there = sorted(path.name for path in training.folder.parent.iterdir())
+    assert there == ["data.jsonl", "model", "model.manifest.json"]
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -123,10 +121,11 @@ def test_whole_checkpoints_in_their_order(made):
 
 def test_what_means_nothing_to_a_user_is_not_said():
     quiet_libraries()
-    logger = logging.getLogger("transformers.trainer_utils")
-    said = ["mtime may not be reliable on this filesystem", "the disk is on fire"]
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    said = ["Failed to load CPU gemm_4bit_forward from kernels-community", "the disk is on fire"]
     records = [logger.makeRecord(logger.name, logging.WARNING, "", 0, text, (), None) for text in said]
     assert [record.msg for record in records if logger.filter(record)] == ["the disk is on fire"]
+    assert not logging.getLogger("transformers.trainer_utils").isEnabledFor(logging.WARNING)
 
 
 def test_two_processes_do_not_train_into_one_folder(made, monkeypatch):

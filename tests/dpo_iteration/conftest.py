@@ -1,5 +1,7 @@
 """What the tests of training share."""
 
+import functools
+
 import micro
 import pytest
 import training
@@ -12,3 +14,9 @@ def work(tmp_path_factory):
     micro.make_policy(folder / "policy")
     training.write_rewarded(folder / "rewarded.jsonl")
     return folder
+
+
+@pytest.fixture
+def train(work):
+    """Train in this process: `train(NAME, WORDS…)` from `work`/policy into `work`/NAME, which is returned."""
+    return functools.partial(training.train, work)

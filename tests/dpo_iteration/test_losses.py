@@ -1,6 +1,5 @@
 """losses.py against formulas in float64 and against TRL's own `_compute_loss`, gradients too."""
 
-import math
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -123,41 +122,13 @@ def test_sigmoid_with_label_smoothing_is_conservative_dpo(smoothing):
     assert abs(robust - got.mean()) < 1e-12
 
 
-KNOWN = {  # at Δ = 0 with both log-ratios 0
-    "sigmoid": math.log(2),
-    "robust": math.log(2),
-    "sigmoid_norm": math.log(2),
-    "hinge": 1.0,
-    "bco_pair": 2 * math.log(2),
-    "nca_pair": 2 * math.log(2),
-    "apo_zero": 1.0,
-    "apo_down": 1.0,
-    "sppo_hard": 2 * 5.0**2,
-    "ipo": 5.0**2,
-    "discopop": 0.5 * math.log(2) + 0.5,
-    "exo_pair": math.log(0.5) - 0.5 * (math.log(0.9) + math.log(0.1)),
-}
-
-
-@pytest.mark.parametrize("name", PAIRWISE)
-def test_known_answers_where_policy_is_reference(name):
-    logps, _ = per_token(5)
-    smoothing = 0.1 if name in ("robust", "exo_pair") else 0.0
-    got = pair_losses(pairs_of(logps, logps), [name], [1.0], Settings(0.1, smoothing))
-    assert torch.allclose(got, torch.full_like(got, KNOWN[name]), atol=1e-7)
-
-
 @pytest.mark.parametrize("name", [name for name in PAIRWISE if LOSSES[name].offset])
 def test_the_offset_is_a_shift_of_the_difference(name):
     """β(Δ - c/β) = βΔ - c: a margin moves the loss as moving the reference's chosen log-probability does."""
     (policy, _), (reference, _) = per_token(6), per_token(7)
     smoothing = 0.1 if name in ("robust", "exo_pair") else 0.0
-    offset = pair_losses(
-        pairs_of(policy, reference, margin=2.0), [name], [1.0], Settings(0.5, smoothing, margin_scale=0.3)
-    )
+    scaled = Settings(0.5, smoothing, margin_scale=0.3)
+    offset = pair_losses(pairs_of(policy, reference, margin=2.0), [name], [1.0], scaled)
     moved = pairs_of(policy, reference)
     moved.ref_chosen = moved.ref_chosen + 0.3 * 2.0 / 0.5
     assert torch.allclose(offset, pair_losses(moved, [name], [1.0], Settings(0.5, smoothing)), atol=1e-12)
-    assert not torch.allclose(
-        offset, pair_losses(pairs_of(policy, reference), [name], [1.0], Settings(0.5, smoothing))
-    )

@@ -2,6 +2,7 @@
 log-probabilities, gradients.
 """
 
+import dataclasses
 import random
 from collections import Counter
 from contextlib import nullcontext
@@ -27,18 +28,7 @@ def collected(steps, epoch=0):
     """[step][pass of each process]: what every process is given."""
     made = []
     for process in range(steps.processes):
-        one = Steps(
-            steps.costs,
-            steps.pairs_per_step,
-            steps.budget,
-            steps.at_once,
-            steps.processes,
-            process,
-            steps.weights,
-            steps.seed,
-            steps.epochs,
-            epoch,
-        )
+        one = dataclasses.replace(steps, process=process, epoch=epoch)
         made.append(list(one))
         assert len(made[-1]) == len(one) == len(steps)
     a = steps.accumulation
@@ -47,15 +37,14 @@ def collected(steps, epoch=0):
     ]
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3, 8])
-@pytest.mark.parametrize("budget", [None, 60, 200, 5000])
+@pytest.mark.parametrize("processes", [1, 3, 8])
+@pytest.mark.parametrize("budget", [None, 60, 5000])
 def test_each_step_has_the_pairs_of_the_unpacked_computation(processes, budget):
     costs = [random.Random(i).randint(5, 90) for i in range(103)]
     steps = Steps(costs, 24, budget, 2, processes, seed=7, epochs=2)
     for epoch in (0, 1):
-        order = torch.randperm(
-            103, generator=torch.Generator().manual_seed(7 + epoch)
-        ).tolist()  # TRL's, see test_dpo.py
+        # TRL's order, see test_dpo.py.
+        order = torch.randperm(103, generator=torch.Generator().manual_seed(7 + epoch)).tolist()
         made = collected(steps, epoch)
         assert len(made) == 5
         for n, rows in enumerate(made):
@@ -87,10 +76,7 @@ def test_one_very_long_pair_is_a_row_of_its_own():
 
 def test_fewer_pairs_than_processes_leave_rows_without_a_pair():
     [rows] = collected(Steps([9, 5, 7], 8, 100, processes=8))
-    assert (
-        sum(bool(row[0][1]) for row in rows) == 3
-        and [row for row in rows if not row[0][1]] == [[(1, 0.0)]] * 5
-    )
+    assert [row for row in rows if not row[0][1]] == [[(1, 0.0)]] * 5 and len(rows) == 8
 
 
 def test_weights_scale_the_loss():
@@ -116,10 +102,8 @@ def make_model(architecture="llama", dtype=torch.float32, **more):
     torch.manual_seed(3)
     config = micro.make_config(micro.make_tokenizer(), architecture, **(ARCHITECTURES[architecture] | more))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
-    for (
-        name,
-        weight,
-    ) in model.named_parameters():  # attention far from even, or a wrong mask would hardly show
+    for name, weight in model.named_parameters():
+        # Attention far from even, or a wrong mask would hardly show.
         if weight.ndim == 2:
             torch.nn.init.normal_(weight, std=0.2 if "proj" in name else 0.6)
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
@@ -139,24 +123,18 @@ def test_log_probabilities_and_gradients_are_those_of_one_sequence_at_a_time(arc
     settings, weights = Settings(0.1, 0.1), torch.rand(7)
 
     def loss(chosen, rejected):
-        zeros, tokens = (
-            torch.zeros(7),
-            (torch.tensor([len(row[f"{side}_ids"]) for row in rows]) for side in ("chosen", "rejected")),
-        )
-        return (
-            pair_losses(Pairs(chosen, rejected, zeros, zeros, *tokens, zeros), ["sigmoid"], [1.0], settings)
-            * weights
-        ).sum()
+        pairs = Pairs(chosen, rejected, *torch.zeros(5, 7))
+        return (pair_losses(pairs, ["sigmoid"], [1.0], settings) * weights).sum()
 
-    want = [alone(model, row) for row in rows]
-    loss(torch.stack([w[0] for w in want]).float(), torch.stack([w[1] for w in want]).float()).backward()
+    chosen, rejected = map(torch.stack, zip(*(alone(model, row) for row in rows)))
+    loss(chosen.float(), rejected.float()).backward()
     expected = {name: weight.grad.clone() for name, weight in model.named_parameters()}
     model.zero_grad()
     batch = collate_packed([row | {"scale": 1.0} for row in rows])
     assert batch["input_ids"].shape[1] == sum(map(columns_of, rows)) < batch["tokens"]
     scored = score(shared(model), batch)
-    assert torch.allclose(scored.chosen.double(), torch.stack([w[0] for w in want]), atol=2e-4)
-    assert torch.allclose(scored.rejected.double(), torch.stack([w[1] for w in want]), atol=2e-4)
+    assert torch.allclose(scored.chosen.double(), chosen, atol=2e-4)
+    assert torch.allclose(scored.rejected.double(), rejected, atol=2e-4)
     assert scored.chosen_tokens.tolist() == [len(row["chosen_ids"]) for row in rows]
     assert scored.rejected_tokens.tolist() == [len(row["rejected_ids"]) for row in rows]
     loss(scored.chosen, scored.rejected).backward()
@@ -164,7 +142,7 @@ def test_log_probabilities_and_gradients_are_those_of_one_sequence_at_a_time(arc
         assert (weight.grad - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-7, name
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2", "mistral"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "mistral"])
 @pytest.mark.parametrize("capability", [7, 8])
 def test_a_gpus_branches_under_autocast(architecture, capability, monkeypatch):
     """fp32 weights and bf16 autocast, as configs/ddp.yaml has it: rotary positions leave query and key in

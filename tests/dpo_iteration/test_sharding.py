@@ -8,6 +8,7 @@ torch's Adam instead of DeepSpeed's, which has to be compiled for minutes.
 import json
 import math
 import os
+import shutil
 import socket
 import stat
 import subprocess
@@ -18,8 +19,7 @@ import micro
 import pytest
 import torch
 import training
-from safetensors.torch import load_file
-from training import ROOT, read_json, start
+from training import ROOT, furthest, launch, logged, read_json, start, weights
 from transformers import AutoModelForCausalLM
 
 from dpo_iteration import memory
@@ -27,49 +27,37 @@ from dpo_iteration import memory
 EXACT = (
     "--bf16 false --learning_rate 1e-3 --max_steps 3 --gradient_checkpointing true --save_steps 3 "
     "--keep_checkpoints"
-).split()
+)
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sharding")
-    micro.make_policy(
-        folder / "policy", tie_word_embeddings=True
-    )  # what is gathered holds the head as if it were a weight of its own
-    training.write_rewarded(folder / "rewarded.jsonl")
-    return folder
+def work(work):
+    """With a tied head, which what is gathered holds as if it were a weight of its own."""
+    shutil.rmtree(work / "policy")
+    micro.make_policy(work / "policy", tie_word_embeddings=True)
+    return work
 
 
-def train(work, name, *more, config=None, processes=2):
-    launcher = (
-        ["--config_file", ROOT / "configs" / f"{config}.yaml", "--num_processes", processes] if config else []
-    )
-    done = start(*training.argv(work, name, *more), launcher=launcher)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done, [
-        entry for entry in read_json(work / f"{name}.trainer_state.json")["log_history"] if "loss" in entry
-    ]
+def launched(work, name, config, *more):
+    """(what two processes said, their log)."""
+    done = start(*training.argv(work, name, *more), launcher=launch(config))
+    return done.stdout, logged(work / name)
 
 
-def weights(folder, dtype):
+def whole(folder, dtype):
     """The saved weights, once transformers has loaded them without a complaint."""
     _, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(loading.values()), loading
-    found = load_file(folder / "model.safetensors")
+    found = weights(folder)
     assert {weight.dtype for weight in found.values()} == {dtype} and "lm_head.weight" not in found
     return found
-
-
-def furthest(found, expected):
-    assert set(found) == set(expected)
-    return max((found[name].float() - expected[name].float()).abs().max().item() for name in expected)
 
 
 @pytest.fixture(scope="module")
 def alone(work):
     """One process with twice the accumulation: the same pairs a step."""
-    _, logged = train(work, "alone", *EXACT, "--gradient_accumulation_steps", "4")
-    return weights(work / "alone", torch.float32), logged
+    made = training.train(work, "alone", EXACT, "--gradient_accumulation_steps 4")
+    return whole(made, torch.float32), logged(made)
 
 
 def proof(config, checkpoint):
@@ -90,47 +78,41 @@ LONG = pytest.mark.long  # test_run_dpo.py has ZeRO-2 and ZeRO-3 in the ordinary
 )
 def test_two_processes_train_what_one_trains(work, alone, config):
     expected, expected_log = alone
-    done, logged = train(work, config, *EXACT, config=config)
+    _, log = launched(work, config, config, EXACT)
     assert proof(config, work / config / "checkpoint-3").exists()
-    assert logged[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert [entry["loss"] for entry in logged] == pytest.approx(
-        [entry["loss"] for entry in expected_log], abs=1e-5
-    )
-    found = weights(work / config, torch.float32)
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    losses = [entry["loss"] for entry in expected_log]
+    assert [entry["loss"] for entry in log] == pytest.approx(losses, abs=1e-5)
+    found = whole(work / config, torch.float32)
     assert furthest(found, expected) < 1e-5
-    assert (
-        furthest(found, load_file(work / "policy" / "model.safetensors")) > 1e-3
-    )  # they have moved far more than that
+    assert furthest(found, weights(work / "policy")) > 1e-3  # they have moved far more than that
 
 
 def test_fsdp2_in_bf16_has_fp32_weights_and_unrounded_log_probabilities(work):
     """Log-probabilities rounded to bf16 would give another loss than ln 2 and margins of exactly 0."""
-    more = "--learning_rate 5e-7 --max_steps 3 --save_steps 3 --keep_checkpoints --eval_fraction 0.25".split()
-    _, logged = train(work, "bf16", *more, config="fsdp2")
-    assert logged[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert logged[-1]["rewards/margins"] != 0
-    weights(work / "bf16", torch.bfloat16)
-    source = load_file(work / "policy" / "model.safetensors")
+    more = "--learning_rate 5e-7 --max_steps 3 --save_steps 3 --keep_checkpoints --eval_fraction 0.25"
+    _, log = launched(work, "bf16", "fsdp2", more)
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert log[-1]["rewards/margins"] != 0
+    whole(work / "bf16", torch.bfloat16)
     master = torch.load(work / "bf16" / "checkpoint-3" / "pytorch_model_fsdp.bin")
     assert {weight.dtype for weight in master.values()} == {torch.float32}
-    assert master.pop("lm_head.weight").equal(
-        master["model.embed_tokens.weight"]
-    )  # still one weight, in two copies
-    assert (
-        1e-8 < furthest(master, source) < 1e-5
-    )  # three steps of at most 5e-7 each, which bf16 weights could not hold
+    # Still one weight, in two copies.
+    assert master.pop("lm_head.weight").equal(master["model.embed_tokens.weight"])
+    # Three steps of at most 5e-7 each, which bf16 weights could not hold.
+    assert 1e-8 < furthest(master, weights(work / "policy")) < 1e-5
 
 
 @LONG
 def test_fsdp2_continues_from_a_checkpoint(work, alone):
-    train(work, "stopped", *EXACT, "--save_steps", "2", config="fsdp2")
+    launched(work, "stopped", "fsdp2", EXACT, "--save_steps 2")
     (work / "stopped" / "config.json").unlink()  # as if it had been killed behind step 2
     (work / "stopped" / "checkpoint-3" / "trainer_state.json").unlink()
     manifest = read_json(work / "stopped.manifest.json") | {"complete": False}
     (work / "stopped.manifest.json").write_text(json.dumps(manifest))
-    done, _ = train(work, "stopped", *EXACT, "--save_steps", "2", config="fsdp2")
-    assert "continuing from" in done.stdout and "step 3/3" in done.stdout and "step 2/3" not in done.stdout
-    assert furthest(weights(work / "stopped", torch.float32), alone[0]) < 1e-5
+    said, _ = launched(work, "stopped", "fsdp2", EXACT, "--save_steps 2")
+    assert "continuing from" in said and "step 3/3" in said and "step 2/3" not in said
+    assert furthest(whole(work / "stopped", torch.float32), alone[0]) < 1e-5
 
 
 STAND_INS = {  # for a cluster whose two machines are this one: they start what they are given as Slurm does
@@ -169,18 +151,15 @@ def test_two_machines_train_what_one_process_trains(work, alone, tmp_path, confi
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
-    hidden = ("CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-    env = {key: value for key, value in os.environ.items() if key not in hidden} | slurm
-    out = work / f"machines_{config}"
-    script = [ROOT / "configs" / "train_multinode.slurm", *training.argv(work, out.name, *EXACT)]
-    done = subprocess.run(
-        ["bash", *map(str, script)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
-    )
+    out, script = work / f"machines_{config}", str(ROOT / "configs" / "train_multinode.slurm")
+    command = ["bash", script, *training.argv(work, out.name, EXACT)]
+    given = {"cwd": tmp_path, "env": os.environ | slurm, "timeout": 300}
+    done = subprocess.run(command, capture_output=True, text=True, **given)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert read_json(work / f"machines_{config}.manifest.json")["num_processes"] == 2
+    assert read_json(f"{out}.manifest.json")["num_processes"] == 2
     assert proof(config, out / "checkpoint-3").exists()
     size = sum(file.stat().st_size for file in (out / "checkpoint-3").rglob("*") if file.is_file())
-    count = sum(weight.numel() for weight in load_file(out / "model.safetensors").values())
+    count = sum(weight.numel() for weight in weights(out).values())
     said = memory.checkpoint_bytes(SimpleNamespace(save_steps=3, save_total_limit=0, bf16=False), count)
     assert 0.7 * said < size < 1.1 * said, (size, said)  # FSDP2 has one set of weights less
-    assert furthest(weights(out, torch.float32), alone[0]) < 1e-5
+    assert furthest(whole(out, torch.float32), alone[0]) < 1e-5
