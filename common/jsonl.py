@@ -164,7 +164,10 @@ def _parsed(line, path, number):
             raise UserError(
                 f"{path} line {number} is torn (the file ends inside a record); write the file again"
             ) from None
-        return BadRecord(f"{path} line {number} is not valid JSON: {error.msg} at column {error.colno}", line)
+        return BadRecord(
+            f"{path} line {number} is not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}",
+            line,
+        )
 
 
 def _checked(record, path, number, unit):

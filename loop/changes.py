@@ -1,5 +1,7 @@
 """Whether what a run has made so far was made from today's settings and inputs."""
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,41 +39,44 @@ def outputs(folder: RunFolder, pattern: str) -> list[Path]:
     return found
 
 
-def refuse(plan: "Plan", now: dict):
+def refuse(plan: "Plan", now: dict) -> list[str]:
     """Refuse settings that differ from those that what is there was made with, and inputs that have changed
     since.
 
     Args:
         plan: the Plan. now: its resolved settings.
 
+    Returns:
+        In what the settings differ from the run's before otherwise, a line each.
+
     Raises:
         UserError: names the output, and the setting or the input.
     """
     for pattern, keys in DEPENDS.items():
         for output in outputs(plan.folder, pattern):
-            for key in keys:
-                differs = difference(plan, plan.before, now, key, output) if plan.before else None
-                if differs:
+            for key in keys if plan.before else ():
+                for differs in differences(plan, now, key, partial(same_files, output)):
                     raise UserError(f"{output} was made with other settings: {differs}. {ANEW}")
             refuse_inputs(output)
     refuse_prompts(plan)
+    keys = dict.fromkeys(key for keys in DEPENDS.values() for key in keys) if plan.before else {}
+    found = [line for key in keys for line in differences(plan, now, key, lambda old, new: False)]
+    return [f"{line}; this holds for what is made from here on" for line in found]
 
 
-def difference(plan: "Plan", before: dict, now: dict, key: str, output: Path) -> str | None:
-    """In what a setting, or a key of a section, that shapes an output differs, in words."""
-    old, new = before.get(key), now.get(key)
-    if not isinstance(old, dict) or not isinstance(new, dict):
-        return None if old == new or same_files(old, new, output) else f"{key} was {old!r} and is now {new!r}"
-    shaping = plan.shaping(key) | {"chat_template", "reward_function"}  # files: by their content
-    for name in [*old, *(name for name in new if name not in old)]:
-        if name not in shaping or old.get(name) == new.get(name):
-            continue
-        if not same_files(old.get(name), new.get(name), output):
-            return f"{name} was {old.get(name)!r} and is now {new.get(name)!r}"
-    return None
+def differences(plan: "Plan", now: dict, key: str, same: Callable[[object, object], bool]) -> Iterator[str]:
+    """In what a setting, or a section's keys that shape an output, differ from the run's before, in words."""
+    old, new = plan.before.get(key), now.get(key)
+    pairs = {key: (old, new)}
+    if isinstance(old, dict) and isinstance(new, dict):
+        shaping = plan.shaping(key) | {"chat_template", "reward_function"}  # files: by their content
+        pairs = {f"{key}.{name}": (old.get(name), new.get(name)) for name in old | new if name in shaping}
+    for name, (old, new) in pairs.items():
+        if old != new and not same(old, new):
+            yield f"{name} was {old!r} and is now {new!r}"
 
 
-def same_files(old: object, new: object, output: Path) -> bool:
+def same_files(output: Path, old: object, new: object) -> bool:
     """Whether another path leads to what the output was made from."""
     olds, news = ([value] if isinstance(value, str) else value or [] for value in (old, new))
     if not isinstance(olds, list) or not isinstance(news, list) or len(olds) != len(news):

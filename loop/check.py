@@ -303,7 +303,7 @@ def check(plan: "Plan", left: bool):
     method = found.attempt(memory.method_of, settings.accelerate_config)
     args = check_training(plan, method, found)
     if not found.problems:
-        found.attempt(changes.refuse, plan, plan.resolved())
+        found.notes.extend(found.attempt(changes.refuse, plan, plan.resolved()) or [])
     sets = check_prompts(plan, found)
     if settings.iterations > len(settings.prompts):
         found.notes.append(

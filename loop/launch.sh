@@ -276,7 +276,7 @@ check_envs() { # NAME…: in --check, what a start would make and what this mach
 
 make_ready() { # ENVIRONMENT…: of what is left; --check ends here, and --dry_run makes none
   if [ "$mode" = check ]; then
-    check_envs "$@" || exit 2
+    [ -n "${plan[elsewhere]-}" ] || check_envs "$@" || exit 2
     exit 0
   fi
   [ "$#" -gt 0 ] || say "every stage of ${plan[run_dir]} is done, nothing is left to do" >&2

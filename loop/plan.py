@@ -196,6 +196,7 @@ class Plan:
         for name, section in (("generation", generation), ("heldout", heldout)):
             yield f"{name}.K", section.get("K", 8)
             yield f"{name}.temperature", section.get("temperature", 1.0)
+        yield "elsewhere", bool(settings.num_gpus or settings.gpu_memory_gib)  # a plan for other machines
         yield "divergence", settings.divergence and (heldout.get("temperature", 1.0) or 0) > 0
         lists = {
             "gpu_groups": gpu_groups(settings),

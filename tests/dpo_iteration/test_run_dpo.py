@@ -103,10 +103,9 @@ def test_what_is_written_and_said(work, single):
     assert not list(work.glob("single*.lock")) and not list(work.glob("single*.tmp"))
 
 
-def test_a_second_start_is_quick_and_another_setting_is_refused(work, single, train):
-    begun = time.monotonic()
+def test_a_second_start_has_nothing_to_do_and_another_setting_is_refused(work, single, train):
     done = start(*argv(work, "single", SINGLE))
-    assert "is complete, nothing to do" in done.stdout and time.monotonic() - begun < 5
+    assert "is complete, nothing to do" in done.stdout
     with pytest.raises(UserError, match="beta was 0.1 and is now 0.2; .*--overwrite"):
         train("single", SINGLE, "--beta 0.2")
     training.write_rewarded(work / "other.jsonl", seed=1)

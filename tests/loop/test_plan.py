@@ -133,12 +133,15 @@ def test_changes_are_refused_where_something_was_made_from_what_was(make, tmp_pa
         other = make(**({"prompts": [str(first)]} | more))
         other.before = plan.before
         try:
-            changes.refuse(other, other.resolved())
+            return "; ".join(changes.refuse(other, other.resolved()))
         except UserError as error:
             return str(error)
-        return ""
 
-    assert refused(seed=9, generation={"K": 2}) == ""  # nothing is there yet
+    assert refused() == ""
+    held = "this holds for what is made from here on"  # nothing is there yet
+    changed = ("seed was 0 and is now 9", "heldout.K was 8 and is now 2", "generation.K was 8 and is now 2")
+    told = refused(seed=9, generation=plan.settings.generation | {"K": 2})
+    assert told == "; ".join(f"{line}; {held}" for line in changed)
     made(plan, "iter1/generated.jsonl", {}, {"dataset_name_or_path": first})
     made(plan, "iter1/rewarded.jsonl", {}, {})
     assert "rewarded.jsonl was made with other settings: reward_name_or_path was ['tiny/" in refused(
@@ -146,21 +149,17 @@ def test_changes_are_refused_where_something_was_made_from_what_was(make, tmp_pa
     )
     assert "iter1/generated.jsonl was made with other settings: seed was 0 and is now 9" in refused(seed=9)
     assert "K was 8 and is now 2" in refused(generation=plan.settings.generation | {"K": 2})
-    assert (
-        refused(
-            training_args={"beta": 0.7},
-            generation=plan.settings.generation | {"kv_cache_gib": 3},
-            iterations=9,
-        )
-        == ""
-    )
+    more = {"training_args": {"beta": 0.7}, "generation": plan.settings.generation | {"kv_cache_gib": 3}}
+    assert refused(**more, iterations=9) == f"training_args.beta was 0.1 and is now 0.7; {held}"
     other = tmp_path / "q.jsonl"
     other.write_text('{"prompt": "b, and longer"}\n')
     assert f"prompts was '{first}' and is now '{other}'" in refused(prompts=[str(other)])
     other.write_bytes(first.read_bytes())
     assert refused(prompts=[str(other)]) == ""  # the same data under another name
     made(plan, "iter1/model", {}, {})
-    assert "iter1/model was made with other settings: beta was" in refused(training_args={"beta": 0.7})
+    assert "iter1/model was made with other settings: training_args.beta was" in refused(
+        training_args={"beta": 0.7}
+    )
     first.write_text('{"prompt": "edited in place"}\n')
     assert "dataset_name_or_path" in refused() and "has changed since" in refused()
 
