@@ -164,10 +164,8 @@ def _parsed(line, path, number):
             raise UserError(
                 f"{path} line {number} is torn (the file ends inside a record); write the file again"
             ) from None
-        return BadRecord(
-            f"{path} line {number} is not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}",
-            line,
-        )
+        why = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+        return BadRecord(f"{path} line {number} is not valid JSON: {why}", line)
 
 
 def _checked(record, path, number, unit):

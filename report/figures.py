@@ -5,6 +5,7 @@ What a run does not tell is None. Every key has its definition in report/definit
 """
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -198,6 +199,7 @@ def of_answers(answers: Answers) -> dict:
         "length_p90": float(np.quantile(known, 0.9)) if len(known) else None,
         "truncated": float((cut == 1).mean()) if len(cut) else None,
         "empty": sum(map(is_empty, texts)) / len(texts) if texts else None,
+        "commonest": Counter(texts).most_common(1)[0][1] / len(texts) if texts else None,
         "repetition": float(repeated.mean()),
         "looping": float((repeated >= 0.5).mean()),
         **{f"distinct_{n}": measures.distinct(texts, n) for n in (1, 2, 3)},

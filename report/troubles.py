@@ -23,6 +23,7 @@ class Bounds:
     )
     truncated: float = arg(0.1, "share of responses that hit the length limit")
     empty: float = arg(0.02, "share of responses without text")
+    commonest: float = arg(0.8, "share of the greedy answers that are one and the same text")
     looping: float = arg(0.1, "share of responses at least half of whose 4-grams stood in them before")
     tied: float = arg(0.2, "share of the pairs of different responses to a prompt that have equal rewards")
     all_equal: float = arg(0.2, "share of prompts whose rewards are all equal")
@@ -82,7 +83,8 @@ def find(of: Figures, bounds: Bounds | None = None) -> list[Trouble]:
     for row in of.iterates:
         place = f"iterate {row['iterate']}"
         found += answers(row["sampled"], f"{place}, held-out answers", bounds)
-        found += EMPTY.find(row["greedy"], f"{place}, greedy answers", bounds)
+        for check in (EMPTY, ONE_ANSWER):
+            found += check.find(row["greedy"], f"{place}, greedy answers", bounds)
         found += guessed(row, place)
         found += drift(row.get("kl"), row.get("kl_per_token"), place, bounds)
     found += variety(of.iterates, bounds)
@@ -328,6 +330,15 @@ EMPTY = Check(
     "learning rate",
     "empty",
     "{share} have no text",
+)
+ONE_ANSWER = Check(
+    "one_answer",
+    "Most prompts get one and the same answer",
+    "read the answers, since the prompts may be of a kind that the policy cannot answer, or the template not "
+    "its own; lower the learning rate",
+    "commonest",
+    "{share} of the answers are one text",
+    needs=("prompts", 10),
 )
 TRUNCATED = Check(
     "truncated",

@@ -261,6 +261,10 @@ def test_trouble_that_is_planted_in_the_files(tmp_path):
     told = {trouble.name: trouble for trouble in found(folder)}
     assert "10.0% have no text" in told["empty"].figure and "greedy" in told["empty"].where
     assert "40 of 60 responses" in told["kl_guessed"].figure
+    # prompts that the policy cannot answer
+    change(folder / "iter0" / GREEDY, lambda row: row | {"responses": ["Good question!"]}, rows=50)
+    [told] = [trouble for trouble in found(folder) if trouble.name == "one_answer"]
+    assert "83.3% of the answers are one text" in told.figure and told.where == "iterate 0, greedy answers"
 
 
 def test_a_slow_fall_of_gold_is_named_against_the_best_before(tmp_path):
