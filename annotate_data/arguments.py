@@ -1,6 +1,4 @@
-"""The arguments of get_rewards.py: what they are, what shapes a reward, what is refused before anything is
-read.
-"""
+"""The arguments of get_rewards.py: what shapes a reward, what is refused before anything is read."""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +9,7 @@ from annotate_data.ranking import RANKINGS
 from annotate_data.reward_models import KINDS, kind_of
 from common import chat, cli, functions, manifest
 from common.cli import UserError, arg
-from common.models import check_model, read_json
+from common.models import check_model, local_config
 
 DEFAULT_MODEL = "sfairXC/FsfairX-LLaMA3-RM-v0.1"
 
@@ -21,66 +19,45 @@ class Arguments:
     dataset_name_or_path: list[str] = arg(help="generated JSON Lines file, or several")
     output_dir: list[str] = arg(help="rewarded file to write (a file name), one for each input", shapes=False)
     K: int | None = arg(
-        None, help="responses a prompt; read from the data, a number given here must fit it", shapes=False
+        None, help="responses a prompt, if it is to be checked against the data", shapes=False
     )
     reward_name_or_path: list[str] | None = arg(
-        None, help=f"reward model, or several: folder or hub name; without a function {DEFAULT_MODEL}"
+        None, help=f"reward models, folder or hub name; without a function {DEFAULT_MODEL}"
     )
-    reward_type: list[str] = arg(
-        ["auto"], help=f"auto or {', '.join(KINDS)}; one for all models or one for each"
-    )
+    reward_type: list[str] = arg(["auto"], help=f"auto or {', '.join(KINDS)}; for all models or for each")
     reward_function: str | None = arg(None, help="FILE.py:NAME, f(messages, response[, record]) → number")
     reward_weights: list[float] | None = arg(
-        None, help="one for each model, then the function's; the sum is the reward"
+        None, help="of a weighted sum: for each model, then the function"
     )
     ranking: str = arg("round_robin", "how a pair-preference model compares K responses", tuple(RANKINGS))
     save_pair_probabilities: bool = arg(False, help="keep a pair-preference model's K×K probabilities")
     max_length: int = arg(4096, help="tokens of a sequence, at most the model's limit; the left is cut")
     batch_tokens: int | None = arg(
         None,
-        help=(
-            "tokens of a forward pass; None: 16384 on a GPU, 2048 without; halved by itself when memory "
-            "runs out"
-        ),
+        "tokens of a forward pass; None: 16384 on a GPU, 2048 without; halved when memory runs out",
         shapes=False,
     )
     share_prompts: bool = arg(
-        True, help="compute a prompt once for its K responses, where the architecture allows it", shapes=False
+        True, help="compute a prompt once for its responses, where that works", shapes=False
     )
-    chunk_records: int = arg(
-        1024, help="records that are read, sorted by length and shared out together", shapes=False
-    )
+    chunk_records: int = arg(1024, help="records that are sorted and shared out together", shapes=False)
     dtype: str = arg(
         "auto", "auto is bfloat16 on a GPU, float32 without", ("auto", "float32", "bfloat16", "float16")
     )
-    attn_implementation: str = arg(
-        "auto", help="auto is flash_attention_2 where installed (GPU), else sdpa", shapes=False
-    )
+    attn_implementation: str = arg("auto", help="auto: flash_attention_2 on a GPU that has it", shapes=False)
     revision: str | None = arg(None, help="branch, tag or commit of a hub model")
     chat_template: str | None = arg(None, help="jinja file in place of the reward model's own chat template")
     template_kwargs: dict = arg({}, help='variables for the template, {"name": value}')
     date: str | None = arg(
-        None,
-        "day for a template that writes today's, YYYY-MM-DD; None: that of the answers, else of the first "
-        "start",
+        None, "day for a template that writes today's, YYYY-MM-DD; None: that of the answers or first start"
     )
     trust_remote_code: bool = arg(False, help="run Python code that comes with the model", shapes=False)
     overwrite: bool = arg(False, help="discard what is there", shapes=False)
 
 
 # What is handed to each reward model.
-MODEL = (
-    "max_length",
-    "dtype",
-    "revision",
-    "template_kwargs",
-    "date",
-    "chat_template",
-    "trust_remote_code",
-    "attn_implementation",
-    "batch_tokens",
-    "share_prompts",
-)
+MODEL = ("max_length", "dtype", "revision", "template_kwargs", "date", "chat_template", "trust_remote_code")
+MODEL += ("attn_implementation", "batch_tokens", "share_prompts")
 
 
 def names(args: Arguments) -> list[str]:
@@ -95,9 +72,7 @@ def types(args: Arguments) -> list[str]:
 
 
 def dated(args: Arguments) -> Arguments:
-    """`args` with a date: the one that the first output was begun with, else that of its answers, else
-    today's.
-    """
+    """`args` with a date: that of the first output's first start, else of its answers, else today's."""
     made = manifest.generation_manifest(args.dataset_name_or_path[0])
     return manifest.with_date(args, args.output_dir[0], made and made["settings"].get("date"))
 
@@ -108,26 +83,20 @@ def shaping(args: Arguments, source: str | Path) -> tuple[dict, dict]:
     for n, name in enumerate(names(args), 1):
         inputs["reward_name_or_path" + (f" {n}" if n > 1 else "")] = name
     if args.reward_function:
-        inputs["reward_function"] = str(
-            functions.function_file(args.reward_function, "--reward_function", EXAMPLE)[0]
-        )
+        path, _ = functions.function_file(args.reward_function, "--reward_function", EXAMPLE)
+        inputs["reward_function"] = str(path)
     return cli.shaping_values(args, ("dataset_name_or_path", "reward_name_or_path", "chat_template")), inputs
 
 
 def check_ranking(args: Arguments, kinds: list[str]) -> None:
     """Refuse settings of pair-preference models where none is among the `kinds`."""
-    given = [
-        f"--{name}"
-        for name in ("ranking", "save_pair_probabilities")
-        if getattr(args, name) not in ("round_robin", False)
-    ]
-    if given and "pair_preference" not in kinds:
-        raise UserError(f"{given[0]} is for pair-preference models, and none is given")
+    for name in ("ranking", "save_pair_probabilities"):
+        if getattr(args, name) not in ("round_robin", False) and "pair_preference" not in kinds:
+            raise UserError(f"--{name} is for pair-preference models, and none is given")
 
 
 def check(args: Arguments) -> None:
-    """Refuse what is known to be wrong without reading data or loading a model; used by loop/check.py
-    too.
+    """Refuse what is known to be wrong without reading data or loading a model.
 
     Raises:
         UserError: names the argument.
@@ -138,33 +107,24 @@ def check(args: Arguments) -> None:
             raise UserError(f"--{name} must be at least 1")
     models, kinds = names(args), types(args)
     parts = [*models, *([args.reward_function] if args.reward_function else [])]
+    told = ", ".join(parts)
     if len(set(parts)) < len(parts):
-        raise UserError(
-            f"a reward model is named twice: {', '.join(parts)}; a weight of its own does the same"
-        )
+        raise UserError(f"a reward model is named twice: {told}; a weight of its own does the same")
     for kind in args.reward_type:
         if kind not in ("auto", *KINDS):
-            raise UserError(
-                f"--reward_type {kind} is not one of auto, {', '.join(KINDS)}{cli.nearest(kind, KINDS)}"
-            )
+            known = f"auto, {', '.join(KINDS)}"
+            raise UserError(f"--reward_type {kind} is not one of {known}{cli.nearest(kind, KINDS)}")
     if len(kinds) != len(models) and args.reward_type != ["auto"]:
-        raise UserError(
-            f"{len(args.reward_type)} in --reward_type for {len(models)} reward models: one for all or one "
-            "each"
-        )
+        what = f"{len(args.reward_type)} in --reward_type for {len(models)} reward models"
+        raise UserError(f"{what}: one for all or one each")
     weights = args.reward_weights
     if len(parts) > 1 and not weights:
-        raise UserError(
-            f"{len(parts)} scorers need --reward_weights, a number for each of {', '.join(parts)}"
-        )
+        raise UserError(f"{len(parts)} scorers need --reward_weights, a number for each of {told}")
     if weights is not None and len(weights) != len(parts):
-        raise UserError(
-            f"{len(weights)} numbers in --reward_weights for {len(parts)} scorers ({', '.join(parts)})"
-        )
+        raise UserError(f"{len(weights)} numbers in --reward_weights for {len(parts)} scorers ({told})")
     if weights is not None and not all(math.isfinite(w) and w for w in weights):
-        raise UserError(
-            f"--reward_weights {' '.join(map(str, weights))}: finite numbers other than 0 were expected"
-        )
+        shown = " ".join(map(str, weights))
+        raise UserError(f"--reward_weights {shown}: finite numbers other than 0 were expected")
     if args.revision and len(models) > 1:
         raise UserError("--revision is for one reward model; give folders instead")
     if args.reward_function:
@@ -172,8 +132,8 @@ def check(args: Arguments) -> None:
     found = []
     for name, kind in zip(models, kinds, strict=True):
         check_model(name, "--reward_name_or_path")
-        config = Path(name) / "config.json"
-        found += [kind_of(read_json(config), kind, name)] if config.is_file() else []
+        config = local_config(name)
+        found += [] if config is None else [kind_of(config, kind, name)]
     if len(found) == len(models):  # none on the hub
         check_ranking(args, found)
     if args.chat_template:

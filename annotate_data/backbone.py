@@ -2,12 +2,11 @@
 
 A scorer, of whatever kind, is
 
-    name             how it is called in `reward_parts`
+    name                       how it is called in `reward_parts`
     check(messages, tools)     refuses turns that it cannot take; needs no weights
     left_out(messages, tools)  what of a prompt's tools it does not see, in words
-    load(), unload() the weights, on this process's device
-    score(records)   yields (index into `records`, {"rewards": K floats, "cut": truncated sequences, …}),
-                     as each is done
+    load(), unload()           the weights, on this process's device
+    score(records)             yields (index into `records`, {"rewards": K floats, "cut": sequences cut})
 
 A record has `prompt` (messages) and `responses` (K texts). What is wrong with one record is a `BadRecord`.
 """
@@ -82,13 +81,8 @@ class Backbone:
         share_prompts=True,
         date=None,
     ):
-        self.name, self.dtype, self.attention, self.template_kwargs = (
-            name,
-            dtype,
-            attn_implementation,
-            template_kwargs,
-        )
-        self.date = date
+        self.name, self.dtype, self.attention = name, dtype, attn_implementation
+        self.template_kwargs, self.date = template_kwargs, date
         self.source = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.batches, self.model = Batches(batch_tokens), None
         self.share_prompts, self.before = share_prompts, None
@@ -97,9 +91,7 @@ class Backbone:
         self.added = chat.added_specials(self.tokenizer)
         self.apart = models.encoding_of_length(self.config)
         self.positions, told = models.positions(self.config), self.tokenizer.model_max_length
-        if (
-            told and told * models.stretch(self.config) == self.positions
-        ):  # the config's own length, before stretching
+        if told and told * models.stretch(self.config) == self.positions:  # the length before stretching
             told = self.positions
         self.max_length = min(max_length, self.positions or max_length, told or max_length)
 
@@ -109,41 +101,29 @@ class Backbone:
 
     def left_out(self, messages: list[dict], tools: list[dict] | None = None) -> list[str]:
         """What the chat template leaves out of a prompt's tools; see common/chat.py."""
-        return chat.left_out(
-            self.tokenizer,
-            [*messages, {"role": "assistant", "content": "a"}],
-            False,
-            self.template_kwargs,
-            tools,
-        )
+        turns = [*messages, {"role": "assistant", "content": "a"}]
+        return chat.left_out(self.tokenizer, turns, False, self.template_kwargs, tools)
 
     def render(self, turns: list[dict], tools: list[dict] | None = None) -> str:
         """The templated text of whole turns."""
         try:
             return chat.render(self.tokenizer, turns, False, self.template_kwargs, tools, self.date)
         except UserError as error:
-            todo = (
-                "; give a template that takes them with --chat_template FILE, or leave out the turn it "
-                "refuses"
-            )
-            raise UserError(
-                " ".join(str(error).split()) + (todo if self.tokenizer.chat_template else "")
-            ) from None
+            if not self.tokenizer.chat_template:
+                raise
+            todo = "give one that takes them with --chat_template FILE, or leave out the turn it refuses"
+            raise UserError(f"{error}; {todo}") from None
 
     def encode(self, messages: list[dict], response: str, tools: list[dict] | None = None) -> Row:
-        """The `Row` of a response to `messages`, truncated on the left to `max_length`; a BOS or CLS in front
-        stays.
-        """
+        """The `Row` of a response, truncated on the left to `max_length`; a BOS or CLS in front stays."""
         text = self.render([*messages, {"role": "assistant", "content": response}], tools)
         ids = chat.encode_for_classifier(self.tokenizer, text, self.added)
         if not ids:
             raise UserError("the chat template and the tokenizer make no token of it")
         cut = max(0, len(ids) - self.max_length)
-        if cut:
-            # An encoder's head reads its CLS; a tokenizer may have either, or neither.
-            keep = len(self.added[0]) or int(
-                ids[0] in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id)
-            )
+        if cut:  # an encoder's head reads its CLS; a tokenizer may have either, or neither
+            first = (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id)
+            keep = len(self.added[0]) or int(ids[0] in first)
             ids = ids[:keep] + ids[keep + cut :]
         return Row(array("i", ids), cut)
 
@@ -151,11 +131,9 @@ class Backbone:
         """(groups of token ids, truncated sequences of each group) of records."""
         groups, cuts = [], []
         for index, record in enumerate(records):
+            prompt, tools = record["prompt"], record.get("tools")
             try:
-                rows = [
-                    self.encode(record["prompt"], response, record.get("tools"))
-                    for response in record["responses"]
-                ]
+                rows = [self.encode(prompt, response, tools) for response in record["responses"]]
             except UserError as error:
                 raise BadRecord(index, str(error)) from None
             groups.append([row.ids for row in rows])
@@ -174,9 +152,7 @@ class Backbone:
         import torch
 
         gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true"
-        self.device = (
-            torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
-        )
+        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if gpu else "cpu")
         if gpu:
             torch.cuda.set_device(self.device)
         elif "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
@@ -200,13 +176,8 @@ class Backbone:
         self.unplaced = report["unexpected_keys"]
         self.attention = self.attention or getattr(self.model.config, "_attn_implementation", None)
         embeddings = getattr(self.model.base_model, "embeddings", None)
-        places, first = (
-            getattr(embeddings, "position_embeddings", None),
-            getattr(embeddings, "padding_idx", None),
-        )
-        if (
-            isinstance(places, torch.nn.Embedding) and first is not None
-        ):  # RoBERTa's kind counts positions from there
+        places, first = (getattr(embeddings, key, None) for key in ("position_embeddings", "padding_idx"))
+        if isinstance(places, torch.nn.Embedding) and first is not None:  # RoBERTa's kind counts from there
             self.max_length = min(self.max_length, places.num_embeddings - first - 1)
         self.model.eval()
         self.batches.tokens = self.batches.tokens or (GPU_TOKENS if gpu else CPU_TOKENS)
@@ -253,9 +224,7 @@ class Backbone:
             yield g, torch.stack(states)
 
     def _prepared(self, groups):
-        """Whether the model computes shared prompts; at the first call it is tried on a group, against its
-        own attention.
-        """
+        """Whether the model computes shared prompts; the first call tries it, against its own attention."""
         import torch
 
         from annotate_data.packed_linear import pack_linears
@@ -268,15 +237,10 @@ class Backbone:
                 self.before = self._in_memory(lambda: shared_prompts.prepare(self.model, example))
                 if self.device.type == "cpu":
                     pack_linears(getattr(self.model.base_model, "layers", torch.nn.ModuleList()))
-            except MemoryError:
+            except (MemoryError, shared_prompts.Unsupported) as reason:
                 self.share_prompts = False
-                print(
-                    f"note: no memory to try shared prompts on {max(map(len, example))} tokens; prompts are "
-                    "computed for each response"
-                )
-            except shared_prompts.Unsupported as reason:
-                self.share_prompts = False
-                print(f"note: {self.name} computes each response's prompt separately: {reason}", flush=True)
+                told = reason if str(reason) else f"no memory to try {max(map(len, example))} tokens"
+                print(f"note: {self.name} computes each response's prompt separately: {told}", flush=True)
         return self.share_prompts
 
     def _shared(self, groups, positions):
@@ -297,9 +261,8 @@ class Backbone:
             if last_only:
                 return shared_prompts.last_states(self.model.base_model, packed)[:, None].float()
             hidden = shared_prompts.hidden_states(self.model.base_model, packed)
-            return torch.stack(
-                [hidden[columns[at]] for columns, at in zip(packed.columns(), asked, strict=True)]
-            ).float()
+            places = zip(packed.columns(), asked, strict=True)
+            return torch.stack([hidden[columns[at]] for columns, at in places]).float()
 
         left = set(range(len(groups)))
         while left:
@@ -323,16 +286,16 @@ class Backbone:
                         yield g, torch.stack([found.pop((g, k)) for k in range(len(groups[g]))])
 
     def _in_passes(self, groups, positions, forward):
-        """Yield (index of a group, results of its sequences), `forward` being given padded batches of
-        `Sequence`s.
-        """
+        """Yield (index of a group, results of its sequences); `forward` is given padded `Sequence`s."""
+
+        def guarded(rows: list[Sequence]) -> list:
+            return self._guarded(forward, rows)
+
         for window in windows(groups, WINDOW * self.batches.tokens):
             places = [(g, k) for g in window for k in range(len(groups[g]))]
             rows = [Sequence(groups[g][k], positions[g][k]) for g, k in places]
             found = {}
-            for batch, results in self.batches.run(
-                lambda rows: self._guarded(forward, rows), rows, self.apart
-            ):
+            for batch, results in self.batches.run(guarded, rows, self.apart):
                 found.update(zip((places[i] for i in batch), results, strict=True))
             for g in window:
                 yield g, [found[g, k] for k in range(len(groups[g]))]
@@ -341,25 +304,19 @@ class Backbone:
         """Refuse a tokenizer that gives more tokens than the model has embeddings."""
         largest = max((max(ids, default=0) for ids in sequences), default=0)
         if largest >= self.model.get_input_embeddings().num_embeddings:
-            raise UserError(
-                f"{self.name}: the tokenizer gives token {largest}, beyond the model's embeddings"
-            )
+            raise UserError(f"{self.name}: its tokenizer gives token {largest}, beyond its embeddings")
 
     def _guarded(self, forward, rows):
         """`forward` of padded rows; MemoryError where they are too many."""
         self._check_ids(row.ids for row in rows)
         try:
-            if (
-                self.apart
-            ):  # transformers goes on with the frequencies of an earlier, longer pass; a short one ends that
+            if self.apart:  # a short pass: else transformers goes on with the frequencies of a longer one
                 self._in_memory(lambda: self.model.base_model(input_ids=self._padded(rows)[0][:1, :1]))
             return self._in_memory(lambda: forward(rows, *self._padded(rows)))
         except (RuntimeError, ValueError, IndexError) as error:  # the model's own code
-            longest = max(len(row.ids) for row in rows)
-            raise UserError(
-                f"{self.name} fails on {len(rows)} sequences of up to {longest} tokens: {one_line(error)}; "
-                "with --max_length N they are cut"
-            ) from None
+            what = f"{len(rows)} sequences of up to {max(len(row.ids) for row in rows)} tokens"
+            todo = "with --max_length N they are cut"
+            raise UserError(f"{self.name} fails on {what}: {one_line(error)}; {todo}") from None
 
     def _in_memory(self, action):
         """`action()` without gradients; running out of memory is a MemoryError."""

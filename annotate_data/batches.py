@@ -1,6 +1,4 @@
-"""Batches of token sequences: sized by padded tokens, alike in length, smaller for good once memory ran
-out.
-"""
+"""Batches of token sequences: sized by padded tokens, alike in length, smaller once memory ran out."""
 
 from array import array
 from collections.abc import Callable, Iterator
@@ -39,19 +37,16 @@ class Batches:
                 f"out of memory on one sequence of {longest} tokens: lower --max_length"
             ) from None
         self.tokens = max(1, tokens // 2)
-        print(
-            f"out of memory with {sequences} sequences, the longest of {longest} tokens; now {self.tokens} "
-            "tokens a batch",
-            flush=True,
-        )
+        what = f"out of memory with {sequences} sequences, the longest of {longest} tokens"
+        print(f"{what}; now {self.tokens} tokens a batch", flush=True)
 
     def run(
         self, forward: Callable[[list], list], rows: list, apart: Callable[[int], object] | None = None
     ) -> Iterator[tuple[list[int], list]]:
-        """Yield (indices into `rows`, their results) batch by batch, longest first.
+        """Yield (indices into `rows`, their results) batch by batch.
 
-        Longest first, so that rows of a batch are alike and a batch that is too large for the memory shows at
-        once. A row longer than the budget is a batch of its own.
+        Longest rows first, so that those of a batch are alike and one that is too large for the memory shows
+        at once. A row longer than the budget is a batch of its own.
 
         Args:
             forward: list of rows → list of results; MemoryError when the batch is too large.
@@ -78,12 +73,7 @@ class Batches:
 
 
 def windows(groups: list, tokens: int) -> Iterator[list[int]]:
-    """Yield lists of indices of `groups`, those with the longest sequence first, of about `tokens` tokens
-    each.
-
-    Args:
-        groups: list of lists of token-id sequences.
-    """
+    """Yield indices of `groups` of token-id sequences in lists of about `tokens`, the longest first."""
     window, size = [], 0
     for g in sorted(range(len(groups)), key=lambda g: -max(map(len, groups[g]), default=0)):
         count = sum(map(len, groups[g]))

@@ -1,6 +1,4 @@
-"""A reward function of the user's own: `f(messages, response)` or `f(messages, response, record)` →
-number.
-"""
+"""A reward function of the user's own: `f(messages, response)` or `f(messages, response, record)`."""
 
 import copy
 import inspect
@@ -14,9 +12,7 @@ EXAMPLE = "tiny/task.py:gold_score"
 
 
 def takes_record(function: Callable) -> bool:
-    """Whether a function has a third positional parameter for the record: one without a default, or named
-    `record`.
-    """
+    """Whether a function's third positional parameter is the record: without a default, or called so."""
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # some builtins tell nothing
@@ -45,25 +41,22 @@ class RewardFunction:
             parameters = inspect.signature(self.function).parameters
         except (TypeError, ValueError):
             return ""
-        name = self.name.rpartition(":")[2]
-        ours = (
-            "; its parameters are those of TRL's reward functions, here it is called for one response: "
-            f"def {name}(messages, response) → number"
-        )
-        return ours if "completions" in parameters else ""
+        if "completions" not in parameters:
+            return ""
+        ours = f"def {self.name.rpartition(':')[2]}(messages, response) → number"
+        return f"; its parameters are those of TRL's reward functions, here it is for one response: {ours}"
 
     def check(self, messages: list[dict], tools: list[dict] | None = None) -> None:
-        """Takes all turns; what the function refuses it refuses itself."""
+        """A function refuses by itself."""
 
     def left_out(self, messages: list[dict], tools: list[dict] | None = None) -> list[str]:
         """Nothing: a function is given the messages as they are, and the tools in `record`."""
         return []
 
     def load(self):
-        """Nothing: the function is there already."""
+        """There is nothing to load or to unload."""
 
-    def unload(self):
-        """Nothing."""
+    unload = load
 
     def score(self, records: list[dict]) -> Iterator[tuple[int, dict]]:
         """Yield (index, {"rewards", "cut"}) of records; an exception of the function is a `BadRecord`."""
@@ -77,7 +70,6 @@ class RewardFunction:
                     for response in record["responses"]
                 ]
             except (Exception, SystemExit) as error:
-                raise BadRecord(
-                    index, f"the reward function {self.name} fails: {one_line(error)}{self.hint()}"
-                ) from None
+                said = f"the reward function {self.name} fails: {one_line(error)}{self.hint()}"
+                raise BadRecord(index, said) from None
             yield index, {"rewards": rewards, "cut": 0}

@@ -32,22 +32,16 @@ def survey(path: str | Path, wanted_k: int | None = None) -> tuple[int, int, dic
         try:
             records.dumps(record)
         except ValueError:
-            message = (
-                f"{path} record {count} holds NaN or infinity, which is no JSON: repair or remove that field"
-            )
-            raise UserError(message) from None
-        if ids.setdefault(record["id"], count) != count:
-            raise UserError(
-                f"{path} record {count} has the id {record['id']!r} of record {ids[record['id']]}; make ids "
-                "unique or leave them out"
-            )
+            what = "holds NaN or infinity, which is no JSON: repair or remove that field"
+            raise UserError(f"{path} record {count} {what}") from None
+        if (first := ids.setdefault(record["id"], count)) != count:
+            what = f"has the id {record['id']!r} of record {first}; make ids unique or leave them out"
+            raise UserError(f"{path} record {count} {what}")
         K = K or len(record["responses"])
         if len(record["responses"]) != K:
             odd, first_odd = odd + 1, first_odd or (record["id"], len(record["responses"]))
-        roles.setdefault(
-            tuple(message["role"] for message in record["prompt"]),
-            (count, record["prompt"], record.get("tools")),
-        )
+        kind = tuple(message["role"] for message in record["prompt"])
+        roles.setdefault(kind, (count, record["prompt"], record.get("tools")))
     if odd:
         whence = f"--K is {K}" if wanted_k else f"the first record of {path} has {K} responses"
         todo = "leave --K out to take the data's" if wanted_k else "put them in files of their own"

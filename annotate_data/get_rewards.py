@@ -1,5 +1,4 @@
-r"""Score generated responses: reward models of several kinds, functions of your own, or a weighted sum of
-them.
+r"""Score generated responses by reward models of several kinds, functions of your own, or a sum of them.
 
 In:  generated JSON Lines: `prompt` (messages), `responses` (K texts), any other fields.
 Out: the same records with `rewards`: K floats aligned with `responses` (null if not finite); with several
@@ -16,6 +15,7 @@ with another number of processes. A prompt is computed once for its K responses 
 """
 
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -40,8 +40,9 @@ from common.cli import UserError
 from common.messages import text_of
 from common.records import is_empty
 
+Scorer = Backbone | RewardFunction
 LARGEST = 1e100  # of a reward
-# first entry of a `.partial`: binds other ranks' files to this start, and tells what the numbers mean
+# First entry of a `.partial`; other ranks' files beside one without it are of an earlier life.
 STARTED = "records"
 
 
@@ -58,9 +59,14 @@ class Job:
     K: int  # responses each
     roles: dict  # roles of a prompt's turns → number, messages and tools of the first record that has them
     output: manifest.Output | None = None  # rank 0 only
+    done: bytes = b""  # for each scorer and record a byte, 1 where that is saved
+
+    def flags(self, scorer: int) -> bytes:
+        """The bytes of `done` of one scorer."""
+        return self.done[scorer * self.N : (scorer + 1) * self.N]
 
 
-def make_scorers(args: Arguments) -> list[Backbone | RewardFunction]:
+def make_scorers(args: Arguments) -> list[Scorer]:
     """The scorers in the order of `--reward_weights`: models, without weights as yet, then the function."""
     scorers, kinds, options = [], [], {key: getattr(args, key) for key in MODEL}
     for name, asked in zip(names(args), types(args), strict=True):
@@ -74,11 +80,11 @@ def make_scorers(args: Arguments) -> list[Backbone | RewardFunction]:
     return scorers + ([RewardFunction(args.reward_function)] if args.reward_function else [])
 
 
-def check_turns(scorers: list[Backbone | RewardFunction], jobs: list[Job], loud: bool = True) -> None:
+def check_turns(scorers: list[Scorer], jobs: list[Job], loud: bool = True) -> None:
     """Look at the first record of each kind of turns before any weights are loaded.
 
-    Where a scorer's chat template takes none, that is an error; where it takes some, the others' records are
-    told, whose rewards will be null. So is what it does not see of tools.
+    A chat template that takes none of them is an error; one that takes some is told, since the others'
+    rewards will be null. So is what a scorer does not see of tools.
     """
     for scorer in scorers:
         refused, taken, silent = [], 0, {}
@@ -96,55 +102,40 @@ def check_turns(scorers: list[Backbone | RewardFunction], jobs: list[Job], loud:
         if refused and not taken:
             raise UserError(refused[0])
         if loud and refused:
-            print(
-                f"warning: records that {scorer.name} cannot read get rewards of null, such as {refused[0]}",
-                flush=True,
-            )
+            what = f"records that {scorer.name} cannot read get rewards of null"
+            print(f"warning: {what}, such as {refused[0]}", flush=True)
         for part, where in silent.items() if loud else ():
             print(f"warning: {scorer.name} does not see the {part} of prompts such as {where}", flush=True)
 
 
 def take_over(job: Job) -> None:
-    """Move what other ranks have saved into rank 0's file, however many they were; a torn last line is
-    dropped.
-    """
-    for path in sorted(job.target.parent.iterdir()):
-        if not path.name.startswith(f"{job.target.name}.partial.rank"):
-            continue
+    """Move what other ranks have saved into rank 0's file; a torn last line is dropped."""
+    ours = f"{job.target.name}.partial.rank"
+    for path in sorted(path for path in job.target.parent.iterdir() if path.name.startswith(ours)):
         with open(path, "rb") as file:
             for line in file if job.output.done else ():
-                with contextlib.suppress(
-                    ValueError, KeyError, TypeError
-                ):  # torn, or anything after a power cut
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # anything, after a power cut
                     if line.endswith(b"\n"):
                         job.output.append(json.loads(line))
         path.unlink()
 
 
-def open_output(job: Job, args: Arguments, scorers: int, settings: dict, inputs: dict) -> bytearray:
-    """Lock and check the output (rank 0); returns one byte for each scorer and record, 1 where that is
-    done.
-    """
+def open_output(job: Job, args: Arguments, scorers: int, settings: dict, inputs: dict) -> bytes:
+    """Lock and check the output (rank 0); returns what becomes `Job.done`."""
     job.output = manifest.Output(job.target, "annotate_data/get_rewards.py", settings, inputs, args.overwrite)
     if job.output.complete:
-        return bytearray(b"\1") * (scorers * job.N)
-    if job.output.done and STARTED not in job.output.done:
-        raise UserError(
-            f"{job.output.partial} is of an earlier version of this script; give --overwrite to discard it"
-        )
-    take_over(job)  # with nothing in rank 0's file, others' are of an earlier life and are dropped
+        return b"\1" * (scorers * job.N)
+    take_over(job)
     done = bytearray(scorers * job.N)
     for key in job.output.done:
         if isinstance(key, int):
             done[key] = 1
-    return done
+    return bytes(done)
 
 
 def chunks(job: Job, done: bytes, size: int) -> Iterator[list]:
     """Yield lists of (number, record) of `size` records that are not done, in the input's order."""
     chunk = []
-    if all(done):
-        return
     for number, record in enumerate(read_unscored(job.source)):
         if not done[number]:
             chunk.append((number, record))
@@ -161,48 +152,35 @@ def work(record: dict) -> int:
     return sum(prompt + len(response) for response in record["responses"])
 
 
-def score(
-    scorer: Backbone | RewardFunction,
-    number: int,
-    jobs: list[Job],
-    done: list[bytearray],
-    world: World,
-    args: Arguments,
-    bar: progress.Progress,
-):
+def score(scorer: Scorer, number: int, jobs: list[Job], world: World, size: int, bar: progress.Progress):
     """Score what is left and save each record: rank 0 into `X.partial`, rank r into `X.partial.rank<r>`.
 
-    Ranks share out each chunk and wait for each other after it, so that one's error ends all of them.
+    Ranks share out each chunk of `size` records and wait for each other after it, so that one's error ends
+    all of them.
     """
     turn = 0
-    for job, finished in zip(jobs, done, strict=True):
-        with contextlib.ExitStack() as stack:
-            others = f"{job.target}.partial.rank{world.rank}"
-            file = stack.enter_context(open(others, "ab")) if world.rank else None
-            for chunk in chunks(job, finished[number * job.N : (number + 1) * job.N], args.chunk_records):
+    for job in jobs:
+        if all(job.flags(number)):
+            continue
+        own = f"{job.target}.partial.rank{world.rank}"
+        with open(own, "ab") if world.rank else contextlib.nullcontext() as file:
+            for chunk in chunks(job, job.flags(number), size):
                 sizes = {place: work(record) for place, (_, record) in enumerate(chunk)}
                 mine = [chunk[place] for place in share(sizes, (world.rank + turn) % world.size, world.size)]
-                world.together(
-                    lambda job=job, mine=mine, file=file: score_chunk(
-                        scorer, number, job, mine, file, world, bar
-                    )
-                )
+                world.together(functools.partial(score_chunk, scorer, number, job, mine, file, bar))
                 bar.update(len(chunk) - len(mine))  # the others'
                 turn += 1
 
 
 def score_chunk(
-    scorer: Backbone | RewardFunction,
+    scorer: Scorer,
     number: int,
     job: Job,
     mine: list[tuple[int, dict]],
     file: BinaryIO | None,
-    world: World,
     bar: progress.Progress,
 ):
-    """Score this rank's records of a chunk, longest first; one that a reward model cannot read gets rewards
-    of null.
-    """
+    """Score this rank's records of a chunk; one that a reward model cannot read gets rewards of null."""
 
     def save(index: int, entry: dict):
         entry = {"id": number * job.N + index} | entry
@@ -255,24 +233,19 @@ def combine(parts: list[list], weights: list[float]) -> list:
     ]
 
 
-def rewarded(
-    job: Job, scorers: list[Backbone | RewardFunction], weights: list[float], counts: dict
-) -> Iterator[bytes]:
+def rewarded(job: Job, scorers: list[Scorer], weights: list[float], counts: dict) -> Iterator[bytes]:
     """Yield the output's lines in the input's order; fills `counts` on the way."""
     order = (s * job.N + i for i in range(job.N) for s in range(len(scorers)))
-    saved, summary, nulls, cut, refused = map(json.loads, job.output.saved(order)), Summary(), 0, 0, 0
-    empty = 0
+    saved, summary = map(json.loads, job.output.saved(order)), Summary()
+    nulls = cut = refused = empty = 0
     for record in read_unscored(job.source):
         entries = [next(saved) for _ in scorers]
         parts = [entry["rewards"] for entry in entries]
         record["rewards"] = combine(parts, weights) if weights else parts[0]
+        named = {scorer.name: entry for scorer, entry in zip(scorers, entries, strict=True)}
         if len(scorers) > 1:
-            record["reward_parts"] = {scorer.name: part for scorer, part in zip(scorers, parts, strict=True)}
-        pairs = {
-            scorer.name: entry["pairs"]
-            for scorer, entry in zip(scorers, entries, strict=True)
-            if "pairs" in entry
-        }
+            record["reward_parts"] = {name: entry["rewards"] for name, entry in named.items()}
+        pairs = {name: entry["pairs"] for name, entry in named.items() if "pairs" in entry}
         if pairs:
             record["pair_probabilities"] = pairs if len(pairs) > 1 else next(iter(pairs.values()))
         nulls += record["rewards"].count(None)
@@ -283,23 +256,18 @@ def rewarded(
         known = isinstance(lengths, list) and all(isinstance(n, (int, float)) for n in lengths)
         summary.add(record["rewards"], lengths if known else None)
         yield (records.dumps(record) + "\n").encode("utf-8")
-    counts |= {
-        "null_rewards": nulls,
-        "truncated": cut,
-        "empty": empty,
-        "refused": refused,
-    } | summary.figures()
+    counts |= {"null_rewards": nulls, "truncated": cut, "empty": empty, "refused": refused}
+    counts |= summary.figures()
 
 
-def finish(job: Job, scorers: list[Backbone | RewardFunction], weights: list[float], facts: dict) -> dict:
+def finish(job: Job, scorers: list[Scorer], weights: list[float], facts: dict) -> dict:
     """Put rewards and records together, in the input's order; returns the counts."""
     take_over(job)
     total = len(scorers) * job.N
     missing = total - sum(isinstance(key, int) for key in job.output.done)
     if missing:
-        raise UserError(
-            f"{missing} of {total} records are not beside {job.target}; machines must share its folder"
-        )
+        what = f"{missing} of {total} records are not beside {job.target}"
+        raise UserError(f"{what}; machines must share its folder")
     counts = {"read": job.N, "written": job.N, "skipped": 0, "K": job.K, "responses": job.N * job.K} | facts
     job.output.finish_with(rewarded(job, scorers, weights, counts), counts)
     return counts
@@ -309,54 +277,33 @@ def tell(job: Job, counts: dict) -> None:
     shown = {key: "n/a" if counts[key] is None else f"{counts[key]:.3f}" for key in Summary().figures()}
     print(
         f"read {cli.count(counts['read'], 'record')} of {cli.count(job.K, 'response')} from {job.source}, "
-        f"wrote {counts['written']} to {job.target}, skipped 0; "
-        f"{counts['null_rewards']} rewards are null, {counts['truncated']} sequences were cut on the left, "
-        f"{counts['empty']} responses are empty\n"
-        f"  reward: mean {shown['reward_mean']}, best of {job.K} {shown['best_of_k']}, worst "
-        f"{shown['worst_of_k']}, "
-        f"spread {shown['spread']}; all equal in {shown['all_equal_fraction']} of the prompts\n"
+        f"wrote {counts['written']} to {job.target}, skipped 0; {counts['null_rewards']} rewards are null, "
+        f"{counts['truncated']} sequences were cut on the left, {counts['empty']} responses are empty\n"
+        f"  reward: mean {shown['reward_mean']}, best of {job.K} {shown['best_of_k']}, "
+        f"worst {shown['worst_of_k']}, spread {shown['spread']}; "
+        f"all equal in {shown['all_equal_fraction']} of the prompts\n"
         f"  correlation of reward and length in tokens: {shown['length_correlation_within']} within a "
-        "prompt, "
-        f"{shown['length_correlation']} overall",
+        f"prompt, {shown['length_correlation']} overall",
         flush=True,
     )
     if counts["refused"]:
-        print(
-            f"warning: {counts['refused']} records have rewards of null because a scorer cannot read their "
-            "prompts",
-            flush=True,
-        )
+        what = f"{counts['refused']} records have rewards of null"
+        print(f"warning: {what} because a scorer cannot read their prompts", flush=True)
 
 
 def run_scorer(
-    scorer: Backbone | RewardFunction,
-    number: int,
-    jobs: list[Job],
-    done: list[bytearray],
-    world: World,
-    args: Arguments,
+    scorer: Scorer, number: int, jobs: list[Job], world: World, size: int
 ) -> tuple[int, int, float, dict]:
-    """All that scorer `number` has left.
-
-    Returns (records scored, responses, seconds, facts for the manifest).
-    """
-    left = [
-        job.N - sum(flags[number * job.N : (number + 1) * job.N])
-        for job, flags in zip(jobs, done, strict=True)
-    ]
+    """All that scorer `number` has left: (records scored, responses, seconds, facts for the manifest)."""
+    left = [job.N - sum(job.flags(number)) for job in jobs]
     if not any(left):
         return 0, 0, 0.0, {}
     world.together(scorer.load)
-    facts = {}
+    facts, how = {}, "cpu"
     if hasattr(scorer, "device"):
         facts = {"device": scorer.device.type, "dtype": scorer.dtype, "attention": scorer.attention}
+        how = f"{', '.join(map(str, facts.values()))}, at most {scorer.max_length} tokens"
     if world.rank == 0:
-        how = "cpu"
-        if facts:
-            how = (
-                f"{facts['device']}, {facts['dtype']}, {facts['attention']}, at most {scorer.max_length} "
-                "tokens"
-            )
         print(f"scoring {sum(left)} records with {scorer.name} on {world.size} × {how}", flush=True)
         for job in jobs:
             if not job.output.complete and not job.output.done:
@@ -364,7 +311,7 @@ def run_scorer(
     world.gather()
     bar = progress.Progress(sum(left), "rewards", "records", enabled=world.rank == 0)
     started = time.monotonic()
-    score(scorer, number, jobs, done, world, args, bar)
+    score(scorer, number, jobs, world, size, bar)
     if facts:
         facts["shared_prompts"] = scorer.before is not None
     world.together(scorer.unload)
@@ -377,9 +324,8 @@ def check_files(args: Arguments) -> list[tuple[str, Path]]:
     """[(input, output)]; refuses numbers and names of files that do not go together."""
     sources, targets = args.dataset_name_or_path, [Path(path) for path in args.output_dir]
     if not sources or len(sources) != len(targets):
-        raise UserError(
-            f"{len(sources)} files in --dataset_name_or_path, {len(targets)} in --output_dir: one for each"
-        )
+        files = f"{len(sources)} files in --dataset_name_or_path, {len(targets)} in --output_dir"
+        raise UserError(f"{files}: one for each")
     if len({path.resolve() for path in [*targets, *map(Path, sources)]}) != 2 * len(targets):
         raise UserError("--dataset_name_or_path and --output_dir must name different files")
     return list(zip(sources, targets, strict=True))
@@ -391,13 +337,7 @@ def is_complete(target: Path, settings: dict, inputs: dict) -> bool:
     return bool(target.exists() and found and not manifest.difference(found, settings, inputs))
 
 
-def finish_all(
-    jobs: list[Job],
-    scorers: list[Backbone | RewardFunction],
-    weights: list[float],
-    ran: list[tuple],
-    processes: int,
-):
+def finish_all(jobs: list[Job], scorers: list[Scorer], weights: list[float], ran: list[tuple], world: World):
     """Complete the outputs (rank 0); `ran`: what `run_scorer` returned for each scorer."""
     scored, responses, seconds = (sum(column) for column in list(zip(*ran, strict=True))[:3])
     facts = {key: value for *_, found in ran for key, value in found.items()}
@@ -407,17 +347,11 @@ def finish_all(
         if job.output.complete:
             print(f"{job.target}: complete already")
             continue
-        more = {
-            "processes": processes,
-            "sequences_per_second": round(rate, 1),
-            # of this start; files that are scored together share it
-            "scoring_seconds": round(seconds * job.N * job.K / max(total, 1), 1),
-        }
-        tell(job, finish(job, scorers, weights, facts | more))
-    print(
-        f"scored {cli.count(scored, 'record')} ({cli.count(responses, 'response')}) in "
-        f"{progress.duration(seconds)}, {rate:.1f} responses/s"
-    )
+        own = seconds * job.N * job.K / max(total, 1)  # files that are scored together share this start's
+        facts |= {"processes": world.size, "sequences_per_second": round(rate, 1)}
+        tell(job, finish(job, scorers, weights, facts | {"scoring_seconds": round(own, 1)}))
+    what = f"{cli.count(scored, 'record')} ({cli.count(responses, 'response')})"
+    print(f"scored {what} in {progress.duration(seconds)}, {rate:.1f} responses/s")
 
 
 def main():
@@ -431,8 +365,8 @@ def main():
     done = [is_complete(target, *shape) for (_, target), shape in zip(files, shaped, strict=True)]
     if not args.overwrite and all(done):
         if os.environ.get("RANK", "0") == "0":
-            names = ", ".join(str(target) for _, target in files)
-            print(f"{names}: complete already, nothing to do (--overwrite makes it again)")
+            whole = ", ".join(str(target) for _, target in files)
+            print(f"{whole}: complete already, nothing to do (--overwrite makes it again)")
         return
     jobs = [Job(source, target, *survey(source, args.K)) for source, target in files]
 
@@ -440,14 +374,13 @@ def main():
     world = World()
     scorers = world.together(lambda: make_scorers(args))
     world.together(lambda: check_turns(scorers, jobs, loud=world.rank == 0))
-    mine_to_open = zip(jobs, shaped, strict=True) if world.rank == 0 else ()
-    opened = world.together(
-        lambda: [open_output(job, args, len(scorers), *shape) for job, shape in mine_to_open]
-    )
-    done = world.gather(opened)[0]
-    ran = [run_scorer(scorer, number, jobs, done, world, args) for number, scorer in enumerate(scorers)]
+    to_open = zip(jobs, shaped, strict=True) if world.rank == 0 else ()
+    opened = world.together(lambda: [open_output(job, args, len(scorers), *shape) for job, shape in to_open])
+    for job, done in zip(jobs, world.gather(opened)[0], strict=True):
+        job.done = done
+    ran = [run_scorer(scorer, n, jobs, world, args.chunk_records) for n, scorer in enumerate(scorers)]
     if world.rank == 0:
-        finish_all(jobs, scorers, args.reward_weights, ran, world.size)
+        finish_all(jobs, scorers, args.reward_weights, ran, world)
 
 
 if __name__ == "__main__":

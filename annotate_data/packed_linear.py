@@ -33,10 +33,7 @@ def pack_linears(model: torch.nn.Module) -> int:
                     with torch.inference_mode():
                         packed = PackedLinear(child)
                         packed(torch.zeros(1, child.in_features, dtype=child.weight.dtype))
-                except (
-                    RuntimeError,
-                    AttributeError,
-                ):  # another torch, or a processor that oneDNN has nothing for
+                except (RuntimeError, AttributeError):  # another torch, or a processor unknown to oneDNN
                     return count
                 setattr(parent, name, packed)
                 count += 1

@@ -1,9 +1,7 @@
-r"""Pair-preference models: which of two responses is better (RLHFlow/pair-preference-model-LLaMA3-8B, arXiv
-2405.07863).
+r"""Pair-preference models: which of two responses is better (RLHFlow/pair-preference-model-LLaMA3-8B).
 
-Such a model is a causal language model that was trained to answer "A" or "B". What it reads is one user turn
-in its own
-chat template, without any BOS and without a generation prompt beyond what the template writes by itself:
+Such a model (arXiv 2405.07863) is a causal language model that was trained to answer "A" or "B". What it
+reads is one user turn in its own chat template, without BOS and without a generation prompt:
 
     [CONTEXT] {context} [RESPONSE A] {a} [RESPONSE B] {b} \n
 
@@ -29,43 +27,33 @@ TOGETHER = 2048  # sequences that are in memory at once
 
 
 def context_of(messages: list[dict]) -> str:
-    """The conversation as the model reads it. A system turn is written as a user's: the model was trained on
-    no other.
+    """The conversation as the model reads it; tool calls are written as JSON behind a turn's text.
 
-    Tool calls are written as JSON behind a turn's text.
+    Any turn but the assistant's is written as a user's, since the model was trained on no other.
     """
-    texts = [
-        " ".join(
-            filter(
-                None, [text_of(m), *(json.dumps(m[key], ensure_ascii=False) for key in CALLS if m.get(key))]
-            )
-        )
-        for m in messages
-    ]
-    turns = [
-        f"\n<turn> {'assistant' if m['role'] == 'assistant' else 'user'}\n {text}"
-        for m, text in zip(messages, texts, strict=True)
-    ]
-    return "\n" + "".join(turns) + "\n"
+    context = "\n"
+    for message in messages:
+        calls = [json.dumps(message[key], ensure_ascii=False) for key in CALLS if message.get(key)]
+        text = " ".join(filter(None, [text_of(message), *calls]))
+        context += f"\n<turn> {'assistant' if message['role'] == 'assistant' else 'user'}\n {text}"
+    return context + "\n"
 
 
 def together(questions: list[tuple]) -> list[list[tuple]]:
-    """Groups of a record's questions that are computed together: those that share the context, or the first
-    response too.
+    """Groups of a record's questions, (…, first response, token ids), that are computed together.
 
-    Args:
-        questions: list of (…, first response, token ids).
+    That are those that share the context, or the first response too, whichever takes fewer tokens.
     """
     from common.shared_prompts import packed_tokens
 
     by_first = {}
     for question in questions:
         by_first.setdefault(question[-2], []).append(question)
-    sizes = [
-        sum(packed_tokens([ids for *_, ids in group]) for group in groups)
-        for groups in ([questions], by_first.values())
-    ]
-    return [questions] if sizes[0] <= sizes[1] else list(by_first.values())
+
+    def tokens(groups: list) -> int:
+        return sum(packed_tokens([ids for *_, ids in group]) for group in groups)
+
+    return min([questions], list(by_first.values()), key=tokens)
 
 
 class PairPreference(Backbone):
@@ -88,16 +76,12 @@ class PairPreference(Backbone):
         self.ranking, self.save_pairs = ranking, save_pairs
         letters = [self.tokenizer(letter, add_special_tokens=False)["input_ids"] for letter in "AB"]
         if any(len(ids) != 1 for ids in letters) or letters[0] == letters[1]:
-            raise UserError(
-                f'{name}: its tokenizer has no single tokens for "A" and "B", so it is no pair-preference '
-                "model"
-            )
+            what = 'its tokenizer has no single tokens for "A" and "B"'
+            raise UserError(f"{name}: {what}, so it is no pair-preference model")
         self.letters = [ids[0] for ids in letters]
 
     def check(self, messages: list[dict], tools: list[dict] | None = None) -> None:
-        """Refuse a chat template that does not take a user turn; the prompt's own turns are mere text to this
-        model.
-        """
+        """Refuse a chat template that takes no user turn; the prompt's own turns are mere text here."""
         self.ids("", "a", "b")
 
     def left_out(self, messages: list[dict], tools: list[dict] | None = None) -> list[str]:
@@ -118,16 +102,13 @@ class PairPreference(Backbone):
 
     def ids(self, context: str, a: str, b: str) -> array:
         """Token ids of the question whether `a` or `b` is the better answer."""
-        text = self.render(
-            [{"role": "user", "content": f"[CONTEXT] {context} [RESPONSE A] {a} [RESPONSE B] {b} \n"}]
-        )
+        question = f"[CONTEXT] {context} [RESPONSE A] {a} [RESPONSE B] {b} \n"
+        text = self.render([{"role": "user", "content": question}])
         text = text.removeprefix(self.tokenizer.bos_token or "")
         return array("i", self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def encode_pair(self, messages: list[dict], a: str, b: str) -> tuple:
-        """Token ids in both orders under one context, and whether that was cut; (None, None, True) where none
-        fits.
-        """
+        """Token ids in both orders, and whether the context was cut; (None, None, True) where none fits."""
         context, cut = context_of(messages), False
         while True:
             orders = self.ids(context, a, b), self.ids(context, b, a)
@@ -136,10 +117,8 @@ class PairPreference(Backbone):
                 return *orders, cut
             if not context:
                 return None, None, True
-            tokens = max(
-                1, len(self.tokenizer(context, add_special_tokens=False, verbose=False)["input_ids"])
-            )
-            context, cut = context[math.ceil(over * len(context) / tokens) :], True
+            tokens = len(self.tokenizer(context, add_special_tokens=False, verbose=False)["input_ids"])
+            context, cut = context[math.ceil(over * len(context) / max(1, tokens)) :], True
 
     def score(self, records: list[dict]) -> Iterator[tuple[int, dict]]:
         largest = max((len(record["responses"]) for record in records), default=1)
@@ -149,20 +128,12 @@ class PairPreference(Backbone):
             compare = functools.partial(self._compare, some, cuts, at)
             ranked = rank([len(record["responses"]) for record in some], self.ranking, compare)
             for n, (rewards, matrix) in enumerate(ranked):
-                yield (
-                    at + n,
-                    {"rewards": rewards, "cut": cuts[n]} | ({"pairs": matrix} if self.save_pairs else {}),
-                )
+                more = {"pairs": matrix} if self.save_pairs else {}
+                yield at + n, {"rewards": rewards, "cut": cuts[n]} | more
 
     def _compare(self, records, cuts, start, asked):
-        """Probabilities for (record, i, j); counts cut sequences in `cuts`.
-
-        Equal texts are a tie without being read.
-        """
-        questions, answers = (
-            {},
-            [None] * len(asked),
-        )  # record → [(which of `asked`, first response, token ids)]
+        """Probabilities for (record, i, j); counts cut sequences in `cuts`. Equal texts are a tie, unread."""
+        questions, answers = {}, [None] * len(asked)  # record → [(which of `asked`, first response, ids)]
         for at, (n, i, j) in enumerate(asked):
             a, b = records[n]["responses"][i], records[n]["responses"][j]
             if a == b:
@@ -179,9 +150,8 @@ class PairPreference(Backbone):
         first_wins = {}  # (which of `asked`, first response) → P(the first is better)
         last = [[[len(ids) - 1] for *_, ids in group] for group in groups]
         for g, states in self.hidden_states([[ids for *_, ids in group] for group in groups], last):
-            first_wins.update(
-                zip(((at, first) for at, first, _ in groups[g]), self._a_wins(states[:, 0]), strict=True)
-            )
+            for (at, first, _), p in zip(groups[g], self._a_wins(states[:, 0]), strict=True):
+                first_wins[at, first] = p
         for at, (_, i, j) in enumerate(asked):
             if (at, i) in first_wins:
                 p = (first_wins[at, i] + 1 - first_wins[at, j]) / 2
@@ -194,11 +164,8 @@ class PairPreference(Backbone):
 
         logits = torch.nn.functional.linear(states, self.head, self.bias)
         config = self.config.get_text_config()
-        logits = (
-            logits
-            * (getattr(config, "logit_scale", None) or 1)
-            / (getattr(config, "logits_scaling", None) or 1)
-        )
+        logits *= getattr(config, "logit_scale", None) or 1
+        logits /= getattr(config, "logits_scaling", None) or 1
         if softcap := getattr(config, "final_logit_softcapping", None):
             logits = softcap * torch.tanh(logits / softcap)
         return torch.softmax(logits, dim=1)[:, 0].tolist()

@@ -9,8 +9,7 @@ from collections.abc import Callable, Generator
 
 
 def round_robin(K: int) -> Generator[list[tuple], list, list]:
-    """All K(K−1)/2 pairs; the reward is the mean probability of winning against the others, 0.5 where all is
-    even.
+    """All K(K−1)/2 pairs; the reward is the mean probability of winning against the others.
 
     Pairs that could not be compared are left out of the mean; None for a response with none left.
     """
@@ -79,14 +78,11 @@ def rank(
     Args:
         sizes: K of each prompt.
         ranking: a key of `RANKINGS`.
-        compare: list of (prompt, i, j) → list of probabilities that response i of that prompt is better than
-            j, or None.
+        compare: list of (prompt, i, j) → probabilities that response i of that prompt is better than j.
 
     Returns:
-        (rewards, probabilities) of each prompt: K floats (None: never compared), and a K×K list of lists
-            whose row i and
-        column j hold the probability that i is better than j (None on the diagonal and where it was not
-        asked).
+        (rewards, probabilities) of each prompt: K floats (None: never compared), and K lists of K: in row i,
+        column j the probability that i is better than j (None on the diagonal and where it was not asked).
     """
     rankings = [RANKINGS[ranking](K) for K in sizes]
     matrices = [[[None] * K for _ in range(K)] for K in sizes]

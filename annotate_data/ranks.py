@@ -40,8 +40,7 @@ class World:
             torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
 
     def _end_on_signals(self):
-        """Let a thread answer Ctrl-C and the launcher's SIGTERM: the main one may stand in a collective,
-        which is deaf.
+        """Let a thread answer Ctrl-C and the launcher's SIGTERM: the main one is deaf in a collective.
 
         What was saved is on disk, so the process ends at once. Call before other threads are started.
         """
@@ -50,9 +49,7 @@ class World:
 
         def wait():
             number = signal.sigwait(ends)
-            if (
-                self.rank == 0 and number == signal.SIGINT
-            ):  # the launcher's SIGTERM follows an error that was printed
+            if self.rank == 0 and number == signal.SIGINT:  # SIGTERM follows an error that was printed
                 print("stopped; start the same command again to continue", file=sys.stderr, flush=True)
             os._exit(128 + number)
 
@@ -88,8 +85,5 @@ def share(sizes: dict, rank: int, world: int) -> list:
         sizes: dict key → size of the work (characters, say).
     """
     ordered = sorted(sizes, key=lambda key: (-sizes[key], key))
-    turns = [
-        *range(world),
-        *reversed(range(world)),
-    ]  # dealt there and back, so that no rank always gets the longer
+    turns = [*range(world), *reversed(range(world))]  # dealt there and back: nobody always gets the longer
     return [key for i, key in enumerate(ordered) if turns[i % len(turns)] == rank]

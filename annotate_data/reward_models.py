@@ -1,8 +1,7 @@
 """Reward models that judge one response: which kind a model is, Bradley-Terry classifiers, ArmoRM.
 
-Both kinds see the reward model's own chat template over prompt and response, and the special tokens that its
-tokenizer adds to a text where the template did not write them: one BOS, or none where neither has it
-(common/chat.py). They are cut on the left. The last token is found by length: transformers looks for the last
+Both kinds see the reward model's own chat template over prompt and response (common/chat.py:
+encode_for_classifier), cut on the left. The last token is found by length: transformers looks for the last
 token that is not padding, and misses the true one where padding and end of turn are the same token.
 """
 
@@ -51,11 +50,8 @@ def kind_of(config: dict, asked: str, name: str) -> str:
         )
     if asked not in ("auto", found):
         raise UserError(f"{name} is a {architecture}, which is {found}, not --reward_type {asked}")
-    if (
-        asked == "auto"
-        and found == "pair_preference"
-        and not Path(name).name.startswith(PAIR_PREFERENCE_NAMES)
-    ):
+    named = Path(name).name.startswith(PAIR_PREFERENCE_NAMES)
+    if asked == "auto" and found == "pair_preference" and not named:
         raise UserError(
             f"{name} is a {architecture}, as a policy is, and no classifier with one label; "
             "if it is a pair-preference model, say --reward_type pair_preference"
@@ -81,22 +77,14 @@ class BradleyTerry(Backbone):
         import transformers
 
         self.load_weights(transformers.AutoModelForSequenceClassification)
-        heads = [
-            key
-            for key in self.unplaced
-            if key.split(".")[0] in ("score", "classifier", "v_head", "value_head", "reward_head")
-        ]
+        known = ("score", "classifier", "v_head", "value_head", "reward_head")
+        heads = [key for key in self.unplaced if key.split(".")[0] in known]
+        where = f"no place in its architecture, {type(self.model).__name__}"
         if heads == ["score.bias"]:
-            print(
-                f"note: {self.name}: its score.bias has no place in its architecture; rewards are off by "
-                "that constant"
-            )
+            print(f"note: {self.name}: its score.bias has {where}; rewards are off by that constant")
         elif heads:
-            raise UserError(
-                f"{self.name}: its {', '.join(heads[:3])} have no place in its architecture, "
-                f"{type(self.model).__name__}: "
-                "the rewards would not be those it was trained to give"
-            )
+            what = f"its {', '.join(heads[:3])} have {where}"
+            raise UserError(f"{self.name}: {what}: the rewards would not be those it was trained to give")
 
     def score(self, records: list[dict]) -> Iterator[tuple[int, dict]]:
         import torch
@@ -115,9 +103,11 @@ class BradleyTerry(Backbone):
             yield g, {"rewards": rewards.tolist(), "cut": cuts[g]}
 
     def _logits(self, rows, ids, mask):
-        """Raw logits by the model's own head. A decoder's looks for the last token that is not padding, so
-        that a row which ends in
-        that token goes alone and without any; an encoder-decoder's wants as many ends in each row."""
+        """Raw logits by the model's own head.
+
+        A decoder's looks for the last token that is not padding, so a row that ends in that token goes alone
+        and without any; an encoder-decoder's wants as many ends in each row.
+        """
         config = self.model.config.get_text_config()
         pad = config.pad_token_id
         if not self.config.is_encoder_decoder and all(row.ids[-1] != pad for row in rows):
@@ -127,9 +117,8 @@ class BradleyTerry(Backbone):
             config.pad_token_id = pad if self.config.is_encoder_decoder else -1  # an id that no token has
             for i, row in enumerate(rows):
                 alone = slice(i, i + 1), slice(0, len(row.ids))
-                found.append(
-                    self.model(input_ids=ids[alone], attention_mask=mask[alone]).logits[0, 0].float().item()
-                )
+                logits = self.model(input_ids=ids[alone], attention_mask=mask[alone]).logits
+                found.append(logits[0, 0].float().item())
         finally:
             config.pad_token_id = pad
         return found
@@ -145,9 +134,8 @@ class ArmoRM(Backbone):
         gating = logit_scale · softmax(MLP(h_prompt) / gating_temperature)       [objectives]
         score = Σ gating · (rewards @ reward_transform_matrix)
 
-    The MLP, `gating.layers`, has `gating_n_hidden` hidden layers with ReLU. The published code reads the
-    header's place off the token ids; a response so long that truncation took the header away has no score
-    (null).
+    The MLP, `gating.layers`, has `gating_n_hidden` hidden layers with ReLU. A response so long that
+    truncation took the header away has no score (null).
     """
 
     HEADER = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
@@ -156,11 +144,8 @@ class ArmoRM(Backbone):
         super().__init__(name, **options)
         kind_of(self.config.to_dict(), "armorm", name)
         self.header = self.tokenizer(self.HEADER, add_special_tokens=False)["input_ids"]
-        special = [i for i in self.header if i in self.tokenizer.added_tokens_decoder]
-        if len(special) != 3:
-            raise UserError(
-                f"{name}: its tokenizer lacks Llama-3's header tokens, which ArmoRM's gating looks for"
-            )
+        if sum(i in self.tokenizer.added_tokens_decoder for i in self.header) != 3:
+            raise UserError(f"{name}: its tokenizer lacks Llama-3's header tokens, which ArmoRM looks for")
 
     def load(self):
         import torch
@@ -179,10 +164,8 @@ class ArmoRM(Backbone):
             shapes |= {f"gating.layers.{i}.weight": [rows, columns], f"gating.layers.{i}.bias": [rows]}
         self.head = {key: value.to(self.device, torch.float32) for key, value in self._read(shapes).items()}
         for key, shape in shapes.items():
-            if list(self.head[key].shape) != shape:
-                raise UserError(
-                    f"{self.name}: {key} is {list(self.head[key].shape)}, its config makes it {shape}"
-                )
+            if (found := list(self.head[key].shape)) != shape:
+                raise UserError(f"{self.name}: {key} is {found}, its config makes it {shape}")
 
     def _read(self, names):
         """Tensors of the checkpoint's safetensors files, sharded or not, by name."""
@@ -192,11 +175,9 @@ class ArmoRM(Backbone):
         folder, found = Path(self.name), {}
         try:
             if not folder.is_dir():  # the files are in the cache, the backbone has just been read from them
-                wanted = {
-                    "revision": self.source["revision"],
-                    "allow_patterns": ["*.safetensors", "*.safetensors.index.json"],
-                }
-                folder = Path(huggingface_hub.snapshot_download(self.name, **wanted))
+                wanted = ["*.safetensors", "*.safetensors.index.json"]
+                source = {"revision": self.source["revision"], "allow_patterns": wanted}
+                folder = Path(huggingface_hub.snapshot_download(self.name, **source))
             index = folder / "model.safetensors.index.json"
             if index.is_file():
                 places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -218,9 +199,8 @@ class ArmoRM(Backbone):
     def gate(self, ids: Iterable[int]) -> int | None:
         """Position of the token before the last assistant header, or None."""
         ids, header = list(ids), self.header
-        return next(
-            (j for j in range(len(ids) - len(header), -1, -1) if ids[j : j + len(header)] == header), None
-        )
+        places = range(len(ids) - len(header), -1, -1)
+        return next((j for j in places if ids[j : j + len(header)] == header), None)
 
     def score(self, records: list[dict]) -> Iterator[tuple[int, dict]]:
         groups, cuts = self.encode_all(records)
@@ -241,13 +221,10 @@ class ArmoRM(Backbone):
         head, x = self.head, prompt
         last = getattr(self.config, "gating_n_hidden", 3)
         for i in range(last + 1):
-            x = torch.nn.functional.linear(
-                x, head[f"gating.layers.{i}.weight"], head[f"gating.layers.{i}.bias"]
-            )
+            layer = f"gating.layers.{i}"
+            x = torch.nn.functional.linear(x, head[f"{layer}.weight"], head[f"{layer}.bias"])
             x = x if i == last else torch.relu(x)
-        gating = (
-            torch.softmax(x / getattr(self.config, "gating_temperature", 10), dim=1)
-            * head["gating.logit_scale"]
-        )
+        gating = torch.softmax(x / getattr(self.config, "gating_temperature", 10), dim=1)
+        gating *= head["gating.logit_scale"]
         rewards = end @ head["regression_layer.weight"].T
         return (gating * (rewards @ head["reward_transform_matrix"])).sum(1)

@@ -16,9 +16,7 @@ class Mean:
 
 
 class Correlation:
-    """Pearson's r of a stream of (x, y) from running moments (Welford 1962); None where one of them does not
-    vary.
-    """
+    """Pearson's r of a stream of (x, y) from running moments (Welford 1962); None where one is constant."""
 
     def __init__(self):
         self.count = 0
@@ -53,9 +51,8 @@ class Summary:
 
     def add(self, rewards: list, lengths: list | None = None) -> None:
         """Add a prompt's K rewards (numbers or None) and the lengths of its responses in tokens (or None)."""
-        pairs = [
-            (x, n) for x, n in zip(rewards, lengths or [None] * len(rewards), strict=True) if x is not None
-        ]
+        pairs = zip(rewards, lengths or [None] * len(rewards), strict=True)
+        pairs = [(x, n) for x, n in pairs if x is not None]
         values = [x for x, _ in pairs]
         if not values:
             return
@@ -79,9 +76,8 @@ class Summary:
 
         Returns:
             dict: `reward_mean`; `best_of_k`, `worst_of_k` and `spread` (standard deviation of a prompt's K),
-                averaged
-            over prompts; `length_correlation` with the response's tokens, and `_within` prompts (both centred
-            by prompt); `all_equal_fraction` of the prompts with two rewards or more.
+            averaged over prompts; `length_correlation` with the response's tokens, and `_within` prompts
+            (both centred by prompt); `all_equal_fraction` of the prompts with two rewards or more.
         """
         found = {
             "reward_mean": self.rewards,

@@ -26,25 +26,19 @@ def parse_date(text: str | None) -> datetime.date:
 
 
 def fixed_clock(date: str | None) -> Callable[[str], str]:
-    """What a template calls as `strftime_now`: midnight of `date`, so that a run's prompts do not change from
-    day to day.
-    """
-    midnight = datetime.datetime.combine(parse_date(date), datetime.time())
-    return midnight.strftime
+    """What a template calls as `strftime_now`: midnight of `date`, so that a run's prompts stay the same."""
+    return datetime.datetime.combine(parse_date(date), datetime.time()).strftime
 
 
 def need_template(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Refuse a tokenizer that has no chat template: no prompt's fault."""
-    if not tokenizer.chat_template:
+    name, templates = tokenizer.name_or_path, tokenizer.chat_template
+    todo = "give one with --chat_template FILE"
+    if not templates:
+        raise UserError(f"the tokenizer of {name} has no chat template: {todo}")
+    if isinstance(templates, dict) and "default" not in templates:
         raise UserError(
-            f"the tokenizer of {tokenizer.name_or_path} has no chat template: give one with --chat_template "
-            "FILE"
-        )
-    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
-        raise UserError(
-            f"{tokenizer.name_or_path} has the chat templates {', '.join(tokenizer.chat_template)} and none "
-            "is the default: "
-            "give one with --chat_template FILE"
+            f"{name} has the chat templates {', '.join(templates)} and none is the default: {todo}"
         )
 
 
@@ -69,9 +63,8 @@ def render(
         UserError: the tokenizer has no template, or the template refuses the messages (no system role, say).
     """
     need_template(tokenizer)
-    given = (
-        {"strftime_now": fixed_clock(date)} | (template_kwargs or {}) | ({"tools": tools} if tools else {})
-    )
+    given = {"strftime_now": fixed_clock(date)} | (template_kwargs or {})
+    given |= {"tools": tools} if tools else {}
     try:
         return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=generation_prompt, **given
@@ -106,9 +99,7 @@ def writes_date(tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 
 def added_specials(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
-    """(token ids in front, token ids behind) that the tokenizer adds to a text by itself: BOS or CLS, and EOS
-    or SEP.
-    """
+    """(ids in front, ids behind) that the tokenizer adds to a text by itself: BOS or CLS, and EOS or SEP."""
     bare, whole = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
     at = next((i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare), 0)
     return whole[:at], whole[at + len(bare) :]
@@ -117,12 +108,10 @@ def added_specials(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], lis
 def encode_for_classifier(
     tokenizer: "PreTrainedTokenizerBase", text: str, added: tuple[list, list] | None = None
 ) -> list[int]:
-    """Token ids of a templated text as a reward model reads it, with one BOS where the template writes it or
-    the tokenizer adds it.
+    """Token ids of a templated text as a reward model reads it.
 
-    The ids are exactly what the template says. What the tokenizer adds to a text by itself is added where the
-    template did not write it; a tokenizer that adds nothing adds nothing. A second BOS in front is left out:
-    some templates write one too many.
+    They are what the template says, and what the tokenizer adds to a text by itself where the template did
+    not write it. A second BOS in front is left out: some templates write one too many.
 
     Args:
         text: of `render`, with whatever BOS the template wrote.
@@ -130,9 +119,8 @@ def encode_for_classifier(
     """
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     front, behind = added or added_specials(tokenizer)
-    if ids[: len(front)] != front and not text.lstrip().startswith(
-        "".join(tokenizer.convert_ids_to_tokens(front))
-    ):
+    written = "".join(tokenizer.convert_ids_to_tokens(front))
+    if ids[: len(front)] != front and not text.lstrip().startswith(written):
         ids = front + ids
     if behind and ids[-len(behind) :] != behind:
         ids = ids + behind
@@ -148,11 +136,9 @@ def left_out(
     template_kwargs: dict | None = None,
     tools: list[dict] | None = None,
 ) -> list[str]:
-    """What the template leaves out of a prompt's tools, in words: some of `tools`, `tool_calls`,
-    `function_call`, `tool turns`.
+    """What a template made without tools leaves out of a prompt, so that the model never sees it.
 
-    A template that was made without tools takes no notice of them, and the model is asked about calls that it
-    never sees.
+    In words: some of `tools`, `tool_calls`, `function_call`, `tool turns`.
     """
     parts = {"tools": (messages, None)} if tools else {}
     for key in CALLS:
@@ -179,9 +165,7 @@ def use_template(tokenizer: "PreTrainedTokenizerBase", path: str | None) -> None
 
 
 def turn_suffix(tokenizer: "PreTrainedTokenizerBase", template_kwargs: dict | None = None) -> list[int]:
-    """Token ids that the template writes behind an assistant's text (Llama-3: `<|eot_id|>`; ChatML:
-    `<|im_end|>\\n`).
-    """
+    """Token ids that the template writes behind an assistant's text (Llama-3: `<|eot_id|>`)."""
     mark = "Zebra"
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
     try:
@@ -194,45 +178,31 @@ def turn_suffix(tokenizer: "PreTrainedTokenizerBase", template_kwargs: dict | No
     if mark not in text:
         raise UserError(
             f"the chat template of {tokenizer.name_or_path} leaves out the text of a turn (it may be for "
-            "content in parts): "
-            "give one for text with --chat_template FILE"
+            "content in parts): give one for text with --chat_template FILE"
         )
     return tokenizer(text[text.rindex(mark) + len(mark) :], add_special_tokens=False)["input_ids"]
 
 
 def end_of_turn(tokenizer: "PreTrainedTokenizerBase", template_kwargs: dict | None = None) -> int | None:
-    """The token with which the template closes an assistant's turn, or None (GLM's do not: the next turn's
-    role closes it).
+    """The token with which the template closes an assistant's turn; None where the next turn's role does.
 
-    It is the last token that a policy samples. What the template writes behind it (ChatML's newline) is
-    nobody's choice. White space that is an added token (Gemma's line breaks) closes nothing: answers are full
-    of it.
+    It is the last token that a policy samples; what the template writes behind it (ChatML's newline) is not.
+    White space that is an added token (Gemma's line breaks) closes nothing: answers are full of it.
     """
-    special = {
-        *tokenizer.all_special_ids,
-        *(i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()),
-    }
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
+    special = added.union(tokenizer.all_special_ids)
     return next((token for token in turn_suffix(tokenizer, template_kwargs) if token in special), None)
 
 
 def stop_token_ids(
     tokenizer: "PreTrainedTokenizerBase", generation_eos: int | list[int] | None = None, extra: list[int] = ()
 ) -> list[int]:
-    """Sorted ids that end a response: the generation config's, the tokenizer's EOS, the template's end of
-    turn, `extra`.
-    """
+    """Sorted ids that end a response: of generation config, tokenizer, the template's turn, and `extra`."""
     generation_eos = generation_eos if isinstance(generation_eos, (list, tuple)) else [generation_eos]
-    return sorted(
-        {
-            int(t)
-            for t in [*generation_eos, tokenizer.eos_token_id, end_of_turn(tokenizer), *extra]
-            if t is not None
-        }
-    )
+    found = (*generation_eos, tokenizer.eos_token_id, end_of_turn(tokenizer), *extra)
+    return sorted({int(token) for token in found if token is not None})
 
 
 def literal_specials(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """The strings that tokenise as special tokens; a user's message that holds one is counted, never searched
-    for.
-    """
+    """The strings that tokenise as special tokens."""
     return [token for token in tokenizer.all_special_tokens if token.strip()]

@@ -12,16 +12,8 @@ from common.cli import UserError
 
 ASKING = ("user", "tool", "function", "ipython")  # whose turn may be the last one of a prompt
 CALLS = ("tool_calls", "function_call")  # with them an assistant's content may be null
-SHAREGPT = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-}
+SHAREGPT = {role: role for role in ("user", "assistant", "system", "tool")}
+SHAREGPT |= {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
 
 
 def as_json(value: object) -> object:
@@ -37,11 +29,8 @@ def as_json(value: object) -> object:
 
 def is_messages(value: object) -> bool:
     """Whether a value looks like a list of messages, ours or ShareGPT's."""
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in value)
-    )
+    listed = isinstance(value, list) and bool(value)
+    return listed and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in value)
 
 
 def text_of(message: dict) -> str:
@@ -76,24 +65,20 @@ def _to_message(message, where):
         if role is None:
             raise UserError(
                 f'{where}: a turn is "from" {str(message["from"])[:40]!r}, which is not known; write it as '
-                f'{{"role": …, "content": text}}'
+                '{"role": …, "content": text}'
             )
         others = {key: item for key, item in message.items() if key not in ("from", "value")}
         message = {"role": role, "content": message.get("value")} | others
+    wrong = UserError(f'{where}: a message is {{"role": …, "content": text}}, got {str(message)[:60]!r}')
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise UserError(f'{where}: a message is {{"role": …, "content": text}}, got {str(message)[:60]!r}')
+        raise wrong
     content = message.get("content")
-    if isinstance(content, list):
-        content = "".join(
-            _text_of_part(part, where) for part in content
-        )  # as templates write parts: nothing between them
-    others = {
-        key: as_json(item)
-        for key, item in message.items()
-        if key not in ("role", "content") and item is not None and item != []
-    }
+    if isinstance(content, list):  # as templates write parts: nothing between them
+        content = "".join(_text_of_part(part, where) for part in content)
+    others = {key: as_json(item) for key, item in message.items() if item is not None and item != []}
+    others = {key: item for key, item in others.items() if key not in ("role", "content")}
     if not isinstance(content, str) and not (content is None and any(others.get(key) for key in CALLS)):
-        raise UserError(f'{where}: a message is {{"role": …, "content": text}}, got {str(message)[:60]!r}')
+        raise wrong
     known = {"role": message["role"]} | ({"content": content} if "content" in message else {})
     return known | others
 
@@ -108,8 +93,7 @@ def _text_of_part(part, where):
 
 
 def to_tools(value: object, where: str) -> list[dict] | None:
-    """The `tools` of a record as a list of JSON schemas, or None where it has none. The list, or a schema,
-    may be JSON text.
+    """The `tools` of a record as a list of JSON schemas, or None; the list or a schema may be JSON text.
 
     Raises:
         UserError: something else; `where` names the place.
@@ -123,8 +107,6 @@ def to_tools(value: object, where: str) -> list[dict] | None:
     if not value:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise UserError(
-            f"{where}: `tools` must be a list of JSON schemas, got {str(value)[:60]!r}; give a column of "
-            "another meaning another name"
-        )
+        todo = "give a column of another meaning another name"
+        raise UserError(f"{where}: `tools` must be a list of JSON schemas, got {str(value)[:60]!r}; {todo}")
     return as_json(value)

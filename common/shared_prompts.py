@@ -3,31 +3,29 @@
     prepare(model, example)               switch a transformers model to it; refuses what it cannot compute
     packed = pack(groups)                 groups of token-id sequences → one row without padding
     hidden = hidden_states(model, packed) [T, hidden], every token's state
-    states = last_states(model, packed)   [sequences, hidden], the last tokens' alone: less work in the end
+    states = last_states(model, packed)   [sequences, hidden], the last tokens' alone: less work
     plan(groups, budget)                  which sequences go into which pass
 
-The sequences of a group share what their token ids have in common from the left. The row is, group by group,
-the
-shared prefix and then each sequence's own part; positions restart behind the prefix for each of them:
+What the sequences of a group have in common from the left stands once in the row, then comes each sequence's
+own part; positions go on from the shared prefix for each of them:
 
     ids        p0 p1 p2 | a3 a4 | b3 b4 b5 |  q0 …
     positions   0  1  2 |  3  4 |  3  4  5 |   0 …
 
-Layers other than attention work on single tokens, so only attention needs to know. A function of ours stands
-in for it (transformers' AttentionInterface) and finds the layout in the keyword argument `shared_prompts`,
-which models hand on to their layers. No mask is built: under a name that transformers' masks do not know, it
-makes none.
+Layers other than attention work on single tokens, so only attention needs to know. Our own function replaces
+it (transformers' AttentionInterface) and finds the layout in the keyword argument `shared_prompts`, which
+models hand on to their layers. transformers builds no mask, since its masks do not know the function's name.
 
 Autograd and gradient checkpointing work through it. Training asks each column for its next token:
-`labelled=True` shares one token less, so that the state from which the sequences part stands in each of them.
+`labelled=True` shares one token less, so that each sequence has a column for the state from which they part.
 
-On a GPU, in half precision, all spans of a row are one call of torch's variable-length attention, with the
-keys of each span gathered; elsewhere each span is a call of its own.
+On a GPU in half precision all spans of a row are one call of torch's variable-length attention; elsewhere
+each span is a call of its own.
 """
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -49,9 +47,7 @@ class Unsupported(Exception):
 
 
 class Group(NamedTuple):
-    """Where a group stands in the row: from column `start`, `prefix` shared tokens, then own parts of `own`
-    tokens.
-    """
+    """A group in the row: from column `start`, `prefix` shared tokens, then own parts of `own` tokens."""
 
     start: int
     prefix: int
@@ -66,6 +62,8 @@ class Packed:
     groups: where each group stands; sequences are numbered through all groups, in the order given.
     last: [sequences] column of each sequence's last token.
     wanted: [n] columns whose last states are wanted; None for all. See `only_wanted`.
+    only_last: the attention module that is asked for `last` alone.
+    masks: masks and layouts of spans, kept for the pass, since layers need the same ones.
     """
 
     ids: torch.Tensor
@@ -73,25 +71,19 @@ class Packed:
     groups: list[Group]
     last: torch.Tensor
     wanted: torch.Tensor | None = None
-    only_last: torch.nn.Module | None = None  # attention that is wanted at `last` only
-    masks: dict = field(
-        default_factory=dict
-    )  # and layouts of spans, kept for the pass: layers need the same ones
+    only_last: torch.nn.Module | None = None
+    masks: dict = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> "Packed":
         """The same row with its tensors on another device."""
-        moved = [
-            None if t is None else t.to(device, non_blocking=True)
-            for t in (self.ids, self.positions, self.last, self.wanted)
-        ]
-        return Packed(moved[0], moved[1], self.groups, moved[2], moved[3])
+        tensors = {key: getattr(self, key) for key in ("ids", "positions", "last", "wanted")}
+        moved = {key: t.to(device, non_blocking=True) for key, t in tensors.items() if t is not None}
+        return replace(self, masks={}, **moved)
 
     def spans(self, narrow: bool = False) -> Iterator[tuple[int, int, int, int]]:
-        """Queries that attend together: lists of (first column, columns, first column of the prefix, its
-        columns).
+        """Queries that attend together: (first column, columns, first column of the prefix, its columns).
 
-        Their keys are the prefix and the columns themselves. `narrow` asks only the last column of each
-        sequence.
+        Their keys are the prefix and the columns themselves. `narrow` asks each sequence's last column only.
         """
         for start, prefix, own in self.groups:
             if prefix and not narrow:
@@ -102,20 +94,16 @@ class Packed:
                 at += length
 
     def columns(self) -> list[torch.Tensor]:
-        """For each sequence, the [length] columns of its tokens: `hidden[columns[s]]` is as if it had been
-        alone.
-        """
-        made = []
-        for start, prefix, own in self.groups:
-            at = start + prefix
-            for length in own:
-                made.append(torch.cat([torch.arange(start, start + prefix), torch.arange(at, at + length)]))
-                at += length
-        return [columns.to(self.ids.device) for columns in made]
+        """Each sequence's columns [length]: `hidden[columns[s]]` is as if sequence s had been alone."""
+        device = self.ids.device
+        return [
+            torch.cat([torch.arange(start, start + prefix), torch.arange(at, at + length)]).to(device)
+            for at, length, start, prefix in self.spans(narrow=True)
+        ]
 
 
 def shared(sequences: list[Sequence[int]], labelled: bool = False) -> int:
-    """How many tokens a group's sequences have in common from the left, with at least one left over for each.
+    """How many tokens a group's sequences have in common from the left, with at least one left for each.
 
     `labelled`: so many that each shared token has the same next token in all sequences.
 
@@ -127,10 +115,7 @@ def shared(sequences: list[Sequence[int]], labelled: bool = False) -> int:
         raise ValueError("a sequence has no tokens")
     if len(sequences) == 1:
         return 0
-    low, high = (
-        min(sequences),
-        max(sequences),
-    )  # all others lie between them, so what these two share all share
+    low, high = min(sequences), max(sequences)  # what these two share all share: the others lie between
     limit = shortest if labelled else shortest - 1
     common = next((i for i in range(limit) if low[i] != high[i]), limit)
     return max(0, common - 1) if labelled else common
@@ -193,38 +178,37 @@ def pack(
 
 def hidden_states(backbone: torch.nn.Module, packed: Packed) -> torch.Tensor:
     """Last hidden states of every column, [T, hidden]; `backbone` is a prepared model without its head."""
-    output = backbone(
-        input_ids=packed.ids, position_ids=packed.positions, use_cache=False, shared_prompts=packed
-    )
+    row = {"input_ids": packed.ids, "position_ids": packed.positions, "shared_prompts": packed}
+    output = backbone(**row, use_cache=False)
     return output.last_hidden_state[0]
 
 
 def last_states(backbone: torch.nn.Module, packed: Packed) -> torch.Tensor:
     """Last hidden states of each sequence's last token, [sequences, hidden].
 
-    What the last layer computes for other tokens after its keys and values would be thrown away, so its
-    attention and its projections work on these columns only and leave zeros in the others.
+    Behind its keys and values, the last layer's attention and projections work on these columns only and
+    leave zeros in the others.
     """
     layers = getattr(backbone, "layers", None)
     if not isinstance(layers, torch.nn.ModuleList):
         return hidden_states(backbone, packed)[packed.last]
+
+    def _narrow(_, given):
+        return given[0][:, packed.last], *given[1:]
+
     with contextlib.ExitStack() as hooks:
         packed.only_last = layers[-1].self_attn
         hooks.callback(setattr, packed, "only_last", None)
         for module in (getattr(layers[-1].self_attn, "o_proj", None), getattr(layers[-1], "mlp", None)):
             if module is not None:
-                hooks.callback(
-                    module.register_forward_pre_hook(
-                        lambda _, given: (given[0][:, packed.last], *given[1:])
-                    ).remove
-                )
-                hooks.callback(module.register_forward_hook(lambda _, __, made: _spread(made, packed)).remove)
+                hooks.callback(module.register_forward_pre_hook(_narrow).remove)
+                hook = module.register_forward_hook(lambda _, __, made: _spread(made, packed))
+                hooks.callback(hook.remove)
         return hidden_states(backbone, packed)[packed.last]
 
 
 def only_wanted(backbone: torch.nn.Module) -> RemovableHandle:
-    """Let a prepared backbone return the last states of `Packed.wanted` alone, [1, n, hidden], where that is
-    set.
+    """Let a prepared backbone return the last states of `Packed.wanted` alone, [1, n, hidden], where set.
 
     A language model's head then works on these columns only. Returns the hook's handle.
     """
@@ -260,104 +244,74 @@ def attention(
     s_aux: torch.Tensor | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers' layers call: query, key, value [1, heads, T, width] → ([1, T, heads, width],
-    None).
-    """
-    if shared_prompts is None:
-        raise RuntimeError(
-            "a model prepared for shared prompts was called without `shared_prompts`, or its layers do not "
-            "receive it"
-        )
+    """What layers call with query, key, value [1, heads, T, width]; returns ([1, T, heads, width], None)."""
+    packed = shared_prompts
+    if packed is None:
+        raise RuntimeError("a model prepared for shared prompts was called without `shared_prompts`")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if attention_mask is not None or dropout or not causal or s_aux is not None:
         raise Unsupported("its attention has a mask, dropout or sinks, or looks ahead")
     types = getattr(module.config, "layer_types", None)
     if types and types[module.layer_idx] == "sliding_attention" and sliding_window is None:
         raise Unsupported("its layers do not say how wide their windows are")
-    if shared_prompts.ids.shape[1] != query.shape[2]:
+    if packed.ids.shape[1] != query.shape[2]:
         raise Unsupported("its attention sees another number of tokens than there are")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if (
-        query.dtype != value.dtype
-    ):  # autocast over fp32 weights: rotary positions made query and key fp32, value is half
+    if query.dtype != value.dtype:  # under autocast, rotary positions made query and key fp32
         query, key = query.to(value.dtype), key.to(value.dtype)
-    narrow = module is shared_prompts.only_last
+    narrow = module is packed.only_last
     if uses_varlen(query, softcap):
-        made = _attend_all(query, key, value, scaling, sliding_window, shared_prompts, narrow)
-        return _spread(made, shared_prompts) if narrow else made, None
+        made = _attend_all(query, key, value, scaling, sliding_window, packed, narrow)
+        return _spread(made, packed) if narrow else made, None
     parts = []
-    for at, length, start, before in shared_prompts.spans(narrow):
-        end, asked = at + length, 1 if narrow else length
+    for at, length, start, before in packed.spans(narrow):
+        end = at + length
         keys, values = key[:, :, at:end], value[:, :, at:end]
         if before:
             keys = torch.cat([key[:, :, start : start + before], keys], 2)
             values = torch.cat([value[:, :, start : start + before], values], 2)
-        queries = query[:, :, end - asked : end]
-        parts.append(
-            _attend(queries, keys, values, scaling, sliding_window, softcap, shared_prompts.masks).transpose(
-                1, 2
-            )
-        )
+        queries = query[:, :, end - 1 if narrow else at : end]
+        part = _attend(queries, keys, values, scaling, sliding_window, softcap, packed.masks)
+        parts.append(part.transpose(1, 2))
     made = torch.cat(parts, 1)
-    return _spread(made, shared_prompts) if narrow else made, None
+    return _spread(made, packed) if narrow else made, None
 
 
 def uses_varlen(query: torch.Tensor, softcap: float | None) -> bool:
-    """Whether torch's variable-length attention computes this: flash kernels, so CUDA and half precision, no
-    soft-cap.
-    """
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    return (
-        on_gpu(query)
-        and half
-        and not softcap
-        and query.shape[-1] <= 256
-        and torch.cuda.get_device_capability()[0] >= 8
-    )
+    """Whether torch's variable-length attention (flash kernels) computes this: on a GPU, half precision."""
+    if not on_gpu(query) or query.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return not softcap and query.shape[-1] <= 256 and torch.cuda.get_device_capability()[0] >= 8
 
 
 def on_gpu(tensor: torch.Tensor) -> bool:
-    """Whether torch's CUDA kernels compute with it; a function, so that a test can take their branches
-    without a GPU.
-    """
+    """A function, so that a test can take the GPU's branches without one."""
     return tensor.is_cuda
 
 
 def _attend_all(query, key, value, scaling, window, packed, narrow):
     """All spans in one call: query, key, value [1, heads, T, width] → [1, queries, heads, width].
 
-    The kernel takes a causal mask to end with the last query at the last key, which is what a span behind its
-    prefix needs.
+    The kernel's causal mask ends with the last query at the last key, as a span behind its prefix needs it.
     """
     name = "narrow" if narrow else "spans"
     if name not in packed.masks:
         packed.masks[name] = _layout(packed, narrow, query.device)
-    columns, starts_q, starts_k, most_q, most_k = packed.masks[name]
+    columns, *lengths = packed.masks[name]
     query = query[0].transpose(0, 1)
     if narrow:
         query = query[packed.last]
     key, value = key[0].transpose(0, 1)[columns], value[0].transpose(0, 1)[columns]
-    left = -1 if window is None else window - 1
+    sizes = (-1 if window is None else window - 1, 0)
     grouped = query.shape[1] != key.shape[1]
     return varlen_attn(
-        query.contiguous(),
-        key,
-        value,
-        starts_q,
-        starts_k,
-        most_q,
-        most_k,
-        scale=scaling,
-        window_size=(left, 0),
-        enable_gqa=grouped,
+        query.contiguous(), key, value, *lengths, scale=scaling, window_size=sizes, enable_gqa=grouped
     )[None]
 
 
 @torch.inference_mode(False)  # see `_mask`
 def _layout(packed, narrow, device):
-    """(columns of all spans' keys [K], where queries [S + 1] and keys [S + 1] of a span start, the longest of
-    each).
-    """
+    """(columns of all spans' keys [K], starts of queries and of keys [S + 1], the longest of each)."""
     columns, queries, keys = [], [0], [0]
     for at, length, start, before in packed.spans(narrow):
         columns += [torch.arange(start, start + before), torch.arange(at, at + length)]
@@ -368,35 +322,26 @@ def _layout(packed, narrow, device):
 
 
 def _attend(query, key, value, scaling, window, softcap, masks):
-    """Causal attention of the last columns: query i of n sees the keys up to N - n + i, the latest `window`
-    of them.
-    """
+    """Causal attention of the last columns: query i of n sees keys up to N - n + i, the latest `window`."""
     length, total = query.shape[2], key.shape[2]
     window = window if window and window < total else None
     repeats = query.shape[1] // key.shape[1]
+    # Only flash kernels group heads.
+    if softcap or on_gpu(query) and repeats > 1 and (window or query.dtype == torch.float32):
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     if softcap:  # no kernel of torch's has it
-        scores = softcap * torch.tanh(query @ key.repeat_interleave(repeats, 1).mT * (scaling / softcap))
+        scores = softcap * torch.tanh(query @ key.mT * (scaling / softcap))
         weights = (scores + _mask(length, total, window, query, masks)).softmax(-1, dtype=torch.float32)
-        return weights.to(value.dtype) @ value.repeat_interleave(repeats, 1)
+        return weights.to(value.dtype) @ value
     if length in (1, total) and not window:
         mask = None
     elif on_gpu(query) and not window:
         mask = causal_lower_right(length, total)
     else:
         mask = _mask(length, total, window, query, masks)
-    if on_gpu(query) and repeats > 1 and (window or query.dtype == torch.float32):
-        key, value = (
-            key.repeat_interleave(repeats, 1),
-            value.repeat_interleave(repeats, 1),
-        )  # only flash kernels group heads
+    causal, grouped = mask is None and length > 1, query.shape[1] != key.shape[1]
     return scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        is_causal=mask is None and length > 1,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
+        query, key, value, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=grouped
     )
 
 
@@ -408,9 +353,8 @@ def _mask(length, total, window, like, masks):
         may = torch.ones(length, total, dtype=torch.bool, device=like.device).tril(total - length)
         if window:
             may = may.triu(total - length - window + 1)
-        masks[shape] = torch.zeros(length, total, dtype=like.dtype, device=like.device).masked_fill(
-            ~may, float("-inf")
-        )
+        zeros = torch.zeros(length, total, dtype=like.dtype, device=like.device)
+        masks[shape] = zeros.masked_fill(~may, float("-inf"))
     return masks[shape]
 
 
@@ -427,11 +371,8 @@ def reason_against(model: PreTrainedModel) -> str:
     if not (model._supports_attention_backend and model.base_model._can_set_attn_implementation()):
         return "its attention cannot be replaced"
     causal = [getattr(module, "is_causal", True) for module in model.modules()]
-    if (
-        not all(causal)
-        or getattr(config, "is_causal", True) is False
-        or getattr(config, "use_bidirectional_attention", False)
-    ):
+    looks_ahead = not all(causal) or getattr(config, "is_causal", True) is False
+    if looks_ahead or getattr(config, "use_bidirectional_attention", False):
         return "it looks ahead, as encoders do"
     odd = set(getattr(config, "layer_types", None) or ()) - LAYERS
     if odd:
@@ -443,9 +384,7 @@ def reason_against(model: PreTrainedModel) -> str:
 
 
 def is_rotary(model: PreTrainedModel) -> bool:
-    """Whether all that it knows of positions is their distances: moved on together they give the same but for
-    rounding.
-    """
+    """Whether positions count by their distances alone: moved together, they change nothing but rounding."""
     return bool(_rope_types(model.config))
 
 
@@ -459,19 +398,13 @@ def _rope_types(config):
     return found
 
 
-def supports(model: PreTrainedModel) -> bool:
-    return not reason_against(model)
-
-
 def prepare(model: PreTrainedModel, example: list[Sequence[int]] | None = None) -> str:
-    """Switch `model` (in evaluation or training) to shared prompts; `hidden_states` is how to call it from
-    then on.
+    """Switch `model` (in evaluation or training) to shared prompts; call it by `hidden_states` from then on.
 
     Args:
         model: transformers model, with or without a head.
-        example: a group of token-id sequences; the model must give the same hidden states for it as it gives,
-            with the
-            attention that it has now, for one sequence at a time. Windows show only in sequences longer than
+        example: a group of token-id sequences, for which the model must give the hidden states that it gives
+            for one sequence at a time with its present attention. Windows show only in sequences longer than
             they are.
 
     Returns:
@@ -480,37 +413,32 @@ def prepare(model: PreTrainedModel, example: list[Sequence[int]] | None = None) 
     Raises:
         Unsupported: the model is as it was.
     """
-    reason = reason_against(model)
-    if reason:
+    if reason := reason_against(model):
         raise Unsupported(reason)
     before = model.own_attention = model.config._attn_implementation
     expected = _one_at_a_time(model.base_model, example) if example else None
     model.set_attn_implementation(NAME)
-    if example:
-        try:
-            apart = _apart(model.base_model, example, expected)
-        except Exception as error:
-            model.set_attn_implementation(before)
-            raise (
-                error
-                if isinstance(error, Unsupported)
-                else Unsupported(f"a trial failed: {type(error).__name__}: {error}")
-            ) from error
+    if not example:
+        return before
+    try:
+        apart = _apart(model.base_model, example, expected)
         limit = TOLERANCE.get(model.dtype, HALF_TOLERANCE)
         if not apart <= limit:
-            model.set_attn_implementation(before)
             raise Unsupported(
                 f"its states differ by {apart:.2g} from those of one sequence at a time (at most {limit:g} "
                 "is rounding)"
             )
+    except Exception as error:
+        model.set_attn_implementation(before)
+        if isinstance(error, Unsupported):
+            raise
+        raise Unsupported(f"a trial failed: {type(error).__name__}: {error}") from error
     return before
 
 
 @contextlib.contextmanager
 def own_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Let a prepared model compute with the attention that it had before, for a while: padded batches, as any
-    model takes them.
-    """
+    """Let a prepared model compute padded batches for a while, with the attention that it had before."""
     model.set_attn_implementation(model.own_attention)
     try:
         yield
@@ -532,12 +460,8 @@ def _one_at_a_time(backbone, sequences):
 def _apart(backbone, sequences, expected):
     """Largest relative distance of a sequence's states, ‖ours − its own‖ / ‖its own‖ over its tokens."""
     packed = pack([sequences], backbone.get_input_embeddings().weight.device)
-    hidden = hidden_states(backbone, packed).float()
-    pairs = [
-        (hidden[columns], alone.float()) for columns, alone in zip(packed.columns(), expected, strict=True)
-    ]
-    pairs += [
-        (last, alone[-1].float())
-        for last, alone in zip(last_states(backbone, packed).float(), expected, strict=True)
-    ]
-    return max(float((ours - alone).norm() / alone.norm()) for ours, alone in pairs)
+    hidden, last = hidden_states(backbone, packed), last_states(backbone, packed)
+    ours = [*(hidden[columns] for columns in packed.columns()), *last]
+    alone = [*expected, *(states[-1] for states in expected)]
+    distances = [(a.float() - b.float()).norm() / b.float().norm() for a, b in zip(ours, alone, strict=True)]
+    return max(map(float, distances))

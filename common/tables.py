@@ -1,6 +1,4 @@
-"""Records of tables and data sets: .csv as text, .parquet, folders of `save_to_disk` or cloned from the hub,
-the hub itself.
-"""
+"""Records of tables and data sets: .csv, .parquet, folders of `save_to_disk` or of the hub, the hub."""
 
 import csv
 from collections.abc import Iterator
@@ -10,22 +8,18 @@ from common.cli import UserError, existing_file
 from common.jsonl import BadRecord, decoding, jsonl_records, open_text
 from common.messages import is_messages
 
-POINTER = b"version https://git-lfs"  # what stands in place of a large file in a clone without Git LFS
+POINTER = b"version https://git-lfs"  # in place of a large file in a clone without Git LFS
 
 
 def split_config(name: str) -> tuple[str, str | None]:
     """(data set, configuration or None) of `NAME` or `NAME:CONFIG`."""
-    base, colon, config = name.rpartition(":")
-    return (
-        (base, config)
-        if colon and base and config and "/" not in config and not Path(name).exists()
-        else (name, None)
-    )
+    base, _, config = name.rpartition(":")
+    named = base and config and "/" not in config and not Path(name).exists()
+    return (base, config) if named else (name, None)
 
 
 def read_csv(path: str | Path, delimiter: str | None = None) -> Iterator[dict | BadRecord]:
-    """Yield the rows of a .csv or .tsv file as dicts of texts, every cell as it stands; a `BadRecord` for one
-    of another width.
+    """Yield the rows of a .csv or .tsv file as dicts of texts; a `BadRecord` for one of another width.
 
     A .csv whose header has one cell by commas and several by semicolons or tabs is separated by these.
     """
@@ -41,9 +35,7 @@ def read_csv(path: str | Path, delimiter: str | None = None) -> Iterator[dict | 
             header = next((row for row in rows if row), [])
             twins = {name for name in header if header.count(name) > 1}
             if twins:
-                raise UserError(
-                    f"{path} has several columns {sorted(twins)[0]!r}; give each a name of its own"
-                )
+                raise UserError(f"{path} has several columns {min(twins)!r}; give each a name of its own")
             for row in rows:
                 line = rows.line_num
                 if not row:
@@ -51,13 +43,12 @@ def read_csv(path: str | Path, delimiter: str | None = None) -> Iterator[dict | 
                 count += 1
                 if len(row) == len(header):
                     yield dict(zip(header, row, strict=True))
-                else:
-                    todo = f"put cells that hold a {delimiter!r} or a line break in double quotes"
-                    wrong = (
-                        f"{path} record {count} (line {line}) has {len(row)} cells, the header has "
-                        f"{len(header)}; {todo}"
-                    )
-                    yield BadRecord(wrong, row)
+                    continue
+                wrong = (
+                    f"{path} record {count} (line {line}) has {len(row)} cells, the header has "
+                    f"{len(header)}; put cells that hold a {delimiter!r} or a line break in double quotes"
+                )
+                yield BadRecord(wrong, row)
     except csv.Error as error:
         raise UserError(f"{path} cannot be read behind line {line}: {error}") from None
     if not count:
@@ -65,8 +56,7 @@ def read_csv(path: str | Path, delimiter: str | None = None) -> Iterator[dict | 
 
 
 def _delimiter(path, header):
-    name = path.name.removesuffix(".gz")
-    if name.endswith(".tsv"):
+    if path.name.removesuffix(".gz").endswith(".tsv"):
         return "\t"
     cells = {mark: len(next(csv.reader([header], delimiter=mark), [])) for mark in ",;\t"}
     return "," if cells[","] > 1 else max(cells, key=cells.get)
@@ -90,31 +80,21 @@ def _loaded(name, load, *args, **more):
             text += f"; choose a configuration by its name behind a colon, {split_config(name)[0]}:NAME"
         if "Unknown split" in text:
             text += "; choose one with --dataset_split"
-        what = (
-            "read"
-            if Path(split_config(name)[0]).exists()
-            else "load from the hub, and find no such folder here,"
-        )
+        here = Path(split_config(name)[0]).exists()
+        what = "read" if here else "load from the hub, and find no such folder here,"
         raise UserError(f"cannot {what} {name}: {type(error).__name__}: {text[:400]}") from None
 
 
 def _unfilled(record):
-    """A record without the nulls that a table put into its messages and tools for fields that other rows
-    have.
-    """
-    return {
-        key: _without_nulls(value)
-        if is_messages(value) or (key == "tools" and isinstance(value, list))
-        else value
-        for key, value in record.items()
-    }
+    """A record without the nulls that a table put into messages and tools for fields of other rows."""
+    filled = {key for key, value in record.items() if is_messages(value) or key == "tools"}
+    return {key: _without_nulls(value) if key in filled else value for key, value in record.items()}
 
 
 def _without_nulls(value):
     if isinstance(value, dict):
-        return {
-            key: _without_nulls(item) for key, item in value.items() if item is not None or key == "content"
-        }
+        kept = {key: item for key, item in value.items() if item is not None or key == "content"}
+        return {key: _without_nulls(item) for key, item in kept.items()}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
@@ -126,19 +106,14 @@ def _rows(data, name):
 
 def _choose(splits, split, name):
     if split not in splits:
-        raise UserError(
-            f"{name} has no split {split!r}; it has {', '.join(map(str, splits))}: choose one with "
-            "--dataset_split"
-        )
+        there = ", ".join(map(str, splits))
+        raise UserError(f"{name} has no split {split!r}; it has {there}: choose one with --dataset_split")
 
 
 def refuse_split(name: str, split: str) -> None:
     """Refuse `--dataset_split` for what has no splits."""
     if split != "train":
-        raise UserError(
-            f"{name} has no splits, so --dataset_split {split} means nothing for it: leave it out, or give "
-            "train"
-        )
+        raise UserError(f"{name} has no splits: leave --dataset_split {split} out, or give train")
 
 
 def read_parquet(path: str | Path) -> Iterator[dict]:
@@ -150,14 +125,12 @@ def read_parquet(path: str | Path) -> Iterator[dict]:
     _refuse_pointer(path)
     if _loaded(str(path), pyarrow.parquet.read_metadata, path).num_rows == 0:
         raise UserError(f"{path} is empty")
-    yield from _rows(
-        _loaded(str(path), datasets.load_dataset, "parquet", data_files=str(path), split="train"), path
-    )
+    data = _loaded(str(path), datasets.load_dataset, "parquet", data_files=str(path), split="train")
+    yield from _rows(data, path)
 
 
 def read_data_set(name: str, split: str) -> Iterator[dict | BadRecord]:
-    """Yield the records of one split: of a folder of `save_to_disk`, of a data set's folder as cloned from
-    the hub, or of the hub.
+    """Yield the records of a split: of a folder (`save_to_disk`, or cloned from the hub), or of the hub.
 
     `NAME:CONFIG` chooses one of several configurations.
     """
@@ -175,9 +148,7 @@ def read_data_set(name: str, split: str) -> Iterator[dict | BadRecord]:
         return
     builder = _loaded(name, datasets.load_dataset_builder, base, config)
     files = builder.config.data_files or {}
-    if (
-        files and split != "all" and not any(mark in split for mark in "[+")
-    ):  # `train[:10]` and the like are its own affair
+    if files and split != "all" and not any(mark in split for mark in "[+"):  # not of `train[:10]`
         _choose(files, split, name)
     for file in files.get(split, ()):
         if Path(file).is_file():
@@ -192,15 +163,12 @@ def read_data_set(name: str, split: str) -> Iterator[dict | BadRecord]:
 
 
 def _are_text(builder, files):
-    """Whether a split's files are .csv or JSON that we read ourselves, so that cells and fields stay what
-    they are.
-    """
+    """Whether we read a split's files, .csv or JSON, ourselves: so cells and fields stay what they are."""
     plain = {"csv": (".csv", ".tsv"), "json": (".jsonl", ".json", ".ndjson")}.get(_module(builder), ())
-    config, default = builder.config, type(builder.config)()
+    default = vars(type(builder.config)())
     ours = {"name", "version", "data_dir", "data_files", "description", "sep", "delimiter", "features"}
-    special = [
-        key for key, value in vars(config).items() if key not in ours and value != getattr(default, key, None)
-    ]
+    given = {key: value for key, value in vars(builder.config).items() if key not in ours}
+    special = any(value != default.get(key) for key, value in given.items())
     return bool(files) and not special and all(str(file).endswith(plain) for file in files)
 
 

@@ -1,10 +1,9 @@
-"""A prompt and its responses as the policy's token ids: those that were sampled where a record has them, else
-its text's.
+"""A prompt and its responses as the policy's token ids: those that were sampled, else those of their text.
 
 Text loses what was sampled: special tokens (channels, tool calls), the thought that a template strips from an
-answered turn, the one of several tokenisations that the policy chose. So generation keeps the token ids
-beside the text (`prompt_token_ids`, `response_token_ids`), and training and divergence go by them. Ids that
-do not decode to the text beside them are another tokenizer's, or the text was edited: then the text counts.
+answered turn, the one of several tokenisations that the policy chose. So generation keeps the ids with the
+text (`prompt_token_ids`, `response_token_ids`), and training and divergence go by them. Where ids do not
+decode to the text they are another tokenizer's, or the text was edited: then the text counts.
 """
 
 from collections import Counter
@@ -22,9 +21,7 @@ BROKEN = "\ufffd"  # what a tokenizer writes for bytes that make no character
 
 @dataclass
 class Answer:
-    """A response: its text, why it ended (`stop`, `length`), how many tokens were sampled and which, where
-    that is known.
-    """
+    """A response: its text; why it ended (`stop`, `length`), and how many and which tokens, where known."""
 
     text: str
     finish_reason: str | None = None
@@ -47,17 +44,15 @@ def are_ids(value: object) -> bool:
 
 def common_prefix(ids: list[int], others: list[int]) -> int:
     """Number of leading tokens that two sequences share."""
-    return next(
-        (i for i, pair in enumerate(zip(ids, others)) if pair[0] != pair[1]), min(len(ids), len(others))
-    )
+    shorter = min(len(ids), len(others))
+    return next((i for i in range(shorter) if ids[i] != others[i]), shorter)
 
 
 def is_decoded(text: str, decoded: str) -> bool:
-    """Whether an engine's text is what token ids decode to, whatever two ways of decoding may disagree about.
+    """Whether an engine's text is what token ids decode to, but for white space and broken bytes.
 
-    That is white space and bytes that make no character. An engine decodes token by token and has written a
-    character before such bytes come; decoded at once, a run of byte tokens with them may be nothing but
-    U+FFFD. So those stand for any text.
+    An engine decodes token by token and has written a character before bytes come that make none; decoded at
+    once, a run of byte tokens with them may be nothing but U+FFFD. So that stands for any text.
     """
     text, decoded = ("".join(one.split()) for one in (text.replace(BROKEN, ""), decoded))
     first, *others = decoded.split(BROKEN)
@@ -91,19 +86,10 @@ class Encoder:
 
     def rendered(self, record: dict) -> list[int]:
         """The prompt's token ids as the template writes them."""
-        return chat.encode(
-            self.tokenizer,
-            record["prompt"],
-            True,
-            self.template_kwargs,
-            record.get("tools"),
-            record.get(DATE),
-        )
+        return self._ids(self._render(record, record["prompt"], True))
 
     def are_sampled(self, record: dict, answers: list[Answer]) -> bool:
-        """Whether the record has the token ids of its prompt and of these answers, and they are this
-        tokenizer's.
-        """
+        """Whether the record has its prompt's and these answers' token ids, of this tokenizer."""
         prompt = record.get(PROMPT)
         if not are_ids(prompt) or not prompt or max(prompt) >= self.size:
             return False
@@ -116,8 +102,7 @@ class Encoder:
         return answer.finish_reason != "length" and is_decoded(answer.text, self._text(answer.token_ids[:-1]))
 
     def _text(self, ids):
-        # A model may have embeddings beyond its tokenizer's vocabulary, for round numbers: sampled, they are
-        # no text.
+        # Sampled from embeddings beyond the tokenizer's vocabulary (for round numbers), a token is no text.
         known = [i for i in ids if i < self.size]
         return self.tokenizer.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
@@ -125,29 +110,22 @@ class Encoder:
         """(the prompt's ids, a list of each answer's, Counter).
 
         From text, an answer ends with the template's end of turn unless it was cut off (`finish_reason`
-        "length"), and what the template writes behind that is left out. Where the last tokens of the prompt
-        merge with a response's first, the responses begin where the sequences part.
+        "length"). Where the last tokens of the prompt merge with a response's first, the responses begin
+        where the sequences part.
 
         The Counter has `as_sampled`, answers by their own token ids. It says of those made from text:
 
         - `other_ids`: they have token ids, which are not this text in this tokenizer;
         - `retokenised`: another number of tokens was sampled;
-        - `written_otherwise`: the template would change them (strip a thought, insert a header); they are
-        taken as they are;
+        - `written_otherwise`: the template would change them (strip a thought, insert a header);
         - `never_closed`: they ended, and the template closes no turn;
         - `prompts_merged`: prompts that share a token with a response.
         """
         if self.are_sampled(record, answers):
-            return (
-                list(record[PROMPT]),
-                [list(answer.token_ids) for answer in answers],
-                Counter(as_sampled=len(answers)),
-            )
-        found = Counter(
-            other_ids=sum(are_ids(answer.token_ids) for answer in answers)
-            if are_ids(record.get(PROMPT))
-            else 0
-        )
+            sampled = [list(answer.token_ids) for answer in answers]
+            return list(record[PROMPT]), sampled, Counter(as_sampled=len(answers))
+        has_ids = are_ids(record.get(PROMPT))
+        found = Counter(other_ids=sum(has_ids and are_ids(answer.token_ids) for answer in answers))
         before = self._render(record, record["prompt"], True)
         prompt, full = self._ids(before), []
         for answer in answers:
@@ -165,21 +143,14 @@ class Encoder:
         return prompt[:start], responses, +found
 
     def _render(self, record, messages, generation_prompt):
-        return chat.render(
-            self.tokenizer,
-            messages,
-            generation_prompt,
-            self.template_kwargs,
-            record.get("tools"),
-            record.get(DATE),
-        )
+        more = self.template_kwargs, record.get("tools"), record.get(DATE)
+        return chat.render(self.tokenizer, messages, generation_prompt, *more)
 
     def _ids(self, text):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _continued(self, record, before, text):
-        """(the templated prompt with the response behind it, up to its end of turn; whether the template
-        writes the response as it is).
+        """(the templated prompt and response, up to its end of turn; whether the template leaves it alone).
 
         The template may trim a response, or put a space in front, as it will in later turns; nothing else.
         """

@@ -1,8 +1,4 @@
-"""Requests to OpenAI-compatible servers: which server gets which prompt, what is asked again, when to give
-up.
-
-gen_hf.py makes the requests and owns the output; here are the servers' health and the hand-out.
-"""
+"""Which server gets which prompt, what is asked again, when to give up; gen_hf.py owns the output."""
 
 import asyncio
 import collections
@@ -29,8 +25,8 @@ AHEAD = 2  # prompts in flight or waiting, per slot of a server
 class Failure(Exception):
     """A request that may succeed when it is asked again.
 
-    `lost` where the server itself did not answer, `busy` where it asks for patience, which is not held
-    against the prompt, `wait` for how many seconds it asks.
+    `lost`: the server itself did not answer; `busy`: it asks for patience, which is not held against the
+    prompt; `wait`: for how many seconds.
     """
 
     def __init__(self, reason, lost=False, busy=False, wait=0.0):
@@ -52,17 +48,13 @@ class Server:
 
     After a failure it rests, longer each time, and then has one request at a time, its trial, until it
     answers. It is `silent` from its first failure on, once no request is left that it may still answer. A
-    probe that succeeds ends that too, but only once before an answer: a server that answers nothing but
-    probes is of no use.
+    probe that succeeds ends that too, but once only: a server that answers nothing but probes is of no use.
     """
 
     def __init__(self, url):
         self.url, self.up, self.in_flight, self.trial = url, True, 0, None
-        self.failures, self.rest, self.wait = (
-            0,
-            0.0,
-            0.0,
-        )  # failures in a row; until when it rests, and asks to be left alone
+        self.failures = 0  # in a row
+        self.rest, self.wait = 0.0, 0.0  # until when it rests, and asks to be left alone
         self.silent, self.last, self.reason = None, 0.0, ""  # since when; time and reason of the last failure
         self.probed = False  # it was lost and back, and has not answered since
 
@@ -89,10 +81,7 @@ class Server:
         print(f"note: {self.url} is back", flush=True)
 
     def failed(self, failure: Failure, tried: bool):
-        """Note a failure; `tried` is that of a trial or a probe.
-
-        Other requests that fail at once count as one.
-        """
+        """Note a failure; `tried`: of a trial or a probe. Other requests that fail at once count as one."""
         now = time.monotonic()
         if failure.lost or not self.in_flight:
             self.silent = now if self.silent is None else self.silent
@@ -102,15 +91,11 @@ class Server:
             self.rest = now + pause(self.failures)
         if failure.lost and self.up:
             self.up = False
-            print(
-                f"note: lost {self.url} ({failure}); its work goes to the others until it is back", flush=True
-            )
+            print(f"note: lost {self.url} ({failure}); the others do its work until it is back", flush=True)
 
 
 def pause(failures: int) -> float:
-    """Seconds to wait after failures in a row: doubled each time, with jitter so that clients do not march in
-    step.
-    """
+    """Seconds to wait after failures in a row: doubled each time, with jitter between clients."""
     return min(LONGEST_PAUSE, 0.25 * 2 ** min(failures, 10)) * random.uniform(0.5, 1.0)
 
 
@@ -133,10 +118,8 @@ async def ask(
                 wait = float(wait) if wait.isdecimal() else 0.0  # its other form, a date, is not heeded
                 raise Failure(f"HTTP {response.status}", busy=response.status == 429 or wait > 0, wait=wait)
             if response.status >= 400:
-                text = await response.text()
-                raise UserError(
-                    f"{url} refuses the request (HTTP {response.status}): {' '.join(text.split())[:400]}"
-                )
+                said = " ".join((await response.text()).split())[:400]
+                raise UserError(f"{url} refuses the request (HTTP {response.status}): {said}")
             return await response.json(content_type=None)
     except TimeoutError:
         raise Failure(f"no answer within {timeout:.0f}s", lost=True) from None
@@ -152,9 +135,7 @@ async def served_model(session: "aiohttp.ClientSession", server: Server) -> tupl
         card = (await ask(session, f"{server.url}/v1/models"))["data"][0]
         return card["id"], card.get("root"), card["max_model_len"]
     except (KeyError, IndexError, TypeError):
-        raise UserError(
-            f"{server.url}/v1/models does not tell a model and its max_model_len; is it a vLLM server?"
-        ) from None
+        raise UserError(f"{server.url}/v1/models tells no model and max_model_len: no vLLM server?") from None
 
 
 async def agree(session: "aiohttp.ClientSession", servers: list[Server]) -> tuple[str, str | None, int]:
@@ -162,19 +143,13 @@ async def agree(session: "aiohttp.ClientSession", servers: list[Server]) -> tupl
     answers = await asyncio.gather(*(served_model(session, s) for s in servers), return_exceptions=True)
     for server, answer in zip(servers, answers):
         if isinstance(answer, Failure):
-            raise UserError(
-                f"{server.url} does not answer ({answer}); start it (register_server.sh), or leave its port "
-                "out"
-            )
+            todo = "start it (register_server.sh), or leave its port out"
+            raise UserError(f"{server.url} does not answer ({answer}); {todo}")
         if isinstance(answer, BaseException):
             raise answer
         if answer != answers[0]:
-            (a, _, length), (b, _, other) = answers[0], answer
-            raise UserError(
-                f"{servers[0].url} serves {a} (max_model_len {length}), {server.url} serves {b} "
-                f"(max_model_len {other}); "
-                "all must serve the same"
-            )
+            told = (f"{s.url} serves {a[0]} (max_model_len {a[2]})" for s, a in zip(servers, answers))
+            raise UserError(f"{', '.join(told)}; all must serve the same")
     return answers[0]
 
 
@@ -187,12 +162,8 @@ class Run:
         # Prompts are read and tokenised as `room` is free, a little ahead of the servers.
         self.room = asyncio.Semaphore(AHEAD * args.concurrency * len(servers))
         self.fresh, self.again = collections.deque(), []  # requests that wait: never asked, failed
-        self.changed, self.tasks, self.probes = (
-            asyncio.Event(),
-            None,
-            [],
-        )  # changed: something may be handed out
-        self.tokens = 0
+        self.changed = asyncio.Event()  # something may be handed out
+        self.tasks, self.probes, self.tokens = None, [], 0
 
     def failed(self, server: Server, failure: Failure, tried: bool):
         """Note a failure; end the run when every server has done nothing but fail for too long."""
@@ -203,8 +174,7 @@ class Run:
             told = "; ".join(f"{s.url}: {s.reason}" for s in self.servers)
             raise UserError(
                 f"no server has answered for {self.args.give_up_after:.0f}s ({told}). "
-                f"{len(self.output.done)} records are kept; "
-                "start servers and the same command again"
+                f"{len(self.output.done)} records are kept; start servers and the same command again"
             )
         if was_up and not server.up:
             self.probes.append(self.tasks.create_task(self.probe(server)))
@@ -217,38 +187,31 @@ class Run:
                 serves = await served_model(self.session, server)
                 if serves != self.serves:
                     raise Failure(f"it now serves {serves[0]} (max_model_len {serves[2]})", lost=True)
-                body = {
-                    "model": serves[0],
-                    "prompt": [0],
-                    "max_tokens": 1,
-                }  # /health can be well before this works
+                # /health can be well before this works.
+                body = {"model": serves[0], "prompt": [0], "max_tokens": 1}
                 await ask(self.session, f"{server.url}/v1/completions", body, 60.0)
             except (Failure, UserError) as error:
-                self.failed(
-                    server, error if isinstance(error, Failure) else Failure(error, lost=True), tried=True
-                )
+                failure = error if isinstance(error, Failure) else Failure(error, lost=True)
+                self.failed(server, failure, tried=True)
             else:
                 server.returned()
                 self.changed.set()
 
     async def answer(self, server: Server, item: sampling.Item, fields: dict) -> dict:
         """The record of one prompt, answered by one server."""
-        body = fields | {
-            "model": self.serves[0],
-            "prompt": item.token_ids,
-            "add_special_tokens": False,
-            "return_token_ids": True,
-        }
+        body = fields | {"model": self.serves[0], "prompt": item.token_ids}
+        body |= {"add_special_tokens": False, "return_token_ids": True}
         answer = await ask(self.session, f"{server.url}/v1/completions", body, self.args.timeout)
         try:
             model = answer.get("model")
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])
             texts, reasons = [c["text"] for c in choices], [c["finish_reason"] for c in choices]
             ids = [c["token_ids"] for c in choices]
-            if not all(map(tokens.are_ids, ids)):
-                raise ValueError
-            if [c["index"] for c in choices] != list(range(len(choices))) or not all(
-                isinstance(r, str) for r in reasons
+            in_order = [c["index"] for c in choices] == list(range(len(choices)))
+            if (
+                not in_order
+                or not all(isinstance(r, str) for r in reasons)
+                or not all(map(tokens.are_ids, ids))
             ):
                 raise ValueError
             "".join(texts).encode("utf-8")  # texts they are, and no half surrogates
@@ -263,7 +226,7 @@ class Run:
         return sampling.answered(item, texts, reasons, ids)
 
     async def send(self, server: Server, request: Request):
-        """Have one prompt answered by one server, and save it; what fails waits again, at once."""
+        """Have one prompt answered by one server, and save it; what fails waits again."""
         name = request.item.record["id"]
         try:
             record = await self.answer(server, request.item, request.fields)
@@ -304,8 +267,7 @@ class Run:
         """Whether a request that has failed may go to this server now.
 
         While there are healthy servers at which it has not failed, it is for them. The first failure may be
-        the server's fault, so that another one gets it at once; from then on it rests between failures, for
-        it may be its own.
+        the server's fault, so another one gets it at once; then it rests between failures.
         """
         untried = [s for s in self.servers if s not in request.failed_at]
         if any(s.healthy(now) for s in untried) and not (server in untried and server.healthy(now)):
@@ -313,9 +275,7 @@ class Run:
         return now >= request.rest or (request.failures < 2 and server in untried)
 
     def choose(self, server: Server, now: float) -> Request | None:
-        """Take the request that a server shall have next from those that wait; None where there is none for
-        it.
-        """
+        """Take the request that a server shall have next from those that wait, if there is one for it."""
         fitting = [request for request in self.again if self.fits(request, server, now)]
         if self.fresh and (server.failures or not fitting):  # a trial should not fail by the prompt's fault
             return self.fresh.popleft()
@@ -341,6 +301,9 @@ class Run:
                 server.trial = request
             self.tasks.create_task(self.send(server, request))
 
+    def is_idle(self) -> bool:
+        return not (self.fresh or self.again or any(s.in_flight for s in self.servers))
+
     async def feed(self, requests: Iterable[tuple[sampling.Item, dict]]):
         """Let requests wait as there is room."""
         for item, fields in requests:
@@ -354,9 +317,7 @@ class Run:
         try:
             async with asyncio.TaskGroup() as self.tasks:
                 feeding = self.tasks.create_task(self.feed(requests))
-                while (
-                    not feeding.done() or self.fresh or self.again or any(s.in_flight for s in self.servers)
-                ):
+                while not (feeding.done() and self.is_idle()):
                     self.changed.clear()
                     self.hand_out()
                     self.progress.tick()

@@ -1,5 +1,4 @@
-r"""Generate K responses per prompt by asking OpenAI-compatible vLLM servers, as `register_server.sh` starts
-them.
+r"""Generate K responses per prompt by asking vLLM's API servers, as `register_server.sh` starts them.
 
 In:  prompts (hub name, a data set's folder, .jsonl, .json, .parquet, .csv) and the ports of servers of one
      model.
@@ -32,7 +31,6 @@ from generation import get_hf2, sampling
 from generation.dispatch import Failure, Run, Server, agree, ask
 
 if TYPE_CHECKING:
-    import aiohttp
     from transformers import PreTrainedTokenizerBase
 
 
@@ -40,45 +38,28 @@ if TYPE_CHECKING:
 class Arguments(sampling.SamplingArguments):
     tokenizer: str = arg(help="the served model's tokenizer and generation config: hub name or folder")
     ports: list[int] = arg([8000], "the servers' ports", shapes=False)
-    hosts: list[str] = arg(
-        ["127.0.0.1"], "the servers' machines: one for all ports, or one a port", shapes=False
-    )
+    hosts: list[str] = arg(["127.0.0.1"], "their machines: one for all, or one a port", shapes=False)
     concurrency: int = arg(64, "requests in flight per server", shapes=False)
     timeout: float = arg(1800.0, "seconds that one request may take", shapes=False)
     retries: int = arg(8, "how often one prompt may fail before the run ends", shapes=False)
-    give_up_after: float = arg(
-        120.0, "seconds of nothing but failures at every server after which the run ends", shapes=False
-    )
+    give_up_after: float = arg(120.0, "seconds of failures alone after which the run ends", shapes=False)
 
     shares_section = get_hf2.Arguments  # a YAML section may serve both scripts
 
 
-async def check_tokenizer(
-    session: "aiohttp.ClientSession",
-    server: Server,
-    model: str,
-    args: Arguments,
-    tokenizer: "PreTrainedTokenizerBase",
-    item: sampling.Item,
-):
+async def check_tokenizer(work: Run, tokenizer: "PreTrainedTokenizerBase", item: sampling.Item):
     """Refuse a tokenizer that encodes a prompt otherwise than the served model's own."""
-    text = chat.render(
-        tokenizer, item.record["prompt"], True, args.template_kwargs, item.record.get("tools"), args.date
-    )
-    body = {"model": model, "prompt": text, "add_special_tokens": False}
+    args, model = work.args, work.serves[0]
+    more = args.template_kwargs, item.record.get("tools"), args.date
+    body = {"model": model, "prompt": chat.render(tokenizer, item.record["prompt"], True, *more)}
+    body |= {"add_special_tokens": False}
     try:
-        answer = await ask(session, f"{server.url}/tokenize", body, 60.0)
+        answer = await ask(work.session, f"{work.servers[0].url}/tokenize", body, 60.0)
+        if not isinstance(answer, dict) or not isinstance(answer.get("tokens"), list):
+            raise Failure(f"it answers {str(answer)[:60]}")
     except (Failure, UserError) as error:
-        print(
-            f"note: --tokenizer {args.tokenizer} is not checked against the served model's, "
-            f"/tokenize does not answer: {error}"
-        )
-        return
-    if not isinstance(answer, dict) or not isinstance(answer.get("tokens"), list):
-        print(
-            f"note: --tokenizer {args.tokenizer} is not checked against the served model's, /tokenize "
-            f"answers {str(answer)[:60]}"
-        )
+        what = f"--tokenizer {args.tokenizer} is not checked against the served model's"
+        print(f"note: {what}, /tokenize gives no tokens: {error}")
         return
     if answer["tokens"] != item.token_ids:
         raise UserError(
@@ -87,10 +68,19 @@ async def check_tokenizer(
         )
 
 
-async def generate(args: Arguments):
-    args = with_date(args, args.output_dir)
+def servers_of(args: Arguments) -> list[Server]:
+    """The servers; a UserError where their ports and hosts do not go together."""
     hosts = args.hosts * len(args.ports) if len(args.hosts) == 1 else args.hosts
-    servers = [Server(f"http://{host}:{port}") for host, port in zip(hosts, args.ports)]
+    places = list(zip(hosts, args.ports))
+    if not places or len(hosts) != len(args.ports) or len(set(places)) < len(places):
+        raise UserError(
+            "--ports and --hosts must name each server once, with one host for all or as many hosts as ports"
+        )
+    return [Server(f"http://{host}:{port}") for host, port in places]
+
+
+async def generate(args: Arguments):
+    args, servers = with_date(args, args.output_dir), servers_of(args)
     settings, inputs = sampling.shaping(args, "tokenizer")
     there = Path(args.output_dir).exists() and not args.overwrite
     records = [] if there else sampling.load_prompts(args)  # bad ones are refused before anything is written
@@ -109,7 +99,7 @@ async def generate(args: Arguments):
         if output.complete:
             print(f"{args.output_dir} is complete, nothing to do")
             return
-        before = output.manifest.setdefault("max_model_len", limit)
+        before = output.manifest.get("max_model_len", limit)
         if output.done and before != limit:  # it decides what is too long, and how long an answer may be
             raise UserError(
                 f"{args.output_dir} is half done with servers of max_model_len {before}, now it is {limit}; "
@@ -129,7 +119,7 @@ async def generate(args: Arguments):
         progress = Progress(left, "generate", "prompts")
         work = Run(args, session, servers, serves, output, progress)
         if prompts.items:
-            await check_tokenizer(session, servers[0], model, args, tokenizer, prompts.items[0])
+            await check_tokenizer(work, tokenizer, prompts.items[0])
             await work.all(requests)
         seconds = progress.close()
     prompts.finish(seconds)
@@ -141,16 +131,9 @@ def main():
     args = parse(Arguments, __doc__)
     sampling.check_sampling(args)
     models.check_model(args.tokenizer, "--tokenizer")
-    if not args.ports or len(
-        set(zip(args.hosts * (len(args.ports) if len(args.hosts) == 1 else 1), args.ports))
-    ) < len(args.ports):
-        raise UserError(
-            "--ports and --hosts must name each server once, with one host for all or as many hosts as ports"
-        )
+    servers_of(args)
     if args.concurrency < 1 or args.timeout <= 0 or args.retries < 0 or args.give_up_after <= 0:
-        raise UserError(
-            "--concurrency, --timeout and --give_up_after must be above 0 and --retries not negative"
-        )
+        raise UserError("--concurrency, --timeout, --give_up_after must be above 0, --retries not negative")
     asyncio.run(generate(args))
 
 

@@ -52,12 +52,8 @@ class Arguments(sampling.SamplingArguments):
         "auto", "of the weights in the engine", choices=["auto", "bfloat16", "float16", "float32"]
     )
     gpu_memory_utilization: float = arg(0.9, "share of a GPU's memory that the engine may take", shapes=False)
-    kv_cache_gib: float | None = arg(
-        None, "GiB of key-value cache; None: what is left on a GPU, 1 without one", shapes=False
-    )
-    max_num_seqs: int | None = arg(
-        None, "responses decoded at once (slots); None: the engine's own choice for the GPU", shapes=False
-    )
+    kv_cache_gib: float | None = arg(None, "GiB of KV cache; None: what a GPU has left, else 1", shapes=False)
+    max_num_seqs: int | None = arg(None, "responses decoded at once; None: the engine's choice", shapes=False)
 
     per_job = ("dataset_name_or_path", "output_dir", "K", "temperature", "iteration")  # see cli.parse_jobs
 
@@ -76,17 +72,15 @@ def shaping(job: Arguments) -> tuple[dict, dict]:
 
 def check_head_size(name: str) -> None:
     """Refuse a local model whose attention heads have a size that vLLM cannot compute without a GPU."""
-    path = Path(name) / "config.json"
-    config = models.read_json(path) if path.is_file() else {}
+    config = models.local_config(name) or {}
     shape = config.get("text_config") or config
     hidden = shape.get("hidden_size") or shape.get("n_embd")
     heads = shape.get("num_attention_heads") or shape.get("n_head")
     size = shape.get("head_dim") or (hidden // heads if hidden and heads else None)
     if size and size not in CPU_HEAD_SIZES and not shape.get("kv_lora_rank"):  # latent attention has its own
-        sizes = ", ".join(map(str, CPU_HEAD_SIZES))
         raise UserError(
             f"{name} has attention heads of size {size}, and vLLM has no kernel for it without a GPU: there "
-            f"it takes sizes {sizes}"
+            f"it takes sizes {', '.join(map(str, CPU_HEAD_SIZES))}"
         )
 
 
@@ -108,10 +102,8 @@ def check(jobs: list[Arguments]) -> None:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1")
     if not 0 <= args.local_index < args.my_world_size:
-        raise UserError(
-            f"--local_index {args.local_index} must be from 0 to --my_world_size minus 1 "
-            f"({args.my_world_size - 1})"
-        )
+        last = args.my_world_size - 1
+        raise UserError(f"--local_index {args.local_index} must be from 0 to --my_world_size - 1 = {last}")
     models.check_policy(args.model_name_or_path)
     gpus = visible_gpus()
     if not gpus:
@@ -126,32 +118,24 @@ def check(jobs: list[Arguments]) -> None:
 def start_engine(args: Arguments, limit: int | None, needed: int) -> "LLM":
     """The vLLM engine, with room for `needed` tokens of prompt and response."""
     check_torch()
-    on_cpu = not visible_gpus()
-    # Our requests are seeded and never use that sampler, but vLLM would compile it at its start, and die
-    # without nvcc.
-    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
-    os.environ.setdefault(
-        "VLLM_LOGGING_LEVEL", "ERROR" if on_cpu else "WARNING"
-    )  # on the CPU it warns for a page
-    if on_cpu:
-        # vLLM's own binding goes by NUMA nodes, so that several shards would share the same cores.
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        os.environ.setdefault(
-            "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // args.my_world_size))
-        )
-        # In one process: an engine process of its own would import everything a second time.
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    from vllm import LLM
-
-    length = min(needed, limit or needed)
+    on_cpu, length = not visible_gpus(), min(needed, limit or needed)
+    # Seeded requests never use that sampler, but vLLM would compile it at its start, and die without nvcc.
+    environment = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
     options = {"gpu_memory_utilization": args.gpu_memory_utilization}
     if on_cpu:
+        environment["VLLM_LOGGING_LEVEL"] = "ERROR"  # it warns for a page
+        # vLLM's own binding goes by NUMA nodes, so that several shards would share the same cores.
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // args.my_world_size))
+        # In one process: an engine process of its own would import everything a second time.
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         # A seeded request must not be split over two steps there, hence whole prompts in one step.
-        options = {
-            "enforce_eager": True,
-            "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(length, 4096),
-        }
+        options = {"enforce_eager": True, "enable_chunked_prefill": False}
+        options["max_num_batched_tokens"] = max(length, 4096)
+    for key, value in environment.items():
+        os.environ.setdefault(key, value)
+    from vllm import LLM
+
     if args.max_num_seqs is not None:
         options["max_num_seqs"] = args.max_num_seqs
     cache = args.kv_cache_gib or (1.0 if on_cpu else None)
@@ -171,9 +155,8 @@ def start_engine(args: Arguments, limit: int | None, needed: int) -> "LLM":
             **options,
         )
     except Exception as error:
-        raise UserError(
-            f"vLLM cannot start with {args.model_name_or_path}: {' '.join(str(error).split())[:400]}"
-        ) from error
+        said = " ".join(str(error).split())[:400]
+        raise UserError(f"vLLM cannot start with {args.model_name_or_path}: {said}") from error
 
 
 def answer(llm: "LLM", requests: Iterable, window: int, progress: Progress) -> Counter:
@@ -191,20 +174,17 @@ def answer(llm: "LLM", requests: Iterable, window: int, progress: Progress) -> C
     from vllm import SamplingParams
 
     requests, waiting, held, tokens = iter(requests), {}, 0, Counter()
-    more = True
-    while more or waiting:
-        while more and held < window:
-            request = next(requests, None)
-            more = request is not None
-            if more:
-                output, item, fields = request
-                [name] = llm.enqueue(
-                    [{"prompt_token_ids": item.token_ids}], SamplingParams(**fields), use_tqdm=False
-                )
-                waiting[name.split("-")[0]] = (output, item)
-                held += fields["n"]
+    while True:
+        while held < window and (request := next(requests, None)):
+            output, item, fields = request
+            prompt = {"prompt_token_ids": item.token_ids}
+            [name] = llm.enqueue([prompt], SamplingParams(**fields), use_tqdm=False)
+            waiting[name.split("-")[0]] = (output, item)
+            held += fields["n"]
+        if not waiting:
+            return tokens
         progress.tick()
-        for result in llm.llm_engine.step() if waiting else []:
+        for result in llm.llm_engine.step():
             if not result.finished:
                 continue
             output, item = waiting.pop(result.request_id.split("-")[0])
@@ -212,17 +192,13 @@ def answer(llm: "LLM", requests: Iterable, window: int, progress: Progress) -> C
             samples = sorted(result.outputs, key=lambda sample: sample.index)
             reasons = [sample.finish_reason for sample in samples]
             if not set(reasons) <= {"stop", "length"}:
-                raise UserError(
-                    f"the engine gave up on prompt {item.record['id']} ({reasons}); start the same command "
-                    "again"
-                )
+                what = f"the engine gave up on prompt {item.record['id']} ({reasons})"
+                raise UserError(f"{what}; start the same command again")
             ids = [list(sample.token_ids) for sample in samples]
             output.append(sampling.answered(item, [sample.text for sample in samples], reasons, ids))
             tokens[output] += sum(map(len, ids))
-            progress.update(
-                1, f"{tokens.total() / max(time.monotonic() - progress.start, 1e-9):.0f} tokens/s"
-            )
-    return tokens
+            rate = tokens.total() / max(time.monotonic() - progress.start, 1e-9)
+            progress.update(1, f"{rate:.0f} tokens/s")
 
 
 def open_output(job: Arguments) -> tuple | None:

@@ -18,7 +18,6 @@ import dataclasses
 import json
 import os
 import random
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -39,33 +38,21 @@ class Arguments:
     base_path: str = arg(help="the shards' prefix: `./data/gen_data` for ./data/gen_data0.jsonl and so on")
     output_dir: str = arg(help="the merged file")
     num_datasets: int = arg(help="number of shards")
-    shuffle_seed: int | None = arg(
-        None, "shuffle the records by this seed; None keeps the order of the prompt file"
-    )
+    shuffle_seed: int | None = arg(None, "shuffle by this seed; None: the prompt file's order")
     overwrite: bool = arg(False, "replace the merged file where there is one")
 
 
 def find_shards(base_path: str, count: int) -> list[Path]:
-    """The paths of all shards; a UserError lists those that are missing or unfinished and says how to
-    continue.
-    """
+    """The paths of all shards; a UserError lists those that are missing or unfinished."""
     if count < 1:
         raise UserError(f"--num_datasets {count}: at least 1 was expected")
     paths = [Path(f"{base_path}{i}.jsonl") for i in range(count)]
-    absent = [i for i, path in enumerate(paths) if not path.is_file()]
-    in_work = [i for i in absent if Path(f"{paths[i]}.partial").exists()]
-    never = [i for i in absent if i not in in_work]
-    told = []
-    if in_work:
-        told.append(f"not finished: {', '.join(str(paths[i]) for i in in_work)} (a .partial is there)")
-    if never:
-        told.append(f"missing: {', '.join(str(paths[i]) for i in never)}")
-    if told:
-        again = ", ".join(map(str, absent))
-        raise UserError(
-            f"{'; '.join(told)}. Run the command of shard {again} again (get_hf2.py --local_index …), it "
-            "continues"
-        )
+    absent = {i: path for i, path in enumerate(paths) if not path.is_file()}
+    if absent:
+        begun = [path for path in absent.values() if Path(f"{path}.partial").exists()]
+        told = [f"{path} is {'not finished' if path in begun else 'missing'}" for path in absent.values()]
+        todo = f"run the command of shard {', '.join(map(str, absent))} again (get_hf2.py --local_index …)"
+        raise UserError(f"{', '.join(told)}: {todo}, it continues")
     if Path(f"{base_path}{count}.jsonl").is_file():
         print(f"note: {base_path}{count}.jsonl is there too and is not merged; --num_datasets is {count}")
     return paths
@@ -139,21 +126,14 @@ def check_alike(first_path: Path, first: dict, path: Path, other: dict) -> None:
             continue
         if key == "date" and not is_dated(path) and not is_dated(first_path):
             continue  # begun on two days, by a template that writes none
-        raise UserError(
-            f"{first_path} was made with {key} {one!r} and {path} with {two!r}; generate one of them again"
-        )
+        raise UserError(f"{first_path} was made with {key} {one!r}, {path} with {two!r}; make one again")
     for key in first["inputs"] | other["inputs"]:
         one, two = first["inputs"].get(key, {}), other["inputs"].get(key, {})
         if one.get("sha256", one.get("path")) != two.get("sha256", two.get("path")):
-            raise UserError(
-                f"{first_path} and {path} were made from different files: {key} had changed; generate one of "
-                "them again"
-            )
+            what = f"were made from different files: {key} had changed"
+            raise UserError(f"{first_path} and {path} {what}; generate one again")
     if other["counts"]["prompts"] != first["counts"]["prompts"]:
-        raise UserError(
-            f"{first_path} and {path} disagree on the number of prompts in the file; generate one of them "
-            "again"
-        )
+        raise UserError(f"{first_path} and {path} disagree on the number of prompts; generate one again")
 
 
 def check_records(paths: list[Path], manifests: list[dict | None]) -> list[tuple[int, int]]:
@@ -174,19 +154,14 @@ def check_records(paths: list[Path], manifests: list[dict | None]) -> list[tuple
                 if line.strip():
                     name = json.dumps(parse_record(line, path, number).get("id"))
                     if name != "null" and name in seen:
-                        raise UserError(
-                            f"id {json.loads(name)} is in {seen[name]} and in {path} line {number}; is a "
-                            "shard there twice?"
-                        )
+                        where = f"{seen[name]} and in {path} line {number}"
+                        raise UserError(f"id {json.loads(name)} is in {where}; is a shard there twice?")
                     seen[name] = path
                     places.append((shard, offset))
                 offset += len(line)
-        expected = manifest and manifest["counts"]["records"]
-        if expected not in (None, len(places) - before):
-            raise UserError(
-                f"{path} holds {len(places) - before} records, its manifest says {expected}; generate it "
-                "again"
-            )
+        held, expected = len(places) - before, manifest and manifest["counts"]["records"]
+        if expected not in (None, held):
+            raise UserError(f"{path} holds {held} records, its manifest says {expected}; generate it again")
     return places
 
 
@@ -203,8 +178,7 @@ def parse_record(line: bytes, path: Path, number: int) -> dict:
 
 
 def check_unchanged(paths: list[Path], marks: list[dict], manifests: list[dict | None]) -> None:
-    """Refuse a shard whose content is not what its manifest describes, or whose list of skipped prompts is
-    not whole.
+    """Refuse a shard or a list of skipped prompts that is not what the manifest says.
 
     `marks` are the shards' fingerprints as they are now.
     """
@@ -212,10 +186,7 @@ def check_unchanged(paths: list[Path], marks: list[dict], manifests: list[dict |
         if manifest is None:
             continue
         if manifest.get("output", mark).get("sha256") != mark["sha256"]:
-            raise UserError(
-                f"{path} was changed after it was made, its manifest's checksum says; generate it again with "
-                "--overwrite"
-            )
+            raise UserError(f"{path} was changed after it was made; generate it again with --overwrite")
         listed, count = beside(path, ".skipped.jsonl"), 0
         if listed.is_file():
             with open(listed, "rb") as file:
@@ -240,16 +211,14 @@ def write_merged(target: BinaryIO, paths: list[Path], places: list[tuple[int, in
 
 def merge_skipped(output: Path, paths: list[Path]) -> None:
     """The shards' skipped files one after the other; no file where nothing was skipped."""
-    listed = [beside(path, ".skipped.jsonl") for path in paths if beside(path, ".skipped.jsonl").is_file()]
+    listed = [beside(path, ".skipped.jsonl") for path in paths]
+    text = b"".join(path.read_bytes() for path in listed if path.is_file())
     merged = beside(output, ".skipped.jsonl")
-    if not listed:
+    if not text:
         merged.unlink(missing_ok=True)
         return
-    temporary = merged.with_name(merged.name + ".tmp")
-    with open(temporary, "wb") as target:
-        for path in listed:
-            with open(path, "rb") as source:
-                shutil.copyfileobj(source, target)
+    temporary = Path(f"{merged}.tmp")
+    temporary.write_bytes(text)
     os.replace(temporary, merged)
 
 
@@ -257,19 +226,14 @@ def is_done(output: Path, wanted: dict, overwrite: bool) -> bool:
     """Whether `output` is this very merge; any other file in its place is refused."""
     if overwrite or not output.exists():
         return False
+    todo = "choose another name or give --overwrite"
     how = (read_manifest(output) or {}).get("merged")
     if how is None:
-        raise UserError(
-            f"{output} exists and is no merged file that is known here; move it away or give --overwrite"
-        )
-    same = all(how[key] == wanted[key] for key in ("num_datasets", "shuffle_seed")) and all(
-        same_content(old, new["path"]) for old, new in zip(how["shards"], wanted["shards"])
-    )
-    if not same:
-        raise UserError(
-            f"{output} was merged from other shards or in another order; choose another name or give "
-            "--overwrite"
-        )
+        raise UserError(f"{output} exists and is no merged file that is known here; {todo}")
+    same = all(how[key] == wanted[key] for key in ("num_datasets", "shuffle_seed"))
+    shards = zip(how["shards"], wanted["shards"])
+    if not same or not all(same_content(old, new["path"]) for old, new in shards):
+        raise UserError(f"{output} was merged from other shards or in another order; {todo}")
     return True
 
 
@@ -278,17 +242,12 @@ def main():
     output, started = Path(args.output_dir), time.monotonic()
     paths = find_shards(args.base_path, args.num_datasets)
     if output.is_dir():
-        raise UserError(
-            f"--output_dir {output} is a folder, a file name was expected (for example {output}/data.jsonl)"
-        )
+        raise UserError(f"--output_dir {output} is a folder: give a file's name, {output}/data.jsonl for one")
     if output.resolve() in {path.resolve() for path in paths}:
         raise UserError(f"--output_dir {output} is one of the shards; choose another name")
     parts, manifests = common_manifest(paths)
-    how = {
-        "num_datasets": args.num_datasets,
-        "shuffle_seed": args.shuffle_seed,
-        "shards": [fingerprint(p) for p in paths],
-    }
+    how = {"num_datasets": args.num_datasets, "shuffle_seed": args.shuffle_seed}
+    how["shards"] = [fingerprint(path) for path in paths]
     if is_done(output, how, args.overwrite):
         print(f"{output} is complete, nothing to do")
         return
@@ -309,11 +268,8 @@ def main():
         manifest |= {"counts": counts, "merged": how, "finished": finished, "output": mark}
         write_json(beside(output, ".manifest.json"), manifest)
         os.replace(temporary, output)
-    seconds = time.monotonic() - started
-    print(
-        f"merged {len(places)} records of {len(paths)} shards into {output}, "
-        f"skipped {counts.get('skipped', 0)}, {seconds:.1f}s"
-    )
+    done = f"merged {len(places)} records of {len(paths)} shards into {output}"
+    print(f"{done}, skipped {counts.get('skipped', 0)}, {time.monotonic() - started:.1f}s")
 
 
 if __name__ == "__main__":

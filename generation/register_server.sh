@@ -145,9 +145,9 @@ check_port() {
     "give another with port=… in front (--server_port of run_loop.sh)"
 }
 
-# start_server PORT GPUS: one server in a session of its own, so that it outlives this script and can be ended whole.
+# start_server PORT GPU…: one server in a session of its own, so that it outlives this script and can be ended whole.
 start_server() {
-  local environment=() options=(
+  local gpus environment=() options=(
     --model "$model"
     --served-model-name "$model"
     --host "$host"
@@ -163,9 +163,10 @@ start_server() {
   if [[ -n $revision ]]; then options+=(--revision "$revision" --tokenizer-revision "$revision"); fi
   if [[ $trust_remote_code == yes ]]; then options+=(--trust-remote-code); fi
   if [[ -n $cache_bytes ]]; then options+=(--kv-cache-memory-bytes "$cache_bytes"); fi
-  if [[ -n $2 ]]; then
+  gpus="$(IFS=, && echo "${*:2}")"
+  if [[ -n $gpus ]]; then
     # As get_hf2.py does: that sampler is compiled at the start, and dies without nvcc; seeded requests never use it.
-    environment+=(CUDA_VISIBLE_DEVICES="$2" VLLM_USE_FLASHINFER_SAMPLER="${VLLM_USE_FLASHINFER_SAMPLER:-0}")
+    environment+=(CUDA_VISIBLE_DEVICES="$gpus" VLLM_USE_FLASHINFER_SAMPLER="${VLLM_USE_FLASHINFER_SAMPLER:-0}")
     options+=(--tensor-parallel-size "$tensor_parallel_size" --gpu-memory-utilization "$gpu_memory_utilization")
   else
     # As get_hf2.py does: a seeded request must not be split over two steps on a CPU, so whole prompts in one step.
@@ -299,13 +300,8 @@ trap stop_started EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 for ((i = 0; i < servers; i++)); do
-  group=("${devices[@]:i * tensor_parallel_size:tensor_parallel_size}")
-  start_server $((port + i)) "$(
-    IFS=,
-    echo "${group[*]}"
-  )"
+  start_server $((port + i)) "${devices[@]:i * tensor_parallel_size:tensor_parallel_size}"
 done
-((${#pids[@]} == servers)) || fail "started ${#pids[@]} servers instead of $servers"
 log "starting $servers servers of $model from port $port on; logs in $log_dir"
 wait_ready
 trap - EXIT

@@ -1,5 +1,4 @@
-"""What both ways of generating share: arguments, prompts as token ids with seeds, and the record of an
-answer.
+"""What both ways of generating share: arguments, prompts as token ids with seeds, the record of an answer.
 
 `get_hf2.py` (an engine in the process) and `gen_hf.py` (a client of API servers) sample by the same settings,
 so that they give the same answers where the engine is batch-invariant.
@@ -26,11 +25,9 @@ class SamplingArguments:
     """Arguments of both generation scripts; each field's `help` is what `--help` shows."""
 
     dataset_name_or_path: str | None = arg(
-        None, "prompts: hub name or NAME:CONFIG, a data set's folder, .jsonl, .json, .parquet, .csv"
+        None, "prompts: hub name (NAME:CONFIG), folder, .jsonl, .json, .parquet, .csv"
     )
-    dataset_key: str | None = arg(
-        None, "column of the prompts (the first of context_messages, messages, prompt, conversations)"
-    )
+    dataset_key: str | None = arg(None, "column; None: context_messages, messages, prompt or conversations")
     dataset_split: str = arg("train", "split of a data set; a file has none")
     bad_prompts: str = arg(
         "skip",
@@ -75,18 +72,15 @@ class Item:
 
 def check_sampling(args: SamplingArguments) -> None:
     """Refuse sampling settings that cannot work, before anything is loaded."""
-    if args.dataset_name_or_path is None or args.output_dir is None:
-        raise UserError(
-            f"missing --{'dataset_name_or_path' if args.dataset_name_or_path is None else 'output_dir'}"
-        )
+    for name in ("dataset_name_or_path", "output_dir"):
+        if getattr(args, name) is None:
+            raise UserError(f"missing --{name}")
     if not 1 <= args.K < 1024:
         raise UserError(f"--K {args.K}: a number of responses from 1 to 1023 was expected")
     if not 0 <= args.temperature < float("inf") or not 0 < args.top_p <= 1:
         raise UserError("--temperature must not be negative and --top_p must be above 0 and at most 1")
     if args.temperature == 0 and args.K > 1:
-        raise UserError(
-            f"--temperature 0 is greedy: all {args.K} responses would be equal; give --K 1 or a temperature"
-        )
+        raise UserError(f"--temperature 0 is greedy, {args.K} equal responses: give --K 1 or a temperature")
     if args.chat_template:
         existing_file(args.chat_template, "chat template")
     chat.parse_date(args.date)
@@ -141,15 +135,13 @@ class Prompts:
         self.size, self.items, self.order, self.silent = len(shard), [], [], {}
         self.bad, self.too_long = [], []  # (id, reason)
         chat.need_template(tokenizer)
+        name = args.dataset_name_or_path
         for number in shard:
-            self._take(records[number], f"{args.dataset_name_or_path} record {number + 1}")
+            self._take(records[number], f"{name} record {number + 1}")
         if self.bad and not self.order and not self.too_long:
             others = (record for number, record in enumerate(records) if number not in shard)
-            if not any(self._is_usable(record) for record in others):
-                raise UserError(
-                    f"{args.dataset_name_or_path} holds no prompt that can be used; the first: "
-                    f"{self.bad[0][1]}"
-                )
+            if not any(map(self._is_usable, others)):
+                raise UserError(f"{name} holds no prompt that can be used; the first: {self.bad[0][1]}")
         self._tell()
         for skipped in (*self.bad, *self.too_long):
             output.skip(*skipped)
@@ -172,8 +164,7 @@ class Prompts:
             first, total = self.silent.get(part, (where, 0))
             self.silent[part] = (first, total + 1)
         if len(ids) > self.longest:
-            reason = f"prompt has {len(ids)} tokens, more than {self.longest}"
-            self.too_long.append((record["id"], reason))
+            self.too_long.append((record["id"], f"prompt has {len(ids)} tokens, more than {self.longest}"))
             return
         dated = {tokens.DATE: self.args.date} if chat.writes_date(self.tokenizer) else {}
         seed = sample_seed(self.args.seed, self.args.iteration, record["id"])
@@ -181,14 +172,8 @@ class Prompts:
         self.items.append(Item(record | dated, array("i", ids), seed))
 
     def _encode(self, record):
-        return chat.encode(
-            self.tokenizer,
-            record["prompt"],
-            True,
-            self.args.template_kwargs,
-            record.get("tools"),
-            self.args.date,
-        )
+        more = self.args.template_kwargs, record.get("tools"), self.args.date
+        return chat.encode(self.tokenizer, record["prompt"], True, *more)
 
     def _is_usable(self, record):
         try:
@@ -203,53 +188,31 @@ class Prompts:
             more = f"; {len(self.bad) - 1} more prompts cannot be used" if len(self.bad) > 1 else ""
             raise UserError(f"{told[0]}{more}; repair or remove, or give --bad_prompts skip")
         if self.bad:
-            print(
-                f"warning: {len(self.bad)} of {self.size} prompts cannot be used and are skipped, for "
-                f"example: {'; '.join(told)}",
-                flush=True,
-            )
+            what = f"{len(self.bad)} of {self.size} prompts cannot be used and are skipped"
+            print(f"warning: {what}, for example: {'; '.join(told)}", flush=True)
         for part, (first, total) in self.silent.items():
-            print(
-                f"warning: the chat template leaves out the {part} of {total} prompts, so the policy does "
-                f"not see them; the first: {first}",
-                flush=True,
-            )
+            what = f"the chat template leaves out the {part} of {total} prompts"
+            print(f"warning: {what}, so the policy does not see them; the first: {first}", flush=True)
 
     def finish(self, seconds: float) -> None:
-        """Complete the output and say what was read, written and skipped.
-
-        `seconds`: what sampling it took, of the start that ends here.
-        """
+        """Complete the output and say what was read, written and skipped; `seconds` were spent sampling."""
         output = self.output
-        counts = {
-            "prompts": self.count,
-            "records": len(self.order),
-            "skipped": output.skipped,
-            "engine_seconds": round(seconds, 1),
-        }
-        output.finish(self.order, counts)
+        counts = {"prompts": self.count, "records": len(self.order), "skipped": output.skipped}
+        output.finish(self.order, counts | {"engine_seconds": round(seconds, 1)})
         specials = chat.literal_specials(self.tokenizer)
         prompts = [item.record["prompt"] for item in self.items]
         literal = sum(any(s in text_of(m) for m in prompt for s in specials) for prompt in prompts)
         if literal:
-            print(
-                f"note: {count(literal, 'prompt holds', 'prompts hold')} the text of a special token; it is "
-                "kept as the template tokenises it"
-            )
+            what = count(literal, "prompt holds", "prompts hold")
+            print(f"note: {what} the text of a special token; it is kept")
         if self.too_long:
-            print(
-                f"note: {count(len(self.too_long), 'prompt is', 'prompts are')} longer than {self.longest} "
-                "tokens and skipped"
-            )
+            what = count(len(self.too_long), "prompt is", "prompts are")
+            print(f"note: {what} longer than {self.longest} tokens and skipped")
         if self.bad:
-            print(
-                f"warning: {count(len(self.bad), 'prompt')} cannot be used; "
-                f"{beside(output.path, '.skipped.jsonl')} says why"
-            )
-        print(
-            f"read {count(self.count, 'prompt')}, wrote {count(len(self.order), 'record')} to {output.path}, "
-            f"skipped {output.skipped}"
-        )
+            where = beside(output.path, ".skipped.jsonl")
+            print(f"warning: {count(len(self.bad), 'prompt')} cannot be used; {where} says why")
+        wrote = f"wrote {count(len(self.order), 'record')} to {output.path}"
+        print(f"read {count(self.count, 'prompt')}, {wrote}, skipped {output.skipped}")
 
 
 def load_prompts(args: SamplingArguments) -> list[dict | BadRecord]:
@@ -258,10 +221,9 @@ def load_prompts(args: SamplingArguments) -> list[dict | BadRecord]:
     Raises:
         UserError: there is a bad one and `bad_prompts` is refuse; so before anything heavy is loaded.
     """
+    where = args.dataset_name_or_path, args.dataset_key, args.dataset_split
     found = []
-    for record in read_prompts(
-        args.dataset_name_or_path, args.dataset_key, args.dataset_split, args.system_prompt, keep_bad=True
-    ):
+    for record in read_prompts(*where, args.system_prompt, keep_bad=True):
         if isinstance(record, BadRecord) and args.bad_prompts == "refuse":
             raise UserError(f"{record}; repair or remove it, or give --bad_prompts skip")
         found.append(record)
@@ -291,9 +253,7 @@ def sampling_fields(args: SamplingArguments, item: Item, stops: list[int], limit
 
 
 def answered(item: Item, responses: list[str], finish_reasons: list[str], token_ids: list[list[int]]) -> dict:
-    """The generated record: the prompt's record with its K responses, why each ended, and the tokens that
-    were read and sampled.
-    """
+    """The prompt's record with its K responses, why each ended, and the tokens that were read and sampled."""
     return item.record | {
         "responses": responses,
         "finish_reasons": finish_reasons,

@@ -31,13 +31,8 @@ def get_hf2_main(monkeypatch, *argv):
 
 def arguments(prompts, output, **more):
     """The command line of a small run."""
-    settings = {
-        "model_name_or_path": policy(),
-        "dataset_name_or_path": prompts,
-        "output_dir": output,
-        "dtype": "float32",
-    }
-    settings |= {"K": 2, "max_new_tokens": 8} | more
+    settings = {"model_name_or_path": policy(), "dataset_name_or_path": prompts, "output_dir": output}
+    settings |= {"dtype": "float32", "K": 2, "max_new_tokens": 8} | more
     return [part for key, value in settings.items() for part in (f"--{key}", str(value))]
 
 

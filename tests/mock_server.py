@@ -33,14 +33,8 @@ class Mock:
     def __init__(
         self, behave=lambda count, body: None, model="mock", length=512, port=0, tokens=None, pause=0.0
     ):
-        self.behave, self.model, self.length, self.port, self.tokens, self.pause = (
-            behave,
-            model,
-            length,
-            port,
-            tokens,
-            pause,
-        )
+        self.behave, self.model, self.length, self.port = behave, model, length, port
+        self.tokens, self.pause = tokens, pause
         self.bodies, self.in_flight, self.most = [], 0, 0
         self.root = str(policy())  # made now: the first request should not have to wait for it
 
@@ -76,9 +70,8 @@ class Mock:
         await runner.cleanup()
 
     async def models(self, request):
-        return web.json_response(
-            {"data": [{"id": self.model, "root": self.root, "max_model_len": self.length}]}
-        )
+        card = {"id": self.model, "root": self.root, "max_model_len": self.length}
+        return web.json_response({"data": [card]})
 
     async def tokenize(self, request):
         if self.tokens is None:
@@ -113,14 +106,11 @@ class Mock:
                 return web.json_response({"error": {"message": f"the server says {what}"}}, status=what)
             count = 1 if probe else body["n"] - (what == "fewer")
             reason = "abort" if what == "abort" else "stop"
-            choices = [
-                {"index": i, "text": f"{body.get('seed')}/{i}", "finish_reason": reason, "token_ids": [1, 2]}
-                for i in range(count)
-            ]
+            same = {"finish_reason": reason, "token_ids": [1, 2]}
+            choices = [{"index": i, "text": f"{body.get('seed')}/{i}"} | same for i in range(count)]
             if isinstance(what, dict):  # the first choice otherwise
                 choices[0] |= what
-            return web.json_response(
-                {"model": "another" if what == "another" else self.model, "choices": choices[::-1]}
-            )
+            model = "another" if what == "another" else self.model
+            return web.json_response({"model": model, "choices": choices[::-1]})
         finally:
             self.in_flight -= 1

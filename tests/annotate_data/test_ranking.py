@@ -33,20 +33,16 @@ def test_round_robin_is_the_mean_probability_of_winning():
 
 
 def test_ties_single_responses_and_pairs_that_cannot_be_compared():
-    assert (
-        compared([1], "round_robin", None)[0] == [([0.5], [[None]])] == compared([1], "tournament", None)[0]
-    )
+    for ranking in ("round_robin", "tournament"):
+        assert compared([1], ranking, None)[0] == [([0.5], [[None]])]
     assert compared([4], "round_robin", lambda *_: 0.5)[0][0][0] == [0.5] * 4
     table = {(0, 1): 0.9, (0, 2): None, (1, 2): None}
-    assert compared([3], "round_robin", lambda n, i, j: table[i, j])[0][0][0] == [
-        0.9,
-        pytest.approx(0.1),
-        None,
-    ]
+    rewards = compared([3], "round_robin", lambda n, i, j: table[i, j])[0][0][0]
+    assert rewards == [0.9, pytest.approx(0.1), None]
     assert compared([2], "tournament", lambda *_: None)[0][0][0] == [None, None]
 
 
-@pytest.mark.parametrize("K", range(2, 18))
+@pytest.mark.parametrize("K", [2, 3, 4, 5, 8, 9, 17])
 def test_a_tournament_finds_best_and_worst_in_three_halves_of_k(K):
     rng = random.Random(K)
     scores = [rng.sample(range(100), K) for _ in range(50)]
@@ -63,18 +59,17 @@ def test_a_tournament_finds_best_and_worst_in_three_halves_of_k(K):
 
 @pytest.mark.parametrize("K", [2, 3, 4, 5])
 def test_a_tournament_has_one_best_and_another_worst_whatever_the_answers(K):
-    """Preferences need not be transitive, and may be ties: every combination of answers."""
+    """Preferences need not be transitive, and may be ties: all combinations of answers, of many a sample."""
     pairs = list(itertools.combinations(range(K), 2))
-    for answers in itertools.product((0.0, 0.5, 1.0), repeat=min(len(pairs), 10)):
-        table = dict(zip(pairs, answers, strict=False))
+    combinations = itertools.product((0.0, 0.5, 1.0), repeat=len(pairs))
+    for answers in itertools.islice(combinations, 0, None, 17 if K > 4 else 1):
+        table = dict(zip(pairs, answers, strict=True))
 
         def answer(n, i, j, table=table):
             return table[i, j] if i < j else 1 - table[j, i]
 
         [(rewards, _)], _ = compared([K], "tournament", answer)
-        assert sorted(rewards)[-1] == 1 > sorted(rewards)[-2] or K == 1
-        assert sorted(rewards)[0] == 0 < sorted(rewards)[1]
-        assert rewards == compared([K], "tournament", answer)[0][0][0]
+        assert sorted(rewards)[-1] == 1 > sorted(rewards)[-2] and sorted(rewards)[0] == 0 < sorted(rewards)[1]
         if K <= 3 and set(answers) == {0.5}:
             assert rewards.index(1) == 0
 

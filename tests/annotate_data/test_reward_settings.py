@@ -1,6 +1,4 @@
-"""Settings of annotate_data/get_rewards.py, as the loop and its check before the run see them; no model, no
-torch.
-"""
+"""Settings of get_rewards.py, as the loop and its check before the run see them; no model, no torch."""
 
 import json
 from pathlib import Path
@@ -16,19 +14,15 @@ from loop.plan import Plan
 from loop.settings import LoopSettings
 
 ROOT = Path(__file__).resolve().parents[2]
+PAIRS = "pair-preference-model-1B"
 
 
 @pytest.fixture
 def settings(tmp_path, monkeypatch):
     """Makes the settings of a tiny run whose models are folders with a config and a template only."""
     monkeypatch.chdir(ROOT)
-    kinds = {
-        "policy": "LlamaForCausalLM",
-        "bt": "LlamaForSequenceClassification",
-        "armo": "LlamaForRewardModelWithGating",
-        "pair-preference-model-1B": "LlamaForCausalLM",
-        "odd": "InternLM2ForRewardModel",
-    }
+    kinds = {"bt": "LlamaForSequenceClassification", "armo": "LlamaForRewardModelWithGating"}
+    kinds |= {"odd": "InternLM2ForRewardModel"} | dict.fromkeys(("policy", PAIRS), "LlamaForCausalLM")
     for name, architecture in kinds.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps({"architectures": [architecture]}))
@@ -53,6 +47,9 @@ def settings(tmp_path, monkeypatch):
     return make
 
 
+GIVEN = {"dataset_name_or_path": ["a"], "output_dir": ["b"]}
+
+
 def told(run, capsys):
     """What the check refuses, all of it; empty where it accepts."""
     try:
@@ -67,50 +64,32 @@ def test_every_kind_passes_the_check_before_the_run(settings, tmp_path, capsys):
     for run in (
         settings("bt"),
         settings("armo"),
-        settings("pair-preference-model-1B", ranking="tournament"),
+        settings(PAIRS, ranking="tournament"),
         settings("policy", reward_type="pair_preference"),
         settings(reward_function=function),
         settings("bt", "armo", reward_weights=[0.7, 0.3]),
         settings("bt", reward_function=function, reward_weights=[1, 2]),
     ):
         assert told(run, capsys) == ""
-        args = build(
-            get_rewards.Arguments,
-            run.resolved()["annotation"]
-            | {
-                "dataset_name_or_path": ["a"],
-                "output_dir": ["b"],
-                "reward_name_or_path": run.settings.reward_name_or_path,
-            },
-        )
-        assert get_rewards.shaping(args, "a") == get_rewards.shaping(args, "a")
+        given = GIVEN | {"reward_name_or_path": run.settings.reward_name_or_path}
+        build(get_rewards.Arguments, run.resolved()["annotation"] | given)
 
 
 def test_prompts_that_the_template_refuses_are_told_by_the_check(settings, tmp_path, capsys):
-    refusing = (
-        "{% for m in messages %}{{ raise_exception('not this') if m.content == 'bad' else bos_token + "
-        "m.content }}{% endfor %}"
-    )
-    (tmp_path / "policy" / "chat_template.jinja").write_text(refusing)
-    (tmp_path / "policy" / "tokenizer_config.json").write_text(
-        json.dumps({"bos_token": {"content": "<s>"}, "chat_template": "another"})
-    )
-    (tmp_path / "train.jsonl").write_text(
-        "".join(json.dumps({"prompt": text}) + "\n" for text in ("good", "bad", 5, "fine"))
-    )
+    one = "{{ raise_exception('not this') if m.content == 'bad' else bos_token + m.content }}"
+    (tmp_path / "policy" / "chat_template.jinja").write_text(f"{{% for m in messages %}}{one}{{% endfor %}}")
+    config = {"bos_token": {"content": "<s>"}, "chat_template": "another"}
+    (tmp_path / "policy" / "tokenizer_config.json").write_text(json.dumps(config))
+    rows = [json.dumps({"prompt": text}) + "\n" for text in ("good", "bad", 5, "fine")]
+    (tmp_path / "train.jsonl").write_text("".join(rows))
     run = settings("bt")
     check.check(run, left=True)
     noted = capsys.readouterr().err
-    assert (
-        "2 prompts of" in noted
-        and "train.jsonl record 2: the chat template of" in noted
-        and "not this" in noted
-    )
+    for part in ("2 prompts of", "train.jsonl record 2: the chat template of", "not this"):
+        assert part in noted
     run.settings.generation["bad_prompts"] = "refuse"
-    assert (
-        "train.jsonl record 2: the chat template" in (refused := told(run, capsys))
-        and "1 more prompts" in refused
-    )
+    refused = told(run, capsys)
+    assert "train.jsonl record 2: the chat template" in refused and "1 more prompts" in refused
     run.settings.generation["bad_prompts"] = "skip"
     (tmp_path / "heldout.jsonl").write_text(json.dumps({"prompt": "bad"}) + "\n")
     assert "heldout.jsonl record 1: the chat template" in told(run, capsys)
@@ -143,29 +122,21 @@ def test_names_that_only_look_like_the_hubs(tmp_path, monkeypatch):
 
 def test_none_on_the_command_line_leaves_a_function_alone(tmp_path):
     (tmp_path / "run.yaml").write_text("reward_name_or_path: my/model\n")
-    arguments = [
-        str(tmp_path / "run.yaml"),
-        "--dataset_name_or_path",
-        "a",
-        "--output_dir",
-        "b",
-        "--reward_function",
-        "f.py:f",
-    ]
+    arguments = [str(tmp_path / "run.yaml"), "--dataset_name_or_path", "a", "--output_dir", "b"]
+    arguments += ["--reward_function", "f.py:f"]
     assert parse(get_rewards.Arguments, "", arguments).reward_name_or_path == ["my/model"]
     args = parse(get_rewards.Arguments, "", [*arguments, "--reward_name_or_path", "none"])
     assert args.reward_name_or_path is None and get_rewards.names(args) == []
 
 
 def test_what_shapes_a_reward():
-    given = {"dataset_name_or_path": "a", "output_dir": "b"}
-    settings, inputs = get_rewards.shaping(build(get_rewards.Arguments, given), "a")
-    assert inputs == {
-        "dataset_name_or_path": "a",
-        "reward_name_or_path": "sfairXC/FsfairX-LLaMA3-RM-v0.1",
-        "chat_template": None,
-    }
+    def shaping(**more):
+        return get_rewards.shaping(build(get_rewards.Arguments, GIVEN | more), "a")
+
+    settings, inputs = shaping()
+    model = {"reward_name_or_path": "sfairXC/FsfairX-LLaMA3-RM-v0.1"}
+    assert inputs == {"dataset_name_or_path": "a", "chat_template": None} | model
     for key in ("K", "batch_tokens", "chunk_records"):
-        assert get_rewards.shaping(build(get_rewards.Arguments, given | {key: 5}), "a") == (settings, inputs)
-    more = build(get_rewards.Arguments, given | {"ranking": "tournament", "max_length": 7})
-    assert get_rewards.shaping(more, "a")[0] == settings | {"ranking": "tournament", "max_length": 7}
+        assert shaping(**{key: 5}) == (settings, inputs)
+    more = {"ranking": "tournament", "max_length": 7}
+    assert shaping(**more)[0] == settings | more

@@ -4,11 +4,9 @@ import functools
 import os
 import random
 from array import array
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: micro models gain nothing from threads
 
 import micro
@@ -21,18 +19,15 @@ from common.shared_prompts import Unsupported, hidden_states, last_states, pack,
 pytestmark = pytest.mark.env("vllm")
 
 WINDOW = 7  # smaller than the prompts below
+NARROW, LAYERS = {"sliding_window": WINDOW}, ["full_attention", "sliding_attention"]
 ARCHITECTURES = {  # what its config says beside the micro one
     "llama": {},
-    "mistral": {"sliding_window": WINDOW},
-    "qwen2": {
-        "use_sliding_window": True,
-        "sliding_window": WINDOW,
-        "layer_types": ["full_attention", "sliding_attention"],
-    },
+    "mistral": NARROW,
+    "qwen2": NARROW | {"use_sliding_window": True, "layer_types": LAYERS},
     "qwen3": {"num_key_value_heads": 2},
-    "gemma2": {"sliding_window": WINDOW, "attn_logit_softcapping": 0.5, "query_pre_attn_scalar": 9},
-    "gemma3_text": {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
-    "phi3": {"sliding_window": WINDOW},
+    "gemma2": NARROW | {"attn_logit_softcapping": 0.5, "query_pre_attn_scalar": 9},
+    "gemma3_text": NARROW | {"layer_types": LAYERS[::-1]},
+    "phi3": NARROW,
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
 }
 each = pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -53,20 +48,19 @@ GROUPS = [
     sequences(0, 6, 11, seed=3),
     sequences(40, 2, 3, seed=4),
 ]
+EVERY = [sequence for group in GROUPS for sequence in group]
 
 
 def configured(architecture, **overrides):
-    tokenizer = micro.make_tokenizer()
-    return micro.make_config(
-        tokenizer, architecture, **({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0} | overrides)
-    )
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return micro.make_config(micro.make_tokenizer(), architecture, **(ids | overrides))
 
 
 @functools.cache
-def built(architecture, **overrides):
+def built(architecture):
     """A model whose attention is far from even: with small weights a wrong mask would hardly show."""
     torch.manual_seed(1)
-    config = configured(architecture, **(ARCHITECTURES.get(architecture, {}) | overrides))
+    config = configured(architecture, **ARCHITECTURES[architecture])
     model = AutoModel.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     for name, weight in model.named_parameters():
         if weight.ndim == 2:
@@ -78,13 +72,28 @@ def built(architecture, **overrides):
 def fresh():
     """A model of its own with the same weights, eager attention, float32."""
 
-    def make(architecture="llama", **overrides):
-        source = built(architecture, **overrides)
+    def make(architecture="llama"):
+        source = built(architecture)
         model = type(source)._from_config(source.config, attn_implementation="eager").eval()
         model.load_state_dict(source.state_dict())
         return model
 
     return make
+
+
+@pytest.fixture
+def emulate(monkeypatch):
+    """Lets an emulation stand in for the GPU's kernel."""
+
+    def switch():
+        monkeypatch.setattr(shared_prompts, "uses_varlen", lambda query, softcap: True)
+        monkeypatch.setattr(shared_prompts, "varlen_attn", varlen)
+
+    return switch
+
+
+def gradients(model):
+    return torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
 
 
 def alone(model, sequence):
@@ -114,9 +123,7 @@ def check(model, groups, tolerance=2e-5, **options):
 @each
 def test_states_equal_one_sequence_at_a_time(architecture, fresh):
     packed = check(fresh(architecture), GROUPS)
-    assert (
-        packed.ids.shape[1] == sum(map(packed_tokens, GROUPS)) < sum(len(s) for g in GROUPS for s in g) - 100
-    )
+    assert packed.ids.shape[1] == sum(map(packed_tokens, GROUPS)) < sum(map(len, EVERY)) - 100
 
 
 @pytest.mark.parametrize("name", ["mistral", "qwen2", "gemma2", "gemma3_text", "phi3"])
@@ -137,9 +144,8 @@ def test_last_states_are_computed_for_last_tokens_only(architecture, fresh):
     model, seen = fresh(architecture), []
     prepare(model)
     for layer in model.layers:
-        next(layer.mlp.children()).register_forward_pre_hook(
-            lambda _, given: seen.append(given[0].shape[:-1].numel())
-        )
+        child = next(layer.mlp.children())
+        child.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[:-1].numel()))
     with torch.no_grad():
         last_states(model, pack(GROUPS))
     assert seen == [sum(map(packed_tokens, GROUPS)), sum(map(len, GROUPS))]
@@ -189,9 +195,8 @@ def test_left_truncation_shares_what_is_left(fresh):
 def test_labelled_rows_give_each_column_one_next_token(fresh):
     packed = check(fresh("qwen2"), GROUPS, labelled=True)
     assert [group.prefix for group in packed.groups] == [22, 0, 2, 0, 39]
-    everything = [sequence for group in GROUPS for sequence in group]
     after = {}
-    for columns, sequence in zip(packed.columns(), everything, strict=True):
+    for columns, sequence in zip(packed.columns(), EVERY, strict=True):
         for column, token in zip(columns.tolist(), sequence[1:]):
             assert after.setdefault(column, token) == token
     nested = [[1, 2, 3], [1, 2, 3, 4, 5]]  # one is the other's beginning: nothing comes after its last token
@@ -200,54 +205,35 @@ def test_labelled_rows_give_each_column_one_next_token(fresh):
 
 
 def varlen(query, key, value, starts_q, starts_k, most_q, most_k, *, scale, window_size, enable_gqa):
-    """What torch.nn.attention.varlen's documentation says its CUDA kernel computes, span by span in plain
-    operations.
-    """
+    """What torch's documentation says that its CUDA kernel computes, span by span in plain operations."""
     made, (left, right) = [], window_size
     assert right == 0 and enable_gqa == (query.shape[1] != key.shape[1]) and query.is_contiguous()
     assert starts_q.dtype == starts_k.dtype == torch.int32
     for a, b, c, d in zip(starts_q, starts_q[1:], starts_k, starts_k[1:], strict=False):
         assert b - a <= most_q and d - c <= most_k
-        q, k, v = (
-            query[a:b].transpose(0, 1),
-            *(
-                x[c:d].transpose(0, 1).repeat_interleave(query.shape[1] // key.shape[1], 0)
-                for x in (key, value)
-            ),
-        )
-        ahead = (
-            torch.arange(d - c) - torch.arange(b - a)[:, None] - (d - c - (b - a))
-        )  # the last query stands at the last key
+        heads, q = query.shape[1] // key.shape[1], query[a:b].transpose(0, 1)
+        k, v = (x[c:d].transpose(0, 1).repeat_interleave(heads, 0) for x in (key, value))
+        # The last query stands at the last key.
+        ahead = torch.arange(d - c) - torch.arange(b - a)[:, None] - (d - c - (b - a))
         may = (ahead <= 0) & (ahead >= -left if left >= 0 else True)
         made.append(((q @ k.mT) * scale).masked_fill(~may, float("-inf")).softmax(-1) @ v)
     return torch.cat(made, 1).transpose(0, 1)
 
 
-@pytest.mark.parametrize(
-    "architecture", [name for name in ARCHITECTURES if name != "gemma2"]
-)  # its soft-cap has no such kernel
-def test_one_call_for_all_spans_is_laid_out_right(architecture, fresh, monkeypatch):
-    """The kernel runs on GPUs only, so an emulation of what it documents stands in; the layout and the
-    gradients are ours.
-    """
-    monkeypatch.setattr(shared_prompts, "uses_varlen", lambda query, softcap: True)
-    monkeypatch.setattr(shared_prompts, "varlen_attn", varlen)
-    check(fresh(architecture), GROUPS)
-    check(fresh(architecture), GROUPS, labelled=True)
-    monkeypatch.undo()
-    model = fresh(architecture)
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "gemma2"])  # its soft-cap
+def test_one_call_for_all_spans_is_laid_out_right(architecture, fresh, emulate):
+    """The kernel runs on GPUs only, so its emulation stands in; the layout and the gradients are ours."""
+    model, found = fresh(architecture), []
     prepare(model)
-    found = []
     for emulated in (False, True):
         if emulated:
-            monkeypatch.setattr(shared_prompts, "uses_varlen", lambda query, softcap: True)
-            monkeypatch.setattr(shared_prompts, "varlen_attn", varlen)
+            emulate()
         model.zero_grad()
         hidden_states(model, pack(GROUPS, labelled=True)).square().mean().backward()
-        found.append(
-            torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
-        )
+        found.append(gradients(model))
     assert (found[0] - found[1]).norm() < 1e-5 * found[0].norm()
+    check(fresh(architecture), GROUPS)
+    check(fresh(architecture), GROUPS, labelled=True)
 
 
 def test_only_wanted_columns_come_back(fresh):
@@ -270,19 +256,17 @@ def test_gradients_equal_the_sum_of_one_at_a_time(architecture, fresh):
     def loss(states):
         return (states * toward[: len(states)]).sum() / 100 + states.square().mean()
 
-    sum(loss(alone(model, sequence)) for group in GROUPS for sequence in group).backward()
-    expected = {
-        name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None
-    }
+    sum(loss(alone(model, sequence)) for sequence in EVERY).backward()
+    named = {name: weight for name, weight in model.named_parameters() if weight.grad is not None}
+    expected = {name: weight.grad.clone() for name, weight in named.items()}
     model.zero_grad()
     prepare(model)
     packed = pack(GROUPS)
     hidden = hidden_states(model, packed)
     sum(loss(hidden[columns]) for columns in packed.columns()).backward()
     assert len(expected) > 10
-    for name, weight in model.named_parameters():
-        if name in expected:
-            assert (weight.grad - expected[name]).norm() < 3e-5 * expected[name].norm() + 1e-7, name
+    for name, weight in named.items():
+        assert (weight.grad - expected[name]).norm() < 3e-5 * expected[name].norm() + 1e-7, name
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
@@ -294,21 +278,17 @@ def test_gradients_with_checkpointing_are_the_same(architecture, fresh):
             model.gradient_checkpointing_enable({"use_reentrant": False})
         prepare(model)
         hidden_states(model, pack(GROUPS)).square().mean().backward()
-        found.append(
-            torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
-        )
+        found.append(gradients(model))
     assert torch.allclose(*found, rtol=1e-5, atol=1e-8) and found[0].norm() > 0
 
 
 @each
 def test_bfloat16_is_as_close_as_bfloat16_is(architecture, fresh):
     model = fresh(architecture)
-    for (
-        weight
-    ) in model.parameters():  # gentler than above, so that rounding does not grow from layer to layer
+    for weight in model.parameters():  # gentler than above, or rounding would grow from layer to layer
         weight.data.mul_(0.3 if weight.ndim == 2 else 1)
     with torch.no_grad():
-        expected = [alone(model, sequence) for group in GROUPS for sequence in group]
+        expected = [alone(model, sequence) for sequence in EVERY]
         model.to(torch.bfloat16)
         prepare(model, GROUPS[0])
         packed = pack(GROUPS)
@@ -332,23 +312,20 @@ def test_attention_goes_through_the_layout(architecture, fresh, monkeypatch):
     packed = pack(GROUPS)
     with torch.no_grad():
         hidden = hidden_states(model, packed)
-        assert len(calls) == model.config.num_hidden_layers and all(
-            mask is None and layout is packed for mask, layout in calls
-        )
+        assert len(calls) == model.config.num_hidden_layers
+        assert all(mask is None and layout is packed for mask, layout in calls)
         merged = [shared_prompts.Group(0, 0, (packed.ids.shape[1],))]  # one long causal sequence
-        ignored = hidden_states(
-            model, shared_prompts.Packed(packed.ids, packed.positions, merged, packed.last)
-        )
+        row = shared_prompts.Packed(packed.ids, packed.positions, merged, packed.last)
+        ignored = hidden_states(model, row)
         assert (ignored - hidden).abs().max() > 0.01 * hidden.abs().max()
         with pytest.raises(RuntimeError, match="without `shared_prompts`"):
             model(input_ids=packed.ids)
 
 
 @pytest.mark.parametrize("one_call", [False, True])
-def test_one_pass_for_scoring_does_not_spoil_the_row_for_training(fresh, monkeypatch, one_call):
+def test_one_pass_for_scoring_does_not_spoil_the_row_for_training(fresh, emulate, one_call):
     if one_call:
-        monkeypatch.setattr(shared_prompts, "uses_varlen", lambda query, softcap: True)
-        monkeypatch.setattr(shared_prompts, "varlen_attn", varlen)
+        emulate()
     model = fresh()
     prepare(model)
     packed = pack(GROUPS)
@@ -359,10 +336,8 @@ def test_one_pass_for_scoring_does_not_spoil_the_row_for_training(fresh, monkeyp
 
 def test_plan_holds_the_budget_and_forgets_nothing():
     rng = random.Random(0)
-    groups = [
-        sequences(rng.randrange(60), *[rng.randrange(1, 50) for _ in range(rng.randrange(1, 9))], seed=i)
-        for i in range(40)
-    ]
+    owns = [[rng.randrange(1, 50) for _ in range(rng.randrange(1, 9))] for _ in range(40)]
+    groups = [sequences(rng.randrange(60), *own, seed=i) for i, own in enumerate(owns)]
     for budget in (1, 60, 200, 5000):
         seen, sizes = [], []
         for batch in plan(groups, budget):
@@ -377,29 +352,27 @@ def test_plan_holds_the_budget_and_forgets_nothing():
 def test_prepare_with_an_example_takes_what_agrees(fresh):
     for architecture in ARCHITECTURES:
         model = fresh(architecture)
-        assert (
-            prepare(model, GROUPS[0]) == "eager" and model.config._attn_implementation == shared_prompts.NAME
-        )
+        assert prepare(model, GROUPS[0]) == "eager"
+        assert model.config._attn_implementation == shared_prompts.NAME
 
 
 def test_prepare_refuses_what_does_not_agree_and_leaves_the_model_alone(fresh, monkeypatch):
     true = shared_prompts._attend
 
-    def wrong(query, key, value, *more):
-        return true(
-            query, key[:, :, -query.shape[2] :], value[:, :, -query.shape[2] :], *more
-        )  # forgets the prompt
+    def forgets_the_prompt(query, key, value, *more):
+        own = query.shape[2]
+        return true(query, key[:, :, -own:], value[:, :, -own:], *more)
 
-    monkeypatch.setattr(shared_prompts, "_attend", wrong)
     model = fresh()
-    with pytest.raises(Unsupported, match="its states differ by"):
-        prepare(model, GROUPS[0])
-    assert model.config._attn_implementation == "eager"
-    alone(model, GROUPS[0][0])
-    monkeypatch.setattr(shared_prompts, "_attend", lambda *_: 1 / 0)
-    with pytest.raises(Unsupported, match="ZeroDivisionError"):
-        prepare(model, GROUPS[0])
-    alone(model, GROUPS[0][0])
+    for wrong, told in (
+        (forgets_the_prompt, "its states differ by"),
+        (lambda *_: 1 / 0, "ZeroDivisionError"),
+    ):
+        monkeypatch.setattr(shared_prompts, "_attend", wrong)
+        with pytest.raises(Unsupported, match=told):
+            prepare(model, GROUPS[0])
+        assert model.config._attn_implementation == "eager"
+        alone(model, GROUPS[0][0])
 
 
 @pytest.mark.parametrize(
@@ -426,7 +399,6 @@ def test_what_cannot_share_is_refused(architecture, overrides, reason):
         config = configured(architecture, **overrides)
     model = AutoModel.from_config(config)
     before = model.config._attn_implementation
-    assert not shared_prompts.supports(model)
     with pytest.raises(Unsupported, match=reason):
         prepare(model)
     assert model.config._attn_implementation == before
@@ -442,14 +414,11 @@ def test_attention_sinks_are_refused_by_the_trial():
 def test_a_classifier_and_its_saved_config(tmp_path):
     """The whole model is prepared through its head; another attention's name does not reach the disk."""
     torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_config(
-        configured("llama", num_labels=1), attn_implementation="sdpa"
-    ).eval()
+    config = configured("llama", num_labels=1)
+    model = AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa").eval()
     model.config.pad_token_id = None
     with torch.no_grad():
-        expected = [
-            model(torch.tensor([sequence])).logits[0, 0].item() for group in GROUPS for sequence in group
-        ]
+        expected = [model(torch.tensor([sequence])).logits[0, 0].item() for sequence in EVERY]
         assert prepare(model, GROUPS[0]) == "sdpa"
         packed = pack(GROUPS)
         scores = model.score(hidden_states(model.base_model, packed)[packed.last])[:, 0].tolist()

@@ -1,6 +1,7 @@
-"""An output and a merge, ended before each of the steps on disk that they take: afterwards there is no file
-or a whole one with its manifest, and a new start, also one that is ended at the same step, comes to the same
-end.
+"""An output and a merge, ended before each of their steps on disk.
+
+Afterwards there is no file or a whole one with its manifest, and a new start, also one that is ended at the
+same step, comes to the same end.
 """
 
 import json
@@ -65,16 +66,9 @@ def write(folder, index=None, overwrite=False):
 
 
 def merge(folder, *more):
-    sys.argv = [
-        "merge_data.py",
-        *("--base_path", str(folder / "x"), "--output_dir", str(folder / "all.jsonl"), "--num_datasets", "2"),
-        *more,
-    ]
+    argv = ["merge_data.py", "--base_path", folder / "x", "--output_dir", folder / "all.jsonl", *more]
+    sys.argv = [*map(str, argv), "--num_datasets", "2"]
     merge_data.main()
-
-
-def write_again(folder):
-    write(folder, overwrite=True)
 
 
 def merge_again(folder):
@@ -83,7 +77,7 @@ def merge_again(folder):
 
 CASES = {  # what came before, what is ended, its output
     "output": (lambda folder: None, write, "x.jsonl"),
-    "output over an older one": (write, write_again, "x.jsonl"),
+    "output over an older one": (write, lambda folder: write(folder, overwrite=True), "x.jsonl"),
     "merge": (lambda folder: None, merge, "all.jsonl"),
     "merge over an older one": (merge, merge_again, "all.jsonl"),
 }
