@@ -79,6 +79,13 @@ def servers_of(args: Arguments) -> list[Server]:
     return [Server(f"http://{host}:{port}") for host, port in places]
 
 
+def check(args: Arguments):
+    """A UserError where what is told of servers and client cannot work."""
+    servers_of(args)
+    if args.concurrency < 1 or args.timeout <= 0 or args.retries < 0 or args.give_up_after <= 0:
+        raise UserError("--concurrency, --timeout, --give_up_after must be above 0, --retries not negative")
+
+
 async def generate(args: Arguments):
     args, servers = with_date(args, args.output_dir), servers_of(args)
     settings, inputs = sampling.shaping(args, "tokenizer")
@@ -131,9 +138,7 @@ def main():
     args = parse(Arguments, __doc__)
     sampling.check_sampling(args)
     models.check_model(args.tokenizer, "--tokenizer")
-    servers_of(args)
-    if args.concurrency < 1 or args.timeout <= 0 or args.retries < 0 or args.give_up_after <= 0:
-        raise UserError("--concurrency, --timeout, --give_up_after must be above 0, --retries not negative")
+    check(args)
     asyncio.run(generate(args))
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from common.cli import UserError, build, nearest
 from generation import gen_hf
-from loop.settings import CLIENT, gpu_groups, positions
+from loop.settings import CLIENT, LoopSettings, gpu_groups, positions
 
 if TYPE_CHECKING:
     from loop.plan import Plan
@@ -18,11 +18,18 @@ ENGINE = (  # arguments of get_hf2.py that are settings of register_server.sh to
 )
 
 
+def ports(settings: LoopSettings) -> list[int]:
+    """A port for each server: server_port on each machine that is named, else one for each group of GPUs here."""
+    given, first = settings.servers, settings.server_port
+    if given.get("ports") or given.get("hosts"):
+        return given.get("ports") or [first] * len(given["hosts"])
+    return [first + k for k in range(len(gpu_groups(settings)))]
+
+
 def server_commands(plan: "Plan") -> dict[str, list]:
     """Commands that start and stop the servers of a policy, and what the client is told of them."""
     settings, given = plan.settings, plan.settings.servers
-    ports = given.get("ports") or [settings.server_port + k for k in range(len(gpu_groups(settings)))]
-    asked = ["--ports", *ports, *(["--hosts", *given["hosts"]] if given.get("hosts") else [])]
+    asked = ["--ports", *ports(settings), *(["--hosts", *given["hosts"]] if given.get("hosts") else [])]
     for key in CLIENT:
         asked += [f"--{key}", given[key]] if key in given else []
     if given.get("start"):  # of servers on other machines: a command that gets the model as its last word
@@ -65,11 +72,8 @@ def check_servers(plan: "Plan"):
             "ends them"
         )
     client = {key: value for key, value in given.items() if key not in ("start", "stop")}
-    args = build(gen_hf.Arguments, client | {"tokenizer": "-"}, "servers")
-    if args.concurrency < 1 or args.timeout <= 0 or args.retries < 0 or args.give_up_after <= 0:
-        raise UserError(
-            "servers: concurrency, timeout and give_up_after must be above 0 and retries not negative"
-        )
+    client |= {"tokenizer": "-", "ports": ports(plan.settings)}
+    gen_hf.check(build(gen_hf.Arguments, client, "servers"))
     first, count = plan.settings.server_port, len(gpu_groups(plan.settings))
     if not 1 <= first <= 65536 - count:
         raise UserError(f"server_port {first}: {count} ports from there on must lie from 1 to 65535")
