@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 POSITIVE = (
     "max_input_length max_new_tokens generation_batch_size rollout_batch_size samples_per_prompt batch_size "
-    "micro_batch_size ppo_epochs kl_horizon logging_steps save_total_limit max_rollouts temperature "
+    "micro_batch_size ppo_epochs kl_horizon logging_steps save_total_limit max_rollouts temperature top_p "
     "num_episodes learning_rate critic_learning_rate clip value_clip kl_target value_coef"
 ).split()
 NOT_NEGATIVE = "kl_coef warmup_steps weight_decay max_grad_norm missing_eos_penalty save_steps seed".split()
@@ -32,29 +32,25 @@ def out_of_range(
 ) -> list[str]:
     """What is said of numbers outside their range. None is in every range, as is a key that `args` lacks."""
     given = {key: value for key, value in vars(args).items() if value is not None}
-    problems = [
-        f"{key} {given[key]} must be above 0 and finite"
-        for key in positive
-        if key in given and not 0 < given[key] < math.inf
+    ranges = (
+        (positive, "above 0 and finite", lambda value: 0 < value < math.inf),
+        (not_negative, "0 or above, and finite", lambda value: 0 <= value < math.inf),
+        (shares, "from 0 to 1", lambda value: 0 <= value <= 1),
+    )
+    return [
+        f"{key} {given[key]} must be {words}"
+        for keys, words, right in ranges
+        for key in keys
+        if key in given and not right(given[key])
     ]
-    problems += [
-        f"{key} {given[key]} must not be negative, and finite"
-        for key in not_negative
-        if key in given and not 0 <= given[key] < math.inf
-    ]
-    problems += [
-        f"{key} {given[key]} must be from 0 to 1"
-        for key in shares
-        if key in given and not 0 <= given[key] <= 1
-    ]
-    return problems + (["top_p 0.0 must be above 0: it leaves no token to sample"] if args.top_p == 0 else [])
 
 
-def check(args: "Arguments", processes: int | None = None):
+def check(args: "Arguments", processes: int | None = None, prompts: int | None = None):
     """Refuse what cannot work, whatever the files are.
 
     Args:
         processes: how many will train; None: those that were launched.
+        prompts: how many there are, where that is known.
 
     Raises:
         UserError: names the settings, all at once.
@@ -64,7 +60,7 @@ def check(args: "Arguments", processes: int | None = None):
         problems.append("nothing scores a response: give reward_name_or_path or reward_function")
     if args.kl_target and not args.kl_coef:
         problems.append("kl_target steers kl_coef by a factor: give a kl_coef above 0 to start from")
-    problems += check_batches(args, processes or world_size())
+    problems += check_batches(args, processes or world_size(), prompts)
     if args.generation_batch_size < args.samples_per_prompt:
         problems.append(
             f"generation_batch_size {args.generation_batch_size} is below samples_per_prompt "
@@ -103,13 +99,8 @@ def check_batches(args: "Arguments", processes: int, prompts: int | None = None)
     """
     if min(args.rollout_batch_size, args.samples_per_prompt, args.batch_size, args.micro_batch_size) < 1:
         return []  # told already
-    problems, responses = [], args.rollout_batch_size * args.samples_per_prompt
-    if prompts is not None and prompts < args.rollout_batch_size:
-        problems.append(
-            f"{prompts} prompts are fewer than a rollout takes: lower rollout_batch_size "
-            f"{args.rollout_batch_size}, or give more"
-        )
-    elif responses % args.batch_size:
+    problems, responses = too_few(args, prompts), args.rollout_batch_size * args.samples_per_prompt
+    if not problems and responses % args.batch_size:
         problems.append(
             f"a rollout has {responses} responses (rollout_batch_size {args.rollout_batch_size} × "
             f"samples_per_prompt {args.samples_per_prompt}), which does not divide into steps of batch_size "
@@ -125,27 +116,41 @@ def check_batches(args: "Arguments", processes: int, prompts: int | None = None)
     return problems
 
 
+def too_few(args: "Arguments | OpenRLHFArguments", prompts: int | None) -> list[str]:
+    """What is said where there are fewer prompts than a rollout takes."""
+    if prompts is None or prompts >= args.rollout_batch_size:
+        return []
+    return [
+        f"{prompts} prompts are fewer than a rollout takes: lower rollout_batch_size "
+        f"{args.rollout_batch_size}, or give more"
+    ]
+
+
 def fitting(args: "Arguments", processes: int, prompts: int | None = None) -> dict:
     """{key: value} of sizes near those of `args` that divide; {} where there are none.
 
-    A rollout is made smaller where there are fewer prompts: by a quarter at most, if that will do, and so
-    that passes are large.
+    A rollout is made smaller where there are fewer prompts, or nothing divides: by a quarter at most, if that
+    will do, and so that passes and steps are large.
     """
 
     def largest(most: int, whole: int, parts: int) -> int | None:
         """The largest number up to `most` that divides `whole` and is itself a multiple of `parts`."""
         return next((n for n in range(most, 0, -1) if whole % n == 0 and n % parts == 0), None)
 
-    most = min(args.rollout_batch_size, prompts or args.rollout_batch_size)
-    found = {}
-    for rollout in range(1 if most < args.rollout_batch_size else most, most + 1):
+    def sizes(rollout: int) -> dict | None:
         responses = rollout * args.samples_per_prompt
         batch = largest(min(args.batch_size, responses), responses, processes)
-        if batch:
-            micro = largest(min(args.micro_batch_size, batch // processes), batch // processes, 1)
-            sizes = {"rollout_batch_size": rollout, "batch_size": batch, "micro_batch_size": micro}
-            found[rollout >= most - most // 4, micro, rollout] = sizes
-    return found[max(found)] if found else {}
+        if batch is None:
+            return None
+        micro = largest(min(args.micro_batch_size, batch // processes), batch // processes, 1)
+        return {"rollout_batch_size": rollout, "batch_size": batch, "micro_batch_size": micro}
+
+    most = min(args.rollout_batch_size, prompts or args.rollout_batch_size)
+    if most == args.rollout_batch_size and (as_asked := sizes(most)):
+        return as_asked
+    found = [one for rollout in range(1, most + 1) if (one := sizes(rollout))]
+    near = [one for one in found if one["rollout_batch_size"] >= most - most // 4] or found
+    return max(near, key=lambda one: [*reversed(one.values())], default={})
 
 
 def check_samples(args: "Arguments", kinds: list[str]):

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from common import chat, models
-from common.cli import UserError
+from common.cli import UserError, count
 from common.records import BadRecord
 from common.records import read_prompts as read_records
 from common.training import is_main, say
@@ -81,13 +81,13 @@ def load_critic(args: "Arguments", tokenizer: "PreTrainedTokenizerBase", scorers
 
 
 def rendered_prompts(
-    args: "Arguments | OpenRLHFArguments", tokenizer: "PreTrainedTokenizerBase", bad: list
-) -> Iterator[tuple[dict, str]]:
-    """Yield (prompt record, its templated text) of all sets.
+    args: "Arguments | OpenRLHFArguments", tokenizer: "PreTrainedTokenizerBase", skipped: list
+) -> Iterator[tuple[dict, str, list[int]]]:
+    """Yield (prompt record, its templated text, its token ids) of all sets.
 
-    Records that hold no prompt, or one that the template refuses, become entries of the skipped file in the
-    list `bad`; where `bad_prompts` is refuse, the first is an error. A warning names the parts of prompts
-    that the template leaves out.
+    Prompts that are too long, records that hold no prompt, and those that the template refuses become
+    entries of the skipped file in the list `skipped`; where `bad_prompts` is refuse, the first of the latter
+    two is an error. A warning names the parts of prompts that the template leaves out.
     """
     chat.need_template(tokenizer)
     silent = {}
@@ -96,20 +96,25 @@ def rendered_prompts(
         for number, record in enumerate(found, 1):
             where = f"{name} record {number}"
             if isinstance(record, BadRecord):
-                _leave_out(args, bad, record.id, str(record))
+                _leave_out(args, skipped, record.id, str(record))
                 continue
             prompt, tools = record["prompt"], record.get("tools")
             try:
                 text = chat.render(tokenizer, prompt, True, args.template_kwargs, tools, args.date)
                 left_out = chat.left_out(tokenizer, prompt, True, args.template_kwargs, tools)
             except UserError as error:
-                _leave_out(args, bad, record["id"], f"{where}: {error}")
-            else:
-                for part in left_out:
-                    silent.setdefault(part, where)
-                yield record, text
-    if bad:
-        _warn(f"{len(bad)} prompts cannot be used and are skipped, for example {bad[0]['reason']}")
+                _leave_out(args, skipped, record["id"], f"{where}: {error}")
+                continue
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            if len(ids) > args.max_input_length:
+                reason = f"prompt of {len(ids)} tokens, more than {args.max_input_length}"
+                skipped.append({"id": record["id"], "reason": reason})
+                continue
+            for part in left_out:
+                silent.setdefault(part, where)
+            yield record, text, ids
+    if skipped:
+        _warn(f"{count(len(skipped), 'prompt')} skipped, for example {skipped[0]['reason']}")
     for part, where in silent.items():
         _warn(
             f"the chat template leaves out the {part} of prompts such as {where}: the policy sees none of it"
@@ -121,31 +126,29 @@ def _warn(text):
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-def _leave_out(args, bad, prompt_id, reason):
+def _leave_out(args, skipped, prompt_id, reason):
     if args.bad_prompts == "refuse":
         raise UserError(f"{reason}; mend or remove it, or set bad_prompts skip")
-    bad.append({"id": prompt_id, "reason": reason})
+    skipped.append({"id": prompt_id, "reason": reason})
+
+
+def check_count(args: "Arguments | OpenRLHFArguments", kept: list, skipped: list[dict]):
+    """Refuse fewer prompts than a rollout takes."""
+    if len(kept) < args.rollout_batch_size:
+        such = f" ({len(skipped)} skipped, such as: {skipped[0]['reason']})" if skipped else ""
+        raise UserError(
+            f"{len(kept)} prompts{such} for rollouts of {args.rollout_batch_size}: lower rollout_batch_size, "
+            "raise max_input_length, or give more prompts"
+        )
 
 
 def read_prompts(
     args: "Arguments", tokenizer: "PreTrainedTokenizerBase", policy: "PreTrainedModel"
 ) -> tuple[list[dict], list[dict]]:
     """(prompt records with their token ids under "ids", entries of the skipped file)."""
-    kept, long, bad = [], [], []
-    for record, text in rendered_prompts(args, tokenizer, bad):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(ids) > args.max_input_length:
-            reason = f"prompt of {len(ids)} tokens, more than {args.max_input_length}"
-            long.append({"id": record["id"], "reason": reason})
-        else:
-            kept.append(record | {"ids": ids})
-    if len(kept) < args.rollout_batch_size:
-        unusable = f", {len(bad)} that cannot be used, such as {bad[0]['reason']}" if bad else ""
-        raise UserError(
-            f"{len(kept)} prompts ({len(long)} skipped as too long{unusable}) for rollouts of "
-            f"{args.rollout_batch_size}: lower rollout_batch_size, raise max_input_length, or give more "
-            "prompts"
-        )
+    skipped = []
+    kept = [record | {"ids": ids} for record, _, ids in rendered_prompts(args, tokenizer, skipped)]
+    check_count(args, kept, skipped)
     check_bos(tokenizer, {"prompt_ids": kept[0]["ids"]})
     positions = models.positions(policy.config)
     if positions and args.max_input_length + args.max_new_tokens > positions:
@@ -160,7 +163,7 @@ def read_prompts(
             f"the tokenizer gives token id {highest} and {args.model_name_or_path} has {embeddings} "
             "embeddings: no match"
         )
-    return kept, bad + long
+    return kept, skipped
 
 
 def scorable_prompts(args: "Arguments", scorers: list, prompts: list[dict]) -> tuple[list[dict], list[dict]]:
@@ -176,11 +179,7 @@ def scorable_prompts(args: "Arguments", scorers: list, prompts: list[dict]) -> t
         else:
             kept.append(record)
             silent |= {(s.name, part) for s in scorers for part in s.left_out(messages, tools)}
-    if len(kept) < args.rollout_batch_size:
-        raise UserError(
-            f"{len(kept)} prompts for rollouts of {args.rollout_batch_size}; {len(bad)} are none that all "
-            f"scorers can read: {bad[0]['reason']}"
-        )
+    check_count(args, kept, bad)
     if bad:
         _warn(f"{len(bad)} prompts are skipped as a scorer cannot read them, for example {bad[0]['reason']}")
     for name, part in sorted(silent):

@@ -33,9 +33,9 @@ from loop.plan import main as plan_main
 from loop.prompt_sets import check_prompts
 from loop.settings import LoopSettings, RunSettings, complete, gpus_of, processes
 from ppo import train_ppo
-from ppo.checks import check_batches
 from ppo.openrlhf import arguments as openrlhf_arguments
 
+Arguments = train_ppo.Arguments | openrlhf_arguments.Arguments
 BACKENDS = {"openrlhf": "ppo.openrlhf.run_openrlhf", "small": "ppo.train_ppo"}
 # What `generation` and `annotation` say for evaluation holds for training too, unless `ppo` says otherwise:
 # key there → key of a backend.
@@ -43,19 +43,9 @@ SHARED = {
     "generation": {
         key: key
         for key in (
-            "dataset_key",
-            "dataset_split",
-            "bad_prompts",
-            "chat_template",
-            "template_kwargs",
-            "system_prompt",
-            "date",
-            "trust_remote_code",
-            "max_input_length",
-            "max_new_tokens",
-            "temperature",
-            "top_p",
-        )
+            "dataset_key dataset_split bad_prompts chat_template template_kwargs system_prompt date "
+            "trust_remote_code max_input_length max_new_tokens temperature top_p"
+        ).split()
     },
     "annotation": {
         "reward_type": "reward_type",
@@ -65,11 +55,8 @@ SHARED = {
         "max_length": "reward_max_length",
     },
 }
-OF_PLAN = (
-    "model_size_b",
-    "num_gpus",
-    "gpu_memory_gib",
-)  # of the run, and of the backend that places models on GPUs
+# Of the run, and of the backend that places models on GPUs.
+OF_PLAN = ("model_size_b", "num_gpus", "gpu_memory_gib")
 # What would make training's prompts or rewards others than evaluation's: refused where a backend has no such
 # key.
 NEEDED = {
@@ -86,21 +73,13 @@ def of_either(*backends: type) -> type:
     """
     found = {}
     for backend in backends:
-        hints = typing.get_type_hints(backend)
-        for name, field in backend.__dataclass_fields__.items():
-            hint, choices = hints[name], field.metadata["choices"]
-            if name in found:
-                other, others = found[name]
-                hint, choices = (
-                    hint if hint == other else other | hint,
-                    [*dict.fromkeys([*others, *choices])] if others and choices else None,
-                )
-            found[name] = hint, choices
-    return dataclasses.make_dataclass(
-        "OfEither",
-        [(name, hint, arg(None, choices=choices)) for name, (hint, choices) in found.items()],
-        kw_only=True,
-    )
+        for name, hint in typing.get_type_hints(backend).items():
+            choices = backend.__dataclass_fields__[name].metadata["choices"]
+            other, others = found.get(name, (hint, choices))
+            both = [*dict.fromkeys([*others, *choices])] if others and choices else None
+            found[name] = other if hint == other else other | hint, both
+    fields = [(name, hint, arg(None, choices=choices)) for name, (hint, choices) in found.items()]
+    return dataclasses.make_dataclass("OfEither", fields, kw_only=True)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -113,9 +92,7 @@ class PPOSettings(RunSettings):
     )
     ppo: dict = arg({}, "arguments of the algorithm; --ppo.kl_coef 0.1")
     openrlhf: dict = arg(
-        {},
-        "more arguments of ppo/openrlhf/run_openrlhf.py: placement on the GPUs; the small backend takes no "
-        "notice",
+        {}, "more arguments of ppo/openrlhf/run_openrlhf.py, for placement on the GPUs; not for backend small"
     )
 
     iterations = 1  # not a setting: what PPO trains is iterate 1
@@ -224,7 +201,7 @@ class PPOPlan(Plan):
             given = getattr(self.settings, name) | (self.settings.heldout if name == "generation" else {})
             yield from ((name, key) for key in keys if given.get(key) and SHARED[name].get(key) not in known)
 
-    def arguments(self) -> train_ppo.Arguments | openrlhf_arguments.Arguments:
+    def arguments(self) -> Arguments:
         """The backend's arguments as it reads them, checked as far as can be before anything is loaded."""
         return self.ask(self.module.arguments, self.training_of(1), self.where)
 
@@ -248,7 +225,7 @@ class PPOPlan(Plan):
         if self.backend == "openrlhf" and not gpus_of(self.settings):
             raise UserError(
                 f"backend openrlhf needs GPUs and {none_visible()}; --backend small, or on tiny models: "
-                f"{self.example}; for a plan only: python ppo/run.py plan …"
+                f"{self.example}; for a plan only: --dry_run --num_gpus 8 --gpu_memory_gib 80"
             )
 
     def check(self, left: bool):
@@ -273,22 +250,15 @@ def check(plan: PPOPlan, left: bool):
         )
     # What has the right types is looked at further, so that all that is wrong is told at once.
     args = found.attempt(lambda: build(plan.module.Arguments, plan.training_of(1), plan.where))
-    before = len(found.problems)
-    if args:
-        found.attempt(
-            plan.ask,
-            plan.module.check,
-            args,
-            *([processes(settings)] if plan.backend == "small" else []),
-        )
-    right = args is not None and len(found.problems) == before
-    if not found.problems:
+    if args and not found.problems:
         found.attempt(changes.refuse, plan, plan.resolved())
     sets = check_prompts(plan, found)
-    there = None if None in sets.values() else sum(len(sets[name]) for name in settings.prompts)
-    check_rollouts(plan, args, there, found)
-    if right and not plan.is_trained():
-        check_backend(plan, args, found)
+    if args:
+        prompts = None if None in sets.values() else sum(len(sets[name]) for name in settings.prompts)
+        before = len(found.problems)
+        found.attempt(plan.ask, plan.module.check, args, processes(settings), prompts)
+        if len(found.problems) == before and not plan.is_trained():
+            check_backend(plan, args, found)
     _, count = checks.check_gpus(plan, found)
     if count and args:
         check_disk(plan, args, count, found)
@@ -300,56 +270,20 @@ def check(plan: PPOPlan, left: bool):
     )
 
 
-def check_disk(
-    plan: PPOPlan,
-    args: train_ppo.Arguments | openrlhf_arguments.Arguments,
-    count: float,
-    found: checks.Findings,
-):
+def check_disk(plan: PPOPlan, args: Arguments, count: float, found: checks.Findings):
     """Hold the model and its checkpoints against the disk. `count`: parameters of the policy."""
     kept = args.save_total_limit if args.save_steps else 0
     if plan.backend == "small":  # policy and value model with Adam's two states, in 4 bytes each
         room = 4 + 24 * (kept + 1 if kept else 0)
     else:  # OpenRLHF's, 14 bytes a parameter each; old ones go before a new one is written
-        room = 4 + 2 * 14 * (0 if args.lora_r else kept)
+        room = 4 + 2 * 14 * kept
     what = "the model and checkpoints"
     estimates.check_disk(plan, found, room * count / 2**30, what, "see ppo.save_total_limit")
 
 
-def check_rollouts(
-    plan: PPOPlan,
-    args: train_ppo.Arguments | openrlhf_arguments.Arguments | None,
-    prompts: int | None,
-    found: checks.Findings,
-):
-    """Refuse fewer prompts than a rollout takes, with sizes that fit together in place of what was said of
-    the sizes without them.
-    """
-    if args is None or prompts is None or not 0 <= prompts < args.rollout_batch_size:
-        return
-    if plan.backend == "openrlhf":  # its sizes follow from where it is placed, see its plan
-        found.problems.append(
-            f"{prompts} prompts are fewer than a rollout takes: lower ppo.rollout_batch_size "
-            f"{args.rollout_batch_size}, or give more"
-        )
-        return
-
-    def sizes(*given: int) -> Any:
-        return plan.ask(lambda: refuse(check_batches(args, processes(plan.settings), *given)))
-
-    before = checks.Findings()
-    before.attempt(sizes)
-    found.problems = [problem for problem in found.problems if problem not in before.problems]
-    found.attempt(sizes, prompts)
-
-
-def check_backend(
-    plan: PPOPlan, args: train_ppo.Arguments | openrlhf_arguments.Arguments, found: checks.Findings
-):
+def check_backend(plan: PPOPlan, args: Arguments, found: checks.Findings):
     """What the backend itself refuses before it loads anything, on as many processes as will be started."""
-    if (
-        plan.backend == "openrlhf"
-    ):  # as its dry run: what its environment holds is looked at when that is made
+    if plan.backend == "openrlhf":  # as its dry run: its environment is looked at when that is made
         args = dataclasses.replace(args, dry_run=True)
         planned = found.attempt(plan.ask, plan.module.plan, args)
         found.notes.extend(plan.module.describe(args, planned) if planned else [])
@@ -359,8 +293,7 @@ def check_backend(
     if limit and args.max_input_length + args.max_new_tokens > limit:
         found.problems.append(
             f"the policy has {limit} positions: generation.max_input_length {args.max_input_length} + "
-            "generation.max_new_tokens "
-            f"{args.max_new_tokens} are more"
+            f"generation.max_new_tokens {args.max_new_tokens} are more"
         )
 
 

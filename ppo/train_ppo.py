@@ -6,8 +6,10 @@ Out: model, tokenizer, chat template and generation config in the folder `output
      figures for each rollout (`.log.jsonl`), the prompts left out (`.skipped.jsonl`), and last a manifest
      (`.manifest.json`).
 
-    python ppo/train_ppo.py configs/train_ppo_tiny.yaml
-    accelerate launch --num_processes 2 ppo/train_ppo.py configs/train_ppo_tiny.yaml
+    accelerate launch --config_file configs/ddp.yaml --num_processes 1 ppo/train_ppo.py \
+        configs/ppo_tiny.yaml:ppo --model_name_or_path tiny/built/policy \
+        --reward_name_or_path tiny/built/reward_model --max_input_length 64 --max_new_tokens 32 \
+        --dataset_name_or_path tiny/built/prompts/iter1.jsonl --output_dir models/ppo_tiny
 
 Training repeats two steps (Ziegler et al. 2019, arXiv 1909.08593; details: arXiv 2403.17031):
 
@@ -194,14 +196,14 @@ class Arguments:
     run_name: str | None = arg(None, "name of the run at the trackers", shapes=False)
 
 
-def arguments(values: dict, where: str = "", processes: int | None = None) -> Arguments:
+def arguments(values: dict, where: str = "") -> Arguments:
     """Arguments from a mapping, checked without torch and before the files are there.
 
     Args:
-        where: names the mapping in errors. processes: as `check`.
+        where: names the mapping in errors.
     """
     args = build(Arguments, values, where)
-    check(args, processes)
+    check(args)
     return args
 
 

@@ -7,21 +7,28 @@ as OpenRLHF's source says, and asks for rewards as its agent.py does.
 """
 
 import argparse
+import functools
 import os
 import sys
 import types
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import yaml
 
 from dpo_iteration.memory import GIB, shape_like
 from ppo.openrlhf import arguments as openrlhf_arguments
-from ppo.openrlhf.placement import place
-from ppo.openrlhf.preflight import pins
+from ppo.openrlhf.placement import Machine, place
+from ppo.openrlhf.plan import OPENRLHF
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"model_size_b": 0.5}
+# What the command's module imports and a machine without GPUs lacks.
+MOCKED = (
+    "ray ray.util ray.util.placement_group openrlhf openrlhf.utils openrlhf.trainer openrlhf.trainer.ray "
+    "openrlhf.trainer.ray.launcher openrlhf.trainer.ray.ppo_actor openrlhf.trainer.ray.ppo_critic"
+)
 
 STUB_TRAINING = """
 # STUB: no OpenRLHF training runs here. It leaves what OpenRLHF 0.11.2 leaves, and tells that it is a stub.
@@ -34,13 +41,6 @@ def reward_of(args, record):
     urls = args.reward.remote_url
     if not urls:
         return None
-    if urls[0].endswith(".py"):
-        import importlib.util
-
-        spec = importlib.util.spec_from_file_location("reward_func", urls[0])
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module.reward_func([query], [record["prompt"]], [record["label"]])["rewards"]
     body = json.dumps({"query": [query], "prompts": [record["prompt"]], "labels": [record["label"]]}).encode()
     request = urllib.request.Request(urls[0], body, {"Content-Type": "application/json"})
     # Its aiohttp does not look for proxies.
@@ -49,8 +49,6 @@ def reward_of(args, record):
 
 
 def train(args):
-    told = [os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "RAY_ADDRESS")]
-    print("STUB openrlhf, no training:", *told, flush=True)
     lines = [json.loads(line) for line in Path(args.data.prompt_dataset).read_text().split("\\n")[:-1]]
     rollouts = len(lines) // args.rollout.batch_size * args.train.num_episodes
     first, checkpoints = 0, Path(args.ckpt.path)
@@ -96,38 +94,23 @@ def arguments(**more):
     return openrlhf_arguments.arguments(settings(**more))
 
 
-def shapes(billions=8.03, reward=True):
+def placed(args, gpus, gib=80, billions=8.03, reward=True, memory=None):
+    """(Placement, note) of models of so many billion parameters on nodes of up to 8 GPUs of `gib` GiB."""
     shape = shape_like(billions)
-    return {"actor": shape, "ref": shape, "critic": shape, "reward": shape if reward else None}
-
-
-def placed(args, gpus, gib=80, billions=8.03, reward=True, flash=True, machine=None):
-    """(Placement, notes) of models of so many billion parameters on nodes of up to 8 GPUs of `gib` GiB."""
-    return place(
-        args,
-        shapes(billions, reward),
-        gpus,
-        min(gpus, 8),
-        gib * GIB,
-        flash,
-        machine=machine and machine * GIB,
-    )
+    shapes = {"actor": shape, "ref": shape, "critic": shape, "reward": shape if reward else None}
+    return place(args, Machine(gpus, min(gpus, 8), gib * GIB, memory and memory * GIB), shapes)
 
 
 def fake_gpus(folder, count, gib=80):
-    """The environment of a machine whose nvidia-smi lists so many GPUs."""
+    """PATH of a machine whose nvidia-smi, in `folder`/bin, lists so many GPUs."""
     smi = folder / "bin" / "nvidia-smi"
     smi.parent.mkdir(exist_ok=True)
-    listed = "".join(f"echo 'GPU {i}: fake'; " for i in range(count))
-    sizes = f"echo {gib * 1024}; " * count
-    smi.write_text(f'#!/bin/sh\nif [ "$1" = -L ]; then {listed or ":"} \nelse {sizes or ":"} \nfi\n')
+    listed = "".join(f"GPU {i}: fake\n" for i in range(count))
+    sizes = f"{gib * 1024}\n" * count
+    cases = f'-L) printf "{listed}" ;;\n*memory.total*) printf "{sizes}" ;;'
+    smi.write_text(f'#!/bin/sh\ncase "$*" in\n{cases}\nesac\n')
     smi.chmod(0o755)
-    base = {k: v for k, v in os.environ.items() if k not in ("CUDA_VISIBLE_DEVICES", "WANDB_API_KEY")}
-    return base | {
-        "PATH": f"{smi.parent}:{os.environ['PATH']}",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
+    return f"{smi.parent}:{os.environ['PATH']}"
 
 
 def wheel():
@@ -145,30 +128,6 @@ def unzip(folder):
     return next(folder.glob("openrlhf-*.data")) / "purelib"
 
 
-def mocks(get_strategy):
-    """name → module of what the command's module imports and a machine without GPUs lacks."""
-    made = {}
-
-    def module(name, **members):
-        made[name] = types.ModuleType(name)
-        made[name].__dict__.update(members)
-        made[name].__path__ = []
-
-    module("ray", is_initialized=lambda: True)
-    module("ray.util")
-    module("ray.util.placement_group", placement_group=None)
-    module("openrlhf")
-    module("openrlhf.trainer")
-    module("openrlhf.trainer.ray", create_vllm_engines=None)
-    module(
-        "openrlhf.trainer.ray.launcher", RayActorGroup=None, ReferenceModelActor=None, RewardModelActor=None
-    )
-    module("openrlhf.trainer.ray.ppo_actor", PolicyModelActor=None)
-    module("openrlhf.trainer.ray.ppo_critic", CriticModelActor=None)
-    module("openrlhf.utils", get_strategy=get_strategy)
-    return made
-
-
 class Validated(Exception):
     """Carries the arguments out of the command's module, parsed and validated."""
 
@@ -182,36 +141,29 @@ def captured(source, arguments, monkeypatch):
     def get_strategy(args):
         raise Validated(args)
 
-    loaded = mocks(get_strategy)
+    loaded = {name: mock.MagicMock() for name in MOCKED.split()}
+    loaded["openrlhf.utils"].get_strategy = get_strategy
     config = types.ModuleType("openrlhf.utils.config")
     exec((source / "openrlhf/utils/config.py").read_text(), config.__dict__)
     loaded["openrlhf.utils.config"] = config
     path = source / "openrlhf/cli/train_ppo_ray.py"
-    init = argparse.ArgumentParser.__init__
+    parser = functools.partialmethod(argparse.ArgumentParser.__init__, allow_abbrev=False)
     with monkeypatch.context() as patch:
-        patch.setattr(
-            argparse.ArgumentParser,
-            "__init__",
-            lambda self, *args, **more: init(self, *args, **more | {"allow_abbrev": False}),
-        )
+        patch.setattr(argparse.ArgumentParser, "__init__", parser)
         for name, module in loaded.items():
             patch.setitem(sys.modules, name, module)
         patch.setattr(sys, "argv", [str(path), *arguments])
         try:
-            exec(
-                compile(path.read_text(), str(path), "exec"), {"__name__": "__main__", "__file__": str(path)}
-            )
+            exec(compile(path.read_text(), str(path), "exec"), {"__name__": "__main__"})
         except Validated as found:
             return found.args[0]
     raise AssertionError("the command's module ended without training")
 
 
 def install(source, folder):
-    """Put the real parser with the stub training behind it, and packages of the pinned versions in name, into
-    `folder`.
-    """
-    for package, version in pins().items():
-        info = folder / f"{package.replace('-', '_')}-{version}.dist-info"
+    """Put the real parser with the stub training behind it, and two packages in name, into `folder`."""
+    for package, version in (("openrlhf", OPENRLHF), ("flash_attn", "2.8.3")):
+        info = folder / f"{package}-{version}.dist-info"
         info.mkdir(parents=True)
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
     # A machine with GPUs has more cores than the tests'.

@@ -10,7 +10,7 @@ import os
 
 from common.cli import UserError, arg, build, existing_file, refuse
 from ppo import train_ppo
-from ppo.checks import NOT_NEGATIVE, POSITIVE, SHARES, check_schedule, out_of_range
+from ppo.checks import NOT_NEGATIVE, POSITIVE, SHARES, check_schedule, out_of_range, too_few
 from ppo.openrlhf.inherit import inherit
 from ppo.openrlhf.reward import RewardArguments
 from ppo.openrlhf.reward import check as check_rewards
@@ -44,6 +44,15 @@ not_shaping = functools.partial(arg, shapes=False)  # may change between two sta
 class Arguments(inherit(train_ppo.Arguments, LACKS, DEFAULTS)):
     elsewhere = {key: f"backend small, ppo/train_ppo.py ({why})" for key, why in LACKS.items()}
 
+    # The algorithm
+    num_episodes: int = arg(1, "passes over the prompts")
+    lr_scheduler_type: str = arg(
+        "cosine_with_min_lr", "schedule of both; cosine_with_min_lr ends at a tenth", SCHEDULERS
+    )
+    extra_flags: dict = arg(
+        {}, 'flags of OpenRLHF that have no key here: {"vllm.enable_prefix_caching": true}'
+    )
+
     # Rewards
     reward_chat_template: str | None = not_shaping(
         None, "jinja file in place of the reward model's own chat template"
@@ -60,44 +69,6 @@ class Arguments(inherit(train_ppo.Arguments, LACKS, DEFAULTS)):
         "template differ",
         ["auto", "local", "server"],
     )
-    reward_gpus: int | None = not_shaping(
-        None, "GPUs set aside for our reward server; 0: it shares one; None: as memory allows"
-    )
-    reward_batch_tokens: int | None = not_shaping(
-        None, "tokens of a forward pass of our reward server; None: 16384"
-    )
-    reward_clip: float = arg(10.0, "rewards are clipped to ± this")
-    value_head: str = arg("score", "name of the reward model's head")
-
-    # The algorithm
-    num_episodes: int = arg(1, "passes over the prompts")
-    lr_scheduler_type: str = arg(
-        "cosine_with_min_lr",
-        "schedule of both; cosine_with_min_lr ends at a tenth",
-        SCHEDULERS,
-    )
-    critic_only_rollouts: int = arg(0, "rollouts at the start that train the value model alone")
-    sampling_correction: str = arg(
-        "clip",
-        "weigh tokens by training over sampling probability, clipped or left out beyond 0.5 to 5",
-        ["clip", "mask", "off"],
-    )
-    lora_r: int = arg(0, "rank of LoRA adapters, 0: train all parameters; see patched_lora")
-    lora_alpha: int = arg(32, "the adapters count alpha / r times")
-    lora_dropout: float = arg(0.0, "share of an adapter's inputs left out")
-    lora_target_modules: list[str] = arg(["all-linear"], "ends of the names of modules with an adapter")
-    patched_lora: bool = not_shaping(
-        False, "this OpenRLHF is patched to merge adapters before it hands weights to vLLM; 0.11.2 is not"
-    )
-    extra_flags: dict = arg(
-        {}, 'flags of OpenRLHF that have no key here: {"vllm.enable_prefix_caching": true}'
-    )
-
-    # What is kept
-    save_hf: bool = not_shaping(
-        False, "a plain model with each checkpoint too; these are not deleted while it runs"
-    )
-    save_critic: bool = not_shaping(False, "keep the value model, as output_dir.work/model_critic")
 
     # Where it runs
     num_gpus: int | None = not_shaping(
@@ -115,7 +86,6 @@ class Arguments(inherit(train_ppo.Arguments, LACKS, DEFAULTS)):
     colocate: bool = not_shaping(
         True, "all roles share all GPUs; false: policy, value model and engines on GPUs of their own"
     )
-    num_engines: int | None = not_shaping(None, "vLLM engines; None: as many as fit")
     tensor_parallel_size: int | None = not_shaping(
         None, "GPUs of an engine; None: the fewest that hold the policy"
     )
@@ -126,34 +96,30 @@ class Arguments(inherit(train_ppo.Arguments, LACKS, DEFAULTS)):
         True, "vLLM without CUDA graphs: more memory for the training, slower sampling"
     )
     zero_stage: int | None = not_shaping(None, "DeepSpeed ZeRO 2 or 3; None: 2 where it fits", [None, 2, 3])
-    offload: bool | None = not_shaping(
-        None,
-        "optimizer states (with ZeRO-3 reference and reward model too) in the machines' memory; None: no",
+    offload: bool = not_shaping(
+        False, "optimizer states (with ZeRO-3 reference and reward model too) in the machines' memory"
     )
-    packing: bool | None = not_shaping(None, "rows without padding; None: where attention is flash")
     max_tokens_per_gpu: int | None = not_shaping(
-        None, "tokens of a forward pass on a GPU where packing is on; None: up to 16384, as memory allows"
+        None,
+        "tokens of a forward pass on a GPU where attention is flash; None: up to 16384, as memory allows",
     )
     model_size_b: float | None = not_shaping(
         None, "billions of parameters of the policy, where its config is out of reach"
     )
     reward_size_b: float | None = not_shaping(None, "the same of the reward model; None: as the policy")
-    ignore_versions: bool = not_shaping(
-        False, "accept other versions of OpenRLHF and its packages than the pinned ones"
-    )
     dry_run: bool = not_shaping(False, "print the command and what was found, and stop")
 
 
 OWN_POSITIVE = (
-    "reward_clip reward_max_length num_gpus gpus_per_node gpu_memory_gib machine_memory_gib num_engines "
-    "tensor_parallel_size gpu_memory_utilization max_tokens_per_gpu model_size_b reward_size_b"
+    "reward_max_length num_gpus gpus_per_node gpu_memory_gib machine_memory_gib tensor_parallel_size "
+    "gpu_memory_utilization max_tokens_per_gpu model_size_b reward_size_b"
 ).split()
 
 
-def arguments(values: dict, where: str = "", processes: int | None = None) -> Arguments:
+def arguments(values: dict, where: str = "") -> Arguments:
     """As train_ppo.arguments, for this backend: checked without a GPU and before the files are there."""
     args = build(Arguments, values, where)
-    check(args, processes)
+    check(args)
     return args
 
 
@@ -163,34 +129,22 @@ def shaping(args: Arguments) -> tuple[dict, dict]:
     return settings, inputs | {"reward_chat_template": args.reward_chat_template}
 
 
-def check(args: Arguments, processes: int | None = None):
-    """Refuse numbers outside their range and what OpenRLHF cannot do. `processes` is for the small PPO alone.
+def check(args: Arguments, processes: int | None = None, prompts: int | None = None):
+    """As ppo.checks.check: refuse numbers outside their range and what OpenRLHF cannot do. Sizes are looked
+    at where the run is placed on GPUs, whatever `processes`.
 
     Raises:
         UserError: names the settings, all at once.
     """
     problems = out_of_range(
-        args,
-        [*POSITIVE, *OWN_POSITIVE],
-        [*NOT_NEGATIVE, "critic_only_rollouts", "lora_r"],
-        [*SHARES, "gpu_memory_utilization"],
+        args, [*POSITIVE, *OWN_POSITIVE], NOT_NEGATIVE, [*SHARES, "gpu_memory_utilization"]
     )
-    if args.seed >= 2**32:
-        problems.append(f"seed {args.seed} must be at most {2**32 - 1}, as numpy takes it")
-    if args.reward_gpus not in (None, 0, 1):
-        problems.append(f"reward_gpus {args.reward_gpus} must be 0 or 1: our server scores on one GPU")
-    problems += check_schedule(args)
+    problems += check_schedule(args) + too_few(args, prompts)
     if args.save_total_limit == 1:
         problems.append(
             "save_total_limit 1: 2 at least, OpenRLHF deletes an old checkpoint before the new one is whole"
         )
     problems += check_trackers(args)
-    if args.lora_r and not args.patched_lora:
-        problems.append(
-            "lora_r: OpenRLHF 0.11.2 hands the adapters' own names to vLLM, which ends at the first "
-            "hand-over of weights (its issues 991, 1081, 1349); train all parameters (lora_r 0; offload true "
-            "saves memory), or give patched_lora true for a patched OpenRLHF"
-        )
     try:
         check_reward(args)
         if args.chat_template:
@@ -207,48 +161,37 @@ def check_trackers(args: Arguments) -> list[str]:
         for tool in args.report_to
         if tool not in ("none", "tensorboard", "wandb")
     ]
-    if "wandb" in args.report_to and not os.environ.get("WANDB_API_KEY"):
+    if "wandb" in args.report_to and (args.ray_address or not os.environ.get("WANDB_API_KEY")):
         problems.append(
-            "report_to wandb: export WANDB_API_KEY first (a key among the arguments would be printed "
-            "and kept)"
-        )
-    if "wandb" in args.report_to and args.ray_address:
-        problems.append(
-            "report_to wandb: a Ray cluster that runs already does not see our WANDB_API_KEY; leave it out, "
-            "TensorBoard's files are always written"
+            "report_to wandb: a Ray cluster that runs already does not see our WANDB_API_KEY; leave it out"
+            if args.ray_address
+            else "report_to wandb: export WANDB_API_KEY first (a key among the arguments would be printed)"
         )
     return problems
 
 
 def check_reward(args: Arguments):
     """Refuse a missing or contradictory reward."""
-    names = args.reward_name_or_path or []
-    own = bool(args.reward_function or args.reward_weights)
-    if not args.reward_url and not names and not args.reward_function:
-        raise UserError(
-            "no reward: give reward_name_or_path (a reward model), reward_function (FILE.py:NAME) or "
-            "reward_url (a server)"
-        )
-    if args.reward_backend == "local" and (args.reward_url or own or len(names) > 1):
+    more = args.reward_function or args.reward_weights or len(args.reward_name_or_path or []) > 1
+    if args.reward_backend == "local" and (args.reward_url or more):
         raise UserError(
             "reward_backend local: OpenRLHF holds one reward model, without function, weights or reward_url; "
             "take server"
         )
-    if args.reward_url:
-        if own or len(names) > 1:
-            raise UserError(
-                "reward_url: what the server computes is its own; give reward_function, reward_weights and "
-                "further models to it (ppo/openrlhf/serve_reward.py)"
-            )
-        if not args.reward_url.startswith(("http://", "https://")):
-            raise UserError(f"reward_url {args.reward_url}: http://HOST:PORT/get_reward was expected")
-        return
-    check_rewards(reward_arguments(args))
-    if args.ray_address and (own or args.reward_backend == "server"):
+    if args.reward_url and more:
         raise UserError(
-            "on a Ray cluster our reward server must be started by hand where it can be reached: python "
-            "ppo/openrlhf/serve_reward.py --host …, then give reward_url"
+            "reward_url: what the server computes is its own; give reward_function, reward_weights and "
+            "further models to it (ppo/openrlhf/serve_reward.py)"
         )
+    if args.reward_url and not args.reward_url.startswith(("http://", "https://")):
+        raise UserError(f"reward_url {args.reward_url}: http://HOST:PORT/get_reward was expected")
+    if not args.reward_url:
+        check_rewards(reward_arguments(args))
+        if args.ray_address and (more or args.reward_backend == "server"):
+            raise UserError(
+                "on a Ray cluster our reward server must be started by hand where it can be reached: python "
+                "ppo/openrlhf/serve_reward.py --host …, then give reward_url"
+            )
 
 
 def reward_arguments(args: Arguments, policy: str | None = None) -> RewardArguments:
@@ -257,7 +200,6 @@ def reward_arguments(args: Arguments, policy: str | None = None) -> RewardArgume
     return RewardArguments(
         policy=policy or args.model_name_or_path,
         max_length=args.reward_max_length,
-        batch_tokens=args.reward_batch_tokens,
         trust_remote_code=args.trust_remote_code,
         **{key: getattr(args, key) for key in same},
     )

@@ -13,11 +13,12 @@ import itertools
 import math
 from collections.abc import Iterator
 
-from common.cli import UserError, count
+from common.cli import UserError, count, refuse
 from dpo_iteration import memory
 from dpo_iteration.memory import GIB
+from ppo.checks import check_batches
 from ppo.openrlhf.arguments import Arguments
-from ppo.openrlhf.command import Placement, check_batches
+from ppo.openrlhf.command import Placement
 
 SLEEPING = 1.5 * GIB  # what a sleeping engine keeps: context, graphs, buffers. Assumed, not measured
 KV_LEAST = 4 * GIB  # for the engine's cache and activations, on top of its weights
@@ -27,254 +28,208 @@ TRAINED = ("actor", "critic")
 
 
 @dataclasses.dataclass(frozen=True)
+class Machine:
+    """GPUs in all and of a node, and bytes of a GPU and of a node's main memory; None: not known."""
+
+    gpus: int
+    gpus_per_node: int
+    gpu: float | None
+    memory: float | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Needs:
-    """Bytes: of one GPU while training, of one GPU while sampling without the engine, and of the machines'
-    memory in all.
+    """Bytes of one GPU while training, and while sampling without the engine; of an engine on one GPU; of the
+    machines' memory in all.
     """
 
     training: float
     resident: float
+    engine: float
     machines: float
 
 
-def passing(shape: memory.Shape, tokens: int, checkpointing: bool) -> float:
-    """Bytes of one forward and backward pass over so many tokens."""
-    layer = tokens * memory.layer_activations(shape, "zero3")
-    kept = shape.layers * tokens * shape.hidden * 2
-    gradients = 3 * 2 * shape.intermediate * tokens
-    return (kept + layer if checkpointing else shape.layers * layer) + gradients
-
-
-def training_bytes(
-    args: Arguments, placement: Placement, role: str, shape: memory.Shape, tokens: int, world: int
-) -> float:
+def training_bytes(args: Arguments, placement: Placement, role: str, shape: memory.Shape) -> float:
     """Bytes of one GPU that `role` takes while it trains, on top of its weights."""
-    method = f"zero{placement.zero_stage}"
-    trainable = shape.lora(args.lora_r) if args.lora_r else None
-    kept, _ = memory.states(method, shape.parameters, world, trainable)
-    moments = 12 * (trainable or shape.parameters) / world if placement.offload else 0
-    more, _ = memory.buffers(method, shape, world, trainable)
-    logits = LOGITS * tokens * shape.vocabulary if role == "actor" else 0
+    method, world = f"zero{placement.zero_stage}", placement.gpus
+    tokens = placement.max_tokens_per_gpu or args.micro_batch_size * longest(args)
+    kept, _ = memory.states(method, shape.parameters, world)
+    more, _ = memory.buffers(method, shape, world)
+    moments = 12 * shape.parameters / world if placement.offload else 0
     weights = 2 * shape.parameters / (world if placement.zero_stage == 3 else 1)
-    return kept - weights - moments + more + passing(shape, tokens, args.gradient_checkpointing) + logits
+    layer = tokens * memory.layer_activations(shape, "zero3")
+    inputs = shape.layers * tokens * shape.hidden * 2
+    activations = inputs + layer if args.gradient_checkpointing else shape.layers * layer
+    gradients = 3 * 2 * shape.intermediate * tokens
+    logits = LOGITS * tokens * shape.vocabulary if role == "actor" else 0
+    return kept - weights - moments + more + activations + gradients + logits
 
 
-def needs(args: Arguments, placement: Placement, shapes: dict, tokens: int, server: float = 0) -> Needs:
+def longest(args: Arguments) -> int:
+    """Tokens of one prompt and response."""
+    return args.max_input_length + args.max_new_tokens
+
+
+def needs(args: Arguments, placement: Placement, shapes: dict, server: float = 0) -> Needs:
     """What a run takes at its fullest GPU.
 
     Args:
         args: Arguments of run_openrlhf.py.
         shapes: of `actor`, `ref`, `critic`, `reward` the Shape; None: OpenRLHF does not hold it.
-        tokens: of one forward pass on a GPU.
         server: bytes of our reward server there.
     """
-    whole, machines, fullest, held = placement.zero_stage == 3, 0.0, 0.0, 0.0
-    policy, value = ("actor", "ref"), ("critic", "reward")
-    for group in [policy + value] if placement.colocate else [policy, value]:
-        held, training = memory.RESERVED + (server if placement.colocate else 0), 0.0
-        for role in group:
-            shape = shapes.get(role)
-            if shape is None:
-                continue
-            world = placement.gpus if role in policy else placement.critic_gpus
-            moved = placement.offloads_frozen and role not in TRAINED
-            held += 0 if moved else 2 * shape.parameters / (world if whole else 1)
-            machines += 2 * shape.parameters if moved else 0
-            if role in TRAINED:
-                training = max(training, training_bytes(args, placement, role, shape, tokens, world))
-                if placement.offload or placement.colocate:
-                    machines += 12 * (shape.lora(args.lora_r) if args.lora_r else shape.parameters)
-        fullest = max(fullest, held + training)
+    share = placement.gpus if placement.zero_stage == 3 else 1
+    training, resident, machines = 0.0, 0.0, 0.0
+    roles = ("actor", "ref", "critic", "reward")
+    for group in [roles] if placement.colocate else [roles[:2], roles[2:]]:
+        there = {role: shapes[role] for role in group if shapes[role]}
+        held = memory.RESERVED + (server if placement.colocate else 0)
+        for role, shape in there.items():
+            if placement.offloads_frozen and role not in TRAINED:
+                machines += 2 * shape.parameters
+            else:
+                held += 2 * shape.parameters / share
+            if role in TRAINED and (placement.offload or placement.colocate):
+                machines += 12 * shape.parameters
+        most = max(training_bytes(args, placement, role, there[role]) for role in group if role in TRAINED)
+        training, resident = max(training, held + most), max(resident, held)
+    engine = 2 * shapes["actor"].parameters / placement.tensor_parallel + KV_LEAST
     if not placement.colocate:
-        return Needs(fullest, memory.RESERVED, machines)
-    return Needs(fullest + SLEEPING, held, machines)
+        return Needs(training, memory.RESERVED, engine, machines)
+    return Needs(training + SLEEPING, resident, engine, machines)
 
 
-def engine_bytes(shape: memory.Shape, tensor_parallel: int) -> float:
-    """The least that an engine takes of a GPU."""
-    return 2 * shape.parameters / tensor_parallel + KV_LEAST
-
-
-def utilization(placement: Placement, gpu: float, resident: float) -> float:
-    """Share of a GPU that an engine may take: half where that is free, rounded down to a twentieth."""
-    free = (gpu * USABLE - resident) / gpu
-    wanted = min(0.5 if placement.colocate else 0.9, free)
-    return math.floor(wanted * 20 + 1e-9) / 20
-
-
-def split(args: Arguments, gpus: int, gpus_per_node: int) -> tuple[int, int, int]:
-    """(nodes, GPUs that train the policy, GPUs that sample).
+def candidates(args: Arguments, machine: Machine) -> Iterator[Placement]:
+    """Yield the placements to try, the faster first.
 
     Raises:
         UserError: the GPUs cannot be split so.
     """
-    nodes = max(1, gpus // gpus_per_node)
-    if nodes * gpus_per_node != gpus and gpus > gpus_per_node:
-        raise UserError(
-            f"num_gpus {gpus} is no multiple of gpus_per_node {gpus_per_node}: nodes must be alike"
-        )
-    if args.colocate:
-        return nodes, gpus, gpus
-    if nodes > 1 or gpus < 4 or gpus & (gpus - 1):
+    gpus, a_node = machine.gpus, min(machine.gpus_per_node, machine.gpus)
+    if gpus % a_node:
+        raise UserError(f"num_gpus {gpus} is no multiple of gpus_per_node {a_node}: nodes must be alike")
+    if not args.colocate and (gpus > a_node or gpus not in (4, 8)):
         raise UserError(
             "colocate false needs one node with 4 or 8 GPUs (a quarter for the policy, a quarter for the "
-            f"value model, half for the engines), there are {gpus} on {nodes} nodes; set colocate true"
+            f"value model, half for the engines), there are {gpus} on {count(gpus // a_node, 'node')}; set "
+            "colocate true"
         )
-    return nodes, gpus // 4, gpus // 2
-
-
-def packings(args: Arguments, flash: bool) -> tuple[str, bool, list]:
-    """(attention, whether rows are packed, limits of tokens on a GPU to try; None: padded rows)."""
-    attention = args.attn_implementation or ("flash_attention_2" if flash else "sdpa")
-    packing = "flash" in attention if args.packing is None else args.packing
-    if packing and "flash" not in attention:
+    training, sampling = (gpus, gpus) if args.colocate else (gpus // 4, gpus // 2)
+    attention = args.attn_implementation or "flash_attention_2"
+    asked = [args.tensor_parallel_size] if args.tensor_parallel_size else (1, 2, 4, 8)
+    sizes = [size for size in asked if size <= a_node and sampling % size == 0]
+    if not sizes:
         raise UserError(
-            f"packing true needs flash attention, attn_implementation is {attention}: OpenRLHF would replace "
-            "it without asking"
+            f"tensor_parallel_size {args.tensor_parallel_size} does not divide the {sampling} GPUs that "
+            f"sample, or exceeds a node's {a_node}"
         )
-    longest = args.max_input_length + args.max_new_tokens
-    if not packing:
-        return attention, False, [None]
-    if args.max_tokens_per_gpu:
-        if args.max_tokens_per_gpu < longest:
-            raise UserError(
-                f"max_tokens_per_gpu {args.max_tokens_per_gpu} is below the {longest} tokens of one prompt "
-                "and response (max_input_length + max_new_tokens)"
-            )
-        return attention, True, [args.max_tokens_per_gpu]
-    return attention, True, [n for n in (16384, 8192, 4096, 2048, 1024, 512) if n >= longest] or [longest]
-
-
-def engines_of(args: Arguments, tensor_parallel: int, sampling: int, gpus_per_node: int) -> int:
-    """Number of engines of `tensor_parallel` GPUs each on the `sampling` GPUs that sample."""
-    if sampling % tensor_parallel or tensor_parallel > gpus_per_node:
-        raise UserError(
-            f"tensor_parallel_size {tensor_parallel} does not divide the {sampling} GPUs that sample, or "
-            f"exceeds a node's {gpus_per_node}"
-        )
-    engines = args.num_engines or sampling // tensor_parallel
-    if engines * tensor_parallel != sampling:
-        raise UserError(
-            f"num_engines {engines} × tensor_parallel_size {tensor_parallel} must be the {sampling} GPUs "
-            f"that sample; leave num_engines out, or take {sampling // tensor_parallel}"
-        )
-    return engines
-
-
-def candidates(args: Arguments, gpus: int, gpus_per_node: int, flash: bool) -> Iterator[Placement]:
-    """Yield the placements to try, the faster first."""
-    nodes, training, sampling = split(args, gpus, gpus_per_node)
-    gpus_per_node = min(gpus_per_node, gpus)
-    attention, packing, limits = packings(args, flash)
-    sizes = [t for t in (1, 2, 4, 8) if t <= gpus_per_node and sampling % t == 0]
-    for tensor_parallel, stage, limit in itertools.product(
-        [args.tensor_parallel_size] if args.tensor_parallel_size else sizes,
-        [args.zero_stage] if args.zero_stage else [2, 3] if training > 1 else [2],
-        limits,
-    ):
+    stages = [args.zero_stage] if args.zero_stage else [2, 3] if training > 1 else [2]
+    for tensor_parallel, stage, limit in itertools.product(sizes, stages, limits(args, attention)):
         yield Placement(
-            nodes=nodes,
-            gpus_per_node=gpus_per_node,
+            nodes=gpus // a_node,
+            gpus_per_node=a_node,
             gpus=training,
-            critic_gpus=training,
-            engines=engines_of(args, tensor_parallel, sampling, gpus_per_node),
+            engines=sampling // tensor_parallel,
             tensor_parallel=tensor_parallel,
             colocate=args.colocate,
             zero_stage=stage,
-            offload=bool(args.offload),
+            offload=args.offload,
             gpu_memory_utilization=args.gpu_memory_utilization or 0.5,
-            packing=packing,
             max_tokens_per_gpu=limit,
             attn_implementation=attention,
         )
 
 
-def place(
-    args: Arguments,
-    shapes: dict,
-    gpus: int,
-    gpus_per_node: int,
-    gpu: float | None,
-    flash: bool,
-    server: float = 0,
-    machine: float | None = None,
-) -> tuple[Placement, list[str]]:
-    """(Placement on `gpus` GPUs of `gpu` bytes, notes). `gpu` None: not known, nothing is refused for memory.
+def limits(args: Arguments, attention: str) -> list:
+    """Tokens on a GPU to try; None: padded rows, where attention is not flash."""
+    if "flash" not in attention:
+        return [None]
+    if (args.max_tokens_per_gpu or math.inf) < longest(args):
+        raise UserError(
+            f"max_tokens_per_gpu {args.max_tokens_per_gpu} is below the {longest(args)} tokens of one prompt "
+            "and response (max_input_length + max_new_tokens)"
+        )
+    if args.max_tokens_per_gpu:
+        return [args.max_tokens_per_gpu]
+    return [n for n in (16384, 8192, 4096, 2048, 1024, 512) if n >= longest(args)] or [longest(args)]
+
+
+def tried(args: Arguments, machine: Machine, shapes: dict, server: float) -> Iterator[tuple]:
+    """Yield (Placement with its share of a GPU for an engine, Needs, whether it fits) of each candidate."""
+    gpu = machine.gpu
+    for found in candidates(args, machine):
+        need = needs(args, found, shapes, server)
+        # Half of a GPU where that is free, rounded down to a twentieth.
+        free = min(0.5 if found.colocate else 0.9, USABLE - need.resident / gpu)
+        share = args.gpu_memory_utilization or math.floor(free * 20 + 1e-9) / 20
+        fits = (
+            need.training <= gpu * USABLE
+            and need.engine <= share * gpu
+            and need.resident + share * gpu <= gpu
+        )
+        yield dataclasses.replace(found, gpu_memory_utilization=share), need, fits
+
+
+def place(args: Arguments, machine: Machine, shapes: dict, server: float = 0) -> tuple[Placement, str]:
+    """(Placement, a note on memory). Where the GPUs' memory is not known, nothing is refused for it.
 
     Args:
         args: Arguments of run_openrlhf.py.
         shapes, server: as for `needs`.
-        flash: whether flash-attn is there.
-        machine: bytes of a node's main memory, or None.
 
     Raises:
         UserError: what does not fit or divide, and what would.
     """
-    tried = []
-    for found in candidates(args, gpus, gpus_per_node, flash):
-        if gpu is None:
-            check_batches(args, found)
-            return found, ["the GPUs' memory is not known: nothing was said about what fits"]
-        tokens = found.max_tokens_per_gpu or args.micro_batch_size * (
-            args.max_input_length + args.max_new_tokens
-        )
-        need = needs(args, found, shapes, tokens, server)
-        share = args.gpu_memory_utilization or utilization(found, gpu, need.resident)
-        engine = engine_bytes(shapes["actor"], found.tensor_parallel)
-        tried.append((need.training, need.resident + engine, found, tokens))
-        if need.training > gpu * USABLE or engine > share * gpu or need.resident + share * gpu > gpu:
-            continue
-        check_batches(args, found)
-        if machine and need.machines > machine * found.nodes:
+    found = next(candidates(args, machine))
+    note = "the GPUs' memory is not known: nothing was said about what fits"
+    if machine.gpu:
+        fitting = (one for one in tried(args, machine, shapes, server) if one[2])
+        found, need, fits = next(fitting, (found, None, False))
+        if not fits:
+            raise UserError(does_not_fit(args, machine, shapes, server))
+        if machine.memory and need.machines > machine.memory * found.nodes:
             instead = "" if found.offload else "colocate false, "
             raise UserError(
                 f"{need.machines / GIB:.0f} GiB of states are moved out of the GPUs' memory while others use "
-                f"it, and {count(found.nodes, 'machine')} of {machine / GIB:.0f} GiB cannot take them; take "
-                f"{instead}more nodes, or a smaller model"
+                f"it, and {count(found.nodes, 'machine')} of {machine.memory / GIB:.0f} GiB cannot take "
+                f"them; take {instead}more nodes, or a smaller model"
             )
+        sampling = need.resident + found.gpu_memory_utilization * machine.gpu
         note = (
-            f"a GPU: about {need.training / GIB:.0f} GiB while training, "
-            f"{(need.resident + share * gpu) / GIB:.0f} while sampling, of {gpu / GIB:.0f}; "
-            f"{need.machines / GIB:.0f} GiB of the machines' memory for states that are moved out"
+            f"a GPU: about {need.training / GIB:.0f} GiB while training, {sampling / GIB:.0f} while "
+            f"sampling, of {machine.gpu / GIB:.0f}; {need.machines / GIB:.0f} GiB of the machines' memory "
+            "for states that are moved out"
         )
-        return dataclasses.replace(found, gpu_memory_utilization=share), [note]
-    raise UserError(does_not_fit(args, shapes, gpus, gpu, tried, server))
+    refuse(check_batches(args, found.gpus))
+    return found, note
 
 
-def does_not_fit(args: Arguments, shapes: dict, gpus: int, gpu: float, tried: list, server: float) -> str:
+def does_not_fit(args: Arguments, machine: Machine, shapes: dict, server: float) -> str:
     """One line: the figures, and the smallest changes that would do."""
-    training, sampling, best, _ = min(tried, key=lambda one: max(one[:2]))
-    tokens, size = tried[-1][3], shapes["actor"].parameters / 1e9
 
-    def with_gpus(number: int, offload: bool) -> tuple[bool, float]:
-        """(whether colocated training on so many GPUs fits, bytes of the machines' memory)."""
-        stage = 3 if number > 1 else 2
-        placement = dataclasses.replace(
-            best, gpus=number, critic_gpus=number, colocate=True, zero_stage=stage, offload=offload
-        )
-        need = needs(args, placement, shapes, tokens, server)
-        fullest = max(need.training, need.resident + engine_bytes(shapes["actor"], 1))
-        return fullest <= gpu * USABLE, need.machines
+    def least(one: tuple) -> float:
+        return max(one[1].training, one[1].resident + one[1].engine)
 
-    instead = [
-        f"{n} GPUs of {gpu / GIB:.0f} GiB"
-        for n in (2, 4, 8, 16, 32, 64)
-        if n > gpus and with_gpus(n, False)[0]
-    ]
-    instead = instead[:1]
-    fits, machines = with_gpus(gpus, True)
-    if fits and not args.offload:
-        instead.append(f"offload true (slow; {machines / GIB:.0f} GiB of the machines' memory)")
-    if args.max_tokens_per_gpu:
-        instead.append("fewer max_tokens_per_gpu (left out, it follows the memory)")
-    no_lora = "" if args.lora_r else " (LoRA is out: OpenRLHF 0.11.2 cannot hand adapters to vLLM)"
-    instead.append(f"a smaller model{no_lora}")
-    states = sum(12 * shapes[role].parameters for role in TRAINED if shapes[role]) / 1e9
-    moments = f" (master weights and moments of policy and value model are {states:.0f} GB in all)"
-    moments = "" if args.lora_r else moments
+    def would_fit(gpus: int, offload: bool) -> Needs | None:
+        other = dataclasses.replace(args, offload=offload, colocate=True, tensor_parallel_size=None)
+        there = dataclasses.replace(machine, gpus=gpus, gpus_per_node=min(gpus, 8))
+        return next((need for _, need, fits in tried(other, there, shapes, server) if fits), None)
+
+    best, need, _ = min(tried(args, machine, shapes, server), key=least)
+    gpu, instead = f"{machine.gpu / GIB:.0f} GiB", []
+    more = next((n for n in (2, 4, 8, 16, 32, 64) if n > machine.gpus and would_fit(n, args.offload)), None)
+    if more:
+        instead.append(f"{more} GPUs of {gpu}")
+    if not args.offload and (offloaded := would_fit(machine.gpus, True)):
+        instead.append(f"offload true (slow; {offloaded.machines / GIB:.0f} GiB of the machines' memory)")
+    if server:
+        instead.append("our reward server on another GPU (ppo/openrlhf/serve_reward.py and reward_url)")
+    states = sum(12 * shapes[role].parameters for role in TRAINED) / 1e9
     return (
-        f"{size:.1f} billion parameters{' with LoRA' if args.lora_r else ' in full'} do not fit "
-        f"{count(gpus, 'GPU')} of {gpu / GIB:.0f} GiB: about {training / GIB:.0f} GiB a GPU while training "
-        f"and {sampling / GIB:.0f} while sampling with ZeRO-{best.zero_stage}{moments}; take "
-        f"{', or '.join(instead)}"
+        f"{shapes['actor'].parameters / 1e9:.1f} billion parameters in full do not fit "
+        f"{count(machine.gpus, 'GPU')} of {gpu}: about {need.training / GIB:.0f} GiB a GPU while training, "
+        f"{(need.resident + need.engine) / GIB:.0f} while sampling, with ZeRO-{best.zero_stage} (master "
+        f"weights and moments of policy and value model are {states:.0f} GB in all); take "
+        f"{', or '.join([*instead, 'a smaller model'])} (LoRA is out: "
+        "OpenRLHF 0.11.2 cannot hand adapters to vLLM)"
     )

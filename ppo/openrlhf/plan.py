@@ -1,34 +1,51 @@
-"""What a run will do: who gives the rewards, and where all goes on the GPUs there are. Nothing is written."""
+"""What a run will do: on which GPUs, who gives the rewards, and where all goes. Nothing is written.
+
+Looked at here is what would end an OpenRLHF run only after minutes, or never.
+"""
 
 import dataclasses
+import os
+import socket
+import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlparse
 
-from common.cli import UserError
-from common.devices import prepare_threads
-from common.models import check_model, check_policy, read_json
+from common import chat
+from common.cli import UserError, one_line
+from common.devices import gpu_memory, prepare_threads, visible_gpus
+from common.models import check_model, check_policy, load_tokenizer, local_config
 from dpo_iteration import memory
-from ppo.openrlhf import preflight
+from dpo_iteration.memory import GIB
 from ppo.openrlhf.arguments import Arguments
-from ppo.openrlhf.command import Placement, accumulation
-from ppo.openrlhf.placement import place
+from ppo.openrlhf.command import Placement
+from ppo.openrlhf.placement import Machine, place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+OPENRLHF = "0.11.2"  # whose flags and checkpoints are known here
+TURNS = (
+    {"role": "user", "content": "A question, with 3 numbers?"},
+    {"role": "assistant", "content": "An answer."},
+    {"role": "user", "content": "Another one."},
+    {"role": "assistant", "content": "Yes: so it is.\n\n- done"},
+)
 
 
 @dataclasses.dataclass
 class Plan:
     """A run worked out.
 
-    `kind` of reward: local (OpenRLHF's own model), server (ours), function or url. `same_tokens`: whether the
-    first reward model reads the policy's tokens. `tokenizer`: None where a dry run cannot reach it.
+    `kind` of reward: local (OpenRLHF's own model), server (ours), or url. `critic`: where the value model
+    starts, None: at the policy. `tokenizer`: None where a dry run cannot reach it.
     """
 
     placement: Placement
     kind: str
-    same_tokens: bool
+    critic: str | None
     notes: list[str]
     tokenizer: object
 
@@ -39,33 +56,135 @@ def plan(args: Arguments) -> Plan:
     Raises:
         UserError: what cannot work, with what would.
     """
-    notes = []
     check_policy(args.model_name_or_path, "model_name_or_path")
     for name in args.reward_name_or_path or []:
         check_model(name, "reward_name_or_path")
-    if not args.dry_run and not args.ignore_versions:
-        preflight.check_versions()
-    gpus, a_node, size = preflight.count_gpus(args)
+    notes = [] if args.dry_run else check_installed()
+    machine = machine_of(args)
     if not args.dry_run:
-        notes += preflight.check_ray(args)
-        if args.reward_url:
-            preflight.check_address(args.reward_url)
-        preflight.check_cores(args, gpus)
+        check_surroundings(args, machine)
     prepare_threads()
     tokenizer, kind, same = with_tokenizers(args, notes)
-    flash = preflight.installed("flash-attn") is not None or args.dry_run
-    placement = try_place(args, kind, (gpus, a_node, size), flash, notes)
-    return Plan(placement, kind, same, notes + preflight.notes_on_machine(placement), tokenizer)
+    shapes = shapes_of(args, kind)
+    server = shapes.pop("server")
+    shared = 2 * server.parameters + 2 * GIB if server else 0
+    placement, note = place(args, machine, shapes, shared)
+    if server:
+        notes.append("our reward server shares one of the GPUs that train")
+    critic = args.critic_name_or_path or (args.reward_name_or_path[0] if same else None)
+    critic = None if critic == args.model_name_or_path else critic
+    return Plan(placement, kind, critic, [*notes, note], tokenizer)
+
+
+def installed(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def check_installed() -> list[str]:
+    """Refuse an environment without OpenRLHF, or without flash-attn, which it imports whatever the attention;
+    returns a note on another version.
+    """
+    for package in ("openrlhf", "flash-attn"):
+        if installed(package) is None:
+            raise UserError(
+                f"{package} is not installed in {sys.executable}: source envs.sh; make_envs ppo_train; "
+                "use_env ppo_train"
+            )
+    found = installed("openrlhf")
+    return [] if found == OPENRLHF else [f"warning: openrlhf {found} is installed, this is for {OPENRLHF}"]
+
+
+def machine_of(args: Arguments) -> Machine:
+    """The GPUs that this run may take.
+
+    Raises:
+        UserError: more than there are, or nodes that are not alike.
+    """
+    gpu, node = (gib and gib * GIB for gib in (args.gpu_memory_gib, args.machine_memory_gib))
+    if args.dry_run and args.num_gpus and gpu and not visible_gpus():  # a plan for another machine
+        return Machine(args.num_gpus, args.gpus_per_node or min(args.num_gpus, 8), gpu, node)
+    if args.ray_address:
+        nodes, where = cluster_gpus(args.ray_address), f"of the Ray cluster {args.ray_address}"
+        if len(set(nodes)) > 1 and not args.gpus_per_node:
+            raise UserError(
+                f"the cluster's nodes have {', '.join(map(str, nodes))} GPUs, OpenRLHF wants nodes alike: "
+                "give num_gpus and gpus_per_node"
+            )
+    else:
+        nodes, where, gpu = [len(visible_gpus())], "visible", gpu or (gpu_memory() or 0) * GIB or None
+        node = node or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if not sum(nodes):
+        raise UserError(
+            f"no GPUs are {where}: OpenRLHF needs one; without, take the small backend (ppo/train_ppo.py, "
+            "backend: small). With dry_run, num_gpus and gpu_memory_gib it plans for GPUs that are elsewhere"
+        )
+    wanted = args.num_gpus or sum(nodes)
+    if wanted > sum(nodes):
+        raise UserError(f"num_gpus {wanted}, but {sum(nodes)} GPUs are {where}; set num_gpus {sum(nodes)}")
+    return Machine(wanted, args.gpus_per_node or min(nodes), gpu, node)
+
+
+def cluster_gpus(address: str) -> list[int]:
+    """GPUs of each node of a running Ray cluster that has some."""
+    try:
+        import ray
+
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        found = [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
+        ray.shutdown()
+    except Exception as error:
+        raise UserError(
+            f"ray_address {address}: no Ray cluster answers there ({one_line(error)}); start one (`ray start "
+            "--head`) or leave ray_address out"
+        ) from None
+    return [count for count in found if count]
+
+
+def check_surroundings(args: Arguments, machine: Machine):
+    """Refuse too few cores, somebody's Ray cluster, and a reward server that nobody listens at.
+
+    Ray waits for ever for a core for each GPU, one for the trainer, and one for itself. OpenRLHF would join
+    the cluster that RAY_ADDRESS names, whoever's it is.
+    """
+    cores, address = len(os.sched_getaffinity(0)), os.environ.get("RAY_ADDRESS")
+    if not args.ray_address and cores < machine.gpus + 2:
+        raise UserError(
+            f"OpenRLHF on {machine.gpus} GPUs needs {machine.gpus + 2} CPU cores and this process may use "
+            f"{cores}: ask for more (Slurm: --cpus-per-task), or set num_gpus to fewer"
+        )
+    if not args.ray_address and address:
+        raise UserError(
+            f"RAY_ADDRESS is {address}: OpenRLHF would join that cluster; set ray_address {address} to "
+            "use it, or unset RAY_ADDRESS"
+        )
+    if args.reward_url:
+        parts = urlparse(args.reward_url)
+        try:
+            port = parts.port or (443 if parts.scheme == "https" else 80)
+            socket.create_connection((parts.hostname, port), timeout=10).close()
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"reward_url {args.reward_url}: nobody answers ({error}); start it there: python -m "
+                "openrlhf.cli.serve_rm … or python ppo/openrlhf/serve_reward.py --host ADDRESS …"
+            ) from None
 
 
 def with_tokenizers(args: Arguments, notes: list[str]) -> tuple[object, str, bool]:
-    """(the policy's tokenizer, kind of reward, same tokens). A dry run does without those of hub models."""
-    from ppo.openrlhf.prompts import load_tokenizer
-
+    """(the policy's tokenizer, kind of reward, whether the reward model reads its tokens). A dry run does
+    without those of hub models.
+    """
     names = args.reward_name_or_path or []
     try:
-        tokenizer = load_tokenizer(args.model_name_or_path, args.trust_remote_code, args.chat_template)
-        return tokenizer, *choose_reward(args, tokenizer, notes)
+        tokenizer = load_tokenizer(
+            args.model_name_or_path,
+            trust_remote_code=args.trust_remote_code,
+            chat_template=args.chat_template,
+        )
+        chat.need_template(tokenizer)
+        return tokenizer, *choose_reward(args, why_not_local(args, tokenizer) if names else None, notes)
     except UserError:
         if not args.dry_run or all(Path(name).is_dir() for name in [args.model_name_or_path, *names]):
             raise
@@ -76,52 +195,70 @@ def with_tokenizers(args: Arguments, notes: list[str]) -> tuple[object, str, boo
     return None, *choose_reward(args, None, notes)
 
 
-def why_not_local(args: Arguments, tokenizer: "PreTrainedTokenizerBase") -> str | None:
-    """Why OpenRLHF cannot hold the first reward model itself, in words; None where it can."""
-    from ppo.openrlhf.prompts import load_tokenizer
+def why_not_local(args: Arguments, policy: "PreTrainedTokenizerBase") -> str | None:
+    """Why OpenRLHF cannot hold the first reward model itself, in words; None where it can.
 
+    It is given the policy's token ids, in the policy's template, and reads the reward at the last one. Both
+    must be what get_rewards.py would have made with the reward model's tokenizer and template.
+    """
     name = args.reward_name_or_path[0]
-    why = preflight.differs(
-        tokenizer, load_tokenizer(name, args.trust_remote_code, args.reward_chat_template)
+    reward = load_tokenizer(
+        name, trust_remote_code=args.trust_remote_code, chat_template=args.reward_chat_template
     )
-    if why:
-        return why
-    config = Path(name) / "config.json"
-    kinds = read_json(config).get("architectures") if config.is_file() else None
+    mine, other = policy.get_vocab(), reward.get_vocab()
+    apart = sorted(token for token, i in mine.items() if other.get(token) != i and i != policy.pad_token_id)
+    if apart:
+        return (
+            f"{len(apart)} tokens of the policy have another id or none in its vocabulary (such as "
+            f"{apart[0]!r})"
+        )
+    for turns in (list(TURNS[:2]), list(TURNS)):
+        wanted = chat.encode_for_classifier(reward, chat.render(reward, turns, False))
+        if chat.encode(policy, turns, False) != wanted:
+            return "of the same turns it reads other tokens than the policy's template writes"
+    if len(chat.turn_suffix(policy)) != 1:
+        return "the policy's template writes more behind a turn than the token that ends it"
+    kinds = (local_config(name) or {}).get("architectures")
     if kinds and "SequenceClassification" not in str(kinds):
         return "it is no classifier with one label"
-    if preflight.has_value_head(name, args.value_head) is False:
-        return f"it has no weights {args.value_head}.weight (value_head)"
+    head = args.extra_flags.get("ds.value_head_prefix", "score")
+    if Path(name).is_dir() and f"{head}.weight" not in weight_names(name):
+        return f"it has no weights {head}.weight (ds.value_head_prefix)"
     return None
 
 
-def choose_reward(
-    args: Arguments, tokenizer: "PreTrainedTokenizerBase | None", notes: list[str]
-) -> tuple[str, bool]:
-    """(kind, same tokens) of Plan. `tokenizer` None: the same tokens are assumed.
+def weight_names(folder: str) -> set[str]:
+    """Names of the weights in a model's folder."""
+    from safetensors import safe_open
+
+    found = set()
+    for file in Path(folder).glob("*.safetensors"):
+        with safe_open(file, "pt") as stored:
+            found |= set(stored.keys())
+    return found
+
+
+def choose_reward(args: Arguments, why: str | None, notes: list[str]) -> tuple[str, bool]:
+    """(kind of reward, whether the first reward model reads the policy's tokens).
+
+    Args:
+        why: OpenRLHF cannot hold the reward model itself; None: it can, or there is none.
 
     Raises:
         UserError: OpenRLHF's own was asked for and cannot read the policy's tokens.
     """
     names = args.reward_name_or_path or []
-    why = why_not_local(args, tokenizer) if names and tokenizer is not None else None
+    same = bool(names) and why is None
     if args.reward_url:
-        return "url", bool(names) and why is None
-    if not names:
-        return "function", False
-    if len(names) > 1 or args.reward_function or args.reward_weights or args.reward_backend == "server":
-        return "server", why is None
+        return "url", same
+    if len(names) != 1 or args.reward_function or args.reward_weights or args.reward_backend == "server":
+        return "server", same
     if why is None:
         return "local", True
-    if args.reward_backend == "local":
+    if args.reward_backend == "local" or args.ray_address:
         raise UserError(
-            f"reward_backend local: {names[0]} cannot be used so: {why}; take reward_backend server, which "
-            "has its own tokenizer"
-        )
-    if args.ray_address:
-        raise UserError(
-            f"OpenRLHF's own reward model cannot be {names[0]}: {why}; start ppo/openrlhf/serve_reward.py "
-            "--host … by hand and give reward_url"
+            f"OpenRLHF's own reward model cannot be {names[0]}: {why}; take reward_backend server (on a Ray "
+            "cluster start ppo/openrlhf/serve_reward.py --host … by hand and give reward_url)"
         )
     notes.append(f"the reward model runs in our server: {why}")
     return "server", False
@@ -133,7 +270,6 @@ def shapes_of(args: Arguments, kind: str) -> dict:
     Raises:
         UserError: the policy's size is not known.
     """
-    reward_size = args.reward_size_b or args.model_size_b
 
     def shape(name: str, billions: float | None) -> memory.Shape | None:
         if Path(name).is_dir():
@@ -145,10 +281,10 @@ def shapes_of(args: Arguments, kind: str) -> dict:
         raise UserError(
             f"model_name_or_path {args.model_name_or_path}: its size is not known here; set model_size_b"
         )
-    rewards = args.reward_name_or_path or []
-    model = shape(rewards[0], reward_size) if rewards else None
+    rewards, size = args.reward_name_or_path or [], args.reward_size_b or args.model_size_b
+    model = shape(rewards[0], size) if rewards else None
     start = args.critic_name_or_path or (rewards or [args.model_name_or_path])[0]
-    value = policy if start == args.model_name_or_path else shape(start, reward_size)
+    value = policy if start == args.model_name_or_path else shape(start, size)
     return {
         "actor": policy,
         "ref": policy if args.kl_coef else None,
@@ -158,55 +294,16 @@ def shapes_of(args: Arguments, kind: str) -> dict:
     }
 
 
-def try_place(args: Arguments, kind: str, gpus: tuple, flash: bool, notes: list[str]) -> Placement:
-    """Where all goes, our reward server too: it shares a GPU, or has one set aside.
-
-    With a GPU aside the others are used up to a power of two, as batches divide.
-
-    Args:
-        gpus: (how many, of a node, bytes of one or None).
-    """
-    number, a_node, size = gpus
-    shapes, machine = shapes_of(args, kind), preflight.machine_memory(args)
-    server, problem = shapes.pop("server"), None
-    asides = [0] if server is None else [0, 1] if args.reward_gpus is None else [args.reward_gpus]
-    if asides == [1] and number == 1:
-        raise UserError("reward_gpus 1 leaves no GPU to train on; give 0, or more GPUs")
-    for aside in asides:
-        most = number - aside
-        for count in [most, *(n for n in (32, 16, 8, 4, 2, 1) if aside and n < most)]:
-            if count < 1:
-                continue
-            shared = 2 * server.parameters + 2 * memory.GIB if server and not aside else 0
-            try:
-                placement, more = place(args, shapes, count, min(a_node, count), size, flash, shared, machine)
-            except UserError as error:
-                problem = problem or error
-                continue
-            notes += more
-            if server:
-                apart = f"one GPU of its own, {most - count} stay idle"
-                notes.append(f"our reward server takes {apart if aside else 'one of the GPUs that train'}")
-            return placement
-    raise problem
-
-
 def describe(args: Arguments, found: Plan) -> Iterator[str]:
     """What was decided, for a reader: lines."""
-    p, steps = found.placement, accumulation(args, found.placement)
-    reward = {
-        "local": "OpenRLHF's own reward model",
-        "server": "our reward server",
-        "function": "a function",
-        "url": args.reward_url,
-    }[found.kind]
+    p = found.placement
+    reward = {"local": "OpenRLHF's own reward model", "server": "our reward server", "url": args.reward_url}
     where = "all roles on all of them"
     if not p.colocate:
-        where = f"{p.gpus} for the policy, {p.critic_gpus} for value and reward model"
-    nodes = "one node" if p.nodes == 1 else f"{p.nodes} nodes"
-    how = f"{steps} passes a step" if steps else f"packed to {p.max_tokens_per_gpu} tokens"
+        where = f"{p.gpus} for the policy, {p.gpus} for value and reward model"
+    rows = f"packed to {p.max_tokens_per_gpu} tokens" if p.max_tokens_per_gpu else "padded rows"
     yield (
-        f"{p.all_gpus} GPUs on {nodes}, {where}; {p.engines} engines × {p.tensor_parallel} GPUs, "
-        f"ZeRO-{p.zero_stage}, {how}; reward: {reward}"
+        f"{p.all_gpus} GPUs on {'one node' if p.nodes == 1 else f'{p.nodes} nodes'}, {where}; {p.engines} "
+        f"engines × {p.tensor_parallel} GPUs, ZeRO-{p.zero_stage}, {rows}; reward: {reward[found.kind]}"
     )
     yield from found.notes

@@ -2,8 +2,6 @@
 stop tokens.
 """
 
-import collections
-import json
 import os
 import random
 import shutil
@@ -14,7 +12,7 @@ from common import models, records
 from common.cli import UserError, one_line
 from common.manifest import write_json, write_jsonl
 from dpo_iteration.saved import generation_config
-from ppo.inputs import rendered_prompts
+from ppo.inputs import check_count, rendered_prompts
 from ppo.openrlhf.arguments import Arguments
 
 if TYPE_CHECKING:
@@ -31,70 +29,36 @@ OURS = (
 )
 
 
-def load_tokenizer(
-    name: str, trust_remote_code: bool = False, chat_template: str | None = None
-) -> "PreTrainedTokenizerBase":
-    """A model's tokenizer, with the chat template of the file `chat_template` where one is given."""
-    tokenizer = models.load_tokenizer(name, trust_remote_code=trust_remote_code, chat_template=chat_template)
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"model_name_or_path {name} has no chat template: put a chat_template.jinja in its folder or "
-            "set chat_template to a file"
-        )
-    return tokenizer
-
-
-def read_all(args: Arguments, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[dict], list[dict]]:
-    """(records to write: every prompt of all sets in order; entries of the skipped file)."""
-    kept, skipped, bad, seen = [], [], [], set()
-    for record, text in rendered_prompts(args, tokenizer, bad):
-        tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-        if tokens > args.max_input_length:
-            skipped.append({"id": record["id"], "reason": "too long", "tokens": tokens})
-            continue
-        twin = record["id"] in seen  # the same prompt in two sets
-        key = f"{record['id']}-{len(seen)}" if twin else record["id"]
-        seen.add(key)
-        # In the label as text: the reward functions' record, which OpenRLHF hands through untouched.
-        kept.append({"prompt": text, "label": records.dumps(record | {"id": key})})
-    unusable = [{"id": e["id"], "reason": "cannot be used", "detail": e["reason"]} for e in bad]
-    return kept, unusable + skipped
-
-
-def whole_rollouts(args: Arguments, kept: list) -> tuple[list, list, int]:
-    """(prompts of whole rollouts in a fixed random order, those left over, passes over them) within
-    `max_rollouts`.
+def whole_rollouts(
+    args: Arguments, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[list[tuple], int, list[dict]]:
+    """(prompts of whole rollouts as (record, templated text) in a fixed random order, passes over them within
+    `max_rollouts`, entries of the skipped file).
     """
-    kept = list(kept)
+    skipped = []
+    kept = [(record, text) for record, text, _ in rendered_prompts(args, tokenizer, skipped)]
+    check_count(args, kept, skipped)
     random.Random(args.seed).shuffle(kept)
     rollouts, episodes = len(kept) // args.rollout_batch_size, args.num_episodes
-    if not rollouts:
-        raise UserError(
-            f"{len(kept)} prompts of {', '.join(args.dataset_name_or_path)} are fewer than "
-            f"rollout_batch_size {args.rollout_batch_size}; lower it"
-        )
     if args.max_rollouts is not None:
         rollouts = min(rollouts, args.max_rollouts)
         episodes = min(episodes, max(1, args.max_rollouts // rollouts))
-    cut = rollouts * args.rollout_batch_size
-    return kept[:cut], kept[cut:], episodes
+    cut, reason = rollouts * args.rollout_batch_size, "beyond max_rollouts or in no whole rollout"
+    return kept[:cut], episodes, skipped + [{"id": r["id"], "reason": reason} for r, _ in kept[cut:]]
 
 
 def write_prompts(args: Arguments, tokenizer: "PreTrainedTokenizerBase", path: Path) -> dict:
-    """Write the prompts file and its `.skipped.jsonl`; returns counts: prompts, skipped by reason, episodes,
-    rollouts.
-    """
-    kept, skipped = read_all(args, tokenizer)
-    chosen, left, episodes = whole_rollouts(args, kept)
-    reason = "beyond max_rollouts or in no whole rollout"
-    skipped += [{"id": json.loads(entry["label"])["id"], "reason": reason} for entry in left]
-    write_jsonl(path, chosen)
+    """Write the prompts file and its `.skipped.jsonl`; returns counts."""
+    chosen, episodes, skipped = whole_rollouts(args, tokenizer)
+    # In the label as text: the reward functions' record, which OpenRLHF hands through untouched.
+    write_jsonl(path, [{"prompt": text, "label": records.dumps(record)} for record, text in chosen])
     write_jsonl(path.with_name("prompts.skipped.jsonl"), skipped)
+    rollouts = len(chosen) // args.rollout_batch_size * episodes
     return {
         "prompts": len(chosen),
-        "skipped": dict(collections.Counter(entry["reason"] for entry in skipped)),
+        "skipped": len(skipped),
         "episodes": episodes,
-        "rollouts": len(chosen) // args.rollout_batch_size * episodes,
+        "rollouts": rollouts,
     }
 
 
@@ -120,8 +84,6 @@ def prepare_policy(args: Arguments, tokenizer: "PreTrainedTokenizerBase", folder
     no response would end.
     """
     source = local_folder(args.model_name_or_path)
-    if not any(source.glob("*.safetensors")) and not any(source.glob("pytorch_model*.bin")):
-        raise UserError(f"model_name_or_path {args.model_name_or_path} holds no weights (*.safetensors)")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     tokenizer.save_pretrained(folder)

@@ -2,7 +2,8 @@ r"""PPO on GPUs with OpenRLHF 0.11.2: checks, the exact command, start, resume, 
 
 In:  a policy, a reward (model, several with weights, Python function, or a server's address) and prompt sets.
 Out: model, tokenizer, chat template and generation config in the folder `output_dir`; next to it its manifest
-     and `output_dir.work/`: prompts, log, TensorBoard's files, and while it runs the checkpoints.
+     and `output_dir.work/`: prompts, TensorBoard's files, the reward server's log, and while it runs the
+     checkpoints.
 
     python ppo/openrlhf/run_openrlhf.py runs/mine/loop.yaml:ppo --dry_run true \
         --model_name_or_path RLHFlow/LLaMA3-SFT --reward_name_or_path sfairXC/FsfairX-LLaMA3-RM-v0.1 \
@@ -25,15 +26,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from any fol
 
 from common.cli import UserError, parse, run
 from common.devices import visible_gpus
-from common.manifest import beside, read_manifest, versions, with_date, write_json, write_yaml
+from common.manifest import beside, read_manifest, versions, with_date, write_json
 from common.models import read_json
 from common.progress import duration
 from common.training import Training
-from ppo.openrlhf import preflight, process
+from ppo.openrlhf import process
 from ppo.openrlhf.arguments import Arguments, arguments, check, reward_arguments, shaping  # noqa: F401
-from ppo.openrlhf.command import MODULE, Paths, Reward, flags, words
-from ppo.openrlhf.plan import Plan, describe, plan
-from ppo.openrlhf.reward import CONFIG
+from ppo.openrlhf.command import MODULE, flags, words
+from ppo.openrlhf.plan import Plan, describe, installed, plan
 
 
 def work_folder(args: Arguments) -> Path:
@@ -52,43 +52,16 @@ def training_of(args: Arguments) -> Training:
     )
 
 
-def command_of(
-    args: Arguments, found: Plan, url: str | None, prompts: int, resume: bool
-) -> tuple[list[str], Paths]:
-    """(arguments of python, Paths). `url` of the reward server; `prompts`: how many are in the file."""
-    work, start = work_folder(args), args.critic_name_or_path
-    if start is None and found.same_tokens:
-        start = args.reward_name_or_path[0]
-    paths = Paths(
-        policy=str(work / "policy"),
-        # The name of the policy tells OpenRLHF to make a new value head.
-        critic=str(work / "policy") if start in (None, args.model_name_or_path) else start,
-        prompts=str(work / "prompts.jsonl"),
-        checkpoints=str(work / "checkpoints"),
-        model=str(work / "model"),
-        tensorboard=str(work / "tensorboard"),
-    )
-    if found.kind == "local":
-        reward = Reward("local", model=args.reward_name_or_path[0])
-    else:
-        function = str(Path(__file__).with_name("reward.py").resolve())
-        reward = Reward("server", url=function if found.kind == "function" else url)
-    for value in (paths.prompts, reward.url or ""):
-        if "," in value or "@" in Path(value).name:
-            raise UserError(f"{value}: OpenRLHF splits names at commas; choose an output_dir without")
-    return ["-m", MODULE, *words(flags(args, found.placement, reward, paths, prompts, resume))], paths
+def command_of(args: Arguments, found: Plan, url: str | None, prompts: int, resume: bool) -> list[str]:
+    """Arguments of python. `url` of the reward server; `prompts`: how many are in the file."""
+    return ["-m", MODULE, *words(flags(args, found, work_folder(args), url, prompts, resume))]
 
 
 def show(command: list[str], environment: dict) -> str:
     """The command, a flag a line, as bash takes it."""
-    lines, line = [], [shlex.quote(word) for word in command[:3]]
-    for word in command[3:]:
-        if word.startswith("--"):
-            lines.append(line)
-            line = []
-        line.append(shlex.quote(word))
-    head = " ".join(f"{key}={shlex.quote(value)}" for key, value in environment.items())
-    return (f"{head} \\\n" if head else "") + " \\\n  ".join(" ".join(words) for words in [*lines, line])
+    given = "".join(f"{key}={shlex.quote(value)} " for key, value in environment.items())
+    flags = "".join((" \\\n  " if word[:2] == "--" else " ") + shlex.quote(word) for word in command)
+    return f"{given}\\\npython{flags}" if given else f"python{flags}"
 
 
 def environment(args: Arguments, found: Plan) -> dict:
@@ -103,8 +76,6 @@ def environment(args: Arguments, found: Plan) -> dict:
         needed["RAY_ADDRESS"] = args.ray_address
     elif used < len(gpus):
         needed["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[:used])
-    if found.kind == "function":
-        needed[CONFIG] = str(work_folder(args) / "reward.yaml")
     return needed
 
 
@@ -114,8 +85,7 @@ def prepare(args: Arguments, found: Plan, training: Training) -> tuple[dict, str
 
     work, before, resume = work_folder(args), read_manifest(args.output_dir), None
     if args.overwrite:
-        for name in ("checkpoints", "model", "model_critic", "tensorboard"):
-            shutil.rmtree(work / name, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
     else:
         resume = process.checkpoint_to_resume(work / "checkpoints")
     # DeepSpeed's checkpoints are cut into as many parts as there are GPUs.
@@ -140,73 +110,49 @@ def start(args: Arguments, found: Plan, training: Training):
     counts, resume = prepare(args, found, training)
     args = dataclasses.replace(args, num_episodes=counts["episodes"])
     work, gpus = work_folder(args), visible_gpus()
-    rewards = {}
-    if found.kind in ("server", "function"):
-        given = vars(reward_arguments(args, str(work / "policy")))
-        rewards = {key: value for key, value in given.items() if value is not None}
     with process.stopped_by_signals():
         if found.kind == "server":
+            given = vars(reward_arguments(args, str(work / "policy")))
+            rewards = {key: value for key, value in given.items() if value is not None}
             with process.reward_server(rewards, work, gpus[-1] if gpus else None) as url:
-                paths = launch(args, found, url, counts["prompts"], resume)
+                launch(args, found, url, counts["prompts"], resume)
         else:
-            if found.kind == "function":
-                write_yaml(work / "reward.yaml", rewards)
-            paths = launch(args, found, args.reward_url, counts["prompts"], resume)
-    place_model(args, paths)
-    finish(args, paths, training, time.time() - began)
+            launch(args, found, args.reward_url, counts["prompts"], resume)
+    place_model(args)
+    finish(args, training, time.time() - began)
 
 
-def launch(args: Arguments, found: Plan, url: str | None, prompts: int, resume: str | None) -> Paths:
+def launch(args: Arguments, found: Plan, url: str | None, prompts: int, resume: str | None):
     """Run OpenRLHF to its end."""
-    command, paths = command_of(args, found, url, prompts, resume is not None)
-    more = environment(args, found)
+    command, more = command_of(args, found, url, prompts, resume is not None), environment(args, found)
     if resume:
         print(f"continuing from {resume}", flush=True)
-    print(show(["python", *command], more), flush=True)
-    log = work_folder(args) / "openrlhf.log"
-    process.run_openrlhf([sys.executable, *command], log, dict(os.environ) | more)
-    return paths
+    print(show(command, more), flush=True)
+    log = work_folder(args) / "reward.log"
+    process.run_openrlhf([sys.executable, *command], dict(os.environ) | more, log)
 
 
-def merge_adapter(args: Arguments, paths: Paths):
-    """Put a plain model in place of the adapter that OpenRLHF left, which is kept as `model_adapter`."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    base = AutoModelForCausalLM.from_pretrained(
-        paths.policy, trust_remote_code=args.trust_remote_code, dtype=torch.bfloat16
-    )
-    model = PeftModel.from_pretrained(base, paths.model, torch_device="cpu").merge_and_unload()
-    shutil.move(paths.model, f"{paths.model}_adapter")
-    model.save_pretrained(paths.model)
-
-
-def place_model(args: Arguments, paths: Paths):
+def place_model(args: Arguments):
     """Make the folder that OpenRLHF left a plain model with our tokenizer and generation config, and rename
     it to `output_dir`.
     """
     from dpo_iteration.saved import check_saved, copy_companions, store_once
 
-    made, target = Path(paths.model), Path(args.output_dir)
-    if args.lora_r:
-        merge_adapter(args, paths)
+    policy, made, target = work_folder(args) / "policy", work_folder(args) / "model", Path(args.output_dir)
     if not (made / "config.json").is_file() or not any(made.glob("*.safetensors")):
-        raise UserError(
-            f"OpenRLHF ended and left no model in {made}; the log is {work_folder(args) / 'openrlhf.log'}"
-        )
-    config, before = read_json(made / "config.json"), read_json(Path(paths.policy) / "config.json")
+        raise UserError(f"OpenRLHF ended and left no model in {made}; what it printed above says why")
+    config, before = read_json(made / "config.json"), read_json(policy / "config.json")
     for key in ("use_cache", "pad_token_id", "eos_token_id"):  # what OpenRLHF sets for its own needs
         config.pop(key, None)
         if key in before:
             config[key] = before[key]
     write_json(made / "config.json", config)
-    for file in Path(paths.policy).iterdir():
+    for file in policy.iterdir():
         if file.is_dir() and not file.is_symlink():  # additional_chat_templates
             shutil.copytree(file, made / file.name, dirs_exist_ok=True)
         elif not file.is_symlink():  # tokenizer, template, generation config
             shutil.copyfile(file, made / file.name)
-    copy_companions(paths.policy, made)
+    copy_companions(policy, made)
     store_once(made, args.trust_remote_code)
     check_saved(made, args.trust_remote_code)
     if target.is_dir():
@@ -214,19 +160,18 @@ def place_model(args: Arguments, paths: Paths):
     os.replace(made, target)
 
 
-def finish(args: Arguments, paths: Paths, training: Training, seconds: float):
+def finish(args: Arguments, training: Training, seconds: float):
     """Complete the manifest and clear what a resume would have needed."""
-    manifest = read_manifest(args.output_dir)
+    manifest, work = read_manifest(args.output_dir), work_folder(args)
     counts, seconds = manifest["counts"], round(manifest["seconds"] + seconds, 1)
-    more = {name: version for name in ("openrlhf", "ray") if (version := preflight.installed(name))}
+    more = {name: version for name in ("openrlhf", "ray") if (version := installed(name))}
     training.finish(seconds=seconds, versions=versions() | more)
     if not args.keep_checkpoints:
-        shutil.rmtree(paths.checkpoints, ignore_errors=True)
-    shutil.rmtree(paths.policy, ignore_errors=True)
-    skipped = ", ".join(f"{n} {reason}" for reason, n in counts["skipped"].items()) or "0"
+        shutil.rmtree(work / "checkpoints", ignore_errors=True)
+    shutil.rmtree(work / "policy", ignore_errors=True)
     print(
-        f"read {counts['prompts']} prompts in {counts['rollouts']} rollouts, skipped {skipped}; trained "
-        f"{args.output_dir} in {duration(seconds)}"
+        f"read {counts['prompts']} prompts in {counts['rollouts']} rollouts, skipped {counts['skipped']}; "
+        f"trained {args.output_dir} in {duration(seconds)}"
     )
 
 
@@ -245,42 +190,29 @@ def show_plan(args: Arguments):
     args = dataclasses.replace(args, num_episodes=episodes)
     url = args.reward_url or "http://127.0.0.1:PORT/get_reward"
     resume = (work_folder(args) / "checkpoints" / "_actor" / "latest").is_file()
-    command, _ = command_of(args, found, url, prompts, resume)
-    print(show(["python", *command], environment(args, found)))
+    print(show(command_of(args, found, url, prompts, resume), environment(args, found)))
 
 
 def count_prompts(args: Arguments, found: Plan) -> tuple[int, int]:
     """(prompts, passes over them) of the run, counted as `prepare` will; 0 prompts where a set is out of
     reach on the hub.
     """
-    from ppo.openrlhf.prompts import read_all, whole_rollouts
+    from ppo.openrlhf.prompts import whole_rollouts
 
-    if found.tokenizer is None:
-        reason = "the policy's tokenizer is on the hub and out of reach"
-    else:
-        try:
-            chosen, _, episodes = whole_rollouts(args, read_all(args, found.tokenizer)[0])
-            return len(chosen), episodes
-        except UserError as error:
-            if all(Path(name).exists() for name in args.dataset_name_or_path):
-                raise
-            reason = str(error)
-    print(f"ppo: prompts not looked at: {reason}", file=sys.stderr)
-    if args.warmup_steps >= 1 or args.max_rollouts is not None:
-        raise UserError(
-            "warmup_steps of 1 or more and max_rollouts need the prompts, which are out of reach for this "
-            "dry run"
-        )
-    return 0, args.num_episodes
+    try:
+        if found.tokenizer is None:
+            raise UserError("the policy's tokenizer is on the hub and out of reach")
+        chosen, episodes, _ = whole_rollouts(args, found.tokenizer)
+        return len(chosen), episodes
+    except UserError as error:
+        here = found.tokenizer and all(Path(name).exists() for name in args.dataset_name_or_path)
+        if here or args.warmup_steps >= 1 or args.max_rollouts is not None:  # which count prompts
+            raise
+        print(f"ppo: prompts not looked at: {error}", file=sys.stderr)
+        return 0, args.num_episodes
 
 
 def main():
-    for word in map(str.lower, sys.argv[1:]):
-        if "wandb" in word and "key" in word:
-            raise UserError(
-                "a W&B key does not belong among the arguments, where it is printed and kept: export "
-                "WANDB_API_KEY and set report_to wandb"
-            )
     args = parse(Arguments, __doc__)
     args = with_date(args, args.output_dir)
     check(args)

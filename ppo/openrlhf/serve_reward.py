@@ -1,5 +1,5 @@
-r"""Serve rewards to OpenRLHF over HTTP: reward models of annotate_data, weighted sums of them, or a Python
-function.
+r"""Serve rewards to OpenRLHF over HTTP: reward models of annotate_data, a Python function, or weighted sums
+of them.
 
 In:  a YAML or arguments that name the rewards and the policy (for its tokenizer); requests from OpenRLHF's
      sampling processes.
@@ -26,17 +26,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.cli import UserError, arg, parse, run
-from ppo.openrlhf.reward import RewardArguments, Rewards, answer, check
+from ppo.openrlhf.reward import RewardArguments, Rewards, check
 
-EXPECTED = (
-    'expected {"query": [...], "prompts": [...], "labels": [...]} of one length, as OpenRLHF 0.11.2 sends'
-)
+FAILED = "reward failed: "  # begins a line of the log
 
 
 @dataclass(kw_only=True)
 class Arguments(RewardArguments):
     host: str = arg("127.0.0.1", "address to listen on; 0.0.0.0 is every one of this machine")
-    port: int = arg(5000, "port to listen on")
+    port: int = arg(5000, "port to listen on; 0: one that is free")
     batch: int = arg(128, "responses that are scored together at most")
 
 
@@ -46,7 +44,7 @@ class Batcher:
     """
 
     def __init__(self, rewards: Rewards, size: int):
-        self.rewards, self.size, self.waiting, self.scored = rewards, size, queue.SimpleQueue(), 0
+        self.rewards, self.size, self.waiting = rewards, size, queue.SimpleQueue()
         threading.Thread(target=self._work, daemon=True).start()
 
     def __call__(self, queries: list, prompts: list, labels: list) -> list[float]:
@@ -63,19 +61,14 @@ class Batcher:
             jobs = [self.waiting.get()]
             while not self.waiting.empty() and sum(len(given[0]) for given, _ in jobs) < self.size:
                 jobs.append(self.waiting.get())
-            for (given, box), found in zip(jobs, self._together([given for given, _ in jobs])):
-                self.scored += 0 if isinstance(found, Exception) else len(given[0])
-                box.put(found)
-
-    def _together(self, given):
-        """Rewards or an error of each request; where one is at fault, the others are scored without it."""
-        try:
-            rewards = iter(self.rewards(*(sum(parts, []) for parts in zip(*given))))
-            return [[next(rewards) for _ in queries] for queries, _, _ in given]
-        except Exception as error:
-            if len(given) == 1:
-                return [error]
-            return [self._together([one])[0] for one in given]
+            try:
+                together = (sum(parts, []) for parts in zip(*(given for given, _ in jobs)))
+                rewards = iter(self.rewards(*together))
+                found = [[next(rewards) for _ in queries] for (queries, *_), _ in jobs]
+            except Exception as error:  # which ends the training, whoever is told
+                found = [error] * len(jobs)
+            for (_, box), answer in zip(jobs, found):
+                box.put(answer)
 
 
 def handler(batcher: Batcher) -> type:
@@ -92,24 +85,17 @@ def handler(batcher: Batcher) -> type:
             self.end_headers()
             self.wfile.write(body)
 
-        def do_GET(self):
-            self.reply(200 if self.path == "/health" else 404, {"scored": batcher.scored})
-
         def do_POST(self):
             try:
                 data = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))))
-                given = [data[key] for key in ("query", "prompts", "labels")]
-                if not all(isinstance(part, list) and len(part) == len(given[0]) for part in given):
-                    raise ValueError
-            except (ValueError, KeyError, TypeError):
-                self.reply(400, {"error": EXPECTED})
-                return
-            try:
-                self.reply(200, answer(batcher(*given)))
+                rewards = batcher(*(data[key] for key in ("query", "prompts", "labels")))
             except Exception as error:
                 text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-                print(f"reward failed: {text}", flush=True)
+                print(f"{FAILED}{text}", flush=True)
                 self.reply(500, {"error": text})
+            else:  # a number for one response, as OpenRLHF asks, lists for several
+                value = rewards[0] if len(rewards) == 1 else rewards
+                self.reply(200, {"rewards": value, "scores": value, "extra_logs": {}})
 
         def log_message(self, *args: object):
             pass
@@ -124,31 +110,23 @@ class Server(ThreadingHTTPServer):
 
 def main():
     args = parse(Arguments, __doc__)
-    if not 0 <= args.port < 65536 or args.batch < 1:
-        raise UserError(f"--port {args.port} must lie from 0 to 65535 and --batch {args.batch} be at least 1")
     check(args)
     try:
         server = Server((args.host, args.port), BaseHTTPRequestHandler, bind_and_activate=False)
         server.server_bind()
-    except OSError as error:
-        raise UserError(
-            f"cannot listen on {args.host}:{args.port}: {error.strerror}; give another --port"
-        ) from None
+    except (OSError, OverflowError) as error:
+        raise UserError(f"cannot listen on {args.host}:{args.port}: {error}; give another --port") from None
     started = time.monotonic()
-    batcher = Batcher(Rewards(args).load(), args.batch)
-    server.RequestHandlerClass = handler(batcher)
+    rewards = Rewards(args).load()
+    server.RequestHandlerClass = handler(Batcher(rewards, args.batch))
     server.server_activate()  # only now: who can connect gets a reward
-    names = ", ".join(scorer.name for scorer in batcher.rewards.scorers)
-    try:
-        print(
-            f"serving {names} at http://{args.host}:{server.server_port}/get_reward after "
-            f"{time.monotonic() - started:.0f}s",
-            flush=True,
-        )
-        server.serve_forever()
-    except KeyboardInterrupt:  # by whom it was started for, or Ctrl-C; there is nothing to continue
-        print("the reward server was stopped", flush=True)
-        sys.exit(130)
+    names = ", ".join(scorer.name for scorer in rewards.scorers)
+    print(
+        f"serving {names} at http://{args.host}:{server.server_port}/get_reward after "
+        f"{time.monotonic() - started:.0f}s",
+        flush=True,
+    )
+    server.serve_forever()
 
 
 if __name__ == "__main__":

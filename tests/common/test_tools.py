@@ -18,7 +18,6 @@ from dpo_iteration.pairs import select_pairs
 from dpo_iteration.rows import PairTokenizer
 from generation import sampling
 from ppo import inputs
-from ppo.openrlhf import prompts as openrlhf_prompts
 from report import samples
 
 # Written for these tests in the shape of Qwen2.5's and its kin: definitions in front, calls and results in
@@ -112,10 +111,8 @@ def test_every_stage_renders_the_same_prompt(policy, tokenizer, prompts, tmp_pat
     # divergence, PPO and the page
     assert tokens.Encoder(tokenizer)(record, tokens.answers_of(record))[0] == ids
     args = sampling.SamplingArguments(dataset_name_or_path=[prompts], max_input_length=2000)
-    assert [text for _, text in inputs.rendered_prompts(args, tokenizer, [])] == [wanted]
-    [entry], _ = openrlhf_prompts.read_all(args, tokenizer)
-    label = json.loads(entry["label"])
-    assert entry["prompt"] == wanted and label["prompt"] == TALK and label["tools"] == TOOLS
+    [(found, text, _)] = inputs.rendered_prompts(args, tokenizer, [])
+    assert text == wanted and found["prompt"] == TALK and found["tools"] == TOOLS
     assert samples.turns(TALK)[1] == ["assistant", json.dumps(CALL)]
     assert '"Oslo"' in context_of(TALK) and "None" not in context_of(TALK)
 
@@ -180,11 +177,11 @@ def test_ppo_leaves_out_what_it_cannot_use(tokenizer, tmp_path, capsys):
         [],
     )
     args.rollout_batch_size = 1
-    kept = [record for record, _ in inputs.rendered_prompts(args, tokenizer, bad)]
+    kept = [record for record, *_ in inputs.rendered_prompts(args, tokenizer, bad)]
     assert [record["prompt"] for record in kept] == [talks[0], TALK] and "record 2: the last turn" in bad[0][
         "reason"
     ]
-    assert "1 prompts cannot be used" in capsys.readouterr().err
+    assert "warning: 1 prompt skipped" in capsys.readouterr().err
 
     class NoTools:
         name = "stand-in"

@@ -6,7 +6,7 @@ import micro
 import openrlhf_stub
 import pytest
 
-from ppo.openrlhf.prompts import load_tokenizer
+from common.models import load_tokenizer
 
 FUNCTION = (
     "def length(messages, response, record):\n"

@@ -1,10 +1,8 @@
-"""The rewards that OpenRLHF asks for are those of get_rewards.py, in its process and over HTTP."""
+"""The rewards that OpenRLHF asks for are those of get_rewards.py, in the process and over HTTP."""
 
 import asyncio
 import json
 import logging
-import signal
-import subprocess
 import sys
 import threading
 import types
@@ -13,14 +11,12 @@ import urllib.request
 from types import SimpleNamespace
 
 import pytest
-import yaml
-from openrlhf_stub import ROOT
 
 from annotate_data import get_rewards
 from common.cli import UserError
+from common.models import load_tokenizer
 from ppo.openrlhf import serve_reward
-from ppo.openrlhf.prompts import load_tokenizer
-from ppo.openrlhf.reward import RewardArguments, Rewards, answer, check, reward_func
+from ppo.openrlhf.reward import RewardArguments, Rewards, check
 
 
 def asked(models, **more):
@@ -55,23 +51,67 @@ def test_the_bridge_gives_get_rewards_scores(kind, models, rollouts, tmp_path, m
     assert found == pytest.approx(expected, abs=2e-5) and len(set(found)) == len(found)
 
 
-def test_openrlhfs_own_executor_gets_our_rewards(models, rollouts, source, tmp_path, monkeypatch):
-    """The wheel's SingleTurnAgentExecutor over ppo/openrlhf/reward.py, on responses that a stand-in for the
-    engine samples.
+@pytest.fixture
+def url(models):
+    """The address of a server of the function's rewards."""
+    rewards = Rewards(asked(models, reward_function=models["function"])).load()
+    server = serve_reward.Server(("127.0.0.1", 0), serve_reward.handler(serve_reward.Batcher(rewards, 8)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/get_reward"
+    server.shutdown()
+    server.server_close()
+
+
+def ask(url, value):
+    """(status, answer) to a request."""
+    request = urllib.request.Request(url, json.dumps(value).encode(), {"Content-Type": "application/json"})
+    try:
+        return 200, json.load(urllib.request.urlopen(request, timeout=30))
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+class Session:
+    """A stand-in for aiohttp's, which is not in this environment: the same requests by urllib."""
+
+    def __init__(self, **_):
+        self.status = self.answer = None
+
+    def post(self, url, json):
+        self.url, self.value = url, json
+        return self
+
+    async def __aenter__(self):
+        if hasattr(self, "url"):
+            self.status, self.answer = await asyncio.to_thread(ask, self.url, self.value)
+        return self
+
+    async def __aexit__(self, *_):
+        pass
+
+    def raise_for_status(self):
+        assert self.status == 200
+
+    async def json(self):
+        return self.answer
+
+
+def test_openrlhfs_own_executor_gets_our_rewards(models, rollouts, source, url, monkeypatch):
+    """The wheel's SingleTurnAgentExecutor asks our server, on responses that a stand-in for the engine
+    samples.
     """
     tokenizer = load_tokenizer(str(models["policy"]))
-    records, (queries, prompts, labels) = rollouts(4)
-    (tmp_path / "reward.yaml").write_text(
-        yaml.safe_dump({"policy": str(models["policy"]), "reward_function": models["function"]})
-    )
-    monkeypatch.setenv("RLHF_REWARD_CONFIG", str(tmp_path / "reward.yaml"))
-    monkeypatch.setitem(sys.modules, "aiohttp", SimpleNamespace())  # for its HTTP path only
+    records, (queries, prompts, labels) = rollouts(12)
     monkeypatch.setitem(
-        sys.modules, "openrlhf.utils.logging_utils", SimpleNamespace(init_logger=logging.getLogger)
+        sys.modules,
+        "aiohttp",
+        SimpleNamespace(ClientSession=Session, ClientTimeout=lambda total: None, ClientError=OSError),
     )
+    logs = SimpleNamespace(init_logger=logging.getLogger)
+    monkeypatch.setitem(sys.modules, "openrlhf.utils.logging_utils", logs)
     agent = types.ModuleType("agent")
     exec((source / "openrlhf/utils/agent.py").read_text(), agent.__dict__)
-    executor = agent.SingleTurnAgentExecutor([str(ROOT / "ppo/openrlhf/reward.py")])
+    executor = agent.SingleTurnAgentExecutor([url])
     parameters = SimpleNamespace(max_tokens=60, logprobs=None)
 
     class Engine:
@@ -94,71 +134,22 @@ def test_openrlhfs_own_executor_gets_our_rewards(models, rollouts, source, tmp_p
     assert [out["reward"] for out in found] == [out["scores"] for out in found] == expected
 
 
-def test_the_server_answers_as_openrlhf_asks(models, rollouts):
-    """Single requests, many at once, one that cannot be scored among others, and nonsense."""
-    records, texts = rollouts(12)
-    rewards = Rewards(asked(models, reward_function=models["function"])).load()
-    batcher = serve_reward.Batcher(rewards, 8)
-    server = serve_reward.Server(("127.0.0.1", 0), serve_reward.handler(batcher))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}/get_reward"
-
-    def ask(value):
-        body = json.dumps(value).encode()
-        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-        try:
-            return json.load(urllib.request.urlopen(request, timeout=30))
-        except urllib.error.HTTPError as error:
-            return error.code, json.load(error)["error"]
-
-    found = {}
-    requests = [{"query": [q], "prompts": [p], "labels": [label]} for q, p, label in zip(*texts)]
-    requests[5]["query"] = ["of another prompt"]
-    threads = [threading.Thread(target=lambda i=i: found.__setitem__(i, ask(requests[i]))) for i in range(12)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for i, record in enumerate(records):
-        if i == 5:
-            assert found[i][0] == 500 and "does not begin with its prompt" in found[i][1]
-        else:
-            assert found[i] == answer([len(record["responses"][0]) / 10])
-    assert ask({"query": ["a"]})[0] == 400 and batcher.scored == 11
-    two = ask({"query": texts[0][:2], "prompts": texts[1][:2], "labels": texts[2][:2]})
-    assert two["rewards"] == two["scores"] == [len(record["responses"][0]) / 10 for record in records[:2]]
-    server.shutdown()
-    server.server_close()
+def test_several_in_one_request_and_what_cannot_be_scored(rollouts, url):
+    records, (queries, prompts, labels) = rollouts(2)
+    found = ask(url, {"query": queries, "prompts": prompts, "labels": labels})
+    rewards = [len(record["responses"][0]) / 10 for record in records]
+    assert found == (200, {"rewards": rewards, "scores": rewards, "extra_logs": {}})
+    status, told = ask(url, {"query": ["of another prompt"], "prompts": prompts[:1], "labels": labels[:1]})
+    assert status == 500 and "does not begin with its prompt" in told["error"]
+    assert ask(url, {"query": ["a"]}) == (500, {"error": "KeyError: 'prompts'"})
 
 
-def test_a_server_that_is_stopped_does_not_speak_of_continuing(models):
-    """It is stopped at the end of every successful training."""
-    given = ["--policy", models["policy"], "--reward_function", models["function"], "--port", "0"]
-    command = [sys.executable, ROOT / "ppo/openrlhf/serve_reward.py", *given]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(list(map(str, command)), **pipes) as server:
-        first = server.stdout.readline()
-        server.send_signal(signal.SIGINT)
-        rest = server.stdout.read()
-    assert first.startswith("serving ") and rest == "the reward server was stopped\n", first + rest
-    assert server.returncode == 130
-
-
-def test_what_cannot_be_a_reward_is_refused(models, rollouts, monkeypatch, tmp_path):
+def test_what_cannot_be_a_reward_is_refused(models, rollouts, tmp_path):
     with pytest.raises(UserError, match="compares responses"):
         Rewards(asked(models, reward_name_or_path=[str(models["pairs"])])).load()
     with pytest.raises(UserError, match="no reward"):
         check(asked(models))
-    monkeypatch.setattr("ppo.openrlhf.reward.CPU_PARAMETERS", 1000)
-    with pytest.raises(UserError, match="this process has no GPU: start ppo/openrlhf/serve_reward.py"):
-        Rewards(asked(models, reward_name_or_path=[str(models["same"])])).load()
     (tmp_path / "nan.py").write_text("def f(messages, response):\n    return float('nan')\n")
     rewards = Rewards(asked(models, reward_function=f"{tmp_path / 'nan.py'}:f")).load()
     with pytest.raises(UserError, match="no finite reward for p0, p1"):
         rewards(*rollouts(2)[1])
-    monkeypatch.setenv("RLHF_REWARD_CONFIG", str(tmp_path / "reward.yaml"))
-    (tmp_path / "reward.yaml").write_text(
-        yaml.safe_dump({"policy": str(models["policy"]), "reward_name_or_path": [str(models["same"])]})
-    )
-    with pytest.raises(UserError, match="loaded in every sampling process"):
-        reward_func(*rollouts(1)[1])

@@ -1,0 +1,93 @@
+"""What would end a launch after minutes, or never: GPUs, clusters, cores, tokens of the reward model."""
+
+import re
+
+import micro
+import pytest
+from openrlhf_stub import ROOT, arguments
+
+from common.cli import UserError
+from common.models import load_tokenizer
+from ppo.openrlhf import plan
+from ppo.openrlhf.placement import Machine
+
+
+def test_the_requirements_are_what_the_wheel_asks_for(source):
+    asked = next(source.parents[1].glob("*.dist-info")).joinpath("METADATA").read_text()
+    lines = (ROOT / "ppo/requirements-ppo.txt").read_text()
+    pins = dict(re.findall(r"^([\w-]+(?:\[default\])?)(?:\[vllm\])?==([\w.]+)", lines, re.MULTILINE))
+    assert pins.pop("openrlhf") == plan.OPENRLHF and pins.pop("pyyaml") and len(pins) == 5
+    assert all(f"{package}=={version}" in asked for package, version in pins.items())
+
+
+def test_what_is_installed(monkeypatch):
+    there = {"openrlhf": plan.OPENRLHF, "flash-attn": "2.8.3"}
+    monkeypatch.setattr(plan, "installed", there.get)
+    assert plan.check_installed() == []
+    there["openrlhf"] = "0.12.0"
+    assert "openrlhf 0.12.0 is installed" in plan.check_installed()[0]
+    there["flash-attn"] = None
+    with pytest.raises(UserError, match="flash-attn is not installed .*make_envs ppo_train"):
+        plan.check_installed()
+
+
+def test_ray_clusters(monkeypatch):
+    args = arguments(ray_address="head:6379")
+    monkeypatch.setattr(plan, "cluster_gpus", lambda address: [8, 8])
+    found = plan.machine_of(args)
+    assert (found.gpus, found.gpus_per_node, found.memory) == (16, 8, None)
+    args.num_gpus = 24
+    with pytest.raises(UserError, match="num_gpus 24, but 16 GPUs are of the Ray cluster head:6379"):
+        plan.machine_of(args)
+    monkeypatch.setattr(plan, "cluster_gpus", lambda address: [4, 8])
+    with pytest.raises(UserError, match="nodes have 4, 8 GPUs"):
+        plan.machine_of(arguments(ray_address="head:6379"))
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="no Ray cluster answers"):
+        plan.cluster_gpus("127.0.0.1:1")
+
+
+def test_what_openrlhf_would_wait_for_or_join(monkeypatch):
+    """Ray waits for ever for a core that is not there, and joins the cluster that a variable names."""
+    monkeypatch.setattr(plan.os, "sched_getaffinity", lambda pid: set(range(8)))
+    eight, six = Machine(8, 8, None, None), Machine(6, 6, None, None)
+    with pytest.raises(UserError, match="on 8 GPUs needs 10 CPU cores and this process may use 8"):
+        plan.check_surroundings(arguments(), eight)
+    plan.check_surroundings(arguments(), six)
+    monkeypatch.setenv("RAY_ADDRESS", "somebodys:6379")
+    with pytest.raises(UserError, match="RAY_ADDRESS is somebodys:6379: .* set ray_address somebodys:6379"):
+        plan.check_surroundings(arguments(), six)
+    plan.check_surroundings(arguments(ray_address="ours:6379"), eight)
+
+
+def test_tokens_and_templates_are_compared(models, monkeypatch):
+    def loaded(name, template=None):
+        tokenizer = load_tokenizer(str(models[name]))
+        tokenizer.chat_template = template or tokenizer.chat_template
+        return tokenizer
+
+    def why(policy, reward, name="same", **more):
+        monkeypatch.setattr(plan, "load_tokenizer", lambda *args, **kwargs: reward)
+        return plan.why_not_local(arguments(reward_name_or_path=[str(models[name])], **more), policy)
+
+    policy = loaded("policy")
+    mute = policy.chat_template.replace("{{ bos_token }}", "")
+    assert why(policy, loaded("same")) is None
+    assert "another id or none" in why(policy, loaded("chatml"))
+    assert "reads other tokens" in why(policy, loaded("same", policy.chat_template.replace("\n\n", "\n")))
+    bare = loaded("same")  # adds no BOS itself; the template writes it, whoever else would
+    bare.add_bos_token, bare._tokenizer.post_processor = False, None
+    assert why(policy, bare) is None
+    bare.chat_template = mute
+    assert why(loaded("policy", mute), bare) is None
+    assert "reads other tokens" in why(loaded("policy", mute), loaded("same", mute))
+    grown = loaded("same")
+    grown.add_special_tokens({"pad_token": "[PAD]"})  # as FsfairX has
+    assert why(policy, grown) is None
+    no_bos = micro.make_tokenizer(adds_bos=False)  # one tokenizer for both, as the tiny models have
+    assert why(no_bos, no_bos) is None and why(policy, no_bos) is None
+    assert "behind a turn" in why(loaded("chatml"), loaded("chatml"))
+    assert "no classifier" in why(policy, loaded("armorm"), "armorm")
+    assert "no weights head.weight" in why(
+        policy, loaded("same"), extra_flags={"ds.value_head_prefix": "head"}
+    )
