@@ -5,7 +5,7 @@ imported here.
 """
 
 import datetime
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from common.cli import UserError
@@ -14,6 +14,10 @@ from common.messages import CALLS
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+NO_HEADER = (
+    "the chat template ignores add_generation_prompt: it writes {0!r} in front of an answer and not behind a "
+    "prompt, so the policy has to sample that first; give a template with --chat_template FILE"
+)
 ROLES = ("system", "developer", "user", "assistant")  # of which a conversation without tools is made
 
 
@@ -164,23 +168,45 @@ def use_template(tokenizer: "PreTrainedTokenizerBase", path: str | None) -> None
         tokenizer.chat_template = existing_file(path, "chat template").read_text(encoding="utf-8")
 
 
-def turn_suffix(tokenizer: "PreTrainedTokenizerBase", template_kwargs: dict | None = None) -> list[int]:
-    """Token ids that the template writes behind an assistant's text (Llama-3: `<|eot_id|>`)."""
-    mark = "Zebra"
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
+QUESTION, MARK = {"role": "user", "content": "a"}, "Zebra"
+
+
+def _answered(tokenizer, template_kwargs):
+    """(turns of a question, these and the answer MARK as the template writes them)."""
+    answer = {"role": "assistant", "content": MARK}
+    system = {"role": "system", "content": "a"}  # some templates want one
     try:
-        text = render(tokenizer, turns, False, template_kwargs)
+        return [QUESTION], render(tokenizer, [QUESTION, answer], False, template_kwargs)
     except UserError as error:
-        try:  # some templates want a system turn
-            text = render(tokenizer, [{"role": "system", "content": "a"}, *turns], False, template_kwargs)
+        try:
+            return [system, QUESTION], render(tokenizer, [system, QUESTION, answer], False, template_kwargs)
         except UserError:
             raise error from None
-    if mark not in text:
+
+
+def missing_header(tokenizer: "PreTrainedTokenizerBase", template_kwargs: dict | None = None) -> str:
+    """What a template writes in front of an assistant's text and not behind a prompt that asks for one.
+
+    Empty for a sound template. Another one ignores `add_generation_prompt`: the policy would have to sample
+    the header of its own turn.
+    """
+    turns, whole = _answered(tokenizer, template_kwargs)
+    prompt = render(tokenizer, turns, True, template_kwargs)
+    silent = prompt == render(tokenizer, turns, False, template_kwargs)
+    if not silent or MARK not in whole or not whole.startswith(prompt):
+        return ""
+    return whole[len(prompt) : whole.rindex(MARK)].strip()
+
+
+def turn_suffix(tokenizer: "PreTrainedTokenizerBase", template_kwargs: dict | None = None) -> list[int]:
+    """Token ids that the template writes behind an assistant's text (Llama-3: `<|eot_id|>`)."""
+    _, text = _answered(tokenizer, template_kwargs)
+    if MARK not in text:
         raise UserError(
             f"the chat template of {tokenizer.name_or_path} leaves out the text of a turn (it may be for "
             "content in parts): give one for text with --chat_template FILE"
         )
-    return tokenizer(text[text.rindex(mark) + len(mark) :], add_special_tokens=False)["input_ids"]
+    return tokenizer(text[text.rindex(MARK) + len(MARK) :], add_special_tokens=False)["input_ids"]
 
 
 def end_of_turn(tokenizer: "PreTrainedTokenizerBase", template_kwargs: dict | None = None) -> int | None:
@@ -195,11 +221,14 @@ def end_of_turn(tokenizer: "PreTrainedTokenizerBase", template_kwargs: dict | No
 
 
 def stop_token_ids(
-    tokenizer: "PreTrainedTokenizerBase", generation_eos: int | list[int] | None = None, extra: list[int] = ()
+    tokenizer: "PreTrainedTokenizerBase",
+    generation_eos: int | list[int] | None = None,
+    extra: Iterable[int] = (),
+    template_kwargs: dict | None = None,
 ) -> list[int]:
     """Sorted ids that end a response: of generation config, tokenizer, the template's turn, and `extra`."""
     generation_eos = generation_eos if isinstance(generation_eos, (list, tuple)) else [generation_eos]
-    found = (*generation_eos, tokenizer.eos_token_id, end_of_turn(tokenizer), *extra)
+    found = (*generation_eos, tokenizer.eos_token_id, end_of_turn(tokenizer, template_kwargs), *extra)
     return sorted({int(token) for token in found if token is not None})
 
 

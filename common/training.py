@@ -20,7 +20,6 @@ from pathlib import Path
 from common import locks
 from common.cli import UserError
 from common.manifest import beside, difference, fingerprint, read_manifest, versions, write_json
-from common.models import quiet_libraries as quiet_libraries
 
 
 def world_size() -> int:

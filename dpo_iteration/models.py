@@ -226,7 +226,7 @@ class Source:
     def of(cls, policy: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, args: Arguments) -> "Source":
         """Remember the three; set the policy's special tokens, which the Trainer else does with a warning."""
         generation_config = saved.generation_config(
-            args.model_name_or_path, tokenizer, args.revision, card.sampling_stops(args)
+            args.model_name_or_path, tokenizer, args.revision, card.sampling_stops(args), args.template_kwargs
         )
         source = cls(copy.deepcopy(tokenizer), copy.deepcopy(policy.config), generation_config)
         policy.generation_config = GenerationConfig(**{key: getattr(tokenizer, key) for key in TOKENS})

@@ -62,6 +62,7 @@ def generation_config(
     tokenizer: "PreTrainedTokenizerBase",
     revision: str | None = None,
     stops: Iterable[int] = (),
+    template_kwargs: dict | None = None,
 ) -> dict:
     """The policy's generation_config.json as a dict (the tokenizer's special tokens where it has none), with
     every token that ends a response.
@@ -77,7 +78,7 @@ def generation_config(
     before = values.get("eos_token_id")
     known = list(before) if isinstance(before, list) else [before] if before is not None else []
     values["eos_token_id"] = known + [
-        token for token in chat.stop_token_ids(tokenizer, known, stops) if token not in known
+        token for token in chat.stop_token_ids(tokenizer, known, stops, template_kwargs) if token not in known
     ]
     if not isinstance(before, list) and len(values["eos_token_id"]) == 1:
         [values["eos_token_id"]] = values["eos_token_id"]

@@ -101,7 +101,7 @@ def stop_ids(name: str, tokenizer: "PreTrainedTokenizerBase", args: SamplingArgu
         eos = GenerationConfig.from_pretrained(name, revision=args.revision).eos_token_id
     except OSError:  # many models have none
         eos = None
-    return chat.stop_token_ids(tokenizer, eos, args.eos_ids)
+    return chat.stop_token_ids(tokenizer, eos, args.eos_ids, args.template_kwargs)
 
 
 def context_length(name: str, args: SamplingArguments) -> int | None:
@@ -193,6 +193,8 @@ class Prompts:
         for part, (first, total) in self.silent.items():
             what = f"the chat template leaves out the {part} of {total} prompts"
             print(f"warning: {what}, so the policy does not see them; the first: {first}", flush=True)
+        if header := chat.missing_header(self.tokenizer, self.args.template_kwargs):
+            print(f"warning: {chat.NO_HEADER.format(header)}", flush=True)
 
     def finish(self, seconds: float) -> None:
         """Complete the output and say what was read, written and skipped; `seconds` were spent sampling."""

@@ -137,6 +137,13 @@ def check_prompts(plan: "Plan", found: "Findings") -> dict:
     for name, generation in own.items():
         template = found.attempt(template_of, settings.model_name_or_path, generation)
         others = own.keys() - {name}
+        header = (
+            found.attempt(chat.missing_header, template, generation.get("template_kwargs"))
+            if template
+            else ""
+        )
+        if header and (line := chat.NO_HEADER.format(header)) not in found.notes:
+            found.notes.append(line)
         sets[name] = found.attempt(local_prompts, name, generation, template, found.notes, others)
     heldout = set(sets.get(settings.heldout_prompts) or [])
     for name in dict.fromkeys(settings.prompts):

@@ -19,7 +19,7 @@ ENGINE = (  # arguments of get_hf2.py that are settings of register_server.sh to
 
 
 def ports(settings: LoopSettings) -> list[int]:
-    """A port for each server: server_port on each machine that is named, else one for each group of GPUs here."""
+    """One for each server: server_port on each machine that is named, else one for each group of GPUs."""
     given, first = settings.servers, settings.server_port
     if given.get("ports") or given.get("hosts"):
         return given.get("ports") or [first] * len(given["hosts"])

@@ -12,13 +12,10 @@ from common.training import is_main, say
 from dpo_iteration.rows import check_bos
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ppo.openrlhf.arguments import Arguments as OpenRLHFArguments
     from ppo.train_ppo import Arguments
-
-DROPOUTS = ("p", "attention_dropout", "dropout", "activation_dropout", "hidden_dropout", "attn_dropout")
 
 
 def load(
@@ -40,14 +37,6 @@ def load(
     if lacking:
         raise UserError(f"{name} lacks the weights {', '.join(lacking[:3])}: they would be random")
     return model
-
-
-def without_dropout(model: "torch.nn.Module"):
-    """Switch dropout off, be it a module or a number that a module hands to its attention."""
-    for module in model.modules():
-        for key in DROPOUTS:
-            if isinstance(getattr(module, key, None), float):
-                setattr(module, key, 0.0)
 
 
 def load_critic(args: "Arguments", tokenizer: "PreTrainedTokenizerBase", scorers: list) -> "PreTrainedModel":

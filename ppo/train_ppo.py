@@ -50,10 +50,10 @@ from common.devices import check_processes, check_torch, prepare_threads
 from common.functions import function_file
 from common.manifest import with_date
 from common.records import sample_seed
-from common.training import Training, quiet_libraries, say
+from common.training import Training, say
 from dpo_iteration import saved
 from ppo.checks import check, check_paths, check_samples, scoring
-from ppo.inputs import load, load_critic, read_prompts, scorable_prompts, without_dropout
+from ppo.inputs import load, load_critic, read_prompts, scorable_prompts
 from ppo.output import Log, begin, finish, save
 
 if TYPE_CHECKING:
@@ -359,7 +359,7 @@ class PPO:
         for model in (self.policy, self.reference, self.critic):
             model.to(self.device)
         for model in (self.policy, self.critic):
-            without_dropout(model)
+            models.without_dropout(model)
             if args.gradient_checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         rollouts = max(1, int(args.num_episodes * len(self.prompts) / args.rollout_batch_size + 1e-9))
@@ -380,12 +380,15 @@ class PPO:
         )
         self.policy = load(transformers.AutoModelForCausalLM, args.model_name_or_path, args)
         self.prompts, self.skipped = read_prompts(args, self.tokenizer, self.policy)
-        self.stops = set(chat.stop_token_ids(self.tokenizer, self.policy.generation_config.eos_token_id))
+        known = self.policy.generation_config.eos_token_id
+        self.stops = set(chat.stop_token_ids(self.tokenizer, known, template_kwargs=args.template_kwargs))
         known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         self.pad = next(token for token in known if token is not None)
         # Saved with the trained model. Sampling here follows our settings alone: a model's own generation
         # config may hold a top_k, which training knows nothing of.
-        self.generation_config = saved.generation_config(args.model_name_or_path, self.tokenizer)
+        self.generation_config = saved.generation_config(
+            args.model_name_or_path, self.tokenizer, template_kwargs=args.template_kwargs
+        )
         self.policy.generation_config = transformers.GenerationConfig(
             do_sample=True,
             temperature=args.temperature,
@@ -712,7 +715,7 @@ class PPO:
 def train(args: Arguments, training: Training, started: float):
     """Load, learn, save: what needs torch. `started`: seconds since the epoch."""
     check_torch()
-    quiet_libraries()
+    models.quiet_libraries()
     import torch
     from accelerate import Accelerator
 

@@ -87,7 +87,10 @@ def prepare_policy(args: Arguments, tokenizer: "PreTrainedTokenizerBase", folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     tokenizer.save_pretrained(folder)
-    write_json(folder / "generation_config.json", generation_config(source, tokenizer))
+    write_json(
+        folder / "generation_config.json",
+        generation_config(source, tokenizer, template_kwargs=args.template_kwargs),
+    )
     for file in source.iterdir():
         if file.is_file() and not (folder / file.name).exists() and file.name not in OURS:
             os.symlink(file.resolve(), folder / file.name)

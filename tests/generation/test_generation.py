@@ -237,7 +237,7 @@ def test_a_stopped_and_a_killed_run_continue_to_the_same_file(prompts, generate,
 
 
 @pytest.mark.parametrize("family", ["chatml", "gemma", "mistral", "phi"])
-def test_other_templates(tmp_path, family):
+def test_other_templates(tmp_path, capsys, family):
     tokenizer, source = micro.make_tokenizer(family), str(write(tmp_path / "p.jsonl", "hello"))
     args = sampling.SamplingArguments(dataset_name_or_path=source, output_dir="")
     output, found = Output(tmp_path / "o.jsonl", "test", {}, {}), sampling.load_prompts(args)
@@ -247,6 +247,12 @@ def test_other_templates(tmp_path, family):
     assert "hello" in text and item.token_ids == tokenizer(text, add_special_tokens=False)["input_ids"]
     ends = {"chatml": "<|im_end|>", "gemma": "<end_of_turn>", "mistral": "</s>", "phi": "<|end|>"}
     assert tokenizer.convert_tokens_to_ids(ends[family]) in chat.stop_token_ids(tokenizer)
+    assert "add_generation_prompt" not in capsys.readouterr().out
+    if family != "mistral":  # one whose next turn has no header
+        tokenizer.chat_template = tokenizer.chat_template.replace("if add_generation_prompt", "if false")
+        sampling.Prompts(args, tokenizer, output, 512, found)
+        assert "ignores add_generation_prompt" in capsys.readouterr().out
+        tokenizer.chat_template = tokenizer.chat_template.replace("if false", "if add_generation_prompt")
     if family == "chatml":
         args.template_kwargs = {"enable_thinking": False}
         [item] = sampling.Prompts(args, tokenizer, output, 512, found).items

@@ -185,7 +185,7 @@ def test_servers_on_other_machines_are_stopped_however_the_loop_ends(tmp_path):
     (("--generation_backend", "server"), "'server' is not one of engine, servers"),
     (("--servers.concurency", 3), "did you mean 'concurrency'"),
     (("--servers.give_up_after", 0), "give_up_after must be above 0"),
-    (("--servers.hosts", ["a", "b"], "--servers.ports", [8000], "--servers.start", "x"), "as many hosts as ports"),
+    (("--servers.hosts", "[a, b]", "--servers.ports", "[80]", "--servers.start", "x"), "as many hosts as"),
     (("--server_port", 65535, "--num_shards", 2, "--generation_backend", "servers"), "server_port 65535"),
 ])  # fmt: skip
 def test_impossible_settings_are_refused(tmp_path, wrong, named, monkeypatch, capsys):

@@ -236,7 +236,8 @@ def test_a_policy_whose_config_lacks_the_end_of_turn_stops_anyway(models, tmp_pa
     (source / "generation_config.json").write_text(json.dumps(config))
     before = {file.name: file.read_bytes() for file in source.iterdir()}
     tokenizer.chat_template = "{# mine #}" + tokenizer.chat_template
-    prepare_policy(SimpleNamespace(model_name_or_path=str(source)), tokenizer, made)
+    args = SimpleNamespace(model_name_or_path=str(source), template_kwargs=None)
+    prepare_policy(args, tokenizer, made)
     config = json.loads((made / "generation_config.json").read_text())
     end_of_turn = tokenizer.convert_tokens_to_ids("<|eot_id|>")
     assert set(config["eos_token_id"]) == {tokenizer.eos_token_id, end_of_turn}
