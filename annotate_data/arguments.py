@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from annotate_data.functions import EXAMPLE
+from annotate_data.kinds import KINDS, kind_of
 from annotate_data.ranking import RANKINGS
-from annotate_data.reward_models import KINDS, kind_of
 from common import chat, cli, functions, manifest
 from common.cli import UserError, arg
 from common.models import check_model, local_config
@@ -88,11 +88,12 @@ def shaping(args: Arguments, source: str | Path) -> tuple[dict, dict]:
     return cli.shaping_values(args, ("dataset_name_or_path", "reward_name_or_path", "chat_template")), inputs
 
 
-def check_ranking(args: Arguments, kinds: list[str]) -> None:
-    """Refuse settings of pair-preference models where none is among the `kinds`."""
-    for name in ("ranking", "save_pair_probabilities"):
-        if getattr(args, name) not in ("round_robin", False) and "pair_preference" not in kinds:
-            raise UserError(f"--{name} is for pair-preference models, and none is given")
+def check_options(args: Arguments, kinds: list[str]) -> None:
+    """Refuse arguments of a kind of reward models where no such kind is among the `kinds`."""
+    for kind, about in KINDS.items():
+        for name in about.options if kind not in kinds else ():
+            if getattr(args, name) != Arguments.__dataclass_fields__[name].default:
+                raise UserError(f"--{name} is for {kind} reward models, and none is given")
 
 
 def check(args: Arguments) -> None:
@@ -135,6 +136,6 @@ def check(args: Arguments) -> None:
         config = local_config(name)
         found += [] if config is None else [kind_of(config, kind, name)]
     if len(found) == len(models):  # none on the hub
-        check_ranking(args, found)
+        check_options(args, found)
     if args.chat_template:
         cli.existing_file(args.chat_template, "chat template")

@@ -66,6 +66,7 @@ class Backbone:
     """
 
     what = "reward model"  # in errors
+    compares = False  # whether a response's reward depends on the prompt's other responses
 
     def __init__(
         self,

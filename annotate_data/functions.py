@@ -31,6 +31,8 @@ class RewardFunction:
         UserError: no such file or function, or it does not import.
     """
 
+    compares = False
+
     def __init__(self, spec):
         self.name, self.function = spec, load_function(spec, "--reward_function", EXAMPLE)
         self.with_record = takes_record(self.function)

@@ -27,13 +27,12 @@ from typing import BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from annotate_data.arguments import MODEL, Arguments, check, check_ranking, dated, names, shaping, types
+from annotate_data.arguments import MODEL, Arguments, check, check_options, dated, names, shaping, types
 from annotate_data.backbone import Backbone, BadRecord
 from annotate_data.functions import RewardFunction
 from annotate_data.generated import read_unscored, survey
-from annotate_data.preference import PairPreference
+from annotate_data.kinds import KINDS, kind_of
 from annotate_data.ranks import World, leave, share
-from annotate_data.reward_models import ArmoRM, BradleyTerry, kind_of
 from annotate_data.summary import Summary
 from common import cli, devices, manifest, models, progress, records
 from common.cli import UserError
@@ -68,15 +67,14 @@ class Job:
 
 def make_scorers(args: Arguments) -> list[Scorer]:
     """The scorers in the order of `--reward_weights`: models, without weights as yet, then the function."""
-    scorers, kinds, options = [], [], {key: getattr(args, key) for key in MODEL}
+    scorers, kinds = [], []
     for name, asked in zip(names(args), types(args), strict=True):
         config = models.load_config(name, args.revision, args.trust_remote_code, "reward model")
-        kinds.append(kind_of(config.to_dict(), asked, name))
-        if kinds[-1] == "pair_preference":
-            scorers.append(PairPreference(name, args.ranking, args.save_pair_probabilities, **options))
-        else:
-            scorers.append((ArmoRM if kinds[-1] == "armorm" else BradleyTerry)(name, **options))
-    check_ranking(args, kinds)
+        kinds.append(kind_of(config.to_dict() | {"num_labels": config.num_labels}, asked, name))
+        kind = KINDS[kinds[-1]]
+        options = {key: getattr(args, key) for key in (*MODEL, *kind.options)}
+        scorers.append(kind.scorer(name, **options))
+    check_options(args, kinds)
     return scorers + ([RewardFunction(args.reward_function)] if args.reward_function else [])
 
 

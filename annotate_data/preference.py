@@ -19,7 +19,6 @@ from collections.abc import Iterator
 
 from annotate_data.backbone import Backbone, BadRecord
 from annotate_data.ranking import rank
-from annotate_data.reward_models import kind_of
 from common.cli import UserError
 from common.messages import CALLS, text_of
 
@@ -64,16 +63,17 @@ class PairPreference(Backbone):
 
     Args:
         ranking: `round_robin` or `tournament`, see `annotate_data/ranking.py`.
-        save_pairs: also give `pairs`, the K×K win probabilities.
+        save_pair_probabilities: also give `pairs`, the K×K win probabilities.
 
     Raises:
-        UserError: as `Backbone`; no causal language model, or "A" and "B" are not one token each.
+        UserError: as `Backbone`; "A" and "B" are not one token each.
     """
 
-    def __init__(self, name, ranking="round_robin", save_pairs=False, **options):
+    compares = True
+
+    def __init__(self, name, ranking="round_robin", save_pair_probabilities=False, **options):
         super().__init__(name, **options)
-        kind_of(self.config.to_dict(), "pair_preference", name)
-        self.ranking, self.save_pairs = ranking, save_pairs
+        self.ranking, self.save_pairs = ranking, save_pair_probabilities
         letters = [self.tokenizer(letter, add_special_tokens=False)["input_ids"] for letter in "AB"]
         if any(len(ids) != 1 for ids in letters) or letters[0] == letters[1]:
             what = 'its tokenizer has no single tokens for "A" and "B"'

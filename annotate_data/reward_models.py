@@ -1,4 +1,4 @@
-"""Reward models that judge one response: which kind a model is, Bradley-Terry classifiers, ArmoRM.
+"""Reward models that judge one response: Bradley-Terry classifiers and ArmoRM.
 
 Both kinds see the reward model's own chat template over prompt and response (common/chat.py:
 encode_for_classifier), cut on the left. The last token is found by length: transformers looks for the last
@@ -16,62 +16,9 @@ from common.cli import UserError, one_line
 if TYPE_CHECKING:
     import torch
 
-KINDS = ("bradley_terry", "armorm", "pair_preference")
-PAIR_PREFERENCE_NAMES = ("pair-preference-model",)  # published under such names; their config is any policy's
-
-
-def kind_of(config: dict, asked: str, name: str) -> str:
-    """The kind of a reward model, one of `KINDS`.
-
-    `auto` goes by the architecture in the config. A pair-preference model cannot be told from an ordinary
-    policy, and a policy given by mistake would yield plausible numbers: such a model must be asked for, or
-    carry the published name.
-
-    Args:
-        config: mapping of its config.json.
-        asked: `auto` or the kind that the user says it is.
-        name: folder or hub name.
-
-    Raises:
-        UserError: no kind known here, or another one than was asked for; several labels.
-    """
-    architecture = (config.get("architectures") or ["ForSequenceClassification"])[0]
-    if architecture == "LlamaForRewardModelWithGating":
-        found = "armorm"
-    elif architecture.endswith("ForSequenceClassification"):
-        found = "bradley_terry"
-    elif architecture.endswith("ForCausalLM"):
-        found = "pair_preference"
-    else:
-        raise UserError(
-            f"{name} is not a reward model of a kind known here: its config says {architecture}; known are "
-            "...ForSequenceClassification with one label, LlamaForRewardModelWithGating (ArmoRM), and "
-            "pair-preference models"
-        )
-    if asked not in ("auto", found):
-        raise UserError(f"{name} is a {architecture}, which is {found}, not --reward_type {asked}")
-    named = Path(name).name.startswith(PAIR_PREFERENCE_NAMES)
-    if asked == "auto" and found == "pair_preference" and not named:
-        raise UserError(
-            f"{name} is a {architecture}, as a policy is, and no classifier with one label; "
-            "if it is a pair-preference model, say --reward_type pair_preference"
-        )
-    labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels")
-    if found == "bradley_terry" and labels not in (None, 1):
-        raise UserError(f"{name} has num_labels = {labels}; a Bradley-Terry reward model has 1")
-    return found
-
 
 class BradleyTerry(Backbone):
-    """A sequence classifier with one label (FsfairX, Skywork-Reward, …); the reward is its raw logit.
-
-    Raises:
-        UserError: as `Backbone`; several labels.
-    """
-
-    def __init__(self, name, **options):
-        super().__init__(name, **options)
-        kind_of(self.config.to_dict() | {"num_labels": self.config.num_labels}, "bradley_terry", name)
+    """A sequence classifier with one label (FsfairX, Skywork-Reward, …); the reward is its raw logit."""
 
     def load(self):
         import transformers
@@ -142,7 +89,6 @@ class ArmoRM(Backbone):
 
     def __init__(self, name, **options):
         super().__init__(name, **options)
-        kind_of(self.config.to_dict(), "armorm", name)
         self.header = self.tokenizer(self.HEADER, add_special_tokens=False)["input_ids"]
         if sum(i in self.tokenizer.added_tokens_decoder for i in self.header) != 3:
             raise UserError(f"{name}: its tokenizer lacks Llama-3's header tokens, which ArmoRM looks for")

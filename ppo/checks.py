@@ -5,10 +5,12 @@ Errors call an argument by its key, as a YAML and `--key value` have it.
 
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from annotate_data import arguments as annotation
+from annotate_data.kinds import KINDS
 from common import trackers
 from common.cli import UserError, count, existing_file, refuse
 from common.models import check_model, check_policy
@@ -68,7 +70,7 @@ def check(args: "Arguments", processes: int | None = None, prompts: int | None =
         )
     problems += check_schedule(args)
     for function, *given in (
-        (check_samples, args, args.reward_type),
+        (check_samples, args, [KINDS[kind].scorer for kind in args.reward_type if kind in KINDS]),
         (trackers.check, args.report_to, "report_to", trackers.FIGURES),
     ):
         try:
@@ -153,13 +155,13 @@ def fitting(args: "Arguments", processes: int, prompts: int | None = None) -> di
     return max(near, key=lambda one: [*reversed(one.values())], default={})
 
 
-def check_samples(args: "Arguments", kinds: list[str]):
+def check_samples(args: "Arguments", scorers: Iterable):
     """Refuse one response a prompt where responses are compared: all would score the same.
 
     Args:
-        kinds: what was asked for, or the names of the scorers' classes once `auto` has been found out.
+        scorers: of get_rewards.py, or their classes.
     """
-    if args.samples_per_prompt == 1 and {"pair_preference", "PairPreference"} & set(kinds):
+    if args.samples_per_prompt == 1 and any(scorer.compares for scorer in scorers):
         raise UserError(
             "a pair-preference model compares the responses of a prompt: give samples_per_prompt 2 or more"
         )

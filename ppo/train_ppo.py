@@ -405,7 +405,7 @@ class PPO:
 
         threads = torch.get_num_threads()
         self.scorers = make_scorers(scoring(self.args))
-        check_samples(self.args, [type(scorer).__name__ for scorer in self.scorers])
+        check_samples(self.args, self.scorers)
         self.prompts, refused = scorable_prompts(self.args, self.scorers, self.prompts)
         self.skipped += refused
         for scorer in self.scorers:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from annotate_data.arguments import Arguments as Annotation
 from annotate_data.arguments import check as check_annotation
+from annotate_data.kinds import KINDS
 from common import records
 from common.cli import UserError, arg
 from ppo.openrlhf.inherit import inherit
@@ -53,7 +54,7 @@ def check(args: RewardArguments) -> Annotation:
     values = {key: getattr(args, key) for key in Annotation.__dataclass_fields__.keys() - NOT_TAKEN}
     asked = Annotation("-", "-", chat_template=args.reward_chat_template, **values)
     check_annotation(asked)
-    if "pair_preference" in asked.reward_type:
+    if any(KINDS[kind].scorer.compares for kind in asked.reward_type if kind != "auto"):
         raise UserError(COMPARES)
     return asked
 
@@ -106,7 +107,6 @@ class Rewards:
 
     def load(self) -> "Rewards":
         from annotate_data.get_rewards import make_scorers
-        from annotate_data.preference import PairPreference
         from common.devices import check_torch, prepare_threads
         from common.models import load_tokenizer
 
@@ -116,7 +116,7 @@ class Rewards:
         self.texts = Texts(load_tokenizer(self.args.policy, trust_remote_code=self.args.trust_remote_code))
         self.scorers = make_scorers(self.asked)
         for scorer in self.scorers:
-            if isinstance(scorer, PairPreference):
+            if scorer.compares:
                 raise UserError(f"{scorer.name}: {COMPARES}")
             scorer.load()
         return self

@@ -8,7 +8,7 @@ import micro
 import pytest
 from rewarding import armorm, flat, generated, write
 
-from annotate_data import preference, reward_models
+from annotate_data import kinds, preference, reward_models
 from common import cli
 
 pytestmark = pytest.mark.env("vllm")
@@ -263,7 +263,7 @@ def test_pair_preference_of_other_families_against_the_whole_model(family, archi
     from transformers import AutoModelForCausalLM
 
     folder = micro.make_pair_preference(tmp_path / "rm", family, architecture)
-    scorer = preference.PairPreference(str(folder), save_pairs=True)
+    scorer = preference.PairPreference(str(folder), save_pair_probabilities=True)
     scorer.load()
     prompt, responses = [{"role": "system", "content": "s"}, *turns("q?")], ["yes", "no no", "x" * 30]
     [(_, found)] = list(scorer.score([{"prompt": prompt, "responses": responses}]))
@@ -300,7 +300,7 @@ def test_a_policy_is_not_taken_for_a_preference_model(models, annotate, refused,
     told = refused(models["bt"], reward_type="pair_preference")
     assert "which is bradley_terry, not --reward_type pair_preference" in told
     assert "not one of auto" in refused(policy, reward_type="pairs")
-    assert "--ranking is for pair-preference models" in refused(models["bt"], ranking="tournament")
+    assert "--ranking is for pair_preference reward models" in refused(models["bt"], ranking="tournament")
     assert len(annotate(policy, reward_type="pair_preference")) == 2  # told so, it is believed
 
 
@@ -328,7 +328,17 @@ def test_a_tokenizer_without_single_letters_is_refused(models, tmp_path):
 def test_kinds_go_by_the_config(architecture, asked, name, kind):
     config = {"architectures": [architecture], "id2label": {"0": "x"}}
     if kind:
-        assert reward_models.kind_of(config, asked, name) == kind
+        assert kinds.kind_of(config, asked, name) == kind
     else:
         with pytest.raises(cli.UserError, match="not a reward model of a kind known here"):
-            reward_models.kind_of(config, asked, name)
+            kinds.kind_of(config, asked, name)
+
+
+def test_a_kind_is_an_entry(monkeypatch):
+    """One with the same config as another must be asked for, by its name or its key."""
+    config = {"architectures": ["LlamaForCausalLM"]}
+    monkeypatch.setitem(kinds.KINDS, "yes", kinds.Kind(object, "ForCausalLM", names=("my-yes",)))
+    assert kinds.kind_of(config, "yes", "m") == kinds.kind_of(config, "auto", "x/my-yes-8b") == "yes"
+    assert kinds.kind_of(config, "auto", "pair-preference-model-x") == "pair_preference"
+    with pytest.raises(cli.UserError, match="--reward_type pair_preference or yes$"):
+        kinds.kind_of(config, "auto", "m")

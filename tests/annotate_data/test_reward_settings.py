@@ -102,7 +102,7 @@ def test_prompts_that_the_template_refuses_are_told_by_the_check(settings, tmp_p
     (("bt", "armo"), {}, "need --reward_weights"),
     (("bt",), {"max_length": 0}, "--max_length must be at least 1"),
     (("bt",), {"chunk_records": 0}, "--chunk_records must be at least 1"),
-    (("bt",), {"ranking": "tournament"}, "--ranking is for pair-preference models"),
+    (("bt",), {"ranking": "tournament"}, "--ranking is for pair_preference reward models"),
     (("bt",), {"rewards_weights": [1]}, "did you mean 'reward_weights'"),
     (("bt",), {"reward_function": "nowhere.py:f", "reward_weights": [1, 1]}, "no such reward function file"),
     (("nowhere",), {}, "nowhere: no such folder"),

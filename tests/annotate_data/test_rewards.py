@@ -125,7 +125,7 @@ def test_records_of_other_tools_and_several_files(model, annotate, tmp_path):
 
 
 def test_bad_input_is_refused_before_the_model(model, refused, tmp_path, monkeypatch):
-    monkeypatch.setattr(get_rewards, "BradleyTerry", None)  # calling it would be a TypeError
+    monkeypatch.setattr(get_rewards, "make_scorers", None)  # calling it would be a TypeError
     monkeypatch.setattr(get_rewards, "World", None)
     source, rows = tmp_path / "gen.jsonl", generated(tmp_path / "gen.jsonl")
     assert "gen.jsonl" in refused(model(), source="gen.json").split("there is")[1]
