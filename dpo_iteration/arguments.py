@@ -11,7 +11,7 @@ from common.models import check_policy
 from common.training import Training, world_size
 from dpo_iteration import adapters, trl_arguments
 from dpo_iteration.losses import LOSSES
-from dpo_iteration.pairs import CHOOSE_TYPES, PENALISED
+from dpo_iteration.pairs import CHOOSE_TYPES
 from dpo_iteration.trl_arguments import TRLArguments
 
 LEAST_STEPS = 4  # a pass over the pairs has at least so many optimizer steps, where the batch can be halved
@@ -73,7 +73,8 @@ class Arguments(TRLArguments):
 
     choose_type: str = arg(
         "max_min",
-        "which two responses: " + ", ".join(f"{name} {words}" for name, words in CHOOSE_TYPES.items()),
+        "which two responses: "
+        + ", ".join(f"{name} {choice.words}" for name, choice in CHOOSE_TYPES.items()),
         choices=CHOOSE_TYPES,
     )
     length_penalty: float = arg(0.0, "reward per token taken off by choose_type max_min_p")
@@ -87,7 +88,7 @@ class Arguments(TRLArguments):
     max_length: int = arg(2048, "tokens of prompt and response; longer responses are cut on the right")
     max_prompt_length: int = arg(1024, "tokens of the prompt; longer prompts are cut on the left")
 
-    loss_type: list[str] = arg(["sigmoid"], "DPO loss, or several (with loss_weights); names as in TRL")
+    loss_type: list[str] = arg(["sigmoid"], f"DPO loss, or several with loss_weights, of {', '.join(LOSSES)}")
     beta: float = arg(0.1, "strength of the tie to the reference")
     label_smoothing: float = arg(
         0.1, "share of preferences taken as wrong, below 0.5; with sigmoid: conservative DPO"
@@ -391,8 +392,8 @@ def check_numbers(args: Arguments):
     if not 0 < args.max_prompt_length < args.max_length:
         limit = f"--max_length {args.max_length}"
         raise UserError(f"--max_prompt_length {args.max_prompt_length} must be above 0 and below {limit}")
-    if args.length_penalty and args.choose_type not in PENALISED:
-        only = " and ".join(sorted(PENALISED))
+    if args.length_penalty and not CHOOSE_TYPES[args.choose_type].penalised:
+        only = " and ".join(name for name, choice in CHOOSE_TYPES.items() if choice.penalised)
         raise UserError(f"--length_penalty is used by --choose_type {only} only, not by {args.choose_type}")
 
 

@@ -7,7 +7,7 @@
 TRL's `loss_type`, whose trainer is the oracle in the tests; beyond it there are label smoothing for `sigmoid`
 and an offset by the pair's margin.
 
-A new loss is a function here with `@loss()` above it. Torch is imported where it is needed, so that
+A new loss is a function here with `@loss(trl=False)` above it. Torch is imported where it is needed, so that
 arguments can be checked without it.
 """
 
@@ -68,11 +68,13 @@ class Loss:
     compute: gives the loss of each pair, [pairs], from Pairs and Settings; None for TRL's own computation.
     smoothed: `label_smoothing` has an effect.
     offset: `margin_scale` has an effect: the loss is a function of `scaled_difference` alone.
+    trl: TRL has it under the same name, and the tests hold it to that.
     """
 
     compute: Callable[[Pairs, Settings], torch.Tensor] | None = None
     smoothed: bool = False
     offset: bool = False
+    trl: bool = True
 
 
 # The losses by name. Of these three a pair's loss depends on the other pairs of its pass, or on tokens alone:
@@ -80,11 +82,11 @@ class Loss:
 LOSSES = {"aot": Loss(smoothed=True), "aot_unpaired": Loss(smoothed=True), "sft": Loss()}
 
 
-def loss(smoothed: bool = False, offset: bool = False) -> Callable:
+def loss(smoothed: bool = False, offset: bool = False, trl: bool = True) -> Callable:
     """Make a function a loss under its own name; see Loss."""
 
     def register(function: Callable) -> Callable:
-        LOSSES[function.__name__] = Loss(function, smoothed, offset)
+        LOSSES[function.__name__] = Loss(function, smoothed, offset, trl)
         return function
 
     return register

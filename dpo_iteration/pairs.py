@@ -16,14 +16,6 @@ from common import tokens
 from common.cli import UserError
 from common.records import dumps, finite, is_empty, read_rewarded, record_id
 
-CHOOSE_TYPES = {  # see `choose`
-    "max_min": "best and worst",
-    "max_max": "best and second",
-    "max_random": "best and a random worse one",
-    "random": "two random ones",
-    "max_min_p": "best and worst by reward less length_penalty",
-}
-PENALISED = {"max_min_p"}  # those that choose by reward - length_penalty × tokens
 PER_RESPONSE = ("responses", "rewards", "finish_reasons", "num_tokens", tokens.RESPONSES)  # K entries each
 # Of a pair, for each of its sides.
 SIDE_FIELDS = ("", "_index", "_reward", "_finish_reason", "_num_tokens", "_token_ids")
@@ -90,9 +82,7 @@ def choose(
     Args:
         scores: K floats; a list or dict from index to score.
         usable: indices that take part, at least two.
-        choose_type: `max_min` best against worst, `max_max` best against second best, `max_random` best
-            against a random worse one, `random` two random ones of different score, `max_min_p` as `max_min`
-            on penalised scores.
+        choose_type: one of `CHOOSE_TYPES`.
         rng: random.Random, used by the random types only.
         empty: indices of responses that must not be chosen, however high their score.
     """
@@ -103,27 +93,55 @@ def choose(
     if best is None:
         return None
     ranked = ranked[ranked.index(best) :]  # empty ones that score higher take no part
-    in_order = sorted(ranked)
-    if choose_type == "random":
-        first = rng.choice(in_order)
-        others = [
-            i
-            for i in in_order
-            if scores[i] != scores[first] and max(i, first, key=scores.__getitem__) not in empty
-        ]
-        if not others:
-            return None
-        return tuple(sorted((first, rng.choice(others)), key=lambda i: -scores[i]))
-    worse = [i for i in in_order if scores[i] < scores[best]]
-    if not worse:
+    if scores[ranked[-1]] == scores[best]:
         return None
-    if choose_type == "max_max":
-        rejected = ranked[1]
-    elif choose_type == "max_random":
-        rejected = rng.choice(worse)
-    else:
-        rejected = min(worse, key=scores.__getitem__)
-    return (best, rejected) if scores[best] > scores[rejected] else None
+    found = CHOOSE_TYPES[choose_type].pick(ranked, scores, rng, empty)
+    return found if found and scores[found[0]] > scores[found[1]] else None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A value of `choose_type`.
+
+    pick: gives (chosen, rejected) of the indices from best to worst, their scores, a random.Random and the
+        empty responses, which may not be chosen. The best may be chosen, and the worst scores less.
+    penalised: scores are reward - length_penalty × tokens.
+    """
+
+    words: str
+    pick: Callable[[list[int], list[float] | dict[int, float], random.Random, Container[int]], tuple | None]
+    penalised: bool = False
+
+
+def best_and_worst(ranked: list[int], scores: dict, rng: random.Random, empty: Container[int]) -> tuple:
+    return ranked[0], min(sorted(ranked), key=scores.__getitem__)
+
+
+def best_and_second(ranked: list[int], scores: dict, rng: random.Random, empty: Container[int]) -> tuple:
+    return ranked[0], ranked[1]
+
+
+def best_and_random(ranked: list[int], scores: dict, rng: random.Random, empty: Container[int]) -> tuple:
+    return ranked[0], rng.choice([i for i in sorted(ranked) if scores[i] < scores[ranked[0]]])
+
+
+def two_random(ranked: list[int], scores: dict, rng: random.Random, empty: Container[int]) -> tuple | None:
+    first = rng.choice(sorted(ranked))
+    others = [
+        i
+        for i in sorted(ranked)
+        if scores[i] != scores[first] and max(i, first, key=scores.__getitem__) not in empty
+    ]
+    return tuple(sorted((first, rng.choice(others)), key=lambda i: -scores[i])) if others else None
+
+
+CHOOSE_TYPES = {
+    "max_min": Choice("best and worst", best_and_worst),
+    "max_max": Choice("best and second", best_and_second),
+    "max_random": Choice("best and a random worse one", best_and_random),
+    "random": Choice("two random ones of different score", two_random),
+    "max_min_p": Choice("best and worst by reward less length_penalty", best_and_worst, penalised=True),
+}
 
 
 def make_pairs(
@@ -139,9 +157,9 @@ def make_pairs(
 ) -> tuple[list[dict], str | None, Counter]:
     """(pairs, reason why there are none or None, Counter of responses left out) of one rewarded record.
 
-    The score is the reward; for `max_min_p` it is reward - length_penalty × length in tokens, by which both
-    are chosen and the margin is taken. Lengths are the record's `num_tokens`, else `count_tokens(text)`. A
-    second pair is chosen as the first was, among the responses that are left.
+    The score is the reward, or for a penalised choice reward - length_penalty × length in tokens, by which
+    both are chosen and the margin is taken. Lengths are the record's `num_tokens`, else `count_tokens(text)`.
+    A second pair is chosen as the first was, among the responses that are left.
     """
     usable, left_out = usable_responses(record, drop_truncated, drop_empty)
     if len(record["responses"]) < 2:
@@ -151,7 +169,7 @@ def make_pairs(
         return [], f"fewer than two usable responses: {why}", left_out
     scores = {i: record["rewards"][i] for i in usable}
     lengths = record.get("num_tokens") or [None] * len(record["responses"])
-    if choose_type in PENALISED:
+    if CHOOSE_TYPES[choose_type].penalised:
         lengths = [
             n if n is not None else count_tokens(text) for n, text in zip(lengths, record["responses"])
         ]
