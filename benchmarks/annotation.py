@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from annotate_data.reward_models import BradleyTerry
 from benchmarks.random_models import make_model
-from common import chat, cli, devices, models, records
+from common import chat, cli, devices, engine, models, records
 from common.cli import UserError, arg
 from common.manifest import versions, write_json
 
@@ -185,7 +185,7 @@ class Vllm(Way):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         options = {"gpu_memory_utilization": args.gpu_memory_utilization}
         if not args.gpu:
-            os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+            os.environ |= engine.variables(on_gpus=False) | engine.IN_PROCESS
             options = {
                 "enforce_eager": True,
                 "kv_cache_memory_bytes": 2**30,

@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # not this folder, whose generation.py would hide the package
 
 from benchmarks.random_models import make_model
+from common import engine
 from common.cli import UserError, arg, parse, run
 from common.devices import prepare_threads, visible_gpus
 from common.manifest import versions, write_json
@@ -176,7 +177,7 @@ def run_engine(way: str, asked: "get_hf2.Arguments") -> tuple[Watch, float, int]
     items = sampling.Prompts(asked, tokenizer, Nowhere(), limit, sampling.load_prompts(asked)).items
     if way == "bare":
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        os.environ |= engine.variables(bool(visible_gpus()))
         memory = {} if visible_gpus() else {"kv_cache_memory_bytes": int(asked.kv_cache_gib * 2**30)}
         llm = vllm.LLM(
             asked.model_name_or_path,

@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-# How vLLM is started, so that it reads the same files as transformers: Mistral's folders hold config, weights
-# and tokenizer twice.
-ENGINE_FORMATS = {"tokenizer_mode": "hf", "config_format": "hf", "load_format": "hf"}
 # Names of the length in configs, as vLLM 0.32 reads them (model_arch_config_convertor.py); the smallest
 # counts.
 LENGTHS = (

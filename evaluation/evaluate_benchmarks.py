@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import cli, devices, manifest, models
+from common import cli, devices, engine, manifest, models
 from common.cli import UserError, arg
 from common.run_folder import RunFolder
 
@@ -169,12 +169,9 @@ def figures(path: Path) -> dict[str, dict]:
 def variables(words: list[str]) -> dict[str, str]:
     """What the harness's command needs beside the environment that is there; what is set there stays."""
     needed = {"HF_ALLOW_CODE_EVAL": "1"} if "--confirm_run_unsafe_code" in words else {}
-    # both as generation/get_hf2.py does: no nvcc is needed, and on the CPU one process
-    if devices.visible_gpus():
-        vllm = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
-    else:
-        vllm = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    return needed | {key: value for key, value in vllm.items() if key not in os.environ}
+    gpus = bool(devices.visible_gpus())
+    needed |= engine.variables(gpus) | ({} if gpus else engine.IN_PROCESS)
+    return {key: value for key, value in needed.items() if key not in os.environ}
 
 
 def evaluate(args: Arguments, words: list[str], folder: Path, tasks: list[str]) -> dict[str, dict]:

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
-from common import models
+from common import engine, models
 from common.cli import UserError, arg, count, parse_jobs, run
 from common.devices import check_torch, prepare_threads, visible_gpus
 from common.manifest import Output, with_date
@@ -58,8 +58,6 @@ class Arguments(sampling.SamplingArguments):
     per_job = ("dataset_name_or_path", "output_dir", "K", "temperature", "iteration")  # see cli.parse_jobs
 
 
-# Sizes of attention heads that vLLM 0.32's CPU build has a kernel for; a test asks it.
-CPU_HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 IN_ENGINE = 4  # sequences that the engine holds, decoding or waiting, per slot, so that no slot waits for us
 # One for all jobs: what the engine is, and which shard this process does.
 ONE_FOR_ALL = (*Arguments.__annotations__, "revision", "trust_remote_code")
@@ -68,20 +66,6 @@ ONE_FOR_ALL = (*Arguments.__annotations__, "revision", "trust_remote_code")
 def shaping(job: Arguments) -> tuple[dict, dict]:
     """(settings, inputs) of a job that shape its answers, the shard apart; what a manifest holds."""
     return sampling.shaping(job, "model_name_or_path")
-
-
-def check_head_size(name: str) -> None:
-    """Refuse a local model whose attention heads have a size that vLLM cannot compute without a GPU."""
-    config = models.local_config(name) or {}
-    shape = config.get("text_config") or config
-    hidden = shape.get("hidden_size") or shape.get("n_embd")
-    heads = shape.get("num_attention_heads") or shape.get("n_head")
-    size = shape.get("head_dim") or (hidden // heads if hidden and heads else None)
-    if size and size not in CPU_HEAD_SIZES and not shape.get("kv_lora_rank"):  # latent attention has its own
-        raise UserError(
-            f"{name} has attention heads of size {size}, and vLLM has no kernel for it without a GPU: there "
-            f"it takes sizes {', '.join(map(str, CPU_HEAD_SIZES))}"
-        )
 
 
 def check(jobs: list[Arguments]) -> None:
@@ -107,7 +91,7 @@ def check(jobs: list[Arguments]) -> None:
     models.check_policy(args.model_name_or_path)
     gpus = visible_gpus()
     if not gpus:
-        check_head_size(args.model_name_or_path)
+        engine.check_head_size(args.model_name_or_path)
     if gpus and args.tensor_parallel_size > len(gpus):
         raise UserError(
             f"--tensor_parallel_size {args.tensor_parallel_size}, but this process sees {len(gpus)} GPUs; "
@@ -119,16 +103,12 @@ def start_engine(args: Arguments, limit: int | None, needed: int) -> "LLM":
     """The vLLM engine, with room for `needed` tokens of prompt and response."""
     check_torch()
     on_cpu, length = not visible_gpus(), min(needed, limit or needed)
-    # Seeded requests never use that sampler, but vLLM would compile it at its start, and die without nvcc.
-    environment = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
+    environment = engine.variables(not on_cpu) | {"VLLM_LOGGING_LEVEL": "WARNING"}
     options = {"gpu_memory_utilization": args.gpu_memory_utilization}
     if on_cpu:
         environment["VLLM_LOGGING_LEVEL"] = "ERROR"  # it warns for a page
-        # vLLM's own binding goes by NUMA nodes, so that several shards would share the same cores.
-        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // args.my_world_size))
-        # In one process: an engine process of its own would import everything a second time.
-        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        environment |= engine.IN_PROCESS
         # A seeded request must not be split over two steps there, hence whole prompts in one step.
         options = {"enforce_eager": True, "enable_chunked_prefill": False}
         options["max_num_batched_tokens"] = max(length, 4096)
@@ -147,7 +127,7 @@ def start_engine(args: Arguments, limit: int | None, needed: int) -> "LLM":
             trust_remote_code=args.trust_remote_code,
             tensor_parallel_size=args.tensor_parallel_size,
             dtype=args.dtype,
-            **models.ENGINE_FORMATS,
+            **engine.FORMATS,
             max_model_len=length,
             enable_prefix_caching=True,
             generation_config="vllm",

@@ -25,7 +25,6 @@ stop_seconds="${stop_seconds:-30}"                      # grace period before SI
 state_dir="${state_dir:-./data/servers}"                # which processes were started
 log_dir="${log_dir:-$state_dir}"                        # server_PORT.log
 python="${python:-python}"                              # of the environment `vllm`
-cpu_bind="${VLLM_CPU_OMP_THREADS_BIND:-nobind}"         # vLLM's own choice would pin every server to the same cores
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$root/common/lock.sh"
@@ -147,16 +146,14 @@ check_port() {
 
 # start_server PORT GPU…: one server in a session of its own, so that it outlives this script and can be ended whole.
 start_server() {
-  local gpus environment=() options=(
+  local gpus environment=("${needed[@]}") options=(
     --model "$model"
     --served-model-name "$model"
     --host "$host"
     --port "$1"
     --dtype "$dtype"
     --generation-config vllm
-    --tokenizer-mode hf # as get_hf2.py: Mistral's folders hold config, weights and tokenizer twice, and once as transformers reads them
-    --config-format hf
-    --load-format hf
+    "${formats[@]}"
   )
   if [[ -n $max_model_len ]]; then options+=(--max-model-len "$max_model_len"); fi
   if [[ -n $max_num_seqs ]]; then options+=(--max-num-seqs "$max_num_seqs"); fi
@@ -165,14 +162,12 @@ start_server() {
   if [[ -n $cache_bytes ]]; then options+=(--kv-cache-memory-bytes "$cache_bytes"); fi
   gpus="$(IFS=, && echo "${*:2}")"
   if [[ -n $gpus ]]; then
-    # As get_hf2.py does: that sampler is compiled at the start, and dies without nvcc; seeded requests never use it.
-    environment+=(CUDA_VISIBLE_DEVICES="$gpus" VLLM_USE_FLASHINFER_SAMPLER="${VLLM_USE_FLASHINFER_SAMPLER:-0}")
+    environment+=(CUDA_VISIBLE_DEVICES="$gpus")
     options+=(--tensor-parallel-size "$tensor_parallel_size" --gpu-memory-utilization "$gpu_memory_utilization")
   else
     # As get_hf2.py does: a seeded request must not be split over two steps on a CPU, so whole prompts in one step.
     # Idle threads sleep: spinning ones cost a busy machine several times the work itself.
-    environment+=(VLLM_CPU_OMP_THREADS_BIND="$cpu_bind" OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}")
-    environment+=(OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}")
+    environment+=(OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}" OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}")
     options+=(--enforce-eager --no-enable-chunked-prefill)
     if [[ -n $max_model_len ]]; then
       options+=(--max-num-batched-tokens "$((max_model_len > 4096 ? max_model_len : 4096))")
@@ -253,9 +248,11 @@ command -v "$python" >/dev/null || fail "no $python here: activate the environme
 reach="$host"
 [[ $host != 0.0.0.0 ]] || reach=127.0.0.1
 
-# One start of Python checks what needs Python, and prints the visible GPUs on one line and the usable cores on the next.
+# One start of Python checks what needs Python, and prints a line each: the visible GPUs, the usable cores, and variables and
+# flags of every engine.
 found="$(PYTHONPATH="$root" "$python" - "$model" <<'PYTHON'
 import importlib.util, os, sys
+from common import engine
 from common.cli import UserError
 from common.devices import visible_gpus
 from common.models import check_model
@@ -267,10 +264,11 @@ except UserError as error:
     sys.exit(f"error: {error}")
 print(",".join(visible_gpus()))
 print(len(os.sched_getaffinity(0)))
+print(*(f"{key}={value}" for key, value in engine.variables(bool(visible_gpus())).items()))
+print(*(word for key, value in engine.FORMATS.items() for word in (f"--{key.replace('_', '-')}", value)))
 PYTHON
 )" || exit 2
-cores="${found##*$'\n'}"
-visible="${found%%$'\n'*}"
+{ read -r visible; read -r cores; read -r -a needed; read -r -a formats; } <<<"$found"
 IFS=, read -r -a devices <<<"${gpus:-$visible}"
 if ((${#devices[@]})); then
   [[ -n $visible ]] || fail "gpus=$gpus, but there is no GPU here"

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from annotate_data import arguments as annotation
 from annotate_data.functions import EXAMPLE
-from common import models, trackers
+from common import engine, models, trackers
 from common.cli import UserError, build
 from common.cli import count as counted
 from common.functions import function_file
 from common.models import check_policy
 from dpo_iteration import arguments as dpo
 from dpo_iteration import memory
-from generation import get_hf2, sampling
+from generation import sampling
 from loop import changes
 from loop.estimates import describe, parameters
 from loop.prompt_sets import check_prompts, first_prompt
@@ -99,7 +99,7 @@ def check_models(plan: "Plan", found: Findings):
     check_settings(plan, found)
     found.attempt(check_policy, settings.model_name_or_path, "model_name_or_path")
     if not gpus_of(settings):
-        found.attempt(get_hf2.check_head_size, settings.model_name_or_path)
+        found.attempt(engine.check_head_size, settings.model_name_or_path)
     check_model_files(settings, "model_name_or_path", settings.model_name_or_path, settings.generation, found)
     scorers = {"annotation": ("reward_name_or_path", settings.reward_name_or_path or [])}
     if settings.eval_reward_model:

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from common.records import finite, is_empty
+from common.records import finite
 from common.run_folder import KINDS
 from evaluation import measures
 from evaluation.metrics import same_answers
@@ -198,7 +198,7 @@ def of_answers(answers: Answers) -> dict:
         "length": float(known.mean()) if len(known) else None,
         "length_p90": float(np.quantile(known, 0.9)) if len(known) else None,
         "truncated": float((cut == 1).mean()) if len(cut) else None,
-        "empty": sum(map(is_empty, texts)) / len(texts) if texts else None,
+        "empty": answers.empty / len(answers.rewards) if len(answers.rewards) else None,
         "commonest": Counter(texts).most_common(1)[0][1] / len(texts) if texts else None,
         "repetition": float(repeated.mean()),
         "looping": float((repeated >= 0.5).mean()),

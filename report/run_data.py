@@ -26,7 +26,7 @@ from common.cli import UserError, count
 from common.hide import hidden
 from common.jsonl import BadRecord, jsonl_records
 from common.manifest import beside
-from common.records import finite, read_rewarded
+from common.records import finite, is_empty, read_rewarded
 from common.run_folder import KINDS, RunFolder, is_evaluated, is_ppo, read_object
 from evaluation.metrics import load_gold
 from report import clean
@@ -45,7 +45,7 @@ class Answers:
         rewards: float64, NaN where null. lengths: tokens, -1 unknown. cut: 1 hit the length limit, 0 not, -1
             unknown.
         gold: float64, NaN where the gold function gave nothing, or None without one.
-        distinct: N shares of different texts among a prompt's responses.
+        distinct: N shares of different texts among a prompt's responses. empty: responses without text.
         different, tied: pairs of responses of one prompt with different texts, and those of them with equal
             rewards.
         kept: records of the seeded sample, smallest hash first, with `gold` where there is one.
@@ -59,6 +59,7 @@ class Answers:
     cut: np.ndarray = None
     gold: np.ndarray | None = None
     distinct: np.ndarray = None
+    empty: int = 0
     different: int = 0
     tied: int = 0
     kept: list = field(default_factory=list)
@@ -198,6 +199,7 @@ def read_answers(path: Path, gold: Callable | None = None, seed: int = 0, keep: 
             different, tied = ties(texts, flat[0])
             found.different, found.tied = found.different + different, found.tied + tied
             distinct.append(len(set(texts)) / len(texts))
+            found.empty += sum(map(is_empty, texts))
             sample.add(key, record)
         if bad:
             found.wrong = f"{count(len(bad), 'line')} cannot be read"

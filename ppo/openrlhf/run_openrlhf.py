@@ -24,6 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from any folder
 
+from common import engine
 from common.cli import UserError, parse, run
 from common.devices import visible_gpus
 from common.manifest import beside, read_manifest, versions, with_date, write_json
@@ -66,11 +67,10 @@ def show(command: list[str], environment: dict) -> str:
 
 def environment(args: Arguments, found: Plan) -> dict:
     """Variables that the command needs on top of those that are there; no secrets."""
-    # The sampler that vLLM would compile at its start is one that seeded requests never use. DeepSpeed
-    # refuses to compile its optimizer where the toolkit is of another minor version than torch's, which does
-    # no harm.
-    needed = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "DS_SKIP_CUDA_CHECK": "1"}
-    needed = {key: value for key, value in needed.items() if key not in os.environ}
+    needed = engine.variables(on_gpus=True)
+    # DeepSpeed refuses to compile its optimizer where the toolkit is of another minor version than torch's,
+    # which does no harm.
+    needed |= {} if "DS_SKIP_CUDA_CHECK" in os.environ else {"DS_SKIP_CUDA_CHECK": "1"}
     gpus, used = visible_gpus(), found.placement.all_gpus
     if args.ray_address:
         needed["RAY_ADDRESS"] = args.ray_address

@@ -17,7 +17,7 @@ import micro
 import pytest
 from engine import arguments, engine_vocabulary, get_hf2_main, policy, records, write
 
-from common import chat
+from common import chat, engine
 from common.cli import UserError
 from common.manifest import Output, beside, read_manifest
 from generation import get_hf2, merge_data, sampling
@@ -341,7 +341,7 @@ def test_the_head_sizes_are_those_of_the_cpu_build():
             return False
         return True
 
-    assert tuple(size for size in range(1, 577) if has_kernel(size)) == get_hf2.CPU_HEAD_SIZES
+    assert tuple(size for size in range(1, 577) if has_kernel(size)) == engine.CPU_HEAD_SIZES
 
 
 @pytest.mark.long
@@ -358,7 +358,7 @@ def test_a_head_size_that_is_refused_does_not_work(prompts, tmp_path, size, work
         tmp_path / "out",
     ]
     given += ["--K", 1, "--max_new_tokens", 4, "--kv_cache_gib", 0.25]
-    for program in ("", "get_hf2.check_head_size = lambda name: None; "):
+    for program in ("", "get_hf2.engine.check_head_size = lambda name: None; "):
         code = f"import sys; sys.path.insert(0, '{SCRIPT.parents[1]}'); from generation import get_hf2; "
         code += f"from common.cli import run; {program}run(get_hf2.main)"
         command = [sys.executable, "-c", code, *map(str, given)]
