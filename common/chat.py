@@ -190,9 +190,12 @@ def missing_header(tokenizer: "PreTrainedTokenizerBase", template_kwargs: dict |
     Empty for a sound template. Another one ignores `add_generation_prompt`: the policy would have to sample
     the header of its own turn.
     """
-    turns, whole = _answered(tokenizer, template_kwargs)
-    prompt = render(tokenizer, turns, True, template_kwargs)
-    silent = prompt == render(tokenizer, turns, False, template_kwargs)
+    try:
+        turns, whole = _answered(tokenizer, template_kwargs)
+        prompt = render(tokenizer, turns, True, template_kwargs)
+        silent = prompt == render(tokenizer, turns, False, template_kwargs)
+    except UserError:  # nobody asks it for these turns
+        return ""
     if not silent or MARK not in whole or not whole.startswith(prompt):
         return ""
     return whole[len(prompt) : whole.rindex(MARK)].strip()

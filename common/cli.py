@@ -235,5 +235,5 @@ def _scalar(text):
 
     try:
         return load_yaml(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, UnicodeEncodeError):  # bytes that are no UTF-8 are text
         return text

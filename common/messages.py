@@ -59,6 +59,10 @@ def to_messages(value: object, where: str) -> list[dict]:
     return messages
 
 
+def _no_message(message, where):
+    return UserError(f'{where}: a message is {{"role": …, "content": text}}, got {str(message)[:60]!r}')
+
+
 def _to_message(message, where):
     if isinstance(message, dict) and "role" not in message and "from" in message:
         role = SHAREGPT.get(message["from"]) if isinstance(message["from"], str) else None
@@ -69,16 +73,15 @@ def _to_message(message, where):
             )
         others = {key: item for key, item in message.items() if key not in ("from", "value")}
         message = {"role": role, "content": message.get("value")} | others
-    wrong = UserError(f'{where}: a message is {{"role": …, "content": text}}, got {str(message)[:60]!r}')
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise wrong
+        raise _no_message(message, where)
     content = message.get("content")
     if isinstance(content, list):  # as templates write parts: nothing between them
         content = "".join(_text_of_part(part, where) for part in content)
     others = {key: as_json(item) for key, item in message.items() if item is not None and item != []}
     others = {key: item for key, item in others.items() if key not in ("role", "content")}
     if not isinstance(content, str) and not (content is None and any(others.get(key) for key in CALLS)):
-        raise wrong
+        raise _no_message(message, where)
     known = {"role": message["role"]} | ({"content": content} if "content" in message else {})
     return known | others
 

@@ -9,6 +9,7 @@ REQUIRED = (
     "aiohttp",
     "datasets",
     "deepspeed",
+    "huggingface_hub",
     "jinja2",
     "numpy",
     "plotly",

@@ -167,11 +167,11 @@ def figures(path: Path) -> dict[str, dict]:
 
 
 def variables(words: list[str]) -> dict[str, str]:
-    """What the harness's command needs beside the environment that is there; what is set there stays."""
+    """What the harness's command needs; what the environment says of vLLM stays."""
     needed = {"HF_ALLOW_CODE_EVAL": "1"} if "--confirm_run_unsafe_code" in words else {}
     gpus = bool(devices.visible_gpus())
-    needed |= engine.variables(gpus) | ({} if gpus else engine.IN_PROCESS)
-    return {key: value for key, value in needed.items() if key not in os.environ}
+    vllm = engine.variables(gpus) | ({} if gpus else engine.IN_PROCESS)
+    return needed | {key: value for key, value in vllm.items() if key not in os.environ}
 
 
 def evaluate(args: Arguments, words: list[str], folder: Path, tasks: list[str]) -> dict[str, dict]:

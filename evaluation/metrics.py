@@ -294,11 +294,12 @@ def read_run(folder: str | Path) -> list[tuple[Path, dict]]:
     """
     run = RunFolder(folder)
     found = {i: read_metrics(run.metrics(i)) for i in run.iterations() if run.metrics(i).is_file()}
-    if not found:
-        if is_evaluated(settings_of(folder)):
-            there = "" if run.path.is_dir() else ", there is no such folder"
-            raise UserError(f"no iterN/metrics.json in {folder}{there}")
-        found = {i: {} for i in run.iterations() if read_object(run.model_manifest(i)).get("complete")}
+    if not is_evaluated(settings_of(folder)):
+        trained = [i for i in run.iterations() if read_object(run.model_manifest(i)).get("complete")]
+        found = {i: found.get(i, {}) for i in sorted({*found, *trained})}
+    elif not found:
+        there = "" if run.path.is_dir() else ", there is no such folder"
+        raise UserError(f"no iterN/metrics.json in {folder}{there}")
     seconds = run.seconds()
     for i, own in found.items():
         own["iterate"] = i

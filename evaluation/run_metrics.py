@@ -25,6 +25,7 @@ what it was told, so that no step is logged twice. The run's settings `project` 
 without them the tracker's own variable (WANDB_PROJECT) and the run's folder do.
 """
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -38,7 +39,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import cli, manifest, trackers
-from common.cli import arg, count, one_line
+from common.cli import UserError, arg, count, one_line
 from common.hide import hidden
 from common.manifest import write_json
 from common.records import finite
@@ -122,16 +123,31 @@ def _against(kind, answers, start, before, is_start):
 
 
 def made_of(run: RunFolder, gold_function: str | None) -> str:
-    """A hash of the sizes and times of all that the rows and gains are made of."""
-    found = [gold_function]
+    """A hash of the sizes and times of all that the rows and gains are made of, and made by."""
+    paths, specs = {Path(__file__), Path(metrics.__file__)}, {gold_function}
     for pattern in ("stages.jsonl", "iter*/*.json", "iter*/*.jsonl"):
-        stats = [(str(path.relative_to(run.path)), path.stat()) for path in sorted(run.path.glob(pattern))]
-        found += [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+        paths.update(run.path.glob(pattern))
+    for i in run.iterations():
+        held = read_object(run.metrics(i))
+        specs.add(held.get("gold_function"))
+        files = held.get("files")
+        paths.update(
+            run.iteration(i) / str(name) for name in (files if isinstance(files, dict) else {}).values()
+        )
+    paths.update(Path(spec.rpartition(":")[0]) for spec in specs if isinstance(spec, str))
+    found = [run.path.resolve().name, gold_function]
+    for path in sorted(paths):
+        with contextlib.suppress(OSError):  # a run at work renames and removes
+            stat = path.stat()
+            found.append((str(path), stat.st_size, stat.st_mtime_ns))
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
 def current(folder: str | Path, gold_function: str | None = None) -> dict:
-    """What RUN/metrics.json holds, written anew, with metrics.csv, where anything has changed."""
+    """What RUN/metrics.json holds, written anew, with metrics.csv, where anything has changed.
+
+    Its `gains` are null where they cannot be computed.
+    """
     run = RunFolder(folder)
     table, mark = run.metrics_table.with_suffix(".csv"), made_of(run, gold_function)
     held = read_object(run.metrics_table)
@@ -142,7 +158,10 @@ def current(folder: str | Path, gold_function: str | None = None) -> dict:
     writer.writeheader()
     writer.writerows(made)
     manifest.write_text(table, text.getvalue())
-    gained = metrics.gains(metrics.read_run(folder), gold_function)
+    try:
+        gained = metrics.gains(metrics.read_run(folder), gold_function)
+    except UserError:
+        gained, mark = None, None
     held = {"run": run.path.resolve().name, "iterates": made, "gains": gained, "made_of": mark}
     write_json(run.metrics_table, held)
     return held
@@ -210,7 +229,8 @@ def main():
     trackers.check(args.report_to, known=trackers.FIGURES)
     iterates, held = metrics.read_run(args.run), current(args.run, args.gold_function)
     log(args.run, held["iterates"], args.report_to or metrics.settings_of(args.run).get("report_to"))
-    print(metrics.table([(None, iterates, held["gains"])]))
+    gained = metrics.gains(iterates, args.gold_function) if held["gains"] is None else held["gains"]
+    print(metrics.table([(None, iterates, gained)]))
     for line in warnings(args.run) or alike(held["iterates"]):  # the page warns of the same
         print(line)
 

@@ -148,7 +148,11 @@ async def agree(session: "aiohttp.ClientSession", servers: list[Server]) -> tupl
         if isinstance(answer, BaseException):
             raise answer
         if answer != answers[0]:
-            told = (f"{s.url} serves {a[0]} (max_model_len {a[2]})" for s, a in zip(servers, answers))
+            told = (
+                f"{s.url} serves {a[0]} (max_model_len {a[2]})"
+                for s, a in zip(servers, answers)
+                if not isinstance(a, BaseException)
+            )
             raise UserError(f"{', '.join(told)}; all must serve the same")
     return answers[0]
 

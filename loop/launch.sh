@@ -116,8 +116,8 @@ shards() { # ENVIRONMENT LOG COMMAND…: NUMBER in LOG stands for that of the pr
   [ -z "$bad" ] || failed "${log/NUMBER/$bad}" "$status"
 }
 
-serve() { # LOG MODEL: start its servers. A file says so, for whatever must end them: this script, or the next start
-  [ "$mode" != run ] || { mkdir -p "${plan[run_dir]}/servers" && : >"${plan[run_dir]}/servers/in_use"; }
+serve() { # LOG MODEL: start its servers. A file says how they end, for this script or the next start
+  [ "$mode" != run ] || { mkdir -p "${plan[run_dir]}/servers" && printf '%s\0' "${stop_servers[@]}" >"${plan[run_dir]}/servers/in_use"; }
   in_env vllm "$1" "${start_servers[@]}" "$2"
 }
 
@@ -181,11 +181,14 @@ prune() { # I: once policy I is there and measured, the weights before the last 
 # ---- One driver at a time holds a run's folder -----------------------------------------------------------------------
 
 stop_started() { # end what this run started, and what a killed driver of this run left behind
-  local pid pids signal servers="${plan[run_dir]}/servers"
-  if [ -e "$servers/in_use" ]; then # by another start, perhaps, with other settings
-    [ "${#stop_servers[@]}" -gt 0 ] || stop_servers=(bash generation/register_server.sh stop "$servers")
-    stop_seconds=10 "${stop_servers[@]}" >&2 {lock}>&- || true
-    rm -f -- "$servers/in_use"
+  local pid pids signal stopping in_use="${plan[run_dir]}/servers/in_use"
+  if [ -s "$in_use" ]; then
+    mapfile -d '' -t stopping <"$in_use"
+    if stop_seconds=10 "${stopping[@]}" >&2 {lock}>&-; then
+      rm -f -- "$in_use"
+    else
+      say "note: the servers may still be there, this failed: $(shown "${stopping[@]}")" >&2
+    fi
   fi
   for signal in TERM KILL; do
     for _ in 1 2 3 4 5 6 7 8 9 10; do

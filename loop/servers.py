@@ -18,18 +18,25 @@ ENGINE = (  # arguments of get_hf2.py that are settings of register_server.sh to
 )
 
 
+def listed(value: object) -> list:
+    """A key that takes one or several, as the list that the scripts make of it."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
 def ports(settings: LoopSettings) -> list[int]:
     """One for each server: server_port on each machine that is named, else one for each group of GPUs."""
     given, first = settings.servers, settings.server_port
-    if given.get("ports") or given.get("hosts"):
-        return given.get("ports") or [first] * len(given["hosts"])
+    hosts = listed(given.get("hosts"))
+    if given.get("ports") or hosts:
+        return listed(given.get("ports")) or [first] * len(hosts)
     return [first + k for k in range(len(gpu_groups(settings)))]
 
 
 def server_commands(plan: "Plan") -> dict[str, list]:
     """Commands that start and stop the servers of a policy, and what the client is told of them."""
     settings, given = plan.settings, plan.settings.servers
-    asked = ["--ports", *ports(settings), *(["--hosts", *given["hosts"]] if given.get("hosts") else [])]
+    hosts = listed(given.get("hosts"))
+    asked = ["--ports", *ports(settings), *(["--hosts", *hosts] if hosts else [])]
     for key in CLIENT:
         asked += [f"--{key}", given[key]] if key in given else []
     if given.get("start"):  # of servers on other machines: a command that gets the model as its last word
@@ -73,7 +80,10 @@ def check_servers(plan: "Plan"):
         )
     client = {key: value for key, value in given.items() if key not in ("start", "stop")}
     client |= {"tokenizer": "-", "ports": ports(plan.settings)}
-    gen_hf.check(build(gen_hf.Arguments, client, "servers"))
+    try:
+        gen_hf.check(build(gen_hf.Arguments, client, "servers"))
+    except UserError as error:
+        raise UserError(f"servers: {str(error).removeprefix('servers: ').replace('--', '')}") from None
     first, count = plan.settings.server_port, len(gpu_groups(plan.settings))
     if not 1 <= first <= 65536 - count:
         raise UserError(f"server_port {first}: {count} ports from there on must lie from 1 to 65535")

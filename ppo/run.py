@@ -251,7 +251,7 @@ def check(plan: PPOPlan, left: bool):
     # What has the right types is looked at further, so that all that is wrong is told at once.
     args = found.attempt(lambda: build(plan.module.Arguments, plan.training_of(1), plan.where))
     if args and not found.problems:
-        found.attempt(changes.refuse, plan, plan.resolved())
+        found.notes.extend(found.attempt(changes.refuse, plan, plan.resolved()) or [])
     sets = check_prompts(plan, found)
     if args:
         prompts = None if None in sets.values() else sum(len(sets[name]) for name in settings.prompts)

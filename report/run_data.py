@@ -202,7 +202,7 @@ def read_answers(path: Path, gold: Callable | None = None, seed: int = 0, keep: 
             found.empty += sum(map(is_empty, texts))
             sample.add(key, record)
         if bad:
-            found.wrong = f"{count(len(bad), 'line')} cannot be read"
+            found.wrong = f"{count(len(bad), 'line')} cannot be read, or repeat an id"
     except UserError as error:
         found.wrong = str(error)
     found.offsets, found.rewards = np.array(offsets), np.array(rewards)

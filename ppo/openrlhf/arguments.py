@@ -7,6 +7,7 @@ loading, or be passed over without a word.
 import dataclasses
 import functools
 import os
+from urllib.parse import urlparse
 
 from common.cli import UserError, arg, build, existing_file, refuse
 from ppo import train_ppo
@@ -144,6 +145,8 @@ def check(args: Arguments, processes: int | None = None, prompts: int | None = N
         problems.append(
             "save_total_limit 1: 2 at least, OpenRLHF deletes an old checkpoint before the new one is whole"
         )
+    if args.seed >= 2**32:
+        problems.append(f"seed {args.seed}: OpenRLHF takes less than 2**32")
     problems += check_trackers(args)
     try:
         check_reward(args)
@@ -156,6 +159,8 @@ def check(args: Arguments, processes: int | None = None, prompts: int | None = N
 
 def check_trackers(args: Arguments) -> list[str]:
     """What is wrong with `report_to`. It has its own environment: what is installed here does not count."""
+    if "logger.wandb.key" in args.extra_flags:
+        return ["extra_flags: a W&B key would be printed and written down; export WANDB_API_KEY instead"]
     problems = [
         f"report_to {tool}: OpenRLHF reports to tensorboard (always) and wandb"
         for tool in args.report_to
@@ -183,7 +188,8 @@ def check_reward(args: Arguments):
             "reward_url: what the server computes is its own; give reward_function, reward_weights and "
             "further models to it (ppo/openrlhf/serve_reward.py)"
         )
-    if args.reward_url and not args.reward_url.startswith(("http://", "https://")):
+    url = urlparse(args.reward_url or "http://none")
+    if url.scheme not in ("http", "https") or not url.hostname or "," in url.netloc + url.path:
         raise UserError(f"reward_url {args.reward_url}: http://HOST:PORT/get_reward was expected")
     if not args.reward_url:
         check_rewards(reward_arguments(args))

@@ -203,10 +203,11 @@ def flags(
         raise UserError(f"{work}: OpenRLHF splits names at commas; choose an output_dir without")
     ours = placement_flags(args, plan) | rollout_flags(args, plan, work, url)
     ours |= algorithm_flags(args, prompts) | output_flags(args, work, resume)
-    if taken := sorted(ours.keys() & args.extra_flags):
+    given = {name for name, value in ours.items() if value is not None and value is not False}
+    if taken := sorted(given & args.extra_flags.keys()):
         raise UserError(
-            f"extra_flags: {', '.join(taken)} is set by our own settings already (a W&B key by "
-            "WANDB_API_KEY); dry_run true shows the command"
+            f"extra_flags: {', '.join(taken)} is set by our own settings already; dry_run true shows the "
+            "command"
         )
     found = ours | UNNAMED | args.extra_flags
     return {name: value for name, value in found.items() if value is not None and value is not False}

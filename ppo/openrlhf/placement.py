@@ -200,8 +200,21 @@ def place(args: Arguments, machine: Machine, shapes: dict, server: float = 0) ->
             f"sampling, of {machine.gpu / GIB:.0f}; {need.machines / GIB:.0f} GiB of the machines' memory "
             "for states that are moved out"
         )
-    refuse(check_batches(args, found.gpus))
+    refuse(check_sizes(args, found))
     return found, note
+
+
+def check_sizes(args: Arguments, found: Placement) -> list[str]:
+    """What is wrong with the sizes of rollouts and steps. Where rows are packed, a step is cut up by tokens
+    and only the passes over a rollout go by micro_batch_size.
+    """
+    if not found.max_tokens_per_gpu:
+        return check_batches(args, found.gpus)
+    problems = check_batches(dataclasses.replace(args, micro_batch_size=1), found.gpus)
+    responses, pass_ = args.rollout_batch_size * args.samples_per_prompt, args.micro_batch_size * found.gpus
+    if not problems and responses % pass_:
+        problems = [f"a rollout's {responses} responses do not divide by GPUs × micro_batch_size = {pass_}"]
+    return problems
 
 
 def does_not_fit(args: Arguments, machine: Machine, shapes: dict, server: float) -> str:
@@ -212,7 +225,8 @@ def does_not_fit(args: Arguments, machine: Machine, shapes: dict, server: float)
 
     def would_fit(gpus: int, offload: bool) -> Needs | None:
         other = dataclasses.replace(args, offload=offload, colocate=True, tensor_parallel_size=None)
-        there = dataclasses.replace(machine, gpus=gpus, gpus_per_node=min(gpus, 8))
+        node = machine.gpus_per_node if gpus == machine.gpus else min(gpus, 8)
+        there = dataclasses.replace(machine, gpus=gpus, gpus_per_node=node)
         return next((need for _, need, fits in tried(other, there, shapes, server) if fits), None)
 
     best, need, _ = min(tried(args, machine, shapes, server), key=least)

@@ -106,6 +106,8 @@ def machine_of(args: Arguments) -> Machine:
     gpu, node = (gib and gib * GIB for gib in (args.gpu_memory_gib, args.machine_memory_gib))
     if args.dry_run and args.num_gpus and gpu and not visible_gpus():  # a plan for another machine
         return Machine(args.num_gpus, args.gpus_per_node or min(args.num_gpus, 8), gpu, node)
+    if args.ray_address and args.num_gpus and args.gpus_per_node:  # nothing is left to ask the cluster
+        return Machine(args.num_gpus, args.gpus_per_node, gpu, node)
     if args.ray_address:
         nodes, where = cluster_gpus(args.ray_address), f"of the Ray cluster {args.ray_address}"
         if len(set(nodes)) > 1 and not args.gpus_per_node:
@@ -138,7 +140,8 @@ def cluster_gpus(address: str) -> list[int]:
     except Exception as error:
         raise UserError(
             f"ray_address {address}: no Ray cluster answers there ({one_line(error)}); start one (`ray start "
-            "--head`) or leave ray_address out"
+            "--head`), or give num_gpus and gpus_per_node too, or leave ray_address "
+            "out"
         ) from None
     return [count for count in found if count]
 

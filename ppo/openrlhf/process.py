@@ -75,11 +75,11 @@ def reward_server(settings: dict, folder: Path, gpus: str | None, patience: floa
         yield serving[1]
 
 
-def read(log: Path) -> str:
-    return log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+def read(log: Path | None) -> str:
+    return log.read_text(encoding="utf-8", errors="replace") if log and log.is_file() else ""
 
 
-def run_openrlhf(command: list[str], env: dict, log: Path):
+def run_openrlhf(command: list[str], env: dict, log: Path | None):
     """Run the command to its end.
 
     Args:

@@ -128,7 +128,7 @@ def launch(args: Arguments, found: Plan, url: str | None, prompts: int, resume: 
     if resume:
         print(f"continuing from {resume}", flush=True)
     print(show(command, more), flush=True)
-    log = work_folder(args) / "reward.log"
+    log = work_folder(args) / "reward.log" if found.kind == "server" else None
     process.run_openrlhf([sys.executable, *command], dict(os.environ) | more, log)
 
 

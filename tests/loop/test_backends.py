@@ -175,10 +175,10 @@ def test_servers_on_other_machines_are_stopped_however_the_loop_ends(tmp_path):
     ]
     in_use = tmp_path / "run/servers/in_use"
     in_use.parent.mkdir(parents=True)
-    in_use.touch()
+    in_use.write_text(f"bash\0-c\0echo killed >>{told}\0")  # by a start with another command
     end = faults.loop(tmp_path / "run", *settings)
     assert end.returncode == 1 and "to continue" in end.stderr, end.stderr
-    assert told.read_text().split() == ["stop", "start", "stop"] and not in_use.exists()
+    assert told.read_text().split() == ["killed", "start", "stop"] and not in_use.exists()
 
 
 @pytest.mark.parametrize("wrong, named", [
