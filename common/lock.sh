@@ -11,14 +11,17 @@ lock_file() {
   [ "$#" -lt 2 ] || how=(-w "$2")
   exec {lock}>>"$1"
   said="$(LC_ALL=C flock "${how[@]}" "$lock" 2>&1)" || status=$? # 0.5 seconds are 0,5 in Germany
+  [ "$status" -ne 1 ] || return 1
+  read -r host boot pid start <"$1" || true # not empty: somebody works there without a lock
+  me="$(uname -n) $(</proc/sys/kernel/random/boot_id)"
+  if [ "$host $boot" = "$me" ] && [ "$pid" != "$$" ] && [ -n "$start" ] && [ "$(_started "$pid")" = "$start" ]; then return 1; fi
   case "$status" in
-    0) : >"$1" ;; # not empty: somebody works there without a lock
-    1) return 1 ;;
+    0) : >"$1" ;;
     *)
-      read -r host boot pid start <"$1" || true
-      me="$(uname -n) $(</proc/sys/kernel/random/boot_id)"
-      if [ "$host $boot" = "$me" ] && [ "$pid" != "$$" ] && [ "$(_started "$pid")" = "$start" ]; then return 1; fi
-      echo "$me $$ $(_started "$$")" >"$1"
+      me+=" $$ $(_started "$$")"
+      echo "$me" >"$1"
+      sleep 0.3 # of two that came at once the last stays
+      [ "$(<"$1")" = "$me" ] || return 1
       echo "note: the file system of $(dirname "$1") refuses locks (${said##*: }): nothing will stop a second start on another machine" >&2 ;;
   esac
 }

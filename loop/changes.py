@@ -54,25 +54,37 @@ def refuse(plan: "Plan", now: dict) -> list[str]:
     """
     for pattern, keys in DEPENDS.items():
         for output in outputs(plan.folder, pattern):
-            for key in keys if plan.before else ():
+            if not plan.before:
+                raise UserError(
+                    f"{plan.folder.settings} is empty or gone, so nobody can tell what {output} was made "
+                    f"with: put it back. {ANEW}"
+                )
+            for key in keys:
                 for differs in differences(plan, now, key, partial(same_files, output)):
                     raise UserError(f"{output} was made with other settings: {differs}. {ANEW}")
             refuse_inputs(output)
     refuse_prompts(plan)
-    keys = dict.fromkeys(key for keys in DEPENDS.values() for key in keys) if plan.before else {}
-    found = [line for key in keys for line in differences(plan, now, key, lambda old, new: False)]
+    found = [line for key in now if plan.before for line in differences(plan, now, key)]
     return [f"{line}; this holds for what is made from here on" for line in found]
 
 
-def differences(plan: "Plan", now: dict, key: str, same: Callable[[object, object], bool]) -> Iterator[str]:
-    """In what a setting, or a section's keys that shape an output, differ from the run's before, in words."""
+def differences(
+    plan: "Plan", now: dict, key: str, same: Callable[[object, object], bool] | None = None
+) -> Iterator[str]:
+    """In what a setting, or the keys of a section, differ from the run's before, in words.
+
+    Args:
+        same: whether two values come to the same; only keys that shape an output are looked at then.
+    """
     old, new = plan.before.get(key), now.get(key)
     pairs = {key: (old, new)}
     if isinstance(old, dict) and isinstance(new, dict):
-        shaping = plan.shaping(key) | {"chat_template", "reward_function"}  # files: by their content
+        shaping = old | new
+        if same:
+            shaping = plan.shaping(key) | {"chat_template", "reward_function"}  # files: by their content
         pairs = {f"{key}.{name}": (old.get(name), new.get(name)) for name in old | new if name in shaping}
     for name, (old, new) in pairs.items():
-        if old != new and not same(old, new):
+        if old != new and not (same and same(old, new)):
             yield f"{name} was {old!r} and is now {new!r}"
 
 

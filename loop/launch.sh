@@ -20,7 +20,8 @@
 
 source common/lock.sh
 
-log_lines="${log_lines:-15}" # lines of a failed command's log that are shown
+log_lines="${log_lines:-15}"    # lines of a failed command's log that are shown
+stop_limit="${stop_limit:-120}" # seconds that the command has which stops servers where this script is ended
 declare -A plan=() # what PLAN printed, and its lists:
 gpu_groups=()      # CUDA_VISIBLE_DEVICES of each process that generates
 each_gpu=()        # what starts one process per GPU: python, or accelerate launch …
@@ -150,6 +151,7 @@ step() { # NAME POLICY I
   "$@"
   [ "$worked" = no ] || news=yes
   [ "$worked$mode" = yesrun ] || return 0
+  [ -z "$(tail -c 1 "${plan[run_dir]}/stages.jsonl" 2>/dev/null)" ] || echo >>"${plan[run_dir]}/stages.jsonl" # a torn line
   printf '{"policy": %d, "step": "%s", "seconds": %d, "finished": "%(%Y-%m-%dT%H:%M:%S%z)T"}\n' \
     "$3" "$1" "$((SECONDS - began))" -1 >>"${plan[run_dir]}/stages.jsonl"
   say "$at: $((SECONDS - began)) s"
@@ -184,7 +186,7 @@ stop_started() { # end what this run started, and what a killed driver of this r
   local pid pids signal stopping in_use="${plan[run_dir]}/servers/in_use"
   if [ -s "$in_use" ]; then
     mapfile -d '' -t stopping <"$in_use"
-    if stop_seconds=10 "${stopping[@]}" >&2 {lock}>&-; then
+    if stop_seconds=10 timeout "$stop_limit" "${stopping[@]}" >&2 {lock}>&-; then
       rm -f -- "$in_use"
     else
       say "note: the servers may still be there, this failed: $(shown "${stopping[@]}")" >&2
@@ -208,7 +210,7 @@ hold() { # RUN_DIR: until this script ends, however it does
     exec {lock}</dev/null # nothing to hold
     return 0
   fi
-  mkdir -p "$1" 2>/dev/null || fail "cannot write $1; give another --run_dir"
+  mkdir -p "$1" 2>/dev/null && [ -w "$1" ] || fail "cannot write $1; give another --run_dir"
   lock_file "$1/.lock" || fail "another run is at work in $1; wait for it, stop it, or give another --run_dir"
   mark="$(cd "$1" && pwd -P)" # what we start carries it in its environment, so that exactly that can be stopped
   trap stop_started EXIT
@@ -330,11 +332,14 @@ begin() { # PLAN ARGUMENTS…
 }
 
 conclude() { # the table where a policy has been measured, or none is to be, and the page
+  local page="${plan[run_dir]}/report/index.html"
   [ "$mode" = run ] || return 0
+  [ -z "${plan[report]-}" ] || [ -f "$page" ] || "$python" report/make_report.py "${plan[run_dir]}" >/dev/null ||
+    say "note: the page could not be made" >&2
   if [ -z "${plan[heldout_prompts]-none}" ] || [ -n "$(find "${plan[run_dir]}" -maxdepth 2 -path '*/iter*/metrics.json' 2>/dev/null)" ]; then
     "$python" evaluation/run_metrics.py --run "${plan[run_dir]}"
   else
     say "no policy of ${plan[run_dir]} has been measured yet, so there is no table" >&2
   fi
-  [ ! -f "${plan[run_dir]}/report/index.html" ] || say "the page of this run: ${plan[run_dir]}/report/index.html" >&2
+  [ ! -f "$page" ] || say "the page of this run: $page" >&2
 }

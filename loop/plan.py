@@ -326,7 +326,8 @@ def main(kind: type[Plan] = Plan, description: str = __doc__):
     if name == "write":
         resolved = plan.resolved()
         if own.left == "":
-            changes.refuse(plan, resolved)
+            for line in changes.refuse(plan, resolved):
+                print(f"note: {line}", file=sys.stderr)
         if resolved != plan.before:
             plan.folder.path.mkdir(parents=True, exist_ok=True)
             write_yaml(plan.folder.settings, resolved)

@@ -72,11 +72,20 @@ def check_servers(plan: "Plan"):
         if key not in KNOWN:
             there = ", ".join(KNOWN)
             raise UserError(f"unknown key {key!r} in servers{nearest(key, KNOWN)}; there are {there}")
+    for key in ("start", "stop"):
+        if given.get(key) is not None and not isinstance(given[key], str):
+            raise UserError(f"servers.{key} must be a command, as one text")
+    if given.get("start") and not given.get("stop"):
+        raise UserError("servers.start needs servers.stop, the command that ends what it started")
     if given.get("hosts") and not given.get("start"):
         raise UserError(
             "servers.hosts are other machines: servers.start must be the command that starts a model there "
             "(it gets the model as its last word, and returns when they answer), servers.stop the one that "
             "ends them"
+        )
+    if given.get("ports") and not given.get("start"):
+        raise UserError(
+            "servers.ports are of servers that servers.start starts; a loop's own begin at server_port"
         )
     client = {key: value for key, value in given.items() if key not in ("start", "stop")}
     client |= {"tokenizer": "-", "ports": ports(plan.settings)}

@@ -17,6 +17,7 @@ from loop import plan
 
 pytestmark = pytest.mark.usefixtures("built")
 
+REMOTE = "--servers.start", "x", "--servers.stop", "y"
 STOPS = "--stop_stage", "1.annotate"
 
 
@@ -185,7 +186,9 @@ def test_servers_on_other_machines_are_stopped_however_the_loop_ends(tmp_path):
     (("--generation_backend", "server"), "'server' is not one of engine, servers"),
     (("--servers.concurency", 3), "did you mean 'concurrency'"),
     (("--servers.give_up_after", 0), "give_up_after must be above 0"),
-    (("--servers.hosts", "[a, b]", "--servers.ports", "[80]", "--servers.start", "x"), "as many hosts as"),
+    (("--servers.hosts", "[a, b]", "--servers.ports", "[80]", *REMOTE), "as many hosts as"),
+    (("--servers.ports", "[80]"), "servers.ports are of servers that servers.start starts"),
+    (("--servers.start", "x"), "servers.start needs servers.stop"),
     (("--server_port", 65535, "--num_shards", 2, "--generation_backend", "servers"), "server_port 65535"),
 ])  # fmt: skip
 def test_impossible_settings_are_refused(tmp_path, wrong, named, monkeypatch, capsys):

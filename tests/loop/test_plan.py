@@ -139,7 +139,7 @@ def test_changes_are_refused_where_something_was_made_from_what_was(make, tmp_pa
 
     assert refused() == ""
     held = "this holds for what is made from here on"  # nothing is there yet
-    changed = ("seed was 0 and is now 9", "heldout.K was 8 and is now 2", "generation.K was 8 and is now 2")
+    changed = ("seed was 0 and is now 9", "generation.K was 8 and is now 2", "heldout.K was 8 and is now 2")
     told = refused(seed=9, generation=plan.settings.generation | {"K": 2})
     assert told == "; ".join(f"{line}; {held}" for line in changed)
     made(plan, "iter1/generated.jsonl", {}, {"dataset_name_or_path": first})
@@ -150,16 +150,21 @@ def test_changes_are_refused_where_something_was_made_from_what_was(make, tmp_pa
     assert "iter1/generated.jsonl was made with other settings: seed was 0 and is now 9" in refused(seed=9)
     assert "K was 8 and is now 2" in refused(generation=plan.settings.generation | {"K": 2})
     more = {"training_args": {"beta": 0.7}, "generation": plan.settings.generation | {"kv_cache_gib": 3}}
-    assert refused(**more, iterations=9) == f"training_args.beta was 0.1 and is now 0.7; {held}"
+    told = refused(**more, iterations=9)  # also what shapes nothing
+    assert told.endswith(f"training_args.beta was 0.1 and is now 0.7; {held}") and "was made" not in told
+    assert "generation.kv_cache_gib was None and is now 3.0" in told
     other = tmp_path / "q.jsonl"
     other.write_text('{"prompt": "b, and longer"}\n')
     assert f"prompts was '{first}' and is now '{other}'" in refused(prompts=[str(other)])
     other.write_bytes(first.read_bytes())
-    assert refused(prompts=[str(other)]) == ""  # the same data under another name
+    assert "was made" not in refused(prompts=[str(other)])  # the same data under another name
     made(plan, "iter1/model", {}, {})
     assert "iter1/model was made with other settings: training_args.beta was" in refused(
         training_args={"beta": 0.7}
     )
+    before, plan.before = plan.before, {}
+    assert "loop.yaml is empty or gone, so nobody can tell" in refused()
+    plan.before = before
     first.write_text('{"prompt": "edited in place"}\n')
     assert "dataset_name_or_path" in refused() and "has changed since" in refused()
 
