@@ -140,7 +140,7 @@ def test_damaged_lines_are_counted_and_named(tmp_path):
     (folder / "iter2" / GREEDY).write_bytes(b"\xff\xfe\n")
     (folder / "iter1/metrics.json").write_text("{half")
     of = read(folder)
-    assert f"iter1/{SAMPLED}: 4 lines cannot be read" in of.run.missing
+    assert f"iter1/{SAMPLED}: 4 lines cannot be read, or repeat an id" in of.run.missing
     assert [of.iterates[i]["sampled"]["prompts"] for i in (1, 2)] == [60, 59]
     for part in ("line 60 is torn", "is UTF-16 text", "iter1/metrics.json cannot be read"):
         assert any(part in one for one in of.run.missing), part
@@ -566,7 +566,7 @@ def test_records_that_are_no_text_or_no_numbers(tmp_path):
         file.write('{"policy": [1], "step": {}, "seconds": 1}\n')
         file.write('{"policy": 1, "step": "train", "seconds": 1' + "0" * 400 + "}\n")
     _, missing = build(folder, target=tmp_path / "page.html")
-    assert f"iter1/{SAMPLED}: 2 lines cannot be read" in missing
+    assert f"iter1/{SAMPLED}: 2 lines cannot be read, or repeat an id" in missing
 
 
 def test_passwords_and_tokens_do_not_reach_the_page(tmp_path, monkeypatch):
