@@ -158,7 +158,7 @@ def test_what_openrlhf_cannot_do_is_refused_by_name(key, value, expected, monkey
     (1, 80, {}, ("1 GPU of 80 GiB", "193 GB in all", "take 4 GPUs of 80 GiB", "LoRA is out")),
     (1, 141, {}, ("1 GPU of 141 GiB", "take 2 GPUs", "offload true")),
     (8, 80, {"max_tokens_per_gpu": 100}, ("below the 2048 tokens",)),
-    (6, 80, {}, ("does not divide by 6 processes", "rollout_batch_size 960, batch_size 120")),
+    (6, 80, {}, ("does not divide by 6 processes", "rollout_batch_size 1008, batch_size 126")),
     (12, 80, {}, ("no multiple of gpus_per_node 8",)),
     (8, 80, {"tensor_parallel_size": 3}, ("does not divide the 8 GPUs",)),
     (2, 80, {"colocate": False}, ("needs one node with 4 or 8 GPUs",)),
