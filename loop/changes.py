@@ -64,7 +64,7 @@ def refuse(plan: "Plan", now: dict) -> list[str]:
                     raise UserError(f"{output} was made with other settings: {differs}. {ANEW}")
             refuse_inputs(output)
     refuse_prompts(plan)
-    found = [line for key in now if plan.before for line in differences(plan, now, key)]
+    found = [line for key in now if key in plan.before for line in differences(plan, now, key)]
     return [f"{line}; this holds for what is made from here on" for line in found]
 
 
@@ -79,7 +79,7 @@ def differences(
     old, new = plan.before.get(key), now.get(key)
     pairs = {key: (old, new)}
     if isinstance(old, dict) and isinstance(new, dict):
-        shaping = old | new
+        shaping = old.keys() & new.keys()  # what only one of them has, another version wrote
         if same:
             shaping = plan.shaping(key) | {"chat_template", "reward_function"}  # files: by their content
         pairs = {f"{key}.{name}": (old.get(name), new.get(name)) for name in old | new if name in shaping}

@@ -141,7 +141,7 @@ def describe(
         name = gpu_name() if settings.num_gpus is None else None
         kind, known = speed_of(name)
         whose = f"{kind}s" if known or not name else f"A100s: nothing is known here of the {name}"
-        samples, epochs = settings.generation.get("K", 8), args.num_train_epochs if args else 2
+        samples, epochs = plan.generation()["K"], args.num_train_epochs if args else 2
         parts = estimate(count, prompts, samples, epochs, len(gpus), kind)
         generation, annotation, training = map(duration, parts)
         found.notes.append(

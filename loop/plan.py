@@ -192,12 +192,13 @@ class Plan:
         yield from ((key, getattr(settings, key)) for key in self.plain)
         yield from {"stages": " ".join(stages), "num_processes": many, "stale": self.stale()}.items()
         yield from ((f"prompts.{i}", self.prompts(i)) for i in range(1, settings.iterations + 1))
-        generation, heldout = settings.generation, settings.generation | settings.heldout
+        defaults = {field.name: field.default for field in dataclasses.fields(get_hf2.Arguments)}
+        generation = defaults | settings.generation
+        heldout = generation | settings.heldout
         for name, section in (("generation", generation), ("heldout", heldout)):
-            yield f"{name}.K", section.get("K", 8)
-            yield f"{name}.temperature", section.get("temperature", 1.0)
+            yield from ((f"{name}.{key}", section[key]) for key in ("K", "temperature"))
         yield "elsewhere", bool(settings.num_gpus or settings.gpu_memory_gib)  # a plan for other machines
-        yield "divergence", settings.divergence and (heldout.get("temperature", 1.0) or 0) > 0
+        yield "divergence", settings.divergence and (heldout["temperature"] or 0) > 0
         lists = {
             "gpu_groups": gpu_groups(settings),
             "each_gpu": ["python"] if many == 1 else [*ONE_PER_GPU.split(), "--num_processes", many],

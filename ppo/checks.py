@@ -69,6 +69,11 @@ def check(args: "Arguments", processes: int | None = None, prompts: int | None =
             f"{args.samples_per_prompt}, which are sampled together"
         )
     problems += check_schedule(args)
+    if args.critic_name_or_path and not args.estimator.critic:
+        problems.append(
+            f"critic_name_or_path: advantage_estimator {args.advantage_estimator} has no value model; leave "
+            "one of them out"
+        )
     for function, *given in (
         (check_samples, args, [KINDS[kind].scorer for kind in args.reward_type if kind in KINDS]),
         (trackers.check, args.report_to, "report_to", trackers.FIGURES),
@@ -161,9 +166,11 @@ def check_samples(args: "Arguments", scorers: Iterable):
     Args:
         scorers: of get_rewards.py, or their classes.
     """
-    if args.samples_per_prompt == 1 and any(scorer.compares for scorer in scorers):
+    comparing = ["a pair-preference model"] * any(scorer.compares for scorer in scorers)
+    comparing += [f"advantage_estimator {args.advantage_estimator}"] * args.estimator.compares
+    if args.samples_per_prompt == 1 and comparing:
         raise UserError(
-            "a pair-preference model compares the responses of a prompt: give samples_per_prompt 2 or more"
+            f"{comparing[0]} compares the responses of a prompt: give samples_per_prompt 2 or more"
         )
 
 

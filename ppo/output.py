@@ -141,8 +141,10 @@ class Log:
         note = (
             f"reward {figures['reward']:.3f}, kl {figures['kl']:.2f}, entropy {figures['entropy']:.2f}, "
             f"length {figures['response_length']:.1f}, cut {figures['truncated_fraction']:.2f}, "
-            f"clipped {figures['clip_fraction']:.3f}, explained {figures['explained_variance']:.2f}"
+            f"clipped {figures['clip_fraction']:.3f}"
         )
+        if "explained_variance" in figures:
+            note += f", explained {figures['explained_variance']:.2f}"
         progress.update(1, note)
         if progress.bar is None and (number % ppo.args.logging_steps == 0 or number == ppo.rollouts):
             pace = (time.monotonic() - progress.start) / (number - progress.first)

@@ -15,14 +15,14 @@ Training repeats two steps (Ziegler et al. 2019, arXiv 1909.08593; details: arXi
 
     rollout   sample responses and score them; the reward of a token is −kl_coef · kl(token), plus the score
               at the last one
-    learn     advantages by GAE; `ppo_epochs` passes in shuffled batches: clipped policy loss, clipped value
-              loss
+    learn     advantages by one of ESTIMATORS; `ppo_epochs` passes in shuffled batches: clipped policy loss,
+              clipped value loss
 
-Four models take part: the policy, the reference (the policy as it was at the start, frozen), the value model,
-and what scores. Left out to keep this readable: sharded models, LoRA, a fast engine for sampling. Every
-process holds all four models and the whole rollout as numbers, so that whitening, GAE and the order of the
-responses are the same everywhere. Only passes through models are shared out, and gradients added up. That is
-for models of up to about a billion parameters.
+Four models take part: the policy, the reference (the policy as it was at the start, frozen), the value model
+where the estimator has one, and what scores. Left out to keep this readable: sharded models, LoRA, a fast
+engine for sampling. Every process holds all models and the whole rollout as numbers, so that whitening,
+advantages and the order of the responses are the same everywhere. Only passes through models are shared out,
+and gradients added up. That is for models of up to about a billion parameters.
 
 What surrounds the algorithm: checks.py refuses settings that cannot work, inputs.py loads models and prompts,
 output.py writes checkpoints, log and model.
@@ -37,6 +37,7 @@ import dataclasses
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,8 +67,48 @@ OFF_BY_ROUNDING = {"no": 1e-3, "bf16": 0.1}
 # In bf16 the first step's ratio may be this many times as far from 1 as rounding was seen to move it, within
 # these limits.
 TIMES_ROUNDING, LEAST_ROUNDING, MOST_ROUNDING = 3, 0.02, 0.3
-# Of an optimizer step, means over its tokens; see PPO.backward.
-FIGURES = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "ratio", "ratio_distance")
+# What learns → its loss among the figures of an optimizer step.
+LOSSES = {"policy": "policy_loss", "critic": "value_loss"}
+
+
+# ---- How good a token was --------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimator:
+    """A way to advantages.
+
+    Attributes:
+        words: what it is, for --help.
+        shape: scores [prompts, samples_per_prompt] → what is put in their place.
+        critic: whether a value model learns beside the policy; without one values are 0 and gae_lambda is 1:
+            a token's advantage is the sum of the rewards from there on.
+        compares: whether a score counts against those of the same prompt, so that there must be two.
+    """
+
+    words: str
+    shape: "Callable[[Tensor], Tensor]"
+    critic: bool = False
+    compares: bool = True
+
+
+ESTIMATORS = {
+    "gae": Estimator(
+        "generalised advantage estimation, by a value model (arXiv 1506.02438)",
+        lambda scores: scores,
+        critic=True,
+        compares=False,
+    ),
+    "reinforce": Estimator("the score itself", lambda scores: scores, compares=False),
+    "rloo": Estimator(
+        "the score less the mean of the prompt's others (arXiv 2402.14740)",
+        lambda scores: (scores - scores.mean(1, keepdim=True)) * scores.shape[1] / (scores.shape[1] - 1),
+    ),
+    "group_norm": Estimator(
+        "the score in standard deviations from the prompt's mean, as GRPO has it (arXiv 2402.03300)",
+        lambda scores: (scores - scores.mean(1, keepdim=True)) / (scores.std(1, keepdim=True) + 1e-6),
+    ),
+}
 
 
 # ---- Settings --------------------------------------------------------------------------------------------
@@ -160,6 +201,12 @@ class Arguments:
         "of a token's KL in the reward; k1: log-ratio, k2: half its square, k3: ratio − 1 − log-ratio",
         ("k1", "k2", "k3"),
     )
+    advantage_estimator: str = arg(
+        "gae",
+        "; ".join(f"{name}: {estimator.words}" for name, estimator in ESTIMATORS.items())
+        + ". All but gae do without a value model, its learning rate, gae_lambda and value_clip",
+        [*ESTIMATORS],
+    )
     gamma: float = arg(1.0, "discount of a later token's reward, per token")
     gae_lambda: float = arg(0.95, "0: advantages from the next value alone, 1: from the rewards alone")
     clip: float = arg(0.2, "a token's probability ratio earns no more beyond 1 ± this")
@@ -194,6 +241,10 @@ class Arguments:
         shapes=False,
     )
     run_name: str | None = arg(None, "name of the run at the trackers", shapes=False)
+
+    @property
+    def estimator(self) -> Estimator:
+        return ESTIMATORS[self.advantage_estimator]
 
 
 def arguments(values: dict, where: str = "") -> Arguments:
@@ -354,19 +405,18 @@ class PPO:
         self.args, self.accelerator, self.device = args, accelerator, accelerator.device
         self.load_policy()
         self.load_scorers()
-        self.critic = load_critic(args, self.tokenizer, self.scorers)
-        self.reference = copy.deepcopy(self.policy).requires_grad_(False).eval()
-        for model in (self.policy, self.reference, self.critic):
-            model.to(self.device)
-        for model in (self.policy, self.critic):
-            models.without_dropout(model)
+        self.critic = load_critic(args, self.tokenizer, self.scorers) if args.estimator.critic else None
+        self.reference = copy.deepcopy(self.policy).requires_grad_(False).eval().to(self.device)
+        rates = {"policy": args.learning_rate, "critic": args.critic_learning_rate}
+        learners = {name: model for name in LOSSES if (model := getattr(self, name)) is not None}
+        for model in learners.values():
+            models.without_dropout(model.to(self.device))
             if args.gradient_checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         rollouts = max(1, int(args.num_episodes * len(self.prompts) / args.rollout_batch_size + 1e-9))
         self.rollouts = min(rollouts, args.max_rollouts or rollouts)
         self.kl_coef, self.done = args.kl_coef, 0
-        rates = {"policy": args.learning_rate, "critic": args.critic_learning_rate}
-        self.learners = {name: self.learner(getattr(self, name), rate) for name, rate in rates.items()}
+        self.learners = {name: self.learner(model, rates[name]) for name, model in learners.items()}
 
     def load_policy(self):
         """Tokenizer, policy and prompts; how the policy samples, and where responses end."""
@@ -547,7 +597,8 @@ class PPO:
                 log_probs, entropies = log_probs_of(self.policy, inputs, responses, temperature, entropy=True)
                 found["log_probs"] = log_probs
                 found["ref_log_probs"], _ = log_probs_of(self.reference, inputs, responses, temperature)
-                found["values"] = values_of(self.critic, inputs, responses)
+                if self.critic:
+                    found["values"] = values_of(self.critic, inputs, responses)
                 if rounds and start == 0:
                     moved = inputs | {"position_ids": inputs["position_ids"] + 1}
                     again, _ = log_probs_of(self.policy, moved, responses, temperature)
@@ -570,29 +621,35 @@ class PPO:
             return torch.nn.utils.rnn.pad_sequence([row[key] for row in rows], True).to(self.device)
 
         args = self.args
-        data = {key: stack(key) for key in ("log_probs", "ref_log_probs", "values")}
+        data = {key: stack(key) for key in ("log_probs", "ref_log_probs", "values") if key in rows[0]}
         lengths = torch.tensor([len(row["response"]) for row in rows], device=self.device)
         mask = data["mask"] = (torch.arange(lengths.max(), device=self.device) < lengths[:, None]).float()
         cut, scores = ([row[key] for row in rows] for key in ("cut", "score"))
         penalised = [score - args.missing_eos_penalty * is_cut for score, is_cut in zip(scores, cut)]
         kl = kl_estimate(data["log_probs"], data["ref_log_probs"], args.kl_estimator)
-        rewards = token_rewards(torch.tensor(penalised, device=self.device), kl, mask, self.kl_coef)
-        total = rewards.sum() / len(rows)
+        shaped = args.estimator.shape(torch.tensor(penalised).view(-1, args.samples_per_prompt)).flatten()
+        rewards = token_rewards(shaped.to(self.device), kl, mask, self.kl_coef)
         if args.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False)
-        data["advantages"], data["returns"] = gae(data["values"], rewards, mask, args.gamma, args.gae_lambda)
-        error = ((data["returns"] - data["values"]) * mask)[mask > 0]
-        spread = data["returns"][mask > 0].var(correction=0)
+        values, gae_lambda = (
+            (data["values"], args.gae_lambda) if self.critic else (torch.zeros_like(mask), 1.0)
+        )
+        data["advantages"], returns = gae(values, rewards, mask, args.gamma, gae_lambda)
+        explained = {}
+        if self.critic:
+            data["returns"] = returns
+            error, spread = ((returns - values) * mask)[mask > 0], returns[mask > 0].var(correction=0)
+            explained["explained_variance"] = (1 - error.var(correction=0) / spread.clamp(min=1e-12)).item()
         if args.whiten_advantages:
             data["advantages"] = whiten(data["advantages"], mask)
         figures = {
             "reward": sum(scores) / len(rows),
-            "reward_less_kl": total.item(),
+            "reward_less_kl": (sum(penalised) - self.kl_coef * (kl * mask).sum().item()) / len(rows),
             "kl": ((data["log_probs"] - data["ref_log_probs"]) * mask).sum().item() / len(rows),
             "entropy": sum(row["entropy"] for row in rows) / lengths.sum().item(),
             "response_length": lengths.float().mean().item(),
             "truncated_fraction": sum(cut) / len(rows),
-            "explained_variance": (1 - error.var(correction=0) / spread.clamp(min=1e-12)).item(),
+            **explained,
             "kl_coef": self.kl_coef,
         }
         return data, figures
@@ -609,25 +666,25 @@ class PPO:
             shuffle = torch.Generator().manual_seed(sample_seed(args.seed, number, f"epoch {epoch}"))
             for batch in torch.randperm(len(rows), generator=shuffle).split(args.batch_size):
                 # Of all processes: the loss is one mean over the step's tokens.
-                tokens = data["mask"][batch].sum()
-                sums = torch.zeros(len(FIGURES), device=self.device)
+                tokens, sums = data["mask"][batch].sum(), {}
                 for part in batch[rank::world].split(args.micro_batch_size):
                     mine = {key: value[part] for key, value in data.items()}
-                    sums += self.backward([rows[i] for i in part], mine, tokens)
+                    for key, value in self.backward([rows[i] for i in part], mine, tokens).items():
+                        sums[key] = sums.get(key, 0) + value
                 parameters = [p for model, *_ in self.learners.values() for p in model.parameters()]
-                self.add_up([sums, *(p.grad for p in parameters if p.grad is not None)])
-                figure = dict(zip(FIGURES, (sums / tokens).tolist()))
+                self.add_up([*sums.values(), *(p.grad for p in parameters if p.grad is not None)])
+                figure = {key: (value / tokens).item() for key, value in sums.items()}
                 distance = figure.pop("ratio_distance")
                 if not figures:
                     self.check_ratio(distance, rows, number)
-                for name, loss in (("policy", "policy_loss"), ("critic", "value_loss")):
-                    figure |= self.step(name, figure[loss], number)
+                for name in self.learners:
+                    figure |= self.step(name, figure[LOSSES[name]], number)
                 figures.append(figure)
         return {key: sum(figure[key] for figure in figures) / len(figures) for key in figures[0]}
 
-    def backward(self, rows: list[dict], data: dict, tokens: "Tensor") -> "Tensor":
-        """Add the gradients of some rows of an optimizer step of `tokens` tokens; returns the sums of
-        FIGURES over the rows' tokens.
+    def backward(self, rows: list[dict], data: dict, tokens: "Tensor") -> dict:
+        """Add the gradients of some rows of an optimizer step of `tokens` tokens; returns the step's figures,
+        as sums over the rows' tokens.
         """
         import torch
 
@@ -636,15 +693,22 @@ class PPO:
         old = {key: value[:, : responses.shape[1]] for key, value in data.items()}
         with self.accelerator.autocast():
             log_probs, _ = log_probs_of(self.policy, inputs, responses, args.temperature)
-            values = values_of(self.critic, inputs, responses)
+            values = values_of(self.critic, inputs, responses) if self.critic else None
         losses, ratio = policy_loss(log_probs, old["log_probs"], old["advantages"], args.clip)
-        value_losses = value_loss(values, old["values"], old["returns"], args.value_clip)
-        (((losses + args.value_coef * value_losses) * mask).sum() / tokens).backward()
+        loss, figures = losses, {"policy_loss": losses}
+        if self.critic:
+            figures["value_loss"] = value_loss(values, old["values"], old["returns"], args.value_clip)
+            loss = losses + args.value_coef * figures["value_loss"]
+        ((loss * mask).sum() / tokens).backward()
         with torch.no_grad():
             distance = (ratio - 1).abs()
-            clipped = (distance > args.clip).float()
-            parts = (losses, value_losses, clipped, ratio - 1 - ratio.log(), ratio, distance)
-            return torch.stack([(part * mask).sum() for part in parts])
+            figures |= {
+                "clip_fraction": (distance > args.clip).float(),
+                "approx_kl": ratio - 1 - ratio.log(),
+                "ratio": ratio,
+                "ratio_distance": distance,
+            }
+            return {key: (figure * mask).sum() for key, figure in figures.items()}
 
     def step(self, name: str, loss: float, number: int) -> dict:
         """One optimizer step of a learner, by gradients of all processes; returns its figures."""

@@ -52,15 +52,16 @@ def train(args):
     lines = [json.loads(line) for line in Path(args.data.prompt_dataset).read_text().split("\\n")[:-1]]
     rollouts = len(lines) // args.rollout.batch_size * args.train.num_episodes
     first, checkpoints = 0, Path(args.ckpt.path)
+    roles = ("_actor", "_critic") if args.critic.model_name_or_path else ("_actor",)
     if args.ckpt.load_enable and (checkpoints / "_actor").exists():
-        at = {(checkpoints / role / "latest").read_text() for role in ("_actor", "_critic")}
+        at = {(checkpoints / role / "latest").read_text() for role in roles}
         assert len(at) == 1, at
         first = int(at.pop().removeprefix("global_step"))
     print(f"STUB reward {reward_of(args, lines[0])}, from {first} to {rollouts}", flush=True)
     for step in range(first + 1, rollouts + 1):
         print(f"STUB step {step}", flush=True)
         if args.ckpt.save_steps > 0 and step % args.ckpt.save_steps == 0:
-            for role in ("_actor", "_critic"):
+            for role in roles:
                 folder = checkpoints / role / f"global_step{step}"
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / "state").write_text("STUB")
@@ -97,7 +98,8 @@ def arguments(**more):
 def placed(args, gpus, gib=80, billions=8.03, reward=True, memory=None):
     """(Placement, note) of models of so many billion parameters on nodes of up to 8 GPUs of `gib` GiB."""
     shape = shape_like(billions)
-    shapes = {"actor": shape, "ref": shape, "critic": shape, "reward": shape if reward else None}
+    critic = shape if "critic" in args.learners else None
+    shapes = {"actor": shape, "ref": shape, "critic": critic, "reward": shape if reward else None}
     return place(args, Machine(gpus, min(gpus, 8), gib * GIB, memory and memory * GIB), shapes)
 
 

@@ -45,10 +45,21 @@ not_shaping = functools.partial(arg, shapes=False)  # may change between two sta
 class Arguments(inherit(train_ppo.Arguments, LACKS, DEFAULTS)):
     elsewhere = {key: f"backend small, ppo/train_ppo.py ({why})" for key, why in LACKS.items()}
 
+    @property
+    def learners(self) -> list[str]:
+        """What learns, by OpenRLHF's names."""
+        return ["actor", "critic"] if self.advantage_estimator == "gae" else ["actor"]
+
     # The algorithm
     num_episodes: int = arg(1, "passes over the prompts")
     lr_scheduler_type: str = arg(
         "cosine_with_min_lr", "schedule of both; cosine_with_min_lr ends at a tenth", SCHEDULERS
+    )
+    advantage_estimator: str = arg(
+        "gae",
+        "OpenRLHF's own; all but gae do without a value model: reinforce (the score itself), rloo, "
+        "reinforce_baseline and dr_grpo (less the prompt's mean), group_norm (GRPO), flash_reinforce",
+        "gae reinforce rloo reinforce_baseline group_norm dr_grpo flash_reinforce".split(),
     )
     extra_flags: dict = arg(
         {}, 'flags of OpenRLHF that have no key here: {"vllm.enable_prefix_caching": true}'
@@ -141,6 +152,9 @@ def check(args: Arguments, processes: int | None = None, prompts: int | None = N
         args, [*POSITIVE, *OWN_POSITIVE], NOT_NEGATIVE, [*SHARES, "gpu_memory_utilization"]
     )
     problems += check_schedule(args) + too_few(args, prompts)
+    if "critic" not in args.learners and (args.critic_name_or_path or not args.colocate):
+        what = "colocate false lays out GPUs for" if not args.colocate else "critic_name_or_path is"
+        problems.append(f"{what} a value model, and advantage_estimator {args.advantage_estimator} has none")
     if args.save_total_limit == 1:
         problems.append(
             "save_total_limit 1: 2 at least, OpenRLHF deletes an old checkpoint before the new one is whole"

@@ -122,7 +122,9 @@ def rollout_flags(args: Arguments, plan: "Plan", work: Path, url: str | None) ->
     return {
         "actor.model_name_or_path": str(work / "policy"),
         # The name of the policy tells OpenRLHF to make a new value head.
-        "critic.model_name_or_path": plan.critic or str(work / "policy"),
+        "critic.model_name_or_path": (plan.critic or str(work / "policy"))
+        if "critic" in args.learners
+        else None,
         "reward.model_name_or_path": args.reward_name_or_path[0] if local else None,
         "reward.remote_url": None if local else url,
         # With a buffer of one token its overlong penalty is a fixed sum off each response of max_new_tokens
@@ -162,7 +164,7 @@ def algorithm_flags(args: Arguments, prompts: int) -> dict:
         "train.seed": args.seed,
         "actor.eps_clip": args.clip,
         "critic.value_clip": args.value_clip,
-        "algo.advantage.estimator": "gae",
+        "algo.advantage.estimator": args.advantage_estimator,
         "algo.advantage.gamma": args.gamma,
         "algo.advantage.lambd": args.gae_lambda,
         "algo.kl.init_coef": args.kl_coef,

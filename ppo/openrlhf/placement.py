@@ -91,7 +91,7 @@ def needs(args: Arguments, placement: Placement, shapes: dict, server: float = 0
                 held += 2 * shape.parameters / share
             if role in TRAINED and (placement.offload or placement.colocate):
                 machines += 12 * shape.parameters
-        most = max(training_bytes(args, placement, role, there[role]) for role in group if role in TRAINED)
+        most = max(training_bytes(args, placement, role, there[role]) for role in there if role in TRAINED)
         training, resident = max(training, held + most), max(resident, held)
     engine = 2 * shapes["actor"].parameters / placement.tensor_parallel + KV_LEAST
     if not placement.colocate:
@@ -223,7 +223,7 @@ def does_not_fit(args: Arguments, machine: Machine, shapes: dict, server: float)
     def least(one: tuple) -> float:
         return max(one[1].training, one[1].resident + one[1].engine)
 
-    def would_fit(gpus: int, offload: bool) -> Needs | None:
+    def would_fit(gpus: int, offload: bool, shapes: dict = shapes) -> Needs | None:
         other = dataclasses.replace(args, offload=offload, colocate=True, tensor_parallel_size=None)
         node = machine.gpus_per_node if gpus == machine.gpus else min(gpus, 8)
         there = dataclasses.replace(machine, gpus=gpus, gpus_per_node=node)
@@ -236,14 +236,16 @@ def does_not_fit(args: Arguments, machine: Machine, shapes: dict, server: float)
         instead.append(f"{more} GPUs of {gpu}")
     if not args.offload and (offloaded := would_fit(machine.gpus, True)):
         instead.append(f"offload true (slow; {offloaded.machines / GIB:.0f} GiB of the machines' memory)")
+    if shapes["critic"] and would_fit(machine.gpus, args.offload, shapes | {"critic": None}):
+        instead.append("advantage_estimator rloo, which needs no value model")
     if server:
         instead.append("our reward server on another GPU (ppo/openrlhf/serve_reward.py and reward_url)")
-    states = sum(12 * shapes[role].parameters for role in TRAINED) / 1e9
+    states = sum(12 * shape.parameters for role in TRAINED if (shape := shapes[role])) / 1e9
     return (
         f"{shapes['actor'].parameters / 1e9:.1f} billion parameters in full do not fit "
         f"{count(machine.gpus, 'GPU')} of {gpu}: about {need.training / GIB:.0f} GiB a GPU while training, "
         f"{(need.resident + need.engine) / GIB:.0f} while sampling, with ZeRO-{best.zero_stage} (master "
-        f"weights and moments of policy and value model are {states:.0f} GB in all); take "
+        f"weights and moments of what learns are {states:.0f} GB in all); take "
         f"{', or '.join([*instead, 'a smaller model'])} (LoRA is out: "
         "OpenRLHF 0.11.2 cannot hand adapters to vLLM)"
     )

@@ -291,7 +291,7 @@ def shapes_of(args: Arguments, kind: str) -> dict:
     return {
         "actor": policy,
         "ref": policy if args.kl_coef else None,
-        "critic": value or policy,
+        "critic": (value or policy) if "critic" in args.learners else None,
         "reward": model if kind == "local" else None,
         "server": model if kind == "server" else None,
     }

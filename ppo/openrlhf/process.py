@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from common.cli import UserError
@@ -99,8 +99,8 @@ def run_openrlhf(command: list[str], env: dict, log: Path | None):
         )
 
 
-def checkpoint_to_resume(folder: Path) -> str | None:
-    """The newest step that policy and value model both have whole, made the one that DeepSpeed loads; None
+def checkpoint_to_resume(folder: Path, roles: Sequence[str]) -> str | None:
+    """The newest step that all `roles` (actor, critic) have whole, made the one that DeepSpeed loads; None
     without one.
 
     DeepSpeed writes a folder `global_stepN` and then its name into `latest`. A run that is stopped between
@@ -110,14 +110,14 @@ def checkpoint_to_resume(folder: Path) -> str | None:
     Raises:
         UserError: checkpoints without a common step.
     """
-    files, tags = [folder / role / "latest" for role in ("_actor", "_critic")], []
+    files, tags = [folder / f"_{role}" / "latest" for role in roles], []
     if not all(file.is_file() for file in files):
         return None
     for file in files:
         newest = step(file.read_text(encoding="utf-8"))
         # A folder beyond `latest` may be half written.
         tags.append({path.name for path in file.parent.glob("global_step*") if step(path.name) <= newest})
-    common = max(tags[0] & tags[1], key=step, default=None)
+    common = max(set.intersection(*tags), key=step, default=None)
     if common is None:
         raise UserError(
             f"{folder} holds checkpoints of policy and value model that share no step; set overwrite true "

@@ -87,7 +87,7 @@ def prepare(args: Arguments, found: Plan, training: Training) -> tuple[dict, str
     if args.overwrite:
         shutil.rmtree(work, ignore_errors=True)
     else:
-        resume = process.checkpoint_to_resume(work / "checkpoints")
+        resume = process.checkpoint_to_resume(work / "checkpoints", args.learners)
     # DeepSpeed's checkpoints are cut into as many parts as there are GPUs.
     training.checkpoint_settings = {
         "num_gpus": found.placement.all_gpus,

@@ -153,6 +153,9 @@ def test_changes_are_refused_where_something_was_made_from_what_was(make, tmp_pa
     told = refused(**more, iterations=9)  # also what shapes nothing
     assert told.endswith(f"training_args.beta was 0.1 and is now 0.7; {held}") and "was made" not in told
     assert "generation.kv_cache_gib was None and is now 3.0" in told
+    del plan.before["report"], plan.before["generation"]["bad_prompts"]  # a version wrote it that had no such
+    assert refused() == ""
+    plan.before = plan.resolved()
     other = tmp_path / "q.jsonl"
     other.write_text('{"prompt": "b, and longer"}\n')
     assert f"prompts was '{first}' and is now '{other}'" in refused(prompts=[str(other)])

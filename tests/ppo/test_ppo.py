@@ -384,7 +384,8 @@ def test_an_unfinished_number_stops_the_run_before_the_weights(work):
 # What is learned
 
 
-def test_a_bandit_reaches_its_known_optimum(work):
+@pytest.mark.parametrize("estimator", ["gae", "rloo"])
+def test_a_bandit_reaches_its_known_optimum(work, estimator):
     """One prompt, one token, reward 1 for `a`: with the KL in the reward the optimum is π_ref(x) · e^(r(x)/β)
     / Z.
     """
@@ -401,6 +402,7 @@ def test_a_bandit_reaches_its_known_optimum(work):
         batch_size=64,
         micro_batch_size=64,
         kl_coef=beta,
+        advantage_estimator=estimator,
         learning_rate=3e-3,
         critic_learning_rate=3e-3,
         num_episodes=rollouts,
@@ -518,6 +520,17 @@ def test_a_run_that_dies_on_its_way_ends_with_the_same_weights(work, undisturbed
     for name in ("policy", "critic"):
         equal(one[name][0], other[name][0])
         assert str(one[name][2]) == str(other[name][2])
+
+
+def test_without_a_value_model_nothing_is_left_or_logged_of_one(work, here, capsys):
+    words = argv(work, "group_norm", **RUN | {"report_to": ["none"]}, advantage_estimator="group_norm")
+    here(words)
+    said = capsys.readouterr().out
+    assert "value model: from" not in said and "explained" not in said
+    [*_, last] = read_jsonl(work / "group_norm.log.jsonl")
+    assert last["step"] == 6 and not {"value_loss", "explained_variance", "critic_grad_norm"} & last.keys()
+    state = torch.load(work / "group_norm" / "checkpoint-6" / "state.pt", weights_only=True)
+    assert state.keys() == {"policy"}
 
 
 def test_two_processes_train_what_one_does(work, undisturbed):
@@ -642,6 +655,11 @@ WRONG = {
     "is the model .* itself": {"output_dir": "POLICY"},
     "12 prompts for rollouts of 16": {"rollout_batch_size": 16, "batch_size": 32},
     "has 512 positions": {"max_input_length": 510},
+    "advantage_estimator rloo has no value model": {
+        "critic_name_or_path": "RM",
+        "advantage_estimator": "rloo",
+    },
+    "advantage_estimator rloo compares": {"advantage_estimator": "rloo", "samples_per_prompt": 1},
     "has another vocabulary": {"critic_name_or_path": "RM_CHATML"},
     "no such input|no such prompt": {"dataset_name_or_path": ["./nowhere.jsonl"]},
     "cannot write": {"output_dir": "FILE/model"},

@@ -100,10 +100,20 @@ def test_kl_estimators_and_rewards_are_openrlhfs(openrlhf, estimator):
     same(ppo.token_rewards(x.scores, kl, x.mask, 0.3), theirs * x.mask)
 
 
-@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (1.0, 1.0), (0.9, 0.8), (1.0, 0.0)])
-def test_advantages_and_returns_are_openrlhfs(openrlhf, gamma, lam):
-    """From log-probabilities, values and scores to whitened advantages, through OpenRLHF's own method."""
-    x = numbers(7)
+@pytest.mark.parametrize("estimator, samples, gamma, lam", [
+    ("gae", 1, 1.0, 0.95),
+    ("gae", 1, 1.0, 1.0),
+    ("gae", 2, 0.9, 0.8),
+    ("gae", 1, 1.0, 0.0),
+    ("reinforce", 1, 0.9, 0.95),
+    ("rloo", 2, 1.0, 0.95),
+    ("rloo", 3, 1.0, 0.95),
+    ("group_norm", 3, 1.0, 0.95),
+])  # fmt: skip
+def test_advantages_and_returns_are_openrlhfs(openrlhf, estimator, samples, gamma, lam):
+    """From log-probabilities, values and scores to advantages, through OpenRLHF's own method."""
+    x, ours = numbers(7), ppo.ESTIMATORS[estimator]
+    assert ours.compares == (estimator in ("rloo", "group_norm"))
     advantages_of = method("get_advantages_and_returns")
     whole = method(
         "compute_advantages_and_returns",
@@ -112,24 +122,29 @@ def test_advantages_and_returns_are_openrlhfs(openrlhf, gamma, lam):
     )
     space = types.SimpleNamespace
     args = space(
-        rollout=space(n_samples_per_prompt=1),
+        rollout=space(n_samples_per_prompt=samples),
         reward=space(clip_range=None),
-        algo=space(advantage=space(estimator="gae", gamma=gamma, lambd=lam, no_std_norm=False)),
+        algo=space(advantage=space(estimator=estimator, gamma=gamma, lambd=lam, no_std_norm=False)),
     )
     kl = ppo.kl_estimate(x.new, x.ref, "k1")
     maker = space(
         strategy=space(args=args),
         kl_ctl=space(value=0.2),
-        advantage_estimator="gae",
+        advantage_estimator=estimator,
+        get_cumulative_returns=lambda *rest: method("get_cumulative_returns")(None, *rest),
         get_advantages_and_returns=lambda *rest: advantages_of(None, *rest),
     )
     experience = space(
         rewards=x.scores, kl=kl, values=x.values, action_mask=x.mask, index=list(range(6)), info={}
     )
     [theirs] = whole(maker, [experience])
-    advantages, returns = ppo.gae(x.values, ppo.token_rewards(x.scores, kl, x.mask, 0.2), x.mask, gamma, lam)
-    same(ppo.whiten(advantages, x.mask), theirs.advantages * x.mask, atol=1e-5)
-    same(returns, theirs.returns)
+    shaped = ours.shape(x.scores.view(-1, samples)).flatten()
+    values, lam = (x.values, lam) if ours.critic else (torch.zeros_like(x.values), 1.0)
+    advantages, returns = ppo.gae(values, ppo.token_rewards(shaped, kl, x.mask, 0.2), x.mask, gamma, lam)
+    if not ours.compares:  # the others it leaves as they are
+        advantages = ppo.whiten(advantages, x.mask)
+    same(advantages, theirs.advantages * x.mask, atol=1e-5)
+    same(returns, theirs.returns * x.mask)
 
 
 def test_kl_controller_is_openrlhfs(openrlhf):

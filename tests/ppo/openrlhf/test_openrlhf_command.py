@@ -41,12 +41,14 @@ MANY = {
         "algo.advantage.is_correction_mode": "mask",
     },
 }
+NO_CRITIC = {"advantage_estimator": "rloo", "samples_per_prompt": 4}
 CASES = {
     "8b": ({}, 8.03, (4, 8, 16)),
     "8b offloaded": ({"offload": True}, 8.03, (2, 8)),
     "small": (SMALL, 0.5, (1, 2, 4, 8)),
     "small, apart": (SMALL | {"colocate": False}, 0.5, (4, 8)),
     "small, padded": (SMALL | {"attn_implementation": "sdpa"}, 0.5, (1, 8)),
+    "8b without a value model": (NO_CRITIC, 8.03, (4, 8)),
     "many keys": (SMALL | MANY, 0.5, (1, 8)),
 }
 
@@ -67,6 +69,7 @@ def test_every_command_passes_the_real_parser_and_means_what_we_meant(case, kind
             assert at == ([value] if name == "reward.remote_url" else value), name
         check_gpus(args, placement, kind == "local", parsed, gpus)
         check_training(args, parsed)
+        assert bool(parsed.critic.model_name_or_path) == (args.advantage_estimator == "gae")
 
 
 def check_gpus(args, placement, local, parsed, gpus):
@@ -145,18 +148,21 @@ def test_the_real_validation_is_what_runs(source, monkeypatch):
     ("lr_scheduler_type", "constant", "constant_with_warmup"),
     ("chat_template", "none.jinja", "no such chat template"),
     ("top_p", 1.5, "from 0 to 1"),
+    ("critic_name_or_path", "c", "advantage_estimator rloo has none"),
+    ("colocate", False, "advantage_estimator rloo has none"),
     ("kl_target", 4.0, "backend small.*nats a token"),  # a key of the small PPO
 ])  # fmt: skip
 def test_what_openrlhf_cannot_do_is_refused_by_name(key, value, expected, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     with pytest.raises(UserError, match=expected) as caught:
-        arguments(**{key: value})
+        arguments(**(NO_CRITIC if "rloo" in expected else {}) | {key: value})
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("gpus, gib, more, expected", [
     (1, 80, {}, ("1 GPU of 80 GiB", "193 GB in all", "take 4 GPUs of 80 GiB", "LoRA is out")),
     (1, 141, {}, ("1 GPU of 141 GiB", "take 2 GPUs", "offload true")),
+    (2, 80, {}, ("take 4 GPUs of 80 GiB",)),
     (8, 80, {"max_tokens_per_gpu": 100}, ("below the 2048 tokens",)),
     (6, 80, {}, ("does not divide by 6 processes", "rollout_batch_size 1008, batch_size 126")),
     (12, 80, {}, ("no multiple of gpus_per_node 8",)),
@@ -172,6 +178,7 @@ def test_what_does_not_fit_or_divide_is_refused_with_what_would(gpus, gib, more,
 
 
 def test_what_is_offered_fits_then():
+    placed(arguments(**NO_CRITIC), 4)
     placed(arguments(), 4), placed(arguments(), 2, 141), placed(arguments(offload=True), 1, 141)
     placed(arguments(rollout_batch_size=960, batch_size=120), 6)
 

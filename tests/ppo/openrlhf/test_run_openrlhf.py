@@ -164,17 +164,19 @@ def test_a_checkpoint_is_taken_that_policy_and_value_model_have(tmp_path):
         if latest:
             (tmp_path / role / "latest").write_text(f"global_step{latest}")
 
-    assert process.checkpoint_to_resume(tmp_path) is None
+    both = ["actor", "critic"]
+    assert process.checkpoint_to_resume(tmp_path, both) is None
     save("_actor", 4)
-    assert process.checkpoint_to_resume(tmp_path) is None  # a folder and no whole checkpoint
+    assert process.checkpoint_to_resume(tmp_path, both) is None  # a folder and no whole checkpoint
     save("_actor", 4, 10, latest=10)
-    assert process.checkpoint_to_resume(tmp_path) is None
+    assert process.checkpoint_to_resume(tmp_path, both) is None
+    assert process.checkpoint_to_resume(tmp_path, ["actor"]) == "global_step10"
     save("_critic", 4, 10, latest=4)  # its 10 is torn
-    assert process.checkpoint_to_resume(tmp_path) == "global_step4"
+    assert process.checkpoint_to_resume(tmp_path, both) == "global_step4"
     assert (tmp_path / "_actor" / "latest").read_text() == "global_step4"
     save("_actor", latest=10)
     save("_critic", latest=10)
-    assert process.checkpoint_to_resume(tmp_path) == "global_step10"
+    assert process.checkpoint_to_resume(tmp_path, both) == "global_step10"
 
 
 def test_a_reward_model_with_other_tokens_is_served(runs, models):
