@@ -37,6 +37,7 @@ import demonstrations
 import task
 
 from common import locks
+from common.models import quiet_libraries
 
 ITERATIONS = 3
 PROMPTS_PER_ITERATION = 225
@@ -266,6 +267,7 @@ def main() -> None:
         if read_stamp(target) == wanted and all(path.is_dir() for path in missing):
             print(f"{target} was built meanwhile (seed {args.seed})")
             return
+        quiet_libraries()
         if read_stamp(target) != wanted:
             partial = target.with_name(f".{target.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
