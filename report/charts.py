@@ -29,6 +29,7 @@ DPO_CURVES = (
 PPO_CURVES = (
     ("reward", "reward"),
     ("kl", "KL, nats per response"),
+    ("kl_per_token", "KL, nats per token"),
     ("response_length", "length, tokens"),
     ("entropy", "entropy, nats per token"),
     ("truncated_fraction", "cut off"),
@@ -36,6 +37,7 @@ PPO_CURVES = (
     ("policy_loss", "policy loss"),
     ("value_loss", "value loss"),
     ("explained_variance", "explained variance"),
+    ("engine_kl", "KL between engine and trainer"),
     ("kl_coef", "KL coefficient"),
 )
 

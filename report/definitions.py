@@ -167,9 +167,10 @@ DEFINITIONS = {
     "learning_rate": Figure("learning rate", "At the log entry."),
     "ppo_log": Figure(
         "PPO's log",
-        "One point a rollout: mean reward of its responses, their KL to the reference (nats per response), "
-        "length in tokens, entropy (nats per token), share clipped, losses of policy and critic, and the "
-        "variance of returns that the critic explains.",
+        "One point a rollout: mean reward of its responses, their KL to the reference (nats per response; "
+        "OpenRLHF's is a mean over tokens), length in tokens, entropy (nats per token), share clipped, "
+        "losses of policy and critic, the variance of returns that the critic explains, and how far the "
+        "engine that sampled is off the trainer with the same weights (nats per token).",
     ),
     "step": Figure(
         "step",

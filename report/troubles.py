@@ -496,7 +496,7 @@ def ppo(log: list[dict], where: str, bounds: Bounds, kl_known: bool) -> Iterator
         return
     last, place = log[-1], f"{where}, PPO's last rollout"
     if not kl_known:
-        yield from drift(last.get("kl"), None, place, bounds)
+        yield from drift(last.get("kl"), last.get("kl_per_token"), place, bounds)
     cut = last.get("truncated_fraction")
     if cut is not None and cut > bounds.truncated:
         yield TRUNCATED.at(place, f"{percent(cut)} hit the length limit (bound {percent(bounds.truncated)})")

@@ -48,6 +48,24 @@ def reward_of(args, record):
     return json.load(direct.open(request, timeout=60))["rewards"]
 
 
+def log(args, step, reward):
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    global writer
+    if writer is None:
+        writer = EventFileWriter(os.path.join(args.logger.tensorboard_dir, args.logger.wandb.run_name))
+    told = {"kl": 0.01 * step, "rollout/reward_mean": reward or 0.5, "rollout/response_length_mean": 6.0,
+            "rollout/num_samples": 8.0, "timing/step_total": 2.0, "timing/generation": 1.5, "actor_lr": 1e-6}
+    for tag, value in told.items():
+        summary = Summary(value=[Summary.Value(tag="train/" + tag, simple_value=value)])
+        writer.add_event(Event(step=step, wall_time=time.time(), summary=summary))
+    writer.flush()
+
+
+writer = None
+
+
 def train(args):
     lines = [json.loads(line) for line in Path(args.data.prompt_dataset).read_text().split("\\n")[:-1]]
     rollouts = len(lines) // args.rollout.batch_size * args.train.num_episodes
@@ -60,6 +78,7 @@ def train(args):
     print(f"STUB reward {reward_of(args, lines[0])}, from {first} to {rollouts}", flush=True)
     for step in range(first + 1, rollouts + 1):
         print(f"STUB step {step}", flush=True)
+        log(args, step, None)
         if args.ckpt.save_steps > 0 and step % args.ckpt.save_steps == 0:
             for role in roles:
                 folder = checkpoints / role / f"global_step{step}"

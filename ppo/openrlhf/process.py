@@ -1,13 +1,14 @@
 """Starting OpenRLHF and our reward server, waiting, stopping what was started, and what is left on disk."""
 
 import contextlib
+import ctypes
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from common.cli import UserError
@@ -15,6 +16,15 @@ from common.manifest import write_yaml
 from ppo.openrlhf.serve_reward import FAILED
 
 GRACE = 30  # seconds that a stopped process has for its own end
+PAUSE = 5  # seconds between looks at what OpenRLHF has logged
+
+
+def end_with_parent():
+    """In a child, before its program starts: Linux ends it by SIGTERM when its parent is killed, which could
+    not do so itself. It would train on beside the next start, without a lock.
+    """
+    set_parent_death_signal = 1  # linux/prctl.h
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 @contextlib.contextmanager
@@ -22,7 +32,7 @@ def started(command: list[str], **options: object) -> Iterator[subprocess.Popen]
     """A process and its group that end with the block, however it ends: SIGTERM, then SIGKILL. Only what was
     started here is in that group.
     """
-    process = subprocess.Popen(command, start_new_session=True, **options)
+    process = subprocess.Popen(command, start_new_session=True, preexec_fn=end_with_parent, **options)
     try:
         yield process
     finally:
@@ -79,17 +89,21 @@ def read(log: Path | None) -> str:
     return log.read_text(encoding="utf-8", errors="replace") if log and log.is_file() else ""
 
 
-def run_openrlhf(command: list[str], env: dict, log: Path | None):
+def run_openrlhf(command: list[str], env: dict, log: Path | None, meanwhile: Callable[[], None]):
     """Run the command to its end.
 
     Args:
         log: of our reward server, if there is one: where a reward fails, OpenRLHF ends with another error.
+        meanwhile: is called every few seconds, and once more at the end.
 
     Raises:
         UserError: it failed.
     """
     with started(command, env=env) as process:
-        status = process.wait()
+        while (status := process.poll()) is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(PAUSE)
+            meanwhile()
     if status:
         why = f"killed by signal {-status}" if status < 0 else f"ended with status {status}"
         failed = re.findall(rf"^{FAILED}(.*)", read(log), re.MULTILINE)

@@ -1,9 +1,9 @@
 r"""PPO on GPUs with OpenRLHF 0.11.2: checks, the exact command, start, resume, and a plain model at the end.
 
 In:  a policy, a reward (model, several with weights, Python function, or a server's address) and prompt sets.
-Out: model, tokenizer, chat template and generation config in the folder `output_dir`; next to it its manifest
-     and `output_dir.work/`: prompts, TensorBoard's files, the reward server's log, and while it runs the
-     checkpoints.
+Out: model, tokenizer, chat template and generation config in the folder `output_dir`; next to it its
+     manifest, a line of figures for each rollout (`.log.jsonl`) and `output_dir.work/`: prompts,
+     TensorBoard's files, the reward server's log, and while it runs the checkpoints.
 
     python ppo/openrlhf/run_openrlhf.py runs/mine/loop.yaml:ppo --dry_run true \
         --model_name_or_path RLHFlow/LLaMA3-SFT --reward_name_or_path sfairXC/FsfairX-LLaMA3-RM-v0.1 \
@@ -30,10 +30,12 @@ from common.devices import visible_gpus
 from common.manifest import beside, read_manifest, versions, with_date, write_json
 from common.models import read_json
 from common.progress import duration
+from common.records import finite
 from common.training import Training
 from ppo.openrlhf import process
 from ppo.openrlhf.arguments import Arguments, arguments, check, reward_arguments, shaping  # noqa: F401
 from ppo.openrlhf.command import MODULE, flags, words
+from ppo.openrlhf.log import Log
 from ppo.openrlhf.plan import Plan, describe, installed, plan
 
 
@@ -109,27 +111,31 @@ def start(args: Arguments, found: Plan, training: Training):
     began = time.time()
     counts, resume = prepare(args, found, training)
     args = dataclasses.replace(args, num_episodes=counts["episodes"])
+    done = process.step(resume) if resume else 0
+    log = Log(
+        work_folder(args) / "tensorboard", beside(args.output_dir, ".log.jsonl"), done, counts["rollouts"]
+    )
     work, gpus = work_folder(args), visible_gpus()
     with process.stopped_by_signals():
         if found.kind == "server":
             given = vars(reward_arguments(args, str(work / "policy")))
             rewards = {key: value for key, value in given.items() if value is not None}
             with process.reward_server(rewards, work, gpus[-1] if gpus else None) as url:
-                launch(args, found, url, counts["prompts"], resume)
+                launch(args, found, url, counts["prompts"], resume, log)
         else:
-            launch(args, found, args.reward_url, counts["prompts"], resume)
+            launch(args, found, args.reward_url, counts["prompts"], resume, log)
     place_model(args)
-    finish(args, training, time.time() - began)
+    finish(args, training, time.time() - began, log)
 
 
-def launch(args: Arguments, found: Plan, url: str | None, prompts: int, resume: str | None):
+def launch(args: Arguments, found: Plan, url: str | None, prompts: int, resume: str | None, log: Log):
     """Run OpenRLHF to its end."""
     command, more = command_of(args, found, url, prompts, resume is not None), environment(args, found)
     if resume:
         print(f"continuing from {resume}", flush=True)
     print(show(command, more), flush=True)
-    log = work_folder(args) / "reward.log" if found.kind == "server" else None
-    process.run_openrlhf([sys.executable, *command], dict(os.environ) | more, log)
+    rewards = work_folder(args) / "reward.log" if found.kind == "server" else None
+    process.run_openrlhf([sys.executable, *command], dict(os.environ) | more, rewards, log.update)
 
 
 def place_model(args: Arguments):
@@ -160,12 +166,15 @@ def place_model(args: Arguments):
     os.replace(made, target)
 
 
-def finish(args: Arguments, training: Training, seconds: float):
+def finish(args: Arguments, training: Training, seconds: float, log: Log):
     """Complete the manifest and clear what a resume would have needed."""
     manifest, work = read_manifest(args.output_dir), work_folder(args)
     counts, seconds = manifest["counts"], round(manifest["seconds"] + seconds, 1)
     more = {name: version for name in ("openrlhf", "ray") if (version := installed(name))}
-    training.finish(seconds=seconds, versions=versions() | more)
+    log.progress.close()
+    metrics = (log.entries or [{}])[-1]
+    metrics = {key: value for key, value in metrics.items() if finite(value)}
+    training.finish(metrics=metrics, seconds=seconds, versions=versions() | more)
     if not args.keep_checkpoints:
         shutil.rmtree(work / "checkpoints", ignore_errors=True)
     shutil.rmtree(work / "policy", ignore_errors=True)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import faults
 import pytest
 import yaml
 from openrlhf_stub import ROOT, arguments, captured, fake_gpus, settings
@@ -30,6 +31,7 @@ class Runs:
     def __init__(self, models, stub, folder, patch, capture):
         self.models, self.folder, self.patch, self.capture = models, folder, patch, capture
         self.model, self.work = folder / "iter1" / "model", folder / "iter1" / "model.work"
+        self.log = folder / "iter1" / "model.log.jsonl"
         for name in ("CUDA_VISIBLE_DEVICES", "WANDB_API_KEY", "RAY_ADDRESS"):
             patch.delenv(name, raising=False)
         patch.setenv("PATH", fake_gpus(folder, 2))
@@ -142,6 +144,7 @@ def test_failure_resume_stop_and_end(runs, models):
     assert "continuing from global_step2" in seen  # policy had 4, the value model 2
     listed = subprocess.run(["pgrep", "-P", str(started.pid)], capture_output=True, text=True)
     children = listed.stdout.split()
+    faults.wait_for(lambda: [entry["step"] for entry in faults.records(runs.log)] == [1, 2, 3, 4, 5])
     started.send_signal(signal.SIGINT)
     assert started.wait(60) == 130 and children
     for child in children:
@@ -150,11 +153,28 @@ def test_failure_resume_stop_and_end(runs, models):
     assert done.returncode == 0, done.stderr
     assert "continuing from global_step4" in done.stdout
     assert "STUB reward None" in done.stdout  # OpenRLHF's own reward model
-    check_output(runs, models)
+    manifest, log = check_output(runs, models), faults.records(runs.log)
+    assert [entry["step"] for entry in log] == [*range(1, manifest["counts"]["rollouts"] + 1)]
+    assert manifest["metrics"] == {key: value for key, value in log[-1].items() if key != "seconds"}
+    assert log[2].pop("seconds") == {"generate": 1.5, "all": 2}
+    figures = {"reward": 0.5, "kl_per_token": 0.03, "response_length": 6, "policy_learning_rate": 1e-6}
+    assert log[2] == pytest.approx({"step": 3, "tokens_per_second": 24} | figures)
     again = runs.run()
     assert again.returncode == 0 and "is complete, nothing to do" in again.stdout
     changed = runs.run(learning_rate=1e-3)
     assert changed.returncode == 2 and "complete with other settings: learning_rate" in changed.stderr
+
+
+def test_what_a_killed_start_has_begun_ends_with_it(runs):
+    """kill -9 cannot be answered: what trains on would do so beside the next start, without a lock."""
+    hanging = dict(os.environ) | {"STUB_HANG": "1"}
+    started = subprocess.Popen(runs.command(), stdout=subprocess.PIPE, text=True, env=hanging)
+    next(line for line in started.stdout if "STUB hangs" in line)
+    listed = subprocess.run(["pgrep", "-P", str(started.pid)], capture_output=True, text=True)
+    [child] = listed.stdout.split()
+    started.kill()
+    started.wait()
+    faults.wait_for(lambda: not Path(f"/proc/{child}/exe").exists())
 
 
 def test_a_checkpoint_is_taken_that_policy_and_value_model_have(tmp_path):
