@@ -88,7 +88,14 @@ def train(args):
                 if os.environ.get("STUB_TORN") == f"{role}{step}":
                     os._exit(9)
         if os.environ.get("STUB_FAIL") == str(step):
-            raise RuntimeError("STUB: CUDA out of memory")
+            import traceback  # the real one's bars come behind its traceback
+            try:
+                raise RuntimeError("STUB: CUDA out of memory")
+            except RuntimeError:
+                traceback.print_exc()
+            sys.stderr.flush()
+            print("\\033[36m(Actor pid=7)\\033[0m Train epoch [1/1]:   0%| | 0/32", flush=True)
+            os._exit(1)
         if os.environ.get("STUB_HANG") == str(step):
             print("STUB hangs", flush=True)
             time.sleep(600)

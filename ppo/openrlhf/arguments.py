@@ -70,10 +70,10 @@ class Arguments(inherit(train_ppo.Arguments, LACKS, DEFAULTS)):
         None, "jinja file in place of the reward model's own chat template"
     )
     reward_max_length: int = arg(4096, "tokens that a reward model in our server sees; the left is cut")
-    reward_url: str | None = arg(
+    reward_url: list[str] | None = arg(
         None,
-        "http://HOST:PORT/get_reward of a server that runs already: openrlhf.cli.serve_rm, "
-        "ppo/openrlhf/serve_reward.py",
+        "http://HOST:PORT/get_reward of a server that runs already (openrlhf.cli.serve_rm, "
+        "ppo/openrlhf/serve_reward.py), or of several that give the same rewards, asked in turn",
     )
     reward_backend: str = not_shaping(
         "auto",
@@ -202,9 +202,15 @@ def check_reward(args: Arguments):
             "reward_url: what the server computes is its own; give reward_function, reward_weights and "
             "further models to it (ppo/openrlhf/serve_reward.py)"
         )
-    url = urlparse(args.reward_url or "http://none")
-    if url.scheme not in ("http", "https") or not url.hostname or "," in url.netloc + url.path:
-        raise UserError(f"reward_url {args.reward_url}: http://HOST:PORT/get_reward was expected")
+    for url in args.reward_url or []:
+        parts = urlparse(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or "," in url:
+            raise UserError(f"reward_url {url}: http://HOST:PORT/get_reward was expected")
+    if "reward.normalize_enable" in args.extra_flags:
+        raise UserError(
+            "extra_flags: reward.normalize_enable divides by numbers that OpenRLHF 0.11.2 leaves "
+            "uninitialised under transformers 5: rewards would be garbage"
+        )
     if not args.reward_url:
         check_rewards(reward_arguments(args))
         if args.ray_address and (more or args.reward_backend == "server"):

@@ -197,7 +197,7 @@ def flags(
 
     Args:
         work: folder of the prepared policy and prompts, and of what OpenRLHF writes.
-        url: of the reward server, where OpenRLHF holds no reward model itself.
+        url: of the reward servers, with commas between, where OpenRLHF holds no reward model itself.
         prompts: number of prompts in the file.
         resume: continue from the checkpoints in `work`.
     """

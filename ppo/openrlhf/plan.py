@@ -163,14 +163,14 @@ def check_surroundings(args: Arguments, machine: Machine):
             f"RAY_ADDRESS is {address}: OpenRLHF would join that cluster; set ray_address {address} to "
             "use it, or unset RAY_ADDRESS"
         )
-    if args.reward_url:
-        parts = urlparse(args.reward_url)
+    for url in args.reward_url or []:
+        parts = urlparse(url)
         try:
             port = parts.port or (443 if parts.scheme == "https" else 80)
             socket.create_connection((parts.hostname, port), timeout=10).close()
         except (OSError, ValueError) as error:
             raise UserError(
-                f"reward_url {args.reward_url}: nobody answers ({error}); start it there: python -m "
+                f"reward_url {url}: nobody answers ({error}); start it there: python -m "
                 "openrlhf.cli.serve_rm … or python ppo/openrlhf/serve_reward.py --host ADDRESS …"
             ) from None
 
@@ -300,7 +300,8 @@ def shapes_of(args: Arguments, kind: str) -> dict:
 def describe(args: Arguments, found: Plan) -> Iterator[str]:
     """What was decided, for a reader: lines."""
     p = found.placement
-    reward = {"local": "OpenRLHF's own reward model", "server": "our reward server", "url": args.reward_url}
+    reward = {"local": "OpenRLHF's own reward model", "server": "our reward server"}
+    reward["url"] = ", ".join(args.reward_url or [])
     where = "all roles on all of them"
     if not p.colocate:
         where = f"{p.gpus} for the policy, {p.gpus} for value and reward model"

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from ppo.openrlhf.serve_reward import FAILED
 
 GRACE = 30  # seconds that a stopped process has for its own end
 PAUSE = 5  # seconds between looks at what OpenRLHF has logged
+TAIL = 2**18  # bytes of its output that are looked at when it has failed
 
 
 def end_with_parent():
@@ -97,20 +99,48 @@ def run_openrlhf(command: list[str], env: dict, log: Path | None, meanwhile: Cal
         meanwhile: is called every few seconds, and once more at the end.
 
     Raises:
-        UserError: it failed.
+        UserError: it failed; with what it said last of an error.
     """
-    with started(command, env=env) as process:
+    said = bytearray()
+    with started(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        reader = threading.Thread(target=pass_on, args=(process.stdout.fileno(), said), daemon=True)
+        reader.start()
         while (status := process.poll()) is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(PAUSE)
             meanwhile()
+        reader.join(PAUSE)  # a worker that lives on may hold the pipe
     if status:
         why = f"killed by signal {-status}" if status < 0 else f"ended with status {status}"
         failed = re.findall(rf"^{FAILED}(.*)", read(log), re.MULTILINE)
+        cause = f"no reward, {failed[-1]}" if failed else last_error(said.decode(errors="replace"))
         raise UserError(
-            f"OpenRLHF {why}: {f'no reward, {failed[-1]}' if failed else 'what it printed above says why'}; "
-            "mend it and start the same command again"
+            f"OpenRLHF {why}: {cause or 'what it printed above says why'}; mend it and start the same "
+            "command again"
         )
+
+
+def pass_on(source: int, kept: bytearray):
+    """Write what comes from a file descriptor to stdout, whole lines or not, and keep the end of it."""
+    while chunk := os.read(source, 65536):
+        kept += chunk
+        del kept[:-TAIL]
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more; OpenRLHF must not wait
+            sys.stdout.buffer.write(chunk)
+            sys.stdout.buffer.flush()
+
+
+def last_error(said: str) -> str | None:
+    """The last line of an exception, without colours and the names of Ray's workers.
+
+    Behind it come progress bars and warnings that Ray hands on late, and what Ray makes of it for the driver.
+    """
+    plain = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", said).replace("\r", "\n")
+    found = re.findall(
+        r"^(?:\([^()\n]* pid=\d+[^()\n]*\) ?)?((?:\w+\.)*\w*(?:Error|Exception): .+)", plain, re.M
+    )
+    named = [line for line in found if "RayTaskError" not in line and "ActorDied" not in line]
+    return named[-1].strip()[:300] if named else None
 
 
 def checkpoint_to_resume(folder: Path, roles: Sequence[str]) -> str | None:

@@ -56,7 +56,7 @@ def training_of(args: Arguments) -> Training:
 
 
 def command_of(args: Arguments, found: Plan, url: str | None, prompts: int, resume: bool) -> list[str]:
-    """Arguments of python. `url` of the reward server; `prompts`: how many are in the file."""
+    """Arguments of python. `url`: of the reward servers, with commas; `prompts`: how many are in the file."""
     return ["-m", MODULE, *words(flags(args, found, work_folder(args), url, prompts, resume))]
 
 
@@ -123,7 +123,7 @@ def start(args: Arguments, found: Plan, training: Training):
             with process.reward_server(rewards, work, gpus[-1] if gpus else None) as url:
                 launch(args, found, url, counts["prompts"], resume, log)
         else:
-            launch(args, found, args.reward_url, counts["prompts"], resume, log)
+            launch(args, found, ",".join(args.reward_url or []), counts["prompts"], resume, log)
     place_model(args)
     finish(args, training, time.time() - began, log)
 
@@ -197,7 +197,7 @@ def show_plan(args: Arguments):
     found = told_plan(args)
     prompts, episodes = count_prompts(args, found)
     args = dataclasses.replace(args, num_episodes=episodes)
-    url = args.reward_url or "http://127.0.0.1:PORT/get_reward"
+    url = ",".join(args.reward_url or ["http://127.0.0.1:PORT/get_reward"])
     resume = (work_folder(args) / "checkpoints" / "_actor" / "latest").is_file()
     print(show(command_of(args, found, url, prompts, resume), environment(args, found)))
 

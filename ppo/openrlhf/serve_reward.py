@@ -16,9 +16,11 @@ together. It has no password: keep it in your own network.
 
 import json
 import queue
+import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -44,13 +46,15 @@ class Batcher:
     """
 
     def __init__(self, rewards: Rewards, size: int):
-        self.rewards, self.size, self.waiting = rewards, size, queue.SimpleQueue()
+        self.rewards, self.size, self.waiting = rewards, size, queue.SimpleQueue()  # of jobs, see __call__
         threading.Thread(target=self._work, daemon=True).start()
 
-    def __call__(self, queries: list, prompts: list, labels: list) -> list[float]:
-        """Rewards of one request, or its error."""
+    def __call__(
+        self, queries: list, prompts: list, labels: list, gone: Callable[[], bool] = lambda: False
+    ) -> list[float]:
+        """Rewards of one request, or its error. `gone`: whether nobody waits for them any more."""
         box = queue.SimpleQueue()
-        self.waiting.put(((queries, prompts, labels), box))
+        self.waiting.put(((queries, prompts, labels), box, gone))
         found = box.get()
         if isinstance(found, Exception):
             raise found
@@ -59,16 +63,31 @@ class Batcher:
     def _work(self):
         while True:
             jobs = [self.waiting.get()]
-            while not self.waiting.empty() and sum(len(given[0]) for given, _ in jobs) < self.size:
+            while not self.waiting.empty() and sum(len(given[0]) for given, *_ in jobs) < self.size:
                 jobs.append(self.waiting.get())
+            # OpenRLHF gives up after 180 s and asks again: what nobody waits for would keep all late.
+            left = [box for _, box, gone in jobs if gone()]
+            for box in left:
+                box.put(ConnectionError("who asked has hung up"))
+            jobs = [job for job in jobs if job[1] not in left]
             try:
-                together = (sum(parts, []) for parts in zip(*(given for given, _ in jobs)))
-                rewards = iter(self.rewards(*together))
-                found = [[next(rewards) for _ in queries] for (queries, *_), _ in jobs]
+                together = (sum(parts, []) for parts in zip(*(given for given, *_ in jobs)))
+                rewards = iter(self.rewards(*together) if jobs else [])
+                found = [[next(rewards) for _ in queries] for (queries, *_), *_ in jobs]
             except Exception as error:  # which ends the training, whoever is told
                 found = [error] * len(jobs)
-            for (_, box), answer in zip(jobs, found):
+            for (_, box, _), answer in zip(jobs, found):
                 box.put(answer)
+
+
+def has_hung_up(connection: socket.socket) -> bool:
+    """Whether the other side has closed a connection; nothing is taken from it."""
+    try:
+        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 def handler(batcher: Batcher) -> type:
@@ -88,7 +107,10 @@ def handler(batcher: Batcher) -> type:
         def do_POST(self):
             try:
                 data = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))))
-                rewards = batcher(*(data[key] for key in ("query", "prompts", "labels")))
+                given = (data[key] for key in ("query", "prompts", "labels"))
+                rewards = batcher(*given, gone=lambda: has_hung_up(self.connection))
+            except ConnectionError:
+                self.close_connection = True
             except Exception as error:
                 text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
                 print(f"{FAILED}{text}", flush=True)

@@ -117,6 +117,14 @@ def test_the_penalty_for_a_missing_end_is_openrlhfs_overlong_penalty_with_a_buff
     assert experience.rewards == [1.0, 1.0, -1.5]
 
 
+def test_several_reward_servers_are_asked_in_turn(source, monkeypatch):
+    urls = ["http://a:1/get_reward", "http://b:2/get_reward"]
+    args = arguments(reward_url=urls)
+    plan = Plan(placed(args, 8, reward=False)[0], "url", None, [], None)
+    command = words(flags(args, plan, WORK, ",".join(args.reward_url), PROMPTS))
+    assert captured(source, command, monkeypatch).reward.remote_url == urls
+
+
 def test_wandb_is_switched_on_without_the_key_in_the_command(source, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "s3cret")
     args = arguments(report_to=["wandb"])
@@ -143,7 +151,8 @@ def test_the_real_validation_is_what_runs(source, monkeypatch):
     ("report_to", ["wandb"], "export WANDB_API_KEY"),
     ("report_to", ["mlflow"], "reports to tensorboard"),
     ("reward_function", "nowhere.py:f", "2 scorers need"),
-    ("reward_url", "host:5000", "http://"),
+    ("reward_url", ["http://a:1/get_reward", "host:5000"], "reward_url host:5000: http://"),
+    ("extra_flags", {"reward.normalize_enable": True}, "rewards would be garbage"),
     ("reward_type", ["pair_preference"], "compares responses"),
     ("lr_scheduler_type", "constant", "constant_with_warmup"),
     ("chat_template", "none.jinja", "no such chat template"),

@@ -1,6 +1,7 @@
 """The rewards that OpenRLHF asks for are those of get_rewards.py, in the process and over HTTP."""
 
 import asyncio
+import http.client
 import json
 import logging
 import sys
@@ -10,6 +11,7 @@ import urllib.error
 import urllib.request
 from types import SimpleNamespace
 
+import faults
 import pytest
 
 from annotate_data import get_rewards
@@ -142,6 +144,39 @@ def test_several_in_one_request_and_what_cannot_be_scored(rollouts, url):
     status, told = ask(url, {"query": ["of another prompt"], "prompts": prompts[:1], "labels": labels[:1]})
     assert status == 500 and "does not begin with its prompt" in told["error"]
     assert ask(url, {"query": ["a"]}) == (500, {"error": "KeyError: 'prompts'"})
+
+
+def test_a_request_whose_client_has_gone_is_not_scored():
+    """OpenRLHF hangs up after 180 s and asks again."""
+    scored, begun, go_on = [], threading.Event(), threading.Event()
+
+    def rewards(queries, prompts, labels):
+        begun.set()
+        go_on.wait(30)
+        scored.extend(queries)
+        return [1.0] * len(queries)
+
+    def request(name):
+        connection = http.client.HTTPConnection(*server.server_address)
+        body = json.dumps({"query": [name], "prompts": [""], "labels": [""]})
+        connection.request("POST", "/get_reward", body)
+        return connection
+
+    batcher = serve_reward.Batcher(rewards, 8)
+    server = serve_reward.Server(("127.0.0.1", 0), serve_reward.handler(batcher))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    first = request("first")
+    assert begun.wait(30)
+    gone = request("gone")
+    faults.wait_for(lambda: batcher.waiting.qsize() == 1)
+    gone.close()
+    last = request("last")
+    faults.wait_for(lambda: batcher.waiting.qsize() == 2)
+    go_on.set()
+    assert [json.load(one.getresponse())["rewards"] for one in (first, last)] == [1.0, 1.0]
+    assert scored == ["first", "last"]
+    server.shutdown()
+    server.server_close()
 
 
 def test_what_cannot_be_a_reward_is_refused(models, rollouts, tmp_path):

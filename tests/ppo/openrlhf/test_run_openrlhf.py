@@ -118,9 +118,11 @@ def check_output(runs, models):
 
 def test_failure_resume_stop_and_end(runs, models):
     failed = runs.run({"STUB_FAIL": "3"})
-    *_, printed, told = failed.stderr.splitlines()
-    assert failed.returncode == 2 and printed == "RuntimeError: STUB: CUDA out of memory", failed.stderr
-    assert told.startswith("error: OpenRLHF ended with status 1: what it printed above says why")
+    [told] = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
+    assert failed.returncode == 2 and "Train epoch [1/1]" in failed.stdout.splitlines()[-1], failed.stdout
+    assert told.startswith(
+        "error: OpenRLHF ended with status 1: RuntimeError: STUB: CUDA out of memory; mend"
+    )
     assert not any(runs.model.iterdir())
     assert "from 0 to" in failed.stdout and "--ckpt.load_enable" not in failed.stdout
     with open(f"{runs.model}.lock", "w") as lock:
@@ -163,6 +165,17 @@ def test_failure_resume_stop_and_end(runs, models):
     assert again.returncode == 0 and "is complete, nothing to do" in again.stdout
     changed = runs.run(learning_rate=1e-3)
     assert changed.returncode == 2 and "complete with other settings: learning_rate" in changed.stderr
+
+
+@pytest.mark.parametrize("said, told", [
+    ("KeyError: 'a'\nno more", "KeyError: 'a'"),
+    ("\x1b[36m(Actor pid=12, ip=1.2.3.4)\x1b[0m ValueError: none\n 0%| | 0/3", "ValueError: none"),
+    ("a.b.OddError: x\nray.exceptions.RayTaskError(OddError): y: z\n", "a.b.OddError: x"),
+    ("ValueError: first\r 3%\rTypeError: last\r\n", "TypeError: last"),
+    ("an error: but no exception\n", None),
+])  # fmt: skip
+def test_the_last_error_is_found_behind_bars_and_prefixes(said, told):
+    assert process.last_error(said) == told
 
 
 def test_what_a_killed_start_has_begun_ends_with_it(runs):
