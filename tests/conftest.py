@@ -1,5 +1,5 @@
 """Paths for all tests: the project's root and this folder, so that `from common import …` and `import micro`
-work.
+work; what a shell may bring along, kept out; and the tiny models.
 """
 
 import contextlib
@@ -37,3 +37,17 @@ with contextlib.suppress(locale.Error):  # an old system has C only, where Pytho
 
 # Started in the background of a script, the tests would hand an ignored Ctrl-C down to what they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+import faults  # noqa: E402  (of this folder, which is on the path from here on)
+import pytest  # noqa: E402
+import yaml  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def built():
+    """Tiny models and prompts, built from nothing by the loop's own setup command where they are not there
+    yet.
+    """
+    command = yaml.safe_load((ROOT / faults.CONFIG).read_text())["setup_command"]
+    end = faults.ended(["bash", "-c", f"source ./envs.sh; use_env rlhflow; {command}"], timeout=None)
+    assert end.returncode == 0, end.stderr

@@ -4,7 +4,7 @@
 #   --all     the long ones too (five seeds of the tiny loop, hundreds of kills); see pytest's `long` marker
 #   FILE…     only these, for example tests/ppo or tests/loop/test_faults.py, each in its environment
 #
-# Three parts: what needs environment vllm (a mark in the file says so), scripts, and whole runs on the tiny models, which go beside
+# Three parts: what needs environment vllm (a mark in the file says so), scripts, and whole runs of the loop, which go beside
 # the others where there are two cores; `serial=yes bash tests/run.sh` runs one after the other. The tools
 # (pytest, ruff, shellcheck, and playwright, which drives the machine's Chromium where there is one) live in .envs/tools, so that
 # the environments stay as their requirements say.
@@ -61,7 +61,7 @@ tests_in() { # ENVIRONMENT PART: pytest there on what is chosen of a part, its t
   echo "== environment $name: ${#files[@]} files"
   use_env "$name"
   TOOLS="$tools" python -X utf8 -c 'import os, sys; sys.path.append(os.environ["TOOLS"]); import pytest; sys.exit(pytest.main(sys.argv[1:]))' \
-    -q -rs --durations 8 "${long[@]}" "${arguments[@]}" "${files[@]}" || status=$?
+    -q -rs --durations 30 --durations-min 8 "${long[@]}" "${arguments[@]}" "${files[@]}" || status=$?
 }
 
 part() { # PART: its test files. vllm is what says so by its mark; loop is what lies there; the rest is scripts
