@@ -4,10 +4,12 @@ touches one.
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -138,6 +140,33 @@ def check_torch():
         f"{what}: the driver is {driver or 'unknown'}, torch {version} is built for CUDA {cuda}, "
         f"{needs}{said}; {on_purpose}"
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """A kind of GPU, as nvidia-smi calls it: dense bf16 TFLOPS and TB/s of memory, by its maker's data
+    sheet.
+    """
+
+    name: str
+    tflops: float
+    tb_per_s: float
+
+
+SPEEDS = (
+    Speed("A100", 312, 2.0),
+    Speed("H100", 989, 3.35),
+    Speed("H200", 989, 4.8),
+    Speed("L40S", 362, 0.86),
+    Speed("A10", 125, 0.6),
+    Speed("4090", 165, 1.0),
+)
+
+
+def speed_of(name: str | None) -> tuple[Speed, bool]:
+    """(one of SPEEDS, whether the GPU called `name` is of that kind): an A100 stands in for others."""
+    known = next((kind for kind in SPEEDS if re.search(rf"\b{kind.name}\b", name or "")), None)
+    return known or SPEEDS[0], known is not None
 
 
 def driver_version() -> str | None:

@@ -284,6 +284,11 @@ class IterativeDPOTrainer(DPOTrainer):
         found["num_tokens"] = self._total_train_tokens
         return found if mode == "train" else {f"eval_{name}": value for name, value in found.items()}
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that this start has trained on, over all processes; a prompt that is shared counts once."""
+        return self._total_train_tokens
+
     def figures(self) -> dict:
         """Figures of the weights that are there to be saved, evaluated if they were not.
 

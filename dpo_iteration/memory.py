@@ -37,7 +37,7 @@ TOKEN_TILE, VOCABULARY_TILE = 4096, 32768  # of TRL 1.16's fused LM head
 @dataclass(frozen=True)
 class Shape:
     """A decoder's sizes. `query` and `key_value` are widths over all heads; `linear` is Σ (inputs + outputs)
-    of its layers.
+    of its layers; `tied`: the head's weights are the input embeddings.
     """
 
     parameters: int
@@ -49,6 +49,7 @@ class Shape:
     key_value: int
     vocabulary: int
     linear: int
+    tied: bool = False
 
     @property
     def layer(self) -> int:
@@ -97,6 +98,7 @@ def shape_of(name: str, revision: str | None = None, trust_remote_code: bool = F
         key_value=(getattr(text, "num_key_value_heads", None) or heads) * width,
         vocabulary=text.vocab_size,
         linear=sum(m.in_features + m.out_features for m in linear),
+        tied=output is not None and output.weight is model.get_input_embeddings().weight,
     )
 
 

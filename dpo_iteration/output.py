@@ -65,5 +65,7 @@ def finish(training: Training, args: Arguments, selection: Selection, metrics: d
         loss, accuracy, margin = (metrics.get(f"{prefix}{key}") for key in keys)
         if None not in (loss, accuracy, margin):
             print(f"{name}: loss {loss:.4f}, accuracy {accuracy:.2f}, margin {margin:.4f}")
-    speed = metrics.get("train_samples_per_second", 0.0)
-    print(f"trained {args.output_dir} in {duration(seconds['all'])}, {speed:.1f} pairs/s", flush=True)
+    speed = f"{metrics.get('train_samples_per_second', 0.0):.1f} pairs/s"
+    if "tflops_per_gpu" in metrics:
+        speed += f", {metrics['tflops_per_gpu']:.0f} TFLOPS and {metrics['gpu_memory_gib']:.1f} GiB a GPU"
+    print(f"trained {args.output_dir} in {duration(seconds['all'])}, {speed}", flush=True)

@@ -31,6 +31,7 @@ from dpo_iteration import hub, memory, output
 from dpo_iteration.arguments import Arguments, accumulation, check, check_paths, halved, training_of
 from dpo_iteration.pairs import Selection, select_pairs
 from dpo_iteration.saved import check_saved
+from dpo_iteration.speed import of_training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,6 +89,7 @@ def main():
         trainer = load_policy(args, data)
         ready = time.time()
         metrics = train(trainer, training, data)
+        metrics |= of_training(trainer, args, metrics["train_runtime"])
         seconds = {"start": ready - started, "reference": referenced - started}
         save(args, training, data, trainer, metrics, seconds | {"all": time.time() - started})
     end(args, trainer)

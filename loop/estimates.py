@@ -1,12 +1,11 @@
 """Memory, disk and hours of a run, estimated before it starts and held against what there is."""
 
 import math
-import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.devices import gpu_memory, gpu_name
+from common.devices import Speed, gpu_memory, gpu_name, speed_of
 from common.models import local_config
 from common.progress import duration
 from dpo_iteration import memory
@@ -18,14 +17,6 @@ if TYPE_CHECKING:
     from loop.plan import Plan
 
 # For the estimates, per GPU. Assumed, not measured here; docs/performance.md says how the sums are made.
-SPEEDS = {  # dense bf16 TFLOPS and TB/s of memory, by the makers' data sheets, for what nvidia-smi calls so
-    "A100": (312, 2.0),
-    "H100": (989, 3.35),
-    "H200": (989, 4.8),
-    "L40S": (362, 0.86),
-    "A10": (125, 0.6),
-    "4090": (165, 1.0),
-}
 TRAIN_SHARE, SCORE_SHARE = 0.35, 0.45  # of the peak that training and scoring reach
 # tokens/s × parameters of one engine with some hundred sequences, for each TB/s of memory
 SAMPLED_TOKENS = 2500 * 8e9 / 2.0
@@ -43,19 +34,13 @@ def parameters(name: str, fallback: float | None = None) -> float | None:
     return fallback * 1e9 if fallback else None
 
 
-def speed_of(name: str | None) -> tuple[str, bool]:
-    """(key of SPEEDS, whether the GPU called `name` is one of those): an A100 stands in for others."""
-    known = next((key for key in SPEEDS if re.search(rf"\b{key}\b", name or "")), None)
-    return known or "A100", known is not None
-
-
 def estimate(
-    count: float, prompts: float, samples: int, epochs: float, gpus: int, kind: str = "A100"
+    count: float, prompts: float, samples: int, epochs: float, gpus: int, kind: Speed
 ) -> tuple[float, float, float]:
-    """Seconds of generation, annotation and training of one iteration on GPUs of a `kind` of SPEEDS; see the
-    constants on top.
+    """Seconds of generation, annotation and training of one iteration on GPUs of a `kind`; see the constants
+    on top.
     """
-    peak, memory_speed = SPEEDS[kind][0] * 1e12, SPEEDS[kind][1]
+    peak, memory_speed = kind.tflops * 1e12, kind.tb_per_s
     tokens = prompts * samples * RESPONSE_TOKENS
     scored = prompts * samples * (PROMPT_TOKENS + RESPONSE_TOKENS)
     trained = prompts * (PROMPT_TOKENS + 2 * RESPONSE_TOKENS)  # chosen and rejected share their prompt
@@ -140,7 +125,7 @@ def describe(
         prompts = local_size / len(settings.prompts) if local_size else 20000
         name = gpu_name() if settings.num_gpus is None else None
         kind, known = speed_of(name)
-        whose = f"{kind}s" if known or not name else f"A100s: nothing is known here of the {name}"
+        whose = f"{kind.name}s" if known or not name else f"A100s: nothing is known here of the {name}"
         samples, epochs = plan.generation()["K"], args.num_train_epochs if args else 2
         parts = estimate(count, prompts, samples, epochs, len(gpus), kind)
         generation, annotation, training = map(duration, parts)

@@ -202,6 +202,12 @@ DEFINITIONS = {
         "second of the trainer's time; PPO: tokens sampled a second of a rollout, learning included.",
         "count",
     ),
+    "mfu": Figure(
+        "of the GPUs' peak",
+        "Model FLOPs utilisation: 6 operations for each token and weight (4 with LoRA; attention and what is "
+        "computed again aside), over the trainer's time and the peak in bf16 of the GPUs there were.",
+        "share",
+    ),
     "gpus": Figure("GPUs", "GPUs that the step held: processes, times tensor_parallel_size."),
     "gpu_hours": Figure("GPU-hours", "GPUs that the step held times its seconds, busy or not; 0 on the CPU."),
     "sample_margin": Figure(

@@ -308,7 +308,7 @@ def of_steps(run: Run) -> list[dict]:
 
     Returns:
         list of dicts: `policy`, `step`, `seconds` (over all its starts), `work` (seconds, or None), `waiting`
-            (share), `tokens_per_second`, `gpus`, `gpu_hours`.
+            (share), `tokens_per_second`, `mfu` (share; of training on known GPUs), `gpus`, `gpu_hours`.
     """
     rows = {}
     for entry in run.steps:
@@ -319,6 +319,8 @@ def of_steps(run: Run) -> list[dict]:
         row["work"] = None if work is None else min(work, row["seconds"])
         row["waiting"] = None if work is None or row["seconds"] <= 0 else 1 - row["work"] / row["seconds"]
         row["tokens_per_second"] = tokens_per_second(run, *key, work)
+        trained = run.trainings.get(key[0] + 1) if key[1] == "train" else None
+        row["mfu"] = trained.manifest.get("metrics", {}).get("mfu") if trained else None
         row["gpus"] = gpus_of(run, *key)
         row["gpu_hours"] = None if row["gpus"] is None else row["gpus"] * row["seconds"] / 3600
     return list(rows.values())

@@ -173,7 +173,7 @@ TABLES = (  # section, caption, keys of the columns, rows of a run's figures
         "iteration pairs eval_pairs loss accuracy eval_accuracy grad_norm",
         lambda of: of.trainings if of.run.kind == "dpo" else [],
     ),
-    ("time", "Steps", "step seconds work waiting tokens_per_second gpus gpu_hours", steps),
+    ("time", "Steps", "step seconds work waiting tokens_per_second mfu gpus gpu_hours", steps),
 )
 
 

@@ -13,6 +13,7 @@ import micro
 import pytest
 import yaml
 
+from common import devices
 from common.cli import UserError, build
 from common.models import check_policy
 from loop import check as checks
@@ -306,10 +307,13 @@ def test_hours_follow_the_gpu(machine, capsys):
         ("NVIDIA H100 80GB HBM3", "H100"),
         ("NVIDIA A10", "A10"),
     ):
-        assert estimates.speed_of(name) == (key, True)
+        kind, known = devices.speed_of(name)
+        assert (kind.name, known) == (key, True)
     for name in ("NVIDIA A10G", "Tesla T4", None):
-        assert estimates.speed_of(name) == ("A100", False)
-    slow, fast = (estimates.estimate(8e9, 20000, 8, 2, 8, kind) for kind in ("A100", "H100"))
+        kind, known = devices.speed_of(name)
+        assert (kind.name, known) == ("A100", False)
+    kinds = (devices.speed_of(name)[0] for name in ("A100", "H100"))
+    slow, fast = (estimates.estimate(8e9, 20000, 8, 2, 8, kind) for kind in kinds)
     assert fast[1] == pytest.approx(slow[1] * 312 / 989) and fast[0] == pytest.approx(slow[0] * 2.0 / 3.35)
     machine("NVIDIA X1000", 81559, 8)
     assert "an estimate for A100s: nothing is known here of the NVIDIA X1000" in capsys.readouterr().err
