@@ -96,7 +96,7 @@ in_env() { # ENVIRONMENT LOG COMMAND…
   wait "$!" || failed "$2" "$?"
 }
 
-shards() { # ENVIRONMENT LOG COMMAND…: NUMBER in LOG stands for that of the process
+shards() { # ENVIRONMENT LOG COMMAND…: NUMBER in LOG stands for that of the process. One that fails is told at once, the others go on
   local log="$2" k n="${#gpu_groups[@]}" visible command pids=() bad='' status=0
   begins "$1" || return 0
   for ((k = 0; k < n; k++)); do
@@ -111,8 +111,14 @@ shards() { # ENVIRONMENT LOG COMMAND…: NUMBER in LOG stands for that of the pr
     fi
   done
   [ "$mode" != dry_run ] || [ "$n" -eq 1 ] || echo wait
-  for k in "${!pids[@]}"; do
-    wait "${pids[k]}" || { status=$? bad="$k"; }
+  while [ "${#pids[@]}" -gt 0 ]; do # `wait -n` of bash 5.2 passes over those that have ended before it
+    [ "${#pids[@]}" -eq 1 ] || sleep 0.2 {lock}>&-
+    for k in "${!pids[@]}"; do
+      [ "${#pids[@]}" -eq 1 ] || ! kill -0 "${pids[k]}" 2>/dev/null || continue
+      wait "${pids[k]}" || { status=$? bad="$k"; }
+      unset "pids[k]"
+      [ "$bad" != "$k" ] || [ "${#pids[@]}" -eq 0 ] || say "note: process $k has failed, ${#pids[@]} go on; its log: ${log/NUMBER/$k}" >&2
+    done
   done
   [ -z "$bad" ] || failed "${log/NUMBER/$bad}" "$status"
 }

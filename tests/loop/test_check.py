@@ -357,6 +357,27 @@ def test_a_run_of_some_stages_ends_well(tmp_path):
     assert done.stdout.splitlines() == [f"evaluation/run_metrics.py --run {tmp_path}", "ended"], done.stderr
 
 
+def test_a_process_that_fails_is_told_at_once_and_the_others_go_on(tmp_path):
+    """Of those that sample side by side. The processes are stand-ins."""
+    work = (
+        'echo "error: broken" >&2; [ "$2" != 1 ] || exit 3; '
+        'until [ -e told ]; do sleep 0.05; done; touch "whole$2"'
+    )
+    command = (
+        'set -euo pipefail; source ./envs.sh; source loop/launch.sh; cd "$FOLDER"; begins() { :; }; '
+        "mode=run; mark=$FOLDER; at='policy 0: sample'; again='the same'; gpu_groups=('' '' ''); "
+        "exec {lock}</dev/null; "
+        'say() { echo "$*"; touch told; }; shards vllm NUMBER.log bash -c "$WORK" process'
+    )
+    env = os.environ | {"FOLDER": str(tmp_path), "WORK": work}
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1 and (tmp_path / "whole0").exists() and (tmp_path / "whole2").exists()
+    assert done.stderr.splitlines()[0] == "note: process 1 has failed, 2 go on; its log: 1.log"
+    assert "error: broken\nlog: 1.log" in done.stderr
+
+
 @pytest.mark.parametrize("script, given", [("loop/plan.py", "loop_tiny"), ("ppo/run.py", "ppo_tiny")])
 def test_the_settings_are_read_with_nothing_but_pyyaml(script, given):
     """As a bare Python does before any environment is made."""
