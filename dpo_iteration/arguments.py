@@ -133,7 +133,7 @@ class Arguments(TRLArguments):
     max_row_tokens: int | None = arg(
         None,
         "tokens of a packed row; None: as many as padded pairs may take, "
-        "2 × per_device_train_batch_size × max_length",
+        "2 × per_device_train_batch_size × max_length, and on a GPU more where they fit",
         shapes=False,
     )
     reference_cache: str | None = arg(
@@ -141,11 +141,16 @@ class Arguments(TRLArguments):
         "folder where the reference's log-probabilities are kept; None: reference_logps next to output_dir",
         shapes=False,
     )
-    optim: str = arg("adamw_torch", "optimizer as transformers names it")
+    optim: str = arg("adamw_torch_fused", "optimizer as transformers names it")
     weight_decay: float = arg(0.0, "decoupled weight decay")
     max_grad_norm: float = arg(1.0, "gradients are scaled down to this norm")
     bf16: bool = arg(True, "compute and save in bfloat16; the policy's own weights stay fp32")
-    gradient_checkpointing: bool = arg(True, "recompute activations: less memory, about a fifth slower")
+    gradient_checkpointing: bool | None = arg(
+        None,
+        "recompute activations: less memory, a third more arithmetic; None: on, but on a GPU where its "
+        "memory is enough without",
+        shapes=False,
+    )
     seed: int = arg(42, "seed of random choices, held-out prompts and the order of the pairs")
 
     cpu_threads: int | None = arg(

@@ -6,6 +6,7 @@ are the batch's token ids (kilobytes) and what a kernel needs for a moment; RESE
 what CUDA and NCCL take.
 """
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,9 @@ RESERVED = 2 * GIB  # a GPU: CUDA's context, NCCL's buffers, gaps between blocks
 # share of what a GPU reports that a plan may fill: what is left is for what the sums do not know. Assumed,
 # not measured
 USABLE = 0.95
+# and the share of that which is filled by what we choose ourselves: larger rows, activations that are kept
+CHOSEN = 0.95
+ROWS = (16384, 8192)  # tokens of a packed row that are tried
 # GiB that nvidia-smi reports of cards sold with 16, 24 and 48 GB whose error correction takes a sixteenth of
 # it (T4; A10, L4; A40, L40S)
 REPORTED = {16: 15.0, 24: 22.5, 48: 45.0}
@@ -247,7 +251,7 @@ def head_memory(shape: Shape, tokens: int, trainable: int | None = None, bf16: b
 
 def activations(
     shape: Shape,
-    pairs: int,
+    pairs: float,
     max_length: int,
     method: str = "zero2",
     checkpointing: bool = True,
@@ -307,7 +311,7 @@ def need(
     method: str,
     shape: Shape,
     processes: int,
-    pairs: int,
+    pairs: float,
     max_length: int,
     checkpointing: bool = True,
     trainable: int | None = None,
@@ -327,6 +331,46 @@ def need(
         reference_pass(method, shape, processes, bf16, frozen),
         moved + more_moved,
     )
+
+
+def choose(
+    args: "Arguments", method: str, shape: Shape, processes: int, memory: float | None, **how: object
+) -> tuple[bool, int]:
+    """(gradient checkpointing, tokens of a packed row) of a training: as `args` have them, and where they
+    leave it open what is fastest of what fits a GPU of `memory` bytes.
+
+    Recomputing costs a third of the arithmetic; larger rows save passes, each of which adds up gradients over
+    all GPUs. Where nothing fits or is known: recompute, and rows as large as padded pairs.
+    """
+    asked, least = args.gradient_checkpointing, 2 * args.per_device_train_batch_size * args.max_length
+    larger = [] if args.share_prompts is False else [tokens for tokens in ROWS if tokens > least]
+    sizes = [args.max_row_tokens] if args.max_row_tokens else [*larger, least]
+    for on in [False, True] if asked is None else [asked]:
+        for tokens in sizes:
+            needed = need(method, shape, processes, tokens / 2, 1, on, **how).total
+            if memory and needed <= CHOSEN * memory:
+                return on, tokens
+    return asked is not False, sizes[-1]
+
+
+def method_here() -> str:
+    """The method that the launcher's environment says, a key of SHARES."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        return "fsdp2"
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+        return "ddp"
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")  # in a file of DeepSpeed's own: any
+    offload = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE") == "cpu"
+    return f"zero{stage}_offload" if stage == "3" and offload else f"zero{stage}" if stage != "0" else "ddp"
+
+
+def adapted(args: "Arguments", shape: Shape) -> dict:
+    """What `need` is told of adapters, and of precision."""
+    return {
+        "bf16": args.bf16,
+        "trainable": shape.lora(args.lora_r) if args.use_peft else None,
+        "frozen": FOUR_BITS if args.use_peft and args.load_in_4bit else None,
+    }
 
 
 def recommend(
@@ -361,7 +405,7 @@ def remedy(args: "Arguments", shape: Shape, processes: int, memory: float, **how
         step = "" if divides else f" and a global_batch_size that divides by {processes}"
         return f"take configs/{found[0]}.yaml with per_device_train_batch_size {found[1]}{step}"
     others = ["more or larger GPUs", f"a max_length below {args.max_length}"]
-    if not args.gradient_checkpointing:
+    if args.gradient_checkpointing is False:
         others.append("gradient_checkpointing true")
     if not args.use_peft:
         others.append("LoRA (configs/training_lora.yaml)")
@@ -391,28 +435,28 @@ def report(args: "Arguments", gpus: int, memory_gib: float | None) -> list[str]:
             "Llama's shape"
         )
     rank = args.lora_r if args.use_peft else 16
-    how = {"checkpointing": args.gradient_checkpointing, "bf16": args.bf16}
-    adapted = {"trainable": shape.lora(rank), "frozen": FOUR_BITS if args.load_in_4bit else None}
-    pairs, length = args.per_device_train_batch_size, args.max_length
+    lora = {"trainable": shape.lora(rank), "frozen": FOUR_BITS if args.load_in_4bit else None}
     lines += [
         f"{name}: {shape.parameters / 1e9:.2f} billion parameters; {gpus} GPUs of {memory_gib:.0f} GiB, "
         f"{usable(memory_gib) / GIB:.0f} of which may be filled",
-        f"GiB a GPU, pairs at once: {pairs}, of 2 × {length} tokens; {'bf16' if args.bf16 else 'fp32'}, "
-        "gradient checkpointing "
-        f"{'on' if args.gradient_checkpointing else 'off'}; {RESERVED / GIB:.0f} GiB are added for CUDA",
+        f"GiB a GPU, in {'bf16' if args.bf16 else 'fp32'}, with rows and gradient checkpointing as at the "
+        f"end of a line; {RESERVED / GIB:.0f} GiB are added for CUDA",
         "in all: the larger of training (states, buffers, activations) and the pass of the reference before "
         "it",
         f"{'':20}{'states':>9}{'buffers':>9}{'activations':>13}{'reference':>11}{'in all':>9}",
     ]
-    for kind, more in (("", {}), (", QLoRA" if args.load_in_4bit else ", LoRA", adapted)):
+    for kind, more in (("", {}), (", QLoRA" if args.load_in_4bit else ", LoRA", lora)):
         for method in WHOLE if more.get("frozen") else METHODS:
-            found = need(method, shape, gpus, pairs, length, **how, **more)
+            more |= {"bf16": args.bf16}
+            on, tokens = choose(args, method, shape, gpus, usable(memory_gib), **more)
+            found = need(method, shape, gpus, tokens / 2, 1, on, **more)
             numbers = f"{found.states / GIB:9.1f}{found.buffers / GIB:9.1f}{found.activations / GIB:13.1f}"
             numbers += f"{found.reference / GIB:11.1f}{found.total / GIB:9.1f}"
             fits = "fits" if found.total <= usable(memory_gib) else "does not fit"
             moved = f", {found.cpu / GIB:.0f} GiB of the machines' memory" if found.cpu else ""
-            lines.append(f"{method + kind:20}{numbers}  {fits}{moved}")
-    few = adapted["trainable"] / 1e6
+            how = f"{tokens:,} tokens, checkpointing {'on' if on else 'off'}"
+            lines.append(f"{method + kind:20}{numbers}  {fits}, {how}{moved}")
+    few = lora["trainable"] / 1e6
     lines.append(f"LoRA of rank {rank} on all linear layers trains {few:.0f} million parameters")
-    how |= adapted if args.use_peft else {}
+    how = adapted(args, shape) | {"checkpointing": args.gradient_checkpointing is not False}
     return [*lines, f"{remedy(args, shape, gpus, usable(memory_gib), **how)}; --num_processes {gpus}"]

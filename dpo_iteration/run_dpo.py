@@ -17,7 +17,7 @@ import functools
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,6 +79,7 @@ def main():
         say(f"{args.output_dir} is complete, nothing to do")
         return
     prepare_threads()
+    args = fit_to_memory(args)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL sends a ping from every start
     selection = choose_pairs(args)
     data = prepare(args, selection, training.settings["pairs_per_step"])
@@ -93,6 +94,27 @@ def main():
         seconds = {"start": ready - started, "reference": referenced - started}
         save(args, training, data, trainer, metrics, seconds | {"all": time.time() - started})
     end(args, trainer)
+
+
+def fit_to_memory(args: Arguments) -> Arguments:
+    """The arguments with rows and gradient checkpointing chosen for the GPUs that are here, where they are
+    left open.
+    """
+    gib, open_ = gpu_memory(), args.gradient_checkpointing is None or not args.max_row_tokens
+    shape = (
+        memory.shape_of(args.model_name_or_path, args.revision, args.trust_remote_code)
+        if gib and open_
+        else None
+    )
+    on, tokens = args.gradient_checkpointing is not False, args.max_row_tokens
+    if shape:
+        how, limit = memory.adapted(args, shape), memory.usable(gib)
+        on, tokens = memory.choose(args, memory.method_here(), shape, world_size(), limit, **how)
+        say(
+            f"rows of {tokens:,} tokens, gradient checkpointing {'on' if on else 'off'}, for {gib:.0f} GiB a "
+            "GPU"
+        )
+    return replace(args, gradient_checkpointing=on, max_row_tokens=tokens)
 
 
 def choose_pairs(args: Arguments) -> Selection:
@@ -227,6 +249,11 @@ def train(trainer: "IterativeDPOTrainer", training: Training, data: Data) -> dic
     try:
         metrics = trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None).metrics
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise UserError(
+                f"the GPU's memory is full ({one_line(error, 120)}): give gradient_checkpointing true, or a "
+                "lower max_row_tokens or max_length; --check true says what fits"
+            ) from None
         if isinstance(error, UserError) or not saved or trainer.plain_log.stepped:
             raise
         raise UserError(

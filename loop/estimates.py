@@ -35,10 +35,10 @@ def parameters(name: str, fallback: float | None = None) -> float | None:
 
 
 def estimate(
-    count: float, prompts: float, samples: int, epochs: float, gpus: int, kind: Speed
+    count: float, prompts: float, samples: int, epochs: float, gpus: int, kind: Speed, recompute: bool
 ) -> tuple[float, float, float]:
     """Seconds of generation, annotation and training of one iteration on GPUs of a `kind`; see the constants
-    on top.
+    on top. `recompute`: whether activations are.
     """
     peak, memory_speed = kind.tflops * 1e12, kind.tb_per_s
     tokens = prompts * samples * RESPONSE_TOKENS
@@ -49,7 +49,7 @@ def estimate(
         2 * count * scored / (peak * SCORE_SHARE) / gpus,
         # FLOPs a parameter and token: forward and backward 6, recomputed activations 2; the reference's
         # forward 2, once
-        (8 * epochs + 2) * count * trained / (peak * TRAIN_SHARE) / gpus,
+        ((8 if recompute else 6) * epochs + 2) * count * trained / (peak * TRAIN_SHARE) / gpus,
     )
 
 
@@ -71,29 +71,28 @@ def shape_of(name: str, count: float) -> memory.Shape:
     return memory.shape_of(name) if Path(name).is_dir() else memory.shape_like(count / 1e9)
 
 
-def check_memory(plan: "Plan", count: float, method: str, args: Arguments, found: "Findings"):
+def check_memory(plan: "Plan", count: float, method: str, args: Arguments, found: "Findings") -> bool:
     """Tell what training takes of a GPU, as `run_dpo.py --check true` does, and refuse what does not fit.
-
-    `args`: of run_dpo.py.
+    Returns whether activations are recomputed. `args`: of run_dpo.py.
     """
     settings, world, batch = plan.settings, processes(plan.settings), args.per_device_train_batch_size
     there, shape = settings.gpu_memory_gib or gpu_memory(), shape_of(settings.model_name_or_path, count)
-    how = {
-        "checkpointing": args.gradient_checkpointing,
-        "bf16": args.bf16,
-        "trainable": shape.lora(args.lora_r) if args.use_peft else None,
-        "frozen": memory.FOUR_BITS if args.use_peft and args.load_in_4bit else None,
-    }
-    needed = memory.need(method, shape, world, batch, args.max_length, **how).total
+    limit, how = memory.usable(there) if there else math.inf, memory.adapted(args, shape)
+    on, tokens = memory.choose(args, method, shape, world, limit if there else None, **how)
+    needed = memory.need(method, shape, world, tokens / 2, 1, on, **how).total
     takes = f"about {needed / memory.GIB:.0f} GiB a GPU"
-    limit = memory.usable(there) if there else math.inf
     has = f"a GPU has {there:.0f}, {limit / memory.GIB:.0f} of which may be filled" if there else ""
-    found.notes.append(f"training: {method} over {world} processes takes {takes}{has and '; '}{has}")
+    found.notes.append(
+        f"training: {method} over {world} processes takes {takes} with rows of {tokens:,} tokens, gradient "
+        f"checkpointing {'on' if on else 'off'}{has and '; '}{has}"
+    )
+    how["checkpointing"] = on
     if needed > limit:
         found.problems.append(
             f"training needs {takes} by {settings.accelerate_config} with per_device_train_batch_size "
             f"{batch}, and {has}; {memory.remedy(args, shape, world, limit, **how)}"
         )
+    return on
 
 
 def describe(
@@ -109,9 +108,9 @@ def describe(
 
     `args`: of run_dpo.py, or None.
     """
-    settings = plan.settings
+    settings, recompute = plan.settings, True
     if gpus and args is not None:
-        check_memory(plan, count, method, args, found)
+        recompute = check_memory(plan, count, method, args, found)
     # An iterate in 2 bytes a parameter (4 on the CPU), and what training keeps meanwhile.
     kept = settings.iterations if settings.keep_iterates is None else settings.keep_iterates
     disk, what, trained = kept * (2 if gpus else 4) * count, f"{kept} iterates", count
@@ -127,7 +126,7 @@ def describe(
         kind, known = speed_of(name)
         whose = f"{kind.name}s" if known or not name else f"A100s: nothing is known here of the {name}"
         samples, epochs = plan.generation()["K"], args.num_train_epochs if args else 2
-        parts = estimate(count, prompts, samples, epochs, len(gpus), kind)
+        parts = estimate(count, prompts, samples, epochs, len(gpus), kind, recompute)
         generation, annotation, training = map(duration, parts)
         found.notes.append(
             f"time: about {duration(sum(parts) * settings.iterations)} in all without evaluations; an "

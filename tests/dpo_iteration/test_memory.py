@@ -166,6 +166,49 @@ def test_what_is_recommended(llama):
     assert need(method, llama, 8, pairs, 2048).total <= 80 * GIB
 
 
+def test_what_is_left_open_is_chosen_by_memory(llama):
+    def chosen(method, gpus, gib, share_prompts=None, **given):
+        values = {"per_device_train_batch_size": 1, "max_length": 2048, "share_prompts": share_prompts}
+        args = SimpleNamespace(**values | {"gradient_checkpointing": None, "max_row_tokens": None} | given)
+        return memory.choose(args, method, llama, gpus, gib and gib * GIB)
+
+    assert chosen("zero2", 8, None) == (True, 4096)  # nothing is known
+    assert chosen("zero2", 8, 80) == (False, 4096)
+    assert chosen("zero2", 8, 141) == (False, 8192) and chosen("zero2", 8, 288) == (False, 16384)
+    assert chosen("zero2", 8, 55) == (True, 16384) and chosen("zero2", 8, 44) == (True, 8192)
+    assert chosen("zero2", 8, 20) == (True, 4096)  # fits not: that is told elsewhere
+    assert chosen("zero2", 8, 80, gradient_checkpointing=True) == (True, 16384)
+    assert chosen("zero2", 8, 80, max_row_tokens=5000) == (False, 5000)
+    assert chosen("zero2", 8, 288, share_prompts=False) == (False, 4096)  # batches of padded pairs
+    for gib in (44, 55, 80, 141, 288):
+        on, tokens = chosen("zero2", 8, gib)
+        assert need("zero2", llama, 8, tokens / 2, 1, on).total <= 0.95 * gib * GIB
+
+
+def test_the_method_is_known_from_what_the_launcher_says(monkeypatch):
+    """By accelerate's own functions, which make the environment of what it starts."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    monkeypatch.setattr("accelerate.utils.launch.is_port_in_use", lambda *_: False)
+    for method in METHODS:
+        words = [
+            "--config_file",
+            str(ROOT / "configs" / f"{method}.yaml"),
+            "--num_processes",
+            "2",
+            "script.py",
+        ]
+        given, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
+        given.deepspeed_fields_from_accelerate_config = ""  # deepspeed_launcher's own
+        made = prepare_deepspeed_cmd_env(given)[1] if given.use_deepspeed else prepare_multi_gpu_env(given)
+        with monkeypatch.context() as patch:
+            for key, value in made.items():
+                if key.startswith("ACCELERATE_"):
+                    patch.setenv(key, value)
+            assert memory.method_here() == method
+
+
 def test_a_config_is_known_by_its_method(tmp_path):
     assert [memory.method_of(ROOT / "configs" / f"{name}.yaml") for name in METHODS] == list(METHODS)
     path = tmp_path / "a.yaml"

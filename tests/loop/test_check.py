@@ -164,7 +164,8 @@ def test_the_loop_is_planned_without_a_gpu():
     assert planned.returncode == 0, planned.stderr
     for told in (
         "8 generation processes, 8 training processes, GPUs",
-        "zero2 over 8 processes takes about 39 GiB a GPU; a GPU has 80, 76 of which",
+        "zero2 over 8 processes takes about 62 GiB a GPU with rows of 4,096 tokens, gradient checkpointing "
+        "off; a GPU has 80, 76 of which",
         "for A100s",
         "on the hub, not looked at: model_name_or_path RLHFlow/LLaMA3-SFT",
         "on the hub, not looked at: reward_name_or_path sfairXC/FsfairX-LLaMA3-RM-v0.1",
@@ -313,7 +314,7 @@ def test_hours_follow_the_gpu(machine, capsys):
         kind, known = devices.speed_of(name)
         assert (kind.name, known) == ("A100", False)
     kinds = (devices.speed_of(name)[0] for name in ("A100", "H100"))
-    slow, fast = (estimates.estimate(8e9, 20000, 8, 2, 8, kind) for kind in kinds)
+    slow, fast = (estimates.estimate(8e9, 20000, 8, 2, 8, kind, True) for kind in kinds)
     assert fast[1] == pytest.approx(slow[1] * 312 / 989) and fast[0] == pytest.approx(slow[0] * 2.0 / 3.35)
     machine("NVIDIA X1000", 81559, 8)
     assert "an estimate for A100s: nothing is known here of the NVIDIA X1000" in capsys.readouterr().err
