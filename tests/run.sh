@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Make what the tests need and run them: bash tests/run.sh [--all] [FILE…] [pytest arguments]
+# Make what the tests need and run them: bash tests/run.sh [--all | --gpu] [FILE…] [pytest arguments]
 #
 #   --all     the long ones too (five seeds of the tiny loop, hundreds of kills); see pytest's `long` marker
+#   --gpu     only what a GPU alone can show, tests/gpu; without one they are passed over
 #   FILE…     only these, for example tests/ppo or tests/loop/test_faults.py, each in its environment
 #
 # Three parts: what needs environment vllm (a mark in the file says so), scripts, and whole runs of the loop, which go beside
@@ -21,6 +22,8 @@ long=(-m "not long")
 if [ "${1:-}" = --all ]; then
   long=()
   shift
+elif [ "${1:-}" = --gpu ]; then
+  set -- tests/gpu -s "${@:2}"
 fi
 
 make_envs vllm rlhflow
