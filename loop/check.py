@@ -243,7 +243,8 @@ def check_learning(plan: "Plan", args: dpo.Arguments, sets: dict, found: Finding
             found.notes.append(
                 f"warning: this run will hardly learn: an iteration of {min(counts)} prompts has at most "
                 f"{steps} optimizer steps, and at learning_rate {args.learning_rate:g} they move a weight by "
-                f"{move:.0e} at most, which bf16 rounds away; raise --training_args.learning_rate (5e-7 is "
+                f"{move:.0e} at most{', which bf16 rounds away' if args.bf16 else ''}; raise "
+                "--training_args.learning_rate (5e-7 is "
                 "for 8 billion parameters and some hundred steps) or num_train_epochs, or give more prompts"
             )
     if args.bf16 and not gpus_of(plan.settings):
@@ -307,8 +308,8 @@ def check(plan: "Plan", left: bool):
     sets = check_prompts(plan, found)
     if settings.iterations > len(settings.prompts):
         found.notes.append(
-            f"{settings.iterations} iterations take turns over {len(settings.prompts)} prompt sets; the "
-            "samples differ, the prompts repeat"
+            f"{settings.iterations} iterations take turns over "
+            f"{counted(len(settings.prompts), 'prompt set')}; the samples differ, the prompts repeat"
         )
     gpus, count = check_gpus(plan, found)
     if count and method is not None:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.cli import count as plural
 from common.devices import Speed, gpu_memory, gpu_name, speed_of
 from common.models import local_config
 from common.progress import duration
@@ -113,7 +114,7 @@ def describe(
         recompute = check_memory(plan, count, method, args, found)
     # An iterate in 2 bytes a parameter (4 on the CPU), and what training keeps meanwhile.
     kept = settings.iterations if settings.keep_iterates is None else settings.keep_iterates
-    disk, what, trained = kept * (2 if gpus else 4) * count, f"{kept} iterates", count
+    disk, what, trained = kept * (2 if gpus else 4) * count, plural(kept, "iterate"), count
     if args and args.use_peft:
         trained = shape_of(settings.model_name_or_path, count).lora(args.lora_r)
     if args and args.save_steps:

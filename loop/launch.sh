@@ -290,7 +290,7 @@ make_ready() { # ENVIRONMENT…: of what is left; --check ends here, and --dry_r
     [ -n "${plan[elsewhere]-}" ] || check_envs "$@" || exit 2
     exit 0
   fi
-  [ "$#" -gt 0 ] || say "every stage of ${plan[run_dir]} is done, nothing is left to do" >&2
+  [ "$#" -gt 0 ] || say "every stage of ${plan[run_dir]} is done, nothing is left to do$([ "$mode" != dry_run ] || echo '; --run_dir with a new folder shows all commands')" >&2
   [ "$#" -gt 0 ] && [ "$mode" = run ] || return 0
   check_machine "$@" || exit 2
   waited make_envs "$@" || exit 2

@@ -30,6 +30,7 @@ HEAD = {  # what a reader asks first of a run → where loop.yaml has it, the fi
     "K": ("ppo.samples_per_prompt", "generation.K"),
     "temperature": ("ppo.temperature", "generation.temperature"),
     "beta": ("training_args.beta",),
+    "advantages": ("ppo.advantage_estimator",),
     "KL coefficient": ("ppo.kl_coef",),
     "learning rate": ("training_args.learning_rate", "ppo.learning_rate"),
     "loss": ("training_args.loss_type",),

@@ -182,10 +182,13 @@ def over_optimised(iterates: list[dict]) -> list[Trouble]:
     for row in iterates:
         seen = set()
         for against in ("previous", "start", "best"):
-            for kind in KINDS:
-                versus = (row["versus"].get(against) or {}).get(kind) or {}
-                if rises(versus.get("reward")):
-                    found += _bought(versus, f"{kind} answers", _against(row, against), seen)
+            compared = {kind: (row["versus"].get(against) or {}).get(kind) or {} for kind in KINDS}
+            rising = [kind for kind in KINDS if rises(compared[kind].get("reward"))]
+            for kind in rising:
+                found += _bought(compared[kind], f"{kind} answers", _against(row, against), seen)
+            for kind in set(KINDS).difference(rising) if rising else ():
+                reward = f"{rising[0]} answers: reward {_shown(compared[rising[0]]['reward'])}"
+                found += _fallen(compared[kind], f"{reward}; {kind} answers:", _against(row, against), seen)
     return [*found, *_over_optimised_by_averages(iterates)]
 
 
@@ -199,15 +202,20 @@ def _against(row, against):
 def _bought(versus, answers, where, seen):
     """What a reward that rises has cost in one comparison; what was `seen` of an iterate is told once."""
     reward = f"{answers}: reward {_shown(versus['reward'])}"
-    for quantity, name in (("gold", "gold"), ("judge", "the second judge's reward")):
-        if falls(versus.get(quantity)) and quantity not in seen:
-            seen.add(quantity)
-            yield OVER_OPTIMISED.at(where, f"{reward}, {name} {_shown(versus[quantity])}", name)
+    yield from _fallen(versus, f"{reward},", where, seen)
     win = versus.get("reward_win")
     if win and win[2] is not None and win[2] < 0.5 and "win" not in seen:
         seen.add("win")
         shares = f"{percent(win[0])} [{percent(win[1])}, {percent(win[2])}]"
         yield WIN_RATE_FALLS.at(where, f"{reward}, win rate {shares}")
+
+
+def _fallen(versus, reward, where, seen):
+    """What falls in one comparison where the reward rises, there or in answers of the other kind."""
+    for quantity, name in (("gold", "gold"), ("judge", "the second judge's reward")):
+        if falls(versus.get(quantity)) and quantity not in seen:
+            seen.add(quantity)
+            yield OVER_OPTIMISED.at(where, f"{reward} {name} {_shown(versus[quantity])}", name)
 
 
 def _over_optimised_by_averages(iterates):

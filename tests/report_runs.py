@@ -147,7 +147,13 @@ def settings_of(folder, iterations, kind):
     values |= {"gold_function": f"{folder}/gold.py:gold_score", "generation": generation}
     values |= {"heldout": generation, "annotation": {"batch_tokens": None}, "eval_annotation": {}}
     if kind == "ppo":
-        ppo = {"kl_coef": 0.05, "learning_rate": 1e-5, "samples_per_prompt": 2, "num_episodes": 1}
+        ppo = {
+            "kl_coef": 0.05,
+            "advantage_estimator": "gae",
+            "learning_rate": 1e-5,
+            "samples_per_prompt": 2,
+            "num_episodes": 1,
+        }
         return values | {"backend": "small", "ppo": ppo}
     training = {"beta": 0.1, "learning_rate": 3e-4, "loss_type": ["sigmoid"], "choose_type": "max_min"}
     return values | {"iterations": iterations, "training_args": training | {"num_train_epochs": 2.0}}

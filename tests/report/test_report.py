@@ -282,6 +282,18 @@ def test_a_slow_fall_of_gold_is_named_against_the_best_before(tmp_path):
     assert "5 against 1 (best before)" in build(folder, target=tmp_path / "page.html")[0]
 
 
+def test_greedy_gold_that_falls_while_the_sampled_reward_rises_is_named():
+    """The tiny run's last iterate: the greedy reward stands still, since it is at its best already."""
+    sampled = {"reward": (0.927, 0.824, 1.032), "gold": (0.0, -0.01, 0.01)}
+    greedy = {"reward": (0.01, -0.1, 0.12), "gold": (-0.029, -0.047, -0.010)}
+    row = {"iterate": 3, "sampled": {}, "versus": {"previous": {"sampled": sampled, "greedy": greedy}}}
+    [told] = troubles.over_optimised([row])
+    assert told.name == "over_optimised" and told.where == "iterate 3 against the previous one"
+    assert "sampled answers: reward +0.927" in told.figure and "greedy answers: gold -0.029" in told.figure
+    sampled["reward"] = (0.1, -0.2, 0.4)
+    assert troubles.over_optimised([row]) == []
+
+
 def test_a_fall_that_chance_may_have_made_is_none():
     """A run is looked at many times, so that a fall is one at 99%: 1.31 times the 95% interval."""
     assert not troubles.falls((-1.0, -1.9, -0.1)) and troubles.falls((-1.0, -1.7, -0.3))
