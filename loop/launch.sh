@@ -296,6 +296,7 @@ make_ready() { # ENVIRONMENT…: of what is left; --check ends here, and --dry_r
   waited make_envs "$@" || exit 2
   enter rlhflow
   python="$(command -v python)"
+  say "to watch it in another terminal: $(shown "$python" report/watch.py "${plan[run_dir]}")" >&2
 }
 
 begin() { # PLAN ARGUMENTS…

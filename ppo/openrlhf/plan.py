@@ -150,7 +150,7 @@ def check_surroundings(args: Arguments, machine: Machine):
     """Refuse too few cores, somebody's Ray cluster, and a reward server that nobody listens at.
 
     Ray waits for ever for a core for each GPU, one for the trainer, and one for itself. OpenRLHF would join
-    the cluster that RAY_ADDRESS names, whoever's it is.
+    the cluster that RAY_ADDRESS or Ray's own note names, whoever's it is.
     """
     cores, address = len(os.sched_getaffinity(0)), os.environ.get("RAY_ADDRESS")
     if not args.ray_address and cores < machine.gpus + 2:
@@ -162,6 +162,14 @@ def check_surroundings(args: Arguments, machine: Machine):
         raise UserError(
             f"RAY_ADDRESS is {address}: OpenRLHF would join that cluster; set ray_address {address} to "
             "use it, or unset RAY_ADDRESS"
+        )
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    left = Path(folder, "ray", "ray_current_cluster")  # by `ray start`; ray.init looks there, too
+    if not args.ray_address and left.is_file() and (found := left.read_text(encoding="utf-8").strip()):
+        raise UserError(
+            f"{left} names a Ray cluster at {found}: OpenRLHF would join it; set ray_address {found} to use "
+            "it. Otherwise end it (ray stop), delete that file where the cluster is gone, or give this run "
+            "a RAY_TMPDIR of its own"
         )
     for url in args.reward_url or []:
         parts = urlparse(url)

@@ -15,6 +15,12 @@ FUNCTION = (
 )
 
 
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch, tmp_path):
+    """Ray's note of a cluster of the machine's own is none of a test's."""
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+
+
 @pytest.fixture(scope="session")
 def source(tmp_path_factory):
     """The published wheel, unzipped."""

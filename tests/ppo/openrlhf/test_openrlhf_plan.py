@@ -1,6 +1,8 @@
 """What would end a launch after minutes, or never: GPUs, clusters, cores, tokens of the reward model."""
 
+import os
 import re
+from pathlib import Path
 
 import micro
 import pytest
@@ -58,6 +60,13 @@ def test_what_openrlhf_would_wait_for_or_join(monkeypatch):
     with pytest.raises(UserError, match="RAY_ADDRESS is somebodys:6379: .* set ray_address somebodys:6379"):
         plan.check_surroundings(arguments(), six)
     plan.check_surroundings(arguments(ray_address="ours:6379"), eight)
+    monkeypatch.delenv("RAY_ADDRESS")
+    note = Path(os.environ["RAY_TMPDIR"], "ray/ray_current_cluster")
+    note.parent.mkdir()
+    note.write_text("1.2.3.4:6379\n")
+    with pytest.raises(UserError, match="names a Ray cluster at 1.2.3.4:6379: .* set ray_address 1.2.3.4"):
+        plan.check_surroundings(arguments(), six)
+    plan.check_surroundings(arguments(ray_address="1.2.3.4:6379"), six)
 
 
 def test_tokens_and_templates_are_compared(models, monkeypatch):

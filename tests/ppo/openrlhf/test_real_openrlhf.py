@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import faults
@@ -94,10 +95,11 @@ class Real:
             '    -L) echo "GPU $i: a stand-in" ;;\n    *memory.total*) echo 81920 ;;\n  esac\ndone\n'
         )
         smi.chmod(0o755)
+        self.ray = tempfile.mkdtemp(prefix="ray")  # a short name: sockets lie there
 
     def variables(self, gpus):
         path = f"{self.folder}/bin:{self.environment}/bin:{os.environ['PATH']}"
-        mark = {"MARK_OF_A_TEST": str(self.folder)}
+        mark = {"MARK_OF_A_TEST": str(self.folder), "RAY_TMPDIR": self.ray}
         return os.environ | mark | {"PATH": path, "STAND_IN_GPUS": str(gpus), "HF_HUB_OFFLINE": "1"}
 
     def begin(self, gpus, **more):
@@ -147,6 +149,7 @@ def real(environment, tmp_path):
     for pid in left:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+    shutil.rmtree(it.ray, ignore_errors=True)
     assert not left
 
 
