@@ -160,7 +160,7 @@ def samples(said):
 
 
 def test_a_killed_training_goes_on_from_its_checkpoint(real):
-    """Colocated on two GPUs, packed, with our reward server: kill -9 in the middle of the second pass."""
+    """Colocated on two GPUs, packed: kill -9 in the middle of the second pass."""
     latest = real.work / "checkpoints/_critic/latest"
     driver = real.begin(2, keep_checkpoints=True)
     faults.wait_for(
@@ -191,9 +191,13 @@ def same_as_checkpoint(real):
         torch.testing.assert_close(value.float(), held[name].float(), rtol=0, atol=0)
 
 
-def test_rewards_are_those_of_get_rewards(real):
-    """Without a value model, on one GPU; the texts that OpenRLHF shows, scored again."""
-    status, said = real.run(1, advantage_estimator="rloo", num_episodes=1, missing_eos_penalty=0.0)
+@pytest.mark.parametrize("backend", ["local", "server"])
+def test_rewards_are_those_of_get_rewards(real, backend):
+    """OpenRLHF's own reward model and our server: the texts that it shows, scored again. On one GPU, without
+    a value model.
+    """
+    more = {"advantage_estimator": "rloo", "num_episodes": 1, "missing_eos_penalty": 0.0}
+    status, said = real.run(1, reward_backend=backend, **more)
     assert status == 0, said[-3000:]
     assert not (real.work / "checkpoints").exists() and "value_loss" not in faults.records(real.log)[-1]
     shown = samples(said)
@@ -204,7 +208,7 @@ def test_rewards_are_those_of_get_rewards(real):
     records = []
     for text, _ in shown:
         [question] = [one for one in by_prompt if one in text]
-        answer = text.partition(question)[2].replace("assistant", "", 1).strip()
+        answer = text.partition(question)[2].removeprefix("assistant\n\n")
         records.append({"prompt": by_prompt[question], "responses": [answer]})
     from common.manifest import write_jsonl
 
@@ -214,7 +218,7 @@ def test_rewards_are_those_of_get_rewards(real):
     end = faults.ended([*command, "--reward_name_or_path", BUILT / "reward_model"])
     assert end.returncode == 0, end.stderr
     rewards = [record["rewards"][0] for record in faults.records(real.folder / "rewarded.jsonl")]
-    # As on a GPU our server computes in bf16, and get_rewards.py here in float32.
+    # As on a GPU both compute in bf16, and get_rewards.py here in float32.
     assert rewards == pytest.approx([reward for _, reward in shown], abs=0.02)
 
 
