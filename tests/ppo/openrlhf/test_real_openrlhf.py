@@ -191,17 +191,20 @@ def same_as_checkpoint(real):
         torch.testing.assert_close(value.float(), held[name].float(), rtol=0, atol=0)
 
 
+def trimmed(text):
+    return text == text.strip()
+
+
 @pytest.mark.parametrize("backend", ["local", "server"])
 def test_rewards_are_those_of_get_rewards(real, backend):
     """OpenRLHF's own reward model and our server: the texts that it shows, scored again. On one GPU, without
     a value model.
     """
-    more = {"advantage_estimator": "rloo", "num_episodes": 1, "missing_eos_penalty": 0.0}
-    status, said = real.run(1, reward_backend=backend, **more)
+    status, said = real.run(1, reward_backend=backend, advantage_estimator="rloo", missing_eos_penalty=0.0)
     assert status == 0, said[-3000:]
     assert not (real.work / "checkpoints").exists() and "value_loss" not in faults.records(real.log)[-1]
     shown = samples(said)
-    assert len(shown) == 2
+    assert len(shown) == 4
     by_prompt = {}
     for record in faults.records(real.folder / "prompts.jsonl"):
         by_prompt[record["context_messages"][-1]["content"]] = record["context_messages"]
@@ -210,6 +213,9 @@ def test_rewards_are_those_of_get_rewards(real, backend):
         [question] = [one for one in by_prompt if one in text]
         answer = text.partition(question)[2].removeprefix("assistant\n\n")
         records.append({"prompt": by_prompt[question], "responses": [answer]})
+    if backend == "local":  # it reads a space at an end, which the template would trim
+        both = [(one, record) for one, record in zip(shown, records) if trimmed(record["responses"][0])]
+        shown, records = (list(part) for part in zip(*both))
     from common.manifest import write_jsonl
 
     write_jsonl(real.folder / "generated.jsonl", records)
