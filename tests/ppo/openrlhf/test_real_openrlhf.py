@@ -224,7 +224,7 @@ def test_rewards_are_those_of_get_rewards(real, backend):
     end = faults.ended([*command, "--reward_name_or_path", BUILT / "reward_model"])
     assert end.returncode == 0, end.stderr
     rewards = [record["rewards"][0] for record in faults.records(real.folder / "rewarded.jsonl")]
-    # As on a GPU both compute in bf16, and get_rewards.py here in float32.
+    # OpenRLHF computes in bf16, our server here in float32, as get_rewards.py does.
     assert rewards == pytest.approx([reward for _, reward in shown], abs=0.02)
 
 
