@@ -77,15 +77,23 @@ def check_targets(names: list[str]):
             raise UserError(f"--lora_target_modules {name}: {why}; leave it out")
 
 
-def shards_weights() -> str | None:
-    """FSDP or ZeRO-3, where the launcher's environment says so, else None."""
+def method_here() -> str:
+    """The method that the launcher's environment says, a key of memory.SHARES."""
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        return "FSDP"
+        return "fsdp2"
     stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
     file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if file != "none":
         stage = json.loads(Path(file).read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage")
-    return "ZeRO-3" if str(stage) == "3" else None
+    offload = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE") == "cpu"
+    if str(stage) not in ("1", "2", "3"):
+        return "ddp"
+    return "zero3_offload" if str(stage) == "3" and offload else f"zero{stage}"
+
+
+def shards_weights() -> str | None:
+    """FSDP or ZeRO-3, where the launcher's environment says so, else None."""
+    return {"fsdp2": "FSDP", "zero3": "ZeRO-3", "zero3_offload": "ZeRO-3"}.get(method_here())
 
 
 def lora_config(args: "Arguments") -> "LoraConfig | None":

@@ -6,7 +6,6 @@ are the batch's token ids (kilobytes) and what a kernel needs for a moment; RESE
 what CUDA and NCCL take.
 """
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -351,17 +350,6 @@ def choose(
             if memory and needed <= CHOSEN * memory:
                 return on, tokens
     return asked is not False, sizes[-1]
-
-
-def method_here() -> str:
-    """The method that the launcher's environment says, a key of SHARES."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        return "fsdp2"
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
-        return "ddp"
-    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")  # in a file of DeepSpeed's own: any
-    offload = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE") == "cpu"
-    return f"zero{stage}_offload" if stage == "3" and offload else f"zero{stage}" if stage != "0" else "ddp"
 
 
 def adapted(args: "Arguments", shape: Shape) -> dict:

@@ -100,20 +100,19 @@ def fit_to_memory(args: Arguments) -> Arguments:
     """The arguments with rows and gradient checkpointing chosen for the GPUs that are here, where they are
     left open.
     """
-    gib, open_ = gpu_memory(), args.gradient_checkpointing is None or not args.max_row_tokens
-    shape = (
-        memory.shape_of(args.model_name_or_path, args.revision, args.trust_remote_code)
-        if gib and open_
-        else None
-    )
-    on, tokens = args.gradient_checkpointing is not False, args.max_row_tokens
-    if shape:
-        how, limit = memory.adapted(args, shape), memory.usable(gib)
-        on, tokens = memory.choose(args, memory.method_here(), shape, world_size(), limit, **how)
-        say(
-            f"rows of {tokens:,} tokens, gradient checkpointing {'on' if on else 'off'}, for {gib:.0f} GiB a "
-            "GPU"
-        )
+    from dpo_iteration.adapters import method_here
+
+    gib = gpu_memory()
+    if not gib or (args.gradient_checkpointing is not None and args.max_row_tokens):
+        return replace(args, gradient_checkpointing=args.gradient_checkpointing is not False)
+    try:
+        shape = memory.shape_of(args.model_name_or_path, args.revision, args.trust_remote_code)
+    except UserError as error:  # a model may train all the same
+        say(f"note: rows and gradient checkpointing as on a small GPU: {error}")
+        return replace(args, gradient_checkpointing=args.gradient_checkpointing is not False)
+    how, limit = memory.adapted(args, shape), memory.usable(gib)
+    on, tokens = memory.choose(args, method_here(), shape, world_size(), limit, **how)
+    say(f"rows of {tokens:,} tokens, gradient checkpointing {'on' if on else 'off'}, for {gib:.0f} GiB a GPU")
     return replace(args, gradient_checkpointing=on, max_row_tokens=tokens)
 
 

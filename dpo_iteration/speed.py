@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from common.cli import UserError
 from common.devices import gpu_name, speed_of
 from dpo_iteration.memory import GIB, Shape, shape_of
 
@@ -35,9 +36,12 @@ def of_training(trainer: "IterativeDPOTrainer", args: "Arguments", seconds: floa
         return {}
     accelerator = trainer.accelerator
     held = torch.tensor(torch.cuda.max_memory_reserved() / GIB, device=accelerator.device)
-    shape = shape_of(args.model_name_or_path, args.revision, args.trust_remote_code)
+    found = {"gpu_memory_gib": accelerator.gather(held).max().item()}
+    try:
+        shape = shape_of(args.model_name_or_path, args.revision, args.trust_remote_code)
+    except UserError:  # the trained model is not saved yet: nothing may end the run here
+        return found
     flops = trainer.tokens * flops_per_token(shape, args.use_peft)
-    rate = flops / seconds / accelerator.num_processes / 1e12
-    found = {"gpu_memory_gib": accelerator.gather(held).max().item(), "tflops_per_gpu": rate}
+    found["tflops_per_gpu"] = flops / seconds / accelerator.num_processes / 1e12
     kind, known = speed_of(gpu_name())
-    return found | ({"mfu": rate / kind.tflops} if known else {})
+    return found | ({"mfu": found["tflops_per_gpu"] / kind.tflops} if known else {})

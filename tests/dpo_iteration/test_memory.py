@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.cli import UserError
 from dpo_iteration import memory, run_dpo
+from dpo_iteration.adapters import method_here
 from dpo_iteration.memory import FOUR_BITS, GIB, METHODS, WHOLE, activations, need, recommend, states
 
 LLAMA = {
@@ -206,7 +207,32 @@ def test_the_method_is_known_from_what_the_launcher_says(monkeypatch):
             for key, value in made.items():
                 if key.startswith("ACCELERATE_"):
                     patch.setenv(key, value)
-            assert memory.method_here() == method
+            assert method_here() == method
+
+
+def test_a_file_of_deepspeeds_own_says_the_stage(monkeypatch, tmp_path):
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "ds.json"))
+    assert method_here() == "zero2"
+
+
+def test_a_training_fits_itself_to_the_gpu(monkeypatch, tmp_path, capsys):
+    """STAND-IN: the GPU is a number of GiB. Without one, or where the size is not known, all is as ever."""
+    values = {"per_device_train_batch_size": 1, "max_length": 2048, "share_prompts": None, "revision": None}
+    values |= {"gradient_checkpointing": None, "max_row_tokens": None, "trust_remote_code": False}
+    values |= {"bf16": True, "use_peft": False, "load_in_4bit": False}
+
+    def fitted(model, gib, **given):
+        monkeypatch.setattr(run_dpo, "gpu_memory", lambda: gib)
+        monkeypatch.setattr(run_dpo, "replace", lambda args, **new: SimpleNamespace(**vars(args) | new))
+        args = run_dpo.fit_to_memory(SimpleNamespace(**values | given, model_name_or_path=str(model)))
+        return args.gradient_checkpointing, args.max_row_tokens
+
+    small = saved(tmp_path / "small", **LLAMA | {"hidden_size": 256, "num_hidden_layers": 2})
+    assert fitted(small, None) == (True, None)
+    assert fitted(small, 80) == (False, 16384) and "gradient checkpointing off" in capsys.readouterr().out
+    assert fitted(small, 80, gradient_checkpointing=True, max_row_tokens=99) == (True, 99)
+    assert fitted(tmp_path / "gone", 80) == (True, None) and "note: rows and" in capsys.readouterr().out
 
 
 def test_a_config_is_known_by_its_method(tmp_path):

@@ -47,6 +47,10 @@ def test_figures_of_a_gpu(monkeypatch, tmp_path):
     assert speed.of_training(trainer, args, 10.0) == {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 2**31)
+    unknown = SimpleNamespace(**vars(args) | {"model_name_or_path": str(tmp_path / "gone")})
+    assert speed.of_training(trainer, unknown, 10.0) == {
+        "gpu_memory_gib": 3
+    }  # hours of training are not lost
     for name, peak in (("NVIDIA H100 80GB HBM3", 989), ("Tesla T4", None)):
         monkeypatch.setattr(speed, "gpu_name", lambda name=name: name)
         found = speed.of_training(trainer, args, 10.0)
