@@ -10,6 +10,7 @@ from pathlib import Path
 from common.cli import UserError
 from common.manifest import write_jsonl
 from common.progress import Progress
+from common.records import as_json
 
 # Ours → theirs, the first that is there. `score` is the reward before the penalty for cut-off responses, and
 # lacks where OpenRLHF holds the reward model itself.
@@ -68,7 +69,7 @@ class Log:
 
     @property
     def entries(self) -> list[dict]:
-        return [entry(step, told) for step, told in sorted(self.told.items())]
+        return [as_json(entry(step, told)) for step, told in sorted(self.told.items())]
 
     def read(self) -> bool:
         """Read what was written since; whether anything was."""

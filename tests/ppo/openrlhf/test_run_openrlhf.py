@@ -19,6 +19,7 @@ from common import cli
 from common.devices import visible_gpus
 from common.models import load_tokenizer
 from ppo.openrlhf import process, run_openrlhf
+from ppo.openrlhf.log import Log
 from ppo.openrlhf.prompts import prepare_policy, whole_rollouts
 from ppo.openrlhf.reward import RewardArguments, Rewards
 
@@ -176,6 +177,14 @@ def test_failure_resume_stop_and_end(runs, models):
 ])  # fmt: skip
 def test_the_last_error_is_found_behind_bars_and_prefixes(said, told):
     assert process.last_error(said) == told
+
+
+def test_a_figure_that_is_no_number_does_not_end_the_training(tmp_path):
+    log = Log(tmp_path / "tensorboard", tmp_path / "model.log.jsonl", 0, 4)
+    log.told[1] = {"critic_loss": float("nan"), "kl": 0.5}
+    log.write()
+    [entry] = faults.records(log.path)
+    assert entry["value_loss"] is None and entry["kl_per_token"] == 0.5
 
 
 def test_what_a_killed_start_has_begun_ends_with_it(runs):
