@@ -7,7 +7,8 @@ from pathlib import Path
 from annotate_data.functions import EXAMPLE
 from annotate_data.kinds import KINDS, kind_of
 from annotate_data.ranking import RANKINGS
-from common import chat, cli, functions, manifest
+from common import cli, functions, manifest
+from common.chat import TemplateArguments
 from common.cli import UserError, arg
 from common.models import check_model, local_config
 
@@ -15,7 +16,7 @@ DEFAULT_MODEL = "sfairXC/FsfairX-LLaMA3-RM-v0.1"
 
 
 @dataclass
-class Arguments:
+class Arguments(TemplateArguments):
     dataset_name_or_path: list[str] = arg(help="generated JSON Lines file, or several")
     output_dir: list[str] = arg(help="rewarded file to write (a file name), one for each input", shapes=False)
     K: int | None = arg(
@@ -46,18 +47,13 @@ class Arguments:
     )
     attn_implementation: str = arg("auto", help="auto: flash_attention_2 on a GPU that has it", shapes=False)
     revision: str | None = arg(None, help="branch, tag or commit of a hub model")
-    chat_template: str | None = arg(None, help="jinja file in place of the reward model's own chat template")
-    template_kwargs: dict = arg({}, help='variables for the template, {"name": value}')
-    date: str | None = arg(
-        None, "day for a template that writes today's, YYYY-MM-DD; None: that of the answers or first start"
-    )
     trust_remote_code: bool = arg(False, help="run Python code that comes with the model", shapes=False)
     overwrite: bool = arg(False, help="discard what is there", shapes=False)
 
 
 # What is handed to each reward model.
-MODEL = ("max_length", "dtype", "revision", "template_kwargs", "date", "chat_template", "trust_remote_code")
-MODEL += ("attn_implementation", "batch_tokens", "share_prompts")
+MODEL = ("max_length", "dtype", "revision", "trust_remote_code", "attn_implementation", "batch_tokens")
+MODEL += ("share_prompts",)
 
 
 def names(args: Arguments) -> list[str]:
@@ -85,7 +81,7 @@ def shaping(args: Arguments, source: str | Path) -> tuple[dict, dict]:
     if args.reward_function:
         path, _ = functions.function_file(args.reward_function, "--reward_function", EXAMPLE)
         inputs["reward_function"] = str(path)
-    return cli.shaping_values(args, ("dataset_name_or_path", "reward_name_or_path", "chat_template")), inputs
+    return cli.shaping_values(args, ("dataset_name_or_path", "reward_name_or_path")), inputs
 
 
 def check_options(args: Arguments, kinds: list[str]) -> None:
@@ -102,7 +98,6 @@ def check(args: Arguments) -> None:
     Raises:
         UserError: names the argument.
     """
-    chat.parse_date(args.date)
     for name in ("K", "max_length", "batch_tokens", "chunk_records"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1")
@@ -137,5 +132,4 @@ def check(args: Arguments) -> None:
         found += [] if config is None else [kind_of(config, kind, name)]
     if len(found) == len(models):  # none on the hub
         check_options(args, found)
-    if args.chat_template:
-        cli.existing_file(args.chat_template, "chat template")
+    args.check_template()

@@ -18,7 +18,8 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from annotate_data.batches import WINDOW, Batches, Row, windows
-from common import chat, models
+from common import models
+from common.chat import ChatTemplate, added_specials, encode_for_classifier
 from common.cli import UserError, one_line
 from common.devices import keep_memory
 
@@ -52,14 +53,12 @@ class Backbone:
         max_length: tokens of a sequence, BOS included; capped by what the model and its tokenizer can take.
         dtype: `auto` (bfloat16 on a GPU, float32 on the CPU), `float32`, `bfloat16` or `float16`.
         revision: branch, tag or commit of a hub model.
-        chat_template: jinja file in place of the tokenizer's own template.
-        template_kwargs: variables for the template.
         trust_remote_code: run Python code that comes with the model.
         attn_implementation: as transformers names it; `auto` takes flash_attention_2 where it is installed.
         batch_tokens: tokens of a forward pass; None: 16,384 on a GPU, 2,048 without.
-        date: day for a template that writes today's, YYYY-MM-DD.
         share_prompts: compute what the sequences of a group have in common once, where the architecture
             allows it.
+        template: how its chat template is used; None: as it is.
 
     Raises:
         UserError: not there, or its config or tokenizer does not load.
@@ -74,22 +73,20 @@ class Backbone:
         max_length=4096,
         dtype="auto",
         revision=None,
-        chat_template=None,
-        template_kwargs=None,
         trust_remote_code=False,
         attn_implementation="auto",
         batch_tokens=None,
         share_prompts=True,
-        date=None,
+        template=None,
     ):
         self.name, self.dtype, self.attention = name, dtype, attn_implementation
-        self.template_kwargs, self.date = template_kwargs, date
         self.source = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.batches, self.model = Batches(batch_tokens), None
         self.share_prompts, self.before = share_prompts, None
         self.config = models.load_config(name, **self.source, what=self.what)
-        self.tokenizer = models.load_tokenizer(name, **self.source, chat_template=chat_template)
-        self.added = chat.added_specials(self.tokenizer)
+        self.tokenizer = models.load_tokenizer(name, **self.source)
+        self.template = ChatTemplate(self.tokenizer, template)
+        self.added = added_specials(self.tokenizer)
         self.apart = models.encoding_of_length(self.config)
         self.positions, told = models.positions(self.config), self.tokenizer.model_max_length
         if told and told * models.stretch(self.config) == self.positions:  # the length before stretching
@@ -103,12 +100,12 @@ class Backbone:
     def left_out(self, messages: list[dict], tools: list[dict] | None = None) -> list[str]:
         """What the chat template leaves out of a prompt's tools; see common/chat.py."""
         turns = [*messages, {"role": "assistant", "content": "a"}]
-        return chat.left_out(self.tokenizer, turns, False, self.template_kwargs, tools)
+        return self.template.left_out(turns, False, tools)
 
     def render(self, turns: list[dict], tools: list[dict] | None = None) -> str:
         """The templated text of whole turns."""
         try:
-            return chat.render(self.tokenizer, turns, False, self.template_kwargs, tools, self.date)
+            return self.template.render(turns, False, tools)
         except UserError as error:
             if not self.tokenizer.chat_template:
                 raise
@@ -118,7 +115,7 @@ class Backbone:
     def encode(self, messages: list[dict], response: str, tools: list[dict] | None = None) -> Row:
         """The `Row` of a response, truncated on the left to `max_length`; a BOS or CLS in front stays."""
         text = self.render([*messages, {"role": "assistant", "content": response}], tools)
-        ids = chat.encode_for_classifier(self.tokenizer, text, self.added)
+        ids = encode_for_classifier(self.tokenizer, text, self.added)
         if not ids:
             raise UserError("the chat template and the tokenizer make no token of it")
         cut = max(0, len(ids) - self.max_length)

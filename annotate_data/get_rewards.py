@@ -72,7 +72,7 @@ def make_scorers(args: Arguments) -> list[Scorer]:
         config = models.load_config(name, args.revision, args.trust_remote_code, "reward model")
         kinds.append(kind_of(config.to_dict() | {"num_labels": config.num_labels}, asked, name))
         kind = KINDS[kinds[-1]]
-        options = {key: getattr(args, key) for key in (*MODEL, *kind.options)}
+        options = {key: getattr(args, key) for key in (*MODEL, *kind.options)} | {"template": args}
         scorers.append(kind.scorer(name, **options))
     check_options(args, kinds)
     return scorers + ([RewardFunction(args.reward_function)] if args.reward_function else [])

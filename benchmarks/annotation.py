@@ -86,7 +86,8 @@ def templated(tokenizer: "PreTrainedTokenizerBase", record: dict) -> list[str]:
     turns = (
         [*record["prompt"], {"role": "assistant", "content": response}] for response in record["responses"]
     )
-    return [chat.render(tokenizer, turn, False, {}) for turn in turns]
+    template = chat.ChatTemplate(tokenizer)
+    return [template.render(turn, False) for turn in turns]
 
 
 class Way:

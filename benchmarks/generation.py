@@ -37,7 +37,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # not this folder, whose generation.py would hide the package
 
 from benchmarks.random_models import make_model
-from common import engine
+from common import engine, models
+from common.chat import ChatTemplate
 from common.cli import UserError, arg, parse, run
 from common.devices import prepare_threads, visible_gpus
 from common.manifest import versions, write_json
@@ -172,9 +173,9 @@ def run_engine(way: str, asked: "get_hf2.Arguments") -> tuple[Watch, float, int]
 
     limit = sampling.context_length(asked.model_name_or_path, asked)
     needed = asked.max_input_length + asked.max_new_tokens
-    tokenizer = sampling.load_tokenizer(asked.model_name_or_path, asked)
-    stops = sampling.stop_ids(asked.model_name_or_path, tokenizer, asked)
-    items = sampling.Prompts(asked, tokenizer, Nowhere(), limit, sampling.load_prompts(asked)).items
+    template = ChatTemplate(models.load_tokenizer(asked.model_name_or_path), asked)
+    stops = sampling.stop_ids(asked.model_name_or_path, template, asked)
+    items = sampling.Prompts(asked, template, Nowhere(), limit, sampling.load_prompts(asked)).items
     if way == "bare":
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ |= engine.variables(bool(visible_gpus()))

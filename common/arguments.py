@@ -22,6 +22,7 @@ def arg(
     choices: Iterable | None = None,
     metavar: str | None = None,
     shapes: bool = True,
+    group: str | None = None,
 ) -> typing.Any:
     """A dataclass field with its help text; without a default it is required. Lists and dicts may be
     defaults.
@@ -30,8 +31,9 @@ def arg(
         metavar: names the value in `--help` where its type and key do not tell (common/cli.py).
         shapes: whether the argument shapes what the script writes. Those that do not (where things go, how
             fast, what is logged) may change between two starts of the same output; see `shaping_values`.
+        group: heading in `--help` under which it stands with others, behind those that have none.
     """
-    metadata = {"help": help, "choices": choices, "metavar": metavar, "shapes": shapes}
+    metadata = {"help": help, "choices": choices, "metavar": metavar, "shapes": shapes, "group": group}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

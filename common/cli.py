@@ -111,9 +111,13 @@ def _read_command_line(cls, description, argv, yaml_positional, per_job=()):
     if yaml_positional:
         shown = "YAML file with any of the keys below, or FILE.yaml:SECTION; the command line wins"
         parser.add_argument("config", nargs="?", help=shown)
-    for field in dataclasses.fields(cls):
-        options = _option(field, hints[field.name])
-        parser.add_argument(f"--{field.name}", **options | ({"nargs": "+"} if field.name in per_job else {}))
+    groups = {None: parser}
+    for field in sorted(dataclasses.fields(cls), key=lambda field: field.metadata["group"] is not None):
+        group, options = field.metadata["group"], _option(field, hints[field.name])
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        options |= {"nargs": "+"} if field.name in per_job else {}
+        groups[group].add_argument(f"--{field.name}", **options)
     argv, dotted = _split_dotted(argv, [name for name in hints if unwrap(hints[name])[0] is dict])
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:

@@ -207,16 +207,17 @@ def generation_manifest(path: str | Path) -> dict | None:
 
 
 def with_date(args: Any, path: str | Path, default: str | None = None) -> Any:
-    """`args` with a date where it has none: the one that the output `path` was begun with, else `default`,
-    else today's.
+    """`args` with a date where it has none: the one that the output `path` was begun with, `default` where
+    nothing is begun, else today's.
 
     So a run that is continued tomorrow writes the same prompts as today (common/chat.py: fixed_clock).
     """
     if args.date is not None:
         return args
     held = None if args.overwrite else read_manifest(path)
-    begun = (held or {}).get("settings", {}).get("date")
-    return dataclasses.replace(args, date=begun or default or str(parse_date(None)))
+    if held:
+        return dataclasses.replace(args, date=held["settings"].get("date"))
+    return dataclasses.replace(args, date=default or str(parse_date(None)))
 
 
 def difference(manifest: dict, settings: dict, inputs: dict) -> str | None:

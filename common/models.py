@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import chat
 from common.cli import UserError, one_line
 
 if TYPE_CHECKING:
@@ -208,18 +207,16 @@ def load_tokenizer(
     name: str,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    chat_template: str | None = None,
 ) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a model, with the chat template of the file `chat_template` where one is given.
+    """The tokenizer of a model.
 
     Args:
         name: folder or hub name.
         revision: branch, tag or commit of a hub model.
         trust_remote_code: run Python code that comes with the model.
-        chat_template: jinja file in place of the tokenizer's own template.
 
     Raises:
-        UserError: it does not load, or `chat_template` is no file.
+        UserError: it does not load.
     """
     from transformers import AutoTokenizer
 
@@ -235,7 +232,6 @@ def load_tokenizer(
     if Path(str(getattr(tokenizer, "vocab_file", None))).name == TEKKEN:
         refuse_tekken(name)
     tokenizer.name_or_path = tokenizer.name_or_path or str(name)  # errors name it
-    chat.use_template(tokenizer, chat_template)
     return tokenizer
 
 

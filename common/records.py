@@ -5,6 +5,7 @@ Nothing here knows a model; the standard library suffices. Lines are read in com
 sets in common/tables.py, messages in common/messages.py.
 """
 
+import dataclasses
 import hashlib
 import json
 import sys
@@ -12,7 +13,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.cli import UserError, existing_file, nearest
+from common.chat import TemplateArguments
+from common.cli import UserError, arg, existing_file, nearest
 from common.jsonl import BadRecord, dumps, jsonl_records, list_inside, raising
 from common.jsonl import read_jsonl as read_jsonl  # for those who take both from here
 from common.messages import as_json, is_messages, text_of, to_messages, to_tools
@@ -24,6 +26,7 @@ LISTS = (
     "conversations",
 )  # in a .csv, text that begins with "[" is JSON there
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")
+GROUP = "prompts"  # in --help
 FORMS = ".jsonl, .json, .csv, .tsv (these also as .gz), .parquet, a data set's folder or a hub name"
 
 
@@ -91,21 +94,33 @@ class Identifier:
         return record_id(messages, twin, tools) if twin else base
 
 
+@dataclasses.dataclass(kw_only=True)
+class PromptArguments(TemplateArguments):
+    """How a script's prompts are read, and how its chat template writes them."""
+
+    dataset_key: str | None = arg(
+        None, "column; None: context_messages, messages, prompt or conversations", group=GROUP
+    )
+    dataset_split: str = arg("train", "split of a data set; a file has none", group=GROUP)
+    bad_prompts: str = arg(
+        "skip",
+        "what becomes of a record that holds no prompt or one that the chat template refuses: it is skipped "
+        "and listed, or the run is refused",
+        ["skip", "refuse"],
+        shapes=False,
+        group=GROUP,
+    )
+    system_prompt: str | None = arg(None, "put before every prompt that has no system turn", group=GROUP)
+
+
 def read_prompts(
-    name: str,
-    key: str | None = None,
-    split: str = "train",
-    system_prompt: str | None = None,
-    keep_bad: bool = False,
+    name: str, args: PromptArguments | None = None, keep_bad: bool = False
 ) -> Iterator[dict | BadRecord]:
     """Yield prompt records `{"id", "prompt": messages, …extra fields}` in file order.
 
     Args:
         name: what `read_records` takes.
-        key: the column that holds the prompt; None takes the first of `context_messages`, `messages`,
-            `prompt`, `conversations`.
-        split: split of a data set.
-        system_prompt: put before every prompt that has no system turn.
+        args: the script's arguments; None for the defaults.
         keep_bad: yield a `BadRecord` in place of a record that holds no prompt, instead of raising it.
 
     Extra fields are carried through, `tools` as a list of JSON schemas; a field `id` of the file is kept as
@@ -114,15 +129,17 @@ def read_prompts(
     Raises:
         UserError: the first record has no such column, or no record holds a prompt.
     """
+    args = args or PromptArguments()
+    key = args.dataset_key
     identify, number, usable, first_bad, looked = Identifier(), 0, 0, None, False
-    for number, record in enumerate(read_records(name, split, keep_bad=True), 1):
+    for number, record in enumerate(read_records(name, args.dataset_split, keep_bad=True), 1):
         where = f"{name} record {number}"
         if not isinstance(record, BadRecord):
             if not looked and not any(k in record for k in ([key] if key else PROMPT_KEYS)):
                 raise UserError(_no_prompt(record, key, where))
             looked = True
             try:
-                record = _prompt_record(record, key, where, system_prompt, identify)
+                record = _prompt_record(record, key, where, args.system_prompt, identify)
             except UserError as error:
                 record = BadRecord(str(error), record)
             except RecursionError:  # for what is written in Python

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from common import chat
+from common.chat import ChatTemplate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,17 +72,16 @@ class Encoder:
     """Turns a record's prompt and some of its responses into token ids.
 
     Args:
-        tokenizer: the policy's, with its chat template.
-        template_kwargs: variables for the template.
+        template: the policy's.
 
     Attributes:
         end_of_turn: the token that closes a turn of the template, or None.
     """
 
-    def __init__(self, tokenizer, template_kwargs=None):
-        self.tokenizer, self.template_kwargs = tokenizer, template_kwargs or {}
-        self.end_of_turn = chat.end_of_turn(tokenizer, self.template_kwargs)
-        self.size = max(tokenizer.get_vocab().values()) + 1
+    def __init__(self, template: ChatTemplate):
+        self.template, self.tokenizer = template, template.tokenizer
+        self.end_of_turn = template.end_of_turn()
+        self.size = max(self.tokenizer.get_vocab().values()) + 1
 
     def rendered(self, record: dict) -> list[int]:
         """The prompt's token ids as the template writes them."""
@@ -143,8 +142,7 @@ class Encoder:
         return prompt[:start], responses, +found
 
     def _render(self, record, messages, generation_prompt):
-        more = self.template_kwargs, record.get("tools"), record.get(DATE)
-        return chat.render(self.tokenizer, messages, generation_prompt, *more)
+        return self.template.render(messages, generation_prompt, record.get("tools"), record.get(DATE))
 
     def _ids(self, text):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

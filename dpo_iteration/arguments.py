@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from common import trackers
+from common.chat import TemplateArguments
 from common.cli import UserError, arg, build, count, existing_file, shaping_values
 from common.manifest import beside
 from common.models import check_policy
@@ -47,7 +48,7 @@ OF_LOADING = {  # what model_init_kwargs must leave to arguments of ours
 
 
 @dataclasses.dataclass(kw_only=True)
-class Arguments(TRLArguments):
+class Arguments(TRLArguments, TemplateArguments):
     model_name_or_path: str = arg(help="policy to start from: hub name or folder", shapes=False)
     ref_model_name_or_path: str | None = arg(
         None, "reference: hub name or folder; None is the policy's start", shapes=False
@@ -57,8 +58,6 @@ class Arguments(TRLArguments):
     attn_implementation: str | None = arg(
         None, "None: flash_attention_2 where flash-attn and a GPU are, else transformers' choice"
     )
-    chat_template: str | None = arg(None, "file with a jinja chat template to use instead of the tokenizer's")
-    template_kwargs: dict = arg({}, "arguments of the template, JSON: '{\"enable_thinking\": false}'")
 
     train_dir: list[str] = arg(
         help="rewarded records, JSON Lines: one file or several (past iterations)",
@@ -415,8 +414,7 @@ def check_paths(args: Arguments):
     pairs = pairs_path(args)
     if pairs.resolve() in [Path(name).resolve() for name in args.train_dir]:
         raise UserError(f"--pairs_path {pairs} is to be read and written at once; give another")
-    if args.chat_template:
-        existing_file(args.chat_template, "chat template")
+    args.check_template()
     for key in ("model_name_or_path", "ref_model_name_or_path"):
         name = getattr(args, key)
         if name is None:

@@ -93,7 +93,7 @@ def build_trainer(args: Arguments, policy: torch.nn.Module, data: "Data") -> "It
         trainer = IterativeDPOTrainer(
             model=policy,
             args=data.config,
-            processing_class=data.tokenizer,
+            processing_class=data.template.tokenizer,
             train_dataset=datasets["train"],
             eval_dataset=datasets["eval"],
             peft_config=adapters.lora_config(args),

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from common import models, shared_prompts
+from common.chat import ChatTemplate
 from common.cli import UserError, one_line
 from common.manifest import beside, write_json
 from dpo_iteration import adapters, card, saved
@@ -25,11 +26,10 @@ if TYPE_CHECKING:
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def load_tokenizer(args: Arguments) -> PreTrainedTokenizerBase:
-    """The policy's tokenizer, with the chat template that `args` asks for."""
-    return models.load_tokenizer(
-        args.model_name_or_path, args.revision, args.trust_remote_code, args.chat_template
-    )
+def load_template(args: Arguments) -> ChatTemplate:
+    """The policy's tokenizer and its chat template, used as `args` ask."""
+    tokenizer = models.load_tokenizer(args.model_name_or_path, args.revision, args.trust_remote_code)
+    return ChatTemplate(tokenizer, args)
 
 
 def prepare_cpu(threads: int | None = None):
@@ -223,11 +223,12 @@ class Source:
     generation_config: dict
 
     @classmethod
-    def of(cls, policy: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, args: Arguments) -> "Source":
+    def of(cls, policy: torch.nn.Module, template: ChatTemplate, args: Arguments) -> "Source":
         """Remember the three; set the policy's special tokens, which the Trainer else does with a warning."""
         generation_config = saved.generation_config(
-            args.model_name_or_path, tokenizer, args.revision, card.sampling_stops(args), args.template_kwargs
+            args.model_name_or_path, template, args.revision, card.sampling_stops(args)
         )
+        tokenizer = template.tokenizer
         source = cls(copy.deepcopy(tokenizer), copy.deepcopy(policy.config), generation_config)
         policy.generation_config = GenerationConfig(**{key: getattr(tokenizer, key) for key in TOKENS})
         for key in TOKENS:

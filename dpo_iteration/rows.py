@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from common.chat import ChatTemplate
 from common.cli import UserError
 from common.manifest import generation_manifest
 from common.progress import Progress
@@ -33,17 +34,16 @@ class PairTokenizer:
     - a response that does not fit into `max_length` is cut on the right and so loses its end of turn too.
 
     Args:
-        tokenizer: the policy's, with its chat template.
+        template: the policy's.
         max_length, max_prompt_length: tokens.
-        template_kwargs: dict given to the template.
 
     Attributes:
         counts: Counter of prompts and responses cut, of responses without an end of turn, and what
             common/tokens.py tells.
     """
 
-    def __init__(self, tokenizer, max_length, max_prompt_length, template_kwargs=None):
-        self.tokenizer, self.encoder = tokenizer, Encoder(tokenizer, template_kwargs)
+    def __init__(self, template: ChatTemplate, max_length: int, max_prompt_length: int):
+        self.tokenizer, self.encoder = template.tokenizer, Encoder(template)
         self.max_length, self.max_prompt_length = max_length, max_prompt_length
         self.counts = Counter()
 
@@ -99,12 +99,12 @@ class PairTokenizer:
         )
 
 
-def tokenize(selection: Selection, tokenizer: "PreTrainedTokenizerBase", args: Arguments) -> dict:
+def tokenize(selection: Selection, template: ChatTemplate, args: Arguments) -> dict:
     """{"train", "eval"}: the pairs as rows of token ids.
 
     Pairs that teach nothing move to `selection.skipped`.
     """
-    to_row = PairTokenizer(tokenizer, args.max_length, args.max_prompt_length, args.template_kwargs)
+    to_row = PairTokenizer(template, args.max_length, args.max_prompt_length)
     rows, kept = {"train": [], "eval": []}, []
     progress = Progress(len(selection.pairs), "tokenize", "pairs", enabled=is_main())
     for pair in selection.pairs:

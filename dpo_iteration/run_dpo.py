@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any fol
 
 from common.cli import UserError, count, one_line, parse, run
 from common.devices import check_processes, check_torch, gpu_memory, prepare_threads, visible_gpus
+from common.manifest import with_date
 from common.models import quiet_libraries
 from common.training import Training, is_main, say, step_of, world_size
 from dpo_iteration import hub, memory, output
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from trl import DPOConfig
 
+    from common.chat import ChatTemplate
     from dpo_iteration.dpo import IterativeDPOTrainer
 
 
@@ -47,7 +49,7 @@ class Data:
     Attributes:
         selection: the pairs, and what was left out.
         rows: {"train", "eval"}: the pairs as token ids, see rows.py.
-        tokenizer: the policy's.
+        template: the policy's chat template and tokenizer.
         per_step: pairs of an optimizer step over all processes.
         sharing: whether rows are packed, chosen and rejected sharing their prompt.
         steps: {"train", "eval"}: the batches, see packing.py; None where TRL makes them.
@@ -56,7 +58,7 @@ class Data:
 
     selection: Selection
     rows: dict
-    tokenizer: "PreTrainedTokenizerBase"
+    template: "ChatTemplate"
     per_step: int
     sharing: bool
     steps: dict
@@ -67,6 +69,7 @@ def main():
     started = time.time()
     args = parse(Arguments, __doc__)
     check(args)
+    args = with_date(args, args.output_dir)
     if args.check:
         gpus, memory_gib = args.num_gpus or len(visible_gpus()), args.gpu_memory_gib or gpu_memory()
         for line in memory.report(args, gpus, memory_gib):
@@ -121,9 +124,9 @@ def choose_pairs(args: Arguments) -> Selection:
 
     @functools.cache
     def tokenizer() -> "PreTrainedTokenizerBase":  # for max_min_p, of answers without a number of tokens
-        from dpo_iteration.models import load_tokenizer
+        from dpo_iteration.models import load_template
 
-        return load_tokenizer(args)
+        return load_template(args).tokenizer
 
     selection = select_pairs(
         args.train_dir,
@@ -173,11 +176,11 @@ def prepare(args: Arguments, selection: Selection, pairs_per_step: int) -> Data:
     if not torch.cuda.is_available():
         say("note: no GPU found, training on the CPU")
         models.prepare_cpu(args.cpu_threads)
-    tokenizer = models.load_tokenizer(args)
-    rows = of_pairs.tokenize(selection, tokenizer, args)
+    template = models.load_template(args)
+    rows = of_pairs.tokenize(selection, template, args)
     check_pairs(selection, args)
-    of_pairs.check_bos(tokenizer, rows["train"][0])
-    models.check_models(args, tokenizer, rows)
+    of_pairs.check_bos(template.tokenizer, rows["train"][0])
+    models.check_models(args, template.tokenizer, rows)
 
     per_step = halved(pairs_per_step, len(rows["train"]), args, world_size())
     if per_step < pairs_per_step:
@@ -202,7 +205,7 @@ def prepare(args: Arguments, selection: Selection, pairs_per_step: int) -> Data:
             "note: fewer pairs than an optimizer step takes, so a step is an epoch: lower --global_batch_size"
         )
     config.distributed_state.wait_for_everyone()  # every rank has seen what is there; now rank 0 may write
-    return Data(selection, rows, tokenizer, per_step, sharing, steps, config)
+    return Data(selection, rows, template, per_step, sharing, steps, config)
 
 
 def begin(args: Arguments, training: Training, data: Data):
@@ -217,7 +220,7 @@ def add_reference(args: Arguments, data: Data):
     """Put the reference's log-probabilities into the rows. It is freed before the policy is loaded."""
     from dpo_iteration import reference
 
-    reference.compute_reference(args, data.config, data.rows, data.sharing, data.tokenizer)
+    reference.compute_reference(args, data.config, data.rows, data.sharing, data.template.tokenizer)
 
 
 def load_policy(args: Arguments, data: Data) -> "IterativeDPOTrainer":
@@ -226,7 +229,7 @@ def load_policy(args: Arguments, data: Data) -> "IterativeDPOTrainer":
     from dpo_iteration.dpo import build_trainer
 
     policy = models.load_model(args.model_name_or_path, args, data.config, args.revision)
-    source = models.Source.of(policy, data.tokenizer, args)
+    source = models.Source.of(policy, data.template, args)
     trainer = build_trainer(args, policy, data)
     trainer.source = source
     return trainer
@@ -237,7 +240,7 @@ def train(trainer: "IterativeDPOTrainer", training: Training, data: Data) -> dic
     from dpo_iteration.rows import show_pair
 
     rows = data.rows
-    say(show_pair(data.tokenizer, rows["train"][0]))
+    say(show_pair(data.template.tokenizer, rows["train"][0]))
     say(
         f"training on {len(rows['train'])} pairs, {len(rows['eval'])} held out, {data.per_step} pairs per "
         "optimizer step"

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import chat, models
+from common import models
+from common.chat import ChatTemplate
 from common.cli import UserError, one_line
 from common.manifest import let_others_read, write_json
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
 
 # What a policy's folder holds beside weights, configs and tokenizer, and its next reader needs: the
 # processors of images, audio and video, the tokenizer in Mistral's own format, and code of the model's own.
@@ -58,11 +58,7 @@ def copy_companions(source: str | Path, folder: str | Path, revision: str | None
 
 
 def generation_config(
-    source: str | Path,
-    tokenizer: "PreTrainedTokenizerBase",
-    revision: str | None = None,
-    stops: Iterable[int] = (),
-    template_kwargs: dict | None = None,
+    source: str | Path, template: ChatTemplate, revision: str | None = None, stops: Iterable[int] = ()
 ) -> dict:
     """The policy's generation_config.json as a dict (the tokenizer's special tokens where it has none), with
     every token that ends a response.
@@ -78,13 +74,13 @@ def generation_config(
     before = values.get("eos_token_id")
     known = list(before) if isinstance(before, list) else [before] if before is not None else []
     values["eos_token_id"] = known + [
-        token for token in chat.stop_token_ids(tokenizer, known, stops, template_kwargs) if token not in known
+        token for token in template.stop_token_ids(known, stops) if token not in known
     ]
     if not isinstance(before, list) and len(values["eos_token_id"]) == 1:
         [values["eos_token_id"]] = values["eos_token_id"]
     for key in ("bos_token_id", "pad_token_id"):
-        if getattr(tokenizer, key) is not None:
-            values.setdefault(key, getattr(tokenizer, key))
+        if getattr(template.tokenizer, key) is not None:
+            values.setdefault(key, getattr(template.tokenizer, key))
     return values
 
 

@@ -49,7 +49,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from annotate_data.backbone import Backbone
 from annotate_data.generated import survey
 from annotate_data.ranks import World, leave, share
-from common import chat, cli, devices, manifest, models, progress
+from common import cli, devices, manifest, models, progress
+from common.chat import ChatTemplate, TemplateArguments
 from common.cli import UserError, arg
 from common.records import dumps, read_generated
 from common.tokens import Encoder, answers_of
@@ -70,7 +71,7 @@ K3_NULL = "computed in bf16 or fp16, whose rounding would add to it; --dtype flo
 
 
 @dataclass
-class Arguments:
+class Arguments(TemplateArguments):
     dataset_name_or_path: str = arg(
         help="answers that the policy sampled: generated or rewarded JSON Lines file"
     )
@@ -96,8 +97,6 @@ class Arguments:
         True, help="compute a prompt once for its K responses, where the architecture allows it", shapes=False
     )
     chunk_records: int = arg(256, help="records that are shared out and saved together", shapes=False)
-    chat_template: str | None = arg(None, help="jinja file in place of the policy's own chat template")
-    template_kwargs: dict = arg({}, help='variables for the template, {"name": value}')
     trust_remote_code: bool = arg(False, help="run Python code that comes with the models", shapes=False)
     overwrite: bool = arg(False, help="start anew, whatever is there", shapes=False)
 
@@ -121,9 +120,10 @@ def sampling(args: Arguments) -> dict:
 
 def shaping(args: Arguments) -> tuple[dict, dict]:
     """(settings, inputs) that shape the estimates; what the output's manifest holds."""
-    names = ("dataset_name_or_path", "model_name_or_path", "ref_model_name_or_path", "chat_template")
+    names = ("dataset_name_or_path", "model_name_or_path", "ref_model_name_or_path")
     how = {key: sampling(args)[key] for key in ("temperature", "top_p")}
-    return cli.shaping_values(args, names) | how, {name: getattr(args, name) for name in names}
+    inputs = {name: getattr(args, name) for name in (*names, "chat_template")}
+    return cli.shaping_values(args, names) | how, inputs
 
 
 def is_same(one: str, other: str) -> bool:
@@ -147,8 +147,7 @@ def check(args: Arguments):
             f"these answers were sampled at temperature {temperature:g}: a KL is estimated from answers at a "
             "temperature above 0"
         )
-    if args.chat_template:
-        cli.existing_file(args.chat_template, "chat template")
+    args.check_template()
 
 
 class Policy(Backbone):
@@ -358,7 +357,7 @@ def run_model(
         return
     world.together(policy.load)
     bar = progress.Progress(len(wanted), ("policy", "reference")[number], "prompts", enabled=world.rank == 0)
-    encode, chunk = Encoder(tokenizer, args.template_kwargs), []
+    encode, chunk = Encoder(ChatTemplate(tokenizer, args)), []
 
     def save():
         sizes = {at: sum(map(len, record["responses"])) for at, (_, record) in enumerate(chunk)}
@@ -421,7 +420,6 @@ def load_models(args: Arguments, temperature: float, world: World) -> tuple[Poli
         world.together(lambda name=name: Policy(name, temperature, **options))
         for name in (args.model_name_or_path, args.ref_model_name_or_path)
     )
-    chat.use_template(policy.tokenizer, args.chat_template)
     if policy.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
         raise UserError(
             f"{policy.name} and {reference.name} have different vocabularies: their log-probabilities are of "
@@ -444,6 +442,8 @@ def main():
     check(args)
     devices.check_processes()
     devices.prepare_threads()
+    answers = manifest.generation_manifest(args.dataset_name_or_path)
+    args = manifest.with_date(args, args.output_dir, answers and answers["settings"].get("date"))
     settings, inputs = shaping(args)
     found = manifest.read_manifest(args.output_dir)
     whole = Path(args.output_dir).exists() and summary_path(args.output_dir).exists()

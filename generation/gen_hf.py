@@ -19,19 +19,16 @@ import asyncio
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
-from common import chat, models
+from common import models
+from common.chat import ChatTemplate
 from common.cli import UserError, arg, count, parse, run
 from common.manifest import Output, beside, with_date, write_json
 from common.progress import Progress, duration
 from generation import get_hf2, sampling
 from generation.dispatch import Failure, Run, Server, agree, ask
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -47,11 +44,11 @@ class Arguments(sampling.SamplingArguments):
     shares_section = get_hf2.Arguments  # a YAML section may serve both scripts
 
 
-async def check_tokenizer(work: Run, tokenizer: "PreTrainedTokenizerBase", item: sampling.Item):
+async def check_tokenizer(work: Run, template: ChatTemplate, item: sampling.Item):
     """Refuse a tokenizer that encodes a prompt otherwise than the served model's own."""
     args, model = work.args, work.serves[0]
-    more = args.template_kwargs, item.record.get("tools"), args.date
-    body = {"model": model, "prompt": chat.render(tokenizer, item.record["prompt"], True, *more)}
+    text = template.render(item.record["prompt"], True, item.record.get("tools"))
+    body = {"model": model, "prompt": text}
     body |= {"add_special_tokens": False}
     try:
         answer = await ask(work.session, f"{work.servers[0].url}/tokenize", body, 60.0)
@@ -116,9 +113,10 @@ async def generate(args: Arguments):
         write_json(beside(args.output_dir, ".manifest.json"), output.manifest)
         if args.tokenizer not in (model, root):
             print(f"note: the servers serve {model}, the tokenizer is {args.tokenizer}'s")
-        tokenizer = sampling.load_tokenizer(args.tokenizer, args)
-        stops = sampling.stop_ids(args.tokenizer, tokenizer, args)
-        prompts = sampling.Prompts(args, tokenizer, output, limit, records)
+        tokenizer = models.load_tokenizer(args.tokenizer, args.revision, args.trust_remote_code)
+        template = ChatTemplate(tokenizer, args)
+        stops = sampling.stop_ids(args.tokenizer, template, args)
+        prompts = sampling.Prompts(args, template, output, limit, records)
         left = len(prompts.items)
         if output.done:
             print(f"continuing: {count(len(output.done), 'record is', 'records are')} there, {left} to do")
@@ -126,7 +124,7 @@ async def generate(args: Arguments):
         progress = Progress(left, "generate", "prompts")
         work = Run(args, session, servers, serves, output, progress)
         if prompts.items:
-            await check_tokenizer(work, tokenizer, prompts.items[0])
+            await check_tokenizer(work, template, prompts.items[0])
             await work.all(requests)
         seconds = progress.close()
     prompts.finish(seconds)

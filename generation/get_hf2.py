@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
 from common import engine, models
+from common.chat import ChatTemplate
 from common.cli import UserError, arg, count, parse_jobs, run
 from common.devices import check_torch, prepare_threads, visible_gpus
 from common.manifest import Output, with_date
@@ -200,13 +201,13 @@ def prepare(todo: list[tuple], limit: int | None) -> list[tuple]:
     """(job, its Prompts, its stop ids) for each of `open_output`'s."""
     tokenizers, work = {}, []
     for job, output, records in todo:
-        name, template = job.model_name_or_path, job.chat_template
-        if template not in tokenizers:
-            tokenizers[template] = sampling.load_tokenizer(name, job)
-        tokenizer = tokenizers[template]
+        name, source = job.model_name_or_path, (job.revision, job.trust_remote_code)
+        if job.chat_template not in tokenizers:
+            tokenizers[job.chat_template] = models.load_tokenizer(name, *source)
+        template = ChatTemplate(tokenizers[job.chat_template], job)
         shard = job.local_index, job.my_world_size
-        prompts = sampling.Prompts(job, tokenizer, output, limit, records, *shard)
-        work.append((job, prompts, sampling.stop_ids(name, tokenizer, job)))
+        prompts = sampling.Prompts(job, template, output, limit, records, *shard)
+        work.append((job, prompts, sampling.stop_ids(name, template, job)))
     return work
 
 

@@ -6,35 +6,23 @@ so that they give the same answers where the engine is batch-invariant.
 
 import dataclasses
 from array import array
-from typing import TYPE_CHECKING
 
-from common import chat, models, tokens
-from common.cli import UserError, arg, count, existing_file, shaping_values
+from common import models, tokens
+from common.chat import NO_HEADER, ChatTemplate, literal_specials
+from common.cli import UserError, arg, count, shaping_values
 from common.manifest import beside
 from common.messages import text_of
-from common.records import BadRecord, read_prompts, sample_seed, shard_range
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from common.records import BadRecord, PromptArguments, read_prompts, sample_seed, shard_range
 
 SHOWN = 3  # bad prompts that are printed; the skipped file lists all
 
 
 @dataclasses.dataclass(kw_only=True)
-class SamplingArguments:
+class SamplingArguments(PromptArguments):
     """Arguments of both generation scripts; each field's `help` is what `--help` shows."""
 
     dataset_name_or_path: str | None = arg(
         None, "prompts: hub name (NAME:CONFIG), folder, .jsonl, .json, .parquet, .csv"
-    )
-    dataset_key: str | None = arg(None, "column; None: context_messages, messages, prompt or conversations")
-    dataset_split: str = arg("train", "split of a data set; a file has none")
-    bad_prompts: str = arg(
-        "skip",
-        "what becomes of a record that holds no prompt or one that the chat template refuses: it is "
-        "skipped and listed, or the run is refused",
-        ["skip", "refuse"],
-        shapes=False,
     )
     output_dir: str | None = arg(None, "where the answers go; see the top of this help", shapes=False)
     K: int = arg(8, "responses per prompt")
@@ -46,12 +34,6 @@ class SamplingArguments:
     eos_ids: list[int] = arg([], "more token ids that end a response, beside the model's own")
     seed: int = arg(42, "seed of the run; each prompt's own seed is a hash of this, the iteration and its id")
     iteration: int = arg(0, "mixed into every prompt's seed, so that each iteration draws new samples")
-    date: str | None = arg(
-        None, "day for a template that writes today's, YYYY-MM-DD; None: that of the first start"
-    )
-    system_prompt: str | None = arg(None, "put before every prompt that has no system turn")
-    chat_template: str | None = arg(None, "file with a jinja chat template to use instead of the tokenizer's")
-    template_kwargs: dict = arg({}, "arguments of the template, JSON: '{\"enable_thinking\": false}'")
     revision: str | None = arg(None, "branch, tag or commit of the model on the hub")
     trust_remote_code: bool = arg(False, "run Python code that comes with the model", shapes=False)
     overwrite: bool = arg(False, "discard an output that exists or is half done", shapes=False)
@@ -81,19 +63,12 @@ def check_sampling(args: SamplingArguments) -> None:
         raise UserError("--temperature must not be negative and --top_p must be above 0 and at most 1")
     if args.temperature == 0 and args.K > 1:
         raise UserError(f"--temperature 0 is greedy, {args.K} equal responses: give --K 1 or a temperature")
-    if args.chat_template:
-        existing_file(args.chat_template, "chat template")
-    chat.parse_date(args.date)
+    args.check_template()
     if args.max_new_tokens < 1 or args.max_input_length < 1:
         raise UserError("--max_new_tokens and --max_input_length must be at least 1")
 
 
-def load_tokenizer(name: str, args: SamplingArguments) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a model, with the chat template that `args` asks for."""
-    return models.load_tokenizer(name, args.revision, args.trust_remote_code, args.chat_template)
-
-
-def stop_ids(name: str, tokenizer: "PreTrainedTokenizerBase", args: SamplingArguments) -> list[int]:
+def stop_ids(name: str, template: ChatTemplate, args: SamplingArguments) -> list[int]:
     """Token ids that end a response: generation config, tokenizer, template and `--eos_ids`."""
     from transformers import GenerationConfig
 
@@ -101,7 +76,7 @@ def stop_ids(name: str, tokenizer: "PreTrainedTokenizerBase", args: SamplingArgu
         eos = GenerationConfig.from_pretrained(name, revision=args.revision).eos_token_id
     except OSError:  # many models have none
         eos = None
-    return chat.stop_token_ids(tokenizer, eos, args.eos_ids, args.template_kwargs)
+    return template.stop_token_ids(eos, args.eos_ids)
 
 
 def context_length(name: str, args: SamplingArguments) -> int | None:
@@ -114,7 +89,7 @@ class Prompts:
 
     Args:
         args: SamplingArguments.
-        tokenizer: the policy's.
+        template: the policy's.
         output: manifest.Output, which knows what is done and records what is skipped.
         limit: tokens that prompt and response may have together, or None.
         records: all prompts, of `load_prompts`.
@@ -128,13 +103,13 @@ class Prompts:
         UserError: a prompt cannot be used and `bad_prompts` is refuse, or the whole file holds no other.
     """
 
-    def __init__(self, args, tokenizer, output, limit, records, index: int = 0, world: int = 1):
-        self.args, self.tokenizer, self.output, self.count = args, tokenizer, output, len(records)
+    def __init__(self, args, template, output, limit, records, index: int = 0, world: int = 1):
+        self.args, self.template, self.output, self.count = args, template, output, len(records)
         self.longest = min(args.max_input_length, limit - 1) if limit else args.max_input_length
         shard = shard_range(self.count, index, world)
         self.size, self.items, self.order, self.silent = len(shard), [], [], {}
         self.bad, self.too_long = [], []  # (id, reason)
-        chat.need_template(tokenizer)
+        template.need()
         name = args.dataset_name_or_path
         for number in shard:
             self._take(records[number], f"{name} record {number + 1}")
@@ -159,21 +134,19 @@ class Prompts:
         except UserError as error:
             self.bad.append((record["id"], f"{where}: {error}"))
             return
-        given = (record["prompt"], True, self.args.template_kwargs, record.get("tools"))
-        for part in chat.left_out(self.tokenizer, *given):
+        for part in self.template.left_out(record["prompt"], True, record.get("tools")):
             first, total = self.silent.get(part, (where, 0))
             self.silent[part] = (first, total + 1)
         if len(ids) > self.longest:
             self.too_long.append((record["id"], f"prompt has {len(ids)} tokens, more than {self.longest}"))
             return
-        dated = {tokens.DATE: self.args.date} if chat.writes_date(self.tokenizer) else {}
+        dated = {tokens.DATE: self.args.date} if self.template.writes_date() else {}
         seed = sample_seed(self.args.seed, self.args.iteration, record["id"])
         self.order.append(record["id"])
         self.items.append(Item(record | dated, array("i", ids), seed))
 
     def _encode(self, record):
-        more = self.args.template_kwargs, record.get("tools"), self.args.date
-        return chat.encode(self.tokenizer, record["prompt"], True, *more)
+        return self.template.encode(record["prompt"], True, record.get("tools"))
 
     def _is_usable(self, record):
         try:
@@ -193,15 +166,15 @@ class Prompts:
         for part, (first, total) in self.silent.items():
             what = f"the chat template leaves out the {part} of {total} prompts"
             print(f"warning: {what}, so the policy does not see them; the first: {first}", flush=True)
-        if header := chat.missing_header(self.tokenizer, self.args.template_kwargs):
-            print(f"warning: {chat.NO_HEADER.format(header)}", flush=True)
+        if header := self.template.missing_header():
+            print(f"warning: {NO_HEADER.format(header)}", flush=True)
 
     def finish(self, seconds: float) -> None:
         """Complete the output and say what was read, written and skipped; `seconds` were spent sampling."""
         output = self.output
         counts = {"prompts": self.count, "records": len(self.order), "skipped": output.skipped}
         output.finish(self.order, counts | {"engine_seconds": round(seconds, 1)})
-        specials = chat.literal_specials(self.tokenizer)
+        specials = literal_specials(self.template.tokenizer)
         prompts = [item.record["prompt"] for item in self.items]
         literal = sum(any(s in text_of(m) for m in prompt for s in specials) for prompt in prompts)
         if literal:
@@ -223,9 +196,8 @@ def load_prompts(args: SamplingArguments) -> list[dict | BadRecord]:
     Raises:
         UserError: there is a bad one and `bad_prompts` is refuse; so before anything heavy is loaded.
     """
-    where = args.dataset_name_or_path, args.dataset_key, args.dataset_split
     found = []
-    for record in read_prompts(*where, args.system_prompt, keep_bad=True):
+    for record in read_prompts(args.dataset_name_or_path, args, keep_bad=True):
         if isinstance(record, BadRecord) and args.bad_prompts == "refuse":
             raise UserError(f"{record}; repair or remove it, or give --bad_prompts skip")
         found.append(record)

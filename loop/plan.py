@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
 from annotate_data.arguments import Arguments as RewardArguments
-from common.chat import parse_date
+from common.chat import TemplateArguments, parse_date
 from common.cli import Parser, UserError, build, parse, read_yaml, run
 from common.devices import none_visible
 from common.manifest import write_yaml
@@ -122,14 +122,15 @@ class Plan:
             UserError: training would write prompts otherwise than generation.
         """
         given = read_yaml(self.settings.training) | self.settings.training_args
-        sampled = self.settings.generation
-        for key in ("chat_template", "template_kwargs"):
+        sampled = {"date": self.settings.date} | self.settings.generation
+        template = tuple(TemplateArguments.__dataclass_fields__)
+        for key in template:
             if given.get(key) and given[key] != sampled.get(key):
                 raise UserError(
                     f"training has {key} {given[key]!r} and generation {sampled.get(key)!r}: give it once, "
                     "in generation"
                 )
-        shared = ("chat_template", "template_kwargs", "revision", "trust_remote_code")
+        shared = (*template, "revision", "trust_remote_code")
         given |= {key: sampled[key] for key in shared if sampled.get(key) and not given.get(key)}
         given = {key: value for key, value in given.items() if key not in DECIDED["training_args"]}
         found = dpo.resolve(given, where=self.settings.training)

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import chat
+from common.chat import NO_HEADER, ChatTemplate, TemplateArguments
 from common.cli import UserError, existing_file
 from common.models import has_template, read_json
-from common.records import BadRecord, is_local, read_prompts, record_id, with_system
+from common.records import BadRecord, PromptArguments, is_local, read_prompts, record_id, with_system
 
 if TYPE_CHECKING:
     from loop.check import Findings
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 FILES = ("tokenizer_config.json", "chat_template.json", "chat_template.jinja")  # the later, the stronger
 
 
-class Template:
-    """The chat template of a local model folder, for `chat.render`, without the seconds that loading a
-    tokenizer takes.
+class TemplateFiles:
+    """What `ChatTemplate` needs of a tokenizer, from a local model folder without the seconds that loading
+    one takes.
     """
 
-    def __init__(self, folder, path=None):
+    def __init__(self, folder):
         folder = Path(folder)
         config, in_json, jinja = (folder / name for name in FILES)
         config = read_json(config) if config.is_file() else {}
@@ -36,7 +36,6 @@ class Template:
             self.chat_template = read_json(in_json).get("chat_template")
         if jinja.is_file():
             self.chat_template = jinja.read_text(encoding="utf-8")
-        chat.use_template(self, path)
 
     def apply_chat_template(self, messages: list[dict], tokenize: bool = False, **given: object) -> str:
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -46,20 +45,20 @@ class Template:
         return text
 
 
-def template_of(name: str, generation: dict) -> Template | None:
+def template_of(name: str, generation: dict) -> ChatTemplate | None:
     """The template that writes the prompts, or None where the model or several templates of it are out of
     reach.
     """
     if not Path(name).is_dir() or not (generation.get("chat_template") or has_template(name)):
         return None
-    template = Template(name, generation.get("chat_template"))
-    return template if isinstance(template.chat_template, str) else None
+    template = ChatTemplate(TemplateFiles(name), TemplateArguments.of(generation))
+    return template if isinstance(template.tokenizer.chat_template, str) else None
 
 
 def local_prompts(
     name: str,
     generation: dict,
-    template: Template | None = None,
+    template: ChatTemplate | None = None,
     notes: list | None = None,
     others: Iterable[str] = (),
 ) -> array | None:
@@ -68,7 +67,7 @@ def local_prompts(
     Args:
         name: the set.
         generation: settings that say how its prompts are read and written.
-        template: Template that must take them, or None.
+        template: that must take them, or None.
         notes: list that gets a line where prompts cannot be used and will be skipped.
         others: the sets that have another part, which a wrong name is not meant for.
 
@@ -80,9 +79,9 @@ def local_prompts(
         return None
     if not Path(name).exists():
         existing_file(name, "prompt set", others)
-    key, split = generation.get("dataset_key"), generation.get("dataset_split", "train")
+    args = PromptArguments.of(generation | {"system_prompt": None})
     try:
-        return _hashes(name, read_prompts(name, key, split, keep_bad=True), generation, template, notes)
+        return _hashes(name, read_prompts(name, args, keep_bad=True), generation, template, notes)
     except UserError as error:  # a script's flags are keys of the section here
         raise UserError(re.sub(r"--(dataset_\w+)", r"--generation.\1", str(error))) from None
 
@@ -95,9 +94,8 @@ def _hashes(name, found, generation, template, notes):
                 raise record
             if template is not None:
                 messages = with_system(record["prompt"], generation.get("system_prompt"))
-                kwargs, tools = generation.get("template_kwargs"), record.get("tools")
                 try:
-                    chat.render(template, messages, True, kwargs, tools)
+                    template.render(messages, True, record.get("tools"))
                 except UserError as error:
                     raise UserError(f"{name} record {number}: {error}") from None
         except UserError as error:
@@ -119,8 +117,7 @@ def first_prompt(name: str, plan: "Plan") -> dict | None:
         generation = generation | plan.settings.heldout
     if not is_local(name):
         return None
-    key, split = generation.get("dataset_key"), generation.get("dataset_split", "train")
-    return next(read_prompts(name, key, split, generation.get("system_prompt")), None)
+    return next(read_prompts(name, PromptArguments.of(generation)), None)
 
 
 def check_prompts(plan: "Plan", found: "Findings") -> dict:
@@ -137,12 +134,8 @@ def check_prompts(plan: "Plan", found: "Findings") -> dict:
     for name, generation in own.items():
         template = found.attempt(template_of, settings.model_name_or_path, generation)
         others = own.keys() - {name}
-        header = (
-            found.attempt(chat.missing_header, template, generation.get("template_kwargs"))
-            if template
-            else ""
-        )
-        if header and (line := chat.NO_HEADER.format(header)) not in found.notes:
+        header = found.attempt(template.missing_header) if template else ""
+        if header and (line := NO_HEADER.format(header)) not in found.notes:
             found.notes.append(line)
         sets[name] = found.attempt(local_prompts, name, generation, template, found.notes, others)
     heldout = set(sets.get(settings.heldout_prompts) or [])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from annotate_data import arguments as annotation
 from annotate_data.kinds import KINDS
 from common import trackers
-from common.cli import UserError, count, existing_file, refuse
+from common.cli import UserError, count, refuse
 from common.models import check_model, check_policy
 from common.training import world_size
 
@@ -186,8 +186,7 @@ def check_paths(args: "Arguments"):
     annotation.check(scoring(args))
     if not args.dataset_name_or_path:
         raise UserError("dataset_name_or_path names no prompts")
-    if args.chat_template:
-        existing_file(args.chat_template, "chat template")
+    args.check_template()
     check_policy(args.model_name_or_path, "model_name_or_path")
     if args.critic_name_or_path is not None:
         check_model(args.critic_name_or_path, "critic_name_or_path")

@@ -4,7 +4,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from common import chat, models
+from common import models
+from common.chat import ChatTemplate
 from common.cli import UserError, count
 from common.records import BadRecord
 from common.records import read_prompts as read_records
@@ -70,7 +71,7 @@ def load_critic(args: "Arguments", tokenizer: "PreTrainedTokenizerBase", scorers
 
 
 def rendered_prompts(
-    args: "Arguments | OpenRLHFArguments", tokenizer: "PreTrainedTokenizerBase", skipped: list
+    args: "Arguments | OpenRLHFArguments", template: ChatTemplate, skipped: list
 ) -> Iterator[tuple[dict, str, list[int]]]:
     """Yield (prompt record, its templated text, its token ids) of all sets.
 
@@ -78,23 +79,22 @@ def rendered_prompts(
     entries of the skipped file in the list `skipped`; where `bad_prompts` is refuse, the first of the latter
     two is an error. A warning names the parts of prompts that the template leaves out.
     """
-    chat.need_template(tokenizer)
+    template.need()
     silent = {}
     for name in args.dataset_name_or_path:
-        found = read_records(name, args.dataset_key, args.dataset_split, args.system_prompt, keep_bad=True)
-        for number, record in enumerate(found, 1):
+        for number, record in enumerate(read_records(name, args, keep_bad=True), 1):
             where = f"{name} record {number}"
             if isinstance(record, BadRecord):
                 _leave_out(args, skipped, record.id, str(record))
                 continue
             prompt, tools = record["prompt"], record.get("tools")
             try:
-                text = chat.render(tokenizer, prompt, True, args.template_kwargs, tools, args.date)
-                left_out = chat.left_out(tokenizer, prompt, True, args.template_kwargs, tools)
+                text = template.render(prompt, True, tools)
+                left_out = template.left_out(prompt, True, tools)
             except UserError as error:
                 _leave_out(args, skipped, record["id"], f"{where}: {error}")
                 continue
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = template.tokenizer(text, add_special_tokens=False)["input_ids"]
             if len(ids) > args.max_input_length:
                 reason = f"prompt of {len(ids)} tokens, more than {args.max_input_length}"
                 skipped.append({"id": record["id"], "reason": reason})
@@ -132,13 +132,13 @@ def check_count(args: "Arguments | OpenRLHFArguments", kept: list, skipped: list
 
 
 def read_prompts(
-    args: "Arguments", tokenizer: "PreTrainedTokenizerBase", policy: "PreTrainedModel"
+    args: "Arguments", template: ChatTemplate, policy: "PreTrainedModel"
 ) -> tuple[list[dict], list[dict]]:
     """(prompt records with their token ids under "ids", entries of the skipped file)."""
     skipped = []
-    kept = [record | {"ids": ids} for record, _, ids in rendered_prompts(args, tokenizer, skipped)]
+    kept = [record | {"ids": ids} for record, _, ids in rendered_prompts(args, template, skipped)]
     check_count(args, kept, skipped)
-    check_bos(tokenizer, {"prompt_ids": kept[0]["ids"]})
+    check_bos(template.tokenizer, {"prompt_ids": kept[0]["ids"]})
     positions = models.positions(policy.config)
     if positions and args.max_input_length + args.max_new_tokens > positions:
         raise UserError(

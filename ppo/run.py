@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any fol
 from common.cli import UserError, arg, build, parse, refuse, run
 from common.devices import none_visible
 from common.manifest import read_manifest
+from common.records import PromptArguments
 from loop import changes, estimates
 from loop import check as checks
 from loop.plan import Plan, with_config
@@ -43,9 +44,9 @@ SHARED = {
     "generation": {
         key: key
         for key in (
-            "dataset_key dataset_split bad_prompts chat_template template_kwargs system_prompt date "
-            "trust_remote_code max_input_length max_new_tokens temperature top_p"
-        ).split()
+            *PromptArguments.__dataclass_fields__,
+            *"trust_remote_code max_input_length max_new_tokens temperature top_p".split(),
+        )
     },
     "annotation": {
         "reward_type": "reward_type",
@@ -60,7 +61,7 @@ OF_PLAN = ("model_size_b", "num_gpus", "gpu_memory_gib")
 # What would make training's prompts or rewards others than evaluation's: refused where a backend has no such
 # key.
 NEEDED = {
-    "generation": ("system_prompt", "template_kwargs", "eos_ids", "top_k", "revision"),
+    "generation": (*PromptArguments.__dataclass_fields__, "eos_ids", "top_k", "revision"),
     "annotation": ("chat_template", "template_kwargs", "revision"),
 }
 

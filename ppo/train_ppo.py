@@ -45,12 +45,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any fol
 
 from annotate_data.functions import EXAMPLE
 from annotate_data.get_rewards import combine, make_scorers
-from common import chat, models, trackers
+from common import models, trackers
+from common.chat import ChatTemplate
 from common.cli import UserError, arg, build, count, parse, run, shaping_values
 from common.devices import check_processes, check_torch, prepare_threads
 from common.functions import function_file
 from common.manifest import with_date
-from common.records import sample_seed
+from common.records import PromptArguments, sample_seed
 from common.training import Training, say
 from dpo_iteration import saved
 from ppo.checks import check, check_paths, check_samples, scoring
@@ -115,7 +116,7 @@ ESTIMATORS = {
 
 
 @dataclasses.dataclass(kw_only=True)
-class Arguments:
+class Arguments(PromptArguments):
     """ppo/openrlhf/arguments.py takes these too, but for a few, and has defaults of its own for some."""
 
     model_name_or_path: str = arg(
@@ -139,27 +140,9 @@ class Arguments:
     attn_implementation: str | None = arg(
         None, "of policy and value model; None: eager where scores are soft-capped, else sdpa", shapes=False
     )
-    chat_template: str | None = arg(
-        None, "file with a jinja chat template to use instead of the policy's own", shapes=False
-    )
-    template_kwargs: dict = arg({}, "arguments of the template, JSON: '{\"enable_thinking\": false}'")
-    system_prompt: str | None = arg(None, "put before every prompt that has no system turn")
-    date: str | None = arg(
-        None, "day for a template that writes today's, YYYY-MM-DD; None: that of the first start"
-    )
 
     dataset_name_or_path: list[str] = arg(
         help="prompts, one set or several: hub name, a data set's folder, .jsonl, .json, …", shapes=False
-    )
-    dataset_key: str | None = arg(
-        None, "column of the prompts (the first of context_messages, messages, prompt, conversations)"
-    )
-    dataset_split: str = arg("train", "split of a data set; a file has none")
-    bad_prompts: str = arg(
-        "skip",
-        "records that hold no prompt, or one that a chat template refuses: skip and list them, or refuse",
-        ["skip", "refuse"],
-        shapes=False,
     )
     output_dir: str = arg(help="folder of the trained model", shapes=False)
     overwrite: bool = arg(False, "start again where an output exists or is half done", shapes=False)
@@ -423,22 +406,18 @@ class PPO:
         import transformers
 
         args = self.args
-        self.tokenizer = models.load_tokenizer(
-            args.model_name_or_path,
-            trust_remote_code=args.trust_remote_code,
-            chat_template=args.chat_template,
-        )
-        self.policy = load(transformers.AutoModelForCausalLM, args.model_name_or_path, args)
-        self.prompts, self.skipped = read_prompts(args, self.tokenizer, self.policy)
+        name, trust = args.model_name_or_path, args.trust_remote_code
+        template = ChatTemplate(models.load_tokenizer(name, trust_remote_code=trust), args)
+        self.tokenizer = template.tokenizer
+        self.policy = load(transformers.AutoModelForCausalLM, name, args)
+        self.prompts, self.skipped = read_prompts(args, template, self.policy)
         known = self.policy.generation_config.eos_token_id
-        self.stops = set(chat.stop_token_ids(self.tokenizer, known, template_kwargs=args.template_kwargs))
+        self.stops = set(template.stop_token_ids(known))
         known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         self.pad = next(token for token in known if token is not None)
         # Saved with the trained model. Sampling here follows our settings alone: a model's own generation
         # config may hold a top_k, which training knows nothing of.
-        self.generation_config = saved.generation_config(
-            args.model_name_or_path, self.tokenizer, template_kwargs=args.template_kwargs
-        )
+        self.generation_config = saved.generation_config(name, template)
         self.policy.generation_config = transformers.GenerationConfig(
             do_sample=True,
             temperature=args.temperature,

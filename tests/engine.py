@@ -8,7 +8,8 @@ from pathlib import Path
 
 import micro
 
-from generation import get_hf2, sampling
+from common import models
+from generation import get_hf2
 
 
 @functools.cache
@@ -48,4 +49,4 @@ def write(path, *contents):
 
 @functools.cache
 def engine_vocabulary():
-    return sampling.load_tokenizer(str(policy()), sampling.SamplingArguments())
+    return models.load_tokenizer(str(policy()))

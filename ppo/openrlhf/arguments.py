@@ -9,7 +9,8 @@ import functools
 import os
 from urllib.parse import urlparse
 
-from common.cli import UserError, arg, build, existing_file, refuse
+from common.cli import UserError, arg, build, refuse
+from common.records import PromptArguments
 from ppo import train_ppo
 from ppo.checks import NOT_NEGATIVE, POSITIVE, SHARES, check_schedule, out_of_range, too_few
 from ppo.openrlhf.inherit import inherit
@@ -42,7 +43,7 @@ not_shaping = functools.partial(arg, shapes=False)  # may change between two sta
 
 
 @dataclasses.dataclass(kw_only=True)
-class Arguments(inherit(train_ppo.Arguments, LACKS, DEFAULTS)):
+class Arguments(inherit(train_ppo.Arguments, LACKS, DEFAULTS), PromptArguments):
     elsewhere = {key: f"backend small, ppo/train_ppo.py ({why})" for key, why in LACKS.items()}
 
     @property
@@ -164,8 +165,7 @@ def check(args: Arguments, processes: int | None = None, prompts: int | None = N
     problems += check_trackers(args)
     try:
         check_reward(args)
-        if args.chat_template:
-            existing_file(args.chat_template, "chat template")
+        args.check_template()
     except UserError as error:
         problems.append(str(error))
     refuse(problems)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
-from common import chat
+from common.chat import ChatTemplate, TemplateArguments, encode_for_classifier
 from common.cli import UserError, one_line
 from common.devices import gpu_memory, prepare_threads, visible_gpus
 from common.models import check_model, check_policy, load_tokenizer, local_config
@@ -24,7 +24,7 @@ from ppo.openrlhf.command import Placement
 from ppo.openrlhf.placement import Machine, place
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 OPENRLHF = "0.11.2"  # whose flags and checkpoints are known here
 TURNS = (
@@ -40,14 +40,14 @@ class Plan:
     """A run worked out.
 
     `kind` of reward: local (OpenRLHF's own model), server (ours), or url. `critic`: where the value model
-    starts, None: at the policy. `tokenizer`: None where a dry run cannot reach it.
+    starts, None: at the policy. `template`: of the policy, None where a dry run cannot reach it.
     """
 
     placement: Placement
     kind: str
     critic: str | None
     notes: list[str]
-    tokenizer: object
+    template: ChatTemplate | None
 
 
 def plan(args: Arguments) -> Plan:
@@ -64,7 +64,7 @@ def plan(args: Arguments) -> Plan:
     if not args.dry_run:
         check_surroundings(args, machine)
     prepare_threads()
-    tokenizer, kind, same = with_tokenizers(args, notes)
+    template, kind, same = with_templates(args, notes)
     shapes = shapes_of(args, kind)
     server = shapes.pop("server")
     shared = 2 * server.parameters + 2 * GIB if server else 0
@@ -73,7 +73,7 @@ def plan(args: Arguments) -> Plan:
         notes.append("our reward server shares one of the GPUs that train")
     critic = args.critic_name_or_path or (args.reward_name_or_path[0] if same else None)
     critic = None if critic == args.model_name_or_path else critic
-    return Plan(placement, kind, critic, [*notes, note], tokenizer)
+    return Plan(placement, kind, critic, [*notes, note], template)
 
 
 def installed(package: str) -> str | None:
@@ -183,19 +183,16 @@ def check_surroundings(args: Arguments, machine: Machine):
             ) from None
 
 
-def with_tokenizers(args: Arguments, notes: list[str]) -> tuple[object, str, bool]:
-    """(the policy's tokenizer, kind of reward, whether the reward model reads its tokens). A dry run does
+def with_templates(args: Arguments, notes: list[str]) -> tuple[ChatTemplate | None, str, bool]:
+    """(the policy's template, kind of reward, whether the reward model reads its tokens). A dry run does
     without those of hub models.
     """
     names = args.reward_name_or_path or []
     try:
-        tokenizer = load_tokenizer(
-            args.model_name_or_path,
-            trust_remote_code=args.trust_remote_code,
-            chat_template=args.chat_template,
-        )
-        chat.need_template(tokenizer)
-        return tokenizer, *choose_reward(args, why_not_local(args, tokenizer) if names else None, notes)
+        tokenizer = load_tokenizer(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
+        template = ChatTemplate(tokenizer, args)
+        template.need()
+        return template, *choose_reward(args, why_not_local(args, template) if names else None, notes)
     except UserError:
         if not args.dry_run or all(Path(name).is_dir() for name in [args.model_name_or_path, *names]):
             raise
@@ -206,28 +203,29 @@ def with_tokenizers(args: Arguments, notes: list[str]) -> tuple[object, str, boo
     return None, *choose_reward(args, None, notes)
 
 
-def why_not_local(args: Arguments, policy: "PreTrainedTokenizerBase") -> str | None:
+def why_not_local(args: Arguments, policy: ChatTemplate) -> str | None:
     """Why OpenRLHF cannot hold the first reward model itself, in words; None where it can.
 
     It is given the policy's token ids, in the policy's template, and reads the reward at the last one. Both
     must be what get_rewards.py would have made with the reward model's tokenizer and template.
     """
     name = args.reward_name_or_path[0]
-    reward = load_tokenizer(
-        name, trust_remote_code=args.trust_remote_code, chat_template=args.reward_chat_template
+    reward = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
+    scored = ChatTemplate(reward, TemplateArguments(chat_template=args.reward_chat_template))
+    mine, other = policy.tokenizer.get_vocab(), reward.get_vocab()
+    apart = sorted(
+        token for token, i in mine.items() if other.get(token) != i and i != policy.tokenizer.pad_token_id
     )
-    mine, other = policy.get_vocab(), reward.get_vocab()
-    apart = sorted(token for token, i in mine.items() if other.get(token) != i and i != policy.pad_token_id)
     if apart:
         return (
             f"{len(apart)} tokens of the policy have another id or none in its vocabulary (such as "
             f"{apart[0]!r})"
         )
     for turns in (list(TURNS[:2]), list(TURNS)):
-        wanted = chat.encode_for_classifier(reward, chat.render(reward, turns, False))
-        if chat.encode(policy, turns, False) != wanted:
+        wanted = encode_for_classifier(reward, scored.render(turns, False))
+        if policy.encode(turns, False) != wanted:
             return "of the same turns it reads other tokens than the policy's template writes"
-    if len(chat.turn_suffix(policy)) != 1:
+    if len(policy.turn_suffix()) != 1:
         return "the policy's template writes more behind a turn than the token that ends it"
     kinds = (local_config(name) or {}).get("architectures")
     if kinds and "SequenceClassification" not in str(kinds):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common import models, records
+from common.chat import ChatTemplate
 from common.cli import UserError, one_line
 from common.manifest import write_json, write_jsonl
 from dpo_iteration.saved import generation_config
@@ -16,7 +17,7 @@ from ppo.inputs import check_count, rendered_prompts
 from ppo.openrlhf.arguments import Arguments
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 # Files that are not linked from the policy's folder: the tokenizer is saved with our template.
 OURS = (
@@ -29,14 +30,12 @@ OURS = (
 )
 
 
-def whole_rollouts(
-    args: Arguments, tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[list[tuple], int, list[dict]]:
+def whole_rollouts(args: Arguments, template: ChatTemplate) -> tuple[list[tuple], int, list[dict]]:
     """(prompts of whole rollouts as (record, templated text) in a fixed random order, passes over them within
     `max_rollouts`, entries of the skipped file).
     """
     skipped = []
-    kept = [(record, text) for record, text, _ in rendered_prompts(args, tokenizer, skipped)]
+    kept = [(record, text) for record, text, _ in rendered_prompts(args, template, skipped)]
     check_count(args, kept, skipped)
     random.Random(args.seed).shuffle(kept)
     rollouts, episodes = len(kept) // args.rollout_batch_size, args.num_episodes
@@ -47,9 +46,9 @@ def whole_rollouts(
     return kept[:cut], episodes, skipped + [{"id": r["id"], "reason": reason} for r, _ in kept[cut:]]
 
 
-def write_prompts(args: Arguments, tokenizer: "PreTrainedTokenizerBase", path: Path) -> dict:
+def write_prompts(args: Arguments, template: ChatTemplate, path: Path) -> dict:
     """Write the prompts file and its `.skipped.jsonl`; returns counts."""
-    chosen, episodes, skipped = whole_rollouts(args, tokenizer)
+    chosen, episodes, skipped = whole_rollouts(args, template)
     # In the label as text: the reward functions' record, which OpenRLHF hands through untouched.
     write_jsonl(path, [{"prompt": text, "label": records.dumps(record)} for record, text in chosen])
     write_jsonl(path.with_name("prompts.skipped.jsonl"), skipped)
@@ -75,7 +74,7 @@ def local_folder(name: str) -> Path:
         raise UserError(f"cannot fetch {name} from the hub: {one_line(error)}") from None
 
 
-def prepare_policy(args: Arguments, tokenizer: "PreTrainedTokenizerBase", folder: Path):
+def prepare_policy(args: Arguments, template: ChatTemplate, folder: Path):
     """Put the policy into `folder`: links to its weights, our tokenizer with its template, a generation
     config that stops.
 
@@ -86,10 +85,10 @@ def prepare_policy(args: Arguments, tokenizer: "PreTrainedTokenizerBase", folder
     source = local_folder(args.model_name_or_path)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    tokenizer.save_pretrained(folder)
+    template.tokenizer.save_pretrained(folder)
     write_json(
         folder / "generation_config.json",
-        generation_config(source, tokenizer, template_kwargs=args.template_kwargs),
+        generation_config(source, template),
     )
     for file in source.iterdir():
         if file.is_file() and not (folder / file.name).exists() and file.name not in OURS:

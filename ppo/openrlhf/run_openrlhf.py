@@ -100,8 +100,8 @@ def prepare(args: Arguments, found: Plan, training: Training) -> tuple[dict, str
     else:  # OpenRLHF would stumble over a folder without a whole checkpoint
         shutil.rmtree(work / "checkpoints", ignore_errors=True)
     shutil.rmtree(work / "model", ignore_errors=True)
-    counts = write_prompts(args, found.tokenizer, work / "prompts.jsonl")
-    prepare_policy(args, found.tokenizer, work / "policy")
+    counts = write_prompts(args, found.template, work / "prompts.jsonl")
+    prepare_policy(args, found.template, work / "policy")
     training.begin(counts=counts, seconds=before.get("seconds", 0.0) if resume and before else 0.0)
     return counts, resume
 
@@ -209,12 +209,12 @@ def count_prompts(args: Arguments, found: Plan) -> tuple[int, int]:
     from ppo.openrlhf.prompts import whole_rollouts
 
     try:
-        if found.tokenizer is None:
+        if found.template is None:
             raise UserError("the policy's tokenizer is on the hub and out of reach")
-        chosen, episodes, _ = whole_rollouts(args, found.tokenizer)
+        chosen, episodes, _ = whole_rollouts(args, found.template)
         return len(chosen), episodes
     except UserError as error:
-        here = found.tokenizer and all(Path(name).exists() for name in args.dataset_name_or_path)
+        here = found.template and all(Path(name).exists() for name in args.dataset_name_or_path)
         if here or args.warmup_steps >= 1 or args.max_rollouts is not None:  # which count prompts
             raise
         print(f"ppo: prompts not looked at: {error}", file=sys.stderr)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from common.cli import UserError
-from common.records import read_prompts
+from common.records import PromptArguments, read_prompts
 
 FUNCTION = {"name": "weather", "arguments": {"city": "Oslo", "unit": None}}
 CALL = {"id": "c1", "type": "function", "function": FUNCTION}
@@ -37,7 +37,12 @@ def write(path, *rows, end="\n"):
     return str(path)
 
 
-def refusal(name, *words, read=read_prompts, **more):
+def prompts_of(name, keep_bad=False, **how):
+    """The records of a prompt file; `how`: PromptArguments."""
+    return read_prompts(str(name), PromptArguments(**how), keep_bad)
+
+
+def refusal(name, *words, read=prompts_of, **more):
     """What is said of records that are refused: one line, which has all the words."""
     with pytest.raises(UserError) as caught:
         list(read(str(name), **more))

@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 import micro
 
-from common import chat, models
+from common import models
+from common.chat import ChatTemplate
 from common.cli import UserError
 
 pytestmark = pytest.mark.env("vllm")
@@ -138,7 +139,7 @@ def test_a_tekken_file_beside_the_tokenizer_changes_nothing(tmp_path):
     shutil.copy(tekken, folder / "tekken.json")
     tokenizer = models.load_tokenizer(str(folder))
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
-    assert chat.encode(tokenizer, turns, False) == chat.encode(before, turns, False)
+    assert ChatTemplate(tokenizer).encode(turns, False) == ChatTemplate(before).encode(turns, False)
     assert tokenizer.get_vocab() == before.get_vocab()
     (folder / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="policy has no tokenizer but tekken.json.*put the tokenizer.json"):
@@ -160,14 +161,14 @@ def test_several_chat_templates(tmp_path):
         return models.load_tokenizer(str(path))
 
     turns = [{"role": "user", "content": "hi"}]
-    text = chat.render(load({"tool_use": "no", "default": template}), turns, True)
+    text = ChatTemplate(load({"tool_use": "no", "default": template})).render(turns, True)
     assert text.startswith("<|im_start|>user\nhi")
     several = "policy has the chat templates tool_use, rag and none is the default: .*--chat_template"
     with pytest.raises(UserError, match=several):
-        chat.render(load({"tool_use": "no", "rag": "no"}), turns, True)
+        ChatTemplate(load({"tool_use": "no", "rag": "no"})).render(turns, True)
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="the tokenizer of .*policy has no chat template"):
-        chat.render(models.load_tokenizer(str(path)), turns, True)
+        ChatTemplate(models.load_tokenizer(str(path))).render(turns, True)
 
 
 HEADER = b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}'

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from reading import TALK, TOOLS, refusal, user, write
+from reading import TALK, TOOLS, prompts_of, refusal, user, write
 
 from common.cli import UserError
 from common.messages import to_messages, to_tools
@@ -110,23 +110,26 @@ def test_sets_of_another_form_are_refused_with_the_remedy(tmp_path, row, told):
 
 def test_extra_fields_key_and_system_prompt(tmp_path):
     path = write(tmp_path / "x.jsonl", {"question": "a", "id": 7, "gold": [1, 2], "prompt": "no"})
-    [record] = read_prompts(path, key="question", system_prompt="s")
+    [record] = prompts_of(path, dataset_key="question", system_prompt="s")
     assert record["source_id"] == 7 and record["gold"] == [1, 2]
     assert record["prompt"] == [SYSTEM, *user("a")] and record["id"] == record_id(record["prompt"])
-    refusal(path, "questions", "'question'", "--dataset_key", key="questions")
+    refusal(path, "questions", "'question'", "--dataset_key", dataset_key="questions")
     refusal(write(tmp_path / "y.jsonl", {"messages": user("")}), "record 1: its last turn is empty")
 
 
 def test_text_that_begins_like_a_list_stays_text_in_columns_of_other_names(tmp_path):
     texts = ["[INST] hello", "[1, 2] summed?"]
     path = write(tmp_path / "x.jsonl", *({"q": text} for text in [*texts, json.dumps(user("as JSON"))]))
-    assert [r["prompt"] for r in read_prompts(path, key="q")] == [*map(user, texts), user("as JSON")]
+    assert [r["prompt"] for r in prompts_of(path, dataset_key="q")] == [
+        *map(user, texts),
+        user("as JSON"),
+    ]
 
 
 def test_an_alpaca_record_with_an_input_is_not_cut_in_half(tmp_path):
     rows = [{"instruction": "Sing.", "input": ""}, {"instruction": "Translate.", "input": "chat"}]
     path = write(tmp_path / "x.jsonl", *rows)
-    whole, half = read_prompts(path, key="instruction", keep_bad=True)
+    whole, half = prompts_of(path, dataset_key="instruction", keep_bad=True)
     assert whole["prompt"] == user("Sing.") and "record 2" in str(half) and "`input`" in str(half)
 
 

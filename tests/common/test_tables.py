@@ -7,7 +7,7 @@ import gzip
 import json
 
 import pytest
-from reading import TALK, TOOLS, refusal, tool, user, write
+from reading import TALK, TOOLS, prompts_of, refusal, tool, user, write
 
 from common.manifest import fingerprint, same_content
 from common.records import BadRecord, read_prompts, read_records
@@ -71,7 +71,7 @@ def test_lists_of_messages_in_a_csv(tmp_path):
 def test_a_split_of_a_file_is_refused(tmp_path):
     for name, text in (("x.jsonl", '{"prompt": "a"}\n'), ("x.csv", "prompt\na\n")):
         (tmp_path / name).write_text(text)
-        refusal(tmp_path / name, "no splits", "--dataset_split test", split="test")
+        refusal(tmp_path / name, "no splits", "--dataset_split test", dataset_split="test")
 
 
 # ---- Parquet and folders -----------------------------------------------------------------------------------
@@ -84,9 +84,9 @@ def test_parquet_and_saved_folders(tmp_path):
     datasets.DatasetDict({"train": data, "test": data.select([0])}).save_to_disk(str(tmp_path / "splits"))
     for name in ("x.parquet", "plain", "splits"):
         assert texts(str(tmp_path / name)) == data["prompt"], name
-    assert texts(str(tmp_path / "splits"), split="test") == ["question 0"]
-    refusal(tmp_path / "splits", "train, test", "--dataset_split", split="dev")
-    refusal(tmp_path / "plain", "no splits", split="test")
+    assert texts(str(tmp_path / "splits"), dataset_split="test") == ["question 0"]
+    refusal(tmp_path / "splits", "train, test", "--dataset_split", dataset_split="dev")
+    refusal(tmp_path / "plain", "no splits", dataset_split="test")
     (tmp_path / "broken.parquet").write_text("no parquet")
     refusal(tmp_path / "broken.parquet", "cannot read", read=read_records)
 
@@ -139,7 +139,7 @@ def folder(path, files, readme="---\nlicense: mit\n---\n"):
 
 
 def texts(name, **more):
-    return [record["prompt"][-1]["content"] for record in read_prompts(name, **more)]
+    return [record["prompt"][-1]["content"] for record in prompts_of(name, **more)]
 
 
 def rows_of(*names):
@@ -158,8 +158,8 @@ def test_a_cloned_folder(tmp_path, form, written):
         f"data/test-00000-of-00001.{form}": written(rows_of("t")),
     }
     name = folder(tmp_path / "set", files)
-    assert texts(name) == ["NA", "007", "c"] and texts(name, split="test") == ["t"]
-    refusal(name, "train, test", "--dataset_split", split="dev")
+    assert texts(name) == ["NA", "007", "c"] and texts(name, dataset_split="test") == ["t"]
+    refusal(name, "train, test", "--dataset_split", dataset_split="dev")
     mark = fingerprint(name)
     (tmp_path / "set" / "data" / f"test-00000-of-00001.{form}").write_bytes(b"other")
     assert not same_content(mark, name)
@@ -167,7 +167,7 @@ def test_a_cloned_folder(tmp_path, form, written):
 
 def test_folders_named_after_splits(tmp_path):
     name = folder(tmp_path / "set", {"train/a.jsonl": rows_of("a"), "test/b.jsonl": rows_of("b")})
-    assert texts(name) == ["a"] and texts(name, split="test") == ["b"]
+    assert texts(name) == ["a"] and texts(name, dataset_split="test") == ["b"]
     only = folder(tmp_path / "only", {"data/test.jsonl": rows_of("a")})
     refusal(only, "no split 'train'", "it has test")
 

@@ -11,7 +11,8 @@ from annotate_data import get_rewards
 from annotate_data.backbone import Backbone
 from annotate_data.generated import read_generated, survey
 from annotate_data.preference import context_of
-from common import chat, records, tokens
+from common import models, records, tokens
+from common.chat import ChatTemplate
 from common.cli import UserError
 from common.manifest import Output, write_jsonl
 from dpo_iteration.pairs import select_pairs
@@ -60,7 +61,7 @@ def policy(tmp_path_factory):
 
 @pytest.fixture
 def tokenizer(policy):
-    return sampling.load_tokenizer(str(policy), sampling.SamplingArguments())
+    return models.load_tokenizer(str(policy))
 
 
 @pytest.fixture
@@ -76,7 +77,7 @@ def test_every_stage_renders_the_same_prompt(policy, tokenizer, prompts, tmp_pat
     # generation: what the engine is given
     args = sampling.SamplingArguments(dataset_name_or_path=prompts, output_dir="", K=2)
     output = Output(tmp_path / "gen.jsonl", "test", {}, {})
-    found = sampling.Prompts(args, tokenizer, output, None, sampling.load_prompts(args))
+    found = sampling.Prompts(args, ChatTemplate(tokenizer), output, None, sampling.load_prompts(args))
     [item] = found.items
     assert item.token_ids == ids
     output.append(
@@ -103,22 +104,22 @@ def test_every_stage_renders_the_same_prompt(policy, tokenizer, prompts, tmp_pat
         pair,
         {key: value for key, value in pair.items() if not key.endswith("token_ids")},
     ):  # as sampled, and from text
-        row, _ = PairTokenizer(tokenizer, 2000, 2000)(given)
+        row, _ = PairTokenizer(ChatTemplate(tokenizer), 2000, 2000)(given)
         written = [
             tokenizer.decode(row["prompt_ids"] + row[f"{side}_ids"]) for side in ("rejected", "chosen")
         ]
         assert row["prompt_ids"] == ids and written == [text.removesuffix("\n") for text in whole]
     # divergence, PPO and the page
-    assert tokens.Encoder(tokenizer)(record, tokens.answers_of(record))[0] == ids
+    assert tokens.Encoder(ChatTemplate(tokenizer))(record, tokens.answers_of(record))[0] == ids
     args = sampling.SamplingArguments(dataset_name_or_path=[prompts], max_input_length=2000)
-    [(found, text, _)] = inputs.rendered_prompts(args, tokenizer, [])
+    [(found, text, _)] = inputs.rendered_prompts(args, ChatTemplate(tokenizer), [])
     assert text == wanted and found["prompt"] == TALK and found["tools"] == TOOLS
     assert samples.turns(TALK)[1] == ["assistant", json.dumps(CALL)]
     assert '"Oslo"' in context_of(TALK) and "None" not in context_of(TALK)
 
 
 def test_what_a_template_leaves_out_is_named(tokenizer):
-    left_out = lambda messages, tools=None: chat.left_out(tokenizer, messages, True, None, tools)  # noqa: E731
+    left_out = lambda messages, tools=None: ChatTemplate(tokenizer).left_out(messages, True, tools)  # noqa: E731
     assert left_out(TALK, TOOLS) == [] and left_out(TALK[:1]) == []
     tokenizer.chat_template = micro.TEMPLATES["chatml"]
     assert left_out(TALK, TOOLS) == ["tools", "tool_calls"] and left_out(TALK[:1], TOOLS) == ["tools"]
@@ -177,7 +178,7 @@ def test_ppo_leaves_out_what_it_cannot_use(tokenizer, tmp_path, capsys):
         [],
     )
     args.rollout_batch_size = 1
-    kept = [record for record, *_ in inputs.rendered_prompts(args, tokenizer, bad)]
+    kept = [record for record, *_ in inputs.rendered_prompts(args, ChatTemplate(tokenizer), bad)]
     assert [record["prompt"] for record in kept] == [talks[0], TALK] and "record 2: the last turn" in bad[0][
         "reason"
     ]
@@ -197,4 +198,4 @@ def test_ppo_leaves_out_what_it_cannot_use(tokenizer, tmp_path, capsys):
     assert [record["prompt"] for record in kept] == talks[:1] and bad[0]["reason"] == "it refuses the turns"
     args.bad_prompts = "refuse"
     with pytest.raises(UserError, match="record 2: the last turn .*bad_prompts skip"):
-        list(inputs.rendered_prompts(args, tokenizer, []))
+        list(inputs.rendered_prompts(args, ChatTemplate(tokenizer), []))

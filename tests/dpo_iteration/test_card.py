@@ -21,6 +21,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from training import ROOT, read_json, start, weights
 
+from common.chat import ChatTemplate
 from common.cli import UserError
 from dpo_iteration import card, hub, run_dpo, saved
 from dpo_iteration.saved import check_saved, store_once
@@ -295,7 +296,7 @@ def test_the_generation_config_names_every_stop(tmp_path, family, before, more, 
         others = {"temperature": 0.6, "of_a_later_version": 1}
         values = others | {"eos_token_id": ids(before)}
         (tmp_path / "generation_config.json").write_text(json.dumps(values))
-    found = saved.generation_config(tmp_path, tokenizer, stops=ids(more))
+    found = saved.generation_config(tmp_path, ChatTemplate(tokenizer), stops=ids(more))
     assert found["eos_token_id"] == ids(expected) and found["pad_token_id"] == tokenizer.pad_token_id
     assert others.items() <= found.items()
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import chat
+from common.chat import ChatTemplate
 from common.cli import UserError
 from common.manifest import write_json
 from evaluation import divergence
@@ -39,7 +39,7 @@ def answers(path, count=9, K=4, ids=True):
     records.
     """
     rows, tokenizer = [], micro.make_tokenizer()
-    end = [chat.end_of_turn(tokenizer)]
+    end = [ChatTemplate(tokenizer).end_of_turn()]
     for i in range(count):
         prompt = [{"role": "user", "content": f"Question {i}?"}]
         if i % 3 == 2:
@@ -56,7 +56,10 @@ def answers(path, count=9, K=4, ids=True):
         if ids:
             own = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in responses]
             own = [ids + end * (reason == "stop") for ids, reason in zip(own, reasons, strict=True)]
-            rows[-1] |= {"prompt_token_ids": chat.encode(tokenizer, prompt, True), "response_token_ids": own}
+            rows[-1] |= {
+                "prompt_token_ids": ChatTemplate(tokenizer).encode(prompt, True),
+                "response_token_ids": own,
+            }
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return rows
 

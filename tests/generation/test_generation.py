@@ -17,7 +17,8 @@ import micro
 import pytest
 from engine import arguments, engine_vocabulary, get_hf2_main, policy, records, write
 
-from common import chat, engine
+from common import engine
+from common.chat import ChatTemplate
 from common.cli import UserError
 from common.manifest import Output, beside, read_manifest
 from generation import get_hf2, merge_data, sampling
@@ -105,7 +106,7 @@ def test_greedy_is_what_transformers_generates(prompts, generate, starts):
     tokenizer = engine_vocabulary()
     model = AutoModelForCausalLM.from_pretrained(policy(), dtype=torch.float32).eval()
     for record in generate(prompts(12), "g", K=1, temperature=0, max_new_tokens=24):
-        prompt = torch.tensor([chat.encode(tokenizer, record["prompt"], True)])
+        prompt = torch.tensor([ChatTemplate(tokenizer).encode(record["prompt"], True)])
         more = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 24, "do_sample": False}
         with torch.no_grad():
             wanted = model.generate(prompt, **more)[0, prompt.shape[1] :].tolist()
@@ -126,7 +127,7 @@ def test_samples_follow_the_model_s_distribution(generate, tmp_path, starts):
     assert len({tuple(r["responses"]) for r in got}) == 4
     model = AutoModelForCausalLM.from_pretrained(policy(), dtype=torch.float32).eval()
     with torch.no_grad():
-        logits = model(torch.tensor([chat.encode(tokenizer, got[0]["prompt"], True)])).logits[0, -1]
+        logits = model(torch.tensor([ChatTemplate(tokenizer).encode(got[0]["prompt"], True)])).logits[0, -1]
     expected = torch.softmax(logits / 0.05, -1)
     sampled = [ids[0] for r in got for ids in r["response_token_ids"]]
     likely = [t for t in expected.argsort(descending=True).tolist() if expected[t] * len(sampled) >= 40]
@@ -174,7 +175,7 @@ def test_stop_token_ids_end_a_response(generate, tmp_path, starts):
             assert letter not in new and old.startswith(new.rstrip("\ufffd"))
             cut += letter in old and reason == "stop"
     assert cut >= 2
-    stops = sampling.stop_ids(str(policy()), tokenizer, sampling.SamplingArguments(eos_ids=[7]))
+    stops = sampling.stop_ids(str(policy()), ChatTemplate(tokenizer), sampling.SamplingArguments(eos_ids=[7]))
     assert set(stops) == {7, tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|eot_id|>")}
 
 
@@ -241,21 +242,21 @@ def test_other_templates(tmp_path, capsys, family):
     tokenizer, source = micro.make_tokenizer(family), str(write(tmp_path / "p.jsonl", "hello"))
     args = sampling.SamplingArguments(dataset_name_or_path=source, output_dir="")
     output, found = Output(tmp_path / "o.jsonl", "test", {}, {}), sampling.load_prompts(args)
-    [item] = sampling.Prompts(args, tokenizer, output, 512, found).items
+    [item] = sampling.Prompts(args, ChatTemplate(tokenizer, args), output, 512, found).items
     text, bos = tokenizer.decode(item.token_ids), tokenizer.bos_token
     assert bos is None or (text.startswith(bos) and text.count(bos) == 1)
     assert "hello" in text and item.token_ids == tokenizer(text, add_special_tokens=False)["input_ids"]
     ends = {"chatml": "<|im_end|>", "gemma": "<end_of_turn>", "mistral": "</s>", "phi": "<|end|>"}
-    assert tokenizer.convert_tokens_to_ids(ends[family]) in chat.stop_token_ids(tokenizer)
+    assert tokenizer.convert_tokens_to_ids(ends[family]) in ChatTemplate(tokenizer).stop_token_ids()
     assert "add_generation_prompt" not in capsys.readouterr().out
     if family != "mistral":  # one whose next turn has no header
         tokenizer.chat_template = tokenizer.chat_template.replace("if add_generation_prompt", "if false")
-        sampling.Prompts(args, tokenizer, output, 512, found)
+        sampling.Prompts(args, ChatTemplate(tokenizer, args), output, 512, found)
         assert "ignores add_generation_prompt" in capsys.readouterr().out
         tokenizer.chat_template = tokenizer.chat_template.replace("if false", "if add_generation_prompt")
     if family == "chatml":
         args.template_kwargs = {"enable_thinking": False}
-        [item] = sampling.Prompts(args, tokenizer, output, 512, found).items
+        [item] = sampling.Prompts(args, ChatTemplate(tokenizer, args), output, 512, found).items
         assert tokenizer.decode(item.token_ids) == text + "<think>\n\n</think>\n\n"
 
 
@@ -289,10 +290,12 @@ def test_a_record_holds_the_tokens_that_were_read_and_sampled(prompts, generate,
     found = generate(prompts(12), "g", "--eos_ids", *eos, K=4, max_new_tokens=200)
     tokenizer, reasons = engine_vocabulary(), []
     stops = set(
-        sampling.stop_ids(str(policy()), tokenizer, sampling.SamplingArguments(eos_ids=list(range(60))))
+        sampling.stop_ids(
+            str(policy()), ChatTemplate(tokenizer), sampling.SamplingArguments(eos_ids=list(range(60)))
+        )
     )
     for record in found:
-        assert record["prompt_token_ids"] == chat.encode(tokenizer, record["prompt"], True)
+        assert record["prompt_token_ids"] == ChatTemplate(tokenizer).encode(record["prompt"], True)
         assert record["num_tokens"] == [len(ids) for ids in record["response_token_ids"]]
         answers = (record[key] for key in ("responses", "response_token_ids", "finish_reasons"))
         for text, ids, reason in zip(*answers, strict=True):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from common.chat import ChatTemplate
 from common.cli import UserError, parse, parse_jobs
 from common.manifest import Output
 from evaluation import divergence
@@ -39,7 +40,9 @@ def prompts(tmp_path):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         args = sampling.SamplingArguments(dataset_name_or_path=str(path), output_dir="", **more)
         output, found = Output(tmp_path / f"out{index}.jsonl", "test", {}, {}), sampling.load_prompts(args)
-        return sampling.Prompts(args, Tokenizer(), output, None, found, index, world), output
+        return sampling.Prompts(
+            args, ChatTemplate(Tokenizer(), args), output, None, found, index, world
+        ), output
 
     return make
 

@@ -231,6 +231,7 @@ def test_where_it_runs_does_not_shape_the_model():
 def test_every_argument_reaches_openrlhf():
     """One that train_ppo.py gets is inherited: it must be read here, or stand in LACKS with the reason."""
     paths = [*(ROOT / "ppo/openrlhf").glob("*.py"), ROOT / "ppo/inputs.py"]
+    paths += [ROOT / "common/chat.py", ROOT / "common/records.py"]  # of all who read and write prompts
     nodes = [node for path in paths for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
     read = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     read |= {node.value for node in nodes if isinstance(node, ast.Constant)}  # by getattr

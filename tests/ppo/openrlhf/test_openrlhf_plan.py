@@ -8,6 +8,7 @@ import micro
 import pytest
 from openrlhf_stub import ROOT, arguments
 
+from common.chat import ChatTemplate
 from common.cli import UserError
 from common.models import load_tokenizer
 from ppo.openrlhf import plan
@@ -77,7 +78,9 @@ def test_tokens_and_templates_are_compared(models, monkeypatch):
 
     def why(policy, reward, name="same", **more):
         monkeypatch.setattr(plan, "load_tokenizer", lambda *args, **kwargs: reward)
-        return plan.why_not_local(arguments(reward_name_or_path=[str(models[name])], **more), policy)
+        return plan.why_not_local(
+            arguments(reward_name_or_path=[str(models[name])], **more), ChatTemplate(policy)
+        )
 
     policy = loaded("policy")
     mute = policy.chat_template.replace("{{ bos_token }}", "")

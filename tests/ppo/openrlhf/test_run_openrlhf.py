@@ -16,6 +16,7 @@ import yaml
 from openrlhf_stub import ROOT, arguments, captured, fake_gpus, settings
 
 from common import cli
+from common.chat import ChatTemplate
 from common.devices import visible_gpus
 from common.models import load_tokenizer
 from ppo.openrlhf import process, run_openrlhf
@@ -251,7 +252,7 @@ def test_a_function_is_served_and_its_failure_named(runs, models, tmp_path):
 
 
 def test_only_whole_rollouts_are_written(models):
-    tokenizer = load_tokenizer(str(models["policy"]))
+    template = ChatTemplate(load_tokenizer(str(models["policy"])))
     for maximum, episodes, expected in (
         (None, 1, (24, 2, 1)),
         (2, 3, (8, 18, 1)),
@@ -260,11 +261,11 @@ def test_only_whole_rollouts_are_written(models):
     ):
         more = {"num_episodes": episodes, "max_rollouts": maximum, "dataset_name_or_path": models["prompts"]}
         args = arguments(rollout_batch_size=4, batch_size=4, **more)
-        chosen, passes, left = whole_rollouts(args, tokenizer)
+        chosen, passes, left = whole_rollouts(args, template)
         assert (len(chosen), len(left), passes) == expected
         ids = [record["id"] for record, _ in chosen]
         assert len({*ids, *(entry["id"] for entry in left)}) == 26 and ids != sorted(ids)
-        assert whole_rollouts(args, tokenizer)[0] == chosen
+        assert whole_rollouts(args, template)[0] == chosen
 
 
 def test_a_policy_whose_config_lacks_the_end_of_turn_stops_anyway(models, tmp_path):
@@ -280,8 +281,8 @@ def test_a_policy_whose_config_lacks_the_end_of_turn_stops_anyway(models, tmp_pa
     (source / "generation_config.json").write_text(json.dumps(config))
     before = {file.name: file.read_bytes() for file in source.iterdir()}
     tokenizer.chat_template = "{# mine #}" + tokenizer.chat_template
-    args = SimpleNamespace(model_name_or_path=str(source), template_kwargs=None)
-    prepare_policy(args, tokenizer, made)
+    args = SimpleNamespace(model_name_or_path=str(source))
+    prepare_policy(args, ChatTemplate(tokenizer), made)
     config = json.loads((made / "generation_config.json").read_text())
     end_of_turn = tokenizer.convert_tokens_to_ids("<|eot_id|>")
     assert set(config["eos_token_id"]) == {tokenizer.eos_token_id, end_of_turn}
