@@ -9,7 +9,7 @@ Run it:  python tiny/build.py --output_dir tiny/built --seed 0
          python tiny/build.py --output_dir tiny/built --seed 0 --weak_reward_model true
 
 1. Write demonstrations of mixed quality and train the tokenizer on them.
-2. SFT: a Llama of half a million parameters imitates them (TRL's SFTTrainer).
+2. SFT: a Llama of half a million parameters imitates them.
 3. Reward model: Bradley-Terry on pairs ranked by the gold score (TRL's RewardTrainer),
    of the policy's own samples, demonstrations, twins that differ in correctness only,
    and answers spoiled as over-optimised policies spoil theirs.
