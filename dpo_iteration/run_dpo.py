@@ -17,7 +17,7 @@ import functools
 import os
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,7 @@ from common.devices import check_processes, check_torch, gpu_memory, prepare_thr
 from common.manifest import with_date
 from common.models import quiet_libraries
 from common.training import Training, is_main, say, step_of, world_size
-from dpo_iteration import hub, memory, output
+from dpo_iteration import fitting, hub, output
 from dpo_iteration.arguments import Arguments, accumulation, check, check_paths, halved, training_of
 from dpo_iteration.pairs import Selection, select_pairs
 from dpo_iteration.saved import check_saved
@@ -72,7 +72,7 @@ def main():
     args = with_date(args, args.output_dir)
     if args.check:
         gpus, memory_gib = args.num_gpus or len(visible_gpus()), args.gpu_memory_gib or gpu_memory()
-        for line in memory.report(args, gpus, memory_gib):
+        for line in fitting.report(args, gpus, memory_gib):
             say(f"check: {line}")
         return
     check_paths(args)
@@ -82,7 +82,7 @@ def main():
         say(f"{args.output_dir} is complete, nothing to do")
         return
     prepare_threads()
-    args = fit_to_memory(args)
+    args = fitting.fit_to_memory(args)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL sends a ping from every start
     selection = choose_pairs(args)
     data = prepare(args, selection, training.settings["pairs_per_step"])
@@ -97,26 +97,6 @@ def main():
         seconds = {"start": ready - started, "reference": referenced - started}
         save(args, training, data, trainer, metrics, seconds | {"all": time.time() - started})
     end(args, trainer)
-
-
-def fit_to_memory(args: Arguments) -> Arguments:
-    """The arguments with rows and gradient checkpointing chosen for the GPUs that are here, where they are
-    left open.
-    """
-    from dpo_iteration.adapters import method_here
-
-    gib = gpu_memory()
-    if not gib or (args.gradient_checkpointing is not None and args.max_row_tokens):
-        return replace(args, gradient_checkpointing=args.gradient_checkpointing is not False)
-    try:
-        shape = memory.shape_of(args.model_name_or_path, args.revision, args.trust_remote_code)
-    except UserError as error:  # a model may train all the same
-        say(f"note: rows and gradient checkpointing as on a small GPU: {error}")
-        return replace(args, gradient_checkpointing=args.gradient_checkpointing is not False)
-    how, limit = memory.adapted(args, shape), memory.usable(gib)
-    on, tokens = memory.choose(args, method_here(), shape, world_size(), limit, **how)
-    say(f"rows of {tokens:,} tokens, gradient checkpointing {'on' if on else 'off'}, for {gib:.0f} GiB a GPU")
-    return replace(args, gradient_checkpointing=on, max_row_tokens=tokens)
 
 
 def choose_pairs(args: Arguments) -> Selection:

@@ -9,7 +9,7 @@ from common.cli import count as plural
 from common.devices import Speed, gpu_memory, gpu_name, speed_of
 from common.models import local_config
 from common.progress import duration
-from dpo_iteration import memory
+from dpo_iteration import fitting, memory
 from dpo_iteration.arguments import Arguments
 from loop.settings import processes
 
@@ -78,8 +78,8 @@ def check_memory(plan: "Plan", count: float, method: str, args: Arguments, found
     """
     settings, world, batch = plan.settings, processes(plan.settings), args.per_device_train_batch_size
     there, shape = settings.gpu_memory_gib or gpu_memory(), shape_of(settings.model_name_or_path, count)
-    limit, how = memory.usable(there) if there else math.inf, memory.adapted(args, shape)
-    on, tokens = memory.choose(args, method, shape, world, limit if there else None, **how)
+    limit, how = fitting.usable(there) if there else math.inf, fitting.adapted(args, shape)
+    on, tokens = fitting.choose(args, method, shape, world, limit if there else None, **how)
     needed = memory.need(method, shape, world, tokens / 2, 1, on, **how).total
     takes = f"about {needed / memory.GIB:.0f} GiB a GPU"
     has = f"a GPU has {there:.0f}, {limit / memory.GIB:.0f} of which may be filled" if there else ""
@@ -91,7 +91,7 @@ def check_memory(plan: "Plan", count: float, method: str, args: Arguments, found
     if needed > limit:
         found.problems.append(
             f"training needs {takes} by {settings.accelerate_config} with per_device_train_batch_size "
-            f"{batch}, and {has}; {memory.remedy(args, shape, world, limit, **how)}"
+            f"{batch}, and {has}; {fitting.remedy(args, shape, world, limit, **how)}"
         )
     return on
 

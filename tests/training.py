@@ -16,6 +16,10 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = str(ROOT / "dpo_iteration" / "run_dpo.py")
 SMALL = "--gradient_accumulation_steps 2 --gradient_checkpointing false --logging_steps 1".split()
+LLAMA_8B = {
+    "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False,
+}  # fmt: skip
 
 
 def write_rewarded(path, count=24, seed=0, K=4, **change):
@@ -40,6 +44,14 @@ def write_rewarded(path, count=24, seed=0, K=4, **change):
         rows.append(row | change)
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
+
+
+def save_config(folder, **sizes):
+    """A folder with the config of a Llama of these sizes, without weights; its name."""
+    from transformers import AutoConfig
+
+    AutoConfig.for_model("llama", **sizes).save_pretrained(folder)
+    return str(folder)
 
 
 def make_rows(count, seed=0, longest=40):

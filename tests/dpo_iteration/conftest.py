@@ -6,6 +6,8 @@ import micro
 import pytest
 import training
 
+from dpo_iteration.memory import Shape, shape_of
+
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
@@ -20,3 +22,9 @@ def work(tmp_path_factory):
 def train(work):
     """Train in this process: `train(NAME, WORDS…)` from `work`/policy into `work`/NAME, which is returned."""
     return functools.partial(training.train, work)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Shape:
+    """The shape of Llama-3-8B."""
+    return shape_of(training.save_config(tmp_path_factory.mktemp("llama"), **training.LLAMA_8B))

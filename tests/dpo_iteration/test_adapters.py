@@ -11,12 +11,13 @@ import pytest
 import torch
 import training
 from safetensors.torch import load_file
-from training import furthest, launch, logged, read_json, start, weights
+from training import ROOT, furthest, launch, logged, read_json, start, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.cli import UserError
 from dpo_iteration import adapters
 from dpo_iteration.arguments import arguments
+from dpo_iteration.fitting import METHODS
 
 LORA = "--use_peft true --lora_r 4 --lora_alpha 12 --learning_rate 2e-3 --max_steps 4"
 LN_2 = pytest.approx(math.log(2), abs=1e-6)  # the reference is the policy without adapters
@@ -231,3 +232,33 @@ def test_modules_that_are_not_there_and_a_quantised_policy(work, lora, tmp_path)
     AutoTokenizer.from_pretrained(work / "policy").save_pretrained(tmp_path / "small")
     with pytest.raises(UserError, match="small is quantised: give the model it was made from"):
         lora(tmp_path / "out", f"--model_name_or_path {tmp_path}/small")
+
+
+def test_the_method_is_known_from_what_the_launcher_says(monkeypatch):
+    """By accelerate's own functions, which make the environment of what it starts."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    monkeypatch.setattr("accelerate.utils.launch.is_port_in_use", lambda *_: False)
+    for method in METHODS:
+        words = [
+            "--config_file",
+            str(ROOT / "configs" / f"{method}.yaml"),
+            "--num_processes",
+            "2",
+            "script.py",
+        ]
+        given, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
+        given.deepspeed_fields_from_accelerate_config = ""  # deepspeed_launcher's own
+        made = prepare_deepspeed_cmd_env(given)[1] if given.use_deepspeed else prepare_multi_gpu_env(given)
+        with monkeypatch.context() as patch:
+            for key, value in made.items():
+                if key.startswith("ACCELERATE_"):
+                    patch.setenv(key, value)
+            assert adapters.method_here() == method
+
+
+def test_a_file_of_deepspeeds_own_says_the_stage(monkeypatch, tmp_path):
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "ds.json"))
+    assert adapters.method_here() == "zero2"

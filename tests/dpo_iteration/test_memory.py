@@ -1,37 +1,22 @@
-"""The memory that `--check true` foretells, against published numbers, DeepSpeed's estimators and what torch
+"""The memory that training is said to take, against published numbers, DeepSpeed's estimators and what torch
 really keeps.
 """
 
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
-from training import ROOT
+from training import ROOT, save_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.cli import UserError
-from dpo_iteration import memory, run_dpo
-from dpo_iteration.adapters import method_here
-from dpo_iteration.memory import FOUR_BITS, GIB, METHODS, WHOLE, activations, need, recommend, states
+from dpo_iteration import memory
+from dpo_iteration.fitting import METHODS
+from dpo_iteration.memory import FOUR_BITS, GIB, activations, need, states
 
-LLAMA = {
-    "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False,
-}  # fmt: skip
 COUNT = 8_030_261_248
-
-
-def saved(path, **sizes):
-    AutoConfig.for_model("llama", **sizes).save_pretrained(path)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return memory.shape_of(saved(tmp_path_factory.mktemp("llama"), **LLAMA))
 
 
 def test_parameters_are_counted_from_the_config(llama):
@@ -75,11 +60,8 @@ def test_adapters_and_four_bits(llama):
     for method in METHODS:
         full, small = (need(method, llama, 8, 1, 2048, trainable=trainable) for trainable in (None, few))
         assert small.total < full.total
-    how = {"trainable": few, "frozen": FOUR_BITS}
-    qlora, lora = need("ddp", llama, 1, 1, 2048, **how), need("ddp", llama, 1, 1, 2048, trainable=few)
-    assert qlora.total < 16 * GIB < lora.total
-    assert recommend(llama, 1, 24 * GIB, 128, 2048, **how)[0] in WHOLE
-    assert recommend(llama, 1, 4 * GIB, 128, 2048, **how) is None
+    qlora = need("ddp", llama, 1, 1, 2048, trainable=few, frozen=FOUR_BITS)
+    assert qlora.total < 16 * GIB < need("ddp", llama, 1, 1, 2048, trainable=few).total
 
 
 def test_checkpoints_are_counted_as_they_are_kept():
@@ -137,7 +119,7 @@ def kept_by_torch(sizes, method, bf16, checkpointing):
 def test_activations_are_what_torch_keeps(tmp_path, wide, method, bf16):
     sizes = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2}
     sizes |= wide
-    shape = memory.shape_of(saved(tmp_path, vocab_size=64, num_hidden_layers=2, **sizes))
+    shape = memory.shape_of(save_config(tmp_path, vocab_size=64, num_hidden_layers=2, **sizes))
     kept = memory.layer_activations(shape, method, bf16)
     assert kept == pytest.approx(kept_by_torch(sizes, method, bf16, False), rel=0.01)
     checkpoint = kept_by_torch(sizes, method, bf16, True)
@@ -154,87 +136,6 @@ def test_activations_grow_as_they_should(llama):
     assert activations(llama, 8, 2048) < activations(llama, 8, 2048, checkpointing=False) / 8
 
 
-def test_what_is_recommended(llama):
-    def best(gpus, gib, **how):
-        return recommend(llama, gpus, gib * GIB, 128, 2048, **how)
-
-    assert best(8, 80)[0] == "zero2" and best(8, 32)[0] == "zero3" and best(1, 80)[0] == "zero3_offload"
-    assert best(1, 80, trainable=llama.lora(16))[0] == "ddp"
-    assert best(8, 6) is None
-    assert recommend(llama, 8, 1e15, 8, 2048) == ("ddp", 1)  # 8 pairs a step on 8 GPUs
-    assert best(8, 80)[1] >= best(8, 50)[1]
-    method, pairs = best(8, 80)
-    assert need(method, llama, 8, pairs, 2048).total <= 80 * GIB
-
-
-def test_what_is_left_open_is_chosen_by_memory(llama):
-    def chosen(method, gpus, gib, share_prompts=None, **given):
-        values = {"per_device_train_batch_size": 1, "max_length": 2048, "share_prompts": share_prompts}
-        args = SimpleNamespace(**values | {"gradient_checkpointing": None, "max_row_tokens": None} | given)
-        return memory.choose(args, method, llama, gpus, gib and gib * GIB)
-
-    assert chosen("zero2", 8, None) == (True, 4096)  # nothing is known
-    assert chosen("zero2", 8, 80) == (False, 4096)
-    assert chosen("zero2", 8, 141) == (False, 8192) and chosen("zero2", 8, 288) == (False, 16384)
-    assert chosen("zero2", 8, 55) == (True, 16384) and chosen("zero2", 8, 44) == (True, 8192)
-    assert chosen("zero2", 8, 20) == (True, 4096)  # fits not: that is told elsewhere
-    assert chosen("zero2", 8, 80, gradient_checkpointing=True) == (True, 16384)
-    assert chosen("zero2", 8, 80, max_row_tokens=5000) == (False, 5000)
-    assert chosen("zero2", 8, 288, share_prompts=False) == (False, 4096)  # batches of padded pairs
-    for gib in (44, 55, 80, 141, 288):
-        on, tokens = chosen("zero2", 8, gib)
-        assert need("zero2", llama, 8, tokens / 2, 1, on).total <= 0.95 * gib * GIB
-
-
-def test_the_method_is_known_from_what_the_launcher_says(monkeypatch):
-    """By accelerate's own functions, which make the environment of what it starts."""
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-
-    monkeypatch.setattr("accelerate.utils.launch.is_port_in_use", lambda *_: False)
-    for method in METHODS:
-        words = [
-            "--config_file",
-            str(ROOT / "configs" / f"{method}.yaml"),
-            "--num_processes",
-            "2",
-            "script.py",
-        ]
-        given, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
-        given.deepspeed_fields_from_accelerate_config = ""  # deepspeed_launcher's own
-        made = prepare_deepspeed_cmd_env(given)[1] if given.use_deepspeed else prepare_multi_gpu_env(given)
-        with monkeypatch.context() as patch:
-            for key, value in made.items():
-                if key.startswith("ACCELERATE_"):
-                    patch.setenv(key, value)
-            assert method_here() == method
-
-
-def test_a_file_of_deepspeeds_own_says_the_stage(monkeypatch, tmp_path):
-    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
-    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "ds.json"))
-    assert method_here() == "zero2"
-
-
-def test_a_training_fits_itself_to_the_gpu(monkeypatch, tmp_path, capsys):
-    """STAND-IN: the GPU is a number of GiB. Without one, or where the size is not known, all is as ever."""
-    values = {"per_device_train_batch_size": 1, "max_length": 2048, "share_prompts": None, "revision": None}
-    values |= {"gradient_checkpointing": None, "max_row_tokens": None, "trust_remote_code": False}
-    values |= {"bf16": True, "use_peft": False, "load_in_4bit": False}
-
-    def fitted(model, gib, **given):
-        monkeypatch.setattr(run_dpo, "gpu_memory", lambda: gib)
-        monkeypatch.setattr(run_dpo, "replace", lambda args, **new: SimpleNamespace(**vars(args) | new))
-        args = run_dpo.fit_to_memory(SimpleNamespace(**values | given, model_name_or_path=str(model)))
-        return args.gradient_checkpointing, args.max_row_tokens
-
-    small = saved(tmp_path / "small", **LLAMA | {"hidden_size": 256, "num_hidden_layers": 2})
-    assert fitted(small, None) == (True, None)
-    assert fitted(small, 80) == (False, 16384) and "gradient checkpointing off" in capsys.readouterr().out
-    assert fitted(small, 80, gradient_checkpointing=True, max_row_tokens=99) == (True, 99)
-    assert fitted(tmp_path / "gone", 80) == (True, None) and "note: rows and" in capsys.readouterr().out
-
-
 def test_a_config_is_known_by_its_method(tmp_path):
     assert [memory.method_of(ROOT / "configs" / f"{name}.yaml") for name in METHODS] == list(METHODS)
     path = tmp_path / "a.yaml"
@@ -243,32 +144,3 @@ def test_a_config_is_known_by_its_method(tmp_path):
     path.write_text("deepspeed_config: {zero_stage: 4}\n")
     with pytest.raises(UserError, match="0, 1, 2 or 3"):
         memory.method_of(path)
-
-
-def test_the_command(tmp_path, monkeypatch, capsys):
-    """Without data, weights or GPUs."""
-
-    def check(model, *words):
-        given = (
-            f"--check true --model_name_or_path {model} --train_dir none.jsonl --output_dir {tmp_path}/out"
-        )
-        config = str(ROOT / "configs" / "training.yaml")
-        monkeypatch.setattr(sys, "argv", ["run_dpo.py", config, *given.split(), *words])
-        run_dpo.main()
-        return capsys.readouterr().out
-
-    eight = ("--num_gpus", "8", "--gpu_memory_gib", "80")
-    said = check(saved(tmp_path / "model", **LLAMA), *eight)
-    assert "8.03 billion parameters; 8 GPUs of 80 GiB" in said and "take configs/zero2.yaml" in said
-    table = {line.split()[1]: line for line in said.splitlines() if "fit" in line and "LoRA" not in line}
-    assert set(METHODS) <= set(table) and "does not fit" in table["ddp"] and " 28.0 " in table["zero2"]
-    assert not (tmp_path / "out").exists()
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    (bare / "config.json").write_text('{"model_type": "nothing_known"}')
-    with pytest.raises(UserError, match="give --model_size_b"):
-        check(bare, *eight)
-    said = check(bare, *eight, "--model_size_b", "8.03")
-    assert "cannot be read: an estimate" in said and "take configs/zero2.yaml" in said
-    with pytest.raises(UserError, match="--num_gpus"):
-        check(bare)
