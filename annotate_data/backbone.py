@@ -14,7 +14,7 @@ A record has `prompt` (messages) and `responses` (K texts). What is wrong with o
 import gc
 import os
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from annotate_data.batches import WINDOW, Batches, Row, windows
@@ -215,11 +215,32 @@ class Backbone:
         """
         import torch
 
-        if self.share_prompts and self._prepared(groups):
-            yield from self._shared(groups, positions)
-            return
-        for g, states in self._in_passes(groups, positions, self._hidden):
+        for g, states in self._in_passes(groups, positions, self._hidden, self._hidden_shared):
             yield g, torch.stack(states)
+
+    def _in_passes(
+        self,
+        groups: list[list[array]],
+        positions: list[list[list[int]]],
+        padded: Callable,
+        shared: Callable | None = None,
+    ) -> Iterator[tuple[int, list]]:
+        """What forward passes give for groups of sequences, in passes as large as the memory allows.
+
+        Args:
+            groups, positions: see `hidden_states`.
+            padded: (list of `Sequence`s, their padded ids, their mask) → a result for each of them.
+            shared: (groups of sequences, for each sequence its positions) → a result for each sequence, what
+                a group has in common computed once; None: always `padded`.
+
+        Yields:
+            (index of a group, the results of its sequences), in any order.
+        """
+        self._check_ids(ids for group in groups for ids in group)
+        if shared and self.share_prompts and self._prepared(groups):
+            yield from self._in_shared_passes(groups, positions, shared)
+        else:
+            yield from self._in_padded_passes(groups, positions, padded)
 
     def _prepared(self, groups):
         """Whether the model computes shared prompts; the first call tries it, against its own attention."""
@@ -241,51 +262,31 @@ class Backbone:
                 print(f"note: {self.name} computes each response's prompt separately: {told}", flush=True)
         return self.share_prompts
 
-    def _shared(self, groups, positions):
-        """`hidden_states` with what a group has in common computed once."""
-        import torch
-
+    def _in_shared_passes(self, groups, positions, forward):
         from common import shared_prompts
 
-        self._check_ids(ids for group in groups for ids in group)
-        last_only = all(
-            at == [len(ids) - 1]
-            for group, asked in zip(groups, positions, strict=True)
-            for ids, at in zip(group, asked, strict=True)
-        )
-
-        def forward(sequences: list[list[array]], asked: list[list[int]]) -> "torch.Tensor":
-            packed = shared_prompts.pack(sequences, self.device)
-            if last_only:
-                return shared_prompts.last_states(self.model.base_model, packed)[:, None].float()
-            hidden = shared_prompts.hidden_states(self.model.base_model, packed)
-            places = zip(packed.columns(), asked, strict=True)
-            return torch.stack([hidden[columns[at]] for columns, at in places]).float()
-
-        left = set(range(len(groups)))
+        found, left = {}, {g: list(range(len(group))) for g, group in enumerate(groups)}
         while left:
-            numbers, found = sorted(left), {}
-            for batch in shared_prompts.plan([groups[g] for g in numbers], self.batches.tokens):
-                places = [(numbers[n], k) for n, part in batch for k in part]
-                sequences = [[groups[numbers[n]][k] for k in part] for n, part in batch]
+            planned = list(left.items())
+            sequences = [[groups[g][k] for k in numbers] for g, numbers in planned]
+            for batch in shared_prompts.plan(sequences, self.batches.tokens):
+                places = [(planned[n][0], planned[n][1][i]) for n, part in batch for i in part]
+                parts = [[sequences[n][i] for i in part] for n, part in batch]
                 asked = [positions[g][k] for g, k in places]
                 try:
-                    states = self._in_memory(
-                        lambda sequences=sequences, asked=asked: forward(sequences, asked)
-                    )
+                    results = self._in_memory(lambda parts=parts, asked=asked: forward(parts, asked))
                 except MemoryError:
-                    size = sum(map(shared_prompts.packed_tokens, sequences))
+                    size = sum(map(shared_prompts.packed_tokens, parts))
                     self.batches.shrink(len(places), max(len(groups[g][k]) for g, k in places), size)
                     break  # what is left is planned again
-                found.update(zip(places, states, strict=True))
+                found.update(zip(places, results, strict=True))
                 for g in dict.fromkeys(g for g, _ in places):
-                    if all((g, k) in found for k in range(len(groups[g]))):
-                        left.remove(g)
-                        yield g, torch.stack([found.pop((g, k)) for k in range(len(groups[g]))])
+                    left[g] = [k for k in left[g] if (g, k) not in found]
+                    if not left[g]:
+                        del left[g]
+                        yield g, [found.pop((g, k)) for k in range(len(groups[g]))]
 
-    def _in_passes(self, groups, positions, forward):
-        """Yield (index of a group, results of its sequences); `forward` is given padded `Sequence`s."""
-
+    def _in_padded_passes(self, groups, positions, forward):
         def guarded(rows: list[Sequence]) -> list:
             return self._guarded(forward, rows)
 
@@ -306,7 +307,6 @@ class Backbone:
 
     def _guarded(self, forward, rows):
         """`forward` of padded rows; MemoryError where they are too many."""
-        self._check_ids(row.ids for row in rows)
         try:
             if self.apart:  # a short pass: else transformers goes on with the frequencies of a longer one
                 self._in_memory(lambda: self.model.base_model(input_ids=self._padded(rows)[0][:1, :1]))
@@ -346,3 +346,13 @@ class Backbone:
         hidden = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         at = torch.tensor([row.positions for row in rows], device=hidden.device)
         return list(hidden[torch.arange(len(rows), device=hidden.device)[:, None], at].float())
+
+    def _hidden_shared(self, groups, positions):
+        from common import shared_prompts
+
+        packed = shared_prompts.pack(groups, self.device)
+        last = [[len(ids) - 1] for group in groups for ids in group]
+        if positions == last:
+            return shared_prompts.last_states(self.model.base_model, packed)[:, None].float()
+        hidden = shared_prompts.hidden_states(self.model.base_model, packed)
+        return [hidden[at[asked]].float() for at, asked in zip(packed.columns(), positions, strict=True)]

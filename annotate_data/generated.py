@@ -1,10 +1,12 @@
-"""Generated files before they are scored: without an earlier annotation's fields, and checked as a whole."""
+"""Generated files on their way to a model: checked as a whole, without an earlier annotation, in chunks."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 from common import records
 from common.cli import UserError
+from common.messages import text_of
 from common.records import read_generated
 
 ADDED = ("rewards", "reward_parts", "pair_probabilities")  # of an earlier annotation: replaced
@@ -14,6 +16,18 @@ def read_unscored(path: str | Path) -> Iterator[dict]:
     """The records of `read_generated` without what an earlier annotation added."""
     for record in read_generated(path):
         yield {key: value for key, value in record.items() if key not in ADDED}
+
+
+def chunks(items: Iterator, size: int) -> Iterator[list]:
+    """Yield the items in lists of `size`; the last one may be shorter."""
+    while chunk := list(itertools.islice(items, size)):
+        yield chunk
+
+
+def characters(record: dict) -> int:
+    """Characters that a model reads of a record, the prompt with each response."""
+    prompt = sum(len(text_of(message)) for message in record["prompt"])
+    return sum(prompt + len(response) for response in record["responses"])
 
 
 def survey(path: str | Path, wanted_k: int | None = None) -> tuple[int, int, dict]:

@@ -30,13 +30,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from annotate_data.arguments import MODEL, Arguments, check, check_options, dated, names, shaping, types
 from annotate_data.backbone import Backbone, BadRecord
 from annotate_data.functions import RewardFunction
-from annotate_data.generated import read_unscored, survey
+from annotate_data.generated import chunks, read_unscored, survey
 from annotate_data.kinds import KINDS, kind_of
 from annotate_data.ranks import World, leave, share
 from annotate_data.summary import Summary
 from common import cli, devices, manifest, models, progress, records
 from common.cli import UserError
-from common.messages import text_of
 from common.records import is_empty
 
 Scorer = Backbone | RewardFunction
@@ -63,6 +62,11 @@ class Job:
     def flags(self, scorer: int) -> bytes:
         """The bytes of `done` of one scorer."""
         return self.done[scorer * self.N : (scorer + 1) * self.N]
+
+    def left(self, scorer: int) -> Iterator[tuple[int, dict]]:
+        """(number, record) of what one scorer has not done, in the input's order."""
+        done = self.flags(scorer)
+        return (item for item in enumerate(read_unscored(self.source)) if not done[item[0]])
 
 
 def make_scorers(args: Arguments) -> list[Scorer]:
@@ -131,25 +135,6 @@ def open_output(job: Job, args: Arguments, scorers: int, settings: dict, inputs:
     return bytes(done)
 
 
-def chunks(job: Job, done: bytes, size: int) -> Iterator[list]:
-    """Yield lists of (number, record) of `size` records that are not done, in the input's order."""
-    chunk = []
-    for number, record in enumerate(read_unscored(job.source)):
-        if not done[number]:
-            chunk.append((number, record))
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
-
-
-def work(record: dict) -> int:
-    """Characters that a scorer reads of a record."""
-    prompt = sum(len(text_of(message)) for message in record["prompt"])
-    return sum(prompt + len(response) for response in record["responses"])
-
-
 def score(scorer: Scorer, number: int, jobs: list[Job], world: World, size: int, bar: progress.Progress):
     """Score what is left and save each record: rank 0 into `X.partial`, rank r into `X.partial.rank<r>`.
 
@@ -162,9 +147,8 @@ def score(scorer: Scorer, number: int, jobs: list[Job], world: World, size: int,
             continue
         own = f"{job.target}.partial.rank{world.rank}"
         with open(own, "ab") if world.rank else contextlib.nullcontext() as file:
-            for chunk in chunks(job, job.flags(number), size):
-                sizes = {place: work(record) for place, (_, record) in enumerate(chunk)}
-                mine = [chunk[place] for place in share(sizes, (world.rank + turn) % world.size, world.size)]
+            for chunk in chunks(job.left(number), size):
+                mine = share(chunk, (world.rank + turn) % world.size, world.size)
                 world.together(functools.partial(score_chunk, scorer, number, job, mine, file, bar))
                 bar.update(len(chunk) - len(mine))  # the others'
                 turn += 1
@@ -329,12 +313,6 @@ def check_files(args: Arguments) -> list[tuple[str, Path]]:
     return list(zip(sources, targets, strict=True))
 
 
-def is_complete(target: Path, settings: dict, inputs: dict) -> bool:
-    """Whether an output is there and was made as it would be now."""
-    found = manifest.read_manifest(target)
-    return bool(target.exists() and found and not manifest.difference(found, settings, inputs))
-
-
 def finish_all(jobs: list[Job], scorers: list[Scorer], weights: list[float], ran: list[tuple], world: World):
     """Complete the outputs (rank 0); `ran`: what `run_scorer` returned for each scorer."""
     scored, responses, seconds = (sum(column) for column in list(zip(*ran, strict=True))[:3])
@@ -360,7 +338,7 @@ def main():
     devices.check_processes()
     devices.prepare_threads()
     shaped = [shaping(args, cli.existing_file(source, "generated file")) for source, _ in files]
-    done = [is_complete(target, *shape) for (_, target), shape in zip(files, shaped, strict=True)]
+    done = [manifest.is_complete(target, *shape) for (_, target), shape in zip(files, shaped, strict=True)]
     if not args.overwrite and all(done):
         if os.environ.get("RANK", "0") == "0":
             whole = ", ".join(str(target) for _, target in files)

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from annotate_data.generated import characters
 from common.cli import UserError
 
 
@@ -78,12 +79,10 @@ class World:
         return value
 
 
-def share(sizes: dict, rank: int, world: int) -> list:
-    """The keys that `rank` of `world` works on: about equal work and numbers, whatever the order of `sizes`.
-
-    Args:
-        sizes: dict key → size of the work (characters, say).
+def share(chunk: list[tuple[int, dict]], rank: int, world: int) -> list[tuple[int, dict]]:
+    """What `rank` of `world` works on of a chunk of (number, record): about equal work and numbers, whatever
+    the chunk's order.
     """
-    ordered = sorted(sizes, key=lambda key: (-sizes[key], key))
+    ordered = sorted(chunk, key=lambda item: (-characters(item[1]), item[0]))
     turns = [*range(world), *reversed(range(world))]  # dealt there and back: nobody always gets the longer
-    return [key for i, key in enumerate(ordered) if turns[i % len(turns)] == rank]
+    return [item for i, item in enumerate(ordered) if turns[i % len(turns)] == rank]

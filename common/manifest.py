@@ -241,6 +241,12 @@ def difference(manifest: dict, settings: dict, inputs: dict) -> str | None:
     return None
 
 
+def is_complete(path: str | Path, settings: dict, inputs: dict) -> bool:
+    """Whether the output `path` is there and was made as it would be now; see `difference`."""
+    held = read_manifest(path)
+    return bool(Path(path).exists() and held and not difference(held, settings, inputs))
+
+
 class Output:
     """One JSON Lines output, saved as it goes and resumed from what is on disk.
 

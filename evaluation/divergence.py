@@ -3,23 +3,16 @@ sampled answers.
 
 In:  generated (or rewarded) JSON Lines of answers that the policy sampled; the policy; the reference.
 Out: `divergence.jsonl`, a line a prompt: `id`, and for each of its K responses `tokens`, `logps` and
-     `ref_logps` (natural log-probabilities, summed over the tokens) and `k3` (see below), null where a
+     `ref_logps` (natural log-probabilities, summed over the tokens) and `k3`, null where a
      response has no token or is too long; `divergence.json` beside it with the estimates.
 
     accelerate launch evaluation/divergence.py --output_dir runs/tiny/iter1/divergence.jsonl \
         --dataset_name_or_path runs/tiny/iter1/heldout_sampled.generated.jsonl \
         --model_name_or_path runs/tiny/iter1/model --ref_model_name_or_path tiny/built/policy
 
-With r = log π(token) − log π_ref(token) at each token of a response, in nats:
-
-    kl   Σ r, averaged over a prompt's responses, then over prompts (k1 of
-         http://joschu.net/blog/kl-approx.html, unbiased)
-    k3   Σ (exp(−r) − 1 + r), averaged alike: as unbiased, never negative, mostly of smaller variance. Null,
-         with the reason (`k3_null`), in bf16 and fp16: rounding that moves r by e adds about e²/2 a token,
-         always upwards, which may be more than the KL of a small step; in kl it cancels out. `--dtype
-         float32` gives it
-
-`…_se` are standard errors over prompts, `…_per_token` the sums over all tokens by their number.
+There are two estimates in nats a response, `kl` and `k3`, each with its standard error over prompts, `…_se`,
+and a mean over all tokens, `…_per_token`; evaluation/kl.py says how they are made. `k3` is null in bf16 and
+fp16, whose rounding would add to it (`k3_null`); `--dtype float32` gives it.
 
 The answers must be samples of the policy that is measured. Sampled at temperature T, they are samples of the
 policy whose logits are divided by T, so both models' logits are: what is estimated is then KL(π_T ‖ π_ref,T),
@@ -34,11 +27,8 @@ are one model the estimate is 0 without being computed.
 """
 
 import json
-import math
-import statistics
 import sys
 import time
-from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,28 +36,26 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from annotate_data.backbone import Backbone
-from annotate_data.generated import survey
+from annotate_data.generated import chunks, survey
 from annotate_data.ranks import World, leave, share
 from common import cli, devices, manifest, models, progress
 from common.chat import ChatTemplate, TemplateArguments
 from common.cli import UserError, arg
 from common.records import dumps, read_generated
-from common.tokens import Encoder, answers_of
-from evaluation.metrics import mean_and_error
+from common.tokens import Encoder
+from evaluation.kl import combine, summarise
+from evaluation.logps import Policy, score
 from generation import get_hf2
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SCRIPT = "evaluation/divergence.py"
-HALVES = ("bfloat16", "float16")
 NOTES = {  # of what is counted, if there is any
     "left_out": "responses left out: no token, or longer than the models' context",
     "from_text": "responses have no token ids of this tokenizer: from their text the estimate is not exact",
     "retokenised": "of them have another number of tokens than were sampled",
 }
-K3_NULL = "computed in bf16 or fp16, whose rounding would add to it; --dtype float32 gives it"
 
 
 @dataclass
@@ -150,170 +138,6 @@ def check(args: Arguments):
     args.check_template()
 
 
-class Policy(Backbone):
-    """A causal language model and the log-probabilities that it gives to responses, its logits divided by
-    `temperature`.
-    """
-
-    what = "model"
-
-    def __init__(self, name, temperature, **options):
-        super().__init__(name, max_length=sys.maxsize, **options)
-        self.temperature = temperature
-        self.positions = self.positions or sys.maxsize
-
-    def refuse_missing(self, missing: Iterable[str]):
-        if missing:
-            raise UserError(
-                f"{self.name} lacks the weights {', '.join(sorted(missing)[:3])}: it is no whole causal "
-                "language model"
-            )
-
-    def load(self):
-        import transformers
-        from trl.trainer.utils import add_fused_lm_head
-
-        self.load_weights(transformers.AutoModelForCausalLM)
-        add_fused_lm_head(self.model, temperature=self.temperature)
-        self.only_wanted = None
-
-    def logps(self, groups: list[tuple[list[int], list]]) -> Iterator[tuple[int, list[list[float]]]]:
-        """Log-probabilities of each response's tokens.
-
-        Args:
-            groups: list of (prompt's ids, list of responses' ids), none of them empty.
-
-        Yields:
-            (index of a group, list of lists of floats), in any order.
-        """
-        sequences = [[array("i", [*prompt, *ids]) for ids in responses] for prompt, responses in groups]
-        self._check_ids(ids for group in sequences for ids in group)
-        starts = [len(prompt) for prompt, _ in groups]
-        if self.share_prompts and self._prepared(sequences):
-            yield from self._logps_shared(sequences, starts)
-        else:
-            positions = [[[start]] * len(group) for group, start in zip(sequences, starts)]
-            yield from self._in_passes(sequences, positions, self._logps_padded)
-
-    def _logps_padded(self, rows, ids, mask):
-        starts = ids.new_tensor([row.positions[0] for row in rows])
-        places = mask.cumsum(1) - 1
-        labels = ids.masked_fill((mask == 0) | (places < starts[:, None]), -100)
-        found = self.model(
-            input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True
-        ).log_probs.float()
-        return [found[i, row.positions[0] - 1 : len(row.ids) - 1].tolist() for i, row in enumerate(rows)]
-
-    def _logps_shared(self, groups, starts):
-        """`logps` with what a group has in common computed once."""
-        from common import shared_prompts
-
-        if self.only_wanted is None:
-            self.only_wanted = shared_prompts.only_wanted(self.model.base_model)
-        found, left = {}, {(g, k) for g, group in enumerate(groups) for k in range(len(group))}
-        while left:
-            numbers = sorted({g for g, _ in left})
-            for batch in shared_prompts.plan([groups[g] for g in numbers], self.batches.tokens):
-                parts = [(numbers[n], [k for k in part if (numbers[n], k) in left]) for n, part in batch]
-                parts = [(g, part) for g, part in parts if part]
-                if not parts:
-                    continue
-                sequences = [[groups[g][k] for k in part] for g, part in parts]
-                try:
-                    rows = self._in_memory(
-                        lambda sequences=sequences, parts=parts: self._forward(
-                            sequences, [starts[g] for g, _ in parts]
-                        )
-                    )
-                except MemoryError:
-                    size = sum(map(shared_prompts.packed_tokens, sequences))
-                    self.batches.shrink(
-                        sum(map(len, sequences)), max(len(ids) for group in sequences for ids in group), size
-                    )
-                    break  # what is left is planned anew
-                places = [(g, k) for g, part in parts for k in part]
-                found.update(zip(places, rows, strict=True))
-                left.difference_update(places)
-                for g, _ in parts:
-                    if all((g, k) in found for k in range(len(groups[g]))):
-                        yield g, [found.pop((g, k)) for k in range(len(groups[g]))]
-
-    def _forward(self, groups, starts):
-        """One packed row: the log-probabilities of each sequence's tokens from its group's start on, as
-        lists.
-        """
-        import torch
-
-        from common import shared_prompts
-
-        packed = shared_prompts.pack(groups, labelled=True)
-        columns = packed.columns()
-        begun = [start for group, start in zip(groups, starts, strict=True) for _ in group]
-        # the columns that predict them
-        spans = [at[start - 1 : -1] for at, start in zip(columns, begun, strict=True)]
-        ids = [ids for group in groups for ids in group]
-        following = torch.zeros(packed.ids.shape[1], dtype=torch.long)
-        for at, one, start in zip(spans, ids, begun, strict=True):  # alike where sequences share a column
-            following[at] = torch.tensor(one[start:], dtype=torch.long)
-        packed.wanted = torch.cat(spans).unique()
-        place = torch.zeros(packed.ids.shape[1], dtype=torch.long)
-        place[packed.wanted] = torch.arange(len(packed.wanted))
-        row = packed.to(self.device)
-        outputs = self.model(
-            input_ids=row.ids,
-            position_ids=row.positions,
-            shift_labels=following[packed.wanted][None].to(self.device),
-            fused_lm_head=True,
-            shared_prompts=row,
-        )
-        found = outputs.log_probs[0].float().cpu()
-        return [found[place[at]].tolist() for at in spans]
-
-
-def summarise(entries: Iterable[dict], facts: dict) -> dict:
-    """The estimates out of the output's records; `facts` are put beside them."""
-    kl, k3, tokens, total, total_k3, responses = [], [], 0, 0.0, 0.0, 0
-    for entry in entries:
-        known = [i for i, n in enumerate(entry["tokens"]) if n is not None]
-        if not known:
-            continue
-        ratios = [entry["logps"][i] - entry["ref_logps"][i] for i in known]
-        kl.append(statistics.fmean(ratios))
-        responses, tokens = responses + len(known), tokens + sum(entry["tokens"][i] for i in known)
-        total += sum(ratios)
-        values = [entry["k3"][i] for i in known]
-        if None not in values:
-            k3.append(statistics.fmean(values))
-            total_k3 += sum(values)
-    rounded = len(k3) < len(kl)
-    found = dict(zip(("kl", "kl_se"), mean_and_error(kl)))
-    found |= dict(zip(("k3", "k3_se"), mean_and_error([] if rounded else k3)))
-    found["kl_per_token"] = total / tokens if tokens else None
-    found["k3_per_token"] = total_k3 / tokens if tokens and not rounded else None
-    found = {key: None if value is None else round(value, 6) for key, value in found.items()}
-    facts = facts | ({"k3_null": K3_NULL} if rounded else {})
-    return found | {"estimator": "k1", "prompts": len(kl), "responses": responses, "tokens": tokens} | facts
-
-
-def combine(record: dict, policy: list, reference: list, rounded: bool = False) -> dict:
-    """The output's record: sums over each response's tokens of what the two models say (lists of lists, None
-    where left out).
-
-    `rounded`: whether one of them was computed in half precision, so that there is no k3.
-    """
-    entry = {"id": record["id"], "tokens": [], "logps": [], "ref_logps": [], "k3": []}
-    for ours, theirs in zip(policy, reference, strict=True):
-        values = (None,) * 4
-        if ours is not None:
-            ratios = [a - b for a, b in zip(ours, theirs, strict=True)]
-            # Beyond 700 exp overflows; such a response says enough with what it has.
-            k3 = None if rounded else sum(math.exp(min(-r, 700.0)) - 1 + r for r in ratios)
-            values = len(ours), sum(ours), sum(theirs), k3
-        for key, value in zip(("tokens", "logps", "ref_logps", "k3"), values):
-            entry[key].append(round(value, 6) if isinstance(value, float) else value)
-    return entry
-
-
 def of_itself(args: Arguments, output: manifest.Output, facts: dict):
     """Policy and reference are one model: the estimate is 0 and nothing is computed."""
     lines = [
@@ -357,59 +181,19 @@ def run_model(
         return
     world.together(policy.load)
     bar = progress.Progress(len(wanted), ("policy", "reference")[number], "prompts", enabled=world.rank == 0)
-    encode, chunk = Encoder(ChatTemplate(tokenizer, args)), []
-
-    def save():
-        sizes = {at: sum(map(len, record["responses"])) for at, (_, record) in enumerate(chunk)}
-        mine = [chunk[at] for at in share(sizes, world.rank, world.size)]
-        entries = world.together(lambda: score(mine, policy, encode, limit, args.dataset_name_or_path))
+    encode = Encoder(ChatTemplate(tokenizer, args))
+    left = (item for item in enumerate(read_generated(args.dataset_name_or_path)) if item[0] in wanted)
+    for chunk in chunks(left, args.chunk_records):
+        mine = share(chunk, world.rank, world.size)
+        entries = world.together(
+            lambda mine=mine: score(mine, policy, encode, limit, args.dataset_name_or_path)
+        )
         for found in world.gather(entries):
             for entry in found if world.rank == 0 else ():
                 output.append(entry | {"id": number * N + entry["id"]})
         bar.update(len(chunk))
-        chunk.clear()
-
-    for i, record in enumerate(read_generated(args.dataset_name_or_path)):
-        if i in wanted:
-            chunk.append((i, record))
-        if len(chunk) == args.chunk_records:
-            save()
-    if chunk:
-        save()
     bar.close()
     world.together(policy.unload)
-
-
-def score(records: list, policy: Policy, encode: Encoder, limit: int, source: str) -> list[dict]:
-    """The log-probabilities of a chunk's records, a list of (number in the file, record).
-
-    Returns:
-        for each record `id`, its number; `logps`, K lists of floats, null for a response that is left out;
-        `retokenised` and `from_text`, numbers of responses; `dtype`, in which it was computed.
-    """
-    entries, groups, places = [], [], []
-    for i, record in records:
-        try:
-            prompt, responses, made = encode(record, answers_of(record))
-        except UserError as error:
-            raise UserError(f"{source} record {i + 1}: {' '.join(str(error).split())}") from None
-        known = [k for k, ids in enumerate(responses) if ids and len(prompt) + len(ids) <= limit and prompt]
-        entry = {"id": i, "logps": [None] * len(responses), "dtype": policy.dtype}
-        entry |= {"retokenised": made["retokenised"], "from_text": len(responses) - made["as_sampled"]}
-        entries.append(entry)
-        if known:
-            groups.append((prompt, [responses[k] for k in known]))
-            places.append((entry, known))
-    for g, found in policy.logps(groups) if groups else ():
-        entry, known = places[g]
-        for k, values in zip(known, found, strict=True):
-            if not all(map(math.isfinite, values)):
-                raise UserError(
-                    f"{policy.name} gives log-probabilities that are no numbers: is it damaged, or trained "
-                    "in another dtype?"
-                )
-            entry["logps"][k] = [round(value, 6) for value in values]
-    return entries
 
 
 def load_models(args: Arguments, temperature: float, world: World) -> tuple[Policy, Policy]:
@@ -445,9 +229,8 @@ def main():
     answers = manifest.generation_manifest(args.dataset_name_or_path)
     args = manifest.with_date(args, args.output_dir, answers and answers["settings"].get("date"))
     settings, inputs = shaping(args)
-    found = manifest.read_manifest(args.output_dir)
-    whole = Path(args.output_dir).exists() and summary_path(args.output_dir).exists()
-    if whole and not args.overwrite and found and not manifest.difference(found, settings, inputs):
+    whole = summary_path(args.output_dir).exists() and not args.overwrite
+    if whole and manifest.is_complete(args.output_dir, settings, inputs):
         print(f"{args.output_dir}: complete already, nothing to do (--overwrite starts anew)")
         return
     N, _, _ = survey(args.dataset_name_or_path)
@@ -489,8 +272,7 @@ def finish(args: Arguments, output: manifest.Output, N: int, facts: dict, second
             counts["left_out"] += ours["logps"].count(None)
             for key in ("retokenised", "from_text"):
                 counts[key] += ours[key]
-            rounded = not {ours["dtype"], theirs["dtype"]}.isdisjoint(HALVES)
-            yield combine(record, ours["logps"], theirs["logps"], rounded)
+            yield combine(record["id"], ours, theirs)
 
     counts = {}
     summary = summarise(entries(), facts) | counts | {"seconds": round(seconds, 1)}

@@ -266,9 +266,9 @@ def test_summary_with_nulls_and_without_lengths_against_statistics():
 
 
 def test_share_is_balanced_and_whole():
-    sizes = {(0, i): (i * 7919) % 1000 + 1 for i in range(101)}
-    parts = [ranks.share(sizes, rank, 4) for rank in range(4)]
-    assert sorted(sum(parts, [])) == sorted(sizes)
-    work = [sum(sizes[key] for key in part) for part in parts]
+    chunk = [(i, {"prompt": [], "responses": ["x" * ((i * 7919) % 1000 + 1)]}) for i in range(101)]
+    parts = [ranks.share(chunk, rank, 4) for rank in range(4)]
+    assert sorted(sum(parts, [])) == chunk
+    work = [sum(len(record["responses"][0]) for _, record in part) for part in parts]
     assert max(work) - min(work) < 0.03 * sum(work)
-    assert parts == [ranks.share(dict(reversed(sizes.items())), rank, 4) for rank in range(4)]
+    assert parts == [ranks.share(chunk[::-1], rank, 4) for rank in range(4)]

@@ -20,7 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from common.chat import ChatTemplate
 from common.cli import UserError
 from common.manifest import write_json
-from evaluation import divergence
+from evaluation import divergence, kl
+from evaluation.logps import Policy
+from evaluation.metrics import mean_and_error
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "evaluation/divergence.py"
@@ -154,11 +156,11 @@ def test_samples_of_the_policy_itself_give_its_kl(models, tmp_path):
     generator = torch.Generator().manual_seed(0)
     draws = torch.multinomial(p.exp(), 4000, replacement=True, generator=generator)
     ratios = (p - q)[draws].tolist()
-    mean, error = divergence.mean_and_error(ratios)
+    mean, error = mean_and_error(ratios)
     entries = [
         {"tokens": [1], "logps": [r], "ref_logps": [0.0], "k3": [math.exp(-r) - 1 + r]} for r in ratios
     ]
-    found = divergence.summarise(entries, {})
+    found = kl.summarise(entries, {})
     assert found["kl"] == pytest.approx(mean, abs=1e-5) and abs(found["kl"] - true) < 4 * error
     assert abs(found["k3"] - true) < 4 * found["k3_se"]
 
@@ -183,14 +185,14 @@ def test_in_bf16_k3_is_rounding_and_not_shown(models, run, tmp_path):
     groups, found = [(prompt[:20], [prompt[20:40], prompt[40:]]) for prompt in ids], []
     strong = micro.make_policy(tmp_path / "strong", num_hidden_layers=6, initializer_range=0.4)
     for share in (True, False):
-        policy = divergence.Policy(str(strong), 1.0, dtype="bfloat16", share_prompts=share)
+        policy = Policy(str(strong), 1.0, dtype="bfloat16", share_prompts=share)
         policy.load()
         with torch.no_grad():
             logps = sorted(policy.logps(groups))
         found.append([value for _, group in logps for one in group for value in one])
     ratios = [a - b for a, b in zip(*found, strict=True)]
-    mean, error = divergence.mean_and_error(ratios)
-    k3, k3_error = divergence.mean_and_error([math.exp(-r) - 1 + r for r in ratios])
+    mean, error = mean_and_error(ratios)
+    k3, k3_error = mean_and_error([math.exp(-r) - 1 + r for r in ratios])
     assert abs(mean) < 5 * error and k3 > 2 * k3_error
     more = ("--dtype", "bfloat16")
     summary, entries, _ = run(models, tmp_path / "answers.jsonl", tmp_path / "d.jsonl", *more)
@@ -219,7 +221,7 @@ def test_two_processes_find_what_one_finds(models, run, tmp_path):
 def test_a_killed_one_continues(models, run, tmp_path, monkeypatch):
     answers(tmp_path / "answers.jsonl")
     given = models, tmp_path / "answers.jsonl", tmp_path / "d.jsonl", "--chunk_records", "2"
-    true, passes = divergence.Policy.logps, []
+    true, passes = Policy.logps, []
 
     def dies(self, groups):
         passes.append(self.name)
@@ -227,7 +229,7 @@ def test_a_killed_one_continues(models, run, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return true(self, groups)
 
-    monkeypatch.setattr(divergence.Policy, "logps", dies)
+    monkeypatch.setattr(Policy, "logps", dies)
     with pytest.raises(KeyboardInterrupt):
         run(*given)
     assert not (tmp_path / "d.jsonl").exists() and not (tmp_path / "d.json").exists()
