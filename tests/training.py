@@ -102,16 +102,21 @@ def argv(work, name, *more):
     return [str(word) for word in (ROOT / "configs" / "training.yaml", *places, *SMALL, *words)]
 
 
-def train(work, name, *more):
-    """The training of `argv` in this process; its output's folder."""
+def reset():
+    """This process as at its start, with one thread: these models are too small for more."""
     import torch
     from accelerate.state import AcceleratorState, GradientState
 
-    from dpo_iteration import run_dpo
-
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    torch.set_num_threads(1)  # these models are too small for more
+    torch.set_num_threads(1)
+
+
+def train(work, name, *more):
+    """The training of `argv` in this process; its output's folder."""
+    from dpo_iteration import run_dpo
+
+    reset()
     with patch.object(sys, "argv", ["run_dpo.py", *argv(work, name, *more)]):
         run_dpo.main()
     return work / name
