@@ -10,7 +10,7 @@ import io
 import itertools
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from common.cli import UserError, existing_file
@@ -41,14 +41,6 @@ class BadRecord(UserError):
         self.id = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def raising(found: Iterable) -> Iterator:
-    """Yield records; raise the `BadRecord` that stands in place of one."""
-    for record in found:
-        if isinstance(record, BadRecord):
-            raise record
-        yield record
-
-
 def dumps(record: dict) -> str:
     """One line of JSON without its newline. NaN and infinity are no JSON: put None in their place first."""
     return json.dumps(record, ensure_ascii=False, allow_nan=False)
@@ -75,21 +67,13 @@ def decoding(path: str | Path) -> Iterator[None]:
         raise UserError(f"{path} cannot be unpacked: {error}; fetch it again") from None
 
 
-def read_jsonl(path: str | Path, what: str = "input") -> Iterator[dict]:
+def jsonl_records(path: str | Path, what: str = "input") -> Iterator[dict | BadRecord]:
     """Yield the records of a JSON Lines file, or of a file that holds one JSON list; either may be packed as
-    .gz.
+    .gz. A `BadRecord` stands in place of each line that is no JSON object.
 
     Raises:
-        UserError: no such file, an empty file, a line that is not a JSON object, a torn last line, text that
-            is not UTF-8; with the line's number.
-    """
-    return raising(jsonl_records(path, what))
-
-
-def jsonl_records(path: str | Path, what: str = "input") -> Iterator[dict | BadRecord]:
-    """As `read_jsonl`, with a `BadRecord` in place of each record that cannot be used.
-
-    A torn file is still an error.
+        UserError: no such file, an empty file, a torn last line, text that is not UTF-8; with the line's
+            number.
     """
     path, count = existing_file(path, what), 0
     with decoding(path), open_text(path) as file:

@@ -15,8 +15,7 @@ from pathlib import Path
 
 from common.chat import TemplateArguments
 from common.cli import UserError, arg, existing_file, nearest
-from common.jsonl import BadRecord, dumps, jsonl_records, list_inside, raising
-from common.jsonl import read_jsonl as read_jsonl  # for those who take both from here
+from common.jsonl import BadRecord, dumps, jsonl_records, list_inside
 from common.messages import as_json, is_messages, text_of, to_messages, to_tools
 
 PROMPT_KEYS = ("context_messages", "messages", "prompt", "conversations")
@@ -43,20 +42,14 @@ def is_local(name: str) -> bool:
     )
 
 
-def read_records(name: str, split: str = "train", keep_bad: bool = False) -> Iterator[dict | BadRecord]:
+def read_records(name: str, split: str = "train") -> Iterator[dict | BadRecord]:
     """Yield the records of a file (.jsonl, .json, .csv, .tsv, .parquet), of a data set's folder or of a hub
-    data set.
+    data set, with a `BadRecord` in place of one that cannot be used.
 
     Args:
         name: the file, folder or hub name; `NAME:CONFIG` for one of several configurations of a data set.
         split: of a data set; files have none.
-        keep_bad: yield a `BadRecord` in place of a record that cannot be used, instead of raising it.
     """
-    found = _records(name, split)
-    return found if keep_bad else raising(found)
-
-
-def _records(name, split):
     from common import tables
 
     suffix = Path(name.removesuffix(".gz")).suffix
@@ -132,7 +125,7 @@ def read_prompts(
     args = args or PromptArguments()
     key = args.dataset_key
     identify, number, usable, first_bad, looked = Identifier(), 0, 0, None, False
-    for number, record in enumerate(read_records(name, args.dataset_split, keep_bad=True), 1):
+    for number, record in enumerate(read_records(name, args.dataset_split), 1):
         where = f"{name} record {number}"
         if not isinstance(record, BadRecord):
             if not looked and not any(k in record for k in ([key] if key else PROMPT_KEYS)):
@@ -238,7 +231,7 @@ MADE_BY = {
 }
 
 
-def read_generated(path: str | Path, keep_bad: bool = False) -> Iterator[dict]:
+def read_generated(path: str | Path) -> Iterator[dict]:
     """Yield the records of a generated file, each with an `id` and its `prompt` as messages; none is held.
 
     `responses` is a list of at least one text. `finish_reasons`, `num_tokens` and `response_token_ids` are
@@ -248,20 +241,22 @@ def read_generated(path: str | Path, keep_bad: bool = False) -> Iterator[dict]:
 
     Args:
         path: JSON Lines file, or one with a JSON list.
-        keep_bad: yield a `BadRecord` in place of a record that cannot be used, instead of raising it.
 
     Raises:
         UserError: a field is missing or of another kind; names the record.
     """
-    return _answers(path, "generated file", False, keep_bad)
+    return _answers(path, "generated file", rewarded=False, keep_bad=False)
 
 
 def read_rewarded(path: str | Path, keep_bad: bool = False) -> Iterator[dict]:
     """As `read_generated`, of a rewarded file: `rewards` is a list of numbers or null, one for each response.
 
     A reward may be NaN or infinite; see `finite`. Entries of the other lists are held to their kinds, too.
+
+    Args:
+        keep_bad: yield a `BadRecord` in place of a record that cannot be used, instead of raising it.
     """
-    return _answers(path, "rewarded file", True, keep_bad)
+    return _answers(path, "rewarded file", rewarded=True, keep_bad=keep_bad)
 
 
 def _answers(path, what, rewarded, keep_bad):

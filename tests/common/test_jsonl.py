@@ -8,7 +8,7 @@ import json
 import pytest
 from reading import refusal, write
 
-from common.jsonl import BadRecord, dumps, read_jsonl
+from common.jsonl import BadRecord, dumps, jsonl_records
 from common.records import read_prompts
 from generation import merge_data
 
@@ -18,7 +18,7 @@ LINE = '{"prompt": "a"}\n'
 def test_line_separators_stay_inside_strings(tmp_path):
     texts = ["one\u2028two", "next\x85line", "form\x0cfeed", "carriage\r\nreturn", "zero\x00byte"]
     path = write(tmp_path / "x.jsonl", *({"text": text} for text in texts))
-    assert [record["text"] for record in read_jsonl(path)] == texts
+    assert [record["text"] for record in jsonl_records(path)] == texts
     assert "".join(dumps({"t": text}) + "\n" for text in texts).count("\n") == len(texts)
     with pytest.raises(ValueError):
         dumps({"reward": float("nan")})
@@ -38,7 +38,7 @@ def test_lists_and_packed_files(tmp_path, name, text):
     path, packed = tmp_path / name, tmp_path / f"{name}.gz"
     path.write_text(text)
     packed.write_bytes(gzip.compress(text.encode()))
-    assert list(read_jsonl(path)) == list(read_jsonl(packed)) == [{"prompt": "a"}, {"prompt": "b"}]
+    assert list(jsonl_records(path)) == list(jsonl_records(packed)) == [{"prompt": "a"}, {"prompt": "b"}]
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_lists_and_packed_files(tmp_path, name, text):
 )
 def test_what_a_file_is_instead(tmp_path, data, told):
     (tmp_path / "x.jsonl").write_bytes(data)
-    refusal(tmp_path / "x.jsonl", "x.jsonl", told, read=read_jsonl)
+    refusal(tmp_path / "x.jsonl", "x.jsonl", told)
 
 
 @pytest.mark.parametrize(
@@ -86,8 +86,8 @@ def test_damaged_archives_and_folders(tmp_path):
     (tmp_path / "y.jsonl.gz").write_bytes(gzip.compress(LINE.encode())[:-9])
     (tmp_path / "z.jsonl.gz").write_text("not packed")
     for name in ("y", "z"):
-        refusal(tmp_path / f"{name}.jsonl.gz", "cannot be unpacked", read=read_jsonl)
-    refusal(tmp_path, "folder", read=read_jsonl)
+        refusal(tmp_path / f"{name}.jsonl.gz", "cannot be unpacked")
+    refusal(tmp_path, "folder", read=jsonl_records)
 
 
 def test_bad_records_stand_in_their_places(tmp_path):
@@ -117,4 +117,4 @@ def test_a_mark_at_the_head_of_a_shard_stays_out_of_the_merged_file(tmp_path, mo
     words = f"x --base_path {tmp_path}/s --output_dir {tmp_path}/m.jsonl --num_datasets 2"
     monkeypatch.setattr("sys.argv", words.split())
     merge_data.main()
-    assert [r["id"] for r in read_jsonl(tmp_path / "m.jsonl")] == ["0", "1"]
+    assert [r["id"] for r in jsonl_records(tmp_path / "m.jsonl")] == ["0", "1"]

@@ -11,9 +11,10 @@ from annotate_data import get_rewards
 from annotate_data.backbone import Backbone
 from annotate_data.generated import read_generated, survey
 from annotate_data.preference import context_of
-from common import models, records, tokens
+from common import models, tokens
 from common.chat import ChatTemplate
 from common.cli import UserError
+from common.jsonl import jsonl_records
 from common.manifest import Output, write_jsonl
 from dpo_iteration.pairs import select_pairs
 from dpo_iteration.rows import PairTokenizer
@@ -99,7 +100,7 @@ def test_every_stage_renders_the_same_prompt(policy, tokenizer, prompts, tmp_pat
     write_jsonl(tmp_path / "rewarded.jsonl", [record | {"rewards": [0.0, 1.0]}])
     [pair] = select_pairs([tmp_path / "rewarded.jsonl"]).pairs
     write_jsonl(tmp_path / "pairs.jsonl", [pair])
-    [pair] = records.read_jsonl(tmp_path / "pairs.jsonl")
+    [pair] = jsonl_records(tmp_path / "pairs.jsonl")
     for given in (
         pair,
         {key: value for key, value in pair.items() if not key.endswith("token_ids")},
@@ -154,7 +155,7 @@ def test_a_record_that_a_reward_model_refuses_costs_that_record(tmp_path, monkey
     get_rewards.main()
     told = capsys.readouterr().out
     assert "gen.jsonl record 2: the chat template" in told and "1 records have rewards of null" in told
-    found = {record["id"]: record["rewards"] for record in records.read_jsonl(tmp_path / "out.jsonl")}
+    found = {record["id"]: record["rewards"] for record in jsonl_records(tmp_path / "out.jsonl")}
     assert found["b"] == [None, None] and None not in found["a"] + found["c"]
     write_jsonl(tmp_path / "gen.jsonl", [rows[1] | {"responses": ["x", "yy"]}])
     with pytest.raises(
