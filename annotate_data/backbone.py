@@ -302,8 +302,7 @@ class Backbone:
     def _check_ids(self, sequences):
         """Refuse a tokenizer that gives more tokens than the model has embeddings."""
         largest = max((max(ids, default=0) for ids in sequences), default=0)
-        if largest >= self.model.get_input_embeddings().num_embeddings:
-            raise UserError(f"{self.name}: its tokenizer gives token {largest}, beyond its embeddings")
+        models.check_embeddings(self.name, largest, self.model.get_input_embeddings().num_embeddings)
 
     def _guarded(self, forward, rows):
         """`forward` of padded rows; MemoryError where they are too many."""

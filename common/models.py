@@ -379,6 +379,14 @@ def positions(config: "PretrainedConfig | dict") -> int | None:
     return int(said * stretch(config)) if said else None
 
 
+def check_embeddings(name: str, highest: int, embeddings: int):
+    """Refuse a model that has no embedding for the token id `highest`, the largest that it would be given."""
+    if highest >= embeddings:
+        raise UserError(
+            f"the tokenizer gives token id {highest} and {name} has {embeddings} embeddings: no match"
+        )
+
+
 def encoding_of_length(config: "PretrainedConfig | dict") -> Callable[[int], list] | None:
     """A function of a sequence's length that tells apart what transformers encodes apart; None where the
     length does not matter.

@@ -189,11 +189,7 @@ def check_models(args: Arguments, tokenizer: PreTrainedTokenizerBase, rows: dict
             raise UserError(f"{name} and {reference} have different vocabularies: one text, other tokens")
     for path, revision in {(name, args.revision), (reference, commit)}:
         config = load_config(path, args, revision)
-        embeddings = config.get_text_config().vocab_size
-        if highest >= embeddings:
-            raise UserError(
-                f"the tokenizer gives token id {highest} and {path} has {embeddings} embeddings: no match"
-            )
+        models.check_embeddings(path, highest, config.get_text_config().vocab_size)
         positions = models.positions(config)
         if positions and longest > positions:
             raise UserError(

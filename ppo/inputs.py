@@ -60,9 +60,7 @@ def load_critic(args: "Arguments", tokenizer: "PreTrainedTokenizerBase", scorers
     critic = load(kind, name, args, missing={"score.weight"} if new_head else (), num_labels=1)
     if not isinstance(getattr(critic, "score", None), torch.nn.Linear) or critic.score.out_features != 1:
         raise UserError(f"{name}: its classifier has no head `score` with one output to take values from")
-    size, needed = critic.get_input_embeddings().num_embeddings, max(vocabulary.values())
-    if size <= needed:
-        raise UserError(f"{name} has {size} embeddings, the policy's tokens need {needed + 1}: no match")
+    models.check_embeddings(name, max(vocabulary.values()), critic.get_input_embeddings().num_embeddings)
     if new_head:
         torch.nn.init.zeros_(critic.score.weight)
     head = "the policy, with a new head that says 0" if new_head else "head and all"
@@ -146,12 +144,7 @@ def read_prompts(
             f"{args.max_input_length} + max_new_tokens {args.max_new_tokens} are more"
         )
     highest = max(max(record["ids"]) for record in kept)
-    embeddings = policy.get_input_embeddings().num_embeddings
-    if highest >= embeddings:
-        raise UserError(
-            f"the tokenizer gives token id {highest} and {args.model_name_or_path} has {embeddings} "
-            "embeddings: no match"
-        )
+    models.check_embeddings(args.model_name_or_path, highest, policy.get_input_embeddings().num_embeddings)
     return kept, skipped
 
 

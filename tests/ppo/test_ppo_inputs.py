@@ -62,5 +62,5 @@ def test_a_policy_without_a_template_or_under_another_vocabulary_size_is_refused
     with pytest.raises(UserError, match="has no chat template: give one with --chat_template FILE"):
         here(argv(work, "wrong", model_name_or_path=str(work / "bare")))
     micro.make_reward_model(work / "small", vocab_size=261)
-    with pytest.raises(UserError, match="261 embeddings, the policy's tokens need 262|token"):
+    with pytest.raises(UserError, match="token id 261 and .*small has 261 embeddings"):
         here(argv(work, "wrong", critic_name_or_path=str(work / "small")))
