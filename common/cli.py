@@ -19,7 +19,7 @@ from pathlib import Path
 from common.arguments import accepted, build, convert, is_required, known, meant, sections_of, unwrap
 from common.arguments import arg as arg
 from common.arguments import shaping_values as shaping_values
-from common.errors import UserError, UserErrors, count, one_line, refuse, run  # noqa: F401
+from common.errors import UserError, count, one_line, refuse, run  # noqa: F401
 from common.files import existing_file, load_yaml, nearest, read_yaml  # noqa: F401
 
 METAVARS = {bool: "true|false", int: "N", float: "X", dict: "JSON"}

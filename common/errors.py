@@ -22,21 +22,17 @@ NO_ROOM_TEXTS = (
 
 
 class UserError(Exception):
-    """What is wrong and what to do, in one line; shown without a traceback."""
+    """What is wrong and what to do, a line for each of `problems`; shown without a traceback."""
 
-
-class UserErrors(UserError):
-    """Several of them, a line each."""
-
-    def __init__(self, problems):
+    def __init__(self, *problems):
         super().__init__("\nerror: ".join(problems))
-        self.problems = problems
+        self.problems = list(problems)
 
 
 def refuse(problems: list[str]) -> None:
     """Raise what is wrong, all at once; nothing where there is nothing."""
     if problems:
-        raise UserErrors(problems) if len(problems) > 1 else UserError(problems[0])
+        raise UserError(*problems)
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

@@ -49,9 +49,8 @@ class Findings:
         try:
             return function(*args)
         except UserError as error:
-            told = getattr(error, "problems", [str(error)])
             # two stages may be asked the same
-            self.problems.extend(problem for problem in told if problem not in self.problems)
+            self.problems.extend(problem for problem in error.problems if problem not in self.problems)
             return None
 
     def tell(self, summary: str):

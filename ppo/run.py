@@ -216,7 +216,7 @@ class PPOPlan(Plan):
         try:
             return function(*args)
         except UserError as error:
-            refuse([f"ppo: {problem}" for problem in getattr(error, "problems", [str(error)])])
+            refuse([f"ppo: {problem}" for problem in error.problems])
 
     def is_trained(self) -> bool:
         held = read_manifest(self.folder.model(1))
