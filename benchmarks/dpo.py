@@ -315,13 +315,13 @@ class Way:
         self.process.wait()
 
 
-def best_size(args: Arguments, folder: Path, log: TextIO, way: str = "trl") -> int:
+def best_size(args: Arguments, folder: Path, log: TextIO) -> int:
     """The number of pairs in a pass with which TRL takes least time for a step, of those that divide a
     step.
     """
     found = {}
     for at_once in [size for size in args.batch_sizes if args.pairs % size == 0]:
-        trial = Way(way, args, folder, at_once, 0, log)
+        trial = Way("trl", args, folder, at_once, 0, log)
         trial.step()
         found[at_once] = min(trial.step() for _ in range(min(2, args.steps)))
         trial.end()

@@ -29,7 +29,7 @@ def resamples(prompts: int) -> int:
     return int(min(10000, max(1000, 2e7 / max(prompts, 1))))
 
 
-def mean_interval(values: dict, seed: int = 0) -> tuple | None:
+def mean_interval(values: dict) -> tuple | None:
     """(mean, low, high) of `{id: value}` by bootstrap over the prompts; None without any, no interval for
     one.
     """
@@ -37,15 +37,15 @@ def mean_interval(values: dict, seed: int = 0) -> tuple | None:
         return None
     if len(values) == 1:
         return (*values.values(), None, None)
-    return paired_bootstrap(dict.fromkeys(values, 0.0), values, resamples(len(values)), seed)
+    return paired_bootstrap(dict.fromkeys(values, 0.0), values, resamples(len(values)))
 
 
-def difference(before: dict, after: dict, seed: int = 0) -> tuple | None:
+def difference(before: dict, after: dict) -> tuple | None:
     """(mean difference, low, high) over the prompts that both `{id: value}` have; None without two in
     common.
     """
     common = sum(key in after for key in before)
-    return paired_bootstrap(before, after, resamples(common), seed) if common > 1 else None
+    return paired_bootstrap(before, after, resamples(common)) if common > 1 else None
 
 
 def wins(before: dict, after: dict) -> dict:

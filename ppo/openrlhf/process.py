@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from common.cli import UserError
-from common.manifest import write_yaml
+from common.manifest import write_text, write_yaml
 from ppo.openrlhf.serve_reward import FAILED
 
 GRACE = 30  # seconds that a stopped process has for its own end
+PATIENCE = 1800  # seconds until the reward server must answer: an 8B model on a slow disk takes minutes
 PAUSE = 5  # seconds between looks at what OpenRLHF has logged
 TAIL = 2**18  # bytes of its output that are looked at when it has failed
 
@@ -61,17 +62,16 @@ def stopped_by_signals() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def reward_server(settings: dict, folder: Path, gpus: str | None, patience: float = 1800) -> Iterator[str]:
+def reward_server(settings: dict, folder: Path, gpus: str | None) -> Iterator[str]:
     """Run ppo/openrlhf/serve_reward.py with the mapping `settings` while the block runs; yields its address.
 
     Args:
         gpus: its CUDA_VISIBLE_DEVICES; None: as it is here.
-        patience: seconds until it must answer (an 8B model is read from a slow disk in minutes).
 
     Raises:
         UserError: it ended or did not answer; with the end of its log.
     """
-    log, end = folder / "reward.log", time.monotonic() + patience
+    log, end = folder / "reward.log", time.monotonic() + PATIENCE
     write_yaml(folder / "reward.yaml", settings | {"port": 0})
     command = [sys.executable, str(Path(__file__).with_name("serve_reward.py")), str(folder / "reward.yaml")]
     env = dict(os.environ) | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus is not None else {})
@@ -168,8 +168,7 @@ def checkpoint_to_resume(folder: Path, roles: Sequence[str]) -> str | None:
             "to start again"
         )
     for file in files:
-        file.with_suffix(".tmp").write_text(common, encoding="utf-8")
-        os.replace(file.with_suffix(".tmp"), file)
+        write_text(file, common)
     return common
 
 
