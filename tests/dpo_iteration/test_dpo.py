@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import micro
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState
 from datasets import Dataset
-from training import make_rows
+from training import make_rows, reset
 from transformers import AutoModelForCausalLM, Trainer
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
@@ -32,9 +32,7 @@ PAIRS, PER_STEP = 22, 8
 def fresh_state(monkeypatch):
     """Nothing of other tests' mixed precision, which accelerate keeps for the process; one thread."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    torch.set_num_threads(1)
+    reset()
 
 
 def rows_with_reference(count=PAIRS, seed=0):
