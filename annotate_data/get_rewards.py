@@ -17,7 +17,6 @@ with another number of processes. A prompt is computed once for its K responses 
 import contextlib
 import functools
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -37,6 +36,7 @@ from annotate_data.summary import Summary
 from common import cli, devices, manifest, models, progress, records
 from common.cli import UserError
 from common.records import is_empty
+from common.training import say
 
 Scorer = Backbone | RewardFunction
 LARGEST = 1e100  # of a reward
@@ -340,9 +340,8 @@ def main():
     shaped = [shaping(args, cli.existing_file(source, "generated file")) for source, _ in files]
     done = [manifest.is_complete(target, *shape) for (_, target), shape in zip(files, shaped, strict=True)]
     if not args.overwrite and all(done):
-        if os.environ.get("RANK", "0") == "0":
-            whole = ", ".join(str(target) for _, target in files)
-            print(f"{whole}: complete already, nothing to do (--overwrite makes it again)")
+        whole = ", ".join(str(target) for _, target in files)
+        say(f"{whole}: complete already, nothing to do (--overwrite makes it again)")
         return
     jobs = [Job(source, target, *survey(source, args.K)) for source, target in files]
 

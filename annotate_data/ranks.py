@@ -10,6 +10,7 @@ from typing import Any
 
 from annotate_data.generated import characters
 from common.cli import UserError
+from common.training import world_size
 
 
 def leave(action: Callable) -> None:
@@ -24,7 +25,7 @@ def leave(action: Callable) -> None:
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
     sys.stdout.flush()
     sys.stderr.flush()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         os._exit(status)
     sys.exit(status)
 
@@ -33,7 +34,7 @@ class World:
     """The processes of one launch. They talk through gloo, which waits as long as the slowest needs."""
 
     def __init__(self):
-        self.rank, self.size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank, self.size = int(os.environ.get("RANK", "0")), world_size()
         if self.size > 1:
             self._end_on_signals()
             import torch.distributed

@@ -43,6 +43,7 @@ from common.chat import ChatTemplate, TemplateArguments
 from common.cli import UserError, arg
 from common.records import dumps, read_generated
 from common.tokens import Encoder
+from common.training import say
 from evaluation.kl import combine, summarise
 from evaluation.logps import Policy, score
 from generation import get_hf2
@@ -231,7 +232,7 @@ def main():
     settings, inputs = shaping(args)
     whole = summary_path(args.output_dir).exists() and not args.overwrite
     if whole and manifest.is_complete(args.output_dir, settings, inputs):
-        print(f"{args.output_dir}: complete already, nothing to do (--overwrite starts anew)")
+        say(f"{args.output_dir}: complete already, nothing to do (--overwrite starts anew)")
         return
     N, _, _ = survey(args.dataset_name_or_path)
     how = sampling(args)
