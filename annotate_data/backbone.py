@@ -66,6 +66,7 @@ class Backbone:
 
     what = "reward model"  # in errors
     compares = False  # whether a response's reward depends on the prompt's other responses
+    too_long = "lower --max_length, and sequences are cut"  # what to do about one that does not fit
 
     def __init__(
         self,
@@ -81,7 +82,7 @@ class Backbone:
     ):
         self.name, self.dtype, self.attention = name, dtype, attn_implementation
         self.source = {"revision": revision, "trust_remote_code": trust_remote_code}
-        self.batches, self.model = Batches(batch_tokens), None
+        self.batches, self.model = Batches(batch_tokens, self.too_long), None
         self.share_prompts, self.before = share_prompts, None
         self.config = models.load_config(name, **self.source, what=self.what)
         self.tokenizer = models.load_tokenizer(name, **self.source)
@@ -249,16 +250,22 @@ class Backbone:
         from annotate_data.packed_linear import pack_linears
         from common import shared_prompts
 
-        if self.before is None:
+        while self.before is None and self.share_prompts:
             fits = [group for group in groups if sum(map(len, group)) <= self.batches.tokens]
             example = max(fits or groups, key=lambda group: max(map(len, group)))[:TRIED]
+            lengths = [len(ids) for ids in example]
             try:
-                self.before = self._in_memory(lambda: shared_prompts.prepare(self.model, example))
+                self.before = self._in_memory(
+                    lambda example=example: shared_prompts.prepare(self.model, example)
+                )
                 if self.device.type == "cpu":
                     pack_linears(getattr(self.model.base_model, "layers", torch.nn.ModuleList()))
             except (MemoryError, shared_prompts.Unsupported) as reason:
+                if isinstance(reason, MemoryError) and fits and example[1:]:  # shorter ones may do
+                    self.batches.shrink(len(example), max(lengths), sum(lengths))
+                    continue
                 self.share_prompts = False
-                told = reason if str(reason) else f"no memory to try {max(map(len, example))} tokens"
+                told = reason if str(reason) else f"no memory to try {max(lengths)} tokens"
                 print(f"note: {self.name} computes each response's prompt separately: {told}", flush=True)
         return self.share_prompts
 
@@ -312,8 +319,7 @@ class Backbone:
             return self._in_memory(lambda: forward(rows, *self._padded(rows)))
         except (RuntimeError, ValueError, IndexError) as error:  # the model's own code
             what = f"{len(rows)} sequences of up to {max(len(row.ids) for row in rows)} tokens"
-            todo = "with --max_length N they are cut"
-            raise UserError(f"{self.name} fails on {what}: {one_line(error)}; {todo}") from None
+            raise UserError(f"{self.name} fails on {what}: {one_line(error)}; {self.too_long}") from None
 
     def _in_memory(self, action):
         """`action()` without gradients; running out of memory is a MemoryError."""

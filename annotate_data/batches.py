@@ -21,10 +21,11 @@ class Batches:
 
     Attributes:
         tokens: the size at present.
+        remedy: what to do where a single sequence is too long, in words.
     """
 
-    def __init__(self, tokens):
-        self.tokens = tokens
+    def __init__(self, tokens, remedy="lower --max_length"):
+        self.tokens, self.remedy = tokens, remedy
 
     def shrink(self, sequences: int, longest: int, tokens: int):
         """Half as many tokens from now on, after `tokens` in that many sequences did not fit.
@@ -33,9 +34,7 @@ class Batches:
             UserError: it was a single sequence.
         """
         if sequences == 1:
-            raise UserError(
-                f"out of memory on one sequence of {longest} tokens: lower --max_length"
-            ) from None
+            raise UserError(f"out of memory on one sequence of {longest} tokens: {self.remedy}") from None
         self.tokens = max(1, tokens // 2)
         what = f"out of memory with {sequences} sequences, the longest of {longest} tokens"
         print(f"{what}; now {self.tokens} tokens a batch", flush=True)

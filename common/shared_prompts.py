@@ -411,7 +411,7 @@ def prepare(model: PreTrainedModel, example: list[Sequence[int]] | None = None) 
         the attention it had: `model.set_attn_implementation(that)` switches back.
 
     Raises:
-        Unsupported: the model is as it was.
+        Unsupported: the model is as it was; so it is where the trial runs out of a GPU's memory.
     """
     if reason := reason_against(model):
         raise Unsupported(reason)
@@ -430,7 +430,7 @@ def prepare(model: PreTrainedModel, example: list[Sequence[int]] | None = None) 
             )
     except Exception as error:
         model.set_attn_implementation(before)
-        if isinstance(error, Unsupported):
+        if isinstance(error, (Unsupported, torch.OutOfMemoryError)):
             raise
         raise Unsupported(f"a trial failed: {type(error).__name__}: {error}") from error
     return before

@@ -16,6 +16,7 @@ class Policy(Backbone):
     """
 
     what = "model"
+    too_long = "nothing is cut here, so give it a GPU with more free memory"
 
     def __init__(self, name, temperature, **options):
         super().__init__(name, max_length=sys.maxsize, **options)

@@ -3,6 +3,7 @@ work; what a shell may bring along, kept out; and the tiny models.
 """
 
 import contextlib
+import functools
 import locale
 import os
 import signal
@@ -51,3 +52,29 @@ def built():
     command = yaml.safe_load((ROOT / faults.CONFIG).read_text())["setup_command"]
     end = faults.ended(["bash", "-c", f"source ./envs.sh; use_env rlhflow; {command}"], timeout=None)
     assert end.returncode == 0, end.stderr
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """STAND-IN for a GPU's memory: `card(N)` lets a Llama's layers run out of it on more than N tokens. Gives
+    the list of the passes' sizes.
+    """
+    import torch
+    from transformers import LlamaModel
+
+    true = LlamaModel.forward
+
+    def hold(tokens):
+        passes = []
+
+        @functools.wraps(true)
+        def forward(self, input_ids=None, **more):
+            passes.append(input_ids.numel())
+            if input_ids.numel() > tokens:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+            return true(self, input_ids=input_ids, **more)
+
+        monkeypatch.setattr(LlamaModel, "forward", forward)
+        return passes
+
+    return hold

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import statistics
 
 import micro
@@ -14,6 +15,7 @@ from common import cli, shared_prompts
 pytestmark = pytest.mark.env("vllm")
 
 PROMPT = [{"role": "user", "content": "q"}]
+MOST = 500  # tokens of a pass that a card holds
 
 
 @pytest.fixture
@@ -100,19 +102,62 @@ def test_batches_shrink_when_memory_runs_out():
 
 
 @pytest.mark.parametrize("share", [True, False])
-def test_out_of_memory_in_the_model_splits_groups(scorer, monkeypatch, capsys, share):
-    records, scorer = of_lengths((5, 90, 1, 40)) * 3, scorer(share_prompts=share)
+@pytest.mark.parametrize("kind", ["bt", "armorm", "pairs"])
+def test_a_batch_that_a_gpu_cannot_hold_is_halved_for_good(
+    kind, share, models, annotate, card, tmp_path, capsys
+):
+    """Through the script: the same rewards, one line for each pass that did not fit, and those at the start
+    alone.
+    """
+    generated(tmp_path / "gen.jsonl", 12)
+    how = {"share_prompts": share, "chunk_records": 4}
+    whole = flat(annotate(models[kind], target="whole.jsonl", **how))
+    passes = card(MOST)
+    capsys.readouterr()
+    assert flat(annotate(models[kind], **how)) == pytest.approx(whole, abs=1e-5)
+    told = [line for line in capsys.readouterr().out.splitlines() if "out of memory" in line]
+    beyond = [at for at, size in enumerate(passes) if size > MOST]
+    assert 0 < len(told) == len(beyond) and "tokens a batch" in told[-1]
+    assert beyond[-1] < len(passes) / 2
+    manifest = json.loads((tmp_path / "out.manifest.json").read_text())
+    assert manifest["counts"]["shared_prompts"] == share
+
+
+def test_shared_prompts_are_tried_on_what_a_gpu_can_hold(scorer, card, capsys):
+    lengths = (200, 190, 180), (20, 30), (25, 35)
+    records = [
+        {"prompt": PROMPT, "responses": [letter * n for letter, n in zip("abc", sizes)]} for sizes in lengths
+    ]
+    expected, scorer = dict(scorer().score(records)), scorer()
+    card(400)
+    got = dict(scorer.score(records))
+    said = capsys.readouterr().out
+    assert scorer.share_prompts and scorer.batches.tokens <= 400 and "separately" not in said
+    for i in range(3):
+        assert got[i]["rewards"] == pytest.approx(expected[i]["rewards"], abs=1e-5)
+
+
+def test_a_sequence_that_a_gpu_cannot_hold_is_named_with_what_to_do(
+    models, annotate, refused, card, tmp_path
+):
+    rows = generated(tmp_path / "gen.jsonl", 3)
+    card(100)
+    longest = "out of memory on one sequence of ... tokens: lower --max_length"
+    assert re.search(longest, refused(models["bt"]))
+    assert len(annotate(models["bt"], max_length=100, overwrite=True)) == len(rows)
+
+
+def test_the_cpu_s_memory_runs_out_in_other_words(scorer, monkeypatch, capsys):
+    records, scorer = of_lengths((5, 90, 1, 40)) * 3, scorer()
     expected = dict(scorer.score(records))
-    place, name = (shared_prompts, "last_states") if share else (scorer, "_hidden")
-    true = getattr(place, name)
+    true = shared_prompts.last_states
 
-    def tight(*given):
-        ids = given[1].ids if share else given[1]  # (backbone, packed row) or (rows, padded ids, mask)
-        if ids.numel() > 300:
+    def tight(backbone, packed):
+        if packed.ids.numel() > 300:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return true(*given)
+        return true(backbone, packed)
 
-    monkeypatch.setattr(place, name, tight)
+    monkeypatch.setattr(shared_prompts, "last_states", tight)
     got = dict(scorer.score(records))
     assert "out of memory" in capsys.readouterr().out and scorer.batches.tokens <= 300
     assert {i: got[i]["rewards"] for i in range(3)} == {

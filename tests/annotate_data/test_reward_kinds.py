@@ -129,7 +129,7 @@ def test_an_error_of_the_models_own_code_is_one_line(tmp_path):
     scorer = reward_models.BradleyTerry(classifier(tmp_path, "bert"))
     scorer.load()
     scorer.model.bert.embeddings.position_embeddings = torch.nn.Embedding(4, 32)
-    told = "fails on 1 sequences of up to .* tokens: .*; with --max_length N they are cut"
+    told = "fails on 1 sequences of up to .* tokens: .*; lower --max_length"
     with pytest.raises(cli.UserError, match=told):
         list(scorer.score([{"prompt": turns("q?"), "responses": ["yes"]}]))
 

@@ -141,6 +141,21 @@ def test_it_is_that_of_plain_passes_in_float64(models, run, tmp_path, more, temp
     assert summary["exact"] and summary["estimator"] == "k1" and abs(summary["kl"]) > 0.1
 
 
+@pytest.mark.parametrize("share", ["true", "false"])
+def test_a_pass_that_a_gpu_cannot_hold_is_halved(models, run, card, tmp_path, share):
+    answers(tmp_path / "answers.jsonl")
+    how = ("--share_prompts", share)
+    _, whole, _ = run(models, tmp_path / "answers.jsonl", tmp_path / "whole.jsonl", *how)
+    passes = card(200)
+    _, found, said = run(models, tmp_path / "answers.jsonl", tmp_path / "halved.jsonl", *how)
+    assert [entry["logps"] for entry in found] == [pytest.approx(e["logps"], abs=2e-4) for e in whole]
+    # One line for each that did not fit; each of the two models finds out for itself.
+    assert 2 <= said.count("out of memory with") == sum(size > 200 for size in passes)
+    card(30)
+    with pytest.raises(UserError, match="one sequence of .. tokens: nothing is cut here.*more free memory"):
+        run(models, tmp_path / "answers.jsonl", tmp_path / "none.jsonl", *how)
+
+
 def test_samples_of_the_policy_itself_give_its_kl(models, tmp_path):
     """With many samples the estimates come near the KL that is summed over the whole vocabulary along the
     answers.
