@@ -192,8 +192,9 @@ def buffers(
     ddp: a second copy of the gradients in its buckets (`gradient_as_bucket_view` is off), and autocast's bf16
     weights. DeepSpeed: gradients in fp32 for the step, 4 bytes in stages 1 and 2 and 2 more in stage 3, as
     its own estimators have it (`estimate_zero2_model_states_mem_needs`, `estimate_zero3_…`); a bucket of
-    gradients; in stage 3 the weights that are gathered. FSDP2: two gathered layers, the head, and the largest
-    unit's gradients in both dtypes.
+    gradients, as large for a small model (with `overlap_comm`, which is off in stages 1 and 2 unless a file
+    of DeepSpeed's own has it, there are two); in stage 3 the weights that are gathered. FSDP2: two gathered
+    layers, the head, and the largest unit's gradients in both dtypes.
     """
     trainable = shape.parameters if trainable is None else trainable
     compute = 2 if bf16 else 4
@@ -205,7 +206,7 @@ def buffers(
     if method == "fsdp2":
         gradients = (compute + 4) * (largest if trainable == shape.parameters else 0)
         return compute * (2 * shape.layer + shape.head) + gradients, 0
-    bucket = compute * min(trainable, BUCKET)
+    bucket = compute * BUCKET
     if method in ("zero1", "zero2"):
         return 4 * trainable / processes + bucket, 0
     gathered = max(2 * compute * largest, compute * min(shape.parameters, LIVE))

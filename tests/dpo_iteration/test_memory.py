@@ -2,10 +2,14 @@
 really keeps.
 """
 
+import os
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import training
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 from training import ROOT, save_config
@@ -48,6 +52,18 @@ def test_deepspeeds_estimators_agree(llama, gpus):
     cpu, theirs, _ = estimate_zero3_model_states_mem_needs(COUNT, largest, gpus, additional_buffer_factor=1)
     found = need("zero3_offload", llama, gpus, 1, 2048)
     assert found.cpu == cpu and found.states + found.buffers - bucket == theirs
+
+
+@pytest.mark.parametrize("method, beside", [("zero2", [2]), ("zero3", [])])
+def test_a_bucket_of_gradients_is_as_large_for_a_small_model(method, beside):
+    """By DeepSpeed itself, which is asked how many it makes, and how many in stage 2 with `overlap_comm`."""
+    launcher = ["--config_file", ROOT / "configs" / f"{method}.yaml", "--num_processes", 1]
+    script, path = Path(__file__).with_name("gradient_buckets.py"), f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    said = training.start(launcher=launcher, script=script, PYTHONPATH=path, CUDA_VISIBLE_DEVICES="").stdout
+    found = [int(word) for word in re.search("^buckets: (.*)$", said, re.M)[1].split()]
+    nothing = memory.Shape(*[0] * 9)
+    one, _ = memory.buffers(method, nothing, 1)
+    assert found == [one, *(times * one for times in beside)] and one == 1e9
 
 
 def test_adapters_and_four_bits(llama):
