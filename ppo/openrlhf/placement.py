@@ -14,8 +14,11 @@ import math
 from collections.abc import Iterator
 
 from common.cli import UserError, count, refuse
+from common.devices import speed_of
+from common.progress import duration
 from dpo_iteration import memory
 from dpo_iteration.memory import GIB
+from loop import estimates
 from ppo.checks import check_batches
 from ppo.openrlhf.arguments import Arguments
 from ppo.openrlhf.command import Placement
@@ -25,6 +28,7 @@ KV_LEAST = 4 * GIB  # for the engine's cache and activations, on top of its weig
 USABLE = 0.95  # of a GPU
 LOGITS = 12  # bytes a token and vocabulary entry: bf16 logits and their gradient, fp32 copy and its gradient
 TRAINED = ("actor", "critic")
+SOON, PATIENCE = 10, 180  # seconds: too short to speak of, and after which OpenRLHF 0.11.2 drops a request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,3 +253,32 @@ def does_not_fit(args: Arguments, machine: Machine, shapes: dict, server: float)
         f"{', or '.join([*instead, 'a smaller model'])} (LoRA is out: "
         "OpenRLHF 0.11.2 cannot hand adapters to vLLM)"
     )
+
+
+def waits_for_rewards(
+    args: Arguments, found: Placement, policy: memory.Shape, served: int, gpu: str | None
+) -> list[str]:
+    """A note where our reward server takes longer over a rollout than the engines do; else nothing.
+
+    Estimated as loop/estimates.py has it for evaluation; what shares the server's GPU would make it slower.
+
+    Args:
+        served: parameters of all models in the server.
+        gpu: what a GPU is called; None: an A100.
+    """
+    responses, (kind, _) = args.rollout_batch_size * args.samples_per_prompt, speed_of(gpu)
+    answer = min(estimates.RESPONSE_TOKENS, args.max_new_tokens)
+    tokens = min(estimates.PROMPT_TOKENS, args.max_input_length) + answer
+    rate = estimates.SAMPLED_TOKENS * kind.tb_per_s / policy.parameters
+    sampling = responses * answer / rate / (found.engines * found.tensor_parallel)
+    scoring = responses * tokens * 2 * served / (kind.tflops * 1e12 * estimates.SCORE_SHARE)
+    if scoring <= sampling or scoring < SOON:
+        return []
+    late = f"OpenRLHF asks anew after {PATIENCE} s, five times in all; " if scoring > PATIENCE else ""
+    return [
+        f"the engines sample a rollout's {responses:,} responses in about {duration(sampling)} and wait for "
+        f"our reward server, which scores them in about {duration(scoring)} ({tokens} tokens each × 2 × "
+        f"{served / 1e9:.1f} billion parameters at {estimates.SCORE_SHARE:.0%} of the {kind.tflops:.0f} "
+        f"TFLOPS of one {kind.name}); {late}{math.ceil(scoring / sampling)} servers would keep up: start "
+        "ppo/openrlhf/serve_reward.py on GPUs of their own and give all addresses as reward_url"
+    ]

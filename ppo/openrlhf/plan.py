@@ -15,13 +15,13 @@ from urllib.parse import urlparse
 
 from common.chat import ChatTemplate, TemplateArguments, encode_for_classifier
 from common.cli import UserError, one_line
-from common.devices import gpu_memory, prepare_threads, visible_gpus
+from common.devices import gpu_memory, gpu_name, prepare_threads, visible_gpus
 from common.models import check_model, check_policy, load_tokenizer, local_config
 from dpo_iteration import memory
 from dpo_iteration.memory import GIB
 from ppo.openrlhf.arguments import Arguments
 from ppo.openrlhf.command import Placement
-from ppo.openrlhf.placement import Machine, place
+from ppo.openrlhf.placement import Machine, place, waits_for_rewards
 
 if TYPE_CHECKING:
     pass
@@ -66,11 +66,12 @@ def plan(args: Arguments) -> Plan:
     prepare_threads()
     template, kind, same = with_templates(args, notes)
     shapes = shapes_of(args, kind)
-    server = shapes.pop("server")
-    shared = 2 * server.parameters + 2 * GIB if server else 0
+    served = shapes.pop("server")
+    shared = 2 * served + 2 * GIB if served else 0
     placement, note = place(args, machine, shapes, shared)
-    if server:
+    if served:
         notes.append("our reward server shares one of the GPUs that train")
+        notes += waits_for_rewards(args, placement, shapes["actor"], served, gpu_name())
     critic = args.critic_name_or_path or (args.reward_name_or_path[0] if same else None)
     critic = None if critic == args.model_name_or_path else critic
     return Plan(placement, kind, critic, [*notes, note], template)
@@ -274,7 +275,8 @@ def choose_reward(args: Arguments, why: str | None, notes: list[str]) -> tuple[s
 
 
 def shapes_of(args: Arguments, kind: str) -> dict:
-    """Role → Shape (or None) of the models that OpenRLHF holds, and of `server`, our reward server.
+    """Role → Shape (or None) of the models that OpenRLHF holds; `server`: parameters of all models in our
+    reward server.
 
     Raises:
         UserError: the policy's size is not known.
@@ -291,15 +293,15 @@ def shapes_of(args: Arguments, kind: str) -> dict:
             f"model_name_or_path {args.model_name_or_path}: its size is not known here; set model_size_b"
         )
     rewards, size = args.reward_name_or_path or [], args.reward_size_b or args.model_size_b
-    model = shape(rewards[0], size) if rewards else None
+    models = [shape(name, size) for name in rewards]
     start = args.critic_name_or_path or (rewards or [args.model_name_or_path])[0]
     value = policy if start == args.model_name_or_path else shape(start, size)
     return {
         "actor": policy,
         "ref": policy if args.kl_coef else None,
         "critic": (value or policy) if "critic" in args.learners else None,
-        "reward": model if kind == "local" else None,
-        "server": model if kind == "server" else None,
+        "reward": models[0] if kind == "local" else None,
+        "server": sum(model.parameters for model in models if model) if kind == "server" else 0,
     }
 
 

@@ -103,3 +103,52 @@ def test_tokens_and_templates_are_compared(models, monkeypatch):
     assert "no weights head.weight" in why(
         policy, loaded("same"), extra_flags={"ds.value_head_prefix": "head"}
     )
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """No GPUs are here, and the hub is out of reach."""
+
+    def gone(name, **more):
+        raise UserError(f"{name} is out of reach")
+
+    for name, stand_in in (("visible_gpus", list), ("gpu_name", lambda: None), ("load_tokenizer", gone)):
+        monkeypatch.setattr(plan, name, stand_in)
+
+
+def test_a_reward_server_that_cannot_keep_up_is_told_with_the_sum(elsewhere, monkeypatch):
+    """Planned for eight A100."""
+
+    def told(*models, **more):
+        how = {"num_gpus": 8, "gpu_memory_gib": 80, "model_size_b": 8.0, "dry_run": True} | more
+        args = arguments(model_name_or_path="o/policy", reward_name_or_path=list(models), **how)
+        notes = plan.plan(args).notes
+        assert ("our reward server shares one of the GPUs that train" in notes) == (len(models) > 1)
+        return [note for note in notes if "would keep up" in note]
+
+    assert told("o/one") == []  # OpenRLHF's own model is on all GPUs
+    [note] = told("o/one", "o/two", reward_weights=[1.0, 1.0])
+    # 350 tokens at 2,500 a second and GPU; 2 operations for each of 550 tokens and 16e9 parameters.
+    assert "1,024 responses in about 17s " in note and "scores them in about 2m08s" in note
+    assert "550 tokens each × 2 × 16.0 billion" in note and "8 servers would keep up" in note
+    assert "five times" not in note
+    [note] = told("o/one", "o/two", reward_weights=[1.0, 1.0], samples_per_prompt=4)
+    assert "in about 8m33s" in note and "after 180 s, five times in all; 8 servers" in note
+    assert told("o/one", "o/two", reward_weights=[1.0, 1.0], reward_size_b=0.5) == []
+    short = {"max_new_tokens": 50, "max_input_length": 50}
+    [note] = told("o/one", "o/two", reward_weights=[1.0, 1.0], **short)
+    assert "100 tokens each" in note
+    monkeypatch.setattr(plan, "gpu_name", lambda: "NVIDIA H100 80GB HBM3")
+    [note] = told("o/one", "o/two", reward_weights=[1.0, 1.0])
+    assert "989 TFLOPS of one H100" in note and "4 servers" in note
+
+
+def test_every_model_of_a_reward_server_takes_its_memory(elsewhere):
+    def sampling(*sizes):
+        names = [f"o/{n}" for n in range(len(sizes))]
+        more = {"reward_weights": [1.0] * len(names)} if names[1:] else {"reward_backend": "server"}
+        how = {"num_gpus": 8, "gpu_memory_gib": 141, "model_size_b": 8.0, "dry_run": True, "zero_stage": 3}
+        args = arguments(model_name_or_path="o/policy", reward_name_or_path=names, **how, **more)
+        return int(re.search(r"about (\d+) GiB while training", plan.plan(args).notes[-1])[1])
+
+    assert 14 <= sampling(8, 8) - sampling(8) <= 16
