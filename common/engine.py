@@ -5,7 +5,9 @@ evaluation/evaluate_benchmarks.py, ppo/openrlhf/run_openrlhf.py. Besides, get_hf
 steps (`answer`), and common/models.py reads a model's length from its config as vLLM does.
 """
 
+import ctypes
 import os
+import signal
 
 from common import models
 from common.cli import UserError
@@ -28,6 +30,27 @@ def variables(on_gpus: bool) -> dict[str, str]:
         False: {"VLLM_CPU_OMP_THREADS_BIND": "nobind"},
     }[on_gpus]
     return {key: value for key, value in found.items() if key not in os.environ}
+
+
+def end_with_parent(number: int = signal.SIGTERM) -> None:
+    """In a child: Linux sends it signal `number` when its parent is gone, also where that is killed and could
+    not do so itself.
+    """
+    set_parent_death_signal = 1  # linux/prctl.h
+    ctypes.CDLL(None).prctl(set_parent_death_signal, int(number))
+
+
+def end_as_engine() -> None:
+    """In the process that vLLM starts for its engine on GPUs: it would outlive a script that is killed, and
+    keep a GPU's memory. vLLM's workers end with their engine by themselves.
+    """
+    end_with_parent(signal.SIGKILL)
+
+
+def tie_engine() -> None:
+    """Before an engine is started: a process forked by this one is one that ends with it."""
+    script = os.getpid()
+    os.register_at_fork(after_in_child=lambda: os.getppid() == script and end_as_engine())
 
 
 def check_head_size(name: str) -> None:

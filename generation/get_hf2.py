@@ -115,6 +115,7 @@ def start_engine(args: Arguments, limit: int | None, needed: int) -> "LLM":
         options["max_num_batched_tokens"] = max(length, 4096)
     for key, value in environment.items():
         os.environ.setdefault(key, value)
+    engine.tie_engine()
     from vllm import LLM
 
     if args.max_num_seqs is not None:
@@ -245,5 +246,7 @@ def main():
         print(f"sampled {total} tokens in {duration(seconds)}, {total / seconds:.0f} tokens/s")
 
 
+if __name__ == "__mp_main__":  # the engine's process, where vLLM does not fork it
+    engine.end_as_engine()
 if __name__ == "__main__":
     run(main)

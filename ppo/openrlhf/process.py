@@ -1,7 +1,6 @@
 """Starting OpenRLHF and our reward server, waiting, stopping what was started, and what is left on disk."""
 
 import contextlib
-import ctypes
 import os
 import re
 import signal
@@ -13,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from common.cli import UserError
+from common.engine import end_with_parent
 from common.manifest import write_text, write_yaml
 from ppo.openrlhf.serve_reward import FAILED
 
@@ -22,18 +22,11 @@ PAUSE = 5  # seconds between looks at what OpenRLHF has logged
 TAIL = 2**18  # bytes of its output that are looked at when it has failed
 
 
-def end_with_parent():
-    """In a child, before its program starts: Linux ends it by SIGTERM when its parent is killed, which could
-    not do so itself. It would train on beside the next start, without a lock.
-    """
-    set_parent_death_signal = 1  # linux/prctl.h
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
-
-
 @contextlib.contextmanager
 def started(command: list[str], **options: object) -> Iterator[subprocess.Popen]:
     """A process and its group that end with the block, however it ends: SIGTERM, then SIGKILL. Only what was
-    started here is in that group.
+    started here is in that group. Where this script is killed, the process would train on beside the next
+    start, without a lock: it ends, too.
     """
     process = subprocess.Popen(command, start_new_session=True, preexec_fn=end_with_parent, **options)
     try:

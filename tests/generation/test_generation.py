@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import faults
 import micro
 import pytest
 from engine import arguments, engine_vocabulary, get_hf2_main, policy, records, write
@@ -235,6 +236,36 @@ def test_a_stopped_and_a_killed_run_continue_to_the_same_file(prompts, generate,
         generate(tmp_path / "p.jsonl", "killed", K=3, max_new_tokens=64)
     killed = generate(tmp_path / "p.jsonl", "killed", **settings)
     assert killed == generate(tmp_path / "p.jsonl", "whole", **settings) and not partial.exists()
+
+
+def test_an_engine_in_a_process_of_its_own_answers_alike_and_ends_with_the_script(
+    prompts, generate, tmp_path, starts
+):
+    """As vLLM has it on GPUs by default; there it forks the process, here it can only spawn one."""
+    settings = {"K": 2, "max_new_tokens": 64}
+    command = [sys.executable, SCRIPT, *arguments(prompts(40), tmp_path / "apart", **settings)]
+    partial = tmp_path / "apart0.jsonl.partial"
+    apart = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "MARK_OF_A_TEST": str(tmp_path)}
+
+    def alive(what=""):
+        mark = f"MARK_OF_A_TEST={tmp_path} "
+        return faults.processes(lambda line, environment: mark in environment and what in line)
+
+    with open(tmp_path / "log", "wb") as log:
+        more = ("--kv_cache_gib", "0.25", "--max_num_seqs", "2")
+        process = faults.begin([*command, *more], log, env=apart)
+    try:
+        faults.wait_for(lambda: process.poll() is not None or partial.exists() and len(records(partial)) > 3)
+        assert len(alive("EngineCore")) == 1, (tmp_path / "log").read_text()
+        assert faults.kill(process, whole=False)
+        faults.wait_for(lambda: not alive(), 60)
+    finally:
+        for left in alive():
+            os.kill(left, signal.SIGKILL)
+    found = records(partial)
+    whole = {record["id"]: record for record in generate(tmp_path / "p.jsonl", "within", **settings)}
+    assert 3 < len(found) < len(whole) == 40
+    assert found == [whole[record["id"]] for record in found]
 
 
 @pytest.mark.parametrize("family", ["chatml", "gemma", "mistral", "phi"])
