@@ -4,21 +4,25 @@
 # lock_file FILE [SECONDS]: hold FILE until this script ends, its descriptor is then $lock; fails where another process has it.
 #
 # flock(1) ends with 1 where another process has the lock. Anything else means that there are no locks here (Lustre mounted
-# without -o flock, NFS without its lock service): that is no other process. The file then says who came last, which keeps
-# two processes of one machine apart.
+# without -o flock, NFS without its lock service): that is no other process. Elsewhere locks hold on one machine only (Lustre's
+# localflock). So the file says who came last: that keeps apart two processes of one machine, and two Slurm jobs.
 lock_file() {
-  local said status=0 host='' boot='' pid='' start='' me how=(-n)
+  local said status=0 host='' boot='' pid='' start='' job='' me how=(-n)
   [ "$#" -lt 2 ] || how=(-w "$2")
   exec {lock}>>"$1"
   said="$(LC_ALL=C flock "${how[@]}" "$lock" 2>&1)" || status=$? # 0.5 seconds are 0,5 in Germany
   [ "$status" -ne 1 ] || return 1
-  read -r host boot pid start <"$1" || true # not empty: somebody works there without a lock
+  read -r host boot pid start job <"$1" || true
   me="$(uname -n) $(</proc/sys/kernel/random/boot_id)"
-  if [ "$host $boot" = "$me" ] && [ "$pid" != "$$" ] && [ -n "$start" ] && [ "$(_started "$pid")" = "$start" ]; then return 1; fi
+  if [ "$host $boot" = "$me" ]; then
+    if [ "$pid" != "$$" ] && [ -n "$start" ] && [ "$(_started "$pid")" = "$start" ]; then return 1; fi
+  elif [ -n "$job" ] && [ "$job" != "${SLURM_JOB_ID-}" ] && [ -n "$(squeue -h -t running -j "$job" 2>/dev/null)" ]; then
+    return 1
+  fi
   case "$status" in
-    0) : >"$1" ;;
+    0) : >"$1"; [ -z "${SLURM_JOB_ID-}" ] || echo "$me - - $SLURM_JOB_ID" >"$1" ;; # on this machine the lock itself tells
     *)
-      me+=" $$ $(_started "$$")"
+      me+=" $$ $(_started "$$") ${SLURM_JOB_ID-}"
       echo "$me" >"$1"
       sleep 0.3 # of two that came at once the last stays
       [ "$(<"$1")" = "$me" ] || return 1

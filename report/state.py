@@ -58,8 +58,9 @@ def is_locked(lock: Path) -> bool | None:
     Takes no lock itself, which would turn a driver away.
     """
     try:
-        mark = os.stat(lock)
-        if mark.st_size:  # common/lock.sh: the file system refuses locks
+        mark, owner = os.stat(lock), lock.read_text(encoding="utf-8").split()
+        here = owner[:1] == [os.uname().nodename] and owner[2:4] == ["-", "-"]
+        if owner and not here:  # common/lock.sh: the file system refuses locks, or a job of another machine
             return None
         wanted = f"{os.major(mark.st_dev):02x}:{os.minor(mark.st_dev):02x}:{mark.st_ino}"
         locks = Path("/proc/locks").read_text(encoding="ascii").splitlines()

@@ -213,3 +213,30 @@ def test_waiting(tmp_path):
         started = time.monotonic()
         locks.hold(tmp_path / ".lock", "at work", wait=True)
         assert time.monotonic() - started > 0.2
+
+
+def test_bash_asks_slurm_for_a_job_of_another_machine(tmp_path):
+    """Where locks hold on one machine only, both machines get them: the file says whose job has it. `squeue`
+    is a stand-in.
+    """
+    lock, queue = tmp_path / ".lock", tmp_path / "bin/squeue"
+    queue.parent.mkdir()
+    queue.write_text('#!/bin/sh\n[ "$5" != 7 ] || echo running\n')
+    queue.chmod(0o755)
+    for owner, said in (
+        ("elsewhere boot - - 7", "another\n"),
+        ("elsewhere boot 12 34 7", "another\n"),
+        ("elsewhere boot - - 6", "mine\n"),  # ended
+        ("elsewhere boot - - 8", "mine\n"),  # our own, queued again
+        ("elsewhere boot 12 34", "mine\n"),
+    ):
+        lock.write_text(owner + "\n")
+        with bash(lock, path=queue.parent, SLURM_JOB_ID="8") as process:
+            assert process.communicate("\n")[0] == said, owner
+    lock.write_text("elsewhere boot - - 7")
+    assert is_held(tmp_path) is None
+    with bash(lock, SLURM_JOB_ID="8") as process:
+        assert process.stdout.readline() == "mine\n" and is_held(tmp_path) is True
+        process.communicate("\n")
+    host, _, *rest = lock.read_text().split()
+    assert host == os.uname().nodename and rest == ["-", "-", "8"] and is_held(tmp_path) is False
