@@ -35,6 +35,7 @@ from annotate_data.ranks import World, leave, share
 from annotate_data.summary import Summary
 from common import cli, devices, manifest, models, progress, records
 from common.cli import UserError
+from common.files import in_time
 from common.records import is_empty
 from common.training import say
 
@@ -244,11 +245,14 @@ def rewarded(job: Job, scorers: list[Scorer], weights: list[float], counts: dict
 
 def finish(job: Job, scorers: list[Scorer], weights: list[float], facts: dict) -> dict:
     """Put rewards and records together, in the input's order; returns the counts."""
-    take_over(job)
     total = len(scorers) * job.N
-    missing = total - sum(isinstance(key, int) for key in job.output.done)
-    if missing:
-        what = f"{missing} of {total} records are not beside {job.target}"
+
+    def missing() -> int:
+        take_over(job)
+        return total - sum(isinstance(key, int) for key in job.output.done)
+
+    if not in_time(lambda: not missing()):
+        what = f"{missing()} of {total} records are not beside {job.target}"
         raise UserError(f"{what}; machines must share its folder")
     counts = {"read": job.N, "written": job.N, "skipped": 0, "K": job.K, "responses": job.N * job.K} | facts
     job.output.finish_with(rewarded(job, scorers, weights, counts), counts)

@@ -3,10 +3,16 @@ with their place.
 """
 
 import difflib
-from collections.abc import Hashable, Iterable
+import os
+import time
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 
 from common.errors import UserError
+
+# seconds for which an NFS client may not see what another machine has written: a name that it once missed
+# stays missing for 30 to 60, and listing the folder or opening the file does not help
+UNSEEN = 90
 
 
 def nearest(word: str, known: Iterable[str], lead: str = "") -> str:
@@ -41,6 +47,18 @@ def existing_file(path: str | Path, what: str = "file", besides: Iterable[str | 
     near = named[:1] or [own[stem] for stem in alike] or list(own.values())[:5]
     there = f"; there {'is' if len(near) == 1 else 'are'} {', '.join(map(str, near))}" if near else ""
     raise UserError(f"no such {what}: {path}{there}")
+
+
+def in_time(there: Callable[[], bool]) -> bool:
+    """Whether `there()` holds; where other machines work at the same files, whether it comes to hold within
+    `UNSEEN` seconds.
+    """
+    several = int(os.environ.get("RLHF_MACHINES", "1")) > 1  # the loop's word, and torchrun's:
+    several |= int(os.environ.get("WORLD_SIZE", "1")) > int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    until = time.monotonic() + (UNSEEN if several else 0)
+    while not (found := there()) and time.monotonic() < until:
+        time.sleep(1)
+    return found
 
 
 def read_yaml(path: str | Path, what: str = "YAML file") -> dict:

@@ -38,6 +38,7 @@ from common.devices import check_torch, prepare_threads, visible_gpus
 from common.manifest import Output, with_date
 from common.progress import Progress, duration
 from generation import sampling
+from generation.other_shards import take_over
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -195,6 +196,8 @@ def open_output(job: Arguments) -> tuple | None:
     if output.complete:
         print(f"{path} is complete, nothing to do")
         return None
+    if taken := take_over(job, output, records, settings, inputs):
+        print(f"taken over from another number of shards: {count(taken, 'record')}")
     return job, output, records
 
 

@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any fol
 
 from common import locks
 from common.cli import UserError, arg, parse, run
+from common.files import in_time
 from common.manifest import beside, fingerprint, read_manifest, same_content, write_json, writing
 from common.tokens import DATE
-
-SHARD = ("local_index", "my_world_size")
+from generation.sampling import SHARD
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -47,6 +47,7 @@ def find_shards(base_path: str, count: int) -> list[Path]:
     if count < 1:
         raise UserError(f"--num_datasets {count}: at least 1 was expected")
     paths = [Path(f"{base_path}{i}.jsonl") for i in range(count)]
+    in_time(lambda: all(path.is_file() for path in paths))  # each machine has written its own
     absent = {i: path for i, path in enumerate(paths) if not path.is_file()}
     if absent:
         begun = [path for path in absent.values() if Path(f"{path}.partial").exists()]

@@ -14,6 +14,7 @@ from common.manifest import beside
 from common.messages import text_of
 from common.records import BadRecord, PromptArguments, read_prompts, sample_seed, shard_range
 
+SHARD = ("local_index", "my_world_size")  # settings that say which of the answers are in a file
 SHOWN = 3  # bad prompts that are printed; the skipped file lists all
 
 
