@@ -58,14 +58,14 @@ sample() { # POLICY I: held-out answers, and the responses that the next policy 
     serve_no_more "$here/logs/servers.log"
     return
   fi
-  for k in "${outputs[@]}"; do parts+=("${k%/*}/shards/$(basename "$k" .jsonl).of${#gpu_groups[@]}."); done
+  for k in "${outputs[@]}"; do parts+=("${k%/*}/shards/$(basename "$k" .jsonl).of${plan[num_shards]}."); done
   shards vllm "$here/logs/sample.NUMBER.log" python generation/get_hf2.py "$settings:$(IFS=,; echo "${sections[*]}")" \
     --model_name_or_path "$1" --dataset_name_or_path "${prompts[@]}" --output_dir "${parts[@]}" \
     --K "${K[@]}" --temperature "${temperature[@]}" --iteration "${iteration[@]}" --seed "${plan[seed]}"
   for k in "${!outputs[@]}"; do
     in_env vllm "$here/logs/sample.merge.log" python generation/merge_data.py --base_path "${parts[k]}" --output_dir "${outputs[k]}" \
-      --num_datasets "${#gpu_groups[@]}"
-    remove "${parts[k]}" "${outputs[k]}.partial"
+      --num_datasets "${plan[num_shards]}"
+    remove "${parts[k]%of*}of" "${outputs[k]}.partial"
   done
 }
 
@@ -108,8 +108,8 @@ declare -F train >/dev/null || train() { # POLICY I: policy I+1, by DPO on the b
   wanted "$n.train" && ! done_already "$next/model" || return 0
   [ "${plan[reference]}" = previous ] || reference="${plan[model_name_or_path]}"
   [ "${plan[train_on]}" = new ] || mapfile -t data < <(seq -f "$run/iter%g/rewarded.jsonl" "$n")
-  in_env rlhflow "$next/logs/train.log" accelerate launch --config_file "${plan[accelerate_config]}" \
-    --num_processes "${plan[num_processes]}" dpo_iteration/run_dpo.py "$settings:training_args" --model_name_or_path "$1" \
+  in_env rlhflow "$next/logs/train.log" "${everywhere[@]}" accelerate launch --config_file "${plan[accelerate_config]}" \
+    "${of_machines[@]}" --num_processes "${plan[num_processes]}" dpo_iteration/run_dpo.py "$settings:training_args" --model_name_or_path "$1" \
     --ref_model_name_or_path "$reference" --train_dir "${data[@]}" --output_dir "$next/model" \
     --pairs_path "$next/pairs.jsonl" --reference_cache "$run/reference_logps" --seed "${plan[seed]}"
 }

@@ -16,7 +16,7 @@
 # run and do not run the setup command. OpenRLHF's own environment, ppo_train, is made where it is to train.
 
 train() { # POLICY I: policy I+1 by PPO on responses that it samples itself, scored by the reward models as it goes
-  local trainer=(accelerate launch --config_file configs/ddp.yaml --num_processes "${plan[num_processes]}" ppo/train_ppo.py) env=rlhflow
+  local trainer=("${everywhere[@]}" accelerate launch --config_file configs/ddp.yaml "${of_machines[@]}" --num_processes "${plan[num_processes]}" ppo/train_ppo.py) env=rlhflow
   wanted "$(($2 + 1)).train" && ! done_already "$next/model" || return 0
   [ "${plan[backend]}" = small ] || { trainer=(python ppo/openrlhf/run_openrlhf.py) env=ppo_train; }
   in_env "$env" "$next/logs/train.log" "${trainer[@]}" "$settings:ppo" --model_name_or_path "$1" \

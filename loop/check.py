@@ -23,7 +23,7 @@ from common.models import check_policy
 from dpo_iteration import arguments as dpo
 from dpo_iteration import memory
 from generation import sampling
-from loop import changes
+from loop import changes, machines
 from loop.estimates import describe, parameters
 from loop.prompt_sets import check_prompts, first_prompt
 from loop.servers import check_servers
@@ -70,6 +70,7 @@ def check_settings(plan: "Plan", found: Findings):
         raise UserError("prompts name at least one set")
     found.problems.extend(settings.problems)
     found.problems.extend(decided(settings))
+    found.attempt(machines.check, settings)
     for key in ("num_shards", "num_processes"):
         if getattr(settings, key) is not None and getattr(settings, key) < 1:
             raise UserError(f"{key} {getattr(settings, key)} must be at least 1")
@@ -215,8 +216,8 @@ def check_gpus(plan: "Plan", found: Findings) -> tuple[list[str], float | None]:
     the policy or None).
     """
     settings, gpus = plan.settings, gpus_of(plan.settings)
-    if gpus and processes(settings) > len(gpus):
-        found.problems.append(f"num_processes {processes(settings)}, but {len(gpus)} GPUs are visible")
+    if gpus and (settings.num_processes or 0) > len(gpus):
+        found.problems.append(f"num_processes {settings.num_processes}, but {len(gpus)} GPUs are visible")
     count = parameters(settings.model_name_or_path, settings.model_size_b)
     if count and count > 1.5e9 and not gpus:
         found.problems.append(f"{count / 1e9:.1f} billion parameters and no GPU: this run needs GPUs")
@@ -257,9 +258,11 @@ def summary(plan: "Plan") -> str:
     """How many processes of what will be at work."""
     generators = "API server" if plan.settings.generation_backend == "servers" else "generation process"
     where = "GPUs" if gpus_of(plan.settings) else "CPU"
+    count = machines.machine_count(plan.settings)
+    over = f" over {count} machines" if count > 1 else ""
     return (
-        f"{counted(len(gpu_groups(plan.settings)), generators)}, "
-        f"{counted(processes(plan.settings), 'training process')}, {where}"
+        f"{counted(count * len(gpu_groups(plan.settings)), generators)}, "
+        f"{counted(processes(plan.settings), 'training process')}{over}, {where}"
     )
 
 
@@ -323,6 +326,8 @@ def conclude(plan: "Plan", left: bool, found: Findings, summary: str):
     """Try the run's functions where something is left to do, and tell what was found."""
     if left and not found.problems:
         check_functions(plan, found)
+        path = plan.folder.path.absolute()
+        machines.ask(plan.settings, next(p for p in [path, *path.parents] if p.is_dir()), found)
     setup = plan.planning and plan.settings.setup_command
     if found.problems and setup and not Path(plan.settings.model_name_or_path).exists():
         found.problems.append(

@@ -11,6 +11,7 @@ from common.models import local_config
 from common.progress import duration
 from dpo_iteration import fitting, memory
 from dpo_iteration.arguments import Arguments
+from loop.machines import machine_count
 from loop.settings import processes
 
 if TYPE_CHECKING:
@@ -127,7 +128,8 @@ def describe(
         kind, known = speed_of(name)
         whose = f"{kind.name}s" if known or not name else f"A100s: nothing is known here of the {name}"
         samples, epochs = plan.generation()["K"], args.num_train_epochs if args else 2
-        parts = estimate(count, prompts, samples, epochs, len(gpus), kind, recompute)
+        world = machine_count(settings) * len(gpus)
+        parts = estimate(count, prompts, samples, epochs, world, kind, recompute)
         generation, annotation, training = map(duration, parts)
         found.notes.append(
             f"time: about {duration(sum(parts) * settings.iterations)} in all without evaluations; an "

@@ -10,7 +10,7 @@
 #   in_env ENV LOG COMMAND…   run a command; what it says goes into the log, and its failure ends the driver
 #   tell SCRIPT RUN…          sum the run up where steps have done something since it was last told; a failure is only noted
 #   serve LOG MODEL, serve_no_more LOG    servers of a policy, which never outlive this script
-#   shards ENV LOG COMMAND…   one process per group of GPUs, side by side, each told its --local_index
+#   shards ENV LOG COMMAND…   one process per group of GPUs, side by side and on all machines, each told its --local_index
 #   prune I                   delete the weights that `keep_iterates` lets go
 #   conclude                  the table, and where the page is
 #
@@ -23,8 +23,11 @@ source common/lock.sh
 log_lines="${log_lines:-15}"    # lines of a failed command's log that are shown
 stop_limit="${stop_limit:-120}" # seconds that the command has which stops servers where this script is ended
 declare -A plan=() # what PLAN printed, and its lists:
-gpu_groups=()      # CUDA_VISIBLE_DEVICES of each process that generates
+gpu_groups=()      # CUDA_VISIBLE_DEVICES of each process that generates here
 each_gpu=()        # what starts one process per GPU: python, or accelerate launch …
+everywhere=()      # what starts the command behind it on each machine; empty where this one is all
+of_machines=()     # what accelerate is told of the others
+shards_everywhere=() # what starts all processes that generate; empty where this machine is all
 reward_models=()   # models that training is rewarded by
 judges=()          # and those that only judge the held-out answers
 prompt_sets=()     # all of them, for PPO
@@ -99,6 +102,13 @@ in_env() { # ENVIRONMENT LOG COMMAND…
 shards() { # ENVIRONMENT LOG COMMAND…: NUMBER in LOG stands for that of the process. One that fails is told at once, the others go on
   local log="$2" k n="${#gpu_groups[@]}" visible command pids=() bad='' status=0
   begins "$1" || return 0
+  if [ "${#shards_everywhere[@]}" -gt 0 ]; then
+    command=("${shards_everywhere[@]}" "${@:3}" --local_index TASK --my_world_size "${plan[num_shards]}")
+    if [ "$mode" = dry_run ]; then shown "${command[@]}"; return; fi
+    RLHF_LOG="$log" start "${log/NUMBER/machines}" "${command[@]}"
+    wait "$!" || { status=$?; failed "$(worst "$log")" "$status"; }
+    return
+  fi
   for ((k = 0; k < n; k++)); do
     visible=()
     [ -z "${gpu_groups[k]}" ] || visible=(env "CUDA_VISIBLE_DEVICES=${gpu_groups[k]}")
@@ -138,6 +148,14 @@ remove() { # PREFIX…: files that begin so and are not needed any more
   for prefix in "$@"; do
     case "$mode" in run) rm -f -- "${prefix:?}"* ;; dry_run) echo "rm -f -- $(shown "$prefix")*" ;; esac
   done
+}
+
+worst() { # LOG: of the logs with a number for NUMBER, one whose last start ended in an error; else the launcher's
+  local k
+  for ((k = 0; k < plan[num_shards]; k++)); do
+    [ -z "$(awk '/^[$] /{line=""} /^error: /{line=$0} END{print line}' "${1/NUMBER/$k}" 2>/dev/null)" ] || { echo "${1/NUMBER/$k}"; return; }
+  done
+  echo "${1/NUMBER/machines}"
 }
 
 failed() { # LOG STATUS
@@ -247,7 +265,7 @@ read_plan() { # PYTHON PLAN ARGUMENTS…: its lines KEY<TAB>VALUE into `plan`, a
   local lines key value
   lines="$("$1" "$2" values "${@:3}")" || exit
   # shellcheck disable=SC2034 # the driver reads them
-  gpu_groups=() each_gpu=() reward_models=() judges=() prompt_sets=() start_servers=() ask_servers=() stop_servers=()
+  gpu_groups=() each_gpu=() everywhere=() of_machines=() shards_everywhere=() reward_models=() judges=() prompt_sets=() start_servers=() ask_servers=() stop_servers=()
   while IFS= read -r value; do
     key="${value%%$'\t'*}" value="${value#*$'\t'}"
     case "$key" in
@@ -255,6 +273,7 @@ read_plan() { # PYTHON PLAN ARGUMENTS…: its lines KEY<TAB>VALUE into `plan`, a
       *) plan[$key]="$value" ;;
     esac
   done <<<"$lines"
+  export RLHF_MACHINES="${plan[machines]}" # files of other machines are waited for (common/files.py)
 }
 
 enter_rlhflow() { # the checks run there: one of older requirements will do, and it is made only where there is none at all

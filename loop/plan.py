@@ -31,11 +31,20 @@ from common.manifest import write_yaml
 from common.run_folder import RunFolder, read_object
 from dpo_iteration import arguments as dpo
 from generation import get_hf2
-from loop import changes
-from loop.settings import DECIDED, LoopSettings, complete, gpu_groups, gpus_of, processes, refuse_other_kind
+from loop import changes, machines
+from loop.settings import (
+    DECIDED,
+    LoopSettings,
+    complete,
+    gpu_groups,
+    gpus_of,
+    gpus_of_an_engine,
+    processes,
+    refuse_other_kind,
+)
 
 STAGES = ("generate", "annotate", "train", "evaluate")  # of an iteration; the start is evaluated only
-ONE_PER_GPU = "accelerate launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no"
+ONE_PER_GPU = "accelerate launch --multi_gpu --mixed_precision no --dynamo_backend no".split()
 HELDOUT = -1  # the iteration that is mixed into the seeds of held-out answers, which no other has
 
 
@@ -190,8 +199,14 @@ class Plan:
     def values(self, stages: list[str]) -> Iterator[tuple[str, object]]:
         """(key, value) pairs for the driver; a key with [] is an element of a list."""
         settings, many = self.settings, processes(self.settings)
+        groups, size = gpu_groups(settings), gpus_of_an_engine(settings)
+        everywhere = machines.everywhere(settings, 1, "all", ends=True)
+        launched = machines.of_accelerate(settings) or ["--num_machines", 1]
+        launched += ["--num_processes", many]
         yield from ((key, getattr(settings, key)) for key in self.plain)
         yield from {"stages": " ".join(stages), "num_processes": many, "stale": self.stale()}.items()
+        yield "machines", machines.machine_count(settings)
+        yield "num_shards", machines.machine_count(settings) * len(groups)
         yield from ((f"prompts.{i}", self.prompts(i)) for i in range(1, settings.iterations + 1))
         defaults = {field.name: field.default for field in dataclasses.fields(get_hf2.Arguments)}
         generation = defaults | settings.generation
@@ -201,8 +216,11 @@ class Plan:
         yield "elsewhere", bool(settings.num_gpus or settings.gpu_memory_gib)  # a plan for other machines
         yield "divergence", settings.divergence and (heldout["temperature"] or 0) > 0
         lists = {
-            "gpu_groups": gpu_groups(settings),
-            "each_gpu": ["python"] if many == 1 else [*ONE_PER_GPU.split(), "--num_processes", many],
+            "gpu_groups": groups,
+            "everywhere": everywhere,
+            "of_machines": machines.of_accelerate(settings),
+            "shards_everywhere": machines.everywhere(settings, len(groups), str(size), ends=False),
+            "each_gpu": ["python"] if many == 1 else [*everywhere, *ONE_PER_GPU, *launched],
             "reward_models": settings.reward_name_or_path or [],
             "judges": settings.eval_reward_model or [],
         }
@@ -275,8 +293,9 @@ def read(kind: type[Plan], argv: list[str], planning: bool) -> tuple[Plan, list[
     refuse_other_kind(settings, plan.before)
     if not settings.without_gpu and not gpus_of(settings):
         raise UserError(
-            f"this run needs GPUs and {none_visible()}: `without_gpu: true` in its YAML (or --without_gpu "
-            "true) lets it use the CPU, which is for small models; to plan it for GPUs elsewhere: --check "
+            f"this run needs GPUs and {none_visible()}{machines.on_login_node()}: `without_gpu: true` in "
+            "its YAML (or --without_gpu true) lets it use the CPU, which is for small models; to plan it for "
+            "GPUs elsewhere: --check "
             f"--num_gpus 8 --gpu_memory_gib 80; the same on tiny models: {kind.example}"
         )
     plan.refuse_early()

@@ -11,6 +11,7 @@ from common.devices import visible_gpus
 from common.run_folder import is_ppo
 from dpo_iteration.arguments import Arguments as DPOArguments
 from generation import get_hf2
+from loop.machines import machine_count
 
 # What `servers` may set of generation/gen_hf.py.
 CLIENT = ("concurrency", "timeout", "retries", "give_up_after")
@@ -85,14 +86,18 @@ class RunSettings:
         f"project at the trackers; None: as their variables say (WANDB_PROJECT, …), else {trackers.PROJECT}",
     )
     run_name: str | None = arg(None, "name of the run at the trackers; None: that of its folder")
+    machines: int | None = arg(
+        None, "machines that every step runs on; None: those of the Slurm job that this is started in, else 1"
+    )
     num_shards: int | None = arg(
-        None, "generation processes; None: one per group of tensor_parallel_size GPUs, 1 without a GPU"
+        None,
+        "generation processes of a machine; None: one per group of tensor_parallel_size GPUs, 1 without",
     )
     num_processes: int | None = arg(
-        None, "annotation and training processes; None: one per GPU, 1 without a GPU"
+        None, "annotation and training processes of a machine; None: one per GPU, 1 without a GPU"
     )
     num_gpus: int | None = arg(
-        None, "with --check or --dry_run: GPUs to plan for; None: those that are visible"
+        None, "with --check or --dry_run: GPUs of a machine to plan for; None: those that are visible"
     )
     gpu_memory_gib: float | None = arg(
         None, "with --check or --dry_run: GiB of each; None: what the visible ones have"
@@ -194,14 +199,20 @@ def refuse_other_kind(settings: RunSettings, before: dict):
 
 
 def processes(settings: RunSettings) -> int:
-    """Annotation and training processes."""
-    return settings.num_processes or max(1, len(gpus_of(settings)))
+    """Annotation and training processes over all machines."""
+    return machine_count(settings) * (settings.num_processes or max(1, len(gpus_of(settings))))
+
+
+def gpus_of_an_engine(settings: RunSettings) -> int:
+    given = settings.generation | {"model_name_or_path": "-"}
+    return build(get_hf2.Arguments, given, "generation").tensor_parallel_size
 
 
 def gpu_groups(settings: RunSettings) -> list[str]:
-    """CUDA_VISIBLE_DEVICES of each generation process; one empty string per process on the CPU."""
-    gpus, given = gpus_of(settings), settings.generation | {"model_name_or_path": "-"}
-    size = build(get_hf2.Arguments, given, "generation").tensor_parallel_size
+    """CUDA_VISIBLE_DEVICES of each generation process of this machine; one empty string per process on the
+    CPU.
+    """
+    gpus, size = gpus_of(settings), gpus_of_an_engine(settings)
     if not gpus:
         return [""] * (settings.num_shards or 1)
     groups = [",".join(gpus[k : k + size]) for k in range(0, len(gpus) - size + 1, size)]

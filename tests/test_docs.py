@@ -71,6 +71,7 @@ PARSERS = {
     "report/make_report.py": lambda argv: make_report.check(make_report.arguments(argv)),
     "report/watch.py": lambda argv: cli.parse(watch.Arguments, "", ["--run", *argv]),
     "run_loop.sh": lambda argv: drive(LoopSettings, "configs/loop_llama3_8b.yaml", argv),
+    "configs/loop.slurm": lambda argv: PARSERS["run_loop.sh"](argv),
     "run_ppo.sh": lambda argv: drive(PPOSettings, "configs/ppo_llama3_8b.yaml", argv),
     "configs/train_multinode.slurm": lambda argv: PARSERS[SLURM](argv or ["configs/training.yaml"]),
     "generation/register_server.sh": register,

@@ -1,0 +1,147 @@
+"""How the commands of a run are started on several machines: by srun inside a Slurm job."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common import locks
+from common.cli import UserError
+
+if TYPE_CHECKING:
+    from loop.check import Findings
+    from loop.settings import RunSettings
+
+# What accelerate is told on each machine; loop/task.sh knows the words in capitals.
+OF_ACCELERATE = (
+    "--machine_rank MACHINE --main_process_ip HEAD --main_process_port PORT "
+    "--deepspeed_multinode_launcher standard"
+).split()
+
+
+def allocated() -> int:
+    """Machines of the Slurm job that this was started in; 1 outside of any."""
+    return int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) if "SLURM_JOB_ID" in os.environ else 1
+
+
+def machine_count(settings: "RunSettings") -> int:
+    """Machines that each step runs on."""
+    return allocated() if settings.machines is None else settings.machines
+
+
+def on_login_node() -> str:
+    """What to do about missing GPUs where Slurm is at hand and this is no job, in words; else nothing."""
+    if "SLURM_JOB_ID" in os.environ or shutil.which("sbatch") is None:
+        return ""
+    return " (on a login node, start it as a job: sbatch configs/loop.slurm CONFIG)"
+
+
+def check(settings: "RunSettings"):
+    """Refuse a number of machines that cannot be had here.
+
+    Raises:
+        UserError: says what to do.
+    """
+    wanted, there = machine_count(settings), allocated()
+    if wanted < 1:
+        raise UserError(f"machines {wanted} must be at least 1")
+    if wanted > there and settings.num_gpus is None:
+        inside = f"this Slurm job has {there}" if "SLURM_JOB_ID" in os.environ else "this is no Slurm job"
+        raise UserError(f"machines {wanted}, and {inside}: sbatch --nodes={wanted} configs/loop.slurm CONFIG")
+    if wanted > 1 and settings.generation_backend == "servers" and "start" not in settings.servers:
+        raise UserError(
+            "generation_backend servers starts servers on one machine: on several, take the engine, or "
+            "give servers.hosts, ports, start and stop (docs/clusters.md)"
+        )
+
+
+def everywhere(settings: "RunSettings", tasks: int, gpus: str, ends: bool) -> list[str]:
+    """The words in front of a command that start it on every machine; none where there is one machine.
+
+    Args:
+        tasks: of each machine. gpus: of each task, `all` or a number. ends: whether a task that fails ends
+            the others.
+    """
+    count = machine_count(settings)
+    if count == 1:
+        return []
+    task = ["bash", "loop/task.sh", gpus]
+    # All of it is said, since srun inherits the job's own numbers without a word.
+    return [
+        *("srun", f"--nodes={count}", f"--ntasks={count * tasks}", f"--ntasks-per-node={tasks}"),
+        *(f"--cpus-per-task={max(1, cpus_of_a_machine(tasks) // tasks)}", "--cpu-bind=none", "--export=ALL"),
+        *(f"--kill-on-bad-exit={int(ends)}", *task),
+    ]
+
+
+def cpus_of_a_machine(default: int) -> int:
+    """CPUs that the Slurm job has on the machine where it has fewest: `64(x2),32`."""
+    counts = re.findall(r"(\d+)(?:\(x\d+\))?", os.environ.get("SLURM_JOB_CPUS_PER_NODE", ""))
+    return min(map(int, counts), default=default)
+
+
+def of_accelerate(settings: "RunSettings") -> list[str]:
+    """The flags by which the launchers on all machines find each other; none where there is one machine."""
+    count = machine_count(settings)
+    return [] if count == 1 else ["--num_machines", str(count), *OF_ACCELERATE]
+
+
+def ask(settings: "RunSettings", folder: Path, found: "Findings"):
+    """Look at the machines that a run is to use, one command on each of them, and tell in what they differ.
+
+    Args:
+        folder: that of the run, or the nearest one above it that is there.
+    """
+    count = machine_count(settings)
+    if count == 1 or settings.num_gpus is not None:
+        return
+    with tempfile.NamedTemporaryFile(prefix=".probe-", dir=folder) as file, locks.hold(file.name, "probing"):
+        command = [
+            *everywhere(settings, 1, "all", ends=False),
+            "python",
+            "loop/probe.py",
+            "MACHINE",
+            file.name,
+        ]
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [line for line in answer.stdout.splitlines() if line.startswith("{")]
+    told = {one["machine"]: one for one in map(json.loads, lines)}
+    if len(told) < count:
+        said = " ".join(answer.stderr.split())[-300:]
+        found.problems.append(f"{len(told)} of {count} machines answer: {said or 'they say nothing'}")
+    for number in sorted(told.keys() - {0}) if 0 in told else ():
+        compare(told[0], told[number], folder, found)
+
+
+def compare(first: dict, other: dict, folder: Path, found: "Findings"):
+    """Tell in what a machine differs from the first one; both are what loop/probe.py says."""
+    host = other["host"]
+    if other["gpus"] != first["gpus"] or (other["gpu_gib"] or 0) < 0.99 * (first["gpu_gib"] or 0):
+        has, had = (f"{one['gpus']} GPUs of {one['gpu_gib'] or 0:.0f} GiB" for one in (other, first))
+        found.problems.append(f"{host} has {has} and {first['host']} {had}: take machines that are alike")
+    if other["commit"] != first["commit"]:
+        found.problems.append(
+            f"{host} sees commit {other['commit'][:12] or '(none)'} of the project and {first['host']} "
+            f"{first['commit'][:12]}: they must share the project's folder"
+        )
+    if other["seen_after"] is None:
+        found.problems.append(
+            f"{host} does not see what was written into {folder}: the run must lie on a file system that all "
+            "machines share"
+        )
+        return
+    if first["vllm"] and not other["vllm"]:
+        found.problems.append(f"{host} does not see environment vllm: environments must be shared, too")
+    if other["seen_after"] > 1:
+        found.notes.append(
+            f"{host} saw a new file after {other['seen_after']:.0f} s; the loop waits for such"
+        )
+    if not other["refused"]:
+        why = "has no locks" if other["refused"] is None else "keeps locks to a machine"
+        found.notes.append(f"the file system of {folder} {why}: start this run from one place at a time")
+    if other["temporary_gib"] < 2:
+        found.notes.append(f"{host} has {other['temporary_gib']:.1f} GiB left in its temporary folder")
