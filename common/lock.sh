@@ -16,7 +16,7 @@ lock_file() {
   me="$(uname -n) $(</proc/sys/kernel/random/boot_id)"
   if [ "$host $boot" = "$me" ]; then
     if [ "$pid" != "$$" ] && [ -n "$start" ] && [ "$(_started "$pid")" = "$start" ]; then return 1; fi
-  elif [ -n "$job" ] && [ "$job" != "${SLURM_JOB_ID-}" ] && [ -n "$(squeue -h -t running -j "$job" 2>/dev/null)" ]; then
+  elif [ -n "$job" ] && [ "$job" != "${SLURM_JOB_ID-}" ] && [ -n "$(squeue -h -t running,suspended,completing -j "$job" 2>/dev/null)" ]; then
     return 1
   fi
   case "$status" in
@@ -29,6 +29,9 @@ lock_file() {
       echo "note: the file system of $(dirname "$1") refuses locks (${said##*: }): nothing will stop a second start on another machine" >&2 ;;
   esac
 }
+
+# lock_no_more FILE: it says nothing of who had it any more; the lock itself lasts until this script ends.
+lock_no_more() { : >"$1"; }
 
 # _started PID: ticks after boot at which it started; empty where it is gone.
 _started() {

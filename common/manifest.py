@@ -212,9 +212,11 @@ def with_date(args: Any, path: str | Path, default: str | None = None) -> Any:
 
     So a run that is continued tomorrow writes the same prompts as today (common/chat.py: fixed_clock).
     """
+    held = None if args.overwrite else read_manifest(path)
+    if held and "date" not in held["settings"]:  # begun by a version that knew none
+        return dataclasses.replace(args, date=None)
     if args.date is not None:
         return args
-    held = None if args.overwrite else read_manifest(path)
     if held:
         return dataclasses.replace(args, date=held["settings"].get("date"))
     return dataclasses.replace(args, date=default or str(parse_date(None)))

@@ -109,7 +109,8 @@ def start_engine(args: Arguments, limit: int | None, needed: int) -> "LLM":
     options = {"gpu_memory_utilization": args.gpu_memory_utilization}
     if on_cpu:
         environment["VLLM_LOGGING_LEVEL"] = "ERROR"  # it warns for a page
-        environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // args.my_world_size))
+        here = max(1, args.my_world_size // int(os.environ.get("RLHF_MACHINES", "1")))
+        environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // here))
         environment |= engine.IN_PROCESS
         # A seeded request must not be split over two steps there, hence whole prompts in one step.
         options = {"enforce_eager": True, "enable_chunked_prefill": False}

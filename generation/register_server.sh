@@ -294,7 +294,7 @@ lock_file "$state_dir/.lock" 5 || fail "another start is at work in $state_dir:"
   "wait for it, end it with: bash $0 stop $state_dir, or give another state_dir=… and port=…"
 for ((i = 0; i < servers; i++)); do check_port $((port + i)); done
 probe="$("$python" -c 'import json, sys; print(json.dumps({"model": sys.argv[1], "prompt": [0], "max_tokens": 1}))' "$model")"
-trap stop_started EXIT
+trap 'stop_started; lock_no_more "$state_dir/.lock"' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 for ((i = 0; i < servers; i++)); do
@@ -303,4 +303,5 @@ done
 log "starting $servers servers of $model from port $port on; logs in $log_dir"
 wait_ready
 trap - EXIT
+lock_no_more "$state_dir/.lock"
 log "ready; stop them with: bash $0 stop $state_dir"

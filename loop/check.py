@@ -90,7 +90,13 @@ def check_settings(plan: "Plan", found: Findings):
             "leave it out"
         )
     found.attempt(trackers.check, settings.report_to, "report_to", trackers.FIGURES)
-    found.attempt(gpu_groups, settings)
+    groups = found.attempt(gpu_groups, settings) or []
+    cpus = machines.cpus_of_a_machine(len(groups))
+    if cpus < len(groups) and machines.machine_count(settings) > 1:
+        found.problems.append(
+            f"{len(groups)} generation processes a machine, and this job has {cpus} CPUs on one: give sbatch "
+            "--cpus-per-task"
+        )
 
 
 def check_models(plan: "Plan", found: Findings):

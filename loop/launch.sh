@@ -99,12 +99,15 @@ in_env() { # ENVIRONMENT LOG COMMAND…
   wait "$!" || failed "$2" "$?"
 }
 
-shards() { # ENVIRONMENT LOG COMMAND…: NUMBER in LOG stands for that of the process. One that fails is told at once, the others go on
+shards() { # ENVIRONMENT LOG COMMAND…: NUMBER in LOG stands for that of the process. The others go on where one fails; here that is told at once
   local log="$2" k n="${#gpu_groups[@]}" visible command pids=() bad='' status=0
   begins "$1" || return 0
   if [ "${#shards_everywhere[@]}" -gt 0 ]; then
     command=("${shards_everywhere[@]}" "${@:3}" --local_index TASK --my_world_size "${plan[num_shards]}")
     if [ "$mode" = dry_run ]; then shown "${command[@]}"; return; fi
+    for ((k = 0; k < plan[num_shards]; k++)); do # what they say is of this start, also where none begins
+      [ ! -e "${log/NUMBER/$k}" ] || echo '$ srun' >>"${log/NUMBER/$k}"
+    done
     RLHF_LOG="$log" start "${log/NUMBER/machines}" "${command[@]}"
     wait "$!" || { status=$?; failed "$(worst "$log")" "$status"; }
     return
@@ -237,7 +240,7 @@ hold() { # RUN_DIR: until this script ends, however it does
   mkdir -p "$1" 2>/dev/null && [ -w "$1" ] || fail "cannot write $1; give another --run_dir"
   lock_file "$1/.lock" || fail "another run is at work in $1; wait for it, stop it, or give another --run_dir"
   mark="$(cd "$1" && pwd -P)" # what we start carries it in its environment, so that exactly that can be stopped
-  trap stop_started EXIT
+  trap 'stop_started; lock_no_more "${plan[run_dir]}/.lock"' EXIT
   trap 'trap - INT; printf "\nstopped; to continue: %s\n" "$again" >&2; exit 130' INT
   trap 'trap - TERM; printf "\nterminated; to continue: %s\n" "$again" >&2; exit 143' TERM
   stop_started
@@ -352,6 +355,7 @@ begin() { # PLAN ARGUMENTS…
   if [ "$mode" = dry_run ] && [ -n "$left" ]; then
     shown cd "$PWD"
     enter rlhflow
+    [ "${plan[machines]}" -eq 1 ] || echo "export RLHF_MACHINES=${plan[machines]}"
     [ -z "${plan[setup_command]:-}" ] || shown bash -c "${plan[setup_command]}"
     shown python "$script" write "${arguments[@]}" # RUN/loop.yaml, which the commands read
   fi

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from loop.check import Findings
     from loop.settings import RunSettings
 
+ASKED = 300  # seconds for which the machines' answers are waited for
 # What accelerate is told on each machine; loop/task.sh knows the words in capitals.
 OF_ACCELERATE = (
     "--machine_rank MACHINE --main_process_ip HEAD --main_process_port PORT "
@@ -74,7 +75,7 @@ def everywhere(settings: "RunSettings", tasks: int, gpus: str, ends: bool) -> li
     return [
         *("srun", f"--nodes={count}", f"--ntasks={count * tasks}", f"--ntasks-per-node={tasks}"),
         *(f"--cpus-per-task={max(1, cpus_of_a_machine(tasks) // tasks)}", "--cpu-bind=none", "--export=ALL"),
-        *(f"--kill-on-bad-exit={int(ends)}", *task),
+        *("--overlap", f"--kill-on-bad-exit={int(ends)}", *task),
     ]
 
 
@@ -107,7 +108,12 @@ def ask(settings: "RunSettings", folder: Path, found: "Findings"):
             "MACHINE",
             file.name,
         ]
-        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        how = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": ASKED}
+        try:
+            answer = subprocess.run(command, check=False, **how)
+        except subprocess.TimeoutExpired:
+            found.problems.append(f"srun did not start a task on each of {count} machines in {ASKED} s")
+            return
     lines = [line for line in answer.stdout.splitlines() if line.startswith("{")]
     told = {one["machine"]: one for one in map(json.loads, lines)}
     if len(told) < count:

@@ -131,8 +131,9 @@ class Plan:
             UserError: training would write prompts otherwise than generation.
         """
         given = read_yaml(self.settings.training) | self.settings.training_args
-        sampled = {"date": self.settings.date} | self.settings.generation
-        template = tuple(TemplateArguments.__dataclass_fields__)
+        sampled = self.settings.generation
+        # the records tell their date
+        template = [key for key in TemplateArguments.__dataclass_fields__ if key != "date"]
         for key in template:
             if given.get(key) and given[key] != sampled.get(key):
                 raise UserError(

@@ -39,7 +39,7 @@ for word in "$@"; do
   case "$word" in
     TASK) word="$task" ;;
     MACHINE) word="$SLURM_NODEID" ;;
-    PORT) word="$((20000 + SLURM_JOB_ID % 10000))" ;; # two jobs on one machine must not meet
+    PORT) word="$((20000 + (7 * SLURM_JOB_ID + SLURM_STEP_ID) % 10000))" ;; # two on one machine must not meet
     HEAD)
       [ -n "$head" ] || head="$(scontrol show hostnames "$SLURM_STEP_NODELIST" | sed -n 1p)"
       word="$head" ;;

@@ -29,6 +29,7 @@ from common.manifest import read_manifest
 from common.records import PromptArguments
 from loop import changes, estimates
 from loop import check as checks
+from loop.machines import machine_count
 from loop.plan import Plan, with_config
 from loop.plan import main as plan_main
 from loop.prompt_sets import check_prompts
@@ -223,6 +224,12 @@ class PPOPlan(Plan):
         return bool(held and held.get("complete"))
 
     def refuse_early(self):
+        count, given = machine_count(self.settings), self.settings.openrlhf
+        if self.backend == "openrlhf" and count > 1 and not given.get("ray_address"):
+            raise UserError(
+                f"this job has {count} machines, and OpenRLHF uses others than this one through Ray alone: "
+                "give openrlhf.ray_address of a cluster over them (docs/clusters.md), or --machines 1"
+            )
         if self.backend == "openrlhf" and not gpus_of(self.settings):
             raise UserError(
                 f"backend openrlhf needs GPUs and {none_visible()}; --backend small, or on tiny models: "

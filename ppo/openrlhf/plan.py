@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
 from common.chat import ChatTemplate, TemplateArguments, encode_for_classifier
@@ -22,9 +21,6 @@ from dpo_iteration.memory import GIB
 from ppo.openrlhf.arguments import Arguments
 from ppo.openrlhf.command import Placement
 from ppo.openrlhf.placement import Machine, place, waits_for_rewards
-
-if TYPE_CHECKING:
-    pass
 
 OPENRLHF = "0.11.2"  # whose flags and checkpoints are known here
 TURNS = (
@@ -212,7 +208,7 @@ def why_not_local(args: Arguments, policy: ChatTemplate) -> str | None:
     """
     name = args.reward_name_or_path[0]
     reward = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
-    scored = ChatTemplate(reward, TemplateArguments(chat_template=args.reward_chat_template))
+    scored = ChatTemplate(reward, TemplateArguments(chat_template=args.reward_chat_template, date=args.date))
     mine, other = policy.tokenizer.get_vocab(), reward.get_vocab()
     apart = sorted(
         token for token, i in mine.items() if other.get(token) != i and i != policy.tokenizer.pad_token_id

@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from common import models, records
 from common.chat import ChatTemplate
@@ -15,9 +14,6 @@ from common.manifest import write_json, write_jsonl
 from dpo_iteration.saved import generation_config
 from ppo.inputs import check_count, rendered_prompts
 from ppo.openrlhf.arguments import Arguments
-
-if TYPE_CHECKING:
-    pass
 
 # Files that are not linked from the policy's folder: the tokenizer is saved with our template.
 OURS = (

@@ -1,5 +1,7 @@
 """Outputs: whole or not there, resumed after a kill, never continued with other settings."""
 
+import dataclasses
+import datetime
 import json
 import os
 import resource
@@ -14,7 +16,16 @@ import pytest
 
 from common import manifest
 from common.cli import UserError
-from common.manifest import Output, beside, difference, fingerprint, read_manifest, same_content
+from common.manifest import (
+    Output,
+    beside,
+    difference,
+    fingerprint,
+    read_manifest,
+    same_content,
+    with_date,
+    write_json,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"K": 4, "seed": 1}
@@ -322,3 +333,22 @@ def test_the_manifest_is_written_before_the_data(tmp_path, monkeypatch):
     assert not output.complete and set(output.done) == {"a"}
     output.finish(["a"], {"records": 1})
     assert ids(path) == ["a"]
+
+
+def test_an_output_of_a_version_without_dates_is_continued(tmp_path):
+    """A date that is given would be another setting than that which the output was begun with."""
+
+    @dataclasses.dataclass
+    class Arguments:
+        date: str | None = None
+        overwrite: bool = False
+
+    path = tmp_path / "x.jsonl"
+    for settings, given, expected in (
+        ({}, "2026-01-02", None),
+        ({"date": None}, "2026-01-02", "2026-01-02"),
+        ({"date": "2026-01-01"}, None, "2026-01-01"),
+    ):
+        write_json(tmp_path / "x.manifest.json", {"script": "a", "settings": settings, "inputs": {}})
+        assert with_date(Arguments(given), path).date == expected
+        assert with_date(Arguments(given, overwrite=True), path).date == (given or str(datetime.date.today()))
