@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+import faults
 import pytest
 import torch
 import training
@@ -24,7 +25,7 @@ def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("triton")
     if importlib.util.find_spec("triton") is None:
         python = f"python{sys.version_info.major}.{sys.version_info.minor}"
-        packages = Path(os.environ.get("envs_dir", ROOT / ".envs"), "vllm/lib", python, "site-packages")
+        packages = Path(faults.vllm_python()).parents[1] / "lib" / python / "site-packages"
         there = list(packages.glob("triton*"))
         if not there:
             pytest.skip("no Triton is in the environments rlhflow and vllm")
