@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from loop.check import Findings
     from loop.settings import RunSettings
 
-ASKED = 300  # seconds for which the machines' answers are waited for
+# How often the machines are asked, and seconds for which their answers are waited for: what is started while
+# a machine comes back may be lost, and the run should not be.
+TRIES, ASKED = 2, 150
 # What accelerate is told on each machine; loop/task.sh knows the words in capitals.
 OF_ACCELERATE = (
     "--machine_rank MACHINE --main_process_ip HEAD --main_process_port PORT "
@@ -100,27 +102,27 @@ def ask(settings: "RunSettings", folder: Path, found: "Findings"):
     count = machine_count(settings)
     if count == 1 or settings.num_gpus is not None:
         return
+    told, said = {}, ""
     with tempfile.NamedTemporaryFile(prefix=".probe-", dir=folder) as file, locks.hold(file.name, "probing"):
-        command = [
-            *everywhere(settings, 1, "all", ends=False),
-            "python",
-            "loop/probe.py",
-            "MACHINE",
-            file.name,
-        ]
-        how = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": ASKED}
-        try:
-            answer = subprocess.run(command, check=False, **how)
-        except subprocess.TimeoutExpired:
-            found.problems.append(f"srun did not start a task on each of {count} machines in {ASKED} s")
-            return
-    lines = [line for line in answer.stdout.splitlines() if line.startswith("{")]
-    told = {one["machine"]: one for one in map(json.loads, lines)}
+        for _ in range(TRIES):
+            if len(told) < count:
+                told, said = answers(settings, file.name)
     if len(told) < count:
-        said = " ".join(answer.stderr.split())[-300:]
         found.problems.append(f"{len(told)} of {count} machines answer: {said or 'they say nothing'}")
     for number in sorted(told.keys() - {0}) if 0 in told else ():
         compare(told[0], told[number], folder, found)
+
+
+def answers(settings: "RunSettings", file: str) -> tuple[dict[int, dict], str]:
+    """({machine: what loop/probe.py says there}, the end of what srun says)."""
+    command = [*everywhere(settings, 1, "all", ends=False), "python", "loop/probe.py", "MACHINE", file]
+    how = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": ASKED}
+    try:
+        answer = subprocess.run(command, check=False, **how)
+    except subprocess.TimeoutExpired:
+        return {}, f"srun did not end in {ASKED} s"
+    lines = [line for line in answer.stdout.splitlines() if line.startswith("{")]
+    return {one["machine"]: one for one in map(json.loads, lines)}, " ".join(answer.stderr.split())[-300:]
 
 
 def compare(first: dict, other: dict, folder: Path, found: "Findings"):
