@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any fol
 
 from common.cli import UserError, count, one_line, parse, run
 from common.devices import check_processes, check_torch, gpu_memory, prepare_threads, visible_gpus
+from common.files import in_time
 from common.manifest import with_date
 from common.models import quiet_libraries
 from common.training import Training, is_main, say, step_of, world_size
@@ -215,6 +216,18 @@ def load_policy(args: Arguments, data: Data) -> "IterativeDPOTrainer":
     return trainer
 
 
+def agreed_checkpoints(training: Training) -> list[Path]:
+    """Whole checkpoints as rank 0 sees them: another machine may see one less, or one more."""
+    from accelerate.utils import broadcast_object_list
+
+    [saved] = broadcast_object_list([training.checkpoints()], 0)
+    if saved and not in_time((saved[-1] / "trainer_state.json").is_file):
+        raise UserError(
+            f"{saved[-1]} is not seen on {os.uname().nodename}: all machines must share the model's folder"
+        )
+    return saved
+
+
 def train(trainer: "IterativeDPOTrainer", training: Training, data: Data) -> dict:
     """Train, from the newest checkpoint if there is one, and evaluate; returns the metrics of the model."""
     from dpo_iteration.rows import show_pair
@@ -225,7 +238,7 @@ def train(trainer: "IterativeDPOTrainer", training: Training, data: Data) -> dic
         f"training on {len(rows['train'])} pairs, {len(rows['eval'])} held out, {data.per_step} pairs per "
         "optimizer step"
     )
-    saved = training.checkpoints()
+    saved = agreed_checkpoints(training)
     if saved:
         say(f"continuing from {saved[-1]}")
     try:

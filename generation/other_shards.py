@@ -33,8 +33,7 @@ def take_over(job: "Arguments", output: Output, records: list, settings: dict, i
     before = len(wanted)
     for path in sorted(output.path.parent.glob(f"{glob.escape(prefix[1])}*.manifest.json")):
         shard = path.with_name(path.name.removesuffix(".manifest.json") + ".jsonl")
-        held = read_manifest(shard)
-        if held is None or shard.name.startswith(prefix[0]):
+        if shard.name.startswith(prefix[0]) or (held := read_manifest(shard)) is None:
             continue
         held["settings"] = {key: value for key, value in held["settings"].items() if key not in SHARD}
         if difference(held, {k: v for k, v in settings.items() if k not in SHARD}, inputs) is None:

@@ -89,7 +89,30 @@ start() { # LOG COMMAND…: in the background and waited for, so that a signal t
   printf '$ %s\n' "$(shown "${@:2}")" >>"$1"
   # vLLM renames its processes; without SPT_NOENV the new name is written over the environment that the mark stands in.
   # Where it has come to is kept in a file beside the log, for the report (common/progress.py).
-  env RLHF_RUN="$mark" SPT_NOENV=1 RLHF_PROGRESS="${1%.log}.progress.json" "${@:2}" >>"$1" 2>&1 {lock}>&- &
+  env RLHF_RUN="$mark" SPT_NOENV=1 RLHF_PROGRESS="${1%.log}.progress.json" RLHF_SEEN="$(seen_here "${@:2}")" "${@:2}" \
+    >>"$1" 2>&1 {lock}>&- &
+}
+
+seen_here() { # COMMAND…: what it names that this machine sees, a line each: other machines wait for the same (loop/seen.py)
+  local word file more
+  [ "${plan[machines]-1}" -gt 1 ] || return 0
+  for word in "$@"; do
+    [ -e "$word" ] || word="${word%:*}" # loop.yaml:generation
+    [ -n "$word" ] && [ -e "$word" ] || continue
+    more=0
+    for file in "$word" "${word%.jsonl}.manifest.json" "$word"/*; do
+      [ ! -e "$file" ] || [ "$((more += 1))" -gt 200 ] || printf '%s\n' "$file" # of a folder of data a part will do
+    done
+  done
+}
+
+made() { # COMMAND…: wait until this machine sees what it was to make by --output_dir
+  local k outputs=() words=("$@")
+  [ "${plan[machines]-1}" -gt 1 ] || return 0
+  for k in "${!words[@]}"; do
+    [ "${words[k]}" != --output_dir ] || while [[ "${words[k + 1]---}" != --* ]]; do outputs+=("${words[k += 1]}"); done
+  done
+  [ "${#outputs[@]}" -eq 0 ] || waited "$python" loop/seen.py --made "${outputs[@]}"
 }
 
 in_env() { # ENVIRONMENT LOG COMMAND…
@@ -97,6 +120,7 @@ in_env() { # ENVIRONMENT LOG COMMAND…
   if [ "$mode" = dry_run ]; then shown "${@:3}"; return; fi
   start "${@:2}"
   wait "$!" || failed "$2" "$?"
+  made "${@:3}" || exit
 }
 
 shards() { # ENVIRONMENT LOG COMMAND…: NUMBER in LOG stands for that of the process. The others go on where one fails; here that is told at once

@@ -47,4 +47,8 @@ for word in "$@"; do
   command+=("$word")
 done
 [ -z "${RLHF_LOG-}" ] || printf '$ %s\n' "${command[*]}"
+if [ -n "${RLHF_SEEN-}" ]; then # what the driver's machine sees of what the command names
+  mapfile -t files <<<"$RLHF_SEEN"
+  python loop/seen.py "${files[@]}"
+fi
 exec "${command[@]}"
