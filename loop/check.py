@@ -91,8 +91,8 @@ def check_settings(plan: "Plan", found: Findings):
         )
     found.attempt(trackers.check, settings.report_to, "report_to", trackers.FIGURES)
     groups = found.attempt(gpu_groups, settings) or []
-    cpus = machines.cpus_of_a_machine(len(groups))
-    if cpus < len(groups) and machines.machine_count(settings) > 1:
+    cpus = machines.cpus_of_a_machine()
+    if cpus and cpus < len(groups) and machines.machine_count(settings) > 1:
         found.problems.append(
             f"{len(groups)} generation processes a machine, and this job has {cpus} CPUs on one: give sbatch "
             "--cpus-per-task"

@@ -1,5 +1,7 @@
 """How the commands of a run are started on several machines: by srun inside a Slurm job."""
 
+import contextlib
+import fcntl
 import json
 import os
 import re
@@ -9,7 +11,6 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import locks
 from common.cli import UserError
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 # How often the machines are asked, and seconds for which their answers are waited for: what is started while
 # a machine comes back may be lost, and the run should not be.
 TRIES, ASKED = 2, 150
+# What a job was made with and srun would take over, though it does not go with `everywhere`: an error beside
+# --ntasks-per-node, and GPUs for the job's tasks, which are not ours. The last is newer Slurm's name for it.
+NOT_OURS = ("SLURM_NTASKS_PER_GPU", "SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK")
 # What accelerate is told on each machine; loop/task.sh knows the words in capitals.
 OF_ACCELERATE = (
     "--machine_rank MACHINE --main_process_ip HEAD --main_process_port PORT "
@@ -36,8 +40,23 @@ def machine_count(settings: "RunSettings") -> int:
     return allocated() if settings.machines is None else settings.machines
 
 
+def beside_its_job() -> str:
+    """What to do on a machine that is none of the Slurm job's, in words: salloc leaves its shell on the login
+    node. Empty where this is no job, or one of its machines.
+    """
+    if "SLURM_JOB_ID" not in os.environ or "SLURMD_NODENAME" in os.environ:
+        return ""
+    host, job = os.uname().nodename, os.environ["SLURM_JOB_ID"]
+    return (
+        f"{host} is no machine of job {job}: go to one by `srun --nodes=1 --ntasks=1 --pty bash` and start "
+        "it there, or as a job: sbatch configs/loop.slurm CONFIG"
+    )
+
+
 def on_login_node() -> str:
-    """What to do about missing GPUs where Slurm is at hand and this is no job, in words; else nothing."""
+    """What to do about missing GPUs where Slurm has them on other machines, in words; else nothing."""
+    if why := beside_its_job():
+        return f" ({why})"
     if "SLURM_JOB_ID" in os.environ or shutil.which("sbatch") is None:
         return ""
     return " (on a login node, start it as a job: sbatch configs/loop.slurm CONFIG)"
@@ -55,6 +74,8 @@ def check(settings: "RunSettings"):
     if wanted > there and settings.num_gpus is None:
         inside = f"this Slurm job has {there}" if "SLURM_JOB_ID" in os.environ else "this is no Slurm job"
         raise UserError(f"machines {wanted}, and {inside}: sbatch --nodes={wanted} configs/loop.slurm CONFIG")
+    if beside_its_job() and settings.num_gpus is None and not settings.without_gpu:
+        raise UserError(beside_its_job())  # the GPUs that are counted here are others
     if wanted > 1 and settings.generation_backend == "servers" and "start" not in settings.servers:
         raise UserError(
             "generation_backend servers starts servers on one machine: on several, take the engine, or "
@@ -72,19 +93,24 @@ def everywhere(settings: "RunSettings", tasks: int, gpus: str, ends: bool) -> li
     count = machine_count(settings)
     if count == 1:
         return []
-    task = ["bash", "loop/task.sh", gpus]
-    # All of it is said, since srun inherits the job's own numbers without a word.
+    without = [word for name in NOT_OURS if name in os.environ for word in ("-u", name)]
+    cpus, there = cpus_of_a_machine(), os.environ.get("SLURM_GPUS_ON_NODE")
+    # All of it is said, since srun inherits the job's own numbers without a word. Each task is shown all GPUs
+    # of its machine, however the job asked for them, and loop/task.sh cuts out the task's own.
     return [
+        *(["env", *without] if without else []),
         *("srun", f"--nodes={count}", f"--ntasks={count * tasks}", f"--ntasks-per-node={tasks}"),
-        *(f"--cpus-per-task={max(1, cpus_of_a_machine(tasks) // tasks)}", "--cpu-bind=none", "--export=ALL"),
-        *("--overlap", f"--kill-on-bad-exit={int(ends)}", *task),
+        *([f"--cpus-per-task={max(1, cpus // tasks)}"] if cpus else []),
+        *([f"--gpus-per-node={there}", "--gpu-bind=none"] if there else []),
+        *("--cpu-bind=none", "--export=ALL", "--overlap", f"--kill-on-bad-exit={int(ends)}"),
+        *("bash", "loop/task.sh", gpus),
     ]
 
 
-def cpus_of_a_machine(default: int) -> int:
-    """CPUs that the Slurm job has on the machine where it has fewest: `64(x2),32`."""
+def cpus_of_a_machine() -> int | None:
+    """CPUs that the Slurm job has on the machine where it has fewest, `64(x2),32`; None outside of any."""
     counts = re.findall(r"(\d+)(?:\(x\d+\))?", os.environ.get("SLURM_JOB_CPUS_PER_NODE", ""))
-    return min(map(int, counts), default=default)
+    return min(map(int, counts), default=None)
 
 
 def of_accelerate(settings: "RunSettings") -> list[str]:
@@ -103,7 +129,9 @@ def ask(settings: "RunSettings", folder: Path, found: "Findings"):
     if count == 1 or settings.num_gpus is not None:
         return
     told, said = {}, ""
-    with tempfile.NamedTemporaryFile(prefix=".probe-", dir=folder) as file, locks.hold(file.name, "probing"):
+    with tempfile.NamedTemporaryFile(prefix=".probe-", dir=folder) as file:
+        with contextlib.suppress(OSError):  # where there are no locks, that is told below
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for _ in range(TRIES):
             if len(told) < count:
                 told, said = answers(settings, file.name)

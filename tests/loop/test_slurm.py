@@ -223,8 +223,8 @@ def test_files_of_other_machines_are_waited_for(tmp_path, monkeypatch):
 
 def test_the_printed_commands_are_of_all_machines(cluster, tmp_path):
     said = in_a_job(cluster, tmp_path, "--dry_run", "--num_shards", 2)
-    start = "srun --nodes=2 --ntasks={} --ntasks-per-node={} --cpus-per-task={} --cpu-bind=none --export=ALL "
-    start += "--overlap"
+    start = "srun --nodes=2 --ntasks={} --ntasks-per-node={} --cpus-per-task={} --gpus-per-node=1 "
+    start += "--gpu-bind=none --cpu-bind=none --export=ALL --overlap"
     sampled, annotated, trained = (
         next(line for line in said.split("\n") if f"{script} {tmp_path}/run/loop.yaml" in line)
         for script in ("generation/get_hf2.py", "annotate_data/get_rewards.py", "dpo_iteration/run_dpo.py")
