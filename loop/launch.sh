@@ -133,7 +133,9 @@ shards() { # ENVIRONMENT LOG COMMAND…: NUMBER in LOG stands for that of the pr
       [ ! -e "${log/NUMBER/$k}" ] || echo '$ srun' >>"${log/NUMBER/$k}"
     done
     RLHF_LOG="$log" start "${log/NUMBER/machines}" "${command[@]}"
-    wait "$!" || { status=$?; failed "$(worst "$log")" "$status"; }
+    pids=("$!") # what tells failures starts others
+    tell_failures "${pids[0]}" "$log"
+    wait "${pids[0]}" || { status=$?; failed "$(worst "$log")" "$status"; }
     return
   fi
   for ((k = 0; k < n; k++)); do
@@ -174,6 +176,20 @@ remove() { # PREFIX…: files that begin so and are not needed any more
   local prefix
   for prefix in "$@"; do
     case "$mode" in run) rm -f -- "${prefix:?}"* ;; dry_run) echo "rm -f -- $(shown "$prefix")*" ;; esac
+  done
+}
+
+tell_failures() { # PID LOG: each task of a launcher that has failed, as the launcher says it, at once; until it ends
+  local line told=0 lines ours='^(srun: error: .*: tasks? ([0-9]+).*: |ray: task ([0-9]+) on .* ended with )'
+  while kill -0 "$1" 2>/dev/null; do
+    mapfile -t lines < <(awk '/^[$] /{n=0} {said[n++]=$0} END{for (k=0; k<n; k++) print said[k]}' "${2/NUMBER/machines}" | grep -E "$ours")
+    sleep 0.5 {lock}>&-
+    kill -0 "$1" 2>/dev/null || return 0 # that was the last one
+    for line in "${lines[@]:told}"; do
+      [[ "$line" =~ $ours ]] || continue
+      say "note: ${line#srun: error: }, the others go on; its log: ${2/NUMBER/${BASH_REMATCH[2]}${BASH_REMATCH[3]}}" >&2
+    done
+    told="${#lines[@]}"
   done
 }
 
@@ -264,9 +280,10 @@ hold() { # RUN_DIR: until this script ends, however it does
   mkdir -p "$1" 2>/dev/null && [ -w "$1" ] || fail "cannot write $1; give another --run_dir"
   lock_file "$1/.lock" || fail "another run is at work in $1; wait for it, stop it, or give another --run_dir"
   mark="$(cd "$1" && pwd -P)" # what we start carries it in its environment, so that exactly that can be stopped
-  trap 'stop_started; lock_no_more "${plan[run_dir]}/.lock"' EXIT
-  trap 'trap - INT; printf "\nstopped; to continue: %s\n" "$again" >&2; exit 130' INT
-  trap 'trap - TERM; printf "\nterminated; to continue: %s\n" "$again" >&2; exit 143' TERM
+  trap 'trap "" INT TERM HUP; stop_started; lock_no_more "${plan[run_dir]}/.lock"' EXIT # a second Ctrl-C would leave processes
+  trap 'printf "\nstopped; to continue: %s\n" "$again" >&2; exit 130' INT
+  trap 'printf "\nterminated; to continue: %s\n" "$again" >&2; exit 143' TERM
+  trap 'printf "\nthe terminal or the job is gone; to continue: %s\n" "$again" >&2; exit 129' HUP # salloc sends it, too
   stop_started
 }
 
