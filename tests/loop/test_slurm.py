@@ -76,7 +76,8 @@ def test_a_task_finds_its_machine_and_its_gpus(cluster, tmp_path):
     smi.parent.mkdir()
     smi.write_text('#!/bin/sh\nfor k in 0 1 2 3; do echo "GPU $k: stand-in"; done\n')
     smi.chmod(0o755)
-    other = cluster("run", "sbatch", "--parsable", "-w", "n2", "--gpus-per-node=1", "--wrap", "sleep 300")
+    options = "-w n2 --gpus-per-node=1 --output=/dev/null".split()
+    other = cluster("run", "sbatch", "--parsable", *options, "--wrap", "sleep 300")
     cluster.wait(other, "RUNNING", seconds=30)
     settings = LoopSettings(run_dir="x", model_name_or_path="x", prompts=["x"], machines=2)
     words = ["sh", "-c", 'echo $(uname -n) "$@" ${CUDA_VISIBLE_DEVICES-none}', "-", "TASK", "MACHINE", "HEAD"]
@@ -146,7 +147,8 @@ def test_a_preempted_run_goes_on_with_other_numbers(cluster, undisturbed, tmp_pa
     job = cluster.submit(tmp_path, faults.CONFIG, *settings)
     shards = folder / "iter1/shards"
     faults.wait_for(lambda: taken(shards) >= 6, 300)
-    urgent = cluster("run", "sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "--wrap", "sleep 1")
+    options = "-p urgent -N2 --exclusive --output=/dev/null".split()
+    urgent = cluster("run", "sbatch", "--parsable", *options, "--wrap", "sleep 1")
     cluster.wait(urgent, "COMPLETED", seconds=120)
     cluster("run", "scancel", job)
     faults.wait_for(lambda: not faults.started_by(folder), 60)
