@@ -27,7 +27,7 @@ from loop import changes, machines
 from loop.estimates import describe, parameters
 from loop.prompt_sets import check_prompts, first_prompt
 from loop.servers import check_servers
-from loop.settings import LoopSettings, decided, gpu_groups, gpus_of, positions, processes
+from loop.settings import LoopSettings, decided, gpu_groups, positions, processes
 from loop.try_function import made_up, try_function
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def check_models(plan: "Plan", found: Findings):
     settings = plan.settings
     check_settings(plan, found)
     found.attempt(check_policy, settings.model_name_or_path, "model_name_or_path")
-    if not gpus_of(settings):
+    if not machines.gpus_of(settings):
         found.attempt(engine.check_head_size, settings.model_name_or_path)
     check_model_files(settings, "model_name_or_path", settings.model_name_or_path, settings.generation, found)
     scorers = {"annotation": ("reward_name_or_path", settings.reward_name_or_path or [])}
@@ -221,7 +221,7 @@ def check_gpus(plan: "Plan", found: Findings) -> tuple[list[str], float | None]:
     """Refuse more processes than GPUs, and a large model without any; returns (visible GPUs, parameters of
     the policy or None).
     """
-    settings, gpus = plan.settings, gpus_of(plan.settings)
+    settings, gpus = plan.settings, machines.gpus_of(plan.settings)
     if gpus and (settings.num_processes or 0) > len(gpus):
         found.problems.append(f"num_processes {settings.num_processes}, but {len(gpus)} GPUs are visible")
     count = parameters(settings.model_name_or_path, settings.model_size_b)
@@ -253,7 +253,7 @@ def check_learning(plan: "Plan", args: dpo.Arguments, sets: dict, found: Finding
                 "--training_args.learning_rate (5e-7 is "
                 "for 8 billion parameters and some hundred steps) or num_train_epochs, or give more prompts"
             )
-    if args.bf16 and not gpus_of(plan.settings):
+    if args.bf16 and not machines.gpus_of(plan.settings):
         found.notes.append(
             "warning: bf16 on a CPU is slow, and what training changes is rounded when the policy is saved: "
             "give --training_args.bf16 false"
@@ -263,7 +263,7 @@ def check_learning(plan: "Plan", args: dpo.Arguments, sets: dict, found: Finding
 def summary(plan: "Plan") -> str:
     """How many processes of what will be at work."""
     generators = "API server" if plan.settings.generation_backend == "servers" else "generation process"
-    where = "GPUs" if gpus_of(plan.settings) else "CPU"
+    where = "GPUs" if machines.gpus_of(plan.settings) else "CPU"
     count = machines.machine_count(plan.settings)
     over = f" over {count} machines" if count > 1 else ""
     return (

@@ -95,7 +95,7 @@ start() { # LOG COMMAND…: in the background and waited for, so that a signal t
 
 seen_here() { # COMMAND…: what it names that this machine sees, a line each: other machines wait for the same (loop/seen.py)
   local word file more
-  [ "${plan[machines]-1}" -gt 1 ] || return 0
+  [ "${plan[sharing]-1}" -gt 1 ] || return 0
   for word in "$@"; do
     [ -e "$word" ] || word="${word%:*}" # loop.yaml:generation
     [ -n "$word" ] && [ -e "$word" ] || continue
@@ -108,7 +108,7 @@ seen_here() { # COMMAND…: what it names that this machine sees, a line each: o
 
 made() { # COMMAND…: wait until this machine sees what it was to make by --output_dir
   local k outputs=() words=("$@")
-  [ "${plan[machines]-1}" -gt 1 ] || return 0
+  [ "${plan[sharing]-1}" -gt 1 ] || return 0
   for k in "${!words[@]}"; do
     [ "${words[k]}" != --output_dir ] || while [[ "${words[k + 1]---}" != --* ]]; do outputs+=("${words[k += 1]}"); done
   done
@@ -317,7 +317,11 @@ read_plan() { # PYTHON PLAN ARGUMENTS…: its lines KEY<TAB>VALUE into `plan`, a
       *) plan[$key]="$value" ;;
     esac
   done <<<"$lines"
-  export RLHF_MACHINES="${plan[machines]}" # files of other machines are waited for (common/files.py)
+  export RLHF_MACHINES="${plan[sharing]}" # files of other machines are waited for (common/files.py)
+  [ "${plan[gpus]}" -gt 0 ] || export DS_ACCELERATOR=cpu # DeepSpeed would warn at every start that it found none
+  [ -n "${plan[ray]}" ] || return 0
+  export RLHF_RAY_CLUSTER="${plan[ray]}"
+  [ "${plan[gpus]}" -eq 0 ] || vllm_requirements="${vllm_requirements:-$envs_root/requirements-vllm.txt}" # this machine may have none
 }
 
 enter_rlhflow() { # the checks run there: one of older requirements will do, and it is made only where there is none at all
@@ -375,7 +379,8 @@ begin() { # PLAN ARGUMENTS…
   done
   chosen="$mode"
   export RLHF_CALLER="$OLDPWD" # where a relative path of a config is from
-  [ "$(count_gpus)" -gt 0 ] || export DS_ACCELERATOR=cpu # DeepSpeed would warn at every start that it found none
+  RLHF_RAY_PYTHON="$(command -v python3 || command -v python || true)" # before an environment is entered
+  export RLHF_RAY_PYTHON
   planner="$(find_planner)"
   [ -n "$planner" ] || { enter_rlhflow; planner="$python"; }
   read_plan "$planner" "$script" "${arguments[@]}"
@@ -396,7 +401,8 @@ begin() { # PLAN ARGUMENTS…
   if [ "$mode" = dry_run ] && [ -n "$left" ]; then
     shown cd "$PWD"
     enter rlhflow
-    [ "${plan[machines]}" -eq 1 ] || echo "export RLHF_MACHINES=${plan[machines]}"
+    [ "${plan[sharing]}" -eq 1 ] || echo "export RLHF_MACHINES=${plan[sharing]}"
+    [ -z "${plan[ray]}" ] || [ -z "${RAY_ADDRESS-}" ] || shown export "RAY_ADDRESS=$RAY_ADDRESS"
     [ -z "${plan[setup_command]:-}" ] || shown bash -c "${plan[setup_command]}"
     shown python "$script" write "${arguments[@]}" # RUN/loop.yaml, which the commands read
   fi

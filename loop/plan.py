@@ -37,7 +37,6 @@ from loop.settings import (
     LoopSettings,
     complete,
     gpu_groups,
-    gpus_of,
     gpus_of_an_engine,
     processes,
     refuse_other_kind,
@@ -206,7 +205,11 @@ class Plan:
         launched += ["--num_processes", many]
         yield from ((key, getattr(settings, key)) for key in self.plain)
         yield from {"stages": " ".join(stages), "num_processes": many, "stale": self.stale()}.items()
+        by_ray = settings.num_gpus is None and machines.on_ray(settings)
         yield "machines", machines.machine_count(settings)
+        yield "sharing", machines.machine_count(settings) + by_ray  # files; the driver's may be none of Ray's
+        yield "gpus", len(machines.gpus_of(settings))
+        yield "ray", " ".join(map(str, machines.cluster())) if by_ray else None
         yield "num_shards", machines.machine_count(settings) * len(groups)
         yield from ((f"prompts.{i}", self.prompts(i)) for i in range(1, settings.iterations + 1))
         defaults = {field.name: field.default for field in dataclasses.fields(get_hf2.Arguments)}
@@ -221,7 +224,7 @@ class Plan:
             "everywhere": everywhere,
             "of_machines": machines.of_accelerate(settings),
             "shards_everywhere": machines.everywhere(settings, len(groups), str(size), ends=False),
-            "each_gpu": ["python"] if many == 1 else [*everywhere, *ONE_PER_GPU, *launched],
+            "each_gpu": [*everywhere, *(["python"] if many == 1 else [*ONE_PER_GPU, *launched])],
             "reward_models": settings.reward_name_or_path or [],
             "judges": settings.eval_reward_model or [],
         }
@@ -272,16 +275,21 @@ class Plan:
         check.check(self, left)
 
 
+def own_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """(the driver's own flags, the words that are left)."""
+    flags = Parser(add_help=False, allow_abbrev=False)
+    for name in ("--stage", "--stop_stage", "--left"):
+        flags.add_argument(name)
+    return flags.parse_known_args(argv)
+
+
 def read(kind: type[Plan], argv: list[str], planning: bool) -> tuple[Plan, list[str], argparse.Namespace]:
     """The plan of a command line, the names of its stages, and the driver's own flags.
 
     Raises:
         UserError: all that the settings alone show to be wrong.
     """
-    flags = Parser(add_help=False, allow_abbrev=False)
-    for name in ("--stage", "--stop_stage", "--left"):
-        flags.add_argument(name)
-    own, rest = flags.parse_known_args(argv)
+    own, rest = own_flags(argv)
     settings = parse(kind.Settings, __doc__, with_config(rest, kind.default))
     if not settings.run_dir.strip():
         raise UserError("run_dir is empty; name a folder, for example --run_dir runs/mine")
@@ -292,12 +300,12 @@ def read(kind: type[Plan], argv: list[str], planning: bool) -> tuple[Plan, list[
         raise UserError("iterations must be at least 1 and prompts name at least one set")
     plan = kind(settings, planning)
     refuse_other_kind(settings, plan.before)
-    if not settings.without_gpu and not gpus_of(settings):
+    if not settings.without_gpu and not machines.gpus_of(settings):
         raise UserError(
-            f"this run needs GPUs and {none_visible()}{machines.on_login_node()}: `without_gpu: true` in "
-            "its YAML (or --without_gpu true) lets it use the CPU, which is for small models; to plan it for "
-            "GPUs elsewhere: --check "
-            f"--num_gpus 8 --gpu_memory_gib 80; the same on tiny models: {kind.example}"
+            f"this run needs GPUs and {none_visible()}{machines.on_login_node(settings.job)}: `without_gpu: "
+            "true` in its YAML (or --without_gpu true) lets it use the CPU, which is for small models; to "
+            "plan it for GPUs elsewhere: --check --num_gpus 8 --gpu_memory_gib 80; the same on tiny models: "
+            f"{kind.example}"
         )
     plan.refuse_early()
     return plan, plan.stages(own.stage, own.stop_stage), own

@@ -42,6 +42,11 @@ def commit() -> str:
         return ""
 
 
+def has_vllm() -> bool:
+    """Whether environment vllm of the loop that asks is here."""
+    return Path(os.environ.get("RLHF_VLLM_ENV", "/")).is_dir()
+
+
 def main():
     machine, file = int(sys.argv[1]), Path(sys.argv[2])
     started = time.monotonic()
@@ -52,7 +57,7 @@ def main():
         "gpus": len(visible_gpus()),
         "gpu_gib": gpu_memory(),
         "commit": commit(),
-        "vllm": Path(os.environ.get("RLHF_VLLM_ENV", "/")).is_dir(),
+        "vllm": has_vllm(),
         "temporary_gib": shutil.disk_usage(tempfile.gettempdir()).free / 2**30,
         "seen_after": time.monotonic() - started if seen else None,
         "refused": is_refused(file) if seen else None,

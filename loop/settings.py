@@ -7,11 +7,10 @@ from annotate_data.arguments import Arguments as RewardArguments
 from common import models, trackers
 from common.arguments import is_required
 from common.cli import UserError, arg, build
-from common.devices import visible_gpus
 from common.run_folder import is_ppo
 from dpo_iteration.arguments import Arguments as DPOArguments
 from generation import get_hf2
-from loop.machines import machine_count
+from loop.machines import gpus_of, machine_count
 
 # What `servers` may set of generation/gen_hf.py.
 CLIENT = ("concurrency", "timeout", "retries", "give_up_after")
@@ -87,7 +86,13 @@ class RunSettings:
     )
     run_name: str | None = arg(None, "name of the run at the trackers; None: that of its folder")
     machines: int | None = arg(
-        None, "machines that every step runs on; None: those of the Slurm job that this is started in, else 1"
+        None, "machines that every step runs on; None: all of the Slurm job or the Ray cluster, else 1"
+    )
+    launcher: str = arg(
+        "auto",
+        "what starts steps on machines: slurm in a job, ray on the cluster of RAY_ADDRESS; auto: slurm in a "
+        "job, else ray where there are several machines",
+        ["auto", "slurm", "ray"],
     )
     num_shards: int | None = arg(
         None,
@@ -115,6 +120,7 @@ class RunSettings:
         None, "billions of parameters, for --check's estimates where the hub is not reached"
     )
 
+    job = "configs/loop.slurm"  # what a Slurm job of this kind of run is submitted by
     sections = {  # see common/arguments.py
         **dict.fromkeys(("generation", "heldout"), get_hf2.Arguments),
         **dict.fromkeys(("annotation", "eval_annotation"), RewardArguments),
@@ -175,11 +181,6 @@ def complete(cls, given: dict, without: tuple, where: str) -> dict:
 def positions(name: str) -> int | None:
     """Tokens of prompt and response that a local model can take; None where its config does not say."""
     return models.positions(models.local_config(name) or {})
-
-
-def gpus_of(settings: RunSettings) -> list[str]:
-    """Names of the run's GPUs: the visible ones, or as many as a plan is asked for."""
-    return visible_gpus() if settings.num_gpus is None else [str(k) for k in range(settings.num_gpus)]
 
 
 def refuse_other_kind(settings: RunSettings, before: dict):

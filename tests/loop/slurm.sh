@@ -6,7 +6,7 @@
 #   bash tests/loop/slurm.sh start DIR [NODES] [GPUS]    takes about a second
 #   bash tests/loop/slurm.sh run DIR COMMAND…            on the login node: sbatch, squeue, salloc …
 #   bash tests/loop/slurm.sh node DIR K COMMAND…         on node K, outside of any job
-#   bash tests/loop/slurm.sh kill DIR K                  node K loses its power …
+#   bash tests/loop/slurm.sh kill DIR K                  node K loses its power, with all that runs there …
 #   bash tests/loop/slurm.sh boot DIR K                  … and comes back
 #   bash tests/loop/slurm.sh stop DIR
 
@@ -14,11 +14,7 @@ set -euo pipefail
 action="$1" dir="$(mkdir -p "$2" && cd "$2" && pwd -P)"
 export SLURM_CONF="$dir/slurm.conf"
 
-on() { # PID COMMAND…: in the network and with the host name of that process
-  nsenter --target "$1" --net --uts --mount --wd="$PWD" "${@:2}"
-}
-
-login() { on "$(<"$dir/login.pid")" "$@"; }
+login() { nsenter --target "$(<"$dir/login.pid")" --net --uts --mount --wd="$PWD" "$@"; }
 
 wait_for() { # SECONDS COMMAND…: until it succeeds
   local k
@@ -30,14 +26,18 @@ wait_for() { # SECONDS COMMAND…: until it succeeds
   exit 1
 }
 
-pid_in() { pgrep -P "$1" >"$2"; } # PARENT FILE
+slurmd_of() { # ANCESTOR FILE: the process number of its slurmd, into the file
+  local pid="$1" child
+  while child="$(pgrep -P "$pid")"; do pid="${child%%$'\n'*}"; done
+  [ "$(<"/proc/$pid/comm")" = slurmd ] && echo "$pid" >"$2"
+}
 
 boot() { # K: the node's first process is slurmd's; when it is killed, all of the node is gone
   # shellcheck disable=SC2016 # for the node's shell
   login unshare --uts --pid --mount --fork --kill-child --mount-proc setsid bash -c '
     hostname "$1" && mount -t tmpfs tmpfs /dev/shm && exec slurmd -D -c -N "$1"' boot "n$1" \
     </dev/null >"$dir/log/boot.n$1" 2>&1 &
-  wait_for 5 pid_in "$!" "$dir/n$1.pid"
+  wait_for 5 slurmd_of "$!" "$dir/n$1.pid"
 }
 
 configure() { # NODES GPUS
@@ -84,7 +84,7 @@ all_idle() { [ "$(login sinfo -h -p all -t idle -o %D)" = "$1" ]; } # NODES
 
 case "$action" in
   run) login "${@:3}" ;;
-  node) on "$(<"$dir/n$3.pid")" "${@:4}" ;;
+  node) nsenter --target "$(<"$dir/n$3.pid")" --net --uts --mount --pid --wd="$PWD" "${@:4}" ;;
   kill) kill -KILL "$(<"$dir/n$3.pid")" ;;
   boot) boot "$3" ;;
   stop)

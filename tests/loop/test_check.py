@@ -17,7 +17,7 @@ from common import devices
 from common.cli import UserError, build
 from common.models import check_policy
 from loop import check as checks
-from loop import estimates, plan, settings
+from loop import estimates, machines, plan, settings
 from ppo.run import PPOPlan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,7 +72,7 @@ def dies(messages, response):
 def given(models, tmp_path, monkeypatch):
     """A function that gives the settings of a small run with some keys changed, on a machine without GPUs."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(settings, "visible_gpus", lambda: [])
+    monkeypatch.setattr(machines, "visible_gpus", lambda: [])
 
     def make(**changes):
         values = {
@@ -192,7 +192,7 @@ YAML = "model_name_or_path: a/b\nprompts: [c/d]\nheldout_prompts: e/f\n"
     ],
 )
 def test_what_is_wrong_with_a_yaml(tmp_path, monkeypatch, text, named):
-    monkeypatch.setattr(settings, "visible_gpus", lambda: [])
+    monkeypatch.setattr(machines, "visible_gpus", lambda: [])
     (tmp_path / "mine.yaml").write_text(text)
     for kind in (plan.Plan, PPOPlan):
         with pytest.raises(UserError, match=named):
@@ -273,7 +273,7 @@ def machine(monkeypatch):
 
     def check(name, mib, count, **changes):
         monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(settings, "visible_gpus", lambda: [str(k) for k in range(count)])
+        monkeypatch.setattr(machines, "visible_gpus", lambda: [str(k) for k in range(count)])
         monkeypatch.setattr(estimates, "gpu_memory", lambda: mib / 1024)
         monkeypatch.setattr(estimates, "gpu_name", lambda: name)
         checked(recipe | changes)

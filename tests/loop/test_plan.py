@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def make(tmp_path, monkeypatch):
     """A plan of the tiny configuration with some settings changed; nothing of it is there yet."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("loop.settings.visible_gpus", lambda: [])
+    monkeypatch.setattr("loop.machines.visible_gpus", lambda: [])
     settings = yaml.safe_load((ROOT / "configs/loop_tiny.yaml").read_text())
     settings |= {"run_dir": str(tmp_path / "run"), "model_name_or_path": str(tmp_path / "start")}
     return lambda **more: Plan(build(LoopSettings, settings | more))

@@ -2,56 +2,16 @@
 show is a network between GPUs, a shared file system of its own kind, and the confinement of devices.
 """
 
-import json
 import os
-import shutil
-import subprocess
 import time
 from pathlib import Path
 
 import faults
 import pytest
+from virtual_slurm import CLUSTER, Cluster, missing
 
 from loop import machines
 from loop.settings import LoopSettings
-
-CLUSTER = str(Path(__file__).with_name("slurm.sh"))
-PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "unshare", "nsenter")
-JOB = ("sbatch", "--parsable", "--gpus-per-node=1", "--cpus-per-task=1", "--output=%DIR%/job.log")
-
-
-def missing() -> str:
-    """What this machine lacks for virtual nodes, in words; empty where it has all."""
-    if lacking := [name for name in PROGRAMS if shutil.which(name) is None]:
-        return f"needs {', '.join(lacking)} (Debian's slurmctld slurmd slurm-client munge)"
-    asked = subprocess.run(["unshare", "--net", "--uts", "--mount", "true"], capture_output=True, check=False)
-    return "needs the right to unshare" if asked.returncode else ""
-
-
-class Cluster:
-    """Two virtual nodes, n1 and n2."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __call__(self, action, *arguments, **environment):
-        """slurm.sh's ACTION; what it prints."""
-        command = ["bash", CLUSTER, action, self.folder, *map(str, arguments)]
-        end = faults.ended(command, 100, environment)
-        assert end.returncode == 0, end.stdout + end.stderr
-        return end.stdout.strip()
-
-    def submit(self, folder, *arguments, options=()):
-        """A job's number."""
-        job = [word.replace("%DIR%", str(folder)) for word in (*JOB, *options)]
-        return self("run", *job, "configs/loop.slurm", *arguments)
-
-    def state(self, job):
-        told = self("run", "scontrol", "show", "job", job)
-        return told.split("JobState=")[1].split()[0]
-
-    def wait(self, job, *states, seconds=600):
-        faults.wait_for(lambda: self.state(job) in states, seconds, 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +22,6 @@ def cluster(tmp_path_factory):
     found("start", 2, 2)
     yield found
     found("stop")
-
-
-def rows(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_a_task_finds_its_machine_and_its_gpus(cluster, tmp_path):
@@ -131,7 +87,7 @@ def test_two_machines_give_what_one_gives(cluster, undisturbed, tmp_path):
     for name in ("iter0/heldout_sampled", "iter0/heldout_greedy", "iter1/"):
         for kind in ("generated", "rewarded"):
             file = f"{name}{kind}.jsonl" if name.endswith("/") else f"{name}.{kind}.jsonl"
-            assert rows(folder / file) == rows(whole / file), file
+            assert faults.records(folder / file) == faults.records(whole / file), file
     assert (folder / "iter1/model/config.json").is_file()
     assert not faults.started_by(folder) and not (folder / "iter1/shards/generated.of2.0.jsonl").exists()
 
@@ -158,7 +114,7 @@ def test_a_preempted_run_goes_on_with_other_numbers(cluster, undisturbed, tmp_pa
     assert cluster.state(job) == "COMPLETED" and "4 generation processes" in log, log
     taken_over = [path for path in folder.glob("iter0/logs/sample.*.log") if "taken over" in path.read_text()]
     assert taken_over
-    assert rows(folder / "iter1/generated.jsonl") == rows(whole / "iter1/generated.jsonl")
+    assert faults.records(folder / "iter1/generated.jsonl") == faults.records(whole / "iter1/generated.jsonl")
     assert not any(shards.iterdir())
 
 
@@ -189,7 +145,7 @@ def test_unlike_machines_are_told():
         ({}, "", ""),
         ({"gpus": 4}, "n2 has 4 GPUs of 80 GiB and n1 8 GPUs of 80 GiB", ""),
         ({"gpu_gib": 40.0}, "n2 has 8 GPUs of 40 GiB", ""),
-        ({"commit": "b" * 40}, "n2 sees commit bbbbbbbbbbbb of the project and n1 aaaaaaaaaaaa", ""),
+        ({"commit": "b" * 40}, "n2 sees commit bbbbbbbbbbbb of the project, this machine aaaaaaaaaaaa", ""),
         ({"seen_after": None, "refused": None}, "n2 does not see what was written into /x", ""),
         ({"seen_after": 31.0}, "", "n2 saw a new file after 31 s"),
         ({"refused": False}, "", "keeps locks to a machine"),

@@ -13,7 +13,7 @@ import time
 
 import faults
 import pytest
-from test_slurm import CLUSTER, Cluster, missing, rows
+from virtual_slurm import CLUSTER, Cluster, missing
 
 from common.cli import UserError
 from loop import machines
@@ -225,12 +225,12 @@ def test_a_shell_of_salloc_is_told_where_to_go(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
     with pytest.raises(UserError, match="is no machine of job 7: go to one by `srun"):
         machines.check(settings)
-    assert "is no machine of job 7" in machines.on_login_node()
+    assert "is no machine of job 7" in machines.on_login_node("x.slurm")
     machines.check(dataclasses.replace(settings, without_gpu=True))
     machines.check(dataclasses.replace(settings, num_gpus=8))  # a plan
     monkeypatch.setenv("SLURMD_NODENAME", "n1")
     machines.check(settings)
-    assert not machines.on_login_node()
+    assert not machines.on_login_node("x.slurm")
 
 
 def test_what_is_not_known_is_left_out(monkeypatch):
@@ -312,7 +312,7 @@ def test_a_run_without_locks(cluster, undisturbed, tmp_path, no_flock):
     cluster.wait(job, "COMPLETED", "FAILED")
     log = (tmp_path / "job.log").read_text()
     assert cluster.state(job) == "COMPLETED" and log.count("nothing will stop a second start") == 1, log
-    assert rows(folder / "iter1/rewarded.jsonl") == rows(whole / "iter1/rewarded.jsonl")
+    assert faults.records(folder / "iter1/rewarded.jsonl") == faults.records(whole / "iter1/rewarded.jsonl")
     assert (folder / "iter1/model/config.json").is_file()
 
 
@@ -383,7 +383,7 @@ def test_a_run_on_a_slow_file_system(cluster, undisturbed, slow, tmp_path):
         second = faults.begin(command, log)
         assert second.wait(600) == 0, (tmp_path / "log").read_text()
     assert "continuing from " in (folder / "iter1/logs/train.log").read_text()
-    assert rows(folder / "iter1/rewarded.jsonl") == rows(whole / "iter1/rewarded.jsonl")
+    assert faults.records(folder / "iter1/rewarded.jsonl") == faults.records(whole / "iter1/rewarded.jsonl")
     assert json.loads((folder / "iter1/model.manifest.json").read_text())["complete"]
 
 
@@ -410,7 +410,7 @@ def test_machines_come_and_go(cluster, undisturbed, tmp_path):
     logs = [path.read_text() for path in folder.glob("iter0/logs/sample.*.log")]
     assert sum(log.count("taken over from another number of shards") for log in logs) >= 2
     for kind in ("generated", "rewarded"):
-        assert rows(folder / f"iter1/{kind}.jsonl") == rows(whole / f"iter1/{kind}.jsonl")
+        assert faults.records(folder / f"iter1/{kind}.jsonl") == faults.records(whole / f"iter1/{kind}.jsonl")
 
 
 def held(folder, shards):

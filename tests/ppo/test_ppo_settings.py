@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from common.cli import UserError, build
+from loop import machines
 from loop import plan as loop_plan
-from loop import settings as run_settings
 from ppo import checks, train_ppo
 from ppo import run as ppo_run
 from ppo.run import PPOPlan, PPOSettings
@@ -25,7 +25,7 @@ TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 def at_the_root(monkeypatch):
     """Paths in a YAML are from the project's folder; no GPU, whatever the machine has."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(run_settings, "visible_gpus", lambda: [])
+    monkeypatch.setattr(machines, "visible_gpus", lambda: [])
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_which_backend(settings, monkeypatch):
         ("small", 2, "small"),
         ("openrlhf", 0, "openrlhf"),
     ):
-        monkeypatch.setattr(run_settings, "visible_gpus", lambda gpus=gpus: [str(i) for i in range(gpus)])
+        monkeypatch.setattr(machines, "visible_gpus", lambda gpus=gpus: [str(i) for i in range(gpus)])
         assert made(settings | {"backend": backend}).backend == taken
 
 
@@ -247,7 +247,7 @@ def test_a_context_that_is_too_small_is_told_before_anything_is_loaded(settings,
 
 
 def test_more_processes_than_gpus(settings, monkeypatch):
-    monkeypatch.setattr(run_settings, "visible_gpus", lambda: ["0", "1"])
+    monkeypatch.setattr(machines, "visible_gpus", lambda: ["0", "1"])
     with pytest.raises(UserError, match="num_processes 4, but 2 GPUs are visible"):
         check(settings | {"num_processes": 4})
 

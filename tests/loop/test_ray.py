@@ -1,0 +1,182 @@
+"""The launcher for Ray, on a real cluster of three virtual machines (slurm.sh): the head, where the driver is
+and no task has room, and two that can lose their power. GPUs are counted only.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import faults
+import pytest
+import virtual_slurm
+
+RAY = faults.ROOT / os.environ.get("envs_dir", ".envs") / "ray/bin"
+HEAD = "10.77.0.4:6379"  # of n3
+PLAIN = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": HEAD}
+
+
+class Cluster(virtual_slurm.Cluster):
+    gpus = 2
+
+    def begin(self):
+        self("start", 3, 1)
+        head = "--head --num-cpus=0 --node-ip-address=10.77.0.4 --port=6379 --include-dashboard=false"
+        # sockets have short names only
+        self("node", 3, RAY / "ray", "start", *head.split(), f"--temp-dir=/tmp/{self.folder.name}", **PLAIN)
+        for k in (1, 2):
+            self.join(k)
+
+    def join(self, k):
+        """Machine k becomes one of Ray's."""
+        words = f"--address={HEAD} --node-ip-address=10.77.0.{k + 1} --num-cpus=2 --num-gpus={self.gpus}"
+        self("node", k, RAY / "ray", "start", *words.split(), **PLAIN)
+
+    def end(self):
+        for k in (1, 2, 3):
+            self("kill", k)
+        self("stop")
+
+    def on_head(self, *words):
+        return ["bash", virtual_slurm.CLUSTER, "node", str(self.folder), "3", *map(str, words)]
+
+    def command(self, *words):
+        return self.on_head(RAY / "python", "loop/on_ray.py", *words)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    if why := virtual_slurm.missing():
+        pytest.skip(why)
+    found = Cluster(tmp_path_factory.mktemp("ray"))
+    try:
+        found.begin()
+        yield found
+    finally:
+        found.end()
+
+
+def test_tasks_find_their_machines_and_gpus(cluster, tmp_path):
+    """nvidia-smi is a stand-in that counts."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text('#!/bin/sh\nfor k in 0 1; do echo "GPU $k: stand-in"; done\n')
+    smi.chmod(0o755)
+    task = 'echo $(uname -n) "$@" $CUDA_VISIBLE_DEVICES; echo to stderr >&2; [ "$1" != 2 ] || exit 3'
+    words = [
+        "--machines",
+        "2",
+        "--gpus",
+        "2",
+        "--tasks",
+        "2",
+        "bash",
+        "loop/task.sh",
+        "1",
+        "sh",
+        "-c",
+        task,
+        "-",
+    ]
+    environment = PLAIN | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    end = faults.ended(cluster.command(*words, "TASK", "MACHINE", "HEAD"), 100, environment)
+    said = sorted(end.stdout.splitlines(), key=lambda line: line.split()[1])
+    first = said[0].split()
+    assert first[1:3] == ["0", "0"] and first[3] in ("10.77.0.2", "10.77.0.3") and end.returncode == 3
+    other = {"n1": "n2", "n2": "n1"}[first[0]]
+    assert said == [
+        f"{first[0]} 0 0 {first[3]} 0",
+        f"{first[0]} 1 0 {first[3]} 1",
+        f"{other} 2 1 {first[3]} 0",
+        f"{other} 3 1 {first[3]} 1",
+    ]
+    assert end.stderr.count("to stderr") == 4 and f"task 2 on {other} ended with status 3" in end.stderr
+
+
+STUBBORN = "trap '' TERM; echo begun; setsid sleep 1234 & exec sleep {seconds}"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_what_was_started_ends_with_the_driver(cluster, number):
+    """One that passes over TERM, and what it started in a session of its own."""
+    command = cluster.command("--machines", "2", "bash", "-c", STUBBORN.format(seconds=1235))
+    driver = faults.begin(command, env=os.environ | PLAIN)
+    faults.wait_for(lambda: running("123[45]") == 4, 60)
+    subprocess.run(["pkill", f"-{number}", "-f", "^[^ ]*python loop/on_ray.py"], check=True)
+    driver.wait(60)
+    faults.wait_for(lambda: running("123[45]") == 0, 60)
+
+
+def running(seconds):
+    return len(
+        subprocess.run(["pgrep", "-fx", f"sleep {seconds}"], capture_output=True, check=False).stdout.split()
+    )
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_lost_machine_comes_back(cluster, together, tmp_path):
+    """Its task is started again and the other machine's is not, unless they wait for each other."""
+    log = tmp_path / "log"
+    words = ["--machines", "2", "--gpus", "2", *(["--together"] if together else [])]
+    command = cluster.command(*words, "bash", "-c", STUBBORN.format(seconds=20))
+    with log.open("wb") as file:
+        driver = faults.begin(command, file, env=os.environ | PLAIN)
+    faults.wait_for(lambda: log.read_bytes().count(b"begun") == 2, 60)
+    cluster("kill", 2)
+    faults.wait_for(lambda: b"lost n2" in log.read_bytes(), 60)
+    cluster("boot", 2)
+    cluster.join(2)
+    assert driver.wait(120) == 0, log.read_text()
+    assert log.read_text().count("begun") == 3 + together and not running("1234")
+
+
+def test_what_is_wrong_is_one_line(cluster, tmp_path):
+    path = f"{RAY}:{os.environ['PATH']}"
+
+    def said(*words, **environment):
+        words = ["bash", "run_loop.sh", faults.CONFIG, "--launcher", "ray", "--check", *map(str, words)]
+        words += ["--run_dir", str(tmp_path / "run")]
+        return faults.ended(cluster.on_head(*words), 200, PLAIN | environment)
+
+    end = said("--machines", 3, PATH=path)
+    assert end.returncode == 2 and "machines 3, and the Ray cluster has 2 of 2 GPUs each" in end.stderr
+    end = said(PATH=path)  # it counts GPUs that nvidia-smi does not see
+    assert end.returncode == 2 and "sees 0 of the 2 GPUs it should have" in end.stderr
+    end = said(PATH=path, RAY_ADDRESS="ray://10.77.0.1:10001")
+    assert end.returncode == 2 and "give HOST:6379, on a machine of the cluster" in end.stderr
+    end = said(PATH=f"{os.path.dirname(faults.vllm_python())}:{os.environ['PATH']}")
+    assert end.returncode == 2 and "has no ray: pip install ray, of the cluster's version" in end.stderr
+    assert end.stderr.count("\n") == 1
+
+
+@pytest.mark.long
+def test_the_loop_gives_what_one_machine_gives(undisturbed, tmp_path_factory, tmp_path):
+    """From sampling to training; a machine loses its power while it samples."""
+    if why := virtual_slurm.missing():
+        pytest.skip(why)
+    whole, settings = undisturbed
+    cluster, folder, log = Cluster(tmp_path_factory.mktemp("ray")), tmp_path / "run", tmp_path / "log"
+    cluster.gpus = 0
+    environment = os.environ | PLAIN | {"PATH": f"{RAY}:{os.environ['PATH']}"}
+    settings = [*settings, "--generation.max_num_seqs", 1, "--launcher", "ray", "--stop_stage", "1.3"]
+    command = cluster.on_head(*faults.loop_command(folder, *settings))
+    try:
+        cluster.begin()
+        with log.open("wb") as file:
+            driver = faults.begin(command, file, env=environment)
+        partial = folder / "iter1/shards/generated.of2.1.jsonl.partial"
+        faults.wait_for(lambda: partial.exists() and partial.read_bytes().count(b"\n") >= 3, 300)
+        cluster("kill", 2)
+        time.sleep(5)
+        cluster("boot", 2)
+        cluster.join(2)
+        assert driver.wait(900) == 0, log.read_text()
+        assert "2 training processes over 2 machines" in log.read_text()
+        assert "ray: lost n2" in (folder / "iter0/logs/sample.machines.log").read_text()
+    finally:
+        cluster.end()
+    for name in ("iter0/heldout_sampled.", "iter0/heldout_greedy.", "iter1/"):
+        for kind in ("generated", "rewarded"):
+            one, other = (root / f"{name}{kind}.jsonl" for root in (folder, whole))
+            assert list(map(json.loads, one.open())) == list(map(json.loads, other.open())), one
+    assert (folder / "iter1/model/config.json").is_file()

@@ -1,0 +1,45 @@
+"""A real Slurm of two virtual nodes, for tests: loop/slurm.sh from Python."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import faults
+
+CLUSTER = str(Path(__file__).with_name("loop") / "slurm.sh")
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "unshare", "nsenter")
+JOB = ("sbatch", "--parsable", "--gpus-per-node=1", "--cpus-per-task=1", "--output=%DIR%/job.log")
+
+
+def missing() -> str:
+    """What this machine lacks for virtual nodes, in words; empty where it has all."""
+    if lacking := [name for name in PROGRAMS if shutil.which(name) is None]:
+        return f"needs {', '.join(lacking)} (Debian's slurmctld slurmd slurm-client munge)"
+    asked = subprocess.run(["unshare", "--net", "--uts", "--mount", "true"], capture_output=True, check=False)
+    return "needs the right to unshare" if asked.returncode else ""
+
+
+class Cluster:
+    """Two virtual nodes, n1 and n2."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __call__(self, action, *arguments, **environment):
+        """slurm.sh's ACTION; what it prints."""
+        command = ["bash", CLUSTER, action, self.folder, *map(str, arguments)]
+        end = faults.ended(command, 100, environment)
+        assert end.returncode == 0, end.stdout + end.stderr
+        return end.stdout.strip()
+
+    def submit(self, folder, *arguments, options=(), script="configs/loop.slurm"):
+        """A job's number."""
+        job = [word.replace("%DIR%", str(folder)) for word in (*JOB, *options)]
+        return self("run", *job, script, *arguments)
+
+    def state(self, job):
+        told = self("run", "scontrol", "show", "job", job)
+        return told.split("JobState=")[1].split()[0]
+
+    def wait(self, job, *states, seconds=600):
+        faults.wait_for(lambda: self.state(job) in states, seconds, 0.5)
