@@ -19,6 +19,7 @@ train() { # POLICY I: policy I+1 by PPO on responses that it samples itself, sco
   local trainer=("${everywhere[@]}" accelerate launch --config_file configs/ddp.yaml "${of_machines[@]}" --num_processes "${plan[num_processes]}" ppo/train_ppo.py) env=rlhflow
   wanted "$(($2 + 1)).train" && ! done_already "$next/model" || return 0
   [ "${plan[backend]}" = small ] || { trainer=(python ppo/openrlhf/run_openrlhf.py) env=ppo_train; }
+  [ -z "${plan[own_cluster]}" ] || trainer=("${everywhere[@]}" python ppo/openrlhf/ray_cluster.py MACHINE "${plan[machines]}" HEAD PORT "${trainer[@]}")
   in_env "$env" "$next/logs/train.log" "${trainer[@]}" "$settings:ppo" --model_name_or_path "$1" \
     ${reward_models[0]:+--reward_name_or_path "${reward_models[@]}"} --dataset_name_or_path "${prompt_sets[@]}" --output_dir "$next/model" --seed "${plan[seed]}"
   [ "$mode$env" != dry_runppo_train ] || "$python" ppo/run.py plan "${arguments[@]}" | sed 's/^/# /' # what that would start

@@ -29,13 +29,14 @@ from common.manifest import read_manifest
 from common.records import PromptArguments
 from loop import changes, estimates
 from loop import check as checks
-from loop.machines import machine_count
-from loop.plan import Plan, with_config
+from loop.machines import gpus_of, machine_count, on_ray
+from loop.plan import Plan, own_flags, with_config
 from loop.plan import main as plan_main
 from loop.prompt_sets import check_prompts
-from loop.settings import LoopSettings, RunSettings, complete, gpus_of, processes
+from loop.settings import LoopSettings, RunSettings, complete, processes
 from ppo import train_ppo
 from ppo.openrlhf import arguments as openrlhf_arguments
+from ppo.openrlhf.arguments import OWN
 
 Arguments = train_ppo.Arguments | openrlhf_arguments.Arguments
 BACKENDS = {"openrlhf": "ppo.openrlhf.run_openrlhf", "small": "ppo.train_ppo"}
@@ -98,6 +99,7 @@ class PPOSettings(RunSettings):
     )
 
     iterations = 1  # not a setting: what PPO trains is iterate 1
+    job = "configs/ppo.slurm"
     sections = RunSettings.sections | {
         "ppo": of_either(train_ppo.Arguments, openrlhf_arguments.Arguments),
         "openrlhf": openrlhf_arguments.Arguments,
@@ -123,6 +125,13 @@ class PPOPlan(Plan):
         if self.settings.backend != "auto":
             return self.settings.backend
         return "openrlhf" if gpus_of(self.settings) else "small"
+
+    @property
+    def own_cluster(self) -> bool:
+        """Whether the machines of this run start a Ray cluster for the training."""
+        given = (self.settings.ppo | self.settings.openrlhf).get("ray_address")
+        elsewhere = on_ray(self.settings) or machine_count(self.settings) > 1
+        return self.backend == "openrlhf" and elsewhere and given in (None, OWN)
 
     @property
     def module(self) -> ModuleType:
@@ -171,6 +180,10 @@ class PPOPlan(Plan):
         if "date" in known:
             shared.setdefault("date", settings.date)
         shared |= {key: value for key in OF_PLAN if key in known and (value := getattr(settings, key))}
+        if self.own_cluster:
+            gpus = len(gpus_of(settings))
+            all_gpus = machine_count(settings) * gpus
+            shared |= {"ray_address": OWN, "num_gpus": all_gpus, "gpus_per_node": gpus}
         return complete(self.module.Arguments, shared | chosen, self.DECIDED, self.where)
 
     def training_of(self, i: int) -> dict:
@@ -193,6 +206,7 @@ class PPOPlan(Plan):
         return [
             *super().values(stages),
             ("backend", self.backend),
+            ("own_cluster", self.own_cluster),
             *(("prompt_sets[]", name) for name in self.settings.prompts),
         ]
 
@@ -224,12 +238,6 @@ class PPOPlan(Plan):
         return bool(held and held.get("complete"))
 
     def refuse_early(self):
-        count, given = machine_count(self.settings), self.settings.openrlhf
-        if self.backend == "openrlhf" and count > 1 and not given.get("ray_address"):
-            raise UserError(
-                f"this job has {count} machines, and OpenRLHF uses others than this one through Ray alone: "
-                "give openrlhf.ray_address of a cluster over them (docs/clusters.md), or --machines 1"
-            )
         if self.backend == "openrlhf" and not gpus_of(self.settings):
             raise UserError(
                 f"backend openrlhf needs GPUs and {none_visible()}; --backend small, or on tiny models: "
@@ -309,7 +317,7 @@ def show_plan(argv: list[str]):
     """Print where OpenRLHF would put what, and its command; on a machine without GPUs, for so many as are
     asked for.
     """
-    settings = parse(PPOSettings, __doc__, with_config(argv, PPOPlan.default))
+    settings = parse(PPOSettings, __doc__, with_config(own_flags(argv)[1], PPOPlan.default))
     refuse(settings.problems)
     settings.backend = "openrlhf"
     plan = PPOPlan(settings)

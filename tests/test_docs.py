@@ -73,6 +73,7 @@ PARSERS = {
     "run_loop.sh": lambda argv: drive(LoopSettings, "configs/loop_llama3_8b.yaml", argv),
     "configs/loop.slurm": lambda argv: PARSERS["run_loop.sh"](argv),
     "run_ppo.sh": lambda argv: drive(PPOSettings, "configs/ppo_llama3_8b.yaml", argv),
+    "configs/ppo.slurm": lambda argv: PARSERS["run_ppo.sh"](argv),
     "configs/train_multinode.slurm": lambda argv: PARSERS[SLURM](argv or ["configs/training.yaml"]),
     "generation/register_server.sh": register,
     "tests/run.sh": run_tests,
@@ -106,7 +107,7 @@ def started(line: str, settings: Path) -> list[tuple[str, list[str], list[str]]]
     for k, word in enumerate(words):
         name = word.removeprefix("./")
         if re.fullmatch(r"[\w/.-]+\.(py|sh|slurm)", name) and name != "envs.sh":
-            driver = "ppo" if name == "run_ppo.sh" else "loop"
+            driver = "ppo" if name in ("run_ppo.sh", "configs/ppo.slurm") else "loop"
             rest = [f"configs/{driver}_tiny.yaml" if w == "CONFIG" else w for w in words[k + 1 :]]
             return [(name, rest, words[:k])]
     return []

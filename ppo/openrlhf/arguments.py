@@ -39,6 +39,7 @@ DEFAULTS = {
 }
 
 SCHEDULERS = "linear cosine cosine_with_min_lr constant constant_with_warmup polynomial inverse_sqrt".split()
+OWN = "own"  # as ray_address: a cluster for this training alone
 not_shaping = functools.partial(arg, shapes=False)  # may change between two starts
 
 
@@ -50,6 +51,16 @@ class Arguments(inherit(train_ppo.Arguments, LACKS, DEFAULTS), PromptArguments):
     def learners(self) -> list[str]:
         """What learns, by OpenRLHF's names."""
         return ["actor", "critic"] if self.advantage_estimator == "gae" else ["actor"]
+
+    @property
+    def own_cluster(self) -> bool:
+        """Whether a Ray cluster was started for this training alone, in its environment."""
+        return self.ray_address == OWN
+
+    @property
+    def other_cluster(self) -> bool:
+        """Whether it goes to a Ray cluster that ran before, whose environment is another."""
+        return bool(self.ray_address) and not self.own_cluster
 
     # The algorithm
     num_episodes: int = arg(1, "passes over the prompts")
@@ -94,7 +105,8 @@ class Arguments(inherit(train_ppo.Arguments, LACKS, DEFAULTS), PromptArguments):
     )
     ray_address: str | None = not_shaping(
         None,
-        "HOST:PORT of a Ray cluster that runs already; output_dir must be on a disk that its nodes share",
+        "HOST:PORT of a Ray cluster that runs already, or own: the one that ppo/openrlhf/ray_cluster.py has "
+        "started for this training; output_dir must be on a disk that its nodes share",
     )
     colocate: bool = not_shaping(
         True, "all roles share all GPUs; false: policy, value model and engines on GPUs of their own"
@@ -180,10 +192,10 @@ def check_trackers(args: Arguments) -> list[str]:
         for tool in args.report_to
         if tool not in ("none", "tensorboard", "wandb")
     ]
-    if "wandb" in args.report_to and (args.ray_address or not os.environ.get("WANDB_API_KEY")):
+    if "wandb" in args.report_to and (args.other_cluster or not os.environ.get("WANDB_API_KEY")):
         problems.append(
             "report_to wandb: a Ray cluster that runs already does not see our WANDB_API_KEY; leave it out"
-            if args.ray_address
+            if args.other_cluster
             else "report_to wandb: export WANDB_API_KEY first (a key among the arguments would be printed)"
         )
     return problems
@@ -213,7 +225,7 @@ def check_reward(args: Arguments):
         )
     if not args.reward_url:
         check_rewards(reward_arguments(args))
-        if args.ray_address and (more or args.reward_backend == "server"):
+        if args.other_cluster and (more or args.reward_backend == "server"):
             raise UserError(
                 "on a Ray cluster our reward server must be started by hand where it can be reached: python "
                 "ppo/openrlhf/serve_reward.py --host …, then give reward_url"

@@ -121,11 +121,11 @@ def candidates(args: Arguments, machine: Machine) -> Iterator[Placement]:
     training, sampling = (gpus, gpus) if args.colocate else (gpus // 4, gpus // 2)
     attention = args.attn_implementation or "flash_attention_2"
     asked = [args.tensor_parallel_size] if args.tensor_parallel_size else (1, 2, 4, 8)
-    sizes = [size for size in asked if size <= a_node and sampling % size == 0]
+    sizes = [size for size in asked if a_node % size == 0 and sampling % size == 0]
     if not sizes:
         raise UserError(
             f"tensor_parallel_size {args.tensor_parallel_size} does not divide the {sampling} GPUs that "
-            f"sample, or exceeds a node's {a_node}"
+            f"sample, or a node's {a_node}"
         )
     stages = [args.zero_stage] if args.zero_stage else [2, 3] if training > 1 else [2]
     for tensor_parallel, stage, limit in itertools.product(sizes, stages, limits(args, attention)):

@@ -103,18 +103,22 @@ def machine_of(args: Arguments) -> Machine:
     gpu, node = (gib and gib * GIB for gib in (args.gpu_memory_gib, args.machine_memory_gib))
     if args.dry_run and args.num_gpus and gpu and not visible_gpus():  # a plan for another machine
         return Machine(args.num_gpus, args.gpus_per_node or min(args.num_gpus, 8), gpu, node)
-    if args.ray_address and args.num_gpus and args.gpus_per_node:  # nothing is left to ask the cluster
+    if visible_gpus() and not (args.ray_address and gpu):  # a cluster's: this machine is one of its alike
+        gpu = gpu or (gpu_memory() or 0) * GIB or None
+        node = node or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    given = args.num_gpus and args.gpus_per_node
+    if args.ray_address and given and (args.dry_run or args.other_cluster):  # nothing is left to ask it
         return Machine(args.num_gpus, args.gpus_per_node, gpu, node)
     if args.ray_address:
-        nodes, where = cluster_gpus(args.ray_address), f"of the Ray cluster {args.ray_address}"
+        address = cluster_address(args)
+        nodes, where = cluster_gpus(address), f"of the Ray cluster {address}"
         if len(set(nodes)) > 1 and not args.gpus_per_node:
             raise UserError(
                 f"the cluster's nodes have {', '.join(map(str, nodes))} GPUs, OpenRLHF wants nodes alike: "
                 "give num_gpus and gpus_per_node"
             )
     else:
-        nodes, where, gpu = [len(visible_gpus())], "visible", gpu or (gpu_memory() or 0) * GIB or None
-        node = node or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        nodes, where = [len(visible_gpus())], "visible"
     if not sum(nodes):
         raise UserError(
             f"no GPUs are {where}: OpenRLHF needs one; without, take the small backend (ppo/train_ppo.py, "
@@ -124,6 +128,22 @@ def machine_of(args: Arguments) -> Machine:
     if wanted > sum(nodes):
         raise UserError(f"num_gpus {wanted}, but {sum(nodes)} GPUs are {where}; set num_gpus {sum(nodes)}")
     return Machine(wanted, args.gpus_per_node or min(nodes), gpu, node)
+
+
+def cluster_address(args: Arguments) -> str:
+    """HOST:PORT of the Ray cluster.
+
+    Raises:
+        UserError: it is to be one for this training, and none was started.
+    """
+    if not args.own_cluster:
+        return args.ray_address
+    if address := os.environ.get("RAY_ADDRESS"):
+        return address
+    raise UserError(
+        "ray_address own: start this by ppo/openrlhf/ray_cluster.py on each machine, as sbatch "
+        "configs/ppo.slurm does, or leave ray_address out"
+    )
 
 
 def cluster_gpus(address: str) -> list[int]:
@@ -261,7 +281,7 @@ def choose_reward(args: Arguments, why: str | None, notes: list[str]) -> tuple[s
         return "server", same
     if why is None:
         return "local", True
-    if args.reward_backend == "local" or args.ray_address:
+    if args.reward_backend == "local" or args.other_cluster:
         raise UserError(
             f"OpenRLHF's own reward model cannot be {names[0]}: {why}; take reward_backend server (on a Ray "
             "cluster start ppo/openrlhf/serve_reward.py --host … by hand and give reward_url)"

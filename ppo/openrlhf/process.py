@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from common import engine
 from common.cli import UserError
-from common.engine import end_with_parent
 from common.manifest import write_text, write_yaml
 from ppo.openrlhf.serve_reward import FAILED
 
@@ -22,18 +22,26 @@ PAUSE = 5  # seconds between looks at what OpenRLHF has logged
 TAIL = 2**18  # bytes of its output that are looked at when it has failed
 
 
+def variables() -> dict[str, str]:
+    """What OpenRLHF's processes need in their environment, on all machines; what is set there stays."""
+    # DeepSpeed refuses to compile its optimizer where the toolkit is of another minor version than torch's,
+    # which does no harm.
+    more = {} if "DS_SKIP_CUDA_CHECK" in os.environ else {"DS_SKIP_CUDA_CHECK": "1"}
+    return engine.variables(on_gpus=True) | more
+
+
 @contextlib.contextmanager
-def started(command: list[str], **options: object) -> Iterator[subprocess.Popen]:
-    """A process and its group that end with the block, however it ends: SIGTERM, then SIGKILL. Only what was
-    started here is in that group. Where this script is killed, the process would train on beside the next
-    start, without a lock: it ends, too.
+def started(command: list[str], first: int = signal.SIGTERM, **options: object) -> Iterator[subprocess.Popen]:
+    """A process and its group that end with the block, however it ends: signal `first`, then SIGKILL. Only
+    what was started here is in that group. Where this script is killed, the process would train on beside the
+    next start, without a lock: it ends, too.
     """
-    process = subprocess.Popen(command, start_new_session=True, preexec_fn=end_with_parent, **options)
+    process = subprocess.Popen(command, start_new_session=True, preexec_fn=engine.end_with_parent, **options)
     try:
         yield process
     finally:
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            os.killpg(process.pid, signal.SIGTERM)
+            os.killpg(process.pid, first)
             process.wait(GRACE)
         with contextlib.suppress(ProcessLookupError):  # workers that outlived it
             os.killpg(process.pid, signal.SIGKILL)
@@ -45,6 +53,7 @@ def stopped_by_signals() -> Iterator[None]:
     """SIGTERM ends this script as Ctrl-C does, so that what it started is stopped too."""
 
     def interrupt(*_: object):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # another one must not cut the stopping short
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, interrupt)
@@ -55,17 +64,18 @@ def stopped_by_signals() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def reward_server(settings: dict, folder: Path, gpus: str | None) -> Iterator[str]:
+def reward_server(settings: dict, folder: Path, gpus: str | None, host: str) -> Iterator[str]:
     """Run ppo/openrlhf/serve_reward.py with the mapping `settings` while the block runs; yields its address.
 
     Args:
         gpus: its CUDA_VISIBLE_DEVICES; None: as it is here.
+        host: address to listen on; all machines of the training must reach it.
 
     Raises:
         UserError: it ended or did not answer; with the end of its log.
     """
     log, end = folder / "reward.log", time.monotonic() + PATIENCE
-    write_yaml(folder / "reward.yaml", settings | {"port": 0})
+    write_yaml(folder / "reward.yaml", settings | {"host": host, "port": 0})
     command = [sys.executable, str(Path(__file__).with_name("serve_reward.py")), str(folder / "reward.yaml")]
     env = dict(os.environ) | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus is not None else {})
     with (

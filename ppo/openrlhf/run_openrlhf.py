@@ -24,7 +24,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from any folder
 
-from common import engine
 from common.cli import UserError, parse, run
 from common.devices import visible_gpus
 from common.manifest import beside, read_manifest, versions, with_date, write_json
@@ -36,7 +35,7 @@ from ppo.openrlhf import process
 from ppo.openrlhf.arguments import Arguments, arguments, check, reward_arguments, shaping  # noqa: F401
 from ppo.openrlhf.command import MODULE, flags, words
 from ppo.openrlhf.log import Log
-from ppo.openrlhf.plan import Plan, describe, installed, plan
+from ppo.openrlhf.plan import Plan, cluster_address, describe, installed, plan
 
 
 def work_folder(args: Arguments) -> Path:
@@ -69,13 +68,9 @@ def show(command: list[str], environment: dict) -> str:
 
 def environment(args: Arguments, found: Plan) -> dict:
     """Variables that the command needs on top of those that are there; no secrets."""
-    needed = engine.variables(on_gpus=True)
-    # DeepSpeed refuses to compile its optimizer where the toolkit is of another minor version than torch's,
-    # which does no harm.
-    needed |= {} if "DS_SKIP_CUDA_CHECK" in os.environ else {"DS_SKIP_CUDA_CHECK": "1"}
-    gpus, used = visible_gpus(), found.placement.all_gpus
+    needed, gpus, used = process.variables(), visible_gpus(), found.placement.all_gpus
     if args.ray_address:
-        needed["RAY_ADDRESS"] = args.ray_address
+        needed["RAY_ADDRESS"] = "HEAD:PORT" if args.dry_run and args.own_cluster else cluster_address(args)
     elif used < len(gpus):
         needed["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[:used])
     return needed
@@ -120,7 +115,8 @@ def start(args: Arguments, found: Plan, training: Training):
         if found.kind == "server":
             given = vars(reward_arguments(args, str(work / "policy")))
             rewards = {key: value for key, value in given.items() if value is not None}
-            with process.reward_server(rewards, work, gpus[-1] if gpus else None) as url:
+            host = cluster_address(args).rpartition(":")[0] if args.own_cluster else "127.0.0.1"
+            with process.reward_server(rewards, work, gpus[-1] if gpus else None, host) as url:
                 launch(args, found, url, counts["prompts"], resume, log)
         else:
             launch(args, found, ",".join(args.reward_url or []), counts["prompts"], resume, log)

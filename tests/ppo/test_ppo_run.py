@@ -244,6 +244,30 @@ def test_a_dry_run_of_openrlhf_prints_its_command(built, tmp_path):
     assert not (tmp_path / "run/iter1/model").exists()
 
 
+def test_on_several_machines_openrlhf_gets_a_ray_cluster_of_its_own(built, tmp_path):
+    """Planned for two machines of four GPUs each, of which this is none."""
+    machine = {"PATH": fake_gpus(tmp_path, 0), "HF_HUB_OFFLINE": "1"}
+    here = [
+        *("--model_name_or_path", "tiny/built/policy", "--model_size_b", "null"),
+        *("--prompts", "tiny/built/prompts/iter1.jsonl", "--heldout_prompts", "null"),
+        *("--ppo.rollout_batch_size", 128, "--machines", 2, "--num_gpus", 4, "--gpu_memory_gib", 80),
+        *("--annotation.reward_function", "tiny/task.py:gold_score", "--reward_name_or_path", "null"),
+    ]
+    planned = ppo("--run_dir", tmp_path / "run", *here, "--dry_run", *ONLY_TRAIN, config=None, **machine)
+    assert planned.returncode == 0, planned.stderr
+    assert "8 GPUs on 2 nodes, all roles on all of them; 8 engines × 1 GPUs" in planned.stderr
+    [start] = [line for line in planned.stdout.splitlines() if line.startswith("srun ")]
+    assert start.startswith("srun --nodes=2 --ntasks=2 --ntasks-per-node=1 ")
+    begins = "bash loop/task.sh all python ppo/openrlhf/ray_cluster.py MACHINE 2 HEAD PORT python "
+    assert f" --kill-on-bad-exit=1 {begins}ppo/openrlhf/run_openrlhf.py {tmp_path}/run/loop.yaml:ppo" in start
+    assert "RAY_ADDRESS=HEAD:PORT" in planned.stdout
+    for flag in ("--actor.num_nodes 2 ", "--actor.num_gpus_per_node 4 ", "--vllm.num_engines 8 "):
+        assert f"#   {flag}" in planned.stdout, planned.stdout
+    theirs = [*here, "--openrlhf.ray_address", "head:6379"]
+    planned = ppo("--run_dir", tmp_path / "run", *theirs, "--dry_run", *ONLY_TRAIN, config=None, **machine)
+    assert planned.returncode == 2 and "our reward server must be started by hand" in planned.stderr
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("seed", [101, 102, 103])
 def test_three_of_three_fresh_seeds_learn(seed, tmp_path):

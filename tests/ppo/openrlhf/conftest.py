@@ -1,13 +1,20 @@
 """What the tests of ppo/openrlhf share: OpenRLHF's wheel, and micro models."""
 
 import json
+import os
+import shutil
+import sys
+from pathlib import Path
 
+import faults
 import micro
 import openrlhf_stub
 import pytest
 
+from common import locks
 from common.models import load_tokenizer
 
+CPU = Path(__file__).with_name("cpu")
 FUNCTION = (
     "def length(messages, response, record):\n"
     "    assert messages[-1]['role'] == 'user' and record['number'] >= 0\n"
@@ -78,3 +85,35 @@ def rollouts(models):
         return records, [list(part) for part in zip(*texts)]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def environment():
+    """A virtual environment with OpenRLHF and the stand-in, beside the project's own."""
+    folder = Path(os.environ.get("envs_dir", openrlhf_stub.ROOT / ".envs"), "openrlhf-cpu")
+    wanted, stamp = (CPU / "requirements.txt").read_text(), folder / "stamp"
+    with locks.hold(folder.with_suffix(".lock"), f"making {folder}", wait=True):
+        if not stamp.is_file() or stamp.read_text() != wanted:
+            shutil.rmtree(folder, ignore_errors=True)
+            install(folder)
+        [packages] = folder.glob("lib/python*/site-packages")
+        shutil.copytree(CPU, packages, dirs_exist_ok=True)
+        (packages / "stand_in_for_cuda.pth").write_text("import stand_in_for_cuda\n")
+        for name, version in (("flash_attn", "2.8.3"), ("vllm", "0.29.0+cpu")):  # what is looked for
+            info = packages / f"{name}-{version}.dist-info"
+            info.mkdir(exist_ok=True)
+            (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        stamp.write_text(wanted)
+    return folder
+
+
+def install(folder):
+    def run(*words):
+        end = faults.ended(words, timeout=3600)
+        assert end.returncode == 0, end.stderr[-2000:]
+
+    pip = (folder / "bin/python", "-m", "pip")
+    run(sys.executable, "-m", "venv", folder)
+    run(*pip, "install", "-q", "-r", CPU / "requirements.txt")
+    run(*pip, "install", "-q", "--no-deps", "openrlhf==0.11.2")
+    run(*pip, "uninstall", "-q", "-y", "torchvision", "torchaudio", "torchcodec")

@@ -176,6 +176,7 @@ def test_what_openrlhf_cannot_do_is_refused_by_name(key, value, expected, monkey
     (6, 80, {}, ("does not divide by 6 processes", "rollout_batch_size 1008, batch_size 126")),
     (12, 80, {}, ("no multiple of gpus_per_node 8",)),
     (8, 80, {"tensor_parallel_size": 3}, ("does not divide the 8 GPUs",)),
+    (16, 80, {"tensor_parallel_size": 16}, ("or a node's 8",)),
     (2, 80, {"colocate": False}, ("needs one node with 4 or 8 GPUs",)),
     (8, 80, {"batch_size": 96}, ("does not divide into steps of batch_size 96",)),
 ])  # fmt: skip

@@ -50,6 +50,28 @@ def test_ray_clusters(monkeypatch):
         plan.cluster_gpus("127.0.0.1:1")
 
 
+def test_a_ray_cluster_of_our_own(monkeypatch):
+    """It is asked, though its GPUs are known: a machine may have fewer. This machine is one of it."""
+    args = arguments(ray_address="own", num_gpus=4, gpus_per_node=2)
+    with pytest.raises(UserError, match="ray_address own: .* sbatch configs/ppo.slurm"):
+        plan.machine_of(args)
+    asked = []
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:20000")
+    monkeypatch.setattr(plan, "visible_gpus", lambda: ["0", "1"])
+    monkeypatch.setattr(plan, "gpu_memory", lambda: 80)
+    monkeypatch.setattr(plan, "cluster_gpus", lambda address: asked.append(address) or [2, 2])
+    found = plan.machine_of(args)
+    assert (found.gpus, found.gpus_per_node, found.gpu) == (4, 2, 80 * plan.GIB) and found.memory
+    assert asked == ["10.0.0.1:20000"]
+    monkeypatch.setattr(plan, "cluster_gpus", lambda address: [2, 1])
+    with pytest.raises(UserError, match="num_gpus 4, but 3 GPUs are of the Ray cluster 10.0.0.1:20000"):
+        plan.machine_of(args)
+    args.dry_run = True
+    assert plan.machine_of(args) == found
+    plan.check_surroundings(arguments(ray_address="own"), found)
+    arguments(ray_address="own", reward_backend="server")  # as on one machine; on another's cluster not
+
+
 def test_what_openrlhf_would_wait_for_or_join(monkeypatch):
     """Ray waits for ever for a core that is not there, and joins the cluster that a variable names."""
     monkeypatch.setattr(plan.os, "sched_getaffinity", lambda pid: set(range(8)))

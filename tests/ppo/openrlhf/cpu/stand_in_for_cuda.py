@@ -118,7 +118,9 @@ def handle_is_the_tensor(module):
 
 @stands_in("openrlhf.trainer.ray.utils")
 def names_of_gpus(module):
-    module.get_physical_gpu_id = lambda: f"stand-in {os.environ.get('CUDA_VISIBLE_DEVICES')}"
+    module.get_physical_gpu_id = lambda: (
+        f"stand-in {os.uname().nodename} {os.environ.get('CUDA_VISIBLE_DEVICES')}"
+    )
 
 
 @stands_in("ray")
