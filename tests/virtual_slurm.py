@@ -1,10 +1,12 @@
 """A real Slurm of two virtual nodes, for tests: loop/slurm.sh from Python."""
 
+import contextlib
 import shutil
 import subprocess
 from pathlib import Path
 
 import faults
+import pytest
 
 CLUSTER = str(Path(__file__).with_name("loop") / "slurm.sh")
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "unshare", "nsenter")
@@ -43,3 +45,18 @@ class Cluster:
 
     def wait(self, job, *states, seconds=600):
         faults.wait_for(lambda: self.state(job) in states, seconds, 0.5)
+
+
+@contextlib.contextmanager
+def started(folder, nodes=2, gpus=2, kind=Cluster):
+    """A cluster while the block runs; where this machine can have none, the test is skipped by name."""
+    if why := missing():
+        pytest.skip(why)
+    found = kind(folder)
+    end = faults.ended(["bash", CLUSTER, "start", folder, nodes, gpus], 100)
+    try:
+        if end.returncode:
+            pytest.skip(f"virtual nodes do not start here: {' '.join(end.stderr.split())[-200:]}")
+        yield found
+    finally:
+        found("stop")

@@ -2,10 +2,12 @@
 and no task has room, and two that can lose their power. GPUs are counted only.
 """
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
+import tempfile
 import time
 
 import faults
@@ -18,13 +20,10 @@ PLAIN = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_ADDRE
 
 
 class Cluster(virtual_slurm.Cluster):
-    gpus = 2
-
-    def begin(self):
-        self("start", 3, 1)
+    def begin(self, folder):
+        """Ray on all machines; its sockets lie below `folder`, whose name must be short."""
         head = "--head --num-cpus=0 --node-ip-address=10.77.0.4 --port=6379 --include-dashboard=false"
-        # sockets have short names only
-        self("node", 3, RAY / "ray", "start", *head.split(), f"--temp-dir=/tmp/{self.folder.name}", **PLAIN)
+        self("node", 3, RAY / "ray", "start", *head.split(), f"--temp-dir={folder}", **PLAIN)
         for k in (1, 2):
             self.join(k)
 
@@ -33,11 +32,6 @@ class Cluster(virtual_slurm.Cluster):
         words = f"--address={HEAD} --node-ip-address=10.77.0.{k + 1} --num-cpus=2 --num-gpus={self.gpus}"
         self("node", k, RAY / "ray", "start", *words.split(), **PLAIN)
 
-    def end(self):
-        for k in (1, 2, 3):
-            self("kill", k)
-        self("stop")
-
     def on_head(self, *words):
         return ["bash", virtual_slurm.CLUSTER, "node", str(self.folder), "3", *map(str, words)]
 
@@ -45,16 +39,21 @@ class Cluster(virtual_slurm.Cluster):
         return self.on_head(RAY / "python", "loop/on_ray.py", *words)
 
 
+@contextlib.contextmanager
+def started(folder, gpus=2):
+    with (
+        tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as short,
+        virtual_slurm.started(folder, 3, 1, Cluster) as found,
+    ):
+        found.gpus = gpus
+        found.begin(short)
+        yield found
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    if why := virtual_slurm.missing():
-        pytest.skip(why)
-    found = Cluster(tmp_path_factory.mktemp("ray"))
-    try:
-        found.begin()
+    with started(tmp_path_factory.mktemp("ray")) as found:
         yield found
-    finally:
-        found.end()
 
 
 def test_tasks_find_their_machines_and_gpus(cluster, tmp_path):
@@ -152,18 +151,15 @@ def test_what_is_wrong_is_one_line(cluster, tmp_path):
 @pytest.mark.long
 def test_the_loop_gives_what_one_machine_gives(undisturbed, tmp_path_factory, tmp_path):
     """From sampling to training; a machine loses its power while it samples."""
-    if why := virtual_slurm.missing():
-        pytest.skip(why)
     whole, settings = undisturbed
-    cluster, folder, log = Cluster(tmp_path_factory.mktemp("ray")), tmp_path / "run", tmp_path / "log"
-    cluster.gpus = 0
+    folder, log = tmp_path / "run", tmp_path / "log"
     environment = os.environ | PLAIN | {"PATH": f"{RAY}:{os.environ['PATH']}"}
     settings = [*settings, "--generation.max_num_seqs", 1, "--launcher", "ray", "--stop_stage", "1.3"]
-    command = cluster.on_head(*faults.loop_command(folder, *settings))
-    try:
-        cluster.begin()
+    with started(tmp_path_factory.mktemp("ray"), gpus=0) as cluster:
         with log.open("wb") as file:
-            driver = faults.begin(command, file, env=environment)
+            driver = faults.begin(
+                cluster.on_head(*faults.loop_command(folder, *settings)), file, env=environment
+            )
         partial = folder / "iter1/shards/generated.of2.1.jsonl.partial"
         faults.wait_for(lambda: partial.exists() and partial.read_bytes().count(b"\n") >= 3, 300)
         cluster("kill", 2)
@@ -171,10 +167,8 @@ def test_the_loop_gives_what_one_machine_gives(undisturbed, tmp_path_factory, tm
         cluster("boot", 2)
         cluster.join(2)
         assert driver.wait(900) == 0, log.read_text()
-        assert "2 training processes over 2 machines" in log.read_text()
-        assert "ray: lost n2" in (folder / "iter0/logs/sample.machines.log").read_text()
-    finally:
-        cluster.end()
+    assert "2 training processes over 2 machines" in log.read_text()
+    assert "ray: lost n2" in (folder / "iter0/logs/sample.machines.log").read_text()
     for name in ("iter0/heldout_sampled.", "iter0/heldout_greedy.", "iter1/"):
         for kind in ("generated", "rewarded"):
             one, other = (root / f"{name}{kind}.jsonl" for root in (folder, whole))

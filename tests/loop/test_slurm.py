@@ -8,7 +8,7 @@ from pathlib import Path
 
 import faults
 import pytest
-from virtual_slurm import CLUSTER, Cluster, missing
+from virtual_slurm import CLUSTER, started
 
 from loop import machines
 from loop.settings import LoopSettings
@@ -16,12 +16,8 @@ from loop.settings import LoopSettings
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    if why := missing():
-        pytest.skip(why)
-    found = Cluster(tmp_path_factory.mktemp("slurm"))
-    found("start", 2, 2)
-    yield found
-    found("stop")
+    with started(tmp_path_factory.mktemp("slurm")) as found:
+        yield found
 
 
 def test_a_task_finds_its_machine_and_its_gpus(cluster, tmp_path):

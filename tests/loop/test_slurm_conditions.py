@@ -13,7 +13,7 @@ import time
 
 import faults
 import pytest
-from virtual_slurm import CLUSTER, Cluster, missing
+from virtual_slurm import CLUSTER, started
 
 from common.cli import UserError
 from loop import machines
@@ -41,12 +41,8 @@ int flock(int file, int how) {
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    if why := missing():
-        pytest.skip(why)
-    found = Cluster(tmp_path_factory.mktemp("slurm"))
-    found("start", 3, 2)
-    yield found
-    found("stop")
+    with started(tmp_path_factory.mktemp("slurm"), nodes=3) as found:
+        yield found
 
 
 class Terminal:

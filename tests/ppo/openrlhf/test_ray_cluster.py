@@ -13,7 +13,7 @@ from pathlib import Path
 
 import faults
 import pytest
-from virtual_slurm import Cluster, missing
+from virtual_slurm import started
 
 from loop import machines
 from loop.settings import LoopSettings
@@ -39,12 +39,8 @@ pytestmark = pytest.mark.long
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    if why := missing():
-        pytest.skip(why)
-    found = Cluster(tmp_path_factory.mktemp("slurm"))
-    found("start", 2, 2)
-    yield found
-    found("stop")
+    with started(tmp_path_factory.mktemp("slurm")) as found:
+        yield found
 
 
 class Job:
