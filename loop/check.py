@@ -29,6 +29,7 @@ from loop.prompt_sets import check_prompts, first_prompt
 from loop.servers import check_servers
 from loop.settings import LoopSettings, decided, gpu_groups, positions, processes
 from loop.try_function import made_up, try_function
+from report.state import is_held
 
 if TYPE_CHECKING:
     from loop.plan import Plan
@@ -92,7 +93,7 @@ def check_settings(plan: "Plan", found: Findings):
     found.attempt(trackers.check, settings.report_to, "report_to", trackers.FIGURES)
     groups = found.attempt(gpu_groups, settings) or []
     cpus = machines.cpus_of_a_machine()
-    if cpus and cpus < len(groups) and machines.machine_count(settings) > 1:
+    if cpus and cpus < len(groups) and machines.machine_count(settings) > 1 and not machines.on_ray(settings):
         found.problems.append(
             f"{len(groups)} generation processes a machine, and this job has {cpus} CPUs on one: give sbatch "
             "--cpus-per-task"
@@ -333,7 +334,10 @@ def conclude(plan: "Plan", left: bool, found: Findings, summary: str):
     if left and not found.problems:
         check_functions(plan, found)
         path = plan.folder.path.absolute()
-        machines.ask(plan.settings, next(p for p in [path, *path.parents] if p.is_dir()), found)
+        if plan.planning and machines.on_ray(plan.settings) and is_held(path):
+            found.notes.append("the machines were not asked, since the run that is at work has their GPUs")
+        else:
+            machines.ask(plan.settings, next(p for p in [path, *path.parents] if p.is_dir()), found)
     setup = plan.planning and plan.settings.setup_command
     if found.problems and setup and not Path(plan.settings.model_name_or_path).exists():
         found.problems.append(

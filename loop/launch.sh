@@ -59,7 +59,7 @@ enter() { # ENVIRONMENT: switch, or print how
   if [ "$mode" = run ]; then
     use_env "$1" || exit
   elif ! found="$(find_env "$1")"; then
-    echo "source ./envs.sh; make_envs $1; use_env $1"
+    echo "${vllm_requirements:+vllm_requirements=$vllm_requirements; }source ./envs.sh; make_envs $1; use_env $1"
   elif with_conda; then
     echo "conda activate ${found%%$'\t'*}; export PYTHONNOUSERSITE=1"
   else
@@ -93,10 +93,14 @@ start() { # LOG COMMAND…: in the background and waited for, so that a signal t
     >>"$1" 2>&1 {lock}>&- &
 }
 
-seen_here() { # COMMAND…: what it names that this machine sees, a line each: other machines wait for the same (loop/seen.py)
-  local word file more
+seen_here() { # COMMAND…: what it reads that this machine sees, a line each: other machines wait for the same (loop/seen.py)
+  local word file more reads=yes words=()
   [ "${plan[sharing]-1}" -gt 1 ] || return 0
-  for word in "$@"; do
+  for word in "$@"; do # not the launcher's, nor what the command itself makes, and removes
+    case "$word" in loop/task.sh) words=() ;; --output_dir | --reference_cache) reads='' ;; --*) reads=yes ;; esac
+    [ -z "$reads" ] || words+=("$word")
+  done
+  for word in "${words[@]}"; do
     [ -e "$word" ] || word="${word%:*}" # loop.yaml:generation
     [ -n "$word" ] && [ -e "$word" ] || continue
     more=0
@@ -130,7 +134,7 @@ shards() { # ENVIRONMENT LOG COMMAND…: NUMBER in LOG stands for that of the pr
     command=("${shards_everywhere[@]}" "${@:3}" --local_index TASK --my_world_size "${plan[num_shards]}")
     if [ "$mode" = dry_run ]; then shown "${command[@]}"; return; fi
     for ((k = 0; k < plan[num_shards]; k++)); do # what they say is of this start, also where none begins
-      [ ! -e "${log/NUMBER/$k}" ] || echo '$ srun' >>"${log/NUMBER/$k}"
+      [ ! -e "${log/NUMBER/$k}" ] || echo '$ on several machines' >>"${log/NUMBER/$k}"
     done
     RLHF_LOG="$log" start "${log/NUMBER/machines}" "${command[@]}"
     pids=("$!") # what tells failures starts others
@@ -260,7 +264,7 @@ stop_started() { # end what this run started, and what a killed driver of this r
     fi
   fi
   for signal in TERM KILL; do
-    for _ in 1 2 3 4 5 6 7 8 9 10; do
+    for _ in {1..25}; do # loop/on_ray.py takes twenty to end what is on other machines
       pids="$(grep -lsxzF "RLHF_RUN=$mark" /proc/[0-9]*/environ | cut -d/ -f3 || true)"
       [ -n "$pids" ] || return 0
       for pid in $pids; do kill -s "$signal" "$pid" 2>/dev/null || true; done
@@ -321,7 +325,8 @@ read_plan() { # PYTHON PLAN ARGUMENTS…: its lines KEY<TAB>VALUE into `plan`, a
   [ "${plan[gpus]}" -gt 0 ] || export DS_ACCELERATOR=cpu # DeepSpeed would warn at every start that it found none
   [ -n "${plan[ray]}" ] || return 0
   export RLHF_RAY_CLUSTER="${plan[ray]}"
-  [ "${plan[gpus]}" -eq 0 ] || vllm_requirements="${vllm_requirements:-$envs_root/requirements-vllm.txt}" # this machine may have none
+  # as the cluster's machines want it, whatever this one has
+  [ -n "$vllm_requirements" ] || vllm_requirements="${envs_root:?}/requirements-vllm$([ "${plan[gpus]}" -gt 0 ] || echo -cpu).txt"
 }
 
 enter_rlhflow() { # the checks run there: one of older requirements will do, and it is made only where there is none at all
@@ -349,7 +354,7 @@ check_envs() { # NAME…: in --check, what a start would make and what this mach
     [ "$status" -eq 0 ] ||
       echo "check: environment $name is not made yet, a start makes it from $(basename "$(env_requirements "$name")")" >&2
   done
-  check_machine "$@"
+  [ -n "${plan[ray]}" ] || check_machine "$@" # there others do the work
 }
 
 make_ready() { # ENVIRONMENT…: of what is left; --check ends here, and --dry_run makes none
@@ -359,7 +364,7 @@ make_ready() { # ENVIRONMENT…: of what is left; --check ends here, and --dry_r
   fi
   [ "$#" -gt 0 ] || say "every stage of ${plan[run_dir]} is done, nothing is left to do$([ "$mode" != dry_run ] || echo '; --run_dir with a new folder shows all commands')" >&2
   [ "$#" -gt 0 ] && [ "$mode" = run ] || return 0
-  check_machine "$@" || exit 2
+  [ -n "${plan[ray]}" ] || check_machine "$@" || exit 2
   waited make_envs "$@" || exit 2
   enter rlhflow
   python="$(command -v python)"
@@ -402,7 +407,7 @@ begin() { # PLAN ARGUMENTS…
     shown cd "$PWD"
     enter rlhflow
     [ "${plan[sharing]}" -eq 1 ] || echo "export RLHF_MACHINES=${plan[sharing]}"
-    [ -z "${plan[ray]}" ] || [ -z "${RAY_ADDRESS-}" ] || shown export "RAY_ADDRESS=$RAY_ADDRESS"
+    [ -z "${plan[ray]}" ] || shown export ${RAY_ADDRESS:+"RAY_ADDRESS=$RAY_ADDRESS"} "RLHF_RAY_PYTHON=$RLHF_RAY_PYTHON"
     [ -z "${plan[setup_command]:-}" ] || shown bash -c "${plan[setup_command]}"
     shown python "$script" write "${arguments[@]}" # RUN/loop.yaml, which the commands read
   fi

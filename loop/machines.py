@@ -102,12 +102,11 @@ def beside_its_job(submit: str) -> str:
     )
 
 
-def on_login_node(job: str) -> str:
-    """What to do about missing GPUs where Slurm has them on other machines, in words; else nothing.
-
-    Args:
-        job: the file to submit.
-    """
+def on_login_node(settings: "RunSettings") -> str:
+    """What to do about missing GPUs where other machines may have them, in words; else nothing."""
+    if on_ray(settings):
+        return ", nor has a machine of the Ray cluster any"
+    job = settings.job
     if why := beside_its_job(job):
         return f" ({why})"
     if "SLURM_JOB_ID" in os.environ or shutil.which("sbatch") is None:
@@ -126,12 +125,12 @@ def check(settings: "RunSettings"):
         raise UserError(f"machines {wanted} must be at least 1")
     if here and wanted > (there := allocated(settings)):
         if on_ray(settings):
-            gpus = cluster()[1]
-            raise UserError(
-                f"machines {wanted}, and the Ray cluster has {there} of {count(gpus, 'GPU')} each"
-            )
+            has = f"{count(there, 'machine')} with {count(cluster()[1], 'GPU')} each"
+            raise UserError(f"machines {wanted}, and the Ray cluster has {has}")
         inside = f"this Slurm job has {there}" if "SLURM_JOB_ID" in os.environ else "this is no Slurm job"
         raise UserError(f"machines {wanted}, and {inside}: sbatch --nodes={wanted} {settings.job} CONFIG")
+    if settings.launcher == "slurm" and here and "SLURM_JOB_ID" not in os.environ:
+        raise UserError(f"launcher slurm, and this is no Slurm job: sbatch {settings.job} CONFIG")
     if not on_ray(settings) and beside_its_job(settings.job) and here and not settings.without_gpu:
         raise UserError(beside_its_job(settings.job))  # the GPUs that are counted here are others
     servers = settings.generation_backend == "servers" and "start" not in settings.servers
@@ -215,7 +214,14 @@ def ask(settings: "RunSettings", folder: Path, found: "Findings"):
 def answers(settings: "RunSettings", file: str) -> tuple[dict[int, dict], str]:
     """({machine: what loop/probe.py says there}, the end of what its launcher says)."""
     command = [*everywhere(settings, 1, "all", ends=False), "python", "loop/probe.py", "MACHINE", file]
-    how = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": ASKED}
+    patient = os.environ | {"RLHF_RAY_PATIENCE": str(ASKED // 3)}  # Ray's launcher says what it waits for
+    how = {
+        "stdin": subprocess.DEVNULL,
+        "capture_output": True,
+        "text": True,
+        "timeout": ASKED,
+        "env": patient,
+    }
     try:
         answer = subprocess.run(command, check=False, **how)
     except subprocess.TimeoutExpired:

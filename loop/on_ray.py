@@ -9,7 +9,7 @@ there that Ray gave it. What it prints comes out here. The status is that of the
 
 A machine that is lost is replaced by another one, or by itself when it is back, and its tasks are started
 again; with `--together` all tasks are, since they wait for each other. A task that fails by itself is not.
-What was started on the machines ends with this process, however that ends.
+What was started on the machines ends with this process, however that ends, within half a minute.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import contextlib
 import json
 import os
 import queue
+import random
 import selectors
 import signal
 import socket
@@ -28,19 +29,21 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-# seconds for which machines are waited for, where the cluster has lost one or is yet to start it
+# seconds for which machines are waited for, where the cluster has lost one or others use it
 PATIENCE = int(os.environ.get("RLHF_RAY_PATIENCE", "600"))
 LOSSES = 5  # machines lost during one command: one that takes its machine down would go on for ever
-GRACE = 15  # seconds that a task has between TERM and KILL
-# the driver's variables that are of its machine, or of its Ray
-OWN = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "HOSTNAME", "RAY_")
+GRACE = 10  # seconds that a task has between TERM and KILL; loop/launch.sh waits longer for all
+PIECE = 2**16  # bytes of a task's output that are passed on at once
+# Beginnings of the driver's variables that hold for its own machine alone.
+OWN = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "HOSTNAME", "TMPDIR", "RAY_", "SLURM")
 
 
 # ---- On the machines ---------------------------------------------------------------------------------------
 
 
 def guard(mark: str, command: list[str]):
-    """Run a command, and end what it has started when it ends, or when stdin closes: who held that is gone.
+    """Run a command. End all that it has started when it ends, or when stdin closes: the actor that held that
+    is gone then.
 
     Ray kills the children of a worker that ends, so the one that watches is a grandchild.
 
@@ -53,12 +56,13 @@ def guard(mark: str, command: list[str]):
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
 
     def end(status: int):
-        for number, seconds in ((signal.SIGTERM, GRACE), (signal.SIGKILL, GRACE)):
-            until = time.monotonic() + seconds
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            until, asked = time.monotonic() + GRACE, set()
             while (left := marked(mark)) and time.monotonic() < until:
-                for pid in left:
+                for pid in set(left) - asked:  # once: it may be cleaning up
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, number)
+                asked.update(left)
                 time.sleep(0.5)
         os._exit(status)
 
@@ -73,13 +77,44 @@ def guard(mark: str, command: list[str]):
 
 def marked(mark: str) -> list[int]:
     """Living processes of this machine with `mark` in their environment, but for those that watch."""
-    found = []
+    return [pid for pid, found in tasks_here() if mark in found]
+
+
+def tasks_here() -> Iterator[tuple[int, list[str]]]:
+    """(process, its environment) of all on this machine that a launcher like this one has started."""
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended, or is somebody else's
-            told = mark.encode() in (folder / "environ").read_bytes().split(b"\0")
-            if told and b"--guard" not in (folder / "cmdline").read_bytes().split(b"\0"):
-                found.append(int(folder.name))
-    return found
+            found = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
+            watches = b"--guard" in (folder / "cmdline").read_bytes().split(b"\0")
+            if not watches and any(one.startswith("RLHF_RAY=") for one in found):
+                yield int(folder.name), found
+
+
+def wait_for_others(step: str, run: str | None, tried: list[str]):
+    """Wait until no task of an earlier step of this run is at work here, nor an earlier try of this task: the
+    driver may have been killed and started again, or Ray may have lost an actor alone.
+
+    Args:
+        step: its mark. run: RLHF_RUN, the run's folder. tried: marks of earlier tries.
+    """
+    until = time.monotonic() + 2 * GRACE + 5
+    while time.monotonic() < until:
+        if not any(
+            set(tried) & set(found) or (f"RLHF_RUN={run}" in found and not any(step in one for one in found))
+            for _, found in tasks_here()
+        ):
+            return
+        time.sleep(1)
+
+
+def free_ports() -> int:
+    """The first of three neighbours that nobody listens at; a command may take them all."""
+    while True:
+        first = random.randrange(20000, 30000)
+        with contextlib.suppress(OSError), contextlib.ExitStack() as held:
+            for port in range(first, first + 3):
+                held.enter_context(socket.create_server(("", port)))
+            return first
 
 
 class Machine:
@@ -89,25 +124,22 @@ class Machine:
         self.running = []
 
     def about(self) -> tuple[str, str, int]:
-        """(host name, address, a free port)."""
+        """(host name, address, the first of three free ports)."""
         import ray
 
-        with socket.socket() as free:
-            free.bind(("", 0))
-            return socket.gethostname(), ray.util.get_node_ip_address(), free.getsockname()[1]
+        return socket.gethostname(), ray.util.get_node_ip_address(), free_ports()
 
     def run(
-        self, guarded: list[str], environment: dict[str, str], folder: str, earlier: list[str]
+        self, guarded: list[str], environment: dict[str, str], folder: str, step: str, tried: list[str]
     ) -> Iterator[tuple[int, bytes]]:
         """(1 or 2, whole lines of stdout or stderr) as they come, at last (0, the status).
 
         Args:
-            guarded: this file and what `guard` is told. earlier: marks of what may still be ending here.
+            guarded: this file and what `guard` is told. step, tried: see `wait_for_others`.
         """
         import ray
 
-        while any(map(marked, earlier)):
-            time.sleep(1)
+        wait_for_others(step, environment.get("RLHF_RUN"), tried)
         environment = environment | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, ray.get_gpu_ids()))}
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         process = subprocess.Popen([sys.executable, *guarded], env=environment, cwd=folder, **pipes)
@@ -118,12 +150,16 @@ class Machine:
                 ready.register(pipe, selectors.EVENT_READ, number)
             while ready.get_map():
                 for key, _ in ready.select():
-                    chunk = os.read(key.fd, 65536)
+                    chunk = os.read(key.fd, PIECE)
                     if not chunk:
                         ready.unregister(key.fileobj)
-                    lines, end, held[key.data] = (held[key.data] + chunk).rpartition(b"\n")
-                    if lines or end or (held[key.data] and not chunk):
-                        yield key.data, lines + end or held[key.data]
+                    said = held[key.data] + chunk
+                    end = max(said.rfind(b"\n"), said.rfind(b"\r")) + 1  # progress bars have the second
+                    if not chunk or len(said) - end > PIECE:
+                        end = len(said)
+                    held[key.data] = said[end:]
+                    if end:
+                        yield key.data, said[:end]
         yield 0, str(process.wait()).encode()
 
     def end(self):
@@ -148,7 +184,7 @@ class Step:
         self.hosts = [""] * args.machines
         self.tries = [0] * args.machines  # a task of an earlier try tells nothing new
         self.left = self.tasks = {(k, local) for k in range(args.machines) for local in range(args.tasks)}
-        self.marks = {}  # of each task all so far
+        self.step, self.tried = str(uuid.uuid4()), {}  # marks of earlier tries of a task
         self.told = queue.SimpleQueue()  # (machine, local, try, status, or None where the machine is gone)
         self.lost = 0
 
@@ -160,10 +196,10 @@ class Step:
         self.group = placement_group([each] * self.args.machines, strategy="STRICT_SPREAD")
         if self.group.wait(5):
             return
-        asked = f"{self.args.machines} machines with {self.args.gpus} free GPUs each"
+        asked = f"as many machines ({self.args.machines}) with as many free GPUs ({self.args.gpus})"
         tell(f"waiting for {asked}; the Ray cluster has {machines_in_words()}")
         if not self.group.wait(PATIENCE):
-            end_with(f"the Ray cluster has not had {asked} for {PATIENCE} s: {machines_in_words()}")
+            fail(f"the Ray cluster has not had {asked} for {PATIENCE} s; it has {machines_in_words()}")
 
     def start(self, machine: int):
         """Start the tasks of a machine that are left, as soon as it is there."""
@@ -179,10 +215,12 @@ class Step:
             try:
                 about = self.ray.get(asked, timeout=max(0, until - time.monotonic()))
             except self.ray.exceptions.GetTimeoutError:
-                end_with(f"no machine has come for {PATIENCE} s; the Ray cluster has {machines_in_words()}")
+                fail(f"no machine has come for {PATIENCE} s; the Ray cluster has {machines_in_words()}")
             except self.ray.exceptions.RayActorError:  # Ray does not know yet that the machine is gone
                 time.sleep(2)
-        self.hosts[machine], *address = about
+        before, (self.hosts[machine], *address) = self.hosts[machine], about
+        if before not in ("", self.hosts[machine]):
+            time.sleep(2 * GRACE)  # Ray's part of that machine may be gone alone, and its task be ending yet
         if machine == 0:
             self.address = address
         for local in sorted(local for owner, local in self.left if owner == machine):
@@ -192,14 +230,14 @@ class Step:
         """Pass on what a task prints, and tell how it ended."""
         task, attempt, status = machine * self.args.tasks + local, self.tries[machine], None
         head, port = self.address
-        value = f"{uuid.uuid4()} {task} {local} {machine} {head} {port}"
+        value = f"{self.step}.{attempt} {task} {local} {machine} {head} {port}"
         environment = {key: kept for key, kept in os.environ.items() if not key.startswith(OWN)}
         environment["RLHF_RAY"] = value  # loop/task.sh reads it
         guarded = [str(Path(__file__).resolve()), "--guard", f"RLHF_RAY={value}", *self.args.command]
-        earlier = self.marks.setdefault(task, [])
+        tried = self.tried.setdefault(task, [])
         run = self.actors[machine].run.options(num_returns="streaming")
         try:
-            for chunk in run.remote(guarded, environment, os.getcwd(), list(earlier)):
+            for chunk in run.remote(guarded, environment, os.getcwd(), self.step, list(tried)):
                 stream, said = self.ray.get(chunk)
                 if stream == 0:
                     status = int(said)
@@ -207,8 +245,8 @@ class Step:
                 out = sys.stdout if stream == 1 else sys.stderr
                 out.buffer.write(said)
                 out.flush()
-        except self.ray.exceptions.RayActorError:
-            earlier.append(f"RLHF_RAY={value}")
+        except (self.ray.exceptions.RayActorError, self.ray.exceptions.ObjectLostError):
+            tried.append(f"RLHF_RAY={value}")
         except Exception as error:  # it could not be started there
             tell(f"task {task} on {self.hosts[machine]}: {' '.join(str(error).split())[-300:]}")
             status = 1
@@ -230,6 +268,7 @@ class Step:
             self.left = self.left - {(machine, local)}
             if ended:
                 status, task = ended, machine * self.args.tasks + local
+                # loop/launch.sh looks for these words
                 tell(f"task {task} on {self.hosts[machine]} ended with status {ended}")
                 if self.args.together:
                     break
@@ -239,7 +278,7 @@ class Step:
         """Start again what was lost with a machine."""
         self.lost += 1
         if self.lost > LOSSES:
-            end_with(
+            fail(
                 f"{self.lost} machines were lost during this command, the last one was {self.hosts[machine]}"
             )
         again = range(self.args.machines) if self.args.together else [machine]
@@ -270,7 +309,7 @@ def tell(line: str):
     print(f"ray: {line}", file=sys.stderr, flush=True)
 
 
-def end_with(problem: str):
+def fail(problem: str):
     raise SystemExit(f"error: {problem}")
 
 
@@ -290,8 +329,8 @@ def describe() -> list[dict]:
 
 
 def machines_in_words() -> str:
-    """The same in words."""
-    return ", ".join(f"{one['host']} ({one['gpus']} GPUs)" for one in describe()) or "no machines"
+    """Host names and GPUs of the living machines."""
+    return ", ".join(f"{one['host']} (GPUs: {one['gpus']})" for one in describe()) or "no machines"
 
 
 def connect():
@@ -299,15 +338,16 @@ def connect():
     try:
         import ray
     except ImportError:
-        end_with(f"{sys.executable} has no ray: pip install ray, of the cluster's version")
+        fail(f"{sys.executable} has no ray: pip install ray, of the cluster's version")
     address = os.environ.get("RAY_ADDRESS", "auto")
     if address.startswith("ray://"):
-        end_with(f"RAY_ADDRESS {address} is for Ray's client: give HOST:6379, on a machine of the cluster")
+        fail(f"RAY_ADDRESS {address} is for Ray's client: give HOST:6379, on a machine of the cluster")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a thread that outlives the connection would make another
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except Exception as error:  # many kinds: no cluster, another version, no raylet on this machine
-        end_with(f"no Ray cluster can be used at {address}: {' '.join(str(error).split())[:400]}")
+        fail(f"no Ray cluster can be used at {address}: {' '.join(str(error).split())[:400]}")
 
 
 def parsed() -> argparse.Namespace:
@@ -331,8 +371,14 @@ def main():
     if args.describe:
         print(json.dumps(describe()))
         return
+
+    def stop(number: int, _: object):
+        for one in (signal.SIGTERM, signal.SIGINT):  # another one must not cut the ending short
+            signal.signal(one, signal.SIG_IGN)
+        sys.exit(128 + number)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+        signal.signal(number, stop)
     step = Step(args)
     try:
         sys.exit(step.run())

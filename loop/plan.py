@@ -1,7 +1,7 @@
 """The settings of a run, resolved: what run_loop.sh needs of them, and RUN/loop.yaml.
 
     python loop/plan.py values CONFIG [--key value …]   KEY<TAB>VALUE lines for the driver; looks at nothing
-                                                        but the YAML
+                                                        but the YAML, and at the Ray cluster if there is one
     python loop/plan.py check  CONFIG [--key value …]   check all that can be known now; writes nothing
     python loop/plan.py write  CONFIG [--key value …]   the same, then RUN/loop.yaml, which the commands of a
                                                         run read
@@ -302,7 +302,7 @@ def read(kind: type[Plan], argv: list[str], planning: bool) -> tuple[Plan, list[
     refuse_other_kind(settings, plan.before)
     if not settings.without_gpu and not machines.gpus_of(settings):
         raise UserError(
-            f"this run needs GPUs and {none_visible()}{machines.on_login_node(settings.job)}: `without_gpu: "
+            f"this run needs GPUs and {none_visible()}{machines.on_login_node(settings)}: `without_gpu: "
             "true` in its YAML (or --without_gpu true) lets it use the CPU, which is for small models; to "
             "plan it for GPUs elsewhere: --check --num_gpus 8 --gpu_memory_gib 80; the same on tiny models: "
             f"{kind.example}"

@@ -91,7 +91,7 @@ class RunSettings:
     launcher: str = arg(
         "auto",
         "what starts steps on machines: slurm in a job, ray on the cluster of RAY_ADDRESS; auto: slurm in a "
-        "job, else ray where there are several machines",
+        "job, else ray where RAY_ADDRESS is set and `machines` is above 1",
         ["auto", "slurm", "ray"],
     )
     num_shards: int | None = arg(

@@ -17,7 +17,7 @@ if [ -n "${RLHF_RAY-}" ]; then
   read -r _ task local machine head port <<<"$RLHF_RAY"
 else
   task="${SLURM_PROCID?start it by srun or loop/on_ray.py}" local="$SLURM_LOCALID" machine="$SLURM_NODEID" head=''
-  port="$((20000 + (7 * SLURM_JOB_ID + SLURM_STEP_ID) % 10000))" # two on one machine must not meet
+  port="$((20000 + 3 * ((331 * SLURM_JOB_ID + SLURM_STEP_ID) % 3333)))" # and two more; jobs and steps on one machine must not meet
 fi
 if [ -n "${RLHF_LOG-}" ]; then # the driver's, with NUMBER for that of the task
   log="${RLHF_LOG/NUMBER/$task}"

@@ -80,6 +80,7 @@ def ray_node(folder: Path, *flags: str) -> Iterator[subprocess.Popen]:
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
     command += [f"--temp-dir={folder}", f"--num-gpus={gpus}", f"--num-cpus={cores}", *own_address(), *flags]
     given = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"} | process.variables()
+    given.pop("RAY_ADDRESS", None)  # another cluster's
     how = {"stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL, "env": given}
     for _ in range(STARTS):
         with (

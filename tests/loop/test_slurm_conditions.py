@@ -221,12 +221,12 @@ def test_a_shell_of_salloc_is_told_where_to_go(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
     with pytest.raises(UserError, match="is no machine of job 7: go to one by `srun"):
         machines.check(settings)
-    assert "is no machine of job 7" in machines.on_login_node("x.slurm")
+    assert "is no machine of job 7" in machines.on_login_node(settings)
     machines.check(dataclasses.replace(settings, without_gpu=True))
     machines.check(dataclasses.replace(settings, num_gpus=8))  # a plan
     monkeypatch.setenv("SLURMD_NODENAME", "n1")
     machines.check(settings)
-    assert not machines.on_login_node("x.slurm")
+    assert not machines.on_login_node(settings)
 
 
 def test_what_is_not_known_is_left_out(monkeypatch):
