@@ -27,9 +27,9 @@ wait_for() { # SECONDS COMMAND…: until it succeeds
 }
 
 slurmd_of() { # ANCESTOR FILE: the process number of its slurmd, into the file
-  local pid="$1" child
+  local pid="$1" child name
   while child="$(pgrep -P "$pid")"; do pid="${child%%$'\n'*}"; done
-  [ "$(<"/proc/$pid/comm")" = slurmd ] && echo "$pid" >"$2"
+  { read -r name <"/proc/$pid/comm"; } && [ "$name" = slurmd ] && echo "$pid" >"$2" # $(<FILE) would end the script without one
 }
 
 boot() { # K: the node's first process is slurmd's; when it is killed, all of the node is gone
