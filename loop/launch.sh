@@ -59,7 +59,7 @@ enter() { # ENVIRONMENT: switch, or print how
   if [ "$mode" = run ]; then
     use_env "$1" || exit
   elif ! found="$(find_env "$1")"; then
-    echo "${vllm_requirements:+vllm_requirements=$vllm_requirements; }source ./envs.sh; make_envs $1; use_env $1"
+    echo "${vllm_requirements:+$(shown "vllm_requirements=$vllm_requirements"); }source ./envs.sh; make_envs $1; use_env $1"
   elif with_conda; then
     echo "conda activate ${found%%$'\t'*}; export PYTHONNOUSERSITE=1"
   else

@@ -533,8 +533,8 @@ def test_requirements_that_others_include_are_in_their_stamp(venv):
 # ---- What the drivers do -----------------------------------------------------------------------------------
 
 DRIVER = (
-    f"cd {ROOT}; source loop/launch.sh; again='the same'; {{}}; plan[run_dir]=$FOLDER/run; enter_rlhflow; "
-    "echo $python; "
+    f"cd {ROOT}; source loop/launch.sh; again='the same'; {{}}; plan=([run_dir]=$FOLDER/run [ray]=); "
+    "enter_rlhflow; echo $python; "
     'hold "$FOLDER/run"; make_ready {}'
 )
 
@@ -630,4 +630,5 @@ def test_dry_runs_print_how_to_enter(shell):
         if shell.manager == "conda"
         else f"source {quoted(shell.envs)}/rlhflow/bin/activate"
     )
-    assert out[2] == "source ./envs.sh; make_envs vllm; use_env vllm"
+    chosen = f"vllm_requirements={quoted(shell.requirements)}"
+    assert out[2] == f"{chosen}; source ./envs.sh; make_envs vllm; use_env vllm"
