@@ -206,6 +206,7 @@ class Vllm(Way):
             seed=0,
             **options,
         )
+        engine.end_at_exit(self.engine)
 
     def ready(self):
         super().ready()

@@ -187,6 +187,7 @@ def run_engine(way: str, asked: "get_hf2.Arguments") -> tuple[Watch, float, int]
             generation_config="vllm",
             **memory,
         )
+        engine.end_at_exit(llm)
     else:
         llm = get_hf2.start_engine(asked, limit, needed)
     watch = warm_up(llm)

@@ -5,12 +5,17 @@ evaluation/evaluate_benchmarks.py, ppo/openrlhf/run_openrlhf.py. Besides, get_hf
 steps (`answer`), and common/models.py reads a model's length from its config as vLLM does.
 """
 
+import atexit
 import ctypes
 import os
 import signal
+from typing import TYPE_CHECKING
 
 from common import models
 from common.cli import UserError
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 # It reads the same files as transformers: Mistral's folders hold config, weights and tokenizer twice.
 FORMATS = {"tokenizer_mode": "hf", "config_format": "hf", "load_format": "hf"}
@@ -51,6 +56,14 @@ def tie_engine() -> None:
     """Before an engine is started: a process forked by this one is one that ends with it."""
     script = os.getpid()
     os.register_at_fork(after_in_child=lambda: os.getppid() == script and end_as_engine())
+
+
+def end_at_exit(llm: "LLM") -> None:
+    """Have an engine in a process of its own ended before Python waits for that process. vLLM leaves it to a
+    finalizer; where a package has made any finalizer before multiprocessing was loaded, Python comes to those
+    only after it has waited, for ever (seen on an H200).
+    """
+    atexit.register(llm.llm_engine.engine_core.shutdown)
 
 
 def check_head_size(name: str) -> None:

@@ -124,7 +124,7 @@ def start_engine(args: Arguments, limit: int | None, needed: int) -> "LLM":
         options["max_num_seqs"] = args.max_num_seqs
     cache = args.kv_cache_gib or (1.0 if on_cpu else None)
     try:
-        return LLM(
+        llm = LLM(
             model=args.model_name_or_path,
             revision=args.revision,
             tokenizer_revision=args.revision,
@@ -141,6 +141,8 @@ def start_engine(args: Arguments, limit: int | None, needed: int) -> "LLM":
     except Exception as error:
         said = " ".join(str(error).split())[:400]
         raise UserError(f"vLLM cannot start with {args.model_name_or_path}: {said}") from error
+    engine.end_at_exit(llm)
+    return llm
 
 
 def answer(llm: "LLM", requests: Iterable, window: int, progress: Progress) -> Counter:

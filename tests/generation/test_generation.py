@@ -267,6 +267,14 @@ def test_an_engine_in_a_process_of_its_own_answers_alike_and_ends_with_the_scrip
     assert 3 < len(found) < len(whole) == 40
     assert found == [whole[record["id"]] for record in found]
 
+    # and by itself, also where some package made a finalizer before multiprocessing was loaded
+    (tmp_path / "sitecustomize.py").write_text("import weakref\nweakref.finalize(weakref.finalize, int)\n")
+    command += ["--kv_cache_gib", "0.25"]
+    apart["PYTHONPATH"] = str(tmp_path)
+    done = subprocess.run(command, env=apart, capture_output=True, timeout=150)
+    assert done.returncode == 0 and not alive(), done.stderr
+    assert records(tmp_path / "apart0.jsonl") == list(whole.values())
+
 
 @pytest.mark.parametrize("family", ["chatml", "gemma", "mistral", "phi"])
 def test_other_templates(tmp_path, capsys, family):

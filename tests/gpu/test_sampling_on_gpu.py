@@ -21,7 +21,8 @@ def test_answers_follow_seeds_and_not_what_is_decoded_beside_them(tmp_path, devi
         command = [sys.executable, "generation/get_hf2.py", "--model_name_or_path", model, "--K", 4]
         command += ["--dataset_name_or_path", tmp_path / "prompts.jsonl", "--output_dir", tmp_path / name]
         command += ["--max_input_length", 400, "--max_new_tokens", 64, "--dtype", "float32", *more]
-        command += [] if device.type == "cuda" else ["--kv_cache_gib", 0.25]
+        # a cache of a given size, so that other processes may take and give back memory meanwhile
+        command += ["--gpu_memory_utilization", 0.4, "--kv_cache_gib", 4 if device.type == "cuda" else 0.25]
         end = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
         assert end.returncode == 0, end.stdout + end.stderr
         print(name, end.stdout.strip().splitlines()[-1])
