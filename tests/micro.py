@@ -89,8 +89,8 @@ def make_config(tokenizer, architecture="llama", **overrides):
     return AutoConfig.for_model(architecture, **(shape | overrides))
 
 
-def make_policy(path, family="llama3", architecture="llama", seed=0, **overrides):
-    """A causal language model's folder as a user has one."""
+def make_policy(path, family="llama3", architecture="llama", seed=0, dtype="float32", **overrides):
+    """A causal language model's folder as a user has one; `dtype`: of the stored weights."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -103,7 +103,7 @@ def make_policy(path, family="llama3", architecture="llama", seed=0, **overrides
     model.generation_config = GenerationConfig(
         eos_token_id=eos, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    model.save_pretrained(path)
+    model.to(getattr(torch, dtype)).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return Path(path)
 

@@ -22,7 +22,8 @@ PRECISE = (
 @pytest.fixture(scope="module")
 def work(tmp_path_factory, sizes):
     folder = tmp_path_factory.mktemp("training")
-    micro.make_policy(folder / "policy", **sizes)
+    # in bf16, as policies are stored: ZeRO rounds fp32 ones before it starts, and trains from another point
+    micro.make_policy(folder / "policy", dtype="bfloat16" if sizes else "float32", **sizes)
     training.write_rewarded(folder / "rewarded.jsonl", 200 if sizes else 24)
     return folder
 
@@ -45,8 +46,9 @@ def test_every_configuration_trains_alike_and_within_its_memory(method, work, fi
     assert len(log) == STEPS and log[0]["loss"] == pytest.approx(math.log(2), abs=0.01)
     assert all(math.isfinite(entry["loss"] + entry["grad_norm"]) for entry in log)
     for other in figures.values():
+        assert log[0]["grad_norm"] == pytest.approx(other[0]["grad_norm"], rel=0.01)
         for mine, theirs in zip(log, other, strict=True):
-            assert mine["loss"] == pytest.approx(theirs["loss"], abs=0.01)
+            assert mine["loss"] == pytest.approx(theirs["loss"], abs=0.02)
             assert mine["logps/chosen"] == pytest.approx(theirs["logps/chosen"], rel=0.01)
     if device.type == "cuda":
         metrics = training.read_json(f"{work / method}.manifest.json")["metrics"]
