@@ -59,9 +59,10 @@ def check_disk(plan: "Plan", found: "Findings", gib: float, what: str, instead: 
     """Refuse less room than `gib` GiB where the run lies; `instead` says what to do."""
     folder = plan.folder.path.absolute()
     free = shutil.disk_usage(next(p for p in [folder, *folder.parents] if p.exists())).free / 2**30
-    here = " here" if plan.settings.num_gpus else ""
+    planned = plan.settings.num_gpus is not None  # for another machine
+    here = f" here{': too few for a run here' * (gib > free)}" if planned else ""
     found.notes.append(f"disk: about {gib:.1f} GiB for {what}, {free:.0f} GiB are free{here}")
-    if gib > free and not plan.settings.num_gpus:  # a plan is for another machine
+    if gib > free and not planned:
         found.problems.append(
             f"about {gib:.0f} GiB of disk are needed in {plan.settings.run_dir} and {free:.0f} are free; "
             f"{instead}"

@@ -32,6 +32,7 @@ reward_models=()   # models that training is rewarded by
 judges=()          # and those that only judge the held-out answers
 prompt_sets=()     # all of them, for PPO
 start_servers=() ask_servers=() stop_servers=() # of generation_backend servers
+problems=()        # what is wrong with the settings by themselves
 arguments=()       # what PLAN is called with
 declare -A needed=()         # environments of what is left
 mode=run at='' worked=no news=no entered='' python='' again='' mark=''
@@ -313,7 +314,7 @@ read_plan() { # PYTHON PLAN ARGUMENTS…: its lines KEY<TAB>VALUE into `plan`, a
   local lines key value
   lines="$("$1" "$2" values "${@:3}")" || exit
   # shellcheck disable=SC2034 # the driver reads them
-  gpu_groups=() each_gpu=() everywhere=() of_machines=() shards_everywhere=() reward_models=() judges=() prompt_sets=() start_servers=() ask_servers=() stop_servers=()
+  gpu_groups=() each_gpu=() everywhere=() of_machines=() shards_everywhere=() reward_models=() judges=() prompt_sets=() start_servers=() ask_servers=() stop_servers=() problems=()
   while IFS= read -r value; do
     key="${value%%$'\t'*}" value="${value#*$'\t'}"
     case "$key" in
@@ -372,8 +373,9 @@ make_ready() { # ENVIRONMENT…: of what is left; --check ends here, and --dry_r
 }
 
 begin() { # PLAN ARGUMENTS…
-  local script="$1" planner chosen left
-  again="bash $(shown "$0" "${@:2}")"
+  local script="$1" planner chosen left start=(bash "$0")
+  [ -z "${RLHF_SUBMIT:-}" ] || read -ra start <<<"$RLHF_SUBMIT" # of configs/*.slurm: how a job is submitted
+  again="$(shown "${start[@]}" "${@:2}")"
   for chosen in "${@:2}"; do
     case "$chosen" in
       -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "$(basename "$0")"; exit 0 ;;
@@ -389,6 +391,10 @@ begin() { # PLAN ARGUMENTS…
   planner="$(find_planner)"
   [ -n "$planner" ] || { enter_rlhflow; planner="$python"; }
   read_plan "$planner" "$script" "${arguments[@]}"
+  if [ "$mode" = run ] && [ "${#problems[@]}" -gt 0 ]; then # --check tells them with all others
+    printf 'error: %s\n' "${problems[@]}" >&2
+    exit 2
+  fi
   hold "${plan[run_dir]}"
   enter_rlhflow
   if [ -n "${plan[setup_command]:-}" ] && [ "$mode" = run ]; then

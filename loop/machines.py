@@ -207,8 +207,13 @@ def ask(settings: "RunSettings", folder: Path, found: "Findings"):
             f"{first['host']} sees {first['gpus']} of the {count(gpus, 'GPU')} it should have"
         )
     first = first | {"commit": probe.commit(), "vllm": probe.has_vllm()}
+    before = len(found.problems) + len(found.notes)
     for number in sorted(told):
         compare(first, told[number], folder, found)
+    if len(found.problems) + len(found.notes) == before and len(told) == wanted:
+        found.notes.append(
+            f"{count(wanted, 'machine')} answer alike: one commit, and each sees the others' files and locks"
+        )
 
 
 def answers(settings: "RunSettings", file: str) -> tuple[dict[int, dict], str]:

@@ -345,6 +345,8 @@ def main(kind: type[Plan] = Plan, description: str = __doc__):
             if isinstance(value, bool) or value is None:
                 value = "yes" if value else ""
             print(f"{key}\t{value}")
+        for problem in plan.settings.problems:
+            print(f"problems[]\t{problem}")
         return
     if name == "write" and (plan.settings.num_gpus or plan.settings.gpu_memory_gib):
         raise UserError(

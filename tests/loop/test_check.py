@@ -159,6 +159,14 @@ def test_check_may_look_at_a_run_that_is_at_work(config, tmp_path):
         assert started.returncode == 2 and "another run is at work" in started.stderr
 
 
+def test_a_wrong_setting_is_told_before_anything_is_set_up(config, tmp_path):
+    run, made = tmp_path / "run", tmp_path / "made"
+    wrong = ("--run_dir", run, "--setup_command", f"touch {made}", "--generation.KK", 4)
+    end = drive("run_loop.sh", config(), *wrong)
+    assert end.returncode == 2 and "KK" in end.stderr and end.stderr.count("error: ") == 1
+    assert not run.exists() and not made.exists()
+
+
 def test_the_loop_is_planned_without_a_gpu():
     planned = drive("run_loop.sh", "--check", "--num_gpus", 8, "--gpu_memory_gib", 80)
     assert planned.returncode == 0, planned.stderr

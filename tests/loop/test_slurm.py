@@ -74,7 +74,7 @@ def test_two_machines_give_what_one_gives(cluster, undisturbed, tmp_path):
     cluster("boot", 2)
     faults.wait_for(lambda: cluster("run", "sinfo", "-h", "-n", "n2", "-t", "idle", "-o", "%D"), 60, 0.5)
     time.sleep(3)  # Slurm ends there what it believes is left of the job, for which it would wait itself
-    assert "terminated; to continue: bash run_loop.sh" in (tmp_path / "job.log").read_text()
+    assert "terminated; to continue: sbatch configs/loop.slurm" in (tmp_path / "job.log").read_text()
     cluster("run", "scontrol", "update", f"jobid={job}", "StartTime=now")  # Slurm would wait for two minutes
     cluster.wait(job, "COMPLETED", "FAILED")
     log = (tmp_path / "job.log").read_text()
