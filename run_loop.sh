@@ -33,6 +33,7 @@ turns() { # of one policy after the other; policy 0 is the start
     tell evaluation/run_metrics.py --run "$run"
     [ -z "${plan[report]}" ] || tell report/make_report.py "$run"
     news=no
+    ! got_worse "$i" || break
     step train "$policy" "$i"
     prune "$i"
   done

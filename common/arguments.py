@@ -122,7 +122,7 @@ def convert(name: str, value: object, hint: object) -> object:
 def check_choice(cls: type, key: str, value: object, called: str) -> None:
     """Refuse a value that is none of the choices of its field."""
     choices = cls.__dataclass_fields__[key].metadata["choices"]
-    if choices and value not in choices:
+    if choices and value is not None and value not in choices:
         raise UserError(f"{called}: {value!r} is not one of {', '.join(map(str, choices))}")
 
 

@@ -3,6 +3,7 @@
     RUN/loop.yaml                     every setting, resolved
     RUN/stages.jsonl                  what has finished: {"policy", "step", "seconds", "finished"} a line
     RUN/metrics.json, .csv            a row for each policy
+    RUN/best, best.json               link to the model of the policy to keep, and why it is that one
     RUN/report/index.html             the page
     RUN/iterI/generated.jsonl         responses of policy I-1, which policy I is trained on
     RUN/iterI/rewarded.jsonl          the same with rewards
@@ -105,6 +106,16 @@ class RunFolder:
     def trackers(self) -> Path:
         """What each experiment tracker was told."""
         return self.path / "trackers.json"
+
+    @property
+    def best(self) -> Path:
+        """A link to the model of the policy to keep."""
+        return self.path / "best"
+
+    @property
+    def choice(self) -> Path:
+        """Which policy that is, and why."""
+        return self.path / "best.json"
 
     @property
     def page(self) -> Path:

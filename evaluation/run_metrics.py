@@ -6,8 +6,9 @@ trackers of transformers.
 
 In:  a run's folder, as run_loop.sh and run_ppo.sh leave it, finished or not, evaluated or not.
 Out: `metrics.json` (the rows, and `gains`: how the last iterate differs from the first) and `metrics.csv`
-     there, what the trackers were told in `trackers.json`, and the run's table in the terminal. While no
-     file of the run has changed, what metrics.json holds is shown again without being computed.
+     there, what the trackers were told in `trackers.json`, `best` and `best.json` of
+     evaluation/select_iterate.py, and the run's table in the terminal. While no file of the run has changed,
+     what metrics.json holds is shown again without being computed.
 
 A row's names are flat: `iterate`; what metrics.json of the iterate has of the answers, as `sampled_reward`,
 `greedy_gold`, `judge_sampled_reward`, …; `…_win_rate` against the start (below), with its standard error;
@@ -44,7 +45,7 @@ from common.hide import hidden
 from common.manifest import write_json
 from common.records import finite
 from common.run_folder import KINDS, RunFolder, read_object, warnings_of
-from evaluation import metrics
+from evaluation import metrics, select_iterate
 
 DIVERGENCE = ("kl", "kl_se", "kl_per_token", "k3", "k3_se", "k3_per_token")
 
@@ -224,6 +225,15 @@ def warnings(folder: str | Path) -> list[str]:
     return [f"{count(len(listed), 'warning')}, with what to try on the page {page}:", *told]
 
 
+def best(folder: str | Path, gold_function: str | None) -> list[str]:
+    """Which iterate is to be kept, in a line; RUN/best is a link to it. None of a run with one iterate."""
+    try:
+        held = select_iterate.current(folder, made_of(RunFolder(folder), gold_function), gold_function)
+    except UserError as error:
+        return [f"note: {error}"]
+    return [held["sentence"]] if held and len(held["scores"]) > 1 else []
+
+
 def main():
     args = cli.parse(Arguments, __doc__)
     trackers.check(args.report_to, known=trackers.FIGURES)
@@ -231,6 +241,8 @@ def main():
     log(args.run, held["iterates"], args.report_to or metrics.settings_of(args.run).get("report_to"))
     gained = metrics.gains(iterates, args.gold_function) if held["gains"] is None else held["gains"]
     print(metrics.table([(None, iterates, gained)]))
+    for line in best(args.run, args.gold_function):
+        print(line)
     for line in warnings(args.run) or alike(held["iterates"]):  # the page warns of the same
         print(line)
 

@@ -237,6 +237,12 @@ tell() { # SCRIPT RUN…: what cannot be done ends nothing
   wait "$!" || say "note: $(shown python "$@") failed, see $log"
 }
 
+got_worse() { # I: whether the loop is to end with policy I, by `stop_when` and what RUN/best.json says of it as the last one
+  local choice="${plan[run_dir]}/best.json"
+  [ -n "${plan[stop_when]-}" ] && [ "$1" -gt 0 ] && grep -qs '"worse": true' "$choice" && grep -qs "\"last\": $1," "$choice" || return 1
+  [ "$mode" = count ] || say "the loop ends here (stop_when): policy $1 is worse than an earlier one; ${plan[run_dir]}/best is the one to keep" >&2
+}
+
 prune() { # I: once policy I is there and measured, the weights before the last `keep_iterates`, never the start's
   local k old
   [ "$mode" = run ] && [ -n "${plan[keep_iterates]:-}" ] && done_already "${plan[run_dir]}/iter$1/model" || return 0
@@ -245,7 +251,7 @@ prune() { # I: once policy I is there and measured, the weights before the last 
   done
   for ((k = 1; k <= $1 - plan[keep_iterates]; k++)); do
     old="${plan[run_dir]}/iter$k/model"
-    [ -d "$old" ] && [ ! "$old" -ef "${plan[model_name_or_path]}" ] || continue
+    [ -d "$old" ] && [ ! "$old" -ef "${plan[model_name_or_path]}" ] && [ ! "$old" -ef "${plan[run_dir]}/best" ] || continue
     : >"$old.pruned"
     rm -rf -- "$old"
     say "pruned $old (keep_iterates ${plan[keep_iterates]})"

@@ -237,7 +237,7 @@ class Plan:
     plain = (
         *("run_dir", "setup_command", "model_name_or_path", "iterations", "heldout_prompts", "seed"),
         *("generation_backend", "gold_function", "report", "reference", "train_on", "accelerate_config"),
-        "keep_iterates",
+        *("keep_iterates", "stop_when"),
     )
 
     def stale(self) -> str:

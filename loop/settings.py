@@ -9,6 +9,7 @@ from common.arguments import is_required
 from common.cli import UserError, arg, build
 from common.run_folder import is_ppo
 from dpo_iteration.arguments import Arguments as DPOArguments
+from evaluation.select_iterate import Selection
 from generation import get_hf2
 from loop.machines import gpus_of, machine_count
 
@@ -76,6 +77,9 @@ class RunSettings:
         "estimate each iterate's KL to the starting policy from its held-out answers "
         "(evaluation/divergence.py)",
     )
+    select: dict = arg(
+        {}, "by what rule RUN/best is chosen: by, max_kl, min_gain of evaluation/select_iterate.py"
+    )
     report: bool = arg(True, "make RUN/report/index.html anew after each stage")
     report_to: list[str] | None = arg(
         None, f"log each iterate's figures there, one run for the loop: {', '.join(trackers.FIGURES)}"
@@ -124,6 +128,7 @@ class RunSettings:
     sections = {  # see common/arguments.py
         **dict.fromkeys(("generation", "heldout"), get_hf2.Arguments),
         **dict.fromkeys(("annotation", "eval_annotation"), RewardArguments),
+        "select": Selection,
     }
     # Of the driver, for what a wrong flag may have meant.
     driver_flags = ("check", "dry_run", "stage", "stop_stage")
@@ -148,7 +153,15 @@ class LoopSettings(RunSettings):
         {}, "arguments that stand in place of that YAML's; --training_args.learning_rate 1e-6"
     )
     accelerate_config: str = arg("configs/zero2.yaml", "accelerate's YAML for training")
-    keep_iterates: int | None = arg(None, "keep the weights of the last so many iterates; None: of all")
+    keep_iterates: int | None = arg(
+        None, "keep the weights of the last so many iterates, and of the best; None: of all"
+    )
+    stop_when: str | None = arg(
+        None,
+        "worse: end the loop when its last policy is worse than the best one, beyond chance or by `select`'s "
+        "max_kl",
+        ["worse"],
+    )
 
     sections = RunSettings.sections | {"training_args": DPOArguments}
     elsewhere = dict.fromkeys(("backend", "ppo", "openrlhf"), "bash run_ppo.sh")

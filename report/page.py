@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.run_folder import KINDS
+from common.run_folder import KINDS, RunFolder, read_object
 from evaluation.metrics import NOT_EVALUATED
 from report import charts, figures
 from report.definitions import DEFINITIONS
@@ -77,13 +77,15 @@ def shown(value: object, shape: str = "number") -> str:
 
 
 def iterates(of: figures.Figures) -> Iterator[dict]:
-    """A row for each iterate."""
+    """A row for each iterate; the one that evaluation/select_iterate.py has chosen is marked."""
+    chosen = read_object(RunFolder(of.run.folder).choice).get("iterate") if len(of.iterates) > 1 else None
     for row in of.iterates:
         curve = row["sampled"].get("best_of")
         best = f"{shown(curve[-1])} (K={len(curve)})" if curve else row["sampled"].get("best_of_k")
         error = f" ±{row['kl_se']:.3f}" if row.get("kl_se") is not None else ""
         own = {f"{key}_{kind}": row[kind].get(key) for key in figures.QUANTITIES for kind in KINDS}
-        yield row | own | {"best_of": best, "kl": shown(row["kl"]) + error}
+        number = f"{row['iterate']} (best)" if row["iterate"] == chosen else row["iterate"]
+        yield row | own | {"iterate": number, "best_of": best, "kl": shown(row["kl"]) + error}
 
 
 def comparisons(of: figures.Figures) -> Iterator[dict]:

@@ -30,6 +30,7 @@ SECTIONS = ("generation", "heldout", "annotation", "eval_annotation", "training_
 SCRIPTS = [
     *("generation/gen_hf.py", "generation/merge_data.py", "annotate_data/get_rewards.py"),
     *("evaluation/metrics.py", "evaluation/run_metrics.py", "evaluation/divergence.py"),
+    "evaluation/select_iterate.py",
     *("evaluation/export_answers.py", "evaluation/evaluate_benchmarks.sh"),
     *("dpo_iteration/run_dpo.py", "ppo/train_ppo.py", "ppo/openrlhf/run_openrlhf.py"),
     *(f"benchmarks/{name}.py" for name in ("annotation", "dpo", "generation", "memory")),
