@@ -3,7 +3,8 @@
     python evaluation/select_iterate.py --run runs/mine
     python evaluation/select_iterate.py --run runs/mine --by judge --max_kl 20
 
-In:  a run's folder with measured iterates; the rule is the run's own `select`, or given here.
+In:  a run's folder with measured iterates; the rule is the run's own `select`, or given here, which holds
+     until the run's figures are made again.
 Out: RUN/best.json, which iterate was chosen and why, and RUN/best, a link to its model: a folder that every
      script takes for --model_name_or_path.
 
@@ -60,6 +61,7 @@ class Selection:
 @dataclasses.dataclass(kw_only=True)
 class Arguments(Selection):
     run: str = arg(help="a run's folder")
+    min_gain: float | None = arg(None, "as of `select`; None: the run's own")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,9 +272,8 @@ def link(path: Path, model: Path):
 def main():
     args = cli.parse(Arguments, __doc__)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Selection)}
-    choice = select(
-        args.run, rule_of(args.run, {key: value for key, value in given.items() if value not in (None, 0.0)})
-    )
+    given = {key: value for key, value in given.items() if value is not None}
+    choice = select(args.run, rule_of(args.run, given))
     if choice is None:
         raise UserError(f"nothing of {args.run} was measured that an iterate could be chosen by")
     for i, why in choice.left_out.items():

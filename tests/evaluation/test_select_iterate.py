@@ -84,6 +84,15 @@ def test_the_scores_and_the_interval_are_the_answers_own(run):
     assert "against the last one, iterate 3: +" in choice.sentence()
 
 
+def test_what_is_given_stands_in_place_of_the_runs_own_rule(run):
+    held = json.loads((run / "loop.yaml").read_text()) | {"select": {"by": "gold", "min_gain": 0.6}}
+    (run / "loop.yaml").write_text(json.dumps(held))
+    for given, best in (((), 0), (("--min_gain", "0"), 1), (("--min_gain", "0", "--by", "judge"), 2)):
+        command = ["python", "evaluation/select_iterate.py", "--run", str(run), *given]
+        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert f"best: iterate {best}, by" in said
+
+
 def test_an_iterate_without_weights_is_left_out(run):
     (run / "iter1/model.pruned").touch()
     choice = select(run, Selection(by="gold"))
