@@ -237,9 +237,12 @@ tell() { # SCRIPT RUN…: what cannot be done ends nothing
   wait "$!" || say "note: $(shown python "$@") failed, see $log"
 }
 
+chose() { # KEY VALUE: what RUN/best.json says; RUN/best is not there on a file system without links
+  grep -qs "^ *\"$1\": $2,$" "${plan[run_dir]}/best.json"
+}
+
 got_worse() { # I: whether the loop is to end with policy I, by `stop_when` and what RUN/best.json says of it as the last one
-  local choice="${plan[run_dir]}/best.json"
-  [ -n "${plan[stop_when]-}" ] && [ "$1" -gt 0 ] && grep -qs '"worse": true' "$choice" && grep -qs "\"last\": $1," "$choice" || return 1
+  [ -n "${plan[stop_when]-}" ] && [ "$1" -gt 0 ] && chose worse true && chose last "$1" || return 1
   [ "$mode" = count ] || say "the loop ends here (stop_when): policy $1 is worse than an earlier one; ${plan[run_dir]}/best is the one to keep" >&2
 }
 
@@ -251,7 +254,8 @@ prune() { # I: once policy I is there and measured, the weights before the last 
   done
   for ((k = 1; k <= $1 - plan[keep_iterates]; k++)); do
     old="${plan[run_dir]}/iter$k/model"
-    [ -d "$old" ] && [ ! "$old" -ef "${plan[model_name_or_path]}" ] && [ ! "$old" -ef "${plan[run_dir]}/best" ] || continue
+    [ -d "$old" ] && [ ! "$old" -ef "${plan[model_name_or_path]}" ] || continue
+    ! chose iterate "$k" || continue
     : >"$old.pruned"
     rm -rf -- "$old"
     say "pruned $old (keep_iterates ${plan[keep_iterates]})"

@@ -132,6 +132,7 @@ def test_a_loop_that_gets_worse_ends_where_it_is_told_to(run, rule, stops):
     """By the driver's own function, behind the last policy and no other; the best one is not pruned."""
     assert select(run, Selection(by="gold")).worse
     (run / "iter3/model.manifest.json").write_text('{"complete": true}')
+    (run / "best").unlink()  # as on a file system without links
     words = f"""source envs.sh; source loop/launch.sh
         plan=([stop_when]={rule} [run_dir]={run} [keep_iterates]=1 [heldout_prompts]=x)
         plan[model_name_or_path]=hub/start
