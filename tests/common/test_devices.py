@@ -112,7 +112,13 @@ def test_vllm_starts_without_nvcc(monkeypatch, set_before):
     if set_before:
         monkeypatch.setenv(name, set_before)
     seen = []
-    vllm = types.SimpleNamespace(LLM=lambda **options: seen.append(os.environ[name]))
+
+    def engine(**options):
+        seen.append(os.environ[name])
+        core = types.SimpleNamespace(shutdown=lambda: None)
+        return types.SimpleNamespace(llm_engine=types.SimpleNamespace(engine_core=core))
+
+    vllm = types.SimpleNamespace(LLM=engine)
     monkeypatch.setitem(sys.modules, "vllm", vllm)
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "WARNING")  # so that it is put back
     for module in (get_hf2, devices):
