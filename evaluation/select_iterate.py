@@ -9,9 +9,9 @@ Out: RUN/best.json, which iterate was chosen and why, and RUN/best, a link to it
      script takes for --model_name_or_path.
 
 The measure is of the sampled held-out answers. Chosen is the iterate with the largest, the start among them;
-a later one takes the place of an earlier only by more than `min_gain`. Left out are iterates whose weights
-are gone and, with `max_kl`, those that are farther from the start, or whose distance is not known. The
-interval is of the chosen iterate against the last one, on the same prompts.
+a later one takes the place of an earlier only by more than `min_gain`. Left out are iterates that lack the
+measure, those whose weights are gone and, with `max_kl`, those that are farther from the start, or whose
+distance is not known. The interval is of the chosen iterate against the last one, on the same prompts.
 """
 
 import dataclasses
@@ -37,6 +37,9 @@ MEASURES = {
     "length_controlled": "win rate against the start by reward, at equal lengths",
     "reward": "mean reward by the reward models of training",
 }
+
+# Why an iterate may lack a measure that others have.
+UNKNOWN = {"length_controlled": "nearly all its answers are longer, or shorter, than the start's"}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -72,7 +75,7 @@ class Choice:
         iterate: number of the policy. by: one of MEASURES. scores: {iterate: value} of all that have one.
         left_out: {iterate: reason}. last: the last iterate. interval: (difference, low, high) of the chosen
             one minus the last, None where they are one or nothing can be compared.
-        worse: whether the last one is worse beyond chance, or was left out.
+        worse: whether the last one is worse beyond chance, or was left out though it has the measure.
     """
 
     iterate: int
@@ -84,7 +87,9 @@ class Choice:
 
     @property
     def worse(self) -> bool:
-        return self.last in self.left_out or bool(self.interval and self.interval[1] > 0)
+        if self.last in self.left_out:
+            return self.last in self.scores
+        return bool(self.interval and self.interval[1] > 0)
 
     def sentence(self) -> str:
         """The choice in words, a line."""
@@ -130,6 +135,8 @@ def choose(iterates: list[dict], rule: Selection, gone: dict[int, str] | None = 
         if rule.max_kl is not None and (kl is None or kl > rule.max_kl):
             how = "is not known" if kl is None else f"{kl:.2f} is above {rule.max_kl:g}"
             left_out.setdefault(one["iterate"], f"its KL to the start {how}")
+    for i in (one["iterate"] for one in iterates if one["iterate"] not in scores):
+        left_out.setdefault(i, UNKNOWN.get(by, f"it was not measured by {by}"))
     best = None
     for i, value in scores.items():
         if i not in left_out and (best is None or value - scores[best] > rule.min_gain):

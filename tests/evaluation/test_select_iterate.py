@@ -105,6 +105,17 @@ def test_an_unknown_distance_is_too_far(run):
     assert choice.iterate == 2 and choice.left_out == {1: "its KL to the start is not known"}
 
 
+def test_an_iterate_that_lacks_the_measure_is_left_out(run):
+    """All answers of the last one are longer than the start's: nothing is known of it at equal lengths."""
+    path = run / "iter3/heldout_sampled.rewarded.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    report_runs.write(path, [row | {"num_tokens": [500] * len(row["num_tokens"])} for row in records])
+    choice = select(run, Selection(by="length_controlled"))
+    assert choice.iterate == 2 and not choice.worse and 3 not in choice.scores
+    told = "iterate 3, was left out: nearly all its answers are longer, or shorter, than the start's"
+    assert choice.sentence().endswith(told)
+
+
 def test_what_was_not_measured_is_named(run):
     for i in range(4):
         path = run / f"iter{i}/metrics.json"

@@ -316,3 +316,5 @@ def test_the_overoptimised_run_is_just_that(seed, tmp_path):
     rewards, golds = ([float(row[f"sampled_{name}"]) for row in rows] for name in ("reward", "gold"))
     assert rewards == sorted(rewards)
     assert golds[-1] < max(golds) - 4 * float(rows[-1]["sampled_gold_se"]), golds
+    best = golds.index(max(golds))
+    assert 1 <= best < 3 and (tmp_path / "run/best").resolve() == tmp_path / f"run/iter{best}/model"
