@@ -90,6 +90,13 @@ def test_max_min_p_penalises_length_in_tokens_for_choice_and_margin():
     assert indices(pair) == (1, 0) and pair["chosen_num_tokens"] == 1
 
 
+def test_max_min_p_may_count_characters():
+    row = record([1.0, 1.2, 0.9], ["a" * 500, "b" * 10, "ab"], num_tokens=[2, 100, 10])
+    pair = make_pair(row, "max_min_p", length_penalty=0.001, length_penalty_unit="character")[0]
+    assert indices(pair) == (1, 0) and pair["chosen_num_tokens"] == 100  # 0.5, 1.19, 0.898
+    assert pair["margin"] == pytest.approx(1.2 - 0.01 - (1.0 - 0.5))
+
+
 def test_responses_that_cannot_take_part_are_counted_by_reason():
     nan = float("nan")
     rewards = [9.0, None, nan, float("inf"), 1.0, 5.0, 2.0, 0.0]
