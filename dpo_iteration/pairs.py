@@ -16,9 +16,11 @@ from common import tokens
 from common.cli import UserError
 from common.records import dumps, finite, is_empty, read_rewarded, record_id
 
-PER_RESPONSE = ("responses", "rewards", "finish_reasons", "num_tokens", tokens.RESPONSES)  # K entries each
+# Lists of a record that a pair has an entry of for each side: the field, and what it is called there.
+OF_A_SIDE = {tokens.RESPONSES: "_token_ids", tokens.STOPPED_BY: "_stop_string", "response_sources": "_source"}
+PER_RESPONSE = ("responses", "rewards", "finish_reasons", "num_tokens", *OF_A_SIDE)  # K entries each
 # Of a pair, for each of its sides.
-SIDE_FIELDS = ("", "_index", "_reward", "_finish_reason", "_num_tokens", "_token_ids")
+SIDE_FIELDS = ("", "_index", "_reward", "_finish_reason", "_num_tokens", *OF_A_SIDE.values())
 OF_ALL = ("reward_parts", "pair_probabilities")  # speak of all K responses, so they stay behind
 
 
@@ -207,8 +209,7 @@ def _pair(record, found, lengths):
             f"{side}_finish_reason": finish[i],
             f"{side}_num_tokens": lengths[i],
         }
-        if record.get(tokens.RESPONSES):
-            pair[f"{side}_token_ids"] = record[tokens.RESPONSES][i]
+        pair |= {f"{side}{name}": record[key][i] for key, name in OF_A_SIDE.items() if record.get(key)}
     return pair
 
 

@@ -120,7 +120,7 @@ async def generate(args: Arguments):
         left = len(prompts.items)
         if output.done:
             print(f"continuing: {count(len(output.done), 'record is', 'records are')} there, {left} to do")
-        requests = ((item, sampling.sampling_fields(args, item, stops, limit)) for item in prompts.items)
+        requests = ((item, sampling.requests_of(args, item, stops, limit)) for item in prompts.items)
         progress = Progress(left, "generate", "prompts")
         work = Run(args, session, servers, serves, output, progress)
         if prompts.items:

@@ -29,6 +29,7 @@ HEAD = {  # what a reader asks first of a run → where loop.yaml has it, the fi
     "iterations": ("iterations",),
     "K": ("ppo.samples_per_prompt", "generation.K"),
     "temperature": ("ppo.temperature", "generation.temperature"),
+    "mixture": ("generation.mixture",),
     "beta": ("training_args.beta",),
     "advantages": ("ppo.advantage_estimator",),
     "KL coefficient": ("ppo.kl_coef",),
