@@ -191,7 +191,7 @@ def run_engine(way: str, asked: "get_hf2.Arguments") -> tuple[Watch, float, int]
     else:
         llm = get_hf2.start_engine(asked, limit, needed)
     watch = warm_up(llm)
-    fields = [sampling.sampling_fields(asked, item, stops, limit) for item in items]
+    fields = [r.fields for item in items for r in sampling.requests_of(asked, item, stops, limit)]
     if way != "seeds":
         fields = [f | {"seed": None} for f in fields]
     outputs = llm.generate(

@@ -67,6 +67,19 @@ def unwrap(hint: object) -> tuple[type, type | None, bool]:
     return typing.get_origin(hint) or hint, None, optional
 
 
+def one_or_several(hint: object) -> object | None:
+    """`list[X]` of a hint `X | list[X]`, whose values are one X or several; None of any other hint."""
+    members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else ()
+    return members[1] if len(members) == 2 and members[1] == list[members[0]] else None
+
+
+def _several(value):
+    """A value of `X | list[X]`: a list of one is that one, and a text may list several: `1.0,0.7`."""
+    if isinstance(value, str) and ("," in value or value.startswith("[")):
+        value = [word.strip() for word in value.removeprefix("[").removesuffix("]").split(",")]
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
 def _as_bool(value):
     words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
     return value if isinstance(value, bool) else words[str(value).lower()]
@@ -103,6 +116,9 @@ CONVERTED = {
 
 def convert(name: str, value: object, hint: object) -> object:
     """`value`, from YAML or the command line, as the type of its field; a UserError names the key."""
+    if several := one_or_several(hint):
+        value = _several(value)
+        hint = several if isinstance(value, list) and value else hint
     kind, item, optional = unwrap(hint)
     if kind is list and optional and isinstance(value, list) and len(value) == 1:
         value = value[0]  # so that --key none is None

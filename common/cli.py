@@ -16,7 +16,17 @@ import sys
 import typing
 from pathlib import Path
 
-from common.arguments import accepted, build, convert, is_required, known, meant, sections_of, unwrap
+from common.arguments import (
+    accepted,
+    build,
+    convert,
+    is_required,
+    known,
+    meant,
+    one_or_several,
+    sections_of,
+    unwrap,
+)
 from common.arguments import arg as arg
 from common.arguments import shaping_values as shaping_values
 from common.errors import UserError, count, one_line, refuse, run  # noqa: F401
@@ -129,7 +139,8 @@ def _read_command_line(cls, description, argv, yaml_positional, per_job=()):
     config = values.pop("config", None)
     for key, value in values.items():
         hint = list[hints[key]] if key in per_job else hints[key]
-        values[key] = convert(f"--{key}", _listed(value), hint)
+        value = value if one_or_several(hints[key]) else _listed(value)  # [a, b] is several of one job
+        values[key] = convert(f"--{key}", value, hint)
     return config, values, dotted
 
 
@@ -204,7 +215,7 @@ def _settle(cls, place, mapping, values, dotted):
         merged[name] = accepted(cls, name, merged[name], problems)
     for name, key, value in dotted:  # --generation.K 4
         own = accepted(cls, name, {key: value}, problems) if name in sections else {key: value}
-        merged[name] = {**merged.get(name, {}), **own}
+        merged[name] = {**(merged.get(name) or {}), **own}
     made = build(cls, merged)
     if sections:
         made.problems = problems

@@ -223,6 +223,8 @@ PER_RESPONSE = {
     "finish_reasons": (str, type(None)),
     "num_tokens": (int, type(None)),
     "response_token_ids": (list, type(None)),
+    "stop_strings": (str, type(None)),
+    "response_sources": (dict, str, type(None)),
 }
 MADE_BY = {
     "prompt": "generate answers first (generation/get_hf2.py)",

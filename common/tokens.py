@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROMPT, RESPONSES, DATE = "prompt_token_ids", "response_token_ids", "prompt_date"  # fields of a record
+STOPPED_BY = "stop_strings"  # a record's too: the stop string that ended each response, or null
 BROKEN = "\ufffd"  # what a tokenizer writes for bytes that make no character
 
 
@@ -27,12 +28,13 @@ class Answer:
     finish_reason: str | None = None
     num_tokens: int | None = None
     token_ids: list[int] | None = None
+    stopped_by: str | None = None  # stop string, whose tokens are sampled, and which the text leaves out
 
 
 def answers_of(record: dict) -> list[Answer]:
     """The Answers of a generated record."""
     count = len(record["responses"])
-    found = (record.get(key) for key in ("finish_reasons", "num_tokens", RESPONSES))
+    found = (record.get(key) for key in ("finish_reasons", "num_tokens", RESPONSES, STOPPED_BY))
     told = (values if isinstance(values, list) and values else [None] * count for values in found)
     return [Answer(*values) for values in zip(record["responses"], *told, strict=True)]
 
@@ -68,6 +70,12 @@ def is_decoded(text: str, decoded: str) -> bool:
     return text.endswith(others[-1]) and len(text) - len(others[-1]) >= at
 
 
+def is_beginning(text: str, decoded: str) -> bool:
+    """Whether token ids decode to a text that begins with `text`, but for white space and broken bytes."""
+    text, decoded = ("".join(one.replace(BROKEN, "").split()) for one in (text, decoded))
+    return decoded.startswith(text)
+
+
 class Encoder:
     """Turns a record's prompt and some of its responses into token ids.
 
@@ -95,8 +103,11 @@ class Encoder:
         return all(are_ids(answer.token_ids) and self._is_text(answer) for answer in answers)
 
     def _is_text(self, answer):
-        if is_decoded(answer.text, self._text(answer.token_ids)):
+        decoded = self._text(answer.token_ids)
+        if is_decoded(answer.text, decoded):
             return True
+        if answer.stopped_by:  # the last token may go beyond it
+            return is_beginning(answer.text + answer.stopped_by, decoded)
         # The engine leaves the token that ended a response out of its text, be it a special token or a word.
         return answer.finish_reason != "length" and is_decoded(answer.text, self._text(answer.token_ids[:-1]))
 

@@ -12,7 +12,7 @@ from common.models import check_policy
 from common.training import Training, world_size
 from dpo_iteration import adapters, trl_arguments
 from dpo_iteration.losses import LOSSES
-from dpo_iteration.pairs import CHOOSE_TYPES
+from dpo_iteration.pairs import CHOOSE_TYPES, LENGTH_UNITS
 from dpo_iteration.trl_arguments import TRLArguments
 
 LEAST_STEPS = 4  # a pass over the pairs has at least so many optimizer steps, where the batch can be halved
@@ -76,7 +76,10 @@ class Arguments(TRLArguments, TemplateArguments):
         + ", ".join(f"{name} {choice.words}" for name, choice in CHOOSE_TYPES.items()),
         choices=CHOOSE_TYPES,
     )
-    length_penalty: float = arg(0.0, "reward per token taken off by choose_type max_min_p")
+    length_penalty: float = arg(0.0, "reward per unit of length taken off by choose_type max_min_p")
+    length_penalty_unit: str = arg(
+        "token", "token, counted as they were sampled, or character of the text", choices=LENGTH_UNITS
+    )
     pairs_per_prompt: int = arg(1, "maximum pairs per prompt; no response is used twice")
     min_margin: float = arg(0.0, "reward; pairs closer than this are left out")
     drop_truncated: bool = arg(False, "leave out responses that ended at the generation's length limit")
@@ -236,6 +239,7 @@ def training_of(args: Arguments, processes: int | None = None) -> Training:
     processes = processes or world_size()
     unset = [name for name in trl_arguments.NAMES if getattr(args, name) is None]
     unused = {*unset, *(() if args.use_peft else adapters.SETTINGS)}
+    unused |= set() if args.length_penalty else {"length_penalty_unit"}
     settings = {key: value for key, value in shaping_values(args).items() if key not in unused}
     settings["pairs_per_step"] = pairs_per_step(args, processes)
     if reason_for_trl(args):  # which pairs share a pass changes the loss

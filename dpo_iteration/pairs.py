@@ -16,9 +16,11 @@ from common import tokens
 from common.cli import UserError
 from common.records import dumps, finite, is_empty, read_rewarded, record_id
 
-PER_RESPONSE = ("responses", "rewards", "finish_reasons", "num_tokens", tokens.RESPONSES)  # K entries each
+# Lists of a record that a pair has an entry of for each side: the field, and what it is called there.
+OF_A_SIDE = {tokens.RESPONSES: "_token_ids", tokens.STOPPED_BY: "_stop_string", "response_sources": "_source"}
+PER_RESPONSE = ("responses", "rewards", "finish_reasons", "num_tokens", *OF_A_SIDE)  # K entries each
 # Of a pair, for each of its sides.
-SIDE_FIELDS = ("", "_index", "_reward", "_finish_reason", "_num_tokens", "_token_ids")
+SIDE_FIELDS = ("", "_index", "_reward", "_finish_reason", "_num_tokens", *OF_A_SIDE.values())
 OF_ALL = ("reward_parts", "pair_probabilities")  # speak of all K responses, so they stay behind
 
 
@@ -105,7 +107,7 @@ class Choice:
 
     pick: gives (chosen, rejected) of the indices from best to worst, their scores, a random.Random and the
         empty responses, which may not be chosen. The best may be chosen, and the worst scores less.
-    penalised: scores are reward - length_penalty × tokens.
+    penalised: scores are reward - length_penalty × length.
     """
 
     words: str
@@ -143,11 +145,14 @@ CHOOSE_TYPES = {
     "max_min_p": Choice("best and worst by reward less length_penalty", best_and_worst, penalised=True),
 }
 
+LENGTH_UNITS = ("token", "character")  # of a response, for length_penalty
+
 
 def make_pairs(
     record: dict,
     choose_type: str = "max_min",
     length_penalty: float = 0.0,
+    length_penalty_unit: str = "token",
     min_margin: float = 0.0,
     drop_truncated: bool = False,
     drop_empty: bool = False,
@@ -157,8 +162,9 @@ def make_pairs(
 ) -> tuple[list[dict], str | None, Counter]:
     """(pairs, reason why there are none or None, Counter of responses left out) of one rewarded record.
 
-    The score is the reward, or for a penalised choice reward - length_penalty × length in tokens, by which
-    both are chosen and the margin is taken. Lengths are the record's `num_tokens`, else `count_tokens(text)`.
+    The score is the reward, or for a penalised choice reward - length_penalty × length, by which both
+    are chosen and the margin is taken. A length is of one of LENGTH_UNITS; in tokens it is the record's
+    `num_tokens`, else `count_tokens(text)`.
     A second pair is chosen as the first was, among the responses that are left.
     """
     usable, left_out = usable_responses(record, drop_truncated, drop_empty)
@@ -169,7 +175,9 @@ def make_pairs(
         return [], f"fewer than two usable responses: {why}", left_out
     scores = {i: record["rewards"][i] for i in usable}
     lengths = record.get("num_tokens") or [None] * len(record["responses"])
-    if CHOOSE_TYPES[choose_type].penalised:
+    if CHOOSE_TYPES[choose_type].penalised and length_penalty_unit == "character":
+        scores = {i: scores[i] - length_penalty * len(record["responses"][i]) for i in usable}
+    elif CHOOSE_TYPES[choose_type].penalised:
         lengths = [
             n if n is not None else count_tokens(text) for n, text in zip(lengths, record["responses"])
         ]
@@ -201,8 +209,7 @@ def _pair(record, found, lengths):
             f"{side}_finish_reason": finish[i],
             f"{side}_num_tokens": lengths[i],
         }
-        if record.get(tokens.RESPONSES):
-            pair[f"{side}_token_ids"] = record[tokens.RESPONSES][i]
+        pair |= {f"{side}{name}": record[key][i] for key, name in OF_A_SIDE.items() if record.get(key)}
     return pair
 
 

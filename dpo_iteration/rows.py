@@ -52,7 +52,10 @@ class PairTokenizer:
         answers = [
             Answer(
                 pair[side][0]["content"],
-                *(pair.get(f"{side}_{key}") for key in ("finish_reason", "num_tokens", "token_ids")),
+                *(
+                    pair.get(f"{side}_{key}")
+                    for key in ("finish_reason", "num_tokens", "token_ids", "stop_string")
+                ),
             )
             for side in SIDES
         ]

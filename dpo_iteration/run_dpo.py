@@ -115,6 +115,7 @@ def choose_pairs(args: Arguments) -> Selection:
         args.seed,
         choose_type=args.choose_type,
         length_penalty=args.length_penalty,
+        length_penalty_unit=args.length_penalty_unit,
         min_margin=args.min_margin,
         drop_truncated=args.drop_truncated,
         drop_empty=args.drop_empty,

@@ -16,8 +16,9 @@ fp16, whose rounding would add to it (`k3_null`); `--dtype float32` gives it.
 
 The answers must be samples of the policy that is measured. Sampled at temperature T, they are samples of the
 policy whose logits are divided by T, so both models' logits are: what is estimated is then KL(π_T ‖ π_ref,T),
-not KL(π ‖ π_ref). With top_p or top_k they are samples of neither, the estimate is biased, and it is not
-`exact` either. Greedy answers are refused.
+not KL(π ‖ π_ref). With top_p, top_k, sampling_args (but `stop`) or engine_args (a quantised engine, say) they
+are samples of neither, the estimate is biased, and it is not `exact` either. Greedy answers are refused, and
+those of a mixture, which have no one temperature.
 
 A response's tokens are those that were sampled, which generated files hold. Where a file has text only, they
 are those of the text in the chat template, with its end of turn unless the answer was cut off; answers of
@@ -98,11 +99,12 @@ def summary_path(output_dir: str | Path) -> Path:
 
 
 def sampling(args: Arguments) -> dict:
-    """{temperature, top_p, top_k} of the answers: the arguments', else those in the manifest of the file or
-    of what it was made from.
+    """{temperature, top_p, top_k} of the answers, sampling_args and engine_args where given: the arguments',
+    else those in the manifest of the file or of what it was made from.
     """
     settings = (manifest.generation_manifest(args.dataset_name_or_path) or {}).get("settings", {})
-    found = {key: settings[key] for key in ("temperature", "top_p", "top_k") if settings.get(key) is not None}
+    names = ("temperature", "top_p", "top_k", "sampling_args", "engine_args")
+    found = {key: settings[key] for key in names if settings.get(key) is not None}
     given = {key: getattr(args, key) for key in ("temperature", "top_p") if getattr(args, key) is not None}
     return {"temperature": 1.0, "top_p": 1.0, "top_k": -1} | found | given
 
@@ -130,6 +132,12 @@ def check(args: Arguments):
             raise UserError(f"--{name} must be at least 1")
     if Path(args.output_dir).suffix != ".jsonl":
         raise UserError(f"--output_dir {args.output_dir}: a name that ends in .jsonl was expected")
+    first = next(read_generated(args.dataset_name_or_path), {})
+    if "response_sources" in first:
+        raise UserError(
+            f"{args.dataset_name_or_path} holds responses of a mixture: a KL is estimated from answers that "
+            "were all sampled at one temperature; generate some without --mixture"
+        )
     temperature = sampling(args)["temperature"]
     if not temperature > 0:
         raise UserError(
@@ -237,7 +245,8 @@ def main():
     N, _, _ = survey(args.dataset_name_or_path)
     how = sampling(args)
     facts = {"reference": args.ref_model_name_or_path, "model": args.model_name_or_path, **how}
-    facts["exact"] = how["top_p"] >= 1 and how["top_k"] in (-1, 0)
+    more = how.get("sampling_args", {}).keys() - {"stop"} or how.get("engine_args")
+    facts["exact"] = how["top_p"] >= 1 and how["top_k"] in (-1, 0) and not more
     devices.check_torch()
     world, started = World(), time.monotonic()
 
@@ -289,7 +298,7 @@ def finish(args: Arguments, output: manifest.Output, N: int, facts: dict, second
         if summary[key]:
             print(f"note: {summary[key]} {what}")
     if not facts["exact"]:
-        print("note: the answers were sampled with top_p or top_k, so the estimate is biased")
+        print("note: the answers were sampled with more than a temperature, so the estimate is biased")
 
 
 if __name__ == "__main__":

@@ -35,10 +35,10 @@ class Failure(Exception):
 
 
 class Request:
-    """A prompt to be answered, and how that went so far."""
+    """A prompt to be answered, in as many parts as its mixture has, and how that went so far."""
 
-    def __init__(self, item, fields):
-        self.item, self.fields = item, fields
+    def __init__(self, item, parts):
+        self.item, self.parts = item, parts
         self.failures, self.rest = 0, 0.0  # rest: until when it is not asked again, see Run.fits
         self.failed_at = set()  # servers
 
@@ -201,39 +201,59 @@ class Run:
                 server.returned()
                 self.changed.set()
 
-    async def answer(self, server: Server, item: sampling.Item, fields: dict) -> dict:
-        """The record of one prompt, answered by one server."""
-        body = fields | {"model": self.serves[0], "prompt": item.token_ids}
+    async def answer(self, server: Server, request: Request) -> dict:
+        """The record of one prompt, all parts of which are answered by one server at once.
+
+        A part that fails fails the prompt, whose other parts are given up.
+        """
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self.samples(server, part)) for part in request.parts]
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        samples = [sample for task in tasks for sample in task.result()]
+        return sampling.answered(self.args, request.item, samples)
+
+    async def samples(self, server: Server, part: sampling.Request) -> list[sampling.Sample]:
+        """The responses of one part of a prompt."""
+        body = part.fields | {"model": self.serves[0], "prompt": part.prompt_ids}
         body |= {"add_special_tokens": False, "return_token_ids": True}
         answer = await ask(self.session, f"{server.url}/v1/completions", body, self.args.timeout)
         try:
             model = answer.get("model")
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-            texts, reasons = [c["text"] for c in choices], [c["finish_reason"] for c in choices]
-            ids = [c["token_ids"] for c in choices]
+            found = [
+                sampling.Sample(
+                    c["text"],
+                    c["finish_reason"],
+                    c["token_ids"],
+                    c["stop_reason"] if isinstance(c.get("stop_reason"), str) else None,
+                )
+                for c in choices
+            ]
             in_order = [c["index"] for c in choices] == list(range(len(choices)))
             if (
                 not in_order
-                or not all(isinstance(r, str) for r in reasons)
-                or not all(map(tokens.are_ids, ids))
+                or not all(isinstance(one.finish_reason, str) for one in found)
+                or not all(tokens.are_ids(one.token_ids) for one in found)
             ):
                 raise ValueError
-            "".join(texts).encode("utf-8")  # texts they are, and no half surrogates
+            "".join(one.text for one in found).encode("utf-8")  # texts they are, and no half surrogates
         except (AttributeError, KeyError, TypeError, ValueError):
             raise Failure(f"the answer is not of the API's form: {str(answer)[:100]}") from None
         if model not in (None, self.serves[0]):
             raise Failure(f"an answer of {str(model)[:100]} instead of {self.serves[0]}")
-        if len(choices) != fields["n"]:
-            raise Failure(f"{len(choices)} responses instead of {fields['n']}")
-        if not set(reasons) <= {"stop", "length"}:
-            raise Failure(f"the server gave up on the request ({reasons})")
-        return sampling.answered(item, texts, reasons, ids)
+        if len(found) != part.fields["n"]:
+            raise Failure(f"{len(found)} responses instead of {part.fields['n']}")
+        if not {one.finish_reason for one in found} <= {"stop", "length"}:
+            raise Failure(f"the server gave up on the request ({[one.finish_reason for one in found]})")
+        return found
 
     async def send(self, server: Server, request: Request):
         """Have one prompt answered by one server, and save it; what fails waits again."""
         name = request.item.record["id"]
         try:
-            record = await self.answer(server, request.item, request.fields)
+            record = await self.answer(server, request)
         except Failure as failure:
             self.leave(server, request, failure)
             if request.failures > self.args.retries:
@@ -308,15 +328,15 @@ class Run:
     def is_idle(self) -> bool:
         return not (self.fresh or self.again or any(s.in_flight for s in self.servers))
 
-    async def feed(self, requests: Iterable[tuple[sampling.Item, dict]]):
+    async def feed(self, requests: Iterable[tuple[sampling.Item, list[sampling.Request]]]):
         """Let requests wait as there is room."""
-        for item, fields in requests:
+        for item, parts in requests:
             await self.room.acquire()
-            self.fresh.append(Request(item, fields))
+            self.fresh.append(Request(item, parts))
             self.changed.set()
             await asyncio.sleep(0)  # reading and tokenising takes turns with the answers
 
-    async def all(self, requests: Iterable[tuple[sampling.Item, dict]]):
+    async def all(self, requests: Iterable[tuple[sampling.Item, list[sampling.Request]]]):
         """Answer all requests; the first error ends the run."""
         try:
             async with asyncio.TaskGroup() as self.tasks:

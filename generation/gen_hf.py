@@ -36,7 +36,9 @@ class Arguments(sampling.SamplingArguments):
     tokenizer: str = arg(help="the served model's tokenizer and generation config: hub name or folder")
     ports: list[int] = arg([8000], "the servers' ports", shapes=False)
     hosts: list[str] = arg(["127.0.0.1"], "their machines: one for all, or one a port", shapes=False)
-    concurrency: int = arg(64, "requests in flight per server", shapes=False)
+    concurrency: int = arg(
+        64, "prompts in flight per server, each as many requests as a mixture has parts", shapes=False
+    )
     timeout: float = arg(1800.0, "seconds that one request may take", shapes=False)
     retries: int = arg(8, "how often one prompt may fail before the run ends", shapes=False)
     give_up_after: float = arg(120.0, "seconds of failures alone after which the run ends", shapes=False)
@@ -120,7 +122,7 @@ async def generate(args: Arguments):
         left = len(prompts.items)
         if output.done:
             print(f"continuing: {count(len(output.done), 'record is', 'records are')} there, {left} to do")
-        requests = ((item, sampling.sampling_fields(args, item, stops, limit)) for item in prompts.items)
+        requests = ((item, sampling.requests_of(args, item, stops, limit)) for item in prompts.items)
         progress = Progress(left, "generate", "prompts")
         work = Run(args, session, servers, serves, output, progress)
         if prompts.items:

@@ -16,8 +16,9 @@ Several data sets can be answered in one engine start, each with its own K and t
         --output_dir sampled greedy generated --K 4 1 8 --temperature 1 0 1
 
 takes one section of the YAML file for each job (or one for all of them) and one value for all jobs or one per
-job of --dataset_name_or_path, --output_dir, --K, --temperature and --iteration. Answers are saved as they
-finish; a stopped run continues with the same command.
+job of --dataset_name_or_path, --output_dir, --K, --temperature and --iteration. `--temperature 1.0,0.7`, one
+word, is one job's mixture: half of K at each. Answers are saved as they finish; a stopped run continues with
+the same command.
 """
 
 import dataclasses
@@ -41,7 +42,7 @@ from generation import sampling
 from generation.other_shards import take_over
 
 if TYPE_CHECKING:
-    from vllm import LLM
+    from vllm import LLM, RequestOutput
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -56,6 +57,10 @@ class Arguments(sampling.SamplingArguments):
     gpu_memory_utilization: float = arg(0.9, "share of a GPU's memory that the engine may take", shapes=False)
     kv_cache_gib: float | None = arg(None, "GiB of KV cache; None: what a GPU has left, else 1", shapes=False)
     max_num_seqs: int | None = arg(None, "responses decoded at once; None: the engine's choice", shapes=False)
+    engine_args: dict | None = arg(
+        None,
+        'more arguments of vLLM\'s engine, JSON: \'{"quantization": "fp8"}\'; --engine_args.quantization fp8',
+    )
 
     per_job = ("dataset_name_or_path", "output_dir", "K", "temperature", "iteration")  # see cli.parse_jobs
 
@@ -92,6 +97,7 @@ def check(jobs: list[Arguments]) -> None:
         raise UserError(f"--local_index {args.local_index} must be from 0 to --my_world_size - 1 = {last}")
     models.check_policy(args.model_name_or_path)
     gpus = visible_gpus()
+    engine.check_engine_args(args.engine_args, bool(gpus))
     if not gpus:
         engine.check_head_size(args.model_name_or_path)
     if gpus and args.tensor_parallel_size > len(gpus):
@@ -106,14 +112,14 @@ def start_engine(args: Arguments, limit: int | None, needed: int) -> "LLM":
     check_torch()
     on_cpu, length = not visible_gpus(), min(needed, limit or needed)
     environment = engine.variables(not on_cpu) | {"VLLM_LOGGING_LEVEL": "WARNING"}
-    options = {"gpu_memory_utilization": args.gpu_memory_utilization}
+    options = {"gpu_memory_utilization": args.gpu_memory_utilization, "enable_prefix_caching": True}
     if on_cpu:
         environment["VLLM_LOGGING_LEVEL"] = "ERROR"  # it warns for a page
         here = max(1, args.my_world_size // int(os.environ.get("RLHF_MACHINES", "1")))
         environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // here))
         environment |= engine.IN_PROCESS
         # A seeded request must not be split over two steps there, hence whole prompts in one step.
-        options = {"enforce_eager": True, "enable_chunked_prefill": False}
+        options = {"enforce_eager": True, "enable_chunked_prefill": False, "enable_prefix_caching": True}
         options["max_num_batched_tokens"] = max(length, 4096)
     for key, value in environment.items():
         os.environ.setdefault(key, value)
@@ -133,10 +139,9 @@ def start_engine(args: Arguments, limit: int | None, needed: int) -> "LLM":
             dtype=args.dtype,
             **engine.FORMATS,
             max_model_len=length,
-            enable_prefix_caching=True,
             generation_config="vllm",
             kv_cache_memory_bytes=int(cache * 2**30) if cache else None,
-            **options,
+            **options | (args.engine_args or {}),
         )
     except Exception as error:
         said = " ".join(str(error).split())[:400]
@@ -145,46 +150,83 @@ def start_engine(args: Arguments, limit: int | None, needed: int) -> "LLM":
     return llm
 
 
-def answer(llm: "LLM", requests: Iterable, window: int, progress: Progress) -> Counter:
-    """Run the engine's own step loop and save each answer as it finishes.
+class Waiting:
+    """A prompt in the engine: where its record goes, and what is there of its samples, by part."""
+
+    def __init__(self, job, output, item, parts):
+        self.job, self.output, self.item, self.samples = job, output, item, [None] * parts
+
+    def add(self, part: int, result: "RequestOutput") -> bool:
+        """Take a part's samples; whether all are there. A UserError where the engine gave up on it."""
+        outputs = sorted(result.outputs, key=lambda sample: sample.index)
+        reasons = [sample.finish_reason for sample in outputs]
+        if not set(reasons) <= {"stop", "length"}:
+            what = f"the engine gave up on prompt {self.item.record['id']} ({reasons})"
+            raise UserError(f"{what}; start the same command again")
+        self.samples[part] = [
+            sampling.Sample(
+                sample.text,
+                sample.finish_reason,
+                list(sample.token_ids),
+                sample.stop_reason if isinstance(sample.stop_reason, str) else None,
+            )
+            for sample in outputs
+        ]
+        return None not in self.samples
+
+    def save(self) -> int:
+        """Write the record; the number of tokens sampled for it."""
+        record = sampling.answered(self.job, self.item, [s for part in self.samples for s in part])
+        self.output.append(record)
+        return sum(record["num_tokens"])
+
+
+def enqueue(llm: "LLM", request: sampling.Request) -> str:
+    """Give the engine one request; the name under which its answer comes."""
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMClientError
+
+    try:
+        prompt, params = {"prompt_token_ids": request.prompt_ids}, SamplingParams(**request.fields)
+        [name] = llm.enqueue([prompt], params, use_tqdm=False)
+    except (TypeError, ValueError, VLLMClientError) as error:
+        raise UserError(
+            f"vLLM refuses the sampling settings: {' '.join(str(error).split())[:400]}"
+        ) from error
+    return name.split("-")[0]
+
+
+def answer(llm: "LLM", prompts: Iterable, window: int, progress: Progress) -> Counter:
+    """Run the engine's own step loop and save each prompt's record when its last response is finished.
 
     Args:
         llm: vLLM engine.
-        requests: iterable of (output, item, sampling fields).
+        prompts: iterable of (job, output, item, its requests).
         window: sequences in the engine at once, decoding or waiting; more are not even read yet.
         progress: Progress.
 
     Returns:
         Counter: output → number of tokens sampled for it.
     """
-    from vllm import SamplingParams
-
-    requests, waiting, held, tokens = iter(requests), {}, 0, Counter()
+    prompts, waiting, held, tokens = iter(prompts), {}, 0, Counter()
     while True:
-        while held < window and (request := next(requests, None)):
-            output, item, fields = request
-            prompt = {"prompt_token_ids": item.token_ids}
-            [name] = llm.enqueue([prompt], SamplingParams(**fields), use_tqdm=False)
-            waiting[name.split("-")[0]] = (output, item)
-            held += fields["n"]
+        while held < window and (found := next(prompts, None)):
+            *whose, requests = found
+            one = Waiting(*whose, len(requests))
+            waiting |= {enqueue(llm, request): (one, part) for part, request in enumerate(requests)}
+            held += sum(request.fields["n"] for request in requests)
         if not waiting:
             return tokens
         progress.tick()
         for result in llm.llm_engine.step():
             if not result.finished:
                 continue
-            output, item = waiting.pop(result.request_id.split("-")[0])
+            one, part = waiting.pop(result.request_id.split("-")[0])
             held -= len(result.outputs)
-            samples = sorted(result.outputs, key=lambda sample: sample.index)
-            reasons = [sample.finish_reason for sample in samples]
-            if not set(reasons) <= {"stop", "length"}:
-                what = f"the engine gave up on prompt {item.record['id']} ({reasons})"
-                raise UserError(f"{what}; start the same command again")
-            ids = [list(sample.token_ids) for sample in samples]
-            output.append(sampling.answered(item, [sample.text for sample in samples], reasons, ids))
-            tokens[output] += sum(map(len, ids))
-            rate = tokens.total() / max(time.monotonic() - progress.start, 1e-9)
-            progress.update(1, f"{rate:.0f} tokens/s")
+            if one.add(part, result):
+                tokens[one.output] += one.save()
+                rate = tokens.total() / max(time.monotonic() - progress.start, 1e-9)
+                progress.update(1, f"{rate:.0f} tokens/s")
 
 
 def open_output(job: Arguments) -> tuple | None:
@@ -233,8 +275,8 @@ def main():
     if saved := sum(len(prompts.output.done) for _, prompts, _ in work):
         print(f"continuing: {count(saved, 'record is', 'records are')} there, {left} to do")
     # Sorted, prompts with a common beginning meet in the prefix cache.
-    requests = (
-        (prompts.output, item, sampling.sampling_fields(job, item, stops, limit))
+    to_answer = (
+        (job, prompts.output, item, sampling.requests_of(job, item, stops, limit))
         for job, prompts, stops in work
         for item in sorted(prompts.items, key=lambda item: item.packed)
     )
@@ -243,7 +285,7 @@ def main():
         llm = start_engine(args, limit, max(job.max_input_length + job.max_new_tokens for job, _, _ in work))
         progress = Progress(left, "generate", "prompts")
         slots = llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
-        tokens = answer(llm, requests, IN_ENGINE * slots, progress)
+        tokens = answer(llm, to_answer, IN_ENGINE * slots, progress)
         seconds = progress.close()
     total = tokens.total()
     for _, prompts, _ in work:

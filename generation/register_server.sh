@@ -19,6 +19,7 @@ gpu_memory_utilization="${gpu_memory_utilization:-0.9}" # share of a GPU's memor
 kv_cache_gib="${kv_cache_gib:-}"                        # GiB of key-value cache; empty: what is left, 1 without a GPU
 max_num_seqs="${max_num_seqs:-}"                        # responses decoded at once; empty: vLLM's own number
 revision="${revision:-}"                                # branch, tag or commit of a model on the hub
+engine_args="${engine_args:-}"                          # more arguments of vLLM's engine, JSON: '{"quantization": "fp8"}'
 trust_remote_code="${trust_remote_code:-no}"            # yes: run Python code that comes with the model
 deadline="${deadline:-1800}"                            # seconds until all servers must answer
 stop_seconds="${stop_seconds:-30}"                      # grace period before SIGKILL, seconds
@@ -159,6 +160,7 @@ start_server() {
   if [[ -n $max_num_seqs ]]; then options+=(--max-num-seqs "$max_num_seqs"); fi
   if [[ -n $revision ]]; then options+=(--revision "$revision" --tokenizer-revision "$revision"); fi
   if [[ $trust_remote_code == yes ]]; then options+=(--trust-remote-code); fi
+  options+=("${more_options[@]}")
   if [[ -n $cache_bytes ]]; then options+=(--kv-cache-memory-bytes "$cache_bytes"); fi
   gpus="$(IFS=, && echo "${*:2}")"
   if [[ -n $gpus ]]; then
@@ -248,11 +250,12 @@ command -v "$python" >/dev/null || fail "no $python here: activate the environme
 reach="$host"
 [[ $host != 0.0.0.0 ]] || reach=127.0.0.1
 
-# One start of Python checks what needs Python, and prints a line each: the visible GPUs, the usable cores, and variables and
-# flags of every engine.
-found="$(PYTHONPATH="$root" "$python" - "$model" <<'PYTHON'
+# One start of Python checks what needs Python, and prints a line each: the visible GPUs, the usable cores, variables and
+# flags of every engine, and then the words of engine_args.
+found="$(PYTHONPATH="$root" "$python" - "$model" "$engine_args" <<'PYTHON'
 import importlib.util, os, sys
 from common import engine
+from common.arguments import convert
 from common.cli import UserError
 from common.devices import visible_gpus
 from common.models import check_model
@@ -260,15 +263,19 @@ try:
     check_model(sys.argv[1], "MODEL")
     if importlib.util.find_spec("vllm") is None:
         raise UserError(f"{sys.executable} has no vLLM: activate the environment vllm, or give python=… in front")
+    more = convert("engine_args", sys.argv[2], dict) if sys.argv[2] else {}
+    engine.check_engine_args(more, bool(visible_gpus()))
 except UserError as error:
     sys.exit(f"error: {error}")
 print(",".join(visible_gpus()))
 print(len(os.sched_getaffinity(0)))
 print(*(f"{key}={value}" for key, value in engine.variables(bool(visible_gpus())).items()))
 print(*(word for key, value in engine.FORMATS.items() for word in (f"--{key.replace('_', '-')}", value)))
+print(*engine.engine_flags(more), sep="\n")
 PYTHON
 )" || exit 2
-{ read -r visible; read -r cores; read -r -a needed; read -r -a formats; } <<<"$found"
+more_options=()
+{ read -r visible; read -r cores; read -r -a needed; read -r -a formats; mapfile -t more_options; } <<<"$found"
 IFS=, read -r -a devices <<<"${gpus:-$visible}"
 if ((${#devices[@]})); then
   [[ -n $visible ]] || fail "gpus=$gpus, but there is no GPU here"

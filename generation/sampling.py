@@ -6,13 +6,16 @@ so that they give the same answers where the engine is batch-invariant.
 
 import dataclasses
 from array import array
+from typing import NamedTuple
 
-from common import models, tokens
+from common import engine, models, tokens
 from common.chat import NO_HEADER, ChatTemplate, literal_specials
 from common.cli import UserError, arg, count, shaping_values
 from common.manifest import beside
 from common.messages import text_of
 from common.records import BadRecord, PromptArguments, read_prompts, sample_seed, shard_range
+from generation import mixture
+from generation.mixture import Part
 
 SHARD = ("local_index", "my_world_size")  # settings that say which of the answers are in a file
 SHOWN = 3  # bad prompts that are printed; the skipped file lists all
@@ -27,9 +30,21 @@ class SamplingArguments(PromptArguments):
     )
     output_dir: str | None = arg(None, "where the answers go; see the top of this help", shapes=False)
     K: int = arg(8, "responses per prompt")
-    temperature: float = arg(1.0, "sampling temperature; 0 is greedy and takes K 1")
+    temperature: float | list[float] = arg(
+        1.0, "sampling temperature; 0 is greedy and takes K 1; 1.0,0.7 shares K out evenly"
+    )
     top_p: float = arg(1.0, "nucleus sampling: smallest set of tokens with this probability")
     top_k: int = arg(-1, "sample from the k likeliest tokens; -1 for all")
+    mixture: list[dict] | None = arg(
+        None,
+        "parts of the K responses, each sampled in its own way, JSON: "
+        '[{"K": 4, "temperature": 1.0}, {"K": 4, "temperature": 0.7, "top_p": 0.9}]; keys: '
+        + ", ".join(Part.__dataclass_fields__),
+        metavar="JSON",
+    )
+    sampling_args: dict | None = arg(
+        None, 'more sampling parameters of vLLM, JSON: \'{"min_p": 0.05, "stop": ["\\nUser:"]}\''
+    )
     max_input_length: int = arg(1024, "tokens of the templated prompt; longer prompts are skipped and listed")
     max_new_tokens: int = arg(1024, "tokens of a response")
     eos_ids: list[int] = arg([], "more token ids that end a response, beside the model's own")
@@ -42,15 +57,35 @@ class SamplingArguments(PromptArguments):
 
 @dataclasses.dataclass
 class Item:
-    """One prompt to be answered: its record, packed token ids (a list takes nine times the room) and seed."""
+    """One prompt to be answered: its record, packed token ids (a list takes nine times the room) and seed.
+
+    `others`: token ids under a system prompt of a part of the mixture.
+    """
 
     record: dict
     packed: array
     seed: int
+    others: dict[str, array] = dataclasses.field(default_factory=dict)
 
     @property
     def token_ids(self) -> list[int]:
         return self.packed.tolist()
+
+
+class Sample(NamedTuple):
+    """One response as an engine or a server gives it; `stopped_by`: the stop string that ended it."""
+
+    text: str
+    finish_reason: str
+    token_ids: list[int]
+    stopped_by: str | None = None
+
+
+class Request(NamedTuple):
+    """What the engine or a server is asked for a part of a prompt's responses."""
+
+    prompt_ids: list[int]
+    fields: dict  # sampling settings
 
 
 def check_sampling(args: SamplingArguments) -> None:
@@ -60,10 +95,8 @@ def check_sampling(args: SamplingArguments) -> None:
             raise UserError(f"missing --{name}")
     if not 1 <= args.K < 1024:
         raise UserError(f"--K {args.K}: a number of responses from 1 to 1023 was expected")
-    if not 0 <= args.temperature < float("inf") or not 0 < args.top_p <= 1:
-        raise UserError("--temperature must not be negative and --top_p must be above 0 and at most 1")
-    if args.temperature == 0 and args.K > 1:
-        raise UserError(f"--temperature 0 is greedy, {args.K} equal responses: give --K 1 or a temperature")
+    mixture.check_parts(args)
+    engine.check_sampling_args(args.sampling_args)
     args.check_template()
     if args.max_new_tokens < 1 or args.max_input_length < 1:
         raise UserError("--max_new_tokens and --max_input_length must be at least 1")
@@ -110,6 +143,7 @@ class Prompts:
         shard = shard_range(self.count, index, world)
         self.size, self.items, self.order, self.silent = len(shard), [], [], {}
         self.bad, self.too_long = [], []  # (id, reason)
+        self.system_prompts = {part.system_prompt for part in mixture.parts_of(args)} - {None}
         template.need()
         name = args.dataset_name_or_path
         for number in shard:
@@ -132,22 +166,33 @@ class Prompts:
             return
         try:
             ids = self._encode(record)
+            others = {system: self._encode_under(system, record, ids) for system in self.system_prompts}
         except UserError as error:
             self.bad.append((record["id"], f"{where}: {error}"))
             return
         for part in self.template.left_out(record["prompt"], True, record.get("tools")):
             first, total = self.silent.get(part, (where, 0))
             self.silent[part] = (first, total + 1)
-        if len(ids) > self.longest:
-            self.too_long.append((record["id"], f"prompt has {len(ids)} tokens, more than {self.longest}"))
+        if (longest := max(map(len, (ids, *others.values())))) > self.longest:
+            self.too_long.append((record["id"], f"prompt has {longest} tokens, more than {self.longest}"))
             return
         dated = {tokens.DATE: self.args.date} if self.template.writes_date() else {}
         seed = sample_seed(self.args.seed, self.args.iteration, record["id"])
         self.order.append(record["id"])
-        self.items.append(Item(record | dated, array("i", ids), seed))
+        packed = {system: array("i", found) for system, found in others.items()}
+        self.items.append(Item(record | dated, array("i", ids), seed, packed))
 
     def _encode(self, record):
         return self.template.encode(record["prompt"], True, record.get("tools"))
+
+    def _encode_under(self, system, record, plain):
+        """Token ids of the prompt under a system prompt of the mixture."""
+        messages = [message for message in record["prompt"] if message["role"] != "system"]
+        messages = [{"role": "system", "content": system}, *messages]
+        ids = self.template.encode(messages, True, record.get("tools"))
+        if ids == plain:
+            raise UserError("the chat template leaves out the system prompt of a part of --mixture")
+        return ids
 
     def _is_usable(self, record):
         try:
@@ -205,37 +250,54 @@ def load_prompts(args: SamplingArguments) -> list[dict | BadRecord]:
     return found
 
 
-def sampling_fields(args: SamplingArguments, item: Item, stops: list[int], limit: int | None) -> dict:
-    """Sampling settings of one prompt, under the names that the engine and its API share.
+def requests_of(args: SamplingArguments, item: Item, stops: list[int], limit: int | None) -> list[Request]:
+    """What is asked for one prompt: a request for each part of the mixture, in their order.
 
-    Every field that a model's generation config could change is given, so that servers and the engine agree.
+    Its fields stand under the names that the engine and its API share. Every field that a model's generation
+    config could change is given, so that servers and the engine agree. All parts have the prompt's own seed,
+    so that a part's responses do not depend on the others.
     """
-    room = args.max_new_tokens if limit is None else min(args.max_new_tokens, limit - len(item.packed))
-    return {
-        "n": args.K,
-        "temperature": args.temperature,
-        "top_p": args.top_p,
-        "top_k": args.top_k,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-        "max_tokens": room,
-        "seed": item.seed,
-        "stop_token_ids": stops,
-        "skip_special_tokens": True,
-    }
+    found = []
+    for part in mixture.parts_of(args):
+        packed = item.packed if part.system_prompt is None else item.others[part.system_prompt]
+        room = args.max_new_tokens if limit is None else min(args.max_new_tokens, limit - len(packed))
+        fields = {
+            "n": part.K,
+            "temperature": part.temperature,
+            "top_p": part.top_p,
+            "top_k": part.top_k,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "max_tokens": room,
+            "seed": item.seed,
+            "stop_token_ids": stops,
+            "skip_special_tokens": True,
+        }
+        found.append(Request(packed.tolist(), fields | (args.sampling_args or {})))
+    return found
 
 
-def answered(item: Item, responses: list[str], finish_reasons: list[str], token_ids: list[list[int]]) -> dict:
-    """The prompt's record with its K responses, why each ended, and the tokens that were read and sampled."""
-    return item.record | {
+def answered(args: SamplingArguments, item: Item, samples: list[Sample]) -> dict:
+    """The prompt's record with its K responses, why each ended, and the tokens that were read and sampled.
+
+    Of a mixture each response says where it came from. The tokens that were read are those of the prompt
+    itself, also where a part had a system prompt of its own: that is what training continues.
+    """
+    responses, reasons, ids, stopped_by = map(list, zip(*samples, strict=True))
+    found = {
         "responses": responses,
-        "finish_reasons": finish_reasons,
-        "num_tokens": [len(ids) for ids in token_ids],
+        "finish_reasons": reasons,
+        "num_tokens": [len(one) for one in ids],
         tokens.PROMPT: item.token_ids,
-        tokens.RESPONSES: token_ids,
+        tokens.RESPONSES: ids,
     }
+    if any(stopped_by):
+        found[tokens.STOPPED_BY] = stopped_by
+    if mixture.is_mixed(args):
+        found["response_sources"] = mixture.sources(mixture.parts_of(args))
+    return item.record | found
 
 
 def shaping(args: SamplingArguments, model: str) -> tuple[dict, dict]:

@@ -7,7 +7,6 @@ the hub it says what it could not look at; functions of the user's own are calle
 
 import math
 import os
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +26,7 @@ from loop import changes, machines
 from loop.estimates import describe, parameters
 from loop.prompt_sets import check_prompts, first_prompt
 from loop.servers import check_servers
-from loop.settings import LoopSettings, decided, gpu_groups, positions, processes
+from loop.settings import LoopSettings, decided, gpu_groups, keys_of_section, positions, processes
 from loop.try_function import made_up, try_function
 from report.state import is_held
 
@@ -149,11 +148,21 @@ def check_model_files(settings: LoopSettings, key: str, name: str, section: dict
 def check_sampling(plan: "Plan", found: Findings):
     """Refuse wrong sampling arguments, of the responses and of the held-out answers."""
     for job in plan.jobs():
-        try:
+        with keys_of_section():
             sampling.check_sampling(job)
-        except UserError as error:  # a script's flags are keys of the section here
-            raise UserError(re.sub(r"--(\w+)", r"--generation.\1", str(error))) from None
+            engine.check_engine_args(job.engine_args, bool(machines.gpus_of(plan.settings)))
     check_positions(plan, found)
+    check_heldout(plan, found)
+
+
+def check_heldout(plan: "Plan", found: Findings):
+    """Note at which temperature the held-out answers are sampled where that was not said."""
+    settings, first = plan.settings, plan.first_part()
+    if first and settings.heldout_prompts and "temperature" not in settings.heldout:
+        found.notes.append(
+            f"held-out answers are sampled at temperature {first.temperature:g}, that of the mixture's first "
+            "part: heldout.temperature gives another"
+        )
 
 
 def check_functions(plan: "Plan", found: Findings):

@@ -30,7 +30,7 @@ from common.devices import none_visible
 from common.manifest import write_yaml
 from common.run_folder import RunFolder, read_object
 from dpo_iteration import arguments as dpo
-from generation import get_hf2
+from generation import get_hf2, mixture
 from loop import changes, machines
 from loop.settings import (
     DECIDED,
@@ -38,6 +38,7 @@ from loop.settings import (
     complete,
     gpu_groups,
     gpus_of_an_engine,
+    keys_of_section,
     processes,
     refuse_other_kind,
 )
@@ -114,9 +115,29 @@ class Plan:
         return complete(get_hf2.Arguments, given, DECIDED["generation"], "generation")
 
     def heldout(self) -> dict:
-        """The same for the held-out prompts."""
-        given = self.generation() | self.settings.heldout
-        return complete(get_hf2.Arguments, given, DECIDED["generation"], "heldout")
+        """The same for the held-out prompts, whose answers are all sampled in one way: of a mixture, as its
+        first part.
+        """
+        given = self.generation()
+        if first := self.first_part():
+            given |= {key: getattr(first, key) for key in ("temperature", "top_p", "top_k")} | {
+                "mixture": None
+            }
+        given |= self.settings.heldout
+        found = complete(get_hf2.Arguments, given, DECIDED["generation"], "heldout")
+        if found["mixture"] or isinstance(found["temperature"], list):
+            raise UserError("heldout: held-out answers are sampled at one temperature, not from a mixture")
+        return found
+
+    def generation_job(self) -> get_hf2.Arguments:
+        """The arguments of get_hf2.py for the responses of the first iteration."""
+        return self.job(self.generation(), self.prompts(1), self.folder.generated(1))
+
+    def first_part(self) -> mixture.Part | None:
+        """The first part of the mixture that responses are sampled from; None where there is none."""
+        job = self.generation_job()
+        with keys_of_section():
+            return mixture.parts_of(job)[0] if mixture.is_mixed(job) else None
 
     def annotation(self, given: dict, where: str) -> dict:
         """Complete arguments of get_rewards.py but for what the run decides."""
@@ -168,7 +189,7 @@ class Plan:
 
     def jobs(self) -> list:
         """Sampling of one turn, for the checks: responses, and the held-out answers where there are any."""
-        return [self.job(self.generation(), self.prompts(1), self.folder.generated(1)), *self.heldout_jobs()]
+        return [self.generation_job(), *self.heldout_jobs()]
 
     def heldout_jobs(self) -> list:
         if self.settings.heldout_prompts is None:
@@ -212,13 +233,16 @@ class Plan:
         yield "ray", " ".join(map(str, machines.cluster())) if by_ray else None
         yield "num_shards", machines.machine_count(settings) * len(groups)
         yield from ((f"prompts.{i}", self.prompts(i)) for i in range(1, settings.iterations + 1))
-        defaults = {field.name: field.default for field in dataclasses.fields(get_hf2.Arguments)}
-        generation = defaults | settings.generation
-        heldout = generation | settings.heldout
+        generation, heldout = self.generation(), self.heldout()
         for name, section in (("generation", generation), ("heldout", heldout)):
-            yield from ((f"{name}.{key}", section[key]) for key in ("K", "temperature"))
+            several = (
+                section["temperature"]
+                if isinstance(section["temperature"], list)
+                else [section["temperature"]]
+            )
+            yield from {f"{name}.K": section["K"], f"{name}.temperature": ",".join(map(str, several))}.items()
         yield "elsewhere", bool(settings.num_gpus or settings.gpu_memory_gib)  # a plan for other machines
-        yield "divergence", settings.divergence and (heldout["temperature"] or 0) > 0
+        yield "divergence", settings.divergence and heldout["temperature"] > 0
         lists = {
             "gpu_groups": groups,
             "everywhere": everywhere,

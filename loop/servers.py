@@ -2,6 +2,7 @@
 is told of them, and what is refused.
 """
 
+import json
 from typing import TYPE_CHECKING
 
 from common.cli import UserError, build, nearest
@@ -62,6 +63,7 @@ def server_variables(plan: "Plan") -> dict:
         "max_model_len": min(needed, limit or needed),
     }
     found |= {name: getattr(args, name) for name in ENGINE if getattr(args, name) is not None}
+    found |= {"engine_args": json.dumps(args.engine_args)} if args.engine_args else {}
     return found | ({"trust_remote_code": "yes"} if args.trust_remote_code else {})
 
 

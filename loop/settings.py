@@ -1,6 +1,8 @@
 """The settings of a run, and how its stages are spread over the GPUs there are."""
 
+import contextlib
 import dataclasses
+import re
 from collections.abc import Iterator
 
 from annotate_data.arguments import Arguments as RewardArguments
@@ -189,6 +191,15 @@ def complete(cls, given: dict, without: tuple, where: str) -> dict:
     needed = {f.name: "-" for f in dataclasses.fields(cls) if f.name in without and is_required(f)}
     made = build(cls, {key: value for key, value in given.items() if key not in without} | needed, where)
     return {f.name: getattr(made, f.name) for f in dataclasses.fields(cls) if f.name not in without}
+
+
+@contextlib.contextmanager
+def keys_of_section() -> Iterator[None]:
+    """What a check of get_hf2.py's arguments refuses is told by the keys of the section, not as its flags."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(re.sub(r"--(\w+)", r"--generation.\1", str(error))) from None
 
 
 def positions(name: str) -> int | None:

@@ -63,7 +63,14 @@ OF_PLAN = ("model_size_b", "num_gpus", "gpu_memory_gib")
 # What would make training's prompts or rewards others than evaluation's: refused where a backend has no such
 # key.
 NEEDED = {
-    "generation": (*PromptArguments.__dataclass_fields__, "eos_ids", "top_k", "revision"),
+    "generation": (
+        *PromptArguments.__dataclass_fields__,
+        "eos_ids",
+        "top_k",
+        "mixture",
+        "sampling_args",
+        "revision",
+    ),
     "annotation": ("chat_template", "template_kwargs", "revision"),
 }
 

@@ -28,7 +28,7 @@ HEAD = {  # what a reader asks first of a run → where loop.yaml has it, the fi
     "held-out prompts": (),
     "iterations": ("iterations",),
     "K": ("ppo.samples_per_prompt", "generation.K"),
-    "temperature": ("ppo.temperature", "generation.temperature"),
+    "temperature": ("ppo.temperature", "generation.mixture", "generation.temperature"),
     "beta": ("training_args.beta",),
     "advantages": ("ppo.advantage_estimator",),
     "KL coefficient": ("ppo.kl_coef",),

@@ -117,6 +117,7 @@
     if (one.j !== undefined) parts.push(`judge ${one.j}`);
     if (one.n !== undefined) parts.push(`${one.n} tokens`);
     if (one.c) parts.push("cut off");
+    if (one.s) parts.push(one.s);
     parts.forEach((part, k) => facts.append(k ? ", " : "", k || !mark ? part : element("b", "", part)));
     words(text, one.t, needle);
     box.append(facts, text);

@@ -37,9 +37,15 @@ def turns(messages: list[dict]) -> list:
     return found
 
 
+def source(entry: object) -> str:
+    """An entry of `response_sources` in words."""
+    parts = entry.items() if isinstance(entry, dict) else ()
+    return ", ".join(f"{key} {value}" for key, value in parts if value is not None)[:200] or str(entry)[:200]
+
+
 def responses(record: dict, most: int | None = None, judged: list | None = None) -> list[dict]:
     """A record's answers: `t` text, `r` reward, `n` tokens, `c` cut off, `g` gold, `j` the second judge's
-    reward.
+    reward, `s` the part of a mixture that it came from.
     """
     found = []
     for k, text in enumerate(record["responses"][:most]):
@@ -49,6 +55,8 @@ def responses(record: dict, most: int | None = None, judged: list | None = None)
                 answer[name] = short(values[k])
         if record.get("finish_reasons") and record["finish_reasons"][k] == "length":
             answer["c"] = 1
+        if isinstance(sources := record.get("response_sources"), list) and k < len(sources):
+            answer["s"] = source(sources[k])
         found.append(answer)
     return found
 

@@ -9,13 +9,13 @@ from annotate_data import get_rewards
 from common.cli import build, parse
 from dpo_iteration import arguments as dpo
 from evaluation import divergence
-from generation import gen_hf
+from generation import gen_hf, mixture
 from loop.plan import Plan
 from loop.settings import LoopSettings
 from ppo.run import PPOPlan, PPOSettings
 
 ROOT = Path(__file__).resolve().parents[1]
-LOOPS = sorted((ROOT / "configs").glob("loop_*.yaml"))
+LOOPS = [path for kind in ("loop", "paper") for path in sorted((ROOT / "configs").glob(f"{kind}_*.yaml"))]
 
 
 @pytest.mark.parametrize("path", LOOPS, ids=lambda p: p.stem)
@@ -48,6 +48,29 @@ def test_a_loop_config_is_accepted_by_every_stage(path, tmp_path, monkeypatch):
     parse(divergence.Arguments, "", [f"{tmp_path}/loop.yaml:heldout", *words])
     assert (ROOT / plan.settings.accelerate_config).is_file()
     assert f"configs/{path.name}" in path.read_text() or "bash run_loop.sh\n" in path.read_text()
+
+
+def test_the_papers_settings(monkeypatch):
+    """As its text has them; the concise model differs by its length penalty alone."""
+    monkeypatch.chdir(ROOT)
+    read = [
+        yaml.safe_load((ROOT / f"configs/paper_llama3_8b{end}.yaml").read_text()) for end in ("", "_concise")
+    ]
+    paper, concise = (Plan(build(LoopSettings, given)) for given in read)
+    parts = mixture.parts_of(paper.jobs()[0])
+    assert [(part.K, part.temperature) for part in parts] == [(4, 1.0), (4, 0.7)]
+    training, of_concise = paper.training(), concise.training()
+    wanted = {
+        **{"learning_rate": 5e-7, "lr_scheduler_type": "cosine", "num_train_epochs": 2, "warmup_steps": 0.03},
+        **{"beta": 0.1, "label_smoothing": 0.0, "global_batch_size": 128, "choose_type": "max_min"},
+    }
+    assert {key: training[key] for key in wanted} == wanted and paper.settings.reference == "initial"
+    assert training["max_length"] == sum(
+        paper.generation()[k] for k in ("max_input_length", "max_new_tokens")
+    )
+    penalty = {"choose_type": "max_min_p", "length_penalty": 0.001, "length_penalty_unit": "character"}
+    assert of_concise == training | penalty
+    assert read[1] == read[0] | {key: read[1][key] for key in ("run_dir", "training_args")}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("ppo_*.yaml")), ids=lambda p: p.stem)

@@ -83,7 +83,12 @@ def test_every_stage_renders_the_same_prompt(policy, tokenizer, prompts, tmp_pat
     assert item.token_ids == ids
     output.append(
         sampling.answered(
-            item, RESPONSES, ["stop"] * 2, [tokenizer(f"{text}<|im_end|>")["input_ids"] for text in RESPONSES]
+            args,
+            item,
+            [
+                sampling.Sample(text, "stop", tokenizer(f"{text}<|im_end|>")["input_ids"])
+                for text in RESPONSES
+            ],
         )
     )
     found.finish(1.0)

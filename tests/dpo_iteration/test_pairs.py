@@ -90,6 +90,23 @@ def test_max_min_p_penalises_length_in_tokens_for_choice_and_margin():
     assert indices(pair) == (1, 0) and pair["chosen_num_tokens"] == 1
 
 
+def test_max_min_p_may_count_characters():
+    row = record([1.0, 1.2, 0.9], ["a" * 500, "b" * 10, "ab"], num_tokens=[2, 100, 10])
+    pair = make_pair(row, "max_min_p", length_penalty=0.001, length_penalty_unit="character")[0]
+    assert indices(pair) == (1, 0) and pair["chosen_num_tokens"] == 100  # 0.5, 1.19, 0.898
+    assert pair["margin"] == pytest.approx(1.2 - 0.01 - (1.0 - 0.5))
+
+
+def test_a_pair_says_which_part_of_a_mixture_its_sides_came_from():
+    hot, cool = {"temperature": 1.0}, {"temperature": 0.7}
+    row = record([0.0, 2.0, 1.0], response_sources=[hot, hot, cool], stop_strings=[None, "x", None])
+    pair = make_pair(row | {"rewards": [1.0, 2.0, 0.0]})[0]
+    assert (pair["chosen_source"], pair["rejected_source"]) == (hot, cool)
+    assert (pair["chosen_stop_string"], pair["rejected_stop_string"]) == ("x", None)
+    assert not {"response_sources", "stop_strings"} & set(pair)
+    assert not {"chosen_source", "chosen_stop_string"} & set(make_pair(record([0.0, 1.0]))[0])
+
+
 def test_responses_that_cannot_take_part_are_counted_by_reason():
     nan = float("nan")
     rewards = [9.0, None, nan, float("inf"), 1.0, 5.0, 2.0, 0.0]

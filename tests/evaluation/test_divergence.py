@@ -282,6 +282,24 @@ def test_temperature_is_read_off_the_manifests_and_greedy_answers_are_refused(mo
     assert "biased" in told and not summary["exact"]
 
 
+def test_what_else_was_sampled_is_not_exact_and_a_mixture_is_refused(models, run, tmp_path):
+    """A stop string only ends what is sampled; min_p changes it."""
+    path = tmp_path / "g.jsonl"
+    answers(path)
+    stop, more, fp8 = {"stop": ["x"]}, {"min_p": 0.1}, {"quantization": "fp8"}
+    for k, (given, exact) in enumerate(
+        [({"sampling_args": stop}, True), ({"sampling_args": more}, False), ({"engine_args": fp8}, False)]
+    ):
+        sampled(path, temperature=1.0, **given)
+        summary, _, told = run(models, path, tmp_path / f"{k}.jsonl")
+        assert summary["exact"] == exact and ("biased" in told) != exact
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    sources = [{"response_sources": [{"temperature": 1.0}] * len(row["responses"])} for row in rows]
+    path.write_text("".join(json.dumps(row | more) + "\n" for row, more in zip(rows, sources)))
+    with pytest.raises(UserError, match="holds responses of a mixture"):
+        run(models, path, tmp_path / "mixed.jsonl")
+
+
 @pytest.mark.parametrize(
     "more, named",
     [

@@ -49,7 +49,8 @@ def prompts(tmp_path):
 
 def answer(output, items, text="x"):
     for item in items:
-        output.append(sampling.answered(item, [text], ["stop"], [[1]]))
+        sample = sampling.Sample(text, "stop", [1])
+        output.append(sampling.answered(sampling.SamplingArguments(K=1), item, [sample]))
 
 
 def lines(path):
@@ -132,13 +133,13 @@ def test_shards_share_out_every_prompt(prompts):
 
 
 def test_what_shapes_answers():
-    """Both ways of generating have the same settings, but for the dtype, which servers do not tell."""
+    """Both ways of generating have the same settings, but for the engine's, which servers do not tell."""
     given = {"dataset_name_or_path": "p", "chat_template": "t", "K": 3}
     engine, inputs = get_hf2.shaping(get_hf2.Arguments(model_name_or_path="m", **given))
     assert inputs == {"dataset_name_or_path": "p", "model_name_or_path": "m", "chat_template": "t"}
     client, theirs = sampling.shaping(gen_hf.Arguments(tokenizer="m", **given), "tokenizer")
     assert theirs == {"dataset_name_or_path": "p", "tokenizer": "m", "chat_template": "t"}
-    assert engine == client | {"dtype": "auto"} and engine["K"] == 3
+    assert engine == client | {"dtype": "auto", "engine_args": None} and engine["K"] == 3
     elsewhere = {"output_dir": "o", "tensor_parallel_size": 2, "kv_cache_gib": 1.0, "overwrite": True}
     assert get_hf2.shaping(get_hf2.Arguments(model_name_or_path="m", **given, **elsewhere))[0] == engine
 

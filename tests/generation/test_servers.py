@@ -113,7 +113,9 @@ def group_members(leader):
 
 
 def test_start_answer_stop(stub):
-    end = stub("o/m", servers=3, max_model_len=8192, max_num_seqs=7, revision="v2", trust_remote_code="yes")
+    settings = {"max_model_len": 8192, "max_num_seqs": 7, "revision": "v2", "trust_remote_code": "yes"}
+    settings["engine_args"] = '{"hf_overrides": {"a b": 1}, "async_scheduling": false}'
+    end = stub("o/m", servers=3, **settings)
     assert end.returncode == 0, end.stderr
     processes = stub.recorded()
     assert sorted(processes) == [stub.port, stub.port + 1, stub.port + 2] and all(map(listening, processes))
@@ -130,6 +132,7 @@ def test_start_answer_stop(stub):
         "--max-num-seqs 7",
         "--revision v2 --tokenizer-revision v2",
         "--trust-remote-code",
+        '--hf-overrides {"a b": 1} --no-async-scheduling',
     ):
         assert part in line
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind" and int(environment["OMP_NUM_THREADS"]) >= 1
@@ -248,6 +251,8 @@ def test_groups_of_gpus(stub, monkeypatch):
     (["o/m"], {"tensor_parallel_size": "2"}, "needs GPUs"),
     (["o/m"], {"gpus": "0"}, "no GPU"),
     (["o/m"], {"servers": "0"}, "servers=0"),
+    (["o/m"], {"engine_args": "{"}, "engine_args: '{' is not a mapping"),
+    (["o/m"], {"engine_args": '{"max_model_len": 9}'}, "may not hold max_model_len"),
     (["o/m"], {"tensor_parallel_size": "0"}, "at least 1"),
     (["o/m"], {"port": "-1"}, "port=-1 is not a whole number"),
     (["o/m"], {"port": "65535", "servers": "2"}, "1 to 65535"),
@@ -286,6 +291,8 @@ def test_servers_give_the_engine_s_answers(real, tmp_path, monkeypatch, starts):
         "sampled": "--K 3",
         "greedy": "--K 1 --temperature 0",
         "nucleus": "--K 2 --top_p 0.8",
+        "mixture": "--K 4 --temperature 1.0,0.7",
+        "passed_on": '--K 2 --sampling_args {"min_p":0.01,"stop":["e","a"]}',
     }.items():
         more = ("--max_new_tokens", "20", *given.split())
         end = finished(client(real, tmp_path, f"{name}.jsonl", *more))

@@ -57,6 +57,25 @@ def test_the_kl_is_at_the_held_out_temperature_and_none_of_greedy_answers(make):
         assert not values(make(**more))["divergence"]
 
 
+def test_responses_may_be_of_a_mixture_and_held_out_answers_are_of_one_temperature(make):
+    plan = make(generation={"K": 8, "temperature": "1.0,0.7"})  # as --generation.temperature 1.0,0.7
+    held = values(plan)
+    assert held["generation.temperature"] == "1.0,0.7" and held["heldout.temperature"] == "1.0"
+    resolved = plan.resolved()
+    assert resolved["generation"]["temperature"] == [1.0, 0.7] and resolved["heldout"]["temperature"] == 1.0
+    parts = [{"K": 6, "temperature": 0.7, "top_p": 0.9, "system_prompt": "be odd"}, {"K": 2}]
+    given = {"K": 8, "mixture": parts}
+    resolved = make(generation=given).resolved()
+    assert resolved["generation"]["mixture"] == parts and resolved["heldout"]["mixture"] is None
+    found = {key: resolved["heldout"][key] for key in ("temperature", "top_p", "system_prompt")}
+    assert found == {"temperature": 0.7, "top_p": 0.9, "system_prompt": None}
+    own = make(generation=given, heldout={"temperature": 0.5})
+    assert own.resolved()["heldout"]["temperature"] == 0.5
+    for plan, told in ((make(generation=given), True), (own, False)):
+        check.check_heldout(plan, found := check.Findings())
+        assert any("held-out answers are sampled at temperature 0.7" in note for note in found.notes) == told
+
+
 @pytest.mark.parametrize(
     "first, last, named",
     [
@@ -183,6 +202,14 @@ def test_changes_are_refused_where_something_was_made_from_what_was(make, tmp_pa
         ({"eval_reward_model": ["./nowhere"]}, "nowhere: no such folder"),
         ({"eval_reward_model": ["a/b"], "eval_annotation": {"max_lenght": 3}}, "did you mean 'max_length'"),
         ({"eval_reward_model": ["a/b", "c/d"]}, "need --reward_weights"),
+        ({"generation": {"K": 7, "temperature": [1.0, 0.7]}}, "--generation.K 7 cannot be shared out evenly"),
+        (
+            {"generation": {"mixture": [{"K": 5}]}},
+            "K 5 together and --generation.K is 8: give --generation.K 5",
+        ),
+        ({"heldout": {"temperature": [1.0, 0.7]}}, "held-out answers are sampled at one temperature"),
+        ({"generation": {"engine_args": {"model": "x"}}}, "--generation.engine_args may not hold model"),
+        ({"generation": {"sampling_args": {"n": 2}}}, "--generation.sampling_args may not hold n"),
         ({"report_to": ["wanbd"]}, "report_to wanbd: one of none, wandb, tensorboard, "),
     ],
 )

@@ -493,6 +493,15 @@ def test_samples_fit_their_room_and_pairs_are_marked(tmp_path):
     assert samples.cut("x" * 5000) == ["x" * 4000, 1000]
 
 
+def test_a_response_of_a_mixture_says_which_part_it_is_of():
+    record = {"responses": ["a", "b"], "rewards": [1.0, 0.0]}
+    sources = [{"temperature": 0.7, "system_prompt": None}, "by hand"]
+    shown = samples.responses(record | {"response_sources": sources})
+    assert [answer["s"] for answer in shown] == ["temperature 0.7", "by hand"]
+    for odd in ({}, {"response_sources": None}, {"response_sources": "x"}):
+        assert "s" not in samples.responses(record | odd)[0]
+
+
 def test_the_command(tmp_path):
     folder = runs.make_run(tmp_path / "run", plan=_length)
     command = [sys.executable, ROOT / "report/make_report.py", folder]

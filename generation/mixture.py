@@ -1,0 +1,118 @@
+"""Which parts the K responses to a prompt have: one sampling setting, or a mixture of several.
+
+`temperature: [1.0, 0.7]` shares K out evenly; `mixture` says more of each part. A part's responses are those
+of its setting alone: it is a request of its own with the prompt's own seed. Nothing here imports anything
+heavy.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from common.cli import UserError, arg, build
+
+if TYPE_CHECKING:
+    from generation.sampling import SamplingArguments
+
+
+@dataclasses.dataclass(kw_only=True, frozen=True)
+class Part:
+    """A part of a mixture. None: as the setting of that name beside the mixture."""
+
+    K: int | None = arg(None, "responses; None: an equal share of what the other parts leave")
+    temperature: float | None = arg(None, "sampling temperature")
+    top_p: float | None = arg(None, "nucleus sampling")
+    top_k: int | None = arg(None, "sample from the k likeliest tokens")
+    system_prompt: str | None = arg(None, "in place of the prompt's system turn, or before a prompt without")
+
+
+SETTINGS = tuple(field.name for field in dataclasses.fields(Part) if field.name != "K")
+
+
+def is_mixed(args: "SamplingArguments") -> bool:
+    """Whether the responses to a prompt may differ in how they were sampled."""
+    return bool(args.mixture) or isinstance(args.temperature, list)
+
+
+def parts_of(args: "SamplingArguments") -> list[Part]:
+    """The parts, complete but for `system_prompt`, in the order in which they were named.
+
+    Parts of equal settings are one: the engine would give both the same responses.
+
+    Raises:
+        UserError: a key of a part is unknown or wrong, or the parts' K do not add up to `--K`.
+    """
+    if args.mixture and isinstance(args.temperature, list):
+        raise UserError(
+            "--mixture and several values of --temperature were given: name each part in --mixture"
+        )
+    found = {}
+    for part in _with_K(_named(args), args):
+        given = {key: getattr(part, key) for key in SETTINGS}
+        for key in ("temperature", "top_p", "top_k"):
+            given[key] = getattr(args, key) if given[key] is None else given[key]
+        settings = tuple(given.values())
+        found[settings] = found.get(settings, 0) + part.K
+    return [Part(K=K, **dict(zip(SETTINGS, settings))) for settings, K in found.items()]
+
+
+def _named(args):
+    """The parts as they are given."""
+    if not args.mixture:
+        several = args.temperature if isinstance(args.temperature, list) else [args.temperature]
+        return [Part(temperature=temperature) for temperature in several]
+    parts = []
+    for number, given in enumerate(args.mixture, 1):
+        where = f"part {number} of --mixture"
+        if "model" in given:
+            raise UserError(
+                f"model in {where}: all parts are sampled from the policy; answers of another model are a "
+                "generation of their own"
+            )
+        parts.append(build(Part, given, where))
+        if parts[-1].system_prompt == "":
+            raise UserError(f"{where} has an empty system_prompt: leave it out")
+    return parts
+
+
+def _with_K(parts, args):
+    """The same, each with its K."""
+    given, open_parts = sum(part.K or 0 for part in parts), [part for part in parts if part.K is None]
+    if any(part.K is not None and part.K < 1 for part in parts):
+        raise UserError("a part of --mixture has K below 1")
+    if not open_parts:
+        if given != args.K:
+            raise UserError(
+                f"the parts of --mixture have K {given} together and --K is {args.K}: give --K {given}"
+            )
+        return parts
+    share, rest = divmod(args.K - given, len(open_parts))
+    if rest or share < 1:
+        left = f"the {max(0, args.K - given)} responses that the others leave of " if given else ""
+        many = f"{len(open_parts)} parts"
+        what = f"--temperature has {many}" if not args.mixture else f"--mixture has {many} without a K"
+        raise UserError(
+            f"{what}, over which {left}--K {args.K} cannot be shared out evenly: give another K"
+            + ("" if given else f", a multiple of {len(open_parts)},")
+            + " or --mixture with a K for each part"
+        )
+    return [part if part.K else dataclasses.replace(part, K=share) for part in parts]
+
+
+def check_parts(args: "SamplingArguments") -> None:
+    """Refuse a part whose sampling settings cannot work; see `parts_of` for the rest."""
+    for part in parts_of(args):
+        if not 0 <= part.temperature < float("inf") or not 0 < part.top_p <= 1:
+            raise UserError("--temperature must not be negative and --top_p must be above 0 and at most 1")
+        if part.temperature == 0 and part.K > 1:
+            todo = f"give {'--K 1' if part.K == args.K else 'it K 1'} or a temperature"
+            raise UserError(f"--temperature 0 is greedy, {part.K} equal responses: {todo}")
+
+
+def sources(parts: list[Part]) -> list[dict]:
+    """Where each response of a mixture came from, for `response_sources`: its part's temperature, and what
+    else differs between the parts.
+    """
+    differs = [key for key in SETTINGS if len({getattr(part, key) for part in parts}) > 1]
+    keys = [key for key in SETTINGS if key == "temperature" or key in differs]
+    told = [{key: getattr(part, key) for key in keys} for part in parts]
+    return [entry for part, entry in zip(parts, told, strict=True) for _ in range(part.K)]
