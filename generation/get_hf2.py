@@ -16,8 +16,8 @@ Several data sets can be answered in one engine start, each with its own K and t
         --output_dir sampled greedy generated --K 4 1 8 --temperature 1 0 1
 
 takes one section of the YAML file for each job (or one for all of them) and one value for all jobs or one per
-job of --dataset_name_or_path, --output_dir, --K, --temperature and --iteration. Answers are saved as they
-finish; a stopped run continues with the same command.
+job of --dataset_name_or_path, --dataset_key, --output_dir, --K, --temperature and --iteration. Answers are
+saved as they finish; a stopped run continues with the same command.
 """
 
 import dataclasses
@@ -57,7 +57,8 @@ class Arguments(sampling.SamplingArguments):
     kv_cache_gib: float | None = arg(None, "GiB of KV cache; None: what a GPU has left, else 1", shapes=False)
     max_num_seqs: int | None = arg(None, "responses decoded at once; None: the engine's choice", shapes=False)
 
-    per_job = ("dataset_name_or_path", "output_dir", "K", "temperature", "iteration")  # see cli.parse_jobs
+    # See cli.parse_jobs.
+    per_job = ("dataset_name_or_path", "dataset_key", "output_dir", "K", "temperature", "iteration")
 
 
 IN_ENGINE = 4  # sequences that the engine holds, decoding or waiting, per slot, so that no slot waits for us
