@@ -43,11 +43,17 @@ class Arguments:
     iterate: int | None = arg(None, help="which iterate of the run; 0 is the start")
     model_name_or_path: str | None = arg(None, help="a model in place of a run's iterate: folder or hub name")
     output_dir: str | None = arg(None, help="folder to write; None: RUN/iterI/benchmarks")
-    alpaca_eval: str | None = arg(None, help="alpaca_eval.json of the hub's data set tatsu-lab/alpaca_eval")
-    arena_hard: list[str] = arg(
-        [], help="question.jsonl in data/arena-hard-v0.1 or -v2.0 of a clone of arena-hard-auto; or both"
+    alpaca_eval: str | None = arg(
+        None, help="alpaca_eval.json of the hub's data set tatsu-lab/alpaca_eval", metavar="FILE"
     )
-    mt_bench: str | None = arg(None, help="question.jsonl in data/mt_bench of FastChat's fastchat/llm_judge")
+    arena_hard: list[str] = arg(
+        [],
+        help="question.jsonl in data/arena-hard-v0.1 or -v2.0 of a clone of arena-hard-auto; or both",
+        metavar="FILE",
+    )
+    mt_bench: str | None = arg(
+        None, help="question.jsonl in data/mt_bench of FastChat's fastchat/llm_judge", metavar="FILE"
+    )
     generator: str | None = arg(None, help="the model's name for the judges; None: RUN-iterI")
     max_new_tokens: int = arg(2048, help="tokens of an answer")
     max_input_length: int = arg(6144, help="tokens of a prompt; longer ones are not answered, and listed")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import micro
 import pytest
+import yaml
 from transformers import AutoTokenizer
 
 from common.cli import UserError
@@ -150,6 +151,18 @@ def test_the_harness_takes_the_commands(harness, planned, model, tmp_path, more)
             assert given["enable_thinking"] is False and given["max_model_len"] == 256
             assert found["limit"] == 3 and found["system_instruction"] == "Short."
             assert found["fewshot_as_multiturn"] is False and found["apply_chat_template"] is True
+
+
+def test_the_harness_has_the_published_benchmarks(harness):
+    held = yaml.safe_load((ROOT / "evaluation/published.yaml").read_text())["benchmarks"]
+    named = {task for benchmark in held.values() for task in benchmark.get("tasks", ())}
+    named |= {task.partition(":")[0] for task in evaluate_benchmarks.Arguments().tasks}
+    ask = (
+        "import sys; from lm_eval.tasks import TaskManager as M; print(set(sys.argv[1:]) - {*M().all_tasks})"
+    )
+    asked = [harness, "-c", ask, *named]
+    told = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=120).stdout
+    assert told.splitlines()[-1] == "set()"
 
 
 def test_a_task_runs_on_vllm_and_is_not_run_again(harness, model, tmp_path):
