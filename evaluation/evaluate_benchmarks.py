@@ -7,10 +7,12 @@ Out: a folder with the harness's own result files, and `results.json` with the f
     bash evaluation/evaluate_benchmarks.sh --model_name_or_path RLHFlow/LLaMA3-SFT \
         --output_dir ./benchmarks/sft --tasks gsm8k:8
 
-The .sh makes environment `lm_eval` and starts this script in it. A task may carry its number of examples in
-the prompt, `mmlu:5`; without one the harness's own default holds. Tasks of one number share one start of the
-engine; what is done is not done again. HumanEval runs code that a model wrote: `--run_code true` allows it,
-without it such tasks are left out.
+The .sh makes environment `lm_eval` and starts this script in it. The default tasks and examples are the
+paper's (docs/reproduce.md). A task may carry its number of examples in the prompt, `mmlu:5`; without one the
+harness's own holds: 3 for MBPP, where `mbpp:0` asks without any. Tasks of one number share one start of the
+engine; what is done is not done again. HumanEval and MBPP run code that a model wrote: `--run_code true`
+allows it, without it they are left out. `results.json` also holds the system prompt and the chat template of
+the prompts.
 """
 
 import json
@@ -26,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import cli, devices, engine, manifest, models
 from common.cli import UserError, arg
-from common.run_folder import RunFolder
+from common.run_folder import RunFolder, read_object
 
 CODE = ("humaneval", "mbpp")  # beginnings of the names of tasks that run what the model wrote
 # The harness asks for the version of a distribution called vllm; that of vLLM's CPU build has another name.
@@ -43,13 +45,17 @@ class Arguments:
     model_name_or_path: str | None = arg(None, help="a model in place of a run's iterate: folder or hub name")
     output_dir: str | None = arg(None, help="folder to write; None: RUN/iterI/benchmarks")
     tasks: list[str] = arg(
-        ["gsm8k:5", "mmlu:5", "arc_challenge:25", "truthfulqa_mc2", "humaneval"],
-        help="names of the harness, NAME or NAME:EXAMPLES",
+        ["gsm8k:8", "mmlu:5", "arc_challenge:25", "truthfulqa_mc2:0", "humaneval:0", "mbpp:0"],
+        help="names of the harness, NAME or NAME:EXAMPLES (in the prompt)",
     )
     include_path: str | None = arg(None, help="folder with YAMLs of more tasks")
     apply_chat_template: bool = arg(
-        False, help="ask in the model's chat template (then humaneval_instruct in place of humaneval)"
+        False,
+        help="ask in the model's chat template (then humaneval_instruct and mbpp_instruct, not humaneval and "
+        "mbpp)",
     )
+    system_instruction: str | None = arg(None, help="system prompt of every question")
+    fewshot_as_multiturn: bool = arg(True, help="in a chat template an example is two turns of the chat")
     run_code: bool = arg(
         False, help="run the code that the model writes, unprotected, on this machine (humaneval, mbpp)"
     )
@@ -142,7 +148,10 @@ def command(args: Arguments, model: str, shots: int | None, tasks: list[str], fo
     words += [] if shots is None else ["--num_fewshot", str(shots)]
     words += ["--limit", str(args.limit)] if args.limit else []
     words += ["--include_path", args.include_path] if args.include_path else []
-    words += ["--apply_chat_template"] if args.apply_chat_template else []
+    if args.apply_chat_template:
+        words += ["--apply_chat_template", "--fewshot_as_multiturn", str(args.fewshot_as_multiturn).lower()]
+    if args.system_instruction is not None:
+        words += ["--system_instruction", args.system_instruction]
     words += ["--log_samples"] if args.log_samples else []
     words += ["--trust_remote_code"] if args.trust_remote_code else []
     return words + (["--confirm_run_unsafe_code"] if any(task.startswith(CODE) for task in tasks) else [])
@@ -164,6 +173,22 @@ def figures(path: Path) -> dict[str, dict]:
         | {"examples": held.get("n-shot", {}).get(task)}
         for task, values in held["results"].items()
     }
+
+
+PROMPTING = ("system_instruction", "chat_template", "fewshot_as_multiturn")  # how the harness asked
+
+
+def prompting(folder: Path) -> dict:
+    """The system prompt, the chat template's text and the layout of examples, as the harness wrote them."""
+    held = json.loads(newest_results(folder).read_text(encoding="utf-8"))
+    return {name: held.get(name) for name in PROMPTING}
+
+
+def with_earlier(target: Path, told: dict, found: dict[str, dict]) -> dict:
+    """What results.json is to hold: `found` beside the tasks of earlier starts that were asked alike."""
+    earlier = read_object(target / "results.json")
+    alike = all(earlier.get(name) == value for name, value in told.items())
+    return told | {"tasks": (earlier.get("tasks", {}) if alike else {}) | found}
 
 
 def variables(words: list[str]) -> dict[str, str]:
@@ -222,8 +247,9 @@ def main():
     found = {}
     for words, folder, tasks in planned:
         found |= evaluate(args, words, folder, tasks)
-    told = {"model": model, "limit": args.limit, "apply_chat_template": args.apply_chat_template}
-    manifest.write_json(target / "results.json", told | {"tasks": found})
+    told = {"model": model, "weights": manifest.fingerprint(model), "limit": args.limit}
+    told |= {"apply_chat_template": args.apply_chat_template} | prompting(planned[-1][1])
+    manifest.write_json(target / "results.json", with_earlier(target, told, found))
     for task, values in found.items():
         metrics = {key: value for key, value in values.items() if "," in key and "stderr" not in key}
         shown = ", ".join(f"{key.partition(',')[0]} {value:.4f}" for key, value in metrics.items())

@@ -1,29 +1,31 @@
-r"""Write answers in the formats that AlpacaEval 2 and Arena-Hard judge, and print the commands that judge
-them.
+r"""Write answers in the formats that AlpacaEval 2, Arena-Hard and MT-Bench judge, and print the commands that
+judge them.
 
 In:  generated or rewarded JSON Lines, best of one greedy answer a prompt.
 Out: `--format alpaca_eval`         a JSON list of {"dataset", "instruction", "output", "generator"};
      `--format arena_hard`          JSON Lines as today's arena-hard-auto reads them, for its sets v2.0 and
                                     v0.1: `uid`, `ans_id`, `model`, `messages`, `tstamp`, `metadata`;
      `--format arena_hard_fastchat` JSON Lines as arena-hard-auto read them before April 2025: `question_id`,
-                                    `answer_id`, `model_id`, `choices`, `tstamp`, `conv_metadata`.
+                                    `answer_id`, `model_id`, `choices`, `tstamp`, `conv_metadata`;
+     `--format mt_bench`            JSON Lines as FastChat's judge reads them: `question_id`, `answer_id`,
+                                    `model_id`, `choices` with the answers to both turns, `tstamp`.
 
     python evaluation/export_answers.py --dataset_name_or_path runs/tiny/iter3/heldout_greedy.rewarded.jsonl \
         --format alpaca_eval --generator tiny-iter3 --output_dir runs/tiny/iter3/alpaca_eval.json
 
-Both benchmarks compare with the answers of a baseline to their own prompts, so answer these first:
-AlpacaEval's with `get_hf2.py --dataset_key instruction`, Arena-Hard's by giving its `question.jsonl` as the
-prompts. Their fields (`dataset`, `uid`, …) are carried into the answers and found here. Against other answers
-of yours (the starting policy's, say) any prompts do.
+The first two compare with the answers of a baseline to their own prompts, so answer these first: AlpacaEval's
+with `get_hf2.py --dataset_key instruction`, Arena-Hard's by giving its `question.jsonl` as the prompts,
+MT-Bench's by evaluation/mt_bench.py. Their fields (`dataset`, `uid`, …) are carried into the answers and
+found here. Against other answers of yours (the starting policy's, say) any prompts do. evaluate_judged.sh
+does all of this.
 """
 
 import hashlib
 import re
-import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,13 +33,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import cli, manifest, records
 from common.cli import UserError, arg
+from evaluation import judging
 
-FORMATS = ("alpaca_eval", "arena_hard", "arena_hard_fastchat")
+FORMATS = ("alpaca_eval", "arena_hard", "arena_hard_fastchat", "mt_bench")
 
 
 @dataclass
 class Arguments:
-    dataset_name_or_path: str = arg(help="answers: generated or rewarded JSON Lines file")
+    dataset_name_or_path: list[str] = arg(help="answers: generated or rewarded JSON Lines files")
     output_dir: str = arg(help="file to write; of Arena-Hard its name is the model's name there")
     format: str = arg(help="who judges", choices=FORMATS)
     generator: str = arg(help="the model's name on the leaderboard, for example mine-iter3")
@@ -51,6 +54,13 @@ class Arguments:
         help="leave prompts of several turns out, which these formats cannot hold, instead of refusing them",
     )
     overwrite: bool = arg(False, help="replace a file that is there")
+    local_judge: str | None = arg(
+        None, help="a model that vLLM serves, to judge in place of the hosted one (AlpacaEval, Arena-Hard)"
+    )
+    judge_url: str = arg("http://127.0.0.1:8000/v1", help="where it is served")
+    clone: str | None = arg(
+        None, help="folder of arena-hard-auto, or of FastChat's llm_judge: its settings are then written"
+    )
 
 
 def instruction_of(record: dict, where: str) -> str:
@@ -126,7 +136,7 @@ def key_of(record: dict, names: tuple[str, ...], where: str) -> str | int:
 def alpaca_entry(record: dict, instruction: str, answer: str, args: Arguments) -> dict:
     dataset = record.get("dataset")
     return {
-        "dataset": dataset if isinstance(dataset, str) else Path(args.dataset_name_or_path).stem,
+        "dataset": dataset if isinstance(dataset, str) else Path(args.dataset_name_or_path[0]).stem,
         "instruction": instruction,
         "output": answer,
         "generator": args.generator,
@@ -159,14 +169,36 @@ def arena_entry(
     }
 
 
+def mt_bench_entry(record: dict, answer: str, args: Arguments, where: str) -> dict:
+    """One line of FastChat's model_answer file, of the answer to a second turn."""
+    asked = [message for message in record["prompt"] if message["role"] != "system"]
+    if [message["role"] for message in asked] != ["user", "assistant", "user"]:
+        raise UserError(f"{where} is no second turn of MT-Bench: evaluation/mt_bench.py writes these prompts")
+    turns = [asked[1]["content"], answer]
+    digest = hashlib.sha256("\0".join([args.generator, *turns]).encode()).hexdigest()[:22]
+    return {
+        "question_id": key_of(record, ("question_id",), where),
+        "answer_id": digest,
+        "model_id": args.generator,
+        "choices": [{"index": 0, "turns": turns}],
+        "tstamp": time.time(),
+    }
+
+
+def read_answers(paths: list[str]) -> Iterator[tuple[str, dict]]:
+    """(where it stands, record) of each answered prompt."""
+    for path in paths:
+        for number, record in enumerate(records.read_generated(path), 1):
+            yield f"{path} record {number}", record
+
+
 def make_entries(args: Arguments) -> tuple[list[dict], Counter]:
     """(the entries, Counter of notes)."""
-    entries, notes, arena = [], Counter(), args.format != "alpaca_eval"
+    entries, notes, arena = [], Counter(), args.format.startswith("arena_hard")
     count = token_counter(args.format == "arena_hard_fastchat") if arena else None
-    for number, record in enumerate(records.read_generated(args.dataset_name_or_path), 1):
-        where = f"{args.dataset_name_or_path} record {number}"
+    for where, record in read_answers(args.dataset_name_or_path):
         try:
-            instruction = instruction_of(record, where)
+            instruction = "" if args.format == "mt_bench" else instruction_of(record, where)
         except UserError:
             if not args.skip_multi_turn:
                 raise
@@ -176,6 +208,9 @@ def make_entries(args: Arguments) -> tuple[list[dict], Counter]:
         answer = record["responses"][i]
         if len(record["responses"]) > 1:
             notes[f"prompts have several answers, the {args.choose} one was taken"] += 1
+        if args.format == "mt_bench":
+            entries.append(mt_bench_entry(record, answer, args, where))
+            continue
         if not arena:
             entries.append(alpaca_entry(record, instruction, answer, args))
             continue
@@ -190,40 +225,48 @@ def make_entries(args: Arguments) -> tuple[list[dict], Counter]:
             )
         entries.append(arena_entry(record, instruction, answer, args, tokens, where))
     if not entries:
-        raise UserError(f"{args.dataset_name_or_path} has no prompt of one user turn")
+        raise UserError(f"{', '.join(args.dataset_name_or_path)}: there is no prompt of one user turn")
     key = {"alpaca_eval": "instruction", "arena_hard": "uid"}.get(args.format, "question_id")
     twins = [value for value, n in Counter(entry[key] for entry in entries).items() if n > 1]
     if twins:
         raise UserError(
-            f"{len(twins)} prompts stand twice in {args.dataset_name_or_path} ({str(twins[0])[:60]!r}); the "
-            "judge takes one answer each"
+            f"{len(twins)} prompts stand twice in {', '.join(args.dataset_name_or_path)} "
+            f"({str(twins[0])[:60]!r}); the judge takes one answer each"
         )
-    return (sorted(entries, key=lambda entry: str(entry[key])) if arena else entries), notes
+    if arena:
+        entries.sort(key=lambda entry: str(entry[key]))
+    elif args.format == "mt_bench":
+        entries.sort(key=lambda entry: (str(type(entry[key])), entry[key]))
+    return entries, notes
 
 
-def commands(args: Arguments) -> list[str]:
-    """Lines to judge the file by; both judges need a hosted model."""
-    name, target = shlex.quote(args.generator), shlex.quote(str(args.output_dir))
-    if args.format == "alpaca_eval":
-        return [
-            "pip install alpaca-eval; export OPENAI_API_KEY=…",
-            f"alpaca_eval --model_outputs {target}   # AlpacaEval's prompts, against GPT-4 Turbo",
-            f"alpaca_eval --model_outputs {target} --reference_outputs START.json   # against other answers",
-        ]
-    bench = "arena-hard-v2.0" if args.format == "arena_hard" else "arena-hard-v0.1"
-    more = "" if args.format == "arena_hard" else " && git checkout 8f2f44d"
-    return [
-        f"git clone https://github.com/lmarena/arena-hard-auto && cd arena-hard-auto{more}   # and fetch its "
-        "data as its README says",
-        f"cp {target} data/{bench}/model_answer/{name}.jsonl",
-        f"# add {name} to model_list of config/{bench}.yaml, and the judge's key to config/api_config.yaml",
-        f"python gen_judgment.py --setting-file config/{bench}.yaml && python show_result.py",
-    ]
+def bench_of(args: Arguments) -> str:
+    """Which benchmark the answers are of, as evaluation/judging.py calls it."""
+    if args.format != "arena_hard":
+        return args.format if args.format in judging.HOSTED else "arena-hard-v0.1"
+    _, first = next(read_answers(args.dataset_name_or_path))
+    return "arena-hard-v0.1" if first.get("category") == "arena-hard-v0.1" else "arena-hard-v2.0"
+
+
+def judging_cost(args: Arguments, bench: str) -> str:
+    """How often the judge is called, and the least that it reads."""
+    questions = own = 0
+    for _, record in read_answers(args.dataset_name_or_path):
+        questions += 1
+        own += len(record.get("prompt_token_ids") or ()) + (record.get("num_tokens") or [0])[0]
+    calls = questions * judging.GAMES[bench]
+    tokens = (
+        f", which read about {own * judging.GAMES[bench]:,} tokens of prompts and these answers"
+        if own
+        else ""
+    )
+    return f"{calls:,} calls of the judge{tokens}; its instructions and the baseline's answers come on top"
 
 
 def main():
     args = cli.parse(Arguments, __doc__)
-    cli.existing_file(args.dataset_name_or_path, "generated file")
+    for path in args.dataset_name_or_path:
+        cli.existing_file(path, "generated file")
     target = Path(args.output_dir)
     wanted = ".json" if args.format == "alpaca_eval" else ".jsonl"
     if target.is_dir() or target.suffix != wanted:
@@ -233,13 +276,19 @@ def main():
     if target.exists() and not args.overwrite:
         raise UserError(f"{target} is there already; give another --output_dir or --overwrite")
     entries, notes = make_entries(args)
+    clone = Path(args.clone).resolve() if args.clone else None
+    bench = bench_of(args)
+    job = judging.Judging(bench, args.generator, target, args.local_judge, args.judge_url, clone)
+    job.before_2025 = args.format == "arena_hard_fastchat"
+    to_judge = judging.commands(job)
     target.parent.mkdir(parents=True, exist_ok=True)
     write = manifest.write_json if args.format == "alpaca_eval" else manifest.write_jsonl
     write(target, entries)
     print(f"wrote {len(entries)} answers of {args.generator} to {target}")
     for note, n in notes.items():
         print(f"note: {n} {note}")
-    print("to judge them:", *commands(args), sep="\n  ")
+    judging.write_settings(job)
+    print(f"{judging_cost(args, bench)}. To judge them:", *to_judge, sep="\n  ")
 
 
 if __name__ == "__main__":

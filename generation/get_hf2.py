@@ -16,9 +16,9 @@ Several data sets can be answered in one engine start, each with its own K and t
         --output_dir sampled greedy generated --K 4 1 8 --temperature 1 0 1
 
 takes one section of the YAML file for each job (or one for all of them) and one value for all jobs or one per
-job of --dataset_name_or_path, --output_dir, --K, --temperature and --iteration. `--temperature 1.0,0.7`, one
-word, is one job's mixture: half of K at each. Answers are saved as they finish; a stopped run continues with
-the same command.
+job of --dataset_name_or_path, --dataset_key, --output_dir, --K, --temperature and --iteration. `--temperature
+1.0,0.7`, one word, is one job's mixture: half of K at each. Answers are saved as they finish; a stopped run
+continues with the same command.
 """
 
 import dataclasses
@@ -62,7 +62,8 @@ class Arguments(sampling.SamplingArguments):
         'more arguments of vLLM\'s engine, JSON: \'{"quantization": "fp8"}\'; --engine_args.quantization fp8',
     )
 
-    per_job = ("dataset_name_or_path", "output_dir", "K", "temperature", "iteration")  # see cli.parse_jobs
+    # See cli.parse_jobs.
+    per_job = ("dataset_name_or_path", "dataset_key", "output_dir", "K", "temperature", "iteration")
 
 
 IN_ENGINE = 4  # sequences that the engine holds, decoding or waiting, per slot, so that no slot waits for us

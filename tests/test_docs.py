@@ -10,6 +10,7 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 
 from common import cli
+from evaluation import compare_published
 from generation import get_hf2
 from loop.settings import LoopSettings
 from ppo.run import PPOSettings
@@ -31,7 +32,8 @@ SCRIPTS = [
     *("generation/gen_hf.py", "generation/merge_data.py", "annotate_data/get_rewards.py"),
     *("evaluation/metrics.py", "evaluation/run_metrics.py", "evaluation/divergence.py"),
     "evaluation/select_iterate.py",
-    *("evaluation/export_answers.py", "evaluation/evaluate_benchmarks.sh"),
+    *("evaluation/export_answers.py", "evaluation/mt_bench.py"),
+    *("evaluation/evaluate_benchmarks.sh", "evaluation/evaluate_judged.sh"),
     *("dpo_iteration/run_dpo.py", "ppo/train_ppo.py", "ppo/openrlhf/run_openrlhf.py"),
     *(f"benchmarks/{name}.py" for name in ("annotation", "dpo", "generation", "memory")),
 ]
@@ -61,6 +63,10 @@ def run_tests(argv):
         assert not word.startswith("tests/") or (ROOT / word).exists(), word
 
 
+def compare(argv):
+    compare_published.published(cli.parse(compare_published.Arguments, "", argv).row)
+
+
 def register(argv):
     assert argv[0] == "stop" or len(argv) == 1, argv
 
@@ -71,6 +77,7 @@ PARSERS = {
     "generation/get_hf2.py": lambda argv: cli.parse_jobs(get_hf2.Arguments, "", argv),
     "report/make_report.py": lambda argv: make_report.check(make_report.arguments(argv)),
     "report/watch.py": lambda argv: cli.parse(watch.Arguments, "", ["--run", *argv]),
+    "evaluation/compare_published.py": lambda argv: compare(["--run", *argv]),
     "run_loop.sh": lambda argv: drive(LoopSettings, "configs/loop_llama3_8b.yaml", argv),
     "configs/loop.slurm": lambda argv: PARSERS["run_loop.sh"](argv),
     "run_ppo.sh": lambda argv: drive(PPOSettings, "configs/ppo_llama3_8b.yaml", argv),

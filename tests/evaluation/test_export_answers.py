@@ -98,6 +98,7 @@ def test_arena_hard_reads_it(answered, export, tmp_path, kind):
         assert [sum(own.values()) for own in style.values()] == [2, 4, 2]
         assert style["header_count"]["h2"] == 1 and style["list_count"] == {"ordered": 2, "unordered": 2}
     assert f"data/arena-hard-v{'2.0' if today else '0.1'}/model_answer/mine.jsonl" in told
+    assert "6 calls of the judge" in told
 
 
 def test_turns_that_a_format_cannot_hold_are_refused_or_left_out(answered, export, tmp_path):

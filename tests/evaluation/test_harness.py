@@ -13,6 +13,8 @@ from pathlib import Path
 
 import micro
 import pytest
+import yaml
+from transformers import AutoTokenizer
 
 from common.cli import UserError
 from evaluation import evaluate_benchmarks
@@ -25,6 +27,7 @@ CHOICE = """task: tiny_choice
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {data}}}}}
 test_split: test
+fewshot_split: test
 output_type: multiple_choice
 doc_to_text: "{{{{question}}}}"
 doc_to_choice: "{{{{choices}}}}"
@@ -93,10 +96,10 @@ def test_tasks_of_one_number_of_examples_share_a_command(planned, model, tmp_pat
     given = ("--model_name_or_path", model, "--output_dir", tmp_path)
     commands, notes = planned(*given)
     tasks = [words[words.index("--tasks") + 1 : words.index("--batch_size")] for words in commands]
-    assert tasks == [["gsm8k", "mmlu"], ["arc_challenge"], ["truthfulqa_mc2"]]
-    assert "humaneval left out" in notes[0]
+    assert tasks == [["gsm8k"], ["mmlu"], ["arc_challenge"], ["truthfulqa_mc2"]]
+    assert "humaneval, mbpp left out" in notes[0]
     shots = [dict(zip(words, words[1:])).get("--num_fewshot") for words in commands]
-    assert shots == ["5", "25", None]
+    assert shots == ["8", "5", "25", "0"]
     commands, notes = planned(*given, "--run_code", "true", "--tasks", "humaneval")
     assert commands[0][0] == "HF_ALLOW_CODE_EVAL=1" and "--confirm_run_unsafe_code" in commands[0]
     assert not notes
@@ -124,7 +127,8 @@ def test_a_runs_iterate_and_its_start(planned, tmp_path):
 
 
 ALL = """--run_code true --apply_chat_template true --limit 3 --max_model_len 256 --include_path .
-    --trust_remote_code true --model_args.enable_thinking false"""
+    --trust_remote_code true --model_args.enable_thinking false --system_instruction Short.
+    --fewshot_as_multiturn false"""
 
 
 @pytest.mark.parametrize("more", ["", "--backend hf", ALL])
@@ -145,7 +149,20 @@ def test_the_harness_takes_the_commands(harness, planned, model, tmp_path, more)
         if more == ALL:
             given = found["model_args"]
             assert given["enable_thinking"] is False and given["max_model_len"] == 256
-            assert found["limit"] == 3
+            assert found["limit"] == 3 and found["system_instruction"] == "Short."
+            assert found["fewshot_as_multiturn"] is False and found["apply_chat_template"] is True
+
+
+def test_the_harness_has_the_published_benchmarks(harness):
+    held = yaml.safe_load((ROOT / "evaluation/published.yaml").read_text())["benchmarks"]
+    named = {task for benchmark in held.values() for task in benchmark.get("tasks", ())}
+    named |= {task.partition(":")[0] for task in evaluate_benchmarks.Arguments().tasks}
+    ask = (
+        "import sys; from lm_eval.tasks import TaskManager as M; print(set(sys.argv[1:]) - {*M().all_tasks})"
+    )
+    asked = [harness, "-c", ask, *named]
+    told = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=120).stdout
+    assert told.splitlines()[-1] == "set()"
 
 
 def test_a_task_runs_on_vllm_and_is_not_run_again(harness, model, tmp_path):
@@ -164,5 +181,17 @@ def test_a_task_runs_on_vllm_and_is_not_run_again(harness, model, tmp_path):
     assert 0 <= found["tiny_choice"]["acc,none"] <= 1
     assert found["tiny_write"]["exact_match,none"] == 0.0 and found["tiny_write"]["examples"] == 0
     assert "done already" in script(*arguments, *tasks, python=harness).stdout
+    tasks[1:3] = ["tiny_choice:1"]  # another number of examples: what is asked alike is kept
+    rows_before = found["tiny_write"]
+    script(*arguments, *tasks, python=harness)
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    assert found["tasks"]["tiny_choice"]["examples"] == 1 and found["tasks"]["tiny_write"] == rows_before
+    assert found["chat_template"] is None and found["system_instruction"] is None
+    asked = ["--apply_chat_template", "true", "--system_instruction", "Short."]
+    script(*arguments, *tasks, *asked, python=harness)
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    template = AutoTokenizer.from_pretrained(model).chat_template
+    assert found["chat_template"] == template and found["system_instruction"] == "Short."
+    assert list(found["tasks"]) == ["tiny_choice"]
     failed = script(*arguments, "--tasks", "no_such_task", python=harness, status=2)
     assert "lm_eval ended with status" in failed.stderr and failed.stderr.count("\n") == 1
