@@ -1,4 +1,6 @@
-"""The prompt sets of a run, read before it starts: what cannot be used, and what stands in two of them."""
+"""The prompt sets of a run, read before it starts: what cannot be used, and what stands in two of them, or in
+an evaluation set.
+"""
 
 import re
 from array import array
@@ -10,10 +12,12 @@ from common.chat import NO_HEADER, ChatTemplate, TemplateArguments
 from common.cli import UserError, existing_file
 from common.models import has_template, read_json
 from common.records import BadRecord, PromptArguments, is_local, read_prompts, record_id, with_system
+from evaluation import find_overlap
 
 if TYPE_CHECKING:
     from loop.check import Findings
     from loop.plan import Plan
+    from loop.settings import RunSettings
 
 
 FILES = ("tokenizer_config.json", "chat_template.json", "chat_template.jinja")  # the later, the stronger
@@ -120,6 +124,34 @@ def first_prompt(name: str, plan: "Plan") -> dict | None:
     return next(read_prompts(name, PromptArguments.of(generation)), None)
 
 
+def check_evaluation_sets(settings: "RunSettings", found: "Findings"):
+    """Note how many training prompts overlap with the evaluation sets, and how they are left out; of what is
+    on the hub, that it was not looked at.
+    """
+    names = list(dict.fromkeys(settings.evaluation_sets or []))
+    trained = list(dict.fromkeys(settings.prompts))
+    missing = [name for name in names if not is_local(name)]
+    if names:
+        missing += [name for name in trained if not is_local(name)]
+    sets = [found.attempt(find_overlap.read_evaluation_set, name) for name in names if is_local(name)]
+    if found.problems or not names:
+        return
+    args = PromptArguments.of(settings.generation | {"system_prompt": None})
+    for name in filter(is_local, trained) if sets else ():
+        overlap = find_overlap.find_overlap(name, args, sets)
+        found.notes.extend(overlap.lines())
+        if overlap.left_out:
+            key = f" --dataset_key {args.dataset_key}" if args.dataset_key else ""
+            found.notes.append(
+                f"to leave them out: python evaluation/find_overlap.py --dataset_name_or_path {name}{key} "
+                f"--evaluation_sets {' '.join(names)} --output_dir FILE.jsonl; then name that in prompts"
+            )
+    if missing:
+        found.notes.append(
+            f"on the hub, not compared for overlap: {', '.join(missing)}; evaluation/find_overlap.py does it"
+        )
+
+
 def check_prompts(plan: "Plan", found: "Findings") -> dict:
     """Read the prompt sets and refuse an overlap with the held-out set.
 
@@ -146,6 +178,7 @@ def check_prompts(plan: "Plan", found: "Findings") -> dict:
                 f"{both} prompts of {name} also stand in the held-out set {settings.heldout_prompts}; take "
                 "them out or give --allow_overlap true"
             )
+    check_evaluation_sets(settings, found)
     unseen = [name for name, prompts in sets.items() if prompts is None]
     if unseen and not found.problems:
         found.notes.append(

@@ -31,7 +31,7 @@ SCRIPTS = [
     *("generation/gen_hf.py", "generation/merge_data.py", "annotate_data/get_rewards.py"),
     "annotate_data/make_dataset.py",
     *("evaluation/metrics.py", "evaluation/run_metrics.py", "evaluation/divergence.py"),
-    "evaluation/select_iterate.py",
+    *("evaluation/select_iterate.py", "evaluation/find_overlap.py"),
     *("evaluation/export_answers.py", "evaluation/evaluate_benchmarks.sh"),
     *("dpo_iteration/run_dpo.py", "ppo/train_ppo.py", "ppo/openrlhf/run_openrlhf.py"),
     *(f"benchmarks/{name}.py" for name in ("annotation", "dpo", "generation", "memory")),

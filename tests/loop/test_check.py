@@ -401,6 +401,28 @@ def test_the_settings_are_read_with_nothing_but_pyyaml(script, given):
     assert done.returncode == 0 and done.stderr == "[]\n", done.stderr
 
 
+def test_overlap_with_evaluation_sets_is_counted(models, given, tmp_path, capsys):
+    """Said with the command that leaves the prompts out; what is on the hub is named and not asked for."""
+    mine, heldout = str(tmp_path / "mine.jsonl"), str(models / "heldout.jsonl")
+    texts = ["what is 3 plus 4, Question 3?", "Question 8: What is 8 plus 9", "question 1: what is 1 plus 2"]
+    Path(mine).write_text("".join(json.dumps({"question": text}) + "\n" for text in texts))
+    prompts = str(models / "prompts.jsonl")
+    checked(given(evaluation_sets=[mine, heldout, "openai/gsm8k:main"]))
+    told = capsys.readouterr().err.splitlines()
+    assert f"check: 2 of 40 prompts of {prompts} overlap with {mine}: 2 exact" in told
+    assert f"check: 0 of 40 prompts of {prompts} overlap with {heldout}" in told
+    [todo] = [line for line in told if "to leave them out" in line]
+    assert (
+        f"find_overlap.py --dataset_name_or_path {prompts} --evaluation_sets {mine} {heldout} openai" in todo
+    )
+    [hub] = [line for line in told if "not compared for overlap" in line]
+    assert "openai/gsm8k:main;" in hub
+    checked(given())
+    assert "overlap" not in capsys.readouterr().err
+    with pytest.raises(UserError, match="^no such evaluation set: .*mine.json; there is .*mine.jsonl"):
+        checked(given(evaluation_sets=[str(tmp_path / "mine.json")]))
+
+
 def test_what_the_run_decides_is_not_passed_over(given, capsys):
     """A seed or a folder in a section would change nothing, and another K in annotation would end the run
     behind an hour of sampling.
