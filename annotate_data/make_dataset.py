@@ -254,6 +254,8 @@ def make(args: Arguments, parts: list[Part], shown: dict):
         UserError: another thing is there, and `--overwrite` was not given, or another process makes it.
     """
     folder = Path(args.output_dir)
+    if folder.name in ("", ".."):
+        raise UserError(f"--output_dir {folder} is there already: name a folder in it")
     inputs = {f"rewarded.{part.iteration}": part.rewarded for part in parts}
     inputs |= {f"pairs.{part.iteration}": part.pairs for part in parts if part.pairs}
     settings = {"iterations": [part.iteration for part in parts]}

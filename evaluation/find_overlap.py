@@ -37,6 +37,7 @@ from common.records import BadRecord, PromptArguments
 if TYPE_CHECKING:
     import regex
 
+SCRIPT = "evaluation/find_overlap.py"
 WORDS = 13  # in a row that make an overlap
 SPLITS = ("test", "eval", "validation")  # of which the first is read
 COLUMNS = (*records.PROMPT_KEYS, "instruction", "question", "turns", "problem", "text")
@@ -228,7 +229,7 @@ def write_others(args: Arguments, prompts: PromptArguments, found: Overlap):
     inputs |= {f"evaluation_sets.{k}": name for k, name in enumerate(args.evaluation_sets)}
     settings = shaping_values(args, ("dataset_name_or_path", "evaluation_sets"))
     settings |= {"evaluation_sets": len(args.evaluation_sets), "words": WORDS}
-    output = manifest.Output(args.output_dir, "evaluation/find_overlap.py", settings, inputs, args.overwrite)
+    output = manifest.Output(args.output_dir, SCRIPT, settings, inputs, args.overwrite)
     if output.complete:
         print(f"{args.output_dir} is complete, nothing to do")
         return

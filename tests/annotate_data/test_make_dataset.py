@@ -221,6 +221,7 @@ def test_what_cannot_be_read_is_counted(tmp_path, capsys, load):
         ("--run RUN/iter1 --output_dir OUT", "is no run's folder: it has no loop.yaml"),
         ("--run RUN/ppo --output_dir OUT", "was trained by PPO, which keeps no rewarded answers"),
         ("--run RUN/fresh --output_dir OUT", "has rewarded answers yet"),
+        ("--run RUN --output_dir .", "--output_dir . is there already: name a folder in it"),
         ("--run RUN --output_dir RUN/iter1", "is there and was not made by this script"),
         ("--run RUN --output_dir RUN/iter1 --overwrite true", "is there and was not made by this script"),
     ],
