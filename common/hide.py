@@ -1,6 +1,9 @@
-"""Passwords and tokens in a run's settings: hidden before a page or a tracker shows them."""
+"""What a run's settings hold and others are not to see: passwords and tokens, hidden before a page or a
+tracker shows them, and the folders of this machine, shortened before anything is published.
+"""
 
 import re
+from pathlib import Path
 
 HIDDEN = "(hidden)"
 # Whole words of a key; `pad_token` and `max_new_tokens` are none.
@@ -27,3 +30,26 @@ def hidden(value: object, key: str = "") -> object:
     if isinstance(value, str) and value:
         return HIDDEN if KEY.search(key) else VALUE.sub(HIDDEN, value)
     return value
+
+
+PATH = re.compile(  # an address of the web, which stays, or else a path from a root, a home or a folder here
+    r"(?P<web>(?!file:)\b\w+://[^\s'\"]+)|(?<![\w./~])(?:file://|~|\.{1,2})?/(?:[^\s/'\",;]+/)*(?P<last>[^\s/'\",;]*)"
+)
+
+
+def without_folders(value: object) -> object:
+    """Settings, or a text, whose paths of this machine are cut to their last part, in lists and dicts too."""
+    if isinstance(value, dict):
+        return {without_folders(name): without_folders(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [without_folders(one) for one in value]
+    if not isinstance(value, str) or "/" not in value:
+        return value
+    if len(value) < 1000 and "\n" not in value and is_here(value):
+        return Path(value).name
+    return PATH.sub(lambda found: found["web"] or found["last"], value)
+
+
+def is_here(name: str) -> bool:
+    """Whether a name is that of a file or folder here; `FILE.py:FUNCTION` counts, too."""
+    return Path(name).exists() or Path(name.rpartition(":")[0] or "-").exists()

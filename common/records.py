@@ -304,6 +304,26 @@ def _answered(record, where, identify, rewarded):
     return made | record | own | made | ({"source_id": record["id"]} if "id" in record else {})
 
 
+def read_pairs(path: str | Path) -> Iterator[dict | BadRecord]:
+    """Yield the pairs that a training chose, as it wrote them: `prompt`, `chosen`, `rejected` are messages.
+
+    A `BadRecord` stands in place of one that is no pair.
+    """
+    for number, record in enumerate(jsonl_records(path, "pairs file"), 1):
+        if isinstance(record, BadRecord):
+            yield record
+            continue
+        where = f"{path} record {number}"
+        try:
+            for side in ("prompt", "chosen", "rejected"):
+                if not is_messages(record.get(side)):
+                    raise UserError(f"{where}: `{side}` must be a list of messages")
+            prompt, tools = to_messages(record["prompt"], where), to_tools(record.get("tools"), where)
+            yield record | {"prompt": prompt} | ({"tools": tools} if tools else {})
+        except UserError as error:
+            yield BadRecord(str(error), record)
+
+
 def sample_seed(run_seed: int, iteration: int, prompt_id: str, spacing: int = 1024) -> int:
     """A prompt's sampling seed: a hash of run seed, iteration and prompt id, a multiple of `spacing` below
     2**62.

@@ -162,6 +162,18 @@ def read_data_set(name: str, split: str) -> Iterator[dict | BadRecord]:
     yield from _rows(_loaded(name, datasets.load_dataset, base, config, split=split, **more), name)
 
 
+def splits_of(name: str) -> list[str]:
+    """The splits of a data set: of a folder (`save_to_disk`, or cloned from the hub), or of the hub."""
+    import datasets
+
+    base, config = split_config(name)
+    if (Path(base) / "state.json").is_file():
+        return ["train"]  # one that has no splits, as `read_data_set` calls it
+    if (Path(base) / "dataset_dict.json").is_file():
+        return list(_loaded(name, datasets.load_from_disk, base))
+    return list(_loaded(name, datasets.get_dataset_split_names, base, config))
+
+
 def _are_text(builder, files):
     """Whether we read a split's files, .csv or JSON, ourselves: so cells and fields stay what they are."""
     plain = {"csv": (".csv", ".tsv"), "json": (".jsonl", ".json", ".ndjson")}.get(_module(builder), ())

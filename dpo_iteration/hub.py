@@ -9,6 +9,7 @@ import os
 from typing import TYPE_CHECKING
 
 from common.cli import UserError, one_line
+from common.hub import make_repository
 from dpo_iteration.arguments import Arguments
 
 if TYPE_CHECKING:
@@ -31,17 +32,8 @@ def reach(config: "DPOConfig"):
     """
     if not config.push_to_hub:
         return
-    from huggingface_hub import create_repo, whoami
-
     name = config.hub_model_id or os.path.basename(os.path.abspath(config.output_dir))
-    try:
-        whoami()  # what create_repo says of a wrong token is of no help
-        create_repo(name, private=config.hub_private_repo, exist_ok=True)
-    except Exception as error:
-        raise UserError(
-            f"--push_to_hub: cannot make or reach the repository {name}; log in with `hf auth login`: "
-            f"{one_line(error)}"
-        ) from None
+    make_repository(name, config.hub_private_repo, "--push_to_hub")
 
 
 def push(trainer: "DPOTrainer", folder: str):

@@ -1,15 +1,18 @@
-"""The prompt sets of a run, read before it starts: what cannot be used, and what stands in two of them."""
+"""The prompt sets of a run, read before it starts: what cannot be used, and what stands in two of them, or in
+an evaluation set.
+"""
 
 import re
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common.chat import NO_HEADER, ChatTemplate, TemplateArguments
 from common.cli import UserError, existing_file
 from common.models import has_template, read_json
 from common.records import BadRecord, PromptArguments, is_local, read_prompts, record_id, with_system
+from evaluation import find_overlap
 
 if TYPE_CHECKING:
     from loop.check import Findings
@@ -120,6 +123,50 @@ def first_prompt(name: str, plan: "Plan") -> dict | None:
     return next(read_prompts(name, PromptArguments.of(generation)), None)
 
 
+def check_evaluation_sets(plan: "Plan", found: "Findings"):
+    """Note how many training prompts overlap with the evaluation sets, and how they are left out.
+
+    What is on the hub is looked at by a start, not by --check; where it cannot be reached, that is a note.
+    """
+    settings, unseen = plan.settings, []
+
+    def reached(name: str, function: Callable, *args: object) -> Any:
+        if is_local(name):
+            return found.attempt(function, *args)
+        if plan.planning:
+            unseen.append(name)
+            return None
+        try:
+            return function(*args)
+        except UserError as error:
+            found.notes.append(f"not compared for overlap: {error}")
+            return None
+
+    names = list(dict.fromkeys(settings.evaluation_sets or []))
+    sets = [reached(name, find_overlap.read_evaluation_set, name) for name in names]
+    sets = [one for one in sets if one]
+    args = PromptArguments.of(settings.generation | {"system_prompt": None})
+    for name in dict.fromkeys(settings.prompts) if sets and not found.problems else ():
+        overlap = reached(name, find_overlap.find_overlap, name, args, sets)
+        found.notes.extend(overlap.lines() if overlap else ())
+        if overlap and overlap.left_out:
+            given = [f"--{key} {value}" for key, value in of_prompts(args).items()]
+            found.notes.append(
+                f"to leave them out: python {' '.join([find_overlap.SCRIPT, *given])} --dataset_name_or_path "
+                f"{name} --evaluation_sets {' '.join(names)} --output_dir X.jsonl, and name that in prompts"
+            )
+    if unseen:
+        told = f"on the hub, not compared for overlap: {', '.join(unseen)}"
+        found.notes.append(f"{told}; the start does it, and {find_overlap.SCRIPT}")
+
+
+def of_prompts(args: PromptArguments) -> dict:
+    """What is given of how evaluation/find_overlap.py is to read prompts."""
+    default = PromptArguments()
+    keys = ("dataset_key", "dataset_split")
+    return {key: getattr(args, key) for key in keys if getattr(args, key) != getattr(default, key)}
+
+
 def check_prompts(plan: "Plan", found: "Findings") -> dict:
     """Read the prompt sets and refuse an overlap with the held-out set.
 
@@ -146,6 +193,7 @@ def check_prompts(plan: "Plan", found: "Findings") -> dict:
                 f"{both} prompts of {name} also stand in the held-out set {settings.heldout_prompts}; take "
                 "them out or give --allow_overlap true"
             )
+    check_evaluation_sets(plan, found)
     unseen = [name for name, prompts in sets.items() if prompts is None]
     if unseen and not found.problems:
         found.notes.append(

@@ -122,6 +122,12 @@ class RunSettings:
         None, "path.py:name of gold(messages, response) → score, where the task has one"
     )
     allow_overlap: bool = arg(False, "accept prompts that stand in both the training and the held-out sets")
+    evaluation_sets: list[str] | None = arg(
+        None,
+        "evaluation sets, files, folders or hub names: how many prompts overlap with them is said at the "
+        "start (evaluation/find_overlap.py leaves them out)",
+        metavar="NAME_OR_PATH",
+    )
     model_size_b: float | None = arg(
         None, "billions of parameters, for --check's estimates where the hub is not reached"
     )

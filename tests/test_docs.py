@@ -30,8 +30,9 @@ SECTIONS = ("generation", "heldout", "annotation", "eval_annotation", "training_
 # Scripts whose arguments are the dataclass `Arguments` of the module of that name.
 SCRIPTS = [
     *("generation/gen_hf.py", "generation/merge_data.py", "annotate_data/get_rewards.py"),
+    "annotate_data/make_dataset.py",
     *("evaluation/metrics.py", "evaluation/run_metrics.py", "evaluation/divergence.py"),
-    "evaluation/select_iterate.py",
+    *("evaluation/select_iterate.py", "evaluation/find_overlap.py"),
     *("evaluation/export_answers.py", "evaluation/mt_bench.py"),
     *("evaluation/evaluate_benchmarks.sh", "evaluation/evaluate_judged.sh"),
     *("dpo_iteration/run_dpo.py", "ppo/train_ppo.py", "ppo/openrlhf/run_openrlhf.py"),

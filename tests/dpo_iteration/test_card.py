@@ -2,16 +2,15 @@
 of the hub.
 """
 
-import http.server
 import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
-import threading
 from types import SimpleNamespace
 
+import hub_stub
 import huggingface_hub
 import micro
 import pytest
@@ -47,12 +46,17 @@ def work(work):
 
 
 @pytest.fixture(scope="module")
+def stub():
+    with hub_stub.serving() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
 def pushed(work, stub):
     """What run_dpo.py said that trained `work`/trained, a policy with adapters, and pushed it to the stub."""
-    environment = {"HF_ENDPOINT": stub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": ""}
     to = "--push_to_hub true --hub_model_id dpo --hub_private_repo true --hub_strategy every_save"
     words = training.argv(work, "trained", FEW, "--use_peft true", to, "--hub_token hf_secret")
-    return start(*words, HF_HUB_DISABLE_TELEMETRY="1", **environment)
+    return start(*words, HF_HUB_DISABLE_TELEMETRY="1", HF_TOKEN="", **stub.environment)
 
 
 def test_the_hub_reads_the_card(work, pushed):
@@ -324,90 +328,7 @@ def test_a_model_that_fails_the_check_is_not_complete(work, train, monkeypatch):
     assert list((work / "wrong").glob("checkpoint-*")), "a second start could not continue"
 
 
-# The hub. It cannot be reached from here, so a stub answers what its real client (HfApi) asks: create_repo,
-# preupload, upload of large files, commit, and the list of files. The stub knows nothing of access rights,
-# branches or the hub's limits, and the client's newer way of sending large files (xet) is switched off, since
-# its other end is a service of its own.
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
-    def answer(self, value, status=200):
-        body = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def body(self):
-        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-
-    def do_GET(self):
-        names = list(self.server.files)
-        if self.path == "/api/whoami-v2":
-            self.answer({"name": "someone"})
-        elif "/tree/" in self.path:
-            self.answer([{"type": "file", "path": name, "oid": "0" * 40, "size": 1} for name in names])
-        else:
-            siblings = [{"rfilename": name} for name in names]
-            self.answer({"id": "someone/dpo", "sha": "0" * 40, "siblings": siblings})
-
-    def do_PUT(self):
-        self.server.large[self.path.split("/")[-1]] = self.body()
-        self.answer({})
-
-    def do_POST(self):
-        server, body = self.server, self.body()
-        if self.headers.get("Authorization") != "Bearer hf_secret":
-            self.answer({"error": "Invalid username or password."}, 401)
-        elif self.path == "/api/repos/create":
-            server.created.append(json.loads(body))
-            self.answer({"url": f"{server.url}/someone/dpo"})
-        elif self.path == "/api/validate-yaml":
-            self.answer({"errors": [], "warnings": []})
-        elif "/preupload/" in self.path:
-            names, large = (
-                [f["path"] for f in json.loads(body)["files"]],
-                (".safetensors", ".bin", ".pt", ".pth"),
-            )
-            modes = {name: "lfs" if name.endswith(large) else "regular" for name in names}
-            files = [
-                {"path": name, "uploadMode": mode, "shouldIgnore": False} for name, mode in modes.items()
-            ]
-            self.answer({"files": files})
-        elif self.path.endswith("/info/lfs/objects/batch"):
-            objects = json.loads(body)["objects"]
-            to = {o["oid"]: {"upload": {"href": f"{server.url}/large/{o['oid']}"}} for o in objects}
-            objects = [o | {"actions": to[o["oid"]]} for o in objects]
-            self.answer({"transfer": "basic", "objects": objects})
-        elif "/commit/" in self.path:
-            lines = [json.loads(line) for line in body.splitlines()]
-            server.commits.append(lines)
-            for key, value in ((line["key"], line["value"]) for line in lines):
-                if key == "deletedFile":
-                    server.files.pop(value["path"])
-                elif key == "lfsFile":
-                    server.files[value["path"]] = server.large[value["oid"]]
-                elif key == "file":
-                    server.files[value["path"]] = value["content"]
-            url = f"{server.url}/someone/dpo/commit/1"
-            self.answer({"success": True, "commitUrl": url, "commitOid": "1" * 40, "hookOutput": ""})
-        else:
-            self.answer({"error": f"the stub knows no {self.path}"}, 404)
-
-
-@pytest.fixture(scope="module")
-def stub():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    server.files, server.large, server.commits, server.created = {}, {}, [], []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+# The hub, which cannot be reached from here; see tests/hub_stub.py.
 
 
 def test_push_uploads_the_merged_model_with_our_card(work, stub, pushed):

@@ -13,11 +13,11 @@ import micro
 import pytest
 import yaml
 
-from common import devices
+from common import devices, tables
 from common.cli import UserError, build
 from common.models import check_policy
 from loop import check as checks
-from loop import estimates, machines, plan, settings
+from loop import estimates, machines, plan, prompt_sets, settings
 from ppo.run import PPOPlan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -399,6 +399,62 @@ def test_the_settings_are_read_with_nothing_but_pyyaml(script, given):
     command = [sys.executable, "-c", program, script, "values", f"configs/{given}.yaml"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stderr == "[]\n", done.stderr
+
+
+def test_overlap_with_evaluation_sets_is_counted(models, given, tmp_path, capsys):
+    """Said with the command that leaves the prompts out; a wrong name is refused."""
+    mine, heldout = str(tmp_path / "mine.jsonl"), str(models / "heldout.jsonl")
+    texts = [
+        "question 2: what is 2 plus 3",
+        "Hi; Question 2: What is 2 plus 3",
+        "question 1: what is 1 plus 2",
+    ]
+    Path(mine).write_text("".join(json.dumps({"question": text}) + "\n" for text in texts))
+    prompts, keyed = str(models / "prompts.jsonl"), {"dataset_key": "context_messages"}
+    sampled = {"generation": given()["generation"] | keyed, "heldout": {"dataset_key": "prompt"}}
+    checked(given(evaluation_sets=[mine, heldout], **sampled))
+    told = capsys.readouterr().err.splitlines()
+    assert f"check: 2 of 40 prompts of {prompts} overlap with {mine}: 2 exact" in told
+    assert f"check: 0 of 40 prompts of {prompts} overlap with {heldout}" in told
+    [todo] = [line for line in told if "to leave them out" in line]
+    names = (
+        f"--dataset_key context_messages --dataset_name_or_path {prompts} --evaluation_sets {mine} {heldout} "
+    )
+    assert f"python evaluation/find_overlap.py {names}" in todo
+    checked(given())
+    assert "overlap" not in capsys.readouterr().err
+    with pytest.raises(UserError, match="^no such evaluation set: .*mine.json; there is .*mine.jsonl"):
+        checked(given(evaluation_sets=[str(tmp_path / "mine.json")]))
+
+
+def test_sets_on_the_hub_are_compared_by_a_start(given, monkeypatch):
+    """STAND-INS for data sets on the hub, one of which is out of reach: that is a note."""
+
+    def read(name, split):
+        if "gone" in name:
+            raise UserError(f"cannot load {name}")
+        assert (name, split) in (("owner/bench:main", "test"), ("owner/prompts", "train"))
+        return iter([{"question": "What is it?"}] if split == "test" else [{"prompt": "what is IT"}])
+
+    monkeypatch.setattr(tables, "read_data_set", read)
+    monkeypatch.setattr(tables, "splits_of", lambda name: ["train", "test"])
+    values = given(prompts=["owner/prompts"], evaluation_sets=["owner/bench:main", "owner/gone"])
+    told = {}
+    for planning in (True, False):
+        found = checks.Findings()
+        run = plan.Plan(build(settings.LoopSettings, values), planning)
+        prompt_sets.check_evaluation_sets(run, found)
+        told[planning] = found.notes
+        assert not found.problems
+    [line] = told[True]
+    assert line.startswith(
+        "on the hub, not compared for overlap: owner/bench:main, owner/gone; the start does it"
+    )
+    assert told[False][:2] == [
+        "not compared for overlap: cannot load owner/gone",
+        "1 of 1 prompts of owner/prompts overlap with owner/bench:main: 1 exact",
+    ]
+    assert "to leave them out" in told[False][2] and len(told[False]) == 3
 
 
 def test_what_the_run_decides_is_not_passed_over(given, capsys):
