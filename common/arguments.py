@@ -52,6 +52,17 @@ def shaping_values(args: object, inputs: Iterable[str] = ()) -> dict:
     return {name: getattr(args, name) for name in shaping if name not in inputs}
 
 
+def shaping_defaults(cls: type) -> dict:
+    """{name: default} of the same arguments, of their class; None of one that is required."""
+    made = {}
+    for field in dataclasses.fields(cls):
+        if field.metadata.get("shapes", True):
+            factory = field.default_factory
+            default = field.default if factory is dataclasses.MISSING else factory()
+            made[field.name] = None if default is dataclasses.MISSING else default
+    return made
+
+
 # ---- Values in their types ---------------------------------------------------------------------------------
 
 

@@ -28,6 +28,7 @@ from common.arguments import (
     unwrap,
 )
 from common.arguments import arg as arg
+from common.arguments import shaping_defaults as shaping_defaults
 from common.arguments import shaping_values as shaping_values
 from common.errors import UserError, count, one_line, refuse, run  # noqa: F401
 from common.files import existing_file, load_yaml, nearest, read_yaml  # noqa: F401

@@ -79,10 +79,15 @@ def differences(
     old, new = plan.before.get(key), now.get(key)
     pairs = {key: (old, new)}
     if isinstance(old, dict) and isinstance(new, dict):
-        shaping = old.keys() & new.keys()  # what only one of them has, another version wrote
-        if same:
-            shaping = plan.shaping(key) | {"chat_template", "reward_function"}  # files: by their content
-        pairs = {f"{key}.{name}": (old.get(name), new.get(name)) for name in old | new if name in shaping}
+        shaping, defaults = old.keys() & new.keys(), {}  # what only one of them has, another version wrote
+        if same:  # an argument that came later had its default's effect before
+            defaults = plan.shaping(key)
+            shaping = {*defaults, "chat_template", "reward_function"}  # files: by their content
+        pairs = {
+            f"{key}.{name}": (old.get(name, defaults.get(name)), new.get(name))
+            for name in old | new
+            if name in shaping
+        }
     for name, (old, new) in pairs.items():
         if old != new and not (same and same(old, new)):
             yield f"{name} was {old!r} and is now {new!r}"

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any fol
 
 from annotate_data.arguments import Arguments as RewardArguments
 from common.chat import TemplateArguments, parse_date
-from common.cli import Parser, UserError, build, parse, read_yaml, run
+from common.cli import Parser, UserError, build, parse, read_yaml, run, shaping_defaults
 from common.devices import none_visible
 from common.manifest import write_yaml
 from common.run_folder import RunFolder, read_object
@@ -277,17 +277,17 @@ class Plan:
 
     # ---- Checks -------------------------------------------------------------------------------------------
 
-    def shaping(self, section: str) -> set[str]:
-        """The keys of a section that shape what is made with it."""
+    def shaping(self, section: str) -> dict:
+        """{key: default} of the keys of a section that shape what is made with it."""
         scripts = {"annotation": RewardArguments, "eval_annotation": RewardArguments}
         scripts |= {"generation": get_hf2.Arguments, "heldout": get_hf2.Arguments}
         if section in scripts:
-            return {f.name for f in dataclasses.fields(scripts[section]) if f.metadata["shapes"]}
+            return shaping_defaults(scripts[section])
         return self.shaping_training(section)
 
-    def shaping_training(self, section: str) -> set[str]:
+    def shaping_training(self, section: str) -> dict:
         """The same of the section that tells how policies are trained."""
-        return {f.name for f in dataclasses.fields(dpo.Arguments) if f.metadata["shapes"]}
+        return shaping_defaults(dpo.Arguments)
 
     def refuse_early(self):
         """What a kind of run refuses besides, by its settings alone."""

@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
-from common.cli import UserError, arg, build, parse, refuse, run
+from common.cli import UserError, arg, build, parse, refuse, run, shaping_defaults
 from common.devices import none_visible
 from common.manifest import read_manifest
 from common.records import PromptArguments
@@ -206,8 +206,8 @@ class PPOPlan(Plan):
     def trained(self) -> dict:
         return {"ppo": self.training()}
 
-    def shaping_training(self, section: str) -> set[str]:
-        return {f.name for f in dataclasses.fields(self.module.Arguments) if f.metadata["shapes"]}
+    def shaping_training(self, section: str) -> dict:
+        return shaping_defaults(self.module.Arguments)
 
     def values(self, stages: list[str]) -> list[tuple[str, object]]:
         return [

@@ -185,6 +185,10 @@ def test_changes_are_refused_where_something_was_made_from_what_was(make, tmp_pa
     assert "iter1/model was made with other settings: training_args.beta was" in refused(
         training_args={"beta": 0.7}
     )
+    unit = plan.before["training_args"].pop("length_penalty_unit")  # that version counted tokens
+    assert unit == "token" and "was made" not in refused()
+    told = refused(training_args={"length_penalty_unit": "character"})
+    assert "length_penalty_unit was 'token' and is now 'character'" in told
     before, plan.before = plan.before, {}
     assert "loop.yaml is empty or gone, so nobody can tell" in refused()
     plan.before = before
