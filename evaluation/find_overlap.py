@@ -1,11 +1,11 @@
-"""Find the prompts that also stand in evaluation sets, and write the others: what a policy was trained on
+r"""Find the prompts that also stand in evaluation sets, and write the others: what a policy was trained on
 says little of it.
 
 In:  prompts, and evaluation sets: files, data sets' folders or hub names (`NAME:CONFIG`).
 Out: for each evaluation set the number of prompts that overlap with it; with `--output_dir` a file of the
      other prompts, with the list of those that were left out beside it.
 
-    python evaluation/find_overlap.py --dataset_name_or_path mine/prompts.jsonl \\
+    python evaluation/find_overlap.py --dataset_name_or_path mine/prompts.jsonl \
         --evaluation_sets mine/alpaca_eval.json openai/gsm8k:main --output_dir mine/clean.jsonl
 
 A prompt overlaps where one of its user turns equals a text of the set (`exact`), or has 13 words in a row
