@@ -11,7 +11,7 @@ from common.manifest import beside
 from common.models import check_policy
 from common.training import Training, world_size
 from dpo_iteration import adapters, trl_arguments
-from dpo_iteration.losses import LOSSES
+from dpo_iteration.losses import LOSSES, needs_reference, needs_rejected
 from dpo_iteration.pairs import CHOOSE_TYPES
 from dpo_iteration.trl_arguments import TRLArguments
 
@@ -87,10 +87,17 @@ class Arguments(TRLArguments, TemplateArguments):
     max_length: int = arg(2048, "tokens of prompt and response; longer responses are cut on the right")
     max_prompt_length: int = arg(1024, "tokens of the prompt; longer prompts are cut on the left")
 
-    loss_type: list[str] = arg(["sigmoid"], f"DPO loss, or several with loss_weights, of {', '.join(LOSSES)}")
+    loss_type: list[str] = arg(
+        ["sigmoid"],
+        f"loss, or several with loss_weights, of {', '.join(LOSSES)}; sft trains on the best response alone, "
+        "sft, simpo and cpo have no reference",
+    )
     beta: float = arg(0.1, "strength of the tie to the reference")
     label_smoothing: float = arg(
         0.1, "share of preferences taken as wrong, below 0.5; with sigmoid: conservative DPO"
+    )
+    simpo_gamma: float = arg(
+        0.5, "margin of simpo: by how much beta × the difference of log-probabilities a token has to exceed 0"
     )
     margin_scale: float = arg(0.0, "share of a pair's margin that beta × Δ has to exceed (offset DPO)")
     margin_weight: float = arg(
@@ -235,7 +242,7 @@ def training_of(args: Arguments, processes: int | None = None) -> Training:
     """
     processes = processes or world_size()
     unset = [name for name in trl_arguments.NAMES if getattr(args, name) is None]
-    unused = {*unset, *(() if args.use_peft else adapters.SETTINGS)}
+    unused = {*unset, *unused_by_losses(args), *(() if args.use_peft else adapters.SETTINGS)}
     settings = {key: value for key, value in shaping_values(args).items() if key not in unused}
     settings["pairs_per_step"] = pairs_per_step(args, processes)
     if reason_for_trl(args):  # which pairs share a pass changes the loss
@@ -245,6 +252,8 @@ def training_of(args: Arguments, processes: int | None = None) -> Training:
         "ref_model_name_or_path": args.ref_model_name_or_path or args.model_name_or_path,
         "chat_template": args.chat_template,
     }
+    if not needs_reference(args.loss_type):
+        del inputs["ref_model_name_or_path"]
     return Training(
         args.output_dir,
         "dpo_iteration/run_dpo.py",
@@ -253,6 +262,17 @@ def training_of(args: Arguments, processes: int | None = None) -> Training:
         args.overwrite,
         checkpoint_settings={"num_processes": processes},
     )
+
+
+def unused_by_losses(args: Arguments) -> list[str]:
+    """Names of settings that the losses do not look at."""
+    others = [] if needs_rejected(args.loss_type) else ["beta", "label_smoothing"]
+    return others + ([] if "simpo" in args.loss_type else ["simpo_gamma"])
+
+
+def unit(args: Arguments) -> str:
+    """What is trained on, in a word: pairs of responses, or one response of a prompt."""
+    return "pair" if needs_rejected(args.loss_type) else "response"
 
 
 def reason_for_trl(args: Arguments) -> str:
@@ -342,15 +362,23 @@ def check(args: Arguments):
 
 
 def check_loss(args: Arguments):
-    """Refuse losses that are not known, and a smoothing or offset that would have no effect or no meaning."""
+    """Refuse losses that are not known, and a smoothing or offset that would have no effect or no meaning.
+
+    Training without rejected responses takes no notice of label smoothing, which the recipe has.
+    """
     names = " ".join(args.loss_type)
     unknown = [name for name in args.loss_type if name not in LOSSES]
+    if "kto" in unknown:
+        raise UserError(
+            "--loss_type kto is not there: its KL term wants answers to other prompts, which pairs do not "
+            "have; apo_zero is the same without that term"
+        )
     if unknown or not args.loss_type:
         raise UserError(f"--loss_type {' '.join(unknown)}: there are {', '.join(sorted(LOSSES))}")
     if not 0 <= args.label_smoothing < 0.5:
         raise UserError(f"--label_smoothing {args.label_smoothing} must be from 0 to below 0.5")
     smoothed = [name for name in args.loss_type if LOSSES[name].smoothed]
-    if args.label_smoothing and not smoothed:
+    if args.label_smoothing and not smoothed and needs_rejected(args.loss_type):
         raise UserError(f"--loss_type {names} has no label smoothing: give --label_smoothing 0")
     if args.label_smoothing and "sigmoid" in smoothed and len(smoothed) > 1:
         raise UserError(
@@ -364,10 +392,8 @@ def check_loss(args: Arguments):
 def check_batches(args: Arguments):
     """Refuse what does not go with TRL's padded computation, or with packed rows."""
     padded = reason_for_trl(args)
-    if padded and args.share_prompts:
-        raise UserError(f"--share_prompts true cannot be: {padded}; leave it out")
-    if padded and (args.margin_scale or args.margin_weight):
-        raise UserError(f"--margin_scale and --margin_weight cannot be used where {padded}")
+    if padded:
+        refuse_padded(args, padded)
     if not padded and args.train_sampling_strategy not in (None, "random"):
         raise UserError(
             "--train_sampling_strategy: an epoch's pairs are taken in random order, then laid into rows of "
@@ -379,6 +405,17 @@ def check_batches(args: Arguments):
             f"--loss_type {sorting.pop()} compares the pairs of a pass: with --per_device_train_batch_size 1 "
             "it is sigmoid; give more"
         )
+
+
+def refuse_padded(args: Arguments, reason: str):
+    """Refuse what TRL's own padded computation, which there is a reason for, cannot do."""
+    if args.share_prompts:
+        raise UserError(f"--share_prompts true cannot be: {reason}; leave it out")
+    if args.margin_scale or args.margin_weight:
+        raise UserError(f"--margin_scale and --margin_weight cannot be used where {reason}")
+    ours = [name for name in args.loss_type if not LOSSES[name].trl]
+    if ours or not needs_rejected(args.loss_type):
+        raise UserError(f"--loss_type {(ours or args.loss_type)[0]} cannot be used where {reason}")
 
 
 def check_numbers(args: Arguments):
@@ -396,6 +433,17 @@ def check_numbers(args: Arguments):
     if not 0 < args.max_prompt_length < args.max_length:
         limit = f"--max_length {args.max_length}"
         raise UserError(f"--max_prompt_length {args.max_prompt_length} must be above 0 and below {limit}")
+    choice = CHOOSE_TYPES[args.choose_type]
+    by_margin = [key for key in ("min_margin", "margin_scale", "margin_weight") if getattr(args, key)]
+    if choice.blind and by_margin:
+        raise UserError(
+            f"--{by_margin[0]} means nothing with --choose_type {args.choose_type}, which looks at no reward"
+        )
+    if not needs_rejected(args.loss_type) and not (choice.blind or choice.best):
+        raise UserError(
+            f"--choose_type {args.choose_type} chooses two responses, and --loss_type {args.loss_type[0]} "
+            "trains on one: give max_min, the best, or blind, a random one"
+        )
     if args.length_penalty and not CHOOSE_TYPES[args.choose_type].penalised:
         only = " and ".join(name for name, choice in CHOOSE_TYPES.items() if choice.penalised)
         raise UserError(f"--length_penalty is used by --choose_type {only} only, not by {args.choose_type}")
@@ -415,7 +463,7 @@ def check_paths(args: Arguments):
     if pairs.resolve() in [Path(name).resolve() for name in args.train_dir]:
         raise UserError(f"--pairs_path {pairs} is to be read and written at once; give another")
     args.check_template()
-    for key in ("model_name_or_path", "ref_model_name_or_path"):
+    for key in ("model_name_or_path", "ref_model_name_or_path")[: 1 + needs_reference(args.loss_type)]:
         name = getattr(args, key)
         if name is None:
             continue

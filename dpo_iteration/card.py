@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 from common import records
 from common.cli import UserError
 from common.manifest import generation_manifest, read_manifest, versions
-from dpo_iteration.arguments import Arguments
+from dpo_iteration.arguments import Arguments, unit
+from dpo_iteration.losses import needs_reference, needs_rejected
+from dpo_iteration.pairs import CHOOSE_TYPES
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -138,15 +140,15 @@ def table(head: list, rows: list) -> str:
     )
 
 
-def held_out_results(metrics: dict) -> list:
-    """huggingface_hub's EvalResults of the held-out pairs."""
+def held_out_results(args: Arguments, metrics: dict) -> list:
+    """huggingface_hub's EvalResults of what was held out."""
     from huggingface_hub import EvalResult
 
     return [
         EvalResult(
             task_type="text-generation",
             dataset_type="preference-pairs",
-            dataset_name="held-out pairs",
+            dataset_name=f"held-out {unit(args)}s",
             dataset_split="eval",
             metric_type=label,
             metric_name=f"held-out {label}",
@@ -159,12 +161,15 @@ def held_out_results(metrics: dict) -> list:
 
 def lineage(args: Arguments, chain: list[str], asked: list[str]) -> list[tuple]:
     """Rows of the card's table of origins; `chain`: see `ancestry`, `asked`: see `prompts`."""
+    reference = args.ref_model_name_or_path or args.model_name_or_path
+    if not needs_reference(args.loss_type):
+        reference = "none: the loss looks at none"
     own = f"{args.chat_template}, saved with the model" if args.chat_template else "the base model's"
     return [
         ("base model", chain[0]),
         ("iteration", len(chain)),
         ("previous iterates", ", ".join(chain[1:]) or "none"),
-        ("reference", args.ref_model_name_or_path or args.model_name_or_path),
+        ("reference", reference),
         ("rewards from", ", ".join(scorers(args.train_dir)) or "not known (no manifest)"),
         ("prompts", ", ".join(asked) or "not known (no manifest)"),
         ("chat template", own),
@@ -181,8 +186,8 @@ def data_read(args: Arguments, counts: dict) -> list[tuple]:
     return [
         ("files", ", ".join(args.train_dir)),
         ("records", counts["records"]),
-        ("pairs trained on", counts["train_pairs"]),
-        ("pairs held out", counts["eval_pairs"]),
+        (f"{unit(args)}s trained on", counts["train_pairs"]),
+        (f"{unit(args)}s held out", counts["eval_pairs"]),
         ("prompts skipped", listed(counts["skipped"])),
         ("responses left out", listed(counts["responses_left_out"])),
     ]
@@ -193,8 +198,27 @@ def results_of(metrics: dict) -> list[list[str]]:
     found = []
     for key, label in RESULTS.items():
         values = [metrics.get(f"{prefix}{key}") for prefix in ("", "eval_")]
-        found.append([label, *(f"{value:.4f}" if records.finite(value) else "" for value in values)])
+        shown = [f"{value:.4f}" if records.finite(value) else "" for value in values]
+        found += [[label, *shown]] if any(shown) else []
     return found
+
+
+def objective(args: Arguments) -> str:
+    """What was optimised, on what, in the words of the card's first sentence."""
+    losses = " + ".join(f"`{name}`" for name in args.loss_type)
+    if not needs_rejected(args.loss_type):
+        which = "a random one" if CHOOSE_TYPES[args.choose_type].blind else "the best one"
+        return f"supervised fine-tuning (loss {losses}) on {which} of the rewarded answers to each prompt"
+    method = (
+        "direct preference optimization" if needs_reference(args.loss_type) else "preference optimization"
+    )
+    blind = ", drawn without a look at the rewards" if CHOOSE_TYPES[args.choose_type].blind else ""
+    return f"{method} (loss {losses}) on pairs chosen from rewarded answers{blind}"
+
+
+def method_tag(args: Arguments) -> str:
+    """The hub's tag of the method: dpo, or a loss without a reference by its name."""
+    return "dpo" if needs_reference(args.loss_type) else args.loss_type[0]
 
 
 def make_card(args: Arguments, settings: dict, counts: dict, metrics: dict, processes: int) -> "ModelCard":
@@ -213,17 +237,17 @@ def make_card(args: Arguments, settings: dict, counts: dict, metrics: dict, proc
         model_name=name,
         library_name="transformers",
         pipeline_tag="text-generation",
-        eval_results=held_out_results(metrics) or None,
+        eval_results=held_out_results(args, metrics) or None,
         base_model=chain[0] if on_hub(chain[0]) else None,
         base_model_relation="finetune" if on_hub(chain[0]) else None,
         datasets=[asked_of for asked_of in asked if on_hub(asked_of)] or None,
-        tags=["dpo", "online-rlhf", "trl", *(["lora"] if args.use_peft else [])],
+        tags=[method_tag(args), "online-rlhf", "trl", *(["lora"] if args.use_peft else [])],
     )
     whose = f" up to step {metrics['step']}, whose weights these are" if "step" in metrics else ""
     body = f"""# {name}
 
-A policy trained by direct preference optimization on pairs chosen from its own rewarded answers, one
-iteration of online RLHF ([arXiv 2405.07863](https://arxiv.org/abs/2405.07863)).
+A policy trained by {objective(args)},
+one iteration of online RLHF ([arXiv 2405.07863](https://arxiv.org/abs/2405.07863)).
 
 ## Lineage
 
@@ -235,7 +259,7 @@ iteration of online RLHF ([arXiv 2405.07863](https://arxiv.org/abs/2405.07863)).
 
 ## Results
 
-Of the last log line while training{whose}, and of all held-out pairs.
+Of the last log line while training{whose}, and of all held-out {unit(args)}s.
 
 {table(["", "training", "held out"], results_of(metrics))}
 
