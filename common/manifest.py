@@ -202,7 +202,9 @@ def generation_manifest(path: str | Path) -> dict | None:
         held = read_manifest(path)
         if held is None or str(held.get("script", "")).startswith("generation/"):
             return held
-        path = held["inputs"].get("dataset_name_or_path", {}).get("path", "")
+        path = held["inputs"].get("dataset_name_or_path", {}).get("path")
+        if not path:
+            return None
     return None
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from math import inf
 from pathlib import Path
 
 from common import trackers
@@ -9,6 +10,8 @@ from common.chat import TemplateArguments
 from common.cli import UserError, arg, build, count, existing_file, shaping_values
 from common.manifest import beside
 from common.models import check_policy
+from common.records import is_local
+from common.tables import split_config
 from common.training import Training, world_size
 from dpo_iteration import adapters, trl_arguments
 from dpo_iteration.losses import LOSSES, needs_reference, needs_rejected
@@ -60,9 +63,17 @@ class Arguments(TRLArguments, TemplateArguments):
     )
 
     train_dir: list[str] = arg(
-        help="rewarded records, JSON Lines: one file or several (past iterations)",
+        help="rewarded records (one file or several, past iterations) or preferences: .jsonl, .json, .csv, "
+        ".tsv, .parquet, a data set's folder or a hub name",
         metavar="FILE",
         shapes=False,
+    )
+    train_weights: list[float] | None = arg(
+        None,
+        "weight of the loss of each of train_dir's pairs, scaled to a mean of 1 over all; None: all alike",
+    )
+    dataset_split: str | None = arg(
+        None, "split of train_dir's data sets, for example train_prefs; None: train; a file has none"
     )
     output_dir: str = arg(help="folder of the trained model", shapes=False)
     pairs_path: str | None = arg(
@@ -411,8 +422,9 @@ def refuse_padded(args: Arguments, reason: str):
     """Refuse what TRL's own padded computation, which there is a reason for, cannot do."""
     if args.share_prompts:
         raise UserError(f"--share_prompts true cannot be: {reason}; leave it out")
-    if args.margin_scale or args.margin_weight:
-        raise UserError(f"--margin_scale and --margin_weight cannot be used where {reason}")
+    if args.margin_scale or args.margin_weight or args.train_weights:
+        names = "--margin_scale, --margin_weight and --train_weights"
+        raise UserError(f"{names} cannot be used where {reason}")
     ours = [name for name in args.loss_type if not LOSSES[name].trl]
     if ours or not needs_rejected(args.loss_type):
         raise UserError(f"--loss_type {(ours or args.loss_type)[0]} cannot be used where {reason}")
@@ -426,6 +438,14 @@ def check_numbers(args: Arguments):
     for key in NOT_NEGATIVE.split():
         if not getattr(args, key) >= 0:
             raise UserError(f"--{key} {getattr(args, key)} must not be negative")
+    weights = args.train_weights
+    if weights is not None and not (
+        len(weights) == len(args.train_dir) and all(0 < w < inf for w in weights)
+    ):
+        raise UserError(
+            f"--train_weights {' '.join(map(str, weights))}: a number above 0 for each of --train_dir was "
+            f"expected, which names {len(args.train_dir)}"
+        )
     if args.max_steps == 0 or (args.max_steps < 0 and not args.num_train_epochs > 0):
         raise UserError("nothing to train: --num_train_epochs must be above 0, or --max_steps")
     if not 0 <= args.eval_fraction < 1:
@@ -458,7 +478,8 @@ def check_paths(args: Arguments):
     if not args.train_dir:
         raise UserError("--train_dir names no file")
     for name in args.train_dir:
-        existing_file(name, "rewarded file (--train_dir)")
+        if is_local(name) and not Path(split_config(name)[0]).is_dir():
+            existing_file(name, "file of rewarded answers or preferences (--train_dir)")
     pairs = pairs_path(args)
     if pairs.resolve() in [Path(name).resolve() for name in args.train_dir]:
         raise UserError(f"--pairs_path {pairs} is to be read and written at once; give another")

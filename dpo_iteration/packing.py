@@ -208,10 +208,10 @@ def row_tokens(args: Arguments) -> int:
 
 
 def weights(rows: list[dict], power: float) -> list[float] | None:
-    """margin ** power of each pair, in the mean 1; None for power 0."""
-    if not power:
+    """margin ** power × `loss_weight` of each pair, in the mean 1; None where all are alike."""
+    if not power and "loss_weight" not in rows[0]:
         return None
-    found = [row["margin"] ** power for row in rows]
+    found = [row["margin"] ** power * row.get("loss_weight", 1.0) for row in rows]
     if not sum(found):
         raise UserError(f"--margin_weight {power:g} leaves nothing: all margins are 0")
     return [weight * len(found) / sum(found) for weight in found]

@@ -1,10 +1,11 @@
 """Which two responses of a prompt become a pair, or which one is trained on alone, and which prompts are
 held out: plain Python, no model.
 
-A rewarded record has K responses and K rewards. Responses without a finite reward, repeated ones and, if
-asked, cut-off ones take no part. An empty response is never chosen; it may be rejected, since a policy that
-learns to say nothing has to unlearn it. A prompt that gives no pair is skipped with its reason. Every choice
-depends on the record and the seed only: not on the order of the files, nor on the number of processes.
+A rewarded record has K responses and K rewards; preferences are read as such (common/preferences.py).
+Responses without a finite reward, repeated ones and, if asked, cut-off ones take no part. An empty response
+is never chosen; it may be rejected, since a policy that learns to say nothing has to unlearn it. A prompt
+that gives no pair is skipped with its reason. Every choice depends on the record and the seed only: not on
+the order of the files, nor on the number of processes.
 
 Training without rejected responses (`loss_type: sft`) takes the best response of a prompt, and its margin is
 over the worst one. Where all rewards are equal the first response stands for the best, at margin 0.
@@ -18,7 +19,9 @@ from dataclasses import dataclass, field
 
 from common import tokens
 from common.cli import UserError
-from common.records import dumps, finite, is_empty, read_rewarded, record_id
+from common.jsonl import BadRecord
+from common.preferences import read_answers
+from common.records import dumps, finite, is_empty, record_id
 
 PER_RESPONSE = ("responses", "rewards", "finish_reasons", "num_tokens", tokens.RESPONSES)  # K entries each
 # Of a pair, for each of its sides.
@@ -273,15 +276,31 @@ def held_out(messages: list[dict], fraction: float, seed: int) -> bool:
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
-def select_pairs(paths: list[str], eval_fraction: float = 0.0, seed: int = 42, **choice: object) -> Selection:
-    """The pairs of one or several rewarded files. `choice`: what `make_pairs` takes.
+def select_pairs(
+    paths: list[str],
+    eval_fraction: float = 0.0,
+    seed: int = 42,
+    split: str | None = None,
+    weights: list[float] | None = None,
+    **choice: object,
+) -> Selection:
+    """The pairs of one or several files or data sets of rewarded answers or preferences.
 
     Record ids may repeat between files (iterations that answered the same prompt): each record gives its own
     pairs.
+
+    Args:
+        split: of those that have splits.
+        weights: of each of `paths`: its pairs hold it as `loss_weight`.
+        choice: what `make_pairs` takes.
     """
-    selection, left_out, records = Selection(), Counter(), 0
-    for source, record in ((str(path), record) for path in paths for record in read_rewarded(path)):
+    selection, left_out, records, read_as = Selection(), Counter(), 0, {}
+    weighted = [{"loss_weight": weight} for weight in weights] if weights else [{}] * len(paths)
+    for source, record, more in _records(paths, split, weighted, read_as):
         records += 1
+        if isinstance(record, BadRecord):
+            selection.skip({"id": record.id, "source": source}, f"bad record: {record}")
+            continue
         pairs, reason, responses = make_pairs(record, seed=seed, **choice)
         left_out += responses
         if not pairs:
@@ -293,7 +312,14 @@ def select_pairs(paths: list[str], eval_fraction: float = 0.0, seed: int = 42, *
                 f"{source} record {record['id']} holds NaN or infinity, which is no JSON: mend or remove "
                 "that field"
             ) from None
-        split = "eval" if held_out(record["prompt"], eval_fraction, seed) else "train"
-        selection.pairs.extend(pair | {"split": split, "source": source} for pair in pairs)
-    selection.counts = {"records": records, "responses_left_out": dict(left_out)}
+        side = "eval" if held_out(record["prompt"], eval_fraction, seed) else "train"
+        selection.pairs.extend(pair | {"split": side, "source": source} | more for pair in pairs)
+    selection.counts = {"records": records, "responses_left_out": dict(left_out), "read_as": read_as}
     return selection
+
+
+def _records(paths, split, weighted, read_as):
+    """Yield (source, record, what its pairs are to hold besides), and fill `read_as`: {source: kind}."""
+    for path, more in zip(map(str, paths), weighted, strict=True):
+        read_as[path], records = read_answers(path, split)
+        yield from ((path, record, more) for record in records)

@@ -116,7 +116,8 @@ def tokenize(selection: Selection, template: ChatTemplate, args: Arguments) -> d
         if row is None:
             selection.skip(pair, reason)
         else:
-            rows[pair["split"]].append(row | {"margin": float(pair["margin"])})
+            more = {"loss_weight": pair["loss_weight"]} if "loss_weight" in pair else {}
+            rows[pair["split"]].append(row | {"margin": float(pair["margin"])} | more)
             kept.append(pair)
         progress.update()
     progress.close()

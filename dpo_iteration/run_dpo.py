@@ -1,7 +1,7 @@
 """Train a policy by DPO, or a sister of it (`loss_type`), on pairs chosen from rewarded answers.
 
-In:  rewarded records at `train_dir` (one file or several, as annotate_data/get_rewards.py writes them), and a
-     policy.
+In:  rewarded records at `train_dir` (one file or several, as annotate_data/get_rewards.py writes them) or
+     preferences (docs/formats.md has the layouts), and a policy.
 Out: model, tokenizer, chat template, generation config and model card in the folder `output_dir`; next to it
      the pairs that were chosen (`.pairs.jsonl`), the prompts left out (`.pairs.skipped.jsonl`), what was
      logged (`.trainer_state.json`), and last a manifest (`.manifest.json`).
@@ -114,6 +114,8 @@ def choose_pairs(args: Arguments) -> Selection:
         args.train_dir,
         args.eval_fraction,
         args.seed,
+        args.dataset_split,
+        args.train_weights,
         choose_type=args.choose_type,
         length_penalty=args.length_penalty,
         min_margin=args.min_margin,

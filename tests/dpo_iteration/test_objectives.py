@@ -58,7 +58,10 @@ def test_sft_trains_on_the_best_of_k_without_a_reference(work, train, model, cap
     counts = read_json(work / "sft.manifest.json")["counts"]
     assert f"training on {counts['train_pairs']} responses" in said and "no reference" in said
     assert "rejected" not in said and not (work / "no_cache").exists()
-    assert "supervised fine-tuning (loss `sft`) on the best one of the rewarded answers" in card
+    assert (
+        "supervised fine-tuning (loss `sft`) on the best one of the answers to each prompt, from rewarded"
+        in card
+    )
     assert "| reference | none: the loss looks at none |" in card and "accuracy" not in card
     assert "\n- sft\n" in card and "label_smoothing" not in card and "| beta" not in card
 
@@ -74,7 +77,10 @@ def test_the_control_is_a_random_one_of_k(work, train):
     out = train("control", ONE, "--loss_type sft --choose_type blind")
     picked = [pair["chosen_index"] for pair in read_jsonl(work / "control.pairs.jsonl")]
     assert len(picked) == 24 and set(picked) == {0, 1, 2, 3}
-    assert "on a random one of the rewarded answers" in (out / "README.md").read_text()
+    assert (
+        "on a random one of the answers to each prompt, from rewarded answers"
+        in (out / "README.md").read_text()
+    )
     two = train("control2", ONE, "--choose_type blind")
     margins = [pair["margin"] for pair in read_jsonl(work / "control2.pairs.jsonl")]
     assert len(margins) == 24 and min(margins) < 0 < max(margins)

@@ -170,7 +170,9 @@ def test_skipped_records_are_listed_and_counted(tmp_path):
     selection = select_pairs([write(tmp_path / "a.jsonl", rows)])
     assert [s["id"] for s in selection.skipped] == ["r1", "r2", "r3"]
     assert selection.skipped_by_reason == {"equal rewards": 1, "fewer than two usable responses": 2}
-    assert selection.counts == {"records": 4, "responses_left_out": {"reward not finite": 2}}
+    read_as = {str(tmp_path / "a.jsonl"): "rewarded answers"}
+    left_out = {"reward not finite": 2}
+    assert selection.counts == {"records": 4, "responses_left_out": left_out, "read_as": read_as}
 
 
 def test_held_out_prompts_are_a_share_and_twins_stay_together(tmp_path):
