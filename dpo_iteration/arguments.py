@@ -14,7 +14,7 @@ from common.records import is_local
 from common.tables import split_config
 from common.training import Training, world_size
 from dpo_iteration import adapters, trl_arguments
-from dpo_iteration.losses import LOSSES, needs_reference, needs_rejected
+from dpo_iteration.losses import LOSSES, Settings, needs_reference, needs_rejected
 from dpo_iteration.pairs import CHOOSE_TYPES
 from dpo_iteration.trl_arguments import TRLArguments
 
@@ -107,8 +107,10 @@ class Arguments(TRLArguments, TemplateArguments):
     label_smoothing: float = arg(
         0.1, "share of preferences taken as wrong, below 0.5; with sigmoid: conservative DPO"
     )
-    simpo_gamma: float = arg(
-        0.5, "margin of simpo: by how much beta × the difference of log-probabilities a token has to exceed 0"
+    simpo_gamma: float | None = arg(
+        None,
+        "margin of simpo: by how much beta × the difference of log-probabilities a token has to exceed 0; "
+        f"None: {Settings.simpo_gamma}",
     )
     margin_scale: float = arg(0.0, "share of a pair's margin that beta × Δ has to exceed (offset DPO)")
     margin_weight: float = arg(

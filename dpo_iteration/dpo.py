@@ -127,13 +127,17 @@ class IterativeDPOTrainer(DPOTrainer):
     `loss_type: sigmoid` with `label_smoothing` is conservative DPO, which TRL's sigmoid is not.
     """
 
-    def __init__(self, *args, rows, steps, eval_steps, sharing, margin_scale=0.0, simpo_gamma=0.5, **kwargs):
+    def __init__(self, *args, rows, steps, eval_steps, sharing, margin_scale=0.0, simpo_gamma=None, **kwargs):
         self.rows, self.batching, self.sharing = rows, {"train": steps, "eval": eval_steps}, sharing
         self.checked, self.sums = False, {"train": None, "eval": None}
         with without_reference():
             super().__init__(*args, **kwargs)
         self.settings = Settings(
-            self.beta, self.label_smoothing, margin_scale, self.args.discopop_tau, simpo_gamma
+            self.beta,
+            self.label_smoothing,
+            margin_scale,
+            self.args.discopop_tau,
+            Settings.simpo_gamma if simpo_gamma is None else simpo_gamma,
         )
         if steps is None and "sigmoid" in self.loss_types and self.label_smoothing:
             # After TRL's own checks, which call a negative value a mistake; `self.args` keeps the user's
