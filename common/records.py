@@ -10,7 +10,7 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from common.chat import TemplateArguments
@@ -247,23 +247,27 @@ def read_generated(path: str | Path) -> Iterator[dict]:
     Raises:
         UserError: a field is missing or of another kind; names the record.
     """
-    return _answers(path, "generated file", rewarded=False, keep_bad=False)
+    return _answers(jsonl_records(path, "generated file"), path, rewarded=False, keep_bad=False)
 
 
-def read_rewarded(path: str | Path, keep_bad: bool = False) -> Iterator[dict]:
+def read_rewarded(
+    path: str | Path, keep_bad: bool = False, records: Iterable[dict | BadRecord] | None = None
+) -> Iterator[dict]:
     """As `read_generated`, of a rewarded file: `rewards` is a list of numbers or null, one for each response.
 
     A reward may be NaN or infinite; see `finite`. Entries of the other lists are held to their kinds, too.
 
     Args:
         keep_bad: yield a `BadRecord` in place of a record that cannot be used, instead of raising it.
+        records: what was read of `path` already; None reads it as JSON Lines.
     """
-    return _answers(path, "rewarded file", rewarded=True, keep_bad=keep_bad)
+    records = jsonl_records(path, "rewarded file") if records is None else records
+    return _answers(records, path, rewarded=True, keep_bad=keep_bad)
 
 
-def _answers(path, what, rewarded, keep_bad):
+def _answers(records, path, rewarded, keep_bad):
     identify = Identifier()
-    for number, record in enumerate(jsonl_records(path, what), 1):
+    for number, record in enumerate(records, 1):
         if not isinstance(record, BadRecord):
             try:
                 record = _answered(record, f"{path} record {number}", identify, rewarded)

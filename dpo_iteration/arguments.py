@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from math import inf
 from pathlib import Path
 
 from common import trackers
@@ -9,9 +10,11 @@ from common.chat import TemplateArguments
 from common.cli import UserError, arg, build, count, existing_file, shaping_values
 from common.manifest import beside
 from common.models import check_policy
+from common.records import is_local
+from common.tables import split_config
 from common.training import Training, world_size
 from dpo_iteration import adapters, trl_arguments
-from dpo_iteration.losses import LOSSES
+from dpo_iteration.losses import LOSSES, Settings, needs_reference, needs_rejected
 from dpo_iteration.pairs import CHOOSE_TYPES, LENGTH_UNITS
 from dpo_iteration.trl_arguments import TRLArguments
 
@@ -60,9 +63,17 @@ class Arguments(TRLArguments, TemplateArguments):
     )
 
     train_dir: list[str] = arg(
-        help="rewarded records, JSON Lines: one file or several (past iterations)",
+        help="rewarded records (one file or several, past iterations) or preferences: .jsonl, .json, .csv, "
+        ".tsv, .parquet, a data set's folder or a hub name",
         metavar="FILE",
         shapes=False,
+    )
+    train_weights: list[float] | None = arg(
+        None,
+        "weight of the loss of each of train_dir's pairs, scaled to a mean of 1 over all; None: all alike",
+    )
+    dataset_split: str | None = arg(
+        None, "split of train_dir's data sets, for example train_prefs; None: train; a file has none"
     )
     output_dir: str = arg(help="folder of the trained model", shapes=False)
     pairs_path: str | None = arg(
@@ -90,10 +101,19 @@ class Arguments(TRLArguments, TemplateArguments):
     max_length: int = arg(2048, "tokens of prompt and response; longer responses are cut on the right")
     max_prompt_length: int = arg(1024, "tokens of the prompt; longer prompts are cut on the left")
 
-    loss_type: list[str] = arg(["sigmoid"], f"DPO loss, or several with loss_weights, of {', '.join(LOSSES)}")
+    loss_type: list[str] = arg(
+        ["sigmoid"],
+        f"loss, or several with loss_weights, of {', '.join(LOSSES)}; sft trains on the best response alone, "
+        "sft, simpo and cpo have no reference",
+    )
     beta: float = arg(0.1, "strength of the tie to the reference")
     label_smoothing: float = arg(
         0.1, "share of preferences taken as wrong, below 0.5; with sigmoid: conservative DPO"
+    )
+    simpo_gamma: float | None = arg(
+        None,
+        "margin of simpo: by how much beta × the difference of log-probabilities a token has to exceed 0; "
+        f"None: {Settings.simpo_gamma}",
     )
     margin_scale: float = arg(0.0, "share of a pair's margin that beta × Δ has to exceed (offset DPO)")
     margin_weight: float = arg(
@@ -238,7 +258,7 @@ def training_of(args: Arguments, processes: int | None = None) -> Training:
     """
     processes = processes or world_size()
     unset = [name for name in trl_arguments.NAMES if getattr(args, name) is None]
-    unused = {*unset, *(() if args.use_peft else adapters.SETTINGS)}
+    unused = {*unset, *unused_by_losses(args), *(() if args.use_peft else adapters.SETTINGS)}
     unused |= set() if args.length_penalty else {"length_penalty_unit"}
     settings = {key: value for key, value in shaping_values(args).items() if key not in unused}
     settings["pairs_per_step"] = pairs_per_step(args, processes)
@@ -249,6 +269,8 @@ def training_of(args: Arguments, processes: int | None = None) -> Training:
         "ref_model_name_or_path": args.ref_model_name_or_path or args.model_name_or_path,
         "chat_template": args.chat_template,
     }
+    if not needs_reference(args.loss_type):
+        del inputs["ref_model_name_or_path"]
     return Training(
         args.output_dir,
         "dpo_iteration/run_dpo.py",
@@ -257,6 +279,17 @@ def training_of(args: Arguments, processes: int | None = None) -> Training:
         args.overwrite,
         checkpoint_settings={"num_processes": processes},
     )
+
+
+def unused_by_losses(args: Arguments) -> list[str]:
+    """Names of settings that the losses do not look at."""
+    others = [] if needs_rejected(args.loss_type) else ["beta", "label_smoothing"]
+    return others + ([] if "simpo" in args.loss_type else ["simpo_gamma"])
+
+
+def unit(args: Arguments) -> str:
+    """What is trained on, in a word: pairs of responses, or one response of a prompt."""
+    return "pair" if needs_rejected(args.loss_type) else "response"
 
 
 def reason_for_trl(args: Arguments) -> str:
@@ -346,15 +379,23 @@ def check(args: Arguments):
 
 
 def check_loss(args: Arguments):
-    """Refuse losses that are not known, and a smoothing or offset that would have no effect or no meaning."""
+    """Refuse losses that are not known, and a smoothing or offset that would have no effect or no meaning.
+
+    Training without rejected responses takes no notice of label smoothing, which the recipe has.
+    """
     names = " ".join(args.loss_type)
     unknown = [name for name in args.loss_type if name not in LOSSES]
+    if "kto" in unknown:
+        raise UserError(
+            "--loss_type kto is not there: its KL term wants answers to other prompts, which pairs do not "
+            "have; apo_zero is the same without that term"
+        )
     if unknown or not args.loss_type:
         raise UserError(f"--loss_type {' '.join(unknown)}: there are {', '.join(sorted(LOSSES))}")
     if not 0 <= args.label_smoothing < 0.5:
         raise UserError(f"--label_smoothing {args.label_smoothing} must be from 0 to below 0.5")
     smoothed = [name for name in args.loss_type if LOSSES[name].smoothed]
-    if args.label_smoothing and not smoothed:
+    if args.label_smoothing and not smoothed and needs_rejected(args.loss_type):
         raise UserError(f"--loss_type {names} has no label smoothing: give --label_smoothing 0")
     if args.label_smoothing and "sigmoid" in smoothed and len(smoothed) > 1:
         raise UserError(
@@ -368,10 +409,8 @@ def check_loss(args: Arguments):
 def check_batches(args: Arguments):
     """Refuse what does not go with TRL's padded computation, or with packed rows."""
     padded = reason_for_trl(args)
-    if padded and args.share_prompts:
-        raise UserError(f"--share_prompts true cannot be: {padded}; leave it out")
-    if padded and (args.margin_scale or args.margin_weight):
-        raise UserError(f"--margin_scale and --margin_weight cannot be used where {padded}")
+    if padded:
+        refuse_padded(args, padded)
     if not padded and args.train_sampling_strategy not in (None, "random"):
         raise UserError(
             "--train_sampling_strategy: an epoch's pairs are taken in random order, then laid into rows of "
@@ -385,6 +424,18 @@ def check_batches(args: Arguments):
         )
 
 
+def refuse_padded(args: Arguments, reason: str):
+    """Refuse what TRL's own padded computation, which there is a reason for, cannot do."""
+    if args.share_prompts:
+        raise UserError(f"--share_prompts true cannot be: {reason}; leave it out")
+    if args.margin_scale or args.margin_weight or args.train_weights:
+        names = "--margin_scale, --margin_weight and --train_weights"
+        raise UserError(f"{names} cannot be used where {reason}")
+    ours = [name for name in args.loss_type if not LOSSES[name].trl]
+    if ours or not needs_rejected(args.loss_type):
+        raise UserError(f"--loss_type {(ours or args.loss_type)[0]} cannot be used where {reason}")
+
+
 def check_numbers(args: Arguments):
     """Refuse numbers outside their range, and settings that the others leave without effect."""
     for key in ABOVE_0.split():
@@ -393,6 +444,14 @@ def check_numbers(args: Arguments):
     for key in NOT_NEGATIVE.split():
         if not getattr(args, key) >= 0:
             raise UserError(f"--{key} {getattr(args, key)} must not be negative")
+    weights = args.train_weights
+    if weights is not None and not (
+        len(weights) == len(args.train_dir) and all(0 < w < inf for w in weights)
+    ):
+        raise UserError(
+            f"--train_weights {' '.join(map(str, weights))}: a number above 0 for each of --train_dir was "
+            f"expected, which names {len(args.train_dir)}"
+        )
     if args.max_steps == 0 or (args.max_steps < 0 and not args.num_train_epochs > 0):
         raise UserError("nothing to train: --num_train_epochs must be above 0, or --max_steps")
     if not 0 <= args.eval_fraction < 1:
@@ -400,6 +459,17 @@ def check_numbers(args: Arguments):
     if not 0 < args.max_prompt_length < args.max_length:
         limit = f"--max_length {args.max_length}"
         raise UserError(f"--max_prompt_length {args.max_prompt_length} must be above 0 and below {limit}")
+    choice = CHOOSE_TYPES[args.choose_type]
+    by_margin = [key for key in ("min_margin", "margin_scale", "margin_weight") if getattr(args, key)]
+    if choice.blind and by_margin:
+        raise UserError(
+            f"--{by_margin[0]} means nothing with --choose_type {args.choose_type}, which looks at no reward"
+        )
+    if not needs_rejected(args.loss_type) and not (choice.blind or choice.best):
+        raise UserError(
+            f"--choose_type {args.choose_type} chooses two responses, and --loss_type {args.loss_type[0]} "
+            "trains on one: give max_min, the best, or blind, a random one"
+        )
     if args.length_penalty and not CHOOSE_TYPES[args.choose_type].penalised:
         only = " and ".join(name for name, choice in CHOOSE_TYPES.items() if choice.penalised)
         raise UserError(f"--length_penalty is used by --choose_type {only} only, not by {args.choose_type}")
@@ -414,12 +484,13 @@ def check_paths(args: Arguments):
     if not args.train_dir:
         raise UserError("--train_dir names no file")
     for name in args.train_dir:
-        existing_file(name, "rewarded file (--train_dir)")
+        if is_local(name) and not Path(split_config(name)[0]).is_dir():
+            existing_file(name, "file of rewarded answers or preferences (--train_dir)")
     pairs = pairs_path(args)
     if pairs.resolve() in [Path(name).resolve() for name in args.train_dir]:
         raise UserError(f"--pairs_path {pairs} is to be read and written at once; give another")
     args.check_template()
-    for key in ("model_name_or_path", "ref_model_name_or_path"):
+    for key in ("model_name_or_path", "ref_model_name_or_path")[: 1 + needs_reference(args.loss_type)]:
         name = getattr(args, key)
         if name is None:
             continue

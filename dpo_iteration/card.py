@@ -15,10 +15,14 @@ from typing import TYPE_CHECKING
 from common import records
 from common.cli import UserError
 from common.manifest import generation_manifest, read_manifest, versions
-from dpo_iteration.arguments import Arguments
+from common.preferences import REWARDED
+from common.tables import split_config
+from dpo_iteration.arguments import Arguments, unit
+from dpo_iteration.losses import needs_reference, needs_rejected
+from dpo_iteration.pairs import CHOOSE_TYPES
 
 if TYPE_CHECKING:
-    from huggingface_hub import ModelCard
+    from huggingface_hub import ModelCard, ModelCardData
 
 RESULTS = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
 
@@ -138,15 +142,15 @@ def table(head: list, rows: list) -> str:
     )
 
 
-def held_out_results(metrics: dict) -> list:
-    """huggingface_hub's EvalResults of the held-out pairs."""
+def held_out_results(args: Arguments, metrics: dict) -> list:
+    """huggingface_hub's EvalResults of what was held out."""
     from huggingface_hub import EvalResult
 
     return [
         EvalResult(
             task_type="text-generation",
             dataset_type="preference-pairs",
-            dataset_name="held-out pairs",
+            dataset_name=f"held-out {unit(args)}s",
             dataset_split="eval",
             metric_type=label,
             metric_name=f"held-out {label}",
@@ -157,16 +161,22 @@ def held_out_results(metrics: dict) -> list:
     ]
 
 
-def lineage(args: Arguments, chain: list[str], asked: list[str]) -> list[tuple]:
-    """Rows of the card's table of origins; `chain`: see `ancestry`, `asked`: see `prompts`."""
+def lineage(args: Arguments, chain: list[str], asked: list[str], read_as: dict[str, str]) -> list[tuple]:
+    """Rows of the card's table of origins; `chain`: see `ancestry`, `asked`: see `prompts`, `read_as`: kinds
+    of data by their names.
+    """
+    unknown = "not known (no manifest)" if is_online(read_as) else "the preference data"
+    reference = args.ref_model_name_or_path or args.model_name_or_path
+    if not needs_reference(args.loss_type):
+        reference = "none: the loss looks at none"
     own = f"{args.chat_template}, saved with the model" if args.chat_template else "the base model's"
     return [
         ("base model", chain[0]),
         ("iteration", len(chain)),
         ("previous iterates", ", ".join(chain[1:]) or "none"),
-        ("reference", args.ref_model_name_or_path or args.model_name_or_path),
-        ("rewards from", ", ".join(scorers(args.train_dir)) or "not known (no manifest)"),
-        ("prompts", ", ".join(asked) or "not known (no manifest)"),
+        ("reference", reference),
+        ("rewards from", ", ".join(scorers(args.train_dir)) or unknown),
+        ("prompts", ", ".join(asked) or unknown),
         ("chat template", own),
         ("system prompt", "; ".join(system_prompts(args.train_dir)) or "none"),
     ]
@@ -178,11 +188,16 @@ def data_read(args: Arguments, counts: dict) -> list[tuple]:
     def listed(by_reason: dict[str, int]) -> str:
         return ", ".join(f"{n} {reason}" for reason, n in by_reason.items()) or "none"
 
+    weights = args.train_weights or [None] * len(args.train_dir)
+    files = [
+        f"{name} ({counts['read_as'][name]}" + (f", weight {weight:g})" if weight else ")")
+        for name, weight in zip(args.train_dir, weights, strict=True)
+    ]
     return [
-        ("files", ", ".join(args.train_dir)),
+        ("files", ", ".join(files)),
         ("records", counts["records"]),
-        ("pairs trained on", counts["train_pairs"]),
-        ("pairs held out", counts["eval_pairs"]),
+        (f"{unit(args)}s trained on", counts["train_pairs"]),
+        (f"{unit(args)}s held out", counts["eval_pairs"]),
         ("prompts skipped", listed(counts["skipped"])),
         ("responses left out", listed(counts["responses_left_out"])),
     ]
@@ -193,8 +208,60 @@ def results_of(metrics: dict) -> list[list[str]]:
     found = []
     for key, label in RESULTS.items():
         values = [metrics.get(f"{prefix}{key}") for prefix in ("", "eval_")]
-        found.append([label, *(f"{value:.4f}" if records.finite(value) else "" for value in values)])
+        shown = [f"{value:.4f}" if records.finite(value) else "" for value in values]
+        found += [[label, *shown]] if any(shown) else []
     return found
+
+
+def is_online(read_as: dict[str, str]) -> bool:
+    """Whether rewarded answers are among the data, and not preferences alone."""
+    return REWARDED in read_as.values()
+
+
+def objective(args: Arguments, read_as: dict[str, str]) -> str:
+    """What was optimised, on what, in the words of the card's first sentence; `read_as`: see `lineage`."""
+    offline = set(read_as.values()) != {REWARDED}
+    answers = " and ".join(["rewarded answers"] * is_online(read_as) + ["preference data"] * offline)
+    losses = " + ".join(f"`{name}`" for name in args.loss_type)
+    if not needs_rejected(args.loss_type):
+        which = "a random one" if CHOOSE_TYPES[args.choose_type].blind else "the best one"
+        return (
+            f"supervised fine-tuning (loss {losses}) on {which} of the answers to each prompt, from {answers}"
+        )
+    method = (
+        "direct preference optimization" if needs_reference(args.loss_type) else "preference optimization"
+    )
+    blind = ", drawn without a look at the rewards" if CHOOSE_TYPES[args.choose_type].blind else ""
+    return f"{method} (loss {losses}) on pairs chosen from {answers}{blind}"
+
+
+def method_tag(args: Arguments) -> str:
+    """The hub's tag of the method: dpo, or a loss without a reference by its name."""
+    return "dpo" if needs_reference(args.loss_type) else args.loss_type[0]
+
+
+def metadata(
+    args: Arguments, name: str, chain: list[str], asked: list[str], read_as: dict[str, str], metrics: dict
+) -> "ModelCardData":
+    """What the hub reads of the card of the model `name`; the others as of `lineage` and `make_card`."""
+    from huggingface_hub import ModelCardData
+
+    offline = [split_config(given)[0] for given, kind in read_as.items() if kind != REWARDED]
+    return ModelCardData(
+        model_name=name,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        eval_results=held_out_results(args, metrics) or None,
+        base_model=chain[0] if on_hub(chain[0]) else None,
+        base_model_relation="finetune" if on_hub(chain[0]) else None,
+        datasets=[given for given in dict.fromkeys([*asked, *offline]) if on_hub(given)] or None,
+        tags=[
+            method_tag(args),
+            *(["online-rlhf"] if is_online(read_as) else []),
+            "trl",
+            *(["lora"] if args.use_peft else []),
+        ],
+    )
 
 
 def make_card(args: Arguments, settings: dict, counts: dict, metrics: dict, processes: int) -> "ModelCard":
@@ -205,29 +272,22 @@ def make_card(args: Arguments, settings: dict, counts: dict, metrics: dict, proc
         metrics: of the Trainer; those of the held-out pairs begin with `eval_`.
         processes: number of training processes.
     """
-    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub import ModelCard
 
     chain, asked = ancestry(args.model_name_or_path), prompts(args.train_dir)
+    read_as = counts["read_as"]
     name = Path(args.output_dir).absolute().name
-    data = ModelCardData(
-        model_name=name,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        eval_results=held_out_results(metrics) or None,
-        base_model=chain[0] if on_hub(chain[0]) else None,
-        base_model_relation="finetune" if on_hub(chain[0]) else None,
-        datasets=[asked_of for asked_of in asked if on_hub(asked_of)] or None,
-        tags=["dpo", "online-rlhf", "trl", *(["lora"] if args.use_peft else [])],
-    )
+    data = metadata(args, name, chain, asked, read_as, metrics)
+    paper = "[arXiv 2405.07863](https://arxiv.org/abs/2405.07863)"
+    online = f",\none iteration of online RLHF ({paper})" if is_online(read_as) else ""
     whose = f" up to step {metrics['step']}, whose weights these are" if "step" in metrics else ""
     body = f"""# {name}
 
-A policy trained by direct preference optimization on pairs chosen from its own rewarded answers, one
-iteration of online RLHF ([arXiv 2405.07863](https://arxiv.org/abs/2405.07863)).
+A policy trained by {objective(args, read_as)}{online}.
 
 ## Lineage
 
-{table(["", ""], lineage(args, chain, asked))}
+{table(["", ""], lineage(args, chain, asked, read_as))}
 
 ## Data
 
@@ -235,7 +295,7 @@ iteration of online RLHF ([arXiv 2405.07863](https://arxiv.org/abs/2405.07863)).
 
 ## Results
 
-Of the last log line while training{whose}, and of all held-out pairs.
+Of the last log line while training{whose}, and of all held-out {unit(args)}s.
 
 {table(["", "training", "held out"], results_of(metrics))}
 

@@ -29,8 +29,9 @@ from common.progress import Progress, duration
 from common.shared_prompts import only_wanted, prepare
 from common.training import say, step_of
 from dpo_iteration import adapters, models, trl_arguments
-from dpo_iteration.arguments import OURS, Arguments
-from dpo_iteration.losses import Pairs, Settings, pair_losses
+from dpo_iteration.arguments import OURS, Arguments, unit
+from dpo_iteration.losses import Pairs, Settings, implicit_rewards, needs_rejected, pair_losses
+from dpo_iteration.output import in_words
 from dpo_iteration.packing import NUMBERS, PaddedCollator, Rows, Scored, check_packing, collate_packed, score
 
 if TYPE_CHECKING:
@@ -102,8 +103,9 @@ def build_trainer(args: Arguments, policy: torch.nn.Module, data: "Data") -> "It
             eval_steps=data.steps["eval"],
             sharing=data.sharing,
             margin_scale=args.margin_scale,
+            simpo_gamma=args.simpo_gamma,
         )
-    trainer.plain_log = PlainLog(data.per_step)
+    trainer.plain_log = PlainLog(data.per_step, unit(args))
     trainer.add_callback(trainer.plain_log)
     trainer.remove_callback(PrinterCallback)
     adapters.keep_fp32(trainer)
@@ -120,17 +122,23 @@ class IterativeDPOTrainer(DPOTrainer):
         steps: Steps of the training rows, or None for TRL's own loss and batches.
         eval_steps: the same of the held-out rows.
         sharing: whether rows are packed.
-        margin_scale: see losses.py.
+        margin_scale, simpo_gamma: see losses.py.
 
     `loss_type: sigmoid` with `label_smoothing` is conservative DPO, which TRL's sigmoid is not.
     """
 
-    def __init__(self, *args, rows, steps, eval_steps, sharing, margin_scale=0.0, **kwargs):
+    def __init__(self, *args, rows, steps, eval_steps, sharing, margin_scale=0.0, simpo_gamma=None, **kwargs):
         self.rows, self.batching, self.sharing = rows, {"train": steps, "eval": eval_steps}, sharing
         self.checked, self.sums = False, {"train": None, "eval": None}
         with without_reference():
             super().__init__(*args, **kwargs)
-        self.settings = Settings(self.beta, self.label_smoothing, margin_scale, self.args.discopop_tau)
+        self.settings = Settings(
+            self.beta,
+            self.label_smoothing,
+            margin_scale,
+            self.args.discopop_tau,
+            Settings.simpo_gamma if simpo_gamma is None else simpo_gamma,
+        )
         if steps is None and "sigmoid" in self.loss_types and self.label_smoothing:
             # After TRL's own checks, which call a negative value a mistake; `self.args` keeps the user's
             # names.
@@ -213,6 +221,7 @@ class IterativeDPOTrainer(DPOTrainer):
             scored.chosen_tokens,
             scored.rejected_tokens,
             inputs["margin"],
+            inputs.get("step_tokens"),
         )
         losses = pair_losses(pairs, self.loss_types, self.loss_weights, self.settings)
         self.count(scored, pairs, losses.detach(), inputs)
@@ -235,7 +244,7 @@ class IterativeDPOTrainer(DPOTrainer):
     def count(self, scored: Scored, pairs: Pairs, losses: torch.Tensor, inputs: dict):
         """Add up what TRL logs under the same names, as means over the pairs or tokens since the last log."""
         mode, real = "train" if self.model.training else "eval", (inputs["scale"] > 0).float()
-        chosen, rejected = (self.beta * ratio for ratio in pairs.ratios)
+        chosen, rejected = implicit_rewards(pairs, self.loss_types, self.beta)
         of_pairs = (
             losses,
             chosen,
@@ -281,6 +290,8 @@ class IterativeDPOTrainer(DPOTrainer):
         if mode == "train":
             self._total_train_tokens += tokens
             del found["loss"]  # the Trainer's own is the same mean
+        if not needs_rejected(self.loss_types):  # there is nothing to compare with
+            found = {key: found[key] for key in found if "rejected" not in key and "rewards/" not in key}
         found["num_tokens"] = self._total_train_tokens
         return found if mode == "train" else {f"eval_{name}": value for name, value in found.items()}
 
@@ -303,7 +314,7 @@ class IterativeDPOTrainer(DPOTrainer):
                 f"{self.args.metric_for_best_model} of those saved"
             )
         so_far = [entry for entry in state.log_history if entry["step"] <= step]
-        logged = [entry for entry in so_far if "rewards/margins" in entry and "loss" in entry]
+        logged = [entry for entry in so_far if "loss" in entry]
         keys = ("loss", "rewards/accuracies", "rewards/margins")
         found = {"step": step} | {key: logged[-1][key] for key in keys if logged and key in logged[-1]}
         if self.eval_dataset is None:
@@ -335,8 +346,8 @@ def robust_equivalent(label_smoothing: float) -> float:
 class PlainLog(TrainerCallback):
     """A progress bar on a terminal; in a log file one line for each logging step, with rate and time left."""
 
-    def __init__(self, pairs_per_step):
-        self.pairs_per_step, self.progress, self.stepped = pairs_per_step, None, False
+    def __init__(self, pairs_per_step, unit):
+        self.pairs_per_step, self.unit, self.progress, self.stepped = pairs_per_step, unit, None, False
 
     def on_train_begin(self, args: object, state: TrainerState, control: object, **_: object):
         self.started, self.first, self.note = time.monotonic(), state.global_step, ""
@@ -356,13 +367,10 @@ class PlainLog(TrainerCallback):
             return
         done = state.global_step - self.first
         rate = done / max(time.monotonic() - self.started, 1e-9)
-        self.note = (
-            f"loss {logs['loss']:.4f}, accuracy {logs['rewards/accuracies']:.2f}, "
-            f"margin {logs['rewards/margins']:.4f}, lr {logs['learning_rate']:.2e}"
-        )
+        self.note = f"{in_words(logs)}, lr {logs['learning_rate']:.2e}"
         if self.progress.bar is None:
             left = duration((state.max_steps - state.global_step) / rate) if rate else "?"
-            speed = f"{rate * self.pairs_per_step:.1f} pairs/s, {left} left"
+            speed = f"{rate * self.pairs_per_step:.1f} {self.unit}s/s, {left} left"
             print(f"train: step {state.global_step}/{state.max_steps}, {self.note}, {speed}", flush=True)
 
     def on_train_end(self, *_: object, **__: object):

@@ -9,6 +9,7 @@ from common.cli import UserError
 from common.devices import gpu_memory
 from common.training import say, world_size
 from dpo_iteration.adapters import method_here
+from dpo_iteration.losses import needs_reference
 from dpo_iteration.memory import FOUR_BITS, GIB, RESERVED, Shape, need, shape_like, shape_of
 
 if TYPE_CHECKING:
@@ -48,11 +49,12 @@ def choose(
 
 
 def adapted(args: "Arguments", shape: Shape) -> dict:
-    """What `need` is told of adapters, and of precision."""
+    """What `need` is told of adapters, of precision, and of the reference."""
     return {
         "bf16": args.bf16,
         "trainable": shape.lora(args.lora_r) if args.use_peft else None,
         "frozen": FOUR_BITS if args.use_peft and args.load_in_4bit else None,
+        "reference": needs_reference(args.loss_type),
     }
 
 
@@ -148,7 +150,7 @@ def report(args: "Arguments", gpus: int, memory_gib: float | None) -> list[str]:
     ]
     for kind, more in (("", {}), (", QLoRA" if args.load_in_4bit else ", LoRA", lora)):
         for method in WHOLE if more.get("frozen") else METHODS:
-            more |= {"bf16": args.bf16}
+            more |= {"bf16": args.bf16, "reference": needs_reference(args.loss_type)}
             on, tokens = choose(args, method, shape, gpus, usable(memory_gib), **more)
             found = need(method, shape, gpus, tokens / 2, 1, on, **more)
             numbers = f"{found.states / GIB:9.1f}{found.buffers / GIB:9.1f}{found.activations / GIB:13.1f}"

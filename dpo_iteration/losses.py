@@ -4,8 +4,8 @@
 
 Δ is the difference of the log-ratios, (log π(chosen) - log π_ref(chosen)) - (log π(rejected) - log
 π_ref(rejected)), with log-probabilities summed over a response's tokens. Names and constants are those of
-TRL's `loss_type`, whose trainer is the oracle in the tests; beyond it there are label smoothing for `sigmoid`
-and an offset by the pair's margin.
+TRL's `loss_type`, whose trainers are the oracle in the tests; beyond DPO's there are label smoothing for
+`sigmoid`, an offset by the pair's margin, and the losses without a reference: `sft`, `simpo` and `cpo`.
 
 A new loss is a function here with `@loss(trl=False)` above it. Torch is imported where it is needed, so that
 arguments can be checked without it.
@@ -29,12 +29,14 @@ class Settings:
     label_smoothing: share of preferences taken as wrong.
     margin_scale: share of a pair's margin (in units of reward) that β·Δ has to exceed.
     discopop_tau: temperature of the mixture in DiscoPOP.
+    simpo_gamma: by how much β × the difference of log-probabilities a token has to exceed 0 in SimPO.
     """
 
     beta: float
     label_smoothing: float = 0.0
     margin_scale: float = 0.0
     discopop_tau: float = 0.05
+    simpo_gamma: float = 0.5
 
 
 @dataclass
@@ -45,6 +47,7 @@ class Pairs:
     ref_chosen, ref_rejected: the same under the reference.
     chosen_tokens, rejected_tokens: tokens of the responses.
     margin: reward of chosen less that of rejected.
+    step_tokens: tokens of a chosen response, in the mean over the pairs of the optimizer step.
     """
 
     chosen: torch.Tensor
@@ -54,11 +57,16 @@ class Pairs:
     chosen_tokens: torch.Tensor
     rejected_tokens: torch.Tensor
     margin: torch.Tensor
+    step_tokens: torch.Tensor | None = None
 
     @property
     def ratios(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(log π/π_ref of chosen, of rejected)."""
         return self.chosen - self.ref_chosen, self.rejected - self.ref_rejected
+
+    def per_token(self, chosen: torch.Tensor, rejected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums over the tokens of chosen and of rejected, [pairs], as means a token."""
+        return chosen / self.chosen_tokens.clamp(min=1), rejected / self.rejected_tokens.clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -68,28 +76,52 @@ class Loss:
     compute: gives the loss of each pair, [pairs], from Pairs and Settings; None for TRL's own computation.
     smoothed: `label_smoothing` has an effect.
     offset: `margin_scale` has an effect: the loss is a function of `scaled_difference` alone.
-    trl: TRL has it under the same name, and the tests hold it to that.
+    trl: TRL's DPOTrainer has it under the same name, and the tests hold it to that.
+    reference: it looks at the reference. Where no loss does, none is computed.
+    rejected: it looks at the rejected response. Where no loss does, only one response of a prompt is trained.
+    per_token: it compares log-probabilities a token, and so does the log.
     """
 
     compute: Callable[[Pairs, Settings], torch.Tensor] | None = None
     smoothed: bool = False
     offset: bool = False
     trl: bool = True
+    reference: bool = True
+    rejected: bool = True
+    per_token: bool = False
 
 
-# The losses by name. Of these three a pair's loss depends on the other pairs of its pass, or on tokens alone:
-# TRL computes them, on padded batches.
-LOSSES = {"aot": Loss(smoothed=True), "aot_unpaired": Loss(smoothed=True), "sft": Loss()}
+# The losses by name. Of these two a pair's loss depends on the other pairs of its pass: TRL computes them, on
+# padded batches.
+LOSSES = {"aot": Loss(smoothed=True), "aot_unpaired": Loss(smoothed=True)}
 
 
-def loss(smoothed: bool = False, offset: bool = False, trl: bool = True) -> Callable:
-    """Make a function a loss under its own name; see Loss."""
+def loss(**traits: bool) -> Callable:
+    """Make a function a loss under its own name; `traits`: see Loss."""
 
     def register(function: Callable) -> Callable:
-        LOSSES[function.__name__] = Loss(function, smoothed, offset, trl)
+        LOSSES[function.__name__] = Loss(function, **traits)
         return function
 
     return register
+
+
+def needs_reference(loss_types: list[str]) -> bool:
+    """Whether any of the losses looks at the reference."""
+    return any(LOSSES[name].reference for name in loss_types)
+
+
+def needs_rejected(loss_types: list[str]) -> bool:
+    """Whether any of the losses looks at the rejected response."""
+    return any(LOSSES[name].rejected for name in loss_types)
+
+
+def implicit_rewards(pairs: Pairs, loss_types: list[str], beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """β × what the first loss compares, of chosen and of rejected, each [pairs]; for the log."""
+    first = LOSSES[loss_types[0]]
+    found = pairs.ratios if first.reference else (pairs.chosen, pairs.rejected)
+    chosen, rejected = pairs.per_token(*found) if first.per_token else found
+    return beta * chosen, beta * rejected
 
 
 def pair_losses(
@@ -160,21 +192,18 @@ def discopop(pairs: Pairs, settings: Settings) -> torch.Tensor:
     return -logsigmoid(difference) * (1 - mix) + (-difference).exp() * mix
 
 
-def _per_token(pairs):
-    chosen, rejected = pairs.ratios
-    return chosen / pairs.chosen_tokens.clamp(min=1) - rejected / pairs.rejected_tokens.clamp(min=1)
-
-
 @loss()
 def ipo(pairs: Pairs, settings: Settings) -> torch.Tensor:
     """IPO (arXiv 2310.12036, equation 17) on log-ratios a token, as its authors meant it according to TRL."""
-    return (_per_token(pairs) - 1 / (2 * settings.beta)) ** 2
+    chosen, rejected = pairs.per_token(*pairs.ratios)
+    return (chosen - rejected - 1 / (2 * settings.beta)) ** 2
 
 
 @loss()
 def sigmoid_norm(pairs: Pairs, settings: Settings) -> torch.Tensor:
     """DPO on log-ratios a token (as Tulu 3, arXiv 2411.15124)."""
-    return -logsigmoid(settings.beta * _per_token(pairs))
+    chosen, rejected = pairs.per_token(*pairs.ratios)
+    return -logsigmoid(settings.beta * (chosen - rejected))
 
 
 @loss()
@@ -210,3 +239,33 @@ def apo_down(pairs: Pairs, settings: Settings) -> torch.Tensor:
     """APO-down (arXiv 2408.06266, equation 8): both down, rejected further."""
     chosen, rejected = (settings.beta * ratio for ratio in pairs.ratios)
     return chosen.sigmoid() + 1 - (chosen - rejected).sigmoid()
+
+
+# Without a reference
+
+
+@loss(reference=False, rejected=False)
+def sft(pairs: Pairs, settings: Settings) -> torch.Tensor:
+    """Supervised fine-tuning on the chosen response: on the best of K, RAFT (arXiv 2304.06767).
+
+    In the mean over an optimizer step's pairs it is the mean over their chosen tokens, as TRL's SFTTrainer
+    has it, whichever pass they are in.
+    """
+    return -pairs.chosen / pairs.step_tokens
+
+
+@loss(smoothed=True, trl=False, reference=False, per_token=True)
+def simpo(pairs: Pairs, settings: Settings) -> torch.Tensor:
+    """SimPO (arXiv 2405.14734, equation 6) on log-probabilities a token, smoothed as `sigmoid` is."""
+    chosen, rejected = pairs.per_token(pairs.chosen, pairs.rejected)
+    difference = settings.beta * (chosen - rejected) - settings.simpo_gamma
+    epsilon = settings.label_smoothing
+    return -(1 - epsilon) * logsigmoid(difference) - epsilon * logsigmoid(-difference)
+
+
+@loss(smoothed=True, trl=False, reference=False)
+def cpo(pairs: Pairs, settings: Settings) -> torch.Tensor:
+    """CPO (arXiv 2401.08417, equation 5): DPO under a uniform reference, and `sft` added to it."""
+    difference, epsilon = settings.beta * (pairs.chosen - pairs.rejected), settings.label_smoothing
+    preferred = -(1 - epsilon) * logsigmoid(difference) - epsilon * logsigmoid(-difference)
+    return preferred + sft(pairs, settings)

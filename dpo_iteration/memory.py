@@ -306,8 +306,11 @@ def need(
     trainable: int | None = None,
     bf16: bool = True,
     frozen: float | None = None,
+    reference: bool = True,
 ) -> Need:
-    """The Need of a method with `pairs` pairs per GPU at once; `frozen`: see `states`."""
+    """The Need of a method with `pairs` pairs per GPU at once; `frozen`: see `states`; `reference`: whether
+    the loss looks at one.
+    """
     frozen = None if trainable is None else frozen or (2 if bf16 else 4)
     kept, moved = states(method, shape.parameters, processes, trainable, bf16, frozen)
     more, more_moved = buffers(method, shape, processes, trainable, bf16)
@@ -317,6 +320,6 @@ def need(
         kept,
         more,
         passing,
-        reference_pass(method, shape, processes, bf16, frozen),
+        reference_pass(method, shape, processes, bf16, frozen) if reference else 0.0,
         moved + more_moved,
     )

@@ -19,6 +19,7 @@ from common.cli import UserError, one_line
 from common.manifest import beside, write_json
 from dpo_iteration import adapters, card, saved
 from dpo_iteration.arguments import Arguments
+from dpo_iteration.losses import needs_reference
 
 if TYPE_CHECKING:
     from trl import DPOConfig, DPOTrainer
@@ -160,8 +161,9 @@ def has_auxiliary_loss(args: Arguments) -> bool:
 
 
 def reference_name(args: Arguments) -> tuple[str, str | None]:
-    """(hub name or folder of the reference, its revision)."""
+    """(hub name or folder of the reference, its revision); the policy's start where no loss looks at one."""
     other = args.ref_model_name_or_path not in (None, args.model_name_or_path)
+    other = other and needs_reference(args.loss_type)
     return (args.ref_model_name_or_path, None) if other else (args.model_name_or_path, args.revision)
 
 

@@ -8,7 +8,7 @@ from common.manifest import beside, write_jsonl
 from common.progress import duration
 from common.training import Training, world_size
 from dpo_iteration import adapters, card
-from dpo_iteration.arguments import Arguments, pairs_path
+from dpo_iteration.arguments import Arguments, pairs_path, unit
 from dpo_iteration.pairs import Selection
 
 
@@ -42,6 +42,17 @@ NOTES = {  # counts of rows.py and common/tokens.py, in words
 }
 
 
+def in_words(metrics: dict, prefix: str = "") -> str:
+    """Loss, accuracy and margin of a log entry; training without rejected responses has the loss alone."""
+    labels = {
+        "loss": "loss {:.4f}",
+        "rewards/accuracies": "accuracy {:.2f}",
+        "rewards/margins": "margin {:.4f}",
+    }
+    there = {words: metrics.get(f"{prefix}{key}") for key, words in labels.items()}
+    return ", ".join(words.format(value) for words, value in there.items() if value is not None)
+
+
 def finish(training: Training, args: Arguments, selection: Selection, metrics: dict, seconds: dict):
     """Write the model card, complete the manifest, and say what was done."""
     counts = selection.counts | {"pairs": len(selection.pairs), "skipped": dict(selection.skipped_by_reason)}
@@ -52,7 +63,7 @@ def finish(training: Training, args: Arguments, selection: Selection, metrics: d
     reasons = ", ".join(f"{n} {reason}" for reason, n in counts["skipped"].items())
     skipped = f"{len(selection.skipped)}" + (f" ({reasons})" if reasons else "")
     print(
-        f"read {count(counts['records'], 'record')}, wrote {count(counts['pairs'], 'pair')} to "
+        f"read {count(counts['records'], 'record')}, wrote {count(counts['pairs'], unit(args))} to "
         f"{pairs_path(args)}, skipped {skipped}"
     )
     for name, what in NOTES.items():
@@ -61,11 +72,9 @@ def finish(training: Training, args: Arguments, selection: Selection, metrics: d
     for reason, n in counts["responses_left_out"].items():
         print(f"note: {count(n, 'response')} left out: {reason}")
     for prefix, name in (("", "train"), ("eval_", "held out")):
-        keys = ("loss", "rewards/accuracies", "rewards/margins")
-        loss, accuracy, margin = (metrics.get(f"{prefix}{key}") for key in keys)
-        if None not in (loss, accuracy, margin):
-            print(f"{name}: loss {loss:.4f}, accuracy {accuracy:.2f}, margin {margin:.4f}")
-    speed = f"{metrics.get('train_samples_per_second', 0.0):.1f} pairs/s"
+        if f"{prefix}loss" in metrics:
+            print(f"{name}: {in_words(metrics, prefix)}")
+    speed = f"{metrics.get('train_samples_per_second', 0.0):.1f} {unit(args)}s/s"
     if "tflops_per_gpu" in metrics:
         speed += f", {metrics['tflops_per_gpu']:.0f} TFLOPS and {metrics['gpu_memory_gib']:.1f} GiB a GPU"
     print(f"trained {args.output_dir} in {duration(seconds['all'])}, {speed}", flush=True)

@@ -9,6 +9,9 @@ model and attention can do, pairs stay in order.
 The loss of a step is the mean over its pairs, wherever they lie: each pair's loss is multiplied by its
 `scale`, and rows are added up. A row without a pair holds the shortest one with scale 0, so that all
 processes have the same number of passes.
+
+Where no loss looks at rejected responses, the rows have none: `rejected_ids` is empty, and of a pair one
+sequence is computed.
 """
 
 import heapq
@@ -26,10 +29,11 @@ from common.cli import UserError
 from common.shared_prompts import Unsupported, is_rotary, own_attention, pack, packed_tokens, shared
 from common.training import say, world_size
 from dpo_iteration import models
-from dpo_iteration.arguments import Arguments, reason_for_trl
+from dpo_iteration.arguments import Arguments, reason_for_trl, refuse_padded
 
 IGNORED = -100
-NUMBERS = ("scale", "margin", "ref_chosen_logps", "ref_rejected_logps")  # of a pair, beside its tokens
+# Of a pair, beside its tokens.
+NUMBERS = ("scale", "step_tokens", "margin", "ref_chosen_logps", "ref_rejected_logps")
 # `check_packing`, in rounding's root mean square over tokens: a response of n tokens may be off by ALL + FEW
 # / √n of it.
 ALL, FEW = 3.0, 6.0
@@ -38,8 +42,9 @@ ROUNDING = {True: 0.02, False: 3e-5}
 
 
 def both(row: dict) -> list[list[int]]:
-    """The two sequences of a pair as token ids."""
-    return [row["prompt_ids"] + row["chosen_ids"], row["prompt_ids"] + row["rejected_ids"]]
+    """The two sequences of a pair as token ids; one where nothing is rejected."""
+    responses = (row["chosen_ids"], row["rejected_ids"])
+    return [row["prompt_ids"] + response for response in responses if response]
 
 
 def columns_of(row: dict) -> int:
@@ -63,7 +68,8 @@ def fill(indices: list[int], costs: list[int], bins: int) -> list[list[int]]:
 
 @dataclass
 class Steps:
-    """The batches of one process, as a torch batch sampler: lists of (index of a pair, scale of its loss).
+    """The batches of one process, as a torch batch sampler: lists of (index of a pair, scale of its loss), or
+    with `tokens` of (index, scale, mean tokens of a chosen response in its step).
 
     Args:
         costs: tokens of each pair in a row.
@@ -71,6 +77,7 @@ class Steps:
         budget: tokens of a row at most, where a pair is not longer; None lays `at_once` pairs into a pass, in
             order.
         weights: of each pair's loss; None for 1.
+        tokens: of each pair's chosen response.
         seed: of the order; None keeps the order of the pairs.
 
     Attributes:
@@ -84,6 +91,7 @@ class Steps:
     processes: int = 1
     process: int = 0
     weights: list | None = None
+    tokens: list | None = None
     seed: int | None = None
     epochs: int = 1
     epoch: int = 0
@@ -138,8 +146,10 @@ class Steps:
             # The Trainer divides each pass by the accumulation and the mean over processes divides by their
             # number.
             scale = count / len(step)
+            mean = (sum(self.tokens[i] for i in step) / len(step),) if self.tokens else ()
             for row in rows[self.process :: self.processes]:
-                yield [(i, scale * (self.weights[i] if self.weights else 1.0)) for i in row] or [(least, 0.0)]
+                scaled = [(i, scale * (self.weights[i] if self.weights else 1.0)) for i in row]
+                yield [(*pair, *mean) for pair in scaled or [(least, 0.0)]]
 
 
 def batches(args: Arguments, rows: dict, per_step: int) -> tuple[bool, dict]:
@@ -149,8 +159,7 @@ def batches(args: Arguments, rows: dict, per_step: int) -> tuple[bool, dict]:
     experts = args.router_aux_loss_coef != 0 and models.has_auxiliary_loss(args)
     padded = reason_for_trl(args) or ("its mixture of experts has an auxiliary loss" if experts else "")
     if padded:
-        if args.share_prompts or args.margin_scale or args.margin_weight:
-            raise UserError(f"--share_prompts, --margin_scale and --margin_weight cannot be used: {padded}")
+        refuse_padded(args, padded)
         say(f"note: padded batches and TRL's own loss: {padded}")
         return False, {"train": None, "eval": None}
     against = "" if args.share_prompts is False else models.reason_against_sharing(args)
@@ -160,9 +169,10 @@ def batches(args: Arguments, rows: dict, per_step: int) -> tuple[bool, dict]:
     if against:
         say(f"note: padded batches: the model cannot share prompts, {against}")
     budget = row_tokens(args) if sharing else None
-    steps, costs = {"train": None, "eval": None}, {}
+    steps, costs, tokens = {"train": None, "eval": None}, {}, {}
     for split in [split for split in rows if rows[split]]:
         costs[split] = [columns_of(row) if sharing else 0 for row in rows[split]]
+        tokens[split] = [len(row["chosen_ids"]) for row in rows[split]]
     place = {"processes": world_size(), "process": int(os.environ.get("RANK", "0"))}
     epochs = math.ceil(args.num_train_epochs)
     if args.max_steps > 0:
@@ -173,13 +183,16 @@ def batches(args: Arguments, rows: dict, per_step: int) -> tuple[bool, dict]:
         budget,
         args.per_device_train_batch_size,
         weights=weights(rows["train"], args.margin_weight),
+        tokens=tokens["train"],
         seed=args.seed if args.data_seed is None else args.data_seed,
         epochs=epochs,
         **place,
     )
     if rows["eval"]:
         at_once = args.per_device_eval_batch_size
-        steps["eval"] = Steps(costs["eval"], len(rows["eval"]), budget, at_once, **place)
+        steps["eval"] = Steps(
+            costs["eval"], len(rows["eval"]), budget, at_once, tokens=tokens["eval"], **place
+        )
     if sharing:
         alone, packed = sum(len(ids) for row in rows["train"] for ids in both(row)), sum(costs["train"])
         longest, passes = max(budget, *costs["train"]), steps["train"].accumulation
@@ -195,10 +208,12 @@ def row_tokens(args: Arguments) -> int:
 
 
 def weights(rows: list[dict], power: float) -> list[float] | None:
-    """margin ** power of each pair, in the mean 1; None for power 0."""
-    if not power:
+    """margin ** power × `loss_weight` of each pair, in the mean 1; None where all are alike."""
+    if not power and "loss_weight" not in rows[0]:
         return None
-    found = [row["margin"] ** power for row in rows]
+    found = [row["margin"] ** power * row.get("loss_weight", 1.0) for row in rows]
+    if not sum(found):
+        raise UserError(f"--margin_weight {power:g} leaves nothing: all margins are 0")
     return [weight * len(found) / sum(found) for weight in found]
 
 
@@ -212,8 +227,7 @@ class Rows(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, key):
-        index, scale = key
-        return self.rows[index] | {"scale": scale}
+        return self.rows[key[0]] | dict(zip(("scale", "step_tokens"), key[1:]))
 
 
 def numbers(rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -236,11 +250,8 @@ def collate_packed(rows: list[dict]) -> dict:
     wanted, next_ids, owner, at = [], [], [], 0
     for p, (row, group) in enumerate(zip(rows, groups)):
         prompt, prefix = len(row["prompt_ids"]), shared(group, labelled=True)
-        spans = [
-            (group[0], 0, prefix, 2),
-            (group[0], prefix, len(group[0]) - 1, 0),
-            (group[1], prefix, len(group[1]) - 1, 1),
-        ]
+        spans = [(group[0], 0, prefix, 2)]
+        spans += [(ids, prefix, len(ids) - 1, side) for side, ids in enumerate(group)]
         for ids, first, end, whose in spans:
             labelled = range(max(first, prompt - 1), end)
             wanted.extend(at + j - first for j in labelled)
@@ -408,7 +419,7 @@ def _furthest(apart, moved, half, device):
     sums = torch.stack([moved.square().sum(), torch.tensor(float(len(moved)), device=device)])
     squares, tokens = gather(sums[None]).sum(0).tolist()
     rounding = max(ROUNDING[half], (squares / tokens) ** 0.5) if tokens else 5 * ROUNDING[half]
-    every = (*apart, torch.cat(apart))
+    every = (*(one for one in apart if len(one)), torch.cat(apart))  # there may be no rejected responses
     found = [(one.square().mean().sqrt(), rounding * (ALL + FEW / len(one) ** 0.5)) for one in every]
     found = gather(torch.tensor(found, device=device))  # [responses, 2]: distance, bound
     return found[(found[:, 0] / found[:, 1]).nan_to_num(torch.inf).argmax()].tolist()

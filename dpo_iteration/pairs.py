@@ -1,9 +1,14 @@
-"""Which two responses of a prompt become a pair, and which prompts are held out: plain Python, no model.
+"""Which two responses of a prompt become a pair, or which one is trained on alone, and which prompts are
+held out: plain Python, no model.
 
-A rewarded record has K responses and K rewards. Responses without a finite reward, repeated ones and, if
-asked, cut-off ones take no part. An empty response is never chosen; it may be rejected, since a policy that
-learns to say nothing has to unlearn it. A prompt that gives no pair is skipped with its reason. Every choice
-depends on the record and the seed only: not on the order of the files, nor on the number of processes.
+A rewarded record has K responses and K rewards; preferences are read as such (common/preferences.py).
+Responses without a finite reward, repeated ones and, if asked, cut-off ones take no part. An empty response
+is never chosen; it may be rejected, since a policy that learns to say nothing has to unlearn it. A prompt
+that gives no pair is skipped with its reason. Every choice depends on the record and the seed only: not on
+the order of the files, nor on the number of processes.
+
+Training without rejected responses (`loss_type: sft`) takes the best response of a prompt, and its margin is
+over the worst one. Where all rewards are equal the first response stands for the best, at margin 0.
 """
 
 import hashlib
@@ -14,13 +19,16 @@ from dataclasses import dataclass, field
 
 from common import tokens
 from common.cli import UserError
-from common.records import dumps, finite, is_empty, read_rewarded, record_id
+from common.jsonl import BadRecord
+from common.preferences import read_answers
+from common.records import dumps, finite, is_empty, record_id
 
 # Lists of a record that a pair has an entry of for each side: the field, and what it is called there.
 OF_A_SIDE = {tokens.RESPONSES: "_token_ids", tokens.STOPPED_BY: "_stop_string", "response_sources": "_source"}
 PER_RESPONSE = ("responses", "rewards", "finish_reasons", "num_tokens", *OF_A_SIDE)  # K entries each
 # Of a pair, for each of its sides.
 SIDE_FIELDS = ("", "_index", "_reward", "_finish_reason", "_num_tokens", *OF_A_SIDE.values())
+NO_TEXT = {True: "no response with text has the higher reward", False: "no response with text"}
 OF_ALL = ("reward_parts", "pair_probabilities")  # speak of all K responses, so they stay behind
 
 
@@ -94,6 +102,8 @@ def choose(
     best = next((i for i in ranked if i not in empty), None)
     if best is None:
         return None
+    if CHOOSE_TYPES[choose_type].blind:
+        return CHOOSE_TYPES[choose_type].pick(sorted(usable), scores, rng, empty)
     ranked = ranked[ranked.index(best) :]  # empty ones that score higher take no part
     if scores[ranked[-1]] == scores[best]:
         return None
@@ -108,11 +118,15 @@ class Choice:
     pick: gives (chosen, rejected) of the indices from best to worst, their scores, a random.Random and the
         empty responses, which may not be chosen. The best may be chosen, and the worst scores less.
     penalised: scores are reward - length_penalty × length.
+    best: the best is chosen.
+    blind: scores are not looked at: what is chosen may be worse than what is rejected.
     """
 
     words: str
     pick: Callable[[list[int], list[float] | dict[int, float], random.Random, Container[int]], tuple | None]
     penalised: bool = False
+    best: bool = True
+    blind: bool = False
 
 
 def best_and_worst(ranked: list[int], scores: dict, rng: random.Random, empty: Container[int]) -> tuple:
@@ -137,11 +151,36 @@ def two_random(ranked: list[int], scores: dict, rng: random.Random, empty: Conta
     return tuple(sorted((first, rng.choice(others)), key=lambda i: -scores[i])) if others else None
 
 
+def two_blind(usable: list[int], scores: dict, rng: random.Random, empty: Container[int]) -> tuple[int, int]:
+    chosen = rng.choice([i for i in usable if i not in empty])
+    return chosen, rng.choice([i for i in usable if i != chosen])
+
+
+def choose_alone(
+    scores: list[float] | dict[int, float],
+    usable: list[int],
+    choose_type: str,
+    rng: random.Random,
+    empty: Container[int] = (),
+) -> tuple[int] | None:
+    """(index of the response to train on alone,) or None where none has text; arguments as of `choose`.
+
+    It is the best, the first of several; with a blind choice a random one.
+    """
+    written = [i for i in sorted(usable) if i not in empty]
+    if not written:
+        return None
+    if CHOOSE_TYPES[choose_type].blind:
+        return (rng.choice(written),)
+    return (max(written, key=scores.__getitem__),)
+
+
 CHOOSE_TYPES = {
     "max_min": Choice("best and worst", best_and_worst),
     "max_max": Choice("best and second", best_and_second),
     "max_random": Choice("best and a random worse one", best_and_random),
-    "random": Choice("two random ones of different score", two_random),
+    "random": Choice("two random ones of different score", two_random, best=False),
+    "blind": Choice("two random ones whatever they score (the control)", two_blind, best=False, blind=True),
     "max_min_p": Choice("best and worst by reward less length_penalty", best_and_worst, penalised=True),
 }
 
@@ -159,8 +198,11 @@ def make_pairs(
     seed: int = 42,
     count_tokens: Callable[[str], int] | None = None,
     pairs_per_prompt: int = 1,
+    rejected: bool = True,
 ) -> tuple[list[dict], str | None, Counter]:
     """(pairs, reason why there are none or None, Counter of responses left out) of one rewarded record.
+
+    Without `rejected` a pair has a chosen response alone.
 
     The score is the reward, or for a penalised choice reward - length_penalty × length, by which both
     are chosen and the margin is taken. A length is of one of LENGTH_UNITS; in tokens it is the record's
@@ -168,11 +210,13 @@ def make_pairs(
     A second pair is chosen as the first was, among the responses that are left.
     """
     usable, left_out = usable_responses(record, drop_truncated, drop_empty)
-    if len(record["responses"]) < 2:
+    least = 1 + rejected
+    if len(record["responses"]) < 2 and rejected:
         return [], "fewer than two responses", left_out
-    if len(usable) < 2:
+    if len(usable) < least:
         why = ", ".join(f"{n} {reason}" for reason, n in sorted(left_out.items()))
-        return [], f"fewer than two usable responses: {why}", left_out
+        few = "fewer than two usable responses" if rejected else "no usable response"
+        return [], f"{few}: {why}", left_out
     scores = {i: record["rewards"][i] for i in usable}
     lengths = record.get("num_tokens") or [None] * len(record["responses"])
     if CHOOSE_TYPES[choose_type].penalised and length_penalty_unit == "character":
@@ -183,13 +227,15 @@ def make_pairs(
         ]
         scores = {i: scores[i] - length_penalty * lengths[i] for i in usable}
     pairs, reason, rng = [], None, random.Random(f"{seed}/{record['id']}")
+    blind = CHOOSE_TYPES[choose_type].blind
     empty = {i for i in usable if is_empty(record["responses"][i])}
-    while len(pairs) < pairs_per_prompt and len(usable) > 1 and reason is None:
-        found = choose(scores, usable, choose_type, rng, empty)
+    worst = min(scores.values())
+    while len(pairs) < pairs_per_prompt and len(usable) >= least and reason is None:
+        found = (choose if rejected else choose_alone)(scores, usable, choose_type, rng, empty)
         if found is None:
-            silent = empty and len({scores[i] for i in usable}) > 1
-            reason = "no response with text has the higher reward" if silent else "equal rewards"
-        elif (margin := scores[found[0]] - scores[found[1]]) < min_margin:
+            silent = empty and (not rejected or len({scores[i] for i in usable}) > 1)
+            reason = NO_TEXT[rejected] if silent else "equal rewards"
+        elif (margin := margin_of(found, scores, worst)) < min_margin and not blind:
             reason = f"margin below min_margin: {margin:.6g}"
         else:
             pairs.append(_pair(record, found, lengths) | {"margin": margin} | _rest(record))
@@ -197,8 +243,13 @@ def make_pairs(
     return pairs, None if pairs else reason, left_out
 
 
+def margin_of(found: tuple, scores: dict[int, float], worst: float) -> float:
+    """What the chosen response scores above the rejected one; alone, above the `worst` of the prompt."""
+    return scores[found[0]] - (scores[found[1]] if len(found) > 1 else worst)
+
+
 def _pair(record, found, lengths):
-    """The pair of two responses, with where each came from."""
+    """The pair of two responses, or the one that is trained alone, with where each came from."""
     finish = record.get("finish_reasons") or [None] * len(record["responses"])
     pair = {"id": record["id"], "prompt": record["prompt"]}
     for side, i in zip(("chosen", "rejected"), found):
@@ -232,15 +283,31 @@ def held_out(messages: list[dict], fraction: float, seed: int) -> bool:
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
-def select_pairs(paths: list[str], eval_fraction: float = 0.0, seed: int = 42, **choice: object) -> Selection:
-    """The pairs of one or several rewarded files. `choice`: what `make_pairs` takes.
+def select_pairs(
+    paths: list[str],
+    eval_fraction: float = 0.0,
+    seed: int = 42,
+    split: str | None = None,
+    weights: list[float] | None = None,
+    **choice: object,
+) -> Selection:
+    """The pairs of one or several files or data sets of rewarded answers or preferences.
 
     Record ids may repeat between files (iterations that answered the same prompt): each record gives its own
     pairs.
+
+    Args:
+        split: of those that have splits.
+        weights: of each of `paths`: its pairs hold it as `loss_weight`.
+        choice: what `make_pairs` takes.
     """
-    selection, left_out, records = Selection(), Counter(), 0
-    for source, record in ((str(path), record) for path in paths for record in read_rewarded(path)):
+    selection, left_out, records, read_as = Selection(), Counter(), 0, {}
+    weighted = [{"loss_weight": weight} for weight in weights] if weights else [{}] * len(paths)
+    for source, record, more in _records(paths, split, weighted, read_as):
         records += 1
+        if isinstance(record, BadRecord):
+            selection.skip({"id": record.id, "source": source}, f"bad record: {record}")
+            continue
         pairs, reason, responses = make_pairs(record, seed=seed, **choice)
         left_out += responses
         if not pairs:
@@ -252,7 +319,14 @@ def select_pairs(paths: list[str], eval_fraction: float = 0.0, seed: int = 42, *
                 f"{source} record {record['id']} holds NaN or infinity, which is no JSON: mend or remove "
                 "that field"
             ) from None
-        split = "eval" if held_out(record["prompt"], eval_fraction, seed) else "train"
-        selection.pairs.extend(pair | {"split": split, "source": source} for pair in pairs)
-    selection.counts = {"records": records, "responses_left_out": dict(left_out)}
+        side = "eval" if held_out(record["prompt"], eval_fraction, seed) else "train"
+        selection.pairs.extend(pair | {"split": side, "source": source} | more for pair in pairs)
+    selection.counts = {"records": records, "responses_left_out": dict(left_out), "read_as": read_as}
     return selection
+
+
+def _records(paths, split, weighted, read_as):
+    """Yield (source, record, what its pairs are to hold besides), and fill `read_as`: {source: kind}."""
+    for path, more in zip(map(str, paths), weighted, strict=True):
+        read_as[path], records = read_answers(path, split)
+        yield from ((path, record, more) for record in records)

@@ -39,6 +39,7 @@ from common.shared_prompts import Unsupported, only_wanted, prepare
 from common.training import say
 from dpo_iteration import models
 from dpo_iteration.arguments import Arguments
+from dpo_iteration.losses import needs_reference
 from dpo_iteration.packing import (
     PaddedCollator,
     Rows,
@@ -62,8 +63,14 @@ def compute_reference(
     args: Arguments, config: "DPOConfig", rows: dict, sharing: bool, tokenizer: "PreTrainedTokenizerBase"
 ):
     """Put the reference's log-probabilities into the rows, from disk where they are known; says how many
-    were.
+    were. Where no loss looks at the reference they are 0, and nothing is loaded.
     """
+    every = rows["train"] + rows["eval"]
+    if not needs_reference(args.loss_type):
+        for row in every:
+            row["ref_chosen_logps"] = row["ref_rejected_logps"] = 0.0
+        say(f"no reference: the loss {' '.join(args.loss_type)} looks at none")
+        return
     name, revision = models.reference_name(args)
     deepspeed = config.deepspeed_plugin
     about = {
@@ -77,7 +84,6 @@ def compute_reference(
         "attention": "shared_prompts" if sharing else models.attention(name, args, revision),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
-    every = rows["train"] + rows["eval"]
     started = time.time()
     found, key = add_reference(
         every,

@@ -48,7 +48,11 @@ class PairTokenizer:
         self.counts = Counter()
 
     def __call__(self, pair):
-        """(row or None, reason or None): a pair whose sides are empty or equal as tokens teaches nothing."""
+        """(row or None, reason or None): a pair whose sides are empty or equal as tokens teaches nothing.
+
+        A pair may have a chosen response alone; its row's `rejected_ids` are empty then.
+        """
+        sides = [side for side in SIDES if side in pair]
         answers = [
             Answer(
                 pair[side][0]["content"],
@@ -57,7 +61,7 @@ class PairTokenizer:
                     for key in ("finish_reason", "num_tokens", "token_ids", "stop_string")
                 ),
             )
-            for side in SIDES
+            for side in sides
         ]
         try:
             prompt, responses, kept = self.encoder(pair, answers)
@@ -70,13 +74,13 @@ class PairTokenizer:
             bos = prompt[:1] if prompt[0] == self.tokenizer.bos_token_id else []
             prompt = bos + prompt[len(prompt) - self.max_prompt_length + len(bos) :]
             kept["prompts_cut"] += 1
-        row = {"prompt_ids": prompt}
-        for side, ids in zip(SIDES, responses, strict=True):
+        row = {"prompt_ids": prompt, "chosen_ids": [], "rejected_ids": []}
+        for side, ids in zip(sides, responses, strict=True):
             if len(ids) > self.max_length - len(prompt):
                 ids = ids[: self.max_length - len(prompt)]
                 kept["responses_cut"] += 1
             row[f"{side}_ids"] = ids
-        if not row["chosen_ids"] or not row["rejected_ids"]:
+        if not all(row[f"{side}_ids"] for side in sides):
             return None, "a response without tokens"
         if row["chosen_ids"] == row["rejected_ids"]:
             cut = kept["responses_cut"] > 0
@@ -115,7 +119,8 @@ def tokenize(selection: Selection, template: ChatTemplate, args: Arguments) -> d
         if row is None:
             selection.skip(pair, reason)
         else:
-            rows[pair["split"]].append(row | {"margin": float(pair["margin"])})
+            more = {"loss_weight": pair["loss_weight"]} if "loss_weight" in pair else {}
+            rows[pair["split"]].append(row | {"margin": float(pair["margin"])} | more)
             kept.append(pair)
         progress.update()
     progress.close()
@@ -132,7 +137,7 @@ def show_pair(tokenizer: "PreTrainedTokenizerBase", row: dict) -> str:
     bos = tokenizer.bos_token_id
     count = sum(token == bos for token in row["prompt_ids"]) if bos is not None else 0
     lines = [f"prompt, {len(row['prompt_ids'])} tokens, {count} BOS: {prompt}"]
-    for side in SIDES:
+    for side in [side for side in SIDES if row[f"{side}_ids"]]:
         lines.append(f"{side}, {len(row[f'{side}_ids'])} tokens: ⟦{tokenizer.decode(row[f'{side}_ids'])}⟧")
     return "\n".join(lines)
 

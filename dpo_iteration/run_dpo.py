@@ -1,7 +1,7 @@
-"""Train a policy by DPO on pairs chosen from rewarded answers.
+"""Train a policy by DPO, or a sister of it (`loss_type`), on pairs chosen from rewarded answers.
 
-In:  rewarded records at `train_dir` (one file or several, as annotate_data/get_rewards.py writes them), and a
-     policy.
+In:  rewarded records at `train_dir` (one file or several, as annotate_data/get_rewards.py writes them) or
+     preferences (docs/formats.md has the layouts), and a policy.
 Out: model, tokenizer, chat template, generation config and model card in the folder `output_dir`; next to it
      the pairs that were chosen (`.pairs.jsonl`), the prompts left out (`.pairs.skipped.jsonl`), what was
      logged (`.trainer_state.json`), and last a manifest (`.manifest.json`).
@@ -30,7 +30,8 @@ from common.manifest import with_date
 from common.models import quiet_libraries
 from common.training import Training, is_main, say, step_of, world_size
 from dpo_iteration import fitting, hub, output
-from dpo_iteration.arguments import Arguments, accumulation, check, check_paths, halved, training_of
+from dpo_iteration.arguments import Arguments, accumulation, check, check_paths, halved, training_of, unit
+from dpo_iteration.losses import needs_rejected
 from dpo_iteration.pairs import Selection, select_pairs
 from dpo_iteration.saved import check_saved
 from dpo_iteration.speed import of_training
@@ -93,7 +94,7 @@ def main():
         referenced = time.time()
         trainer = load_policy(args, data)
         ready = time.time()
-        metrics = train(trainer, training, data)
+        metrics = train(trainer, args, training, data)
         metrics |= of_training(trainer, args, metrics["train_runtime"])
         seconds = {"start": ready - started, "reference": referenced - started}
         save(args, training, data, trainer, metrics, seconds | {"all": time.time() - started})
@@ -113,6 +114,8 @@ def choose_pairs(args: Arguments) -> Selection:
         args.train_dir,
         args.eval_fraction,
         args.seed,
+        args.dataset_split,
+        args.train_weights,
         choose_type=args.choose_type,
         length_penalty=args.length_penalty,
         length_penalty_unit=args.length_penalty_unit,
@@ -121,6 +124,7 @@ def choose_pairs(args: Arguments) -> Selection:
         drop_empty=args.drop_empty,
         count_tokens=lambda text: len(tokenizer()(text, add_special_tokens=False)["input_ids"]),
         pairs_per_prompt=args.pairs_per_prompt,
+        rejected=needs_rejected(args.loss_type),
     )
     check_pairs(selection, args)
     return selection
@@ -132,15 +136,16 @@ def check_pairs(selection: Selection, args: Arguments):
     reasons = ", ".join(f"{n} {reason}" for reason, n in selection.skipped_by_reason.items())
     read = f"{selection.counts['records']} records" + (f"; skipped: {reasons}" if reasons else "")
     if not selection.pairs:
-        raise UserError(f"no pairs in {' '.join(args.train_dir)} ({read})")
+        raise UserError(f"no {unit(args)}s in {' '.join(args.train_dir)} ({read})")
     training = sum(pair["split"] == "train" for pair in selection.pairs)
     if not training:
         raise UserError(
-            f"all {len(selection.pairs)} pairs are held out: lower --eval_fraction {args.eval_fraction}"
+            f"all {len(selection.pairs)} {unit(args)}s are held out: lower --eval_fraction "
+            f"{args.eval_fraction}"
         )
     if training < world:
         raise UserError(
-            f"{count(training, 'training pair')} for {count(world, 'process')} ({read}): give "
+            f"{count(training, f'training {unit(args)}')} for {count(world, 'process')} ({read}): give "
             f"--num_processes {training}"
         )
 
@@ -167,7 +172,7 @@ def prepare(args: Arguments, selection: Selection, pairs_per_step: int) -> Data:
     per_step = halved(pairs_per_step, len(rows["train"]), args, world_size())
     if per_step < pairs_per_step:
         say(
-            f"note: {len(rows['train'])} pairs are few for steps of {pairs_per_step}: {per_step} pairs per "
+            f"note: {len(rows['train'])} {unit(args)}s are few for steps of {pairs_per_step}: {per_step} per "
             "optimizer step"
         )
     sharing, steps = packing.batches(args, rows, per_step)
@@ -229,14 +234,14 @@ def agreed_checkpoints(training: Training) -> list[Path]:
     return saved
 
 
-def train(trainer: "IterativeDPOTrainer", training: Training, data: Data) -> dict:
+def train(trainer: "IterativeDPOTrainer", args: Arguments, training: Training, data: Data) -> dict:
     """Train, from the newest checkpoint if there is one, and evaluate; returns the metrics of the model."""
     from dpo_iteration.rows import show_pair
 
     rows = data.rows
     say(show_pair(data.template.tokenizer, rows["train"][0]))
     say(
-        f"training on {len(rows['train'])} pairs, {len(rows['eval'])} held out, {data.per_step} pairs per "
+        f"training on {len(rows['train'])} {unit(args)}s, {len(rows['eval'])} held out, {data.per_step} per "
         "optimizer step"
     )
     saved = agreed_checkpoints(training)

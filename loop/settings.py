@@ -26,7 +26,7 @@ DECIDED = {
     "annotation": ("reward_name_or_path", "dataset_name_or_path", "output_dir", "K"),
     "training_args": (
         *("model_name_or_path", "ref_model_name_or_path", "train_dir", "output_dir"),
-        *("pairs_path", "seed", "reference_cache"),
+        *("pairs_path", "seed", "reference_cache", "train_weights", "dataset_split"),
     ),
 }
 DECIDED |= {"heldout": DECIDED["generation"], "eval_annotation": DECIDED["annotation"]}

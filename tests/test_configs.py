@@ -96,7 +96,12 @@ def test_a_key_of_both_backends_takes_the_values_of_either(monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("training*.yaml")), ids=lambda p: p.stem)
+TRAININGS = sorted(
+    [*(ROOT / "configs").glob("training*.yaml"), *(ROOT / "configs").glob("offline_dpo_*.yaml")]
+)
+
+
+@pytest.mark.parametrize("path", TRAININGS, ids=lambda p: p.stem)
 def test_a_training_config_is_accepted_and_differs_from_the_recipe_where_it_says(path):
     recipe, values = (yaml.safe_load(p.read_text()) for p in (ROOT / "configs/training.yaml", path))
     dpo.arguments(

@@ -2,8 +2,9 @@
 
 In:  a seed.
 Out: a folder with `policy/` (the SFT model), `reward_model/` (Bradley-Terry), both with
-     their tokenizer, and `prompts/iter1.jsonl` … `prompts/heldout.jsonl`, one
-     {"context_messages": [{"role": "user", "content": …}]} a line.
+     their tokenizer, `prompts/iter1.jsonl` … `prompts/heldout.jsonl`, one
+     {"context_messages": [{"role": "user", "content": …}]} a line, and `preferences.jsonl`,
+     in which others answered the prompts of all iterations, for offline DPO.
 
 Run it:  python tiny/build.py --output_dir tiny/built --seed 0
          python tiny/build.py --output_dir tiny/built --seed 0 --weak_reward_model true
@@ -48,6 +49,7 @@ DEMONSTRATIONS, SFT_BATCH, SFT_LR = 20_000, 32, 6e-3
 DEMO_GOOD, DEMO_CORRECT = 0.4, 0.75
 REWARD_PROMPTS, REWARD_PAIRS, REWARD_BATCH, REWARD_LR = 1_200, 12_800, 32, 1e-3
 WEAK_PROMPTS, WEAK_PAIRS = 400, 1_600
+PREFERENCE_ANSWERS = 8
 MAX_NEW_TOKENS = 32
 STAMP = "build.json"
 
@@ -168,6 +170,24 @@ def write_prompts(folder: Path, sets: dict[str, list[str]]) -> None:
         (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8", newline="\n")
 
 
+def write_preferences(path: Path, seed: int, prompts: list[str]) -> None:
+    """Answers of writers of mixed quality to each prompt, ranked by the gold score, in Nectar's layout.
+
+    As in a preference set of the hub no answer is the policy's. Equal scores share a rank.
+    """
+    rng, rows = random.Random(f"preferences {seed}"), []
+    for prompt in prompts:
+        answers = [
+            demonstrations.write_answer(rng, task.QUESTIONS[prompt], rng.uniform(0.2, 1.0), DEMO_CORRECT)
+            for _ in range(PREFERENCE_ANSWERS)
+        ]
+        gold = scored(prompt, answers)
+        ranks = [1 + sorted(set(gold), reverse=True).index(score) for score in gold]
+        ranked = [{"answer": answer, "rank": rank} for answer, rank in zip(answers, ranks)]
+        rows.append(json.dumps({"prompt": prompt, "answers": ranked}))
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8", newline="\n")
+
+
 def build(folder: Path, seed: int) -> None:
     say("loading libraries")
     import models  # heavy: only when there is something to build
@@ -175,6 +195,8 @@ def build(folder: Path, seed: int) -> None:
     rng = random.Random(f"build {seed}")
     sets = task.make_prompts(seed, ITERATIONS, PROMPTS_PER_ITERATION, HELDOUT_PROMPTS)
     write_prompts(folder / "prompts", sets)
+    asked = [prompt for i in range(ITERATIONS) for prompt in sets[f"iter{i + 1}"]]
+    write_preferences(folder / "preferences.jsonl", seed, asked)
 
     demos = write_demonstrations(rng, sets["train"])
     tokenizer = models.train_tokenizer([text for pair in demos for text in pair], VOCAB_SIZE)

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from datasets import Dataset
 from training import make_rows, reset
 from transformers import AutoModelForCausalLM, Trainer
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer import dpo_trainer
 
 from common import shared_prompts
@@ -102,9 +102,10 @@ def ours(
     args, steps = settings(folder, **more), [None, None]
     if own:
         costs = [[columns_of(row) for row in part] for part in (rows, held_out)]
+        tokens = [[len(row["chosen_ids"]) for row in part] for part in (rows, held_out)]
         steps = [
-            Steps(costs[0], PER_STEP, budget, 4, seed=args.seed, weights=weights, epochs=4),
-            Steps(costs[1], len(held_out), budget, 4),
+            Steps(costs[0], PER_STEP, budget, 4, weights=weights, tokens=tokens[0], seed=args.seed, epochs=4),
+            Steps(costs[1], len(held_out), budget, 4, tokens=tokens[1]),
         ]
         args.gradient_accumulation_steps = steps[0].accumulation
     data = [Dataset.from_list(part) for part in (rows, held_out)]
@@ -174,6 +175,69 @@ LOSSES_OF_TRL = [  # each formula is held against TRL's in test_losses.py
 def test_other_losses_follow_trls(tmp_path, more):
     more = more | {"max_steps": 2, "learning_rate": 1e-4}
     assert_same_course(run(ours(tmp_path, *WHOLE, **more)), run(trl(tmp_path, *WHOLE, **more)))
+
+
+# A step is one pass of TRL's, whose mean over a pass' tokens is then ours over a step's.
+@pytest.mark.parametrize("sharing", [True, False])
+def test_sft_beside_another_loss_follows_trls(tmp_path, sharing):
+    more = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2], "max_steps": 2}
+    theirs = run(trl(tmp_path, *WHOLE, **more))
+    assert_same_course(run(ours(tmp_path, *WHOLE, sharing, **more)), theirs)
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+def test_sft_follows_trls_sft_trainer(tmp_path, sharing):
+    """Loss, norm of the gradient, accuracy and weights, step by step, where a step has several passes of
+    responses of many lengths, and the last of an epoch fewer rows.
+    """
+    rows, held_out = ([row | {"rejected_ids": []} for row in rows_with_reference(n, n)] for n in (22, 7))
+    trainer = ours(tmp_path, rows, held_out, sharing, max_steps=6, loss_type="sft", budget=150)
+    assert trainer.args.gradient_accumulation_steps > 1
+    trainer.train()
+    his = trls_sft(tmp_path, rows, held_out)
+    his.train()
+    mine, want = ([e for e in one.state.log_history if "loss" in e] for one in (trainer, his))
+    assert len(mine) == 6
+    for entry, other in zip(mine, want, strict=True):
+        assert entry["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert entry["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+        assert not [name for name in entry if "rejected" in name or "rewards/" in name]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(his.evaluate()["eval_loss"], rel=1e-5)
+    weights = dict(his.model.named_parameters())
+    for name, weight in trainer.model.named_parameters():
+        assert (weight - weights[name]).norm() <= 1e-4 * weights[name].norm(), name
+
+
+def trls_sft(folder, rows, held_out):
+    """TRL's SFTTrainer on the chosen responses of rows, in passes of 2."""
+    data = [
+        Dataset.from_list(
+            [
+                {
+                    "input_ids": row["prompt_ids"] + row["chosen_ids"],
+                    "completion_mask": [0] * len(row["prompt_ids"]) + [1] * len(row["chosen_ids"]),
+                }
+                for row in part
+            ]
+        )
+        for part in (rows, held_out)
+    ]
+    same = settings(folder)
+    names = "max_steps learning_rate bf16 use_cpu report_to logging_steps save_strategy disable_tqdm seed"
+    given = {name: getattr(same, name) for name in (*names.split(), "max_length", "gradient_checkpointing")}
+    sizes = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 8}
+    args = SFTConfig(
+        str(folder),
+        **given | sizes | {"max_steps": 6, "gradient_accumulation_steps": PER_STEP // 2},
+        completion_only_loss=True,
+    )
+    return SFTTrainer(
+        policy(),
+        args,
+        processing_class=micro.make_tokenizer(),
+        train_dataset=data[0],
+        eval_dataset=data[1],
+    )
 
 
 TRLS = [

@@ -52,7 +52,7 @@ def test_a_training_fits_itself_to_the_gpu(monkeypatch, tmp_path, capsys):
     """STAND-IN: the GPU is a number of GiB. Without one, or where the size is not known, all is as ever."""
     values = {"per_device_train_batch_size": 1, "max_length": 2048, "share_prompts": None, "revision": None}
     values |= {"gradient_checkpointing": None, "max_row_tokens": None, "trust_remote_code": False}
-    values |= {"bf16": True, "use_peft": False, "load_in_4bit": False}
+    values |= {"bf16": True, "use_peft": False, "load_in_4bit": False, "loss_type": ["sigmoid"]}
 
     def fitted(model, gib, **given):
         monkeypatch.setattr(fitting, "gpu_memory", lambda: gib)

@@ -6,8 +6,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from trl import DPOTrainer
+from trl.experimental.cpo import CPOTrainer
 
-from dpo_iteration.losses import LOSSES, Pairs, Settings, pair_losses
+from dpo_iteration.losses import (
+    LOSSES,
+    Pairs,
+    Settings,
+    implicit_rewards,
+    needs_reference,
+    needs_rejected,
+    pair_losses,
+)
 
 CHOSEN_TOKENS, REJECTED_TOKENS = torch.tensor([4, 9, 1, 6]), torch.tensor([7, 2, 3, 6])
 LENGTH = 12
@@ -26,7 +35,8 @@ def per_token(seed):
 
 def pairs_of(policy, reference, margin=0.0):
     sums = [*policy.sum(1).chunk(2), *reference.sum(1).chunk(2)]
-    return Pairs(*sums, CHOSEN_TOKENS, REJECTED_TOKENS, torch.full((4,), margin, dtype=torch.float64))
+    mean = CHOSEN_TOKENS.double().mean().expand(4)
+    return Pairs(*sums, CHOSEN_TOKENS, REJECTED_TOKENS, torch.full((4,), margin, dtype=torch.float64), mean)
 
 
 def trls(policy, reference, mask, loss_types, weights, beta, smoothing):
@@ -85,9 +95,23 @@ def test_a_loss_that_says_it_is_smoothed_or_shifted_is(name):
     assert LOSSES[name].offset == (not value(margin_scale=0.3).equal(value()))
 
 
+@pytest.mark.parametrize("name", PAIRWISE)
+def test_a_loss_looks_at_what_it_says(name):
+    """`reference` and `rejected` are what is left out by: a model, and half of the tokens."""
+    parts = [per_token(seed)[0].requires_grad_() for seed in (1, 2)]
+    loss = pair_losses(pairs_of(*parts), [name], [1.0], Settings(0.5, 0.1)).sum()
+    policy, reference = torch.autograd.grad(loss, parts, allow_unused=True)
+    assert LOSSES[name].reference == (reference is not None)
+    assert LOSSES[name].rejected == bool(policy[4:].any()) and policy[:4].any()
+    one = [name]
+    assert (needs_reference(one), needs_rejected(one)) == (LOSSES[name].reference, LOSSES[name].rejected)
+    assert needs_reference([name, "sigmoid"]) and needs_rejected([name, "sigmoid"])
+
+
 CASES = [([name], [1.0]) for name in PAIRWISE if LOSSES[name].trl] + [
     (["sigmoid", "hinge", "nca_pair"], [0.5, 2.0, 0.1]),
     (["robust", "exo_pair"], [1.0, 0.3]),
+    (["sigmoid", "sft"], [1.0, 0.2]),
 ]
 
 
@@ -103,7 +127,35 @@ def test_losses_and_gradients_are_trls(loss_types, weights, beta):
     tight = 1e-7 if "exo_pair" in loss_types else 1e-12
     assert abs(ours - theirs) < tight * max(1.0, abs(theirs))
     [have], [want] = torch.autograd.grad(ours, policy), torch.autograd.grad(theirs, policy)
-    assert (have - want).abs().max() < tight and want.abs().max() > 1e-4
+    assert ((have - want) * mask).abs().max() < tight and want.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("name", ["simpo", "cpo"])
+def test_losses_without_a_reference_are_trls_cpo_trainers(name, smoothing):
+    """Its CPO adds the mean of the chosen tokens' -log p (`cpo_alpha` 1), its SimPO takes means a token."""
+    (policy, mask), (reference, _) = per_token(1), per_token(2)
+    policy.requires_grad_()
+    pairs, settings = pairs_of(policy, reference), Settings(2.0, smoothing, simpo_gamma=1.4)
+    ours = pair_losses(pairs, [name], [1.0], settings).mean()
+    # Once more beside a loss that has a reference.
+    both = pair_losses(pairs, ["hinge", name], [0.0, 1.0], settings).mean()
+    trainer = SimpleNamespace(
+        alpha=0.0,
+        beta=2.0,
+        simpo_gamma=1.4,
+        label_smoothing=smoothing,
+        loss_type={"cpo": "sigmoid"}.get(name, name),
+        accelerator=SimpleNamespace(device="cpu"),
+    )
+    tokens = mask.sum(1) if name == "simpo" else 1
+    theirs, *rewards = CPOTrainer.cpo_loss(trainer, *(policy.sum(1) / tokens).chunk(2))
+    theirs = theirs.mean() - (policy[:4][mask[:4]].mean() if name == "cpo" else 0.0)
+    assert abs(ours - theirs) < 1e-12 and abs(both - theirs) < 1e-12
+    [have], [want] = torch.autograd.grad(ours, policy), torch.autograd.grad(theirs, policy)
+    assert ((have - want) * mask).abs().max() < 1e-12 and want.abs().max() > 1e-4
+    for mine, his in zip(implicit_rewards(pairs, [name], 2.0), rewards, strict=True):
+        assert (mine - his).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.3, 0.49])

@@ -5,11 +5,14 @@ No model is needed.
 
 import json
 import random
+from collections import Counter
 
 import pytest
 
 from common.cli import UserError
 from dpo_iteration.pairs import CHOOSE_TYPES, choose, held_out, make_pairs, select_pairs
+
+SIGHTED = [name for name, choice in CHOOSE_TYPES.items() if not choice.blind]
 
 
 def make_pair(row, *more, **choice):
@@ -116,7 +119,7 @@ def test_responses_that_cannot_take_part_are_counted_by_reason():
     assert left_out == {"empty response": 2, "reward not finite": 3, "repeated response": 1}
 
 
-@pytest.mark.parametrize("choose_type", CHOOSE_TYPES)
+@pytest.mark.parametrize("choose_type", SIGHTED)
 def test_an_empty_response_may_be_rejected_and_is_never_chosen(choose_type):
     row = record([9.0, 1.0, 2.0, 0.5], ["", "b", "c", " \n"], num_tokens=[1, 5, 5, 2])
     drawn = {indices(make_pair(row | {"id": f"{i}"}, choose_type)[0]) for i in range(60)}
@@ -156,7 +159,7 @@ def test_drop_truncated():
         (record([1.0, 2.0], ["same", "same"]), "fewer than two usable responses: 1 repeated response"),
     ],
 )
-@pytest.mark.parametrize("choose_type", CHOOSE_TYPES)
+@pytest.mark.parametrize("choose_type", SIGHTED)
 def test_a_prompt_without_a_pair_says_why(row, reason, choose_type):
     assert make_pair(row | {"num_tokens": [5] * len(row["responses"])}, choose_type)[:2] == (None, reason)
 
@@ -184,7 +187,9 @@ def test_skipped_records_are_listed_and_counted(tmp_path):
     selection = select_pairs([write(tmp_path / "a.jsonl", rows)])
     assert [s["id"] for s in selection.skipped] == ["r1", "r2", "r3"]
     assert selection.skipped_by_reason == {"equal rewards": 1, "fewer than two usable responses": 2}
-    assert selection.counts == {"records": 4, "responses_left_out": {"reward not finite": 2}}
+    read_as = {str(tmp_path / "a.jsonl"): "rewarded answers"}
+    left_out = {"reward not finite": 2}
+    assert selection.counts == {"records": 4, "responses_left_out": left_out, "read_as": read_as}
 
 
 def test_held_out_prompts_are_a_share_and_twins_stay_together(tmp_path):
@@ -222,6 +227,44 @@ def test_several_pairs_of_a_prompt_share_no_response():
     for choose_type in CHOOSE_TYPES:
         used = sum(chosen(row, choose_type=choose_type, pairs_per_prompt=3), ())
         assert len(used) == len(set(used)) == 6
+
+
+def test_without_rejected_the_best_is_taken_alone():
+    def chosen(row, **choice):
+        pairs, reason, _ = make_pairs(row, rejected=False, count_tokens=len, **choice)
+        assert not any("rejected" in key for pair in pairs for key in pair)
+        return [(pair["chosen_index"], pair["margin"]) for pair in pairs] or reason
+
+    row = record([0.5, 2.0, -1.0, 1.0])
+    for choose_type in ("max_min", "max_max", "max_random"):
+        assert chosen(row, choose_type=choose_type) == [(1, 3.0)]
+    assert chosen(row, pairs_per_prompt=3) == [(1, 3.0), (3, 2.0), (0, 1.5)]
+    assert chosen(row, pairs_per_prompt=3, min_margin=1.8) == [(1, 3.0), (3, 2.0)]
+    # The first stands for equal ones, at margin 0, which `min_margin` can leave out.
+    assert chosen(record([1.0, 1.0, 1.0])) == [(0, 0.0)]
+    assert chosen(record([1.0, 1.0]), min_margin=0.1) == "margin below min_margin: 0"
+    assert chosen(record([3.0])) == [(0, 0.0)]  # K may be 1
+    assert chosen(record([9.0, 1.0, 0.0], ["", "b", "c"])) == [(1, 1.0)]  # silence is not imitated
+    assert chosen(record([9.0, 1.0], ["", " "])) == "no response with text"
+    assert chosen(record([None, float("nan")])) == "no usable response: 2 reward not finite"
+    short = record([2.0, 1.9], ["long answer", "short"])
+    assert chosen(short, choose_type="max_min_p", length_penalty=0.1)[0][0] == 1
+
+
+def test_a_blind_choice_does_not_look_at_rewards():
+    """Each of the usable responses is drawn as often, on either side, and ties are drawn too."""
+    counts, rows = Counter(), [record([0.0, 1.0, 2.0, None], ["", "b", "c", "d"], n) for n in range(600)]
+    for row in rows:
+        [pair], _, _ = make_pairs(row, "blind")
+        counts[indices(pair)] += 1
+        assert pair["margin"] == pair["chosen_reward"] - pair["rejected_reward"]
+    assert set(counts) == {(1, 0), (1, 2), (2, 0), (2, 1)}  # the empty one is never chosen
+    assert min(counts.values()) > 110
+    alone = Counter(make_pairs(row, "blind", rejected=False)[0][0]["chosen_index"] for row in rows)
+    assert set(alone) == {1, 2} and min(alone.values()) > 250
+    assert make_pairs(record([1.0, 1.0]), "blind")[0] and make_pairs(record([1.0, 1.0]), "max_min")[0] == []
+    flipped = [make_pairs(row | {"rewards": row["rewards"][2::-1] + [None]}, "blind")[0][0] for row in rows]
+    assert [indices(pair) for pair in flipped] == [indices(make_pairs(row, "blind")[0][0]) for row in rows]
 
 
 def test_pairs_of_a_prompt_are_on_one_side_of_the_split(tmp_path):
