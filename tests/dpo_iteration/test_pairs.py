@@ -229,6 +229,17 @@ def test_several_pairs_of_a_prompt_share_no_response():
         assert len(used) == len(set(used)) == 6
 
 
+def test_a_weight_is_what_train_weights_says_and_not_a_field_of_the_record(tmp_path):
+    """Pairs of an earlier training, read as preferences, have one."""
+    prompt = [{"role": "user", "content": "2+2?"}]
+    pair = {"prompt": prompt, "chosen": "four", "rejected": "five", "loss_weight": 0.25}
+    files = [write(tmp_path / "a.jsonl", [record([0.0, 1.0], loss_weight=3.0)])]
+    files.append(write(tmp_path / "b.jsonl", [pair]))
+    assert ["loss_weight" in found for found in select_pairs(files).pairs] == [False, False]
+    weighted = select_pairs(files, weights=[1.0, 0.5]).pairs
+    assert [found["loss_weight"] for found in weighted] == [1.0, 0.5]
+
+
 def test_without_rejected_the_best_is_taken_alone():
     def chosen(row, **choice):
         pairs, reason, _ = make_pairs(row, rejected=False, count_tokens=len, **choice)
