@@ -13,7 +13,7 @@ from common.chat import NO_HEADER, ChatTemplate, literal_specials
 from common.cli import UserError, arg, count, shaping_values
 from common.manifest import beside
 from common.messages import text_of
-from common.records import BadRecord, PromptArguments, read_prompts, sample_seed, shard_range
+from common.records import PER_RESPONSE, BadRecord, PromptArguments, read_prompts, sample_seed, shard_range
 from generation import mixture
 from generation.mixture import Part
 
@@ -283,7 +283,8 @@ def answered(args: SamplingArguments, item: Item, samples: list[Sample]) -> dict
     """The prompt's record with its K responses, why each ended, and the tokens that were read and sampled.
 
     Of a mixture each response says where it came from. The tokens that were read are those of the prompt
-    itself, also where a part had a system prompt of its own: that is what training continues.
+    itself, also where a part had a system prompt of its own: that is what training continues. What a prompt
+    file says of other responses, as a generated one does, is left out.
     """
     responses, reasons, ids, stopped_by = map(list, zip(*samples, strict=True))
     found = {
@@ -297,7 +298,8 @@ def answered(args: SamplingArguments, item: Item, samples: list[Sample]) -> dict
         found[tokens.STOPPED_BY] = stopped_by
     if mixture.is_mixed(args):
         found["response_sources"] = mixture.sources(mixture.parts_of(args))
-    return item.record | found
+    earlier = {key for key in PER_RESPONSE if isinstance(item.record.get(key), list)}
+    return {key: value for key, value in item.record.items() if key not in earlier} | found
 
 
 def shaping(args: SamplingArguments, model: str) -> tuple[dict, dict]:

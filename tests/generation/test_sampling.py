@@ -12,6 +12,7 @@ import yaml
 from common.chat import ChatTemplate
 from common.cli import UserError, parse, parse_jobs
 from common.manifest import Output
+from common.records import read_generated
 from evaluation import divergence
 from generation import gen_hf, get_hf2, sampling
 
@@ -84,6 +85,20 @@ def test_what_is_done_is_not_tokenised_again_and_the_order_stays(prompts, tmp_pa
     [skipped] = lines(tmp_path / "out0.skipped.jsonl")
     assert "9 tokens, more than 5" in skipped["reason"]
     assert "1 prompt holds the text of a special token" in capsys.readouterr().out
+
+
+def test_prompts_of_an_answered_file_leave_their_earlier_answers_behind(prompts, tmp_path):
+    """Sources and stop strings are of the earlier responses; a number of that name is a field of the file."""
+    before = {"responses": ["a", "b"], "response_sources": [{"temperature": 1.0}, {"temperature": 0.7}]}
+    before |= {"stop_strings": [None, "x"], "num_tokens": [1, 2]}
+    rows = [{"prompt": "a", "topic": "sums", **before}, {"prompt": "b", "rewards": 3}]
+    found, output = prompts(rows)
+    answer(output, found.items)
+    found.finish(1.0)
+    first, second = read_generated(tmp_path / "out0.jsonl")
+    assert not {"response_sources", "stop_strings"} & set(first)
+    assert (first["topic"], first["responses"], first["num_tokens"]) == ("sums", ["x"], [1])
+    assert second["rewards"] == 3
 
 
 def test_a_bad_prompt_costs_that_prompt(prompts, tmp_path, capsys):
