@@ -17,7 +17,16 @@ from pathlib import Path
 from common.cli import UserError
 from common.jsonl import BadRecord, jsonl_records
 from common.messages import as_json, is_messages, to_messages, to_tools
-from common.records import PROMPT_KEYS, Identifier, finite, read_records, read_rewarded, with_system
+from common.records import (
+    PER_RESPONSE,
+    PROMPT_KEYS,
+    Identifier,
+    finite,
+    read_records,
+    read_rewarded,
+    with_system,
+)
+from common.tokens import PROMPT
 
 PROMPTS = ("prompt", *(key for key in PROMPT_KEYS if key != "prompt"), "instruction", "question", "context")
 SYSTEM = ("system", "system_prompt")
@@ -32,7 +41,7 @@ SCORES = (  # of chosen and of rejected
 STRENGTHS = ("preference_strength", "overall_preference")  # below 0: the first response is the better one
 TURN = re.compile(r"\n\n(Human|Assistant):")  # of Anthropic's dialogues
 REWARDED = "rewarded answers"
-OURS = ("responses", "rewards", "finish_reasons", "num_tokens", "response_token_ids", "prompt_token_ids")
+OURS = ("responses", *PER_RESPONSE, PROMPT)  # of a rewarded record; they would speak of other responses
 
 Answers = tuple[list[dict], list[str], list[float | None]]  # prompt, responses, what each is worth
 

@@ -21,15 +21,15 @@ from common import tokens
 from common.cli import UserError
 from common.jsonl import BadRecord
 from common.preferences import read_answers
-from common.records import dumps, finite, is_empty, record_id
+from common.records import PER_RESPONSE, dumps, finite, is_empty, record_id
 
 # Lists of a record that a pair has an entry of for each side: the field, and what it is called there.
 OF_A_SIDE = {tokens.RESPONSES: "_token_ids", tokens.STOPPED_BY: "_stop_string", "response_sources": "_source"}
-PER_RESPONSE = ("responses", "rewards", "finish_reasons", "num_tokens", *OF_A_SIDE)  # K entries each
 # Of a pair, for each of its sides.
 SIDE_FIELDS = ("", "_index", "_reward", "_finish_reason", "_num_tokens", *OF_A_SIDE.values())
 NO_TEXT = {True: "no response with text has the higher reward", False: "no response with text"}
-OF_ALL = ("reward_parts", "pair_probabilities")  # speak of all K responses, so they stay behind
+# These speak of all K responses, so they stay behind.
+OF_ALL = ("responses", *PER_RESPONSE, "reward_parts", "pair_probabilities")
 
 
 @dataclass
@@ -273,7 +273,7 @@ def _rest(record):
         "loss_weight",
         *(f"{side}{what}" for side in ("chosen", "rejected") for what in SIDE_FIELDS),
     }
-    return {k: v for k, v in record.items() if k not in ours and k not in (*PER_RESPONSE, *OF_ALL)}
+    return {k: v for k, v in record.items() if k not in ours and k not in OF_ALL}
 
 
 def held_out(messages: list[dict], fraction: float, seed: int) -> bool:

@@ -94,12 +94,14 @@ def write(path, rows):
 @pytest.mark.parametrize("name", KNOWN)
 def test_a_known_layout_is_read_and_what_else_is_there_kept(name, tmp_path):
     record, words, prompt, responses, rewards = KNOWN[name]
-    read_as, records = read_answers(write(tmp_path / "a.jsonl", [record | {"id": 7, "topic": "sums"}] * 2))
+    more = {"id": 7, "topic": "sums", "response_sources": [{}] * 8, "stop_strings": ["x"] * 8}
+    read_as, records = read_answers(write(tmp_path / "a.jsonl", [record | more] * 2))
     first, second = records
     assert read_as == words and words in LAYOUTS
     assert (first["prompt"], first["responses"], first["rewards"]) == (prompt, responses, rewards)
     assert (first["topic"], first["source_id"]) == ("sums", 7) and first["id"] != second["id"]
     assert not {"chosen", "rejected", "answers", "completions", "response1"} & set(first)
+    assert not {"response_sources", "stop_strings"} & set(first)  # of other responses
 
 
 def test_every_layout_is_tried():
