@@ -33,6 +33,14 @@ COLUMNS = {
     "chosen, rejected": "messages; `chosen_index` and `rejected_index` say which of the responses",
     "score_chosen, score_rejected": "their rewards; `margin`: by how much the scores differ that chose them",
 }
+TITLES = ["iteration", "answered by", "prompts", "answers", "pairs: train", "pairs: test"]  # of the counts
+PAIRS = "`prompt`, `chosen`, `rejected`: as TRL's DPOTrainer takes them"
+# The same where only the chosen response was trained on.
+ALONE = {
+    "completion": "messages: the response that was trained on; `chosen_index` says which of the K it is",
+    "score_chosen": "its reward; `margin`: by how much it scores above the worst of the prompt's responses",
+}
+PAIRS_ALONE = "`prompt`, `completion`: as TRL's SFTTrainer takes them"
 
 
 @dataclass
@@ -67,7 +75,11 @@ def settings_shown(settings: dict) -> dict:
     """{section: {key: value}} of RUN/loop.yaml that shaped how answers were sampled and rewarded, and pairs
     chosen of them.
     """
-    choice = {*inspect.signature(make_pairs).parameters, *inspect.signature(select_pairs).parameters}
+    choice = {
+        "loss_type",
+        *inspect.signature(make_pairs).parameters,
+        *inspect.signature(select_pairs).parameters,
+    }
     shapes = {"run": {"model_name_or_path", "reference", "train_on", "seed"}}
     shapes |= {"generation": shaping(get_hf2.Arguments), "annotation": shaping(RewardArguments)}
     shapes |= {"training_args": choice}
@@ -178,23 +190,29 @@ def metadata(files: dict[str, dict[str, list[str]]], prompts: int) -> str:
     return data.to_yaml()
 
 
+def columns(alone: bool) -> list[tuple]:
+    """Rows of the card's table of columns; `alone`: see `make_card`."""
+    kept = {key: what for key, what in COLUMNS.items() if not (alone and "rejected" in key)}
+    return list((kept | (ALONE if alone else {})).items())
+
+
 def make_card(
-    parts: list[Part], files: dict[str, dict[str, list[str]]], shown: dict, left_out: Counter
+    parts: list[Part], files: dict[str, dict[str, list[str]]], shown: dict, left_out: Counter, alone: bool
 ) -> str:
     """The text of the card.
 
     Args:
         parts: with their counts. files: configuration → split → paths. shown: `settings_shown`, without what
             is hidden. left_out: reason → number of records of the run that are not in the data set.
+        alone: whether pairs have a chosen response alone.
     """
-    titles = ["iteration", "answered by", "prompts", "answers", "pairs: train", "pairs: test"]
     return f"""---
 {metadata(files, sum(part.prompts for part in parts))}
 ---
 
 # Answers and pairs of online RLHF
 
-The answers of {count(len(parts), "policy", "policies")} in a run of iterative DPO
+The answers of {count(len(parts), "policy", "policies")} in a run of online iterative RLHF
 ([arXiv 2405.07863](https://arxiv.org/abs/2405.07863)), with their rewards, and the pairs that the next policy
 was trained on.
 
@@ -202,7 +220,7 @@ was trained on.
 from datasets import load_dataset
 
 answers = load_dataset("NAME", "answers")  # NAME: of this data set on the hub, or of its folder
-pairs = load_dataset("NAME", "pairs")  # `prompt`, `chosen`, `rejected`: as TRL's DPOTrainer takes them
+pairs = load_dataset("NAME", "pairs")  # {PAIRS_ALONE if alone else PAIRS}
 ```
 
 Split `test` of the pairs was held out from training.
@@ -216,7 +234,7 @@ prompts, apply; they are named below.
 
 ## How much
 
-{unfinished(parts)}{card.table(titles, by_iteration(parts))}
+{unfinished(parts)}{card.table(TITLES, by_iteration(parts))}
 
 ## Left out
 
@@ -226,7 +244,7 @@ Token ids and other fields of the prompt files are left out, and records for the
 
 ## Columns
 
-{card.table(["column", "what it is"], list(COLUMNS.items()))}
+{card.table(["column", "what it is"], columns(alone))}
 
 ## Settings
 

@@ -10,7 +10,8 @@ Out: `--output_dir`, a folder as the hub has them, with a card; beside it a mani
 
 Configuration `answers` has a row for each prompt of each iteration: all K responses with their rewards.
 Configuration `pairs` has the pairs that training chose of them, those that it held out in the split `test`;
-TRL's trainers take it as it is. Token ids, which are of one tokenizer, and other fields of the prompt files
+TRL's trainers take it as it is. Of a run with `loss_type: sft` it has the chosen responses alone, as
+`completion`. Token ids, which are of one tokenizer, and other fields of the prompt files
 are left out. Names of local folders are cut to their last part, and what looks like a token is hidden.
 """
 
@@ -109,11 +110,13 @@ class Columns:
     Attributes:
         names: scorer → name of its field in `reward_parts`; empty without parts.
         rich: columns with messages that have more than role and content. present: optional columns.
+        alone: whether pairs have a chosen response alone.
     """
 
     names: dict[str, str] = dataclasses.field(default_factory=dict)
     rich: set[str] = dataclasses.field(default_factory=set)
     present: set[str] = dataclasses.field(default_factory=set)
+    alone: bool = False
 
     def look_at(self, record: dict):
         """Take note of what a record has."""
@@ -126,6 +129,7 @@ class Columns:
             if any(set(message) != {"role", "content"} for message in record.get(key, ())):
                 self.rich.add(key)
         self.present |= {key for key in ("tools", SOURCES) if record.get(key)}
+        self.alone |= "chosen" in record and "rejected" not in record
 
     def features(self, kind: str) -> "Features":
         """The columns of configuration `kind`."""
@@ -145,6 +149,9 @@ class Columns:
                 columns["reward_parts"] = {name: List(number) for name in self.names.values()}
             if SOURCES in self.present:
                 columns[SOURCES] = List(text)
+        elif self.alone:
+            columns |= {"prompt": messages("prompt"), "completion": messages("chosen")}
+            columns |= {"score_chosen": number, "margin": number, "chosen_index": Value("int32")}
         else:
             columns |= {side: messages(side) for side in ("prompt", "chosen", "rejected")}
             columns |= {"score_chosen": number, "score_rejected": number, "margin": number}
@@ -166,7 +173,8 @@ class Columns:
     def pair(self, pair: dict, part: Part) -> dict:
         """The row of a pair."""
         row = {"id": pair.get("id"), "iteration": part.iteration}
-        row |= {key: pair[key] for key in ("prompt", "chosen", "rejected")}
+        row |= {key: pair.get(key) for key in ("prompt", "chosen", "rejected")}
+        row["completion"] = pair["chosen"]
         scores = [pair.get(key) for key in ("chosen_reward", "rejected_reward", "margin")]
         row |= dict(zip(("score_chosen", "score_rejected", "margin"), numbers(scores), strict=True))
         row |= {key: pair.get(key) for key in ("chosen_index", "rejected_index")}
@@ -240,7 +248,7 @@ def write_dataset(folder: Path, parts: list[Part], shown: dict) -> dict:
         raise UserError(
             f"none of the answers in {', '.join(str(part.rewarded) for part in parts)} can be read"
         )
-    card = dataset_card.make_card(parts, files, shown, left_out)
+    card = dataset_card.make_card(parts, files, shown, left_out, columns.alone)
     manifest.write_text(folder / "README.md", card)
     pair_count = sum(sum(part.pair_counts.values()) for part in parts)
     answer_counts = {key: sum(getattr(part, key) for part in parts) for key in ("prompts", "answers")}

@@ -311,6 +311,7 @@ def _answered(record, where, identify, rewarded):
 def read_pairs(path: str | Path) -> Iterator[dict | BadRecord]:
     """Yield the pairs that a training chose, as it wrote them: `prompt`, `chosen`, `rejected` are messages.
 
+    Where it trained on a response alone there is no `rejected`.
     A `BadRecord` stands in place of one that is no pair.
     """
     for number, record in enumerate(jsonl_records(path, "pairs file"), 1):
@@ -319,7 +320,7 @@ def read_pairs(path: str | Path) -> Iterator[dict | BadRecord]:
             continue
         where = f"{path} record {number}"
         try:
-            for side in ("prompt", "chosen", "rejected"):
+            for side in ("prompt", "chosen", *(["rejected"] if "rejected" in record else [])):
                 if not is_messages(record.get(side)):
                     raise UserError(f"{where}: `{side}` must be a list of messages")
             prompt, tools = to_messages(record["prompt"], where), to_tools(record.get("tools"), where)

@@ -32,9 +32,9 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
-def choose(run, i, *files):
+def choose(run, i, *files, **choice):
     """Let iteration i have the pairs of these files, as a training chooses them; some are held out."""
-    chosen = select_pairs([str(file) for file in files], 0.3, 1)
+    chosen = select_pairs([str(file) for file in files], 0.3, 1, **choice)
     report_runs.write(run / f"iter{i}/pairs.jsonl", chosen.pairs)
     write_jsonl(run / f"iter{i}/pairs.skipped.jsonl", chosen.skipped)
 
@@ -274,6 +274,41 @@ def test_trl_trains_on_the_pairs_as_they_are(tmp_path, load, rich):
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-4) and len(losses) == 2
     assert trainer.evaluate()["eval_loss"] != pytest.approx(math.log(2), abs=1e-4)
+
+
+def test_trl_s_sft_trainer_trains_on_what_sft_chose(tmp_path, load):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    run = report_runs.make_run(tmp_path / "run", 1, prompts=24, evaluated=False)
+    choose(run, 1, run / "iter1/rewarded.jsonl", rejected=False)
+    make("--run", run, "--output_dir", tmp_path / "out")
+    text = (tmp_path / "out/README.md").read_text()
+    assert "SFTTrainer" in text and "rejected" not in text and "cannot be read" not in text
+    pairs, best = load(tmp_path / "out", "pairs"), {}
+    for row in rows_of(run / "iter1/rewarded.jsonl"):
+        k = row["rewards"].index(max(row["rewards"]))
+        best[row["id"]] = (k, row["responses"][k], row["rewards"][k])
+    for row in [*pairs["train"], *pairs["test"]]:
+        [completion] = row["completion"]
+        assert (row["chosen_index"], completion["content"], row["score_chosen"]) == best.pop(row["id"])
+        assert not [key for key in row if "rejected" in key]
+    assert not best
+    policy = micro.make_policy(tmp_path / "policy")
+    config = SFTConfig(
+        str(tmp_path / "trained"), max_steps=1, per_device_train_batch_size=8, logging_steps=1, use_cpu=True,
+        bf16=False, report_to=[], gradient_checkpointing=False,
+    )  # fmt: skip
+    trainer = SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(policy),
+        args=config,
+        train_dataset=pairs["train"],
+        processing_class=(tokenizer := AutoTokenizer.from_pretrained(policy)),
+    )
+    assert len(trainer.train_dataset) == len(pairs["train"])
+    learnt = [label for label in trainer.train_dataset[0]["labels"] if label != -100]
+    assert tokenizer.decode(learnt).startswith(pairs["train"][0]["completion"][0]["content"])
+    trainer.train()
 
 
 # The hub, which cannot be reached from here; see tests/hub_stub.py.
