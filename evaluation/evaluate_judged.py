@@ -104,8 +104,9 @@ def answering(args: Arguments, model: str, jobs: list[Job]) -> list[str]:
     words += ["--dataset_name_or_path", *[job.prompts for job in jobs]]
     words += ["--dataset_key", *[job.key or "none" for job in jobs]]
     words += ["--output_dir", *[job.answers for job in jobs], "--K", 1]
-    words += ["--temperature", *[job.temperature for job in jobs], "--iteration", 0, "--top_p", 1]
-    words += ["--mixture", "none"] if args.run else []  # what training explored by is not asked here
+    words += ["--temperature", *[job.temperature for job in jobs], "--iteration", 0]
+    # What training explored by is not asked here.
+    words += ["--top_p", 1, "--top_k", -1] + (["--mixture", "none"] if args.run else [])
     words += ["--max_new_tokens", args.max_new_tokens, "--max_input_length", args.max_input_length]
     for key, value in args.generation.items():
         words += [f"--{key}", json.dumps(value) if isinstance(value, (list, dict)) else value]

@@ -72,8 +72,8 @@ def test_the_commands_of_an_iterate(planned, questions, tmp_path):
     run = tmp_path / "mine"
     micro.make_policy(run / "iter2/model")
     mixture = [{"K": 4}, {"K": 4, "temperature": 0.7}]
-    generation = {"system_prompt": "Short.", "temperature": 0.9, "top_p": 0.8, "K": 8, "mixture": mixture}
-    settings = {"generation": generation}
+    generation = {"system_prompt": "Short.", "temperature": 0.9, "top_p": 0.8, "top_k": 50, "K": 8}
+    settings = {"generation": generation | {"mixture": mixture}}
     (run / "loop.yaml").write_text(yaml.safe_dump({"model_name_or_path": "a/b"} | settings))
     commands = planned("--run", run, "--iterate", 2, *questions, "--generation.seed", 7)
     names = [name for name, _ in commands]
@@ -87,7 +87,7 @@ def test_the_commands_of_an_iterate(planned, questions, tmp_path):
         (f"{folder}/mt_bench/first_0.7_answers", None, 0.7),
     ]
     for job in jobs + cli.parse_jobs(get_hf2.Arguments, "", commands[3][1]):
-        assert (job.K, job.top_p, job.max_new_tokens, job.seed) == (1, 1, 2048, 7)
+        assert (job.K, job.top_p, job.top_k, job.max_new_tokens, job.seed) == (1, 1, -1, 2048, 7)
         sampling.check_sampling(job)
         assert job.system_prompt == "Short." and job.model_name_or_path == f"{run}/iter2/model"
     for name, module in (("mt_bench.py", mt_bench), ("export_answers.py", export_answers)):
