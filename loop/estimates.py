@@ -11,6 +11,7 @@ from common.models import local_config
 from common.progress import duration
 from dpo_iteration import fitting, memory
 from dpo_iteration.arguments import Arguments
+from dpo_iteration.losses import needs_reference, needs_rejected
 from loop.machines import machine_count
 from loop.settings import processes
 
@@ -37,21 +38,30 @@ def parameters(name: str, fallback: float | None = None) -> float | None:
 
 
 def estimate(
-    count: float, prompts: float, samples: int, epochs: float, gpus: int, kind: Speed, recompute: bool
+    count: float,
+    prompts: float,
+    samples: int,
+    epochs: float,
+    gpus: int,
+    kind: Speed,
+    recompute: bool,
+    losses: list[str],
 ) -> tuple[float, float, float]:
     """Seconds of generation, annotation and training of one iteration on GPUs of a `kind`; see the constants
-    on top. `recompute`: whether activations are.
+    on top. `recompute`: whether activations are. `losses`: of training.
     """
     peak, memory_speed = kind.tflops * 1e12, kind.tb_per_s
     tokens = prompts * samples * RESPONSE_TOKENS
     scored = prompts * samples * (PROMPT_TOKENS + RESPONSE_TOKENS)
-    trained = prompts * (PROMPT_TOKENS + 2 * RESPONSE_TOKENS)  # chosen and rejected share their prompt
+    # Chosen and rejected, where there is one, share their prompt.
+    trained = prompts * (PROMPT_TOKENS + (1 + needs_rejected(losses)) * RESPONSE_TOKENS)
+    passes = (8 if recompute else 6) * epochs + 2 * needs_reference(losses)
     return (
         tokens * count / (SAMPLED_TOKENS * memory_speed) / gpus,
         2 * count * scored / (peak * SCORE_SHARE) / gpus,
-        # FLOPs a parameter and token: forward and backward 6, recomputed activations 2; the reference's
-        # forward 2, once
-        ((8 if recompute else 6) * epochs + 2) * count * trained / (peak * TRAIN_SHARE) / gpus,
+        # `passes`, FLOPs a parameter and token: forward and backward 6, recomputed activations 2; the
+        # reference's forward 2, once
+        passes * count * trained / (peak * TRAIN_SHARE) / gpus,
     )
 
 
@@ -130,7 +140,8 @@ def describe(
         whose = f"{kind.name}s" if known or not name else f"A100s: nothing is known here of the {name}"
         samples, epochs = plan.generation()["K"], args.num_train_epochs if args else 2
         world = machine_count(settings) * len(gpus)
-        parts = estimate(count, prompts, samples, epochs, world, kind, recompute)
+        losses = args.loss_type if args else ["sigmoid"]
+        parts = estimate(count, prompts, samples, epochs, world, kind, recompute, losses)
         generation, annotation, training = map(duration, parts)
         found.notes.append(
             f"time: about {duration(sum(parts) * settings.iterations)} in all without evaluations; an "

@@ -322,10 +322,20 @@ def test_hours_follow_the_gpu(machine, capsys):
         kind, known = devices.speed_of(name)
         assert (kind.name, known) == ("A100", False)
     kinds = (devices.speed_of(name)[0] for name in ("A100", "H100"))
-    slow, fast = (estimates.estimate(8e9, 20000, 8, 2, 8, kind, True) for kind in kinds)
+    slow, fast = (estimates.estimate(8e9, 20000, 8, 2, 8, kind, True, ["sigmoid"]) for kind in kinds)
     assert fast[1] == pytest.approx(slow[1] * 312 / 989) and fast[0] == pytest.approx(slow[0] * 2.0 / 3.35)
     machine("NVIDIA X1000", 81559, 8)
     assert "an estimate for A100s: nothing is known here of the NVIDIA X1000" in capsys.readouterr().err
+
+
+def test_hours_count_what_the_loss_looks_at():
+    """SFT has neither a reference nor rejected responses, SimPO no reference: 2 of the 18 FLOPs."""
+    kind, _ = devices.speed_of("A100")
+    dpo, simpo, sft = (
+        estimates.estimate(8e9, 20000, 8, 2, 8, kind, True, [name])[2] for name in ("sigmoid", "simpo", "sft")
+    )
+    assert simpo == pytest.approx(dpo * 16 / 18)
+    assert sft == pytest.approx(simpo * (200 + 350) / (200 + 2 * 350))
 
 
 def test_a_run_that_cannot_learn_is_told(given, capsys):
