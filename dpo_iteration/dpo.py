@@ -118,7 +118,7 @@ class IterativeDPOTrainer(DPOTrainer):
 
     Args:
         rows: {"train", "eval"}: lists of dicts with `prompt_ids`, `chosen_ids`, `rejected_ids` (token ids),
-            `ref_chosen_logps`, `ref_rejected_logps`, and perhaps `margin` and `weight`.
+            `ref_chosen_logps`, `ref_rejected_logps`, `margin`, and perhaps `loss_weight`.
         steps: Steps of the training rows, or None for TRL's own loss and batches.
         eval_steps: the same of the held-out rows.
         sharing: whether rows are packed.

@@ -138,7 +138,9 @@ DEFINITIONS = {
     ),
     "pairs": Figure("pairs", "Pairs trained on, and those held out from training.", "count"),
     "margin": Figure(
-        "margin of pairs", "Mean reward of chosen less that of rejected, over the pairs of the iteration."
+        "margin of pairs",
+        "Mean reward of chosen less that of rejected, over the pairs of the iteration; of training on chosen "
+        "responses alone, less that of the prompt's worst.",
     ),
     "chosen_longer": Figure(
         "chosen longer by",

@@ -96,6 +96,20 @@ def test_a_key_of_both_backends_takes_the_values_of_either(monkeypatch):
     ]
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "keys"),
+    [
+        ("training_sft_control", "training_sft", {"choose_type", "output_dir"}),
+        ("training_sft", "training", {"loss_type", "learning_rate", "output_dir"}),
+        ("training_sft_tiny", "training_tiny", {"loss_type"}),
+    ],
+)
+def test_trainings_differ_as_they_say(one, other, keys):
+    """In what both name: SFT leaves out what it does not look at."""
+    one, other = (yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text()) for name in (one, other))
+    assert {key for key in one if key in other and one[key] != other[key]} == keys
+
+
 TRAININGS = sorted(
     [*(ROOT / "configs").glob("training*.yaml"), *(ROOT / "configs").glob("offline_dpo_*.yaml")]
 )
