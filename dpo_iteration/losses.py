@@ -117,8 +117,8 @@ def needs_rejected(loss_types: list[str]) -> bool:
 
 
 def implicit_rewards(pairs: Pairs, loss_types: list[str], beta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """β × what the first loss compares, of chosen and of rejected, each [pairs]; for the log."""
-    first = LOSSES[loss_types[0]]
+    """β × what the first loss of pairs compares, of chosen and of rejected, each [pairs]; for the log."""
+    first = next((LOSSES[name] for name in loss_types if LOSSES[name].rejected), LOSSES[loss_types[0]])
     found = pairs.ratios if first.reference else (pairs.chosen, pairs.rejected)
     chosen, rejected = pairs.per_token(*found) if first.per_token else found
     return beta * chosen, beta * rejected

@@ -130,6 +130,13 @@ def test_losses_and_gradients_are_trls(loss_types, weights, beta):
     assert ((have - want) * mask).abs().max() < tight and want.abs().max() > 1e-4
 
 
+def test_what_is_logged_is_what_a_loss_compares():
+    """SFT compares nothing, so that beside another loss it does not matter which is named first."""
+    pairs = pairs_of(*(per_token(seed)[0] for seed in (1, 2)))
+    for found, want in zip(implicit_rewards(pairs, ["sft", "sigmoid"], 0.5), pairs.ratios, strict=True):
+        assert (found - 0.5 * want).abs().max() < 1e-12 and want.abs().max() > 0.1
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("name", ["simpo", "cpo"])
 def test_losses_without_a_reference_are_trls_cpo_trainers(name, smoothing):
