@@ -259,7 +259,8 @@ def training_of(args: Arguments, processes: int | None = None) -> Training:
     processes = processes or world_size()
     unset = [name for name in trl_arguments.NAMES if getattr(args, name) is None]
     unused = {*unset, *unused_by_losses(args), *(() if args.use_peft else adapters.SETTINGS)}
-    unused |= set() if args.length_penalty else {"length_penalty_unit"}
+    in_tokens = not args.length_penalty or args.length_penalty_unit == "token"
+    unused |= {"length_penalty_unit"} if in_tokens else set()  # as manifests of before there were units
     settings = {key: value for key, value in shaping_values(args).items() if key not in unused}
     settings["pairs_per_step"] = pairs_per_step(args, processes)
     if reason_for_trl(args):  # which pairs share a pass changes the loss
