@@ -270,6 +270,7 @@ def _rest(record):
         "id",
         "prompt",
         "margin",
+        "loss_weight",  # of train_weights alone, see select_pairs
         *(f"{side}{what}" for side in ("chosen", "rejected") for what in SIDE_FIELDS),
     }
     return {k: v for k, v in record.items() if k not in ours and k not in (*PER_RESPONSE, *OF_ALL)}

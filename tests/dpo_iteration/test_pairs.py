@@ -280,3 +280,10 @@ def test_nan_in_a_field_that_is_carried_names_the_record(tmp_path):
     path.write_text(json.dumps(record([1.0, 2.0], number=3) | {"id": "x", "weight": float("nan")}) + "\n")
     with pytest.raises(UserError, match=r"nan.jsonl record x holds NaN or infinity"):
         select_pairs([path])
+
+
+def test_a_record_does_not_weigh_its_own_pairs(tmp_path):
+    """`loss_weight` is train_weights' alone; a column of that name would be taken for it, text and all."""
+    path = write(tmp_path / "a.jsonl", [record([1.0, 2.0], loss_weight="high")])
+    assert "loss_weight" not in select_pairs([path]).pairs[0]
+    assert select_pairs([path], weights=[3.0]).pairs[0]["loss_weight"] == 3.0
