@@ -105,7 +105,7 @@ def groups(tasks: list[str], run_code: bool) -> tuple[dict[int | None, list[str]
     found, left_out = {}, []
     for task in tasks:
         name, colon, shots = task.partition(":")
-        if not name or (colon and not shots.isdigit()):
+        if not name or (colon and not shots.isdecimal()):
             raise UserError(f"--tasks {task}: NAME or NAME:EXAMPLES was expected, for example mmlu:5")
         if name.startswith(CODE) and not run_code:
             left_out.append(name)
