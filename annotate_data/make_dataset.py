@@ -201,17 +201,28 @@ def numbers(values: list | None) -> list | None:
 
 
 def write_table(path: Path, rows: Iterator[dict], features: "Features") -> int:
-    """Write rows as a parquet file, a few at a time; without rows there is no file. Returns their number."""
+    """Write rows as a parquet file, a few at a time; without rows there is no file. Returns their number.
+
+    Raises:
+        UserError: a value is none of its column's kind.
+    """
     from datasets.arrow_writer import ParquetWriter
+    from pyarrow.lib import ArrowException
 
     first = next(rows, None)
     if first is None:
         return 0
     path.parent.mkdir(parents=True, exist_ok=True)
-    with ParquetWriter(path=str(path), features=features, writer_batch_size=ROWS) as writer:
-        for row in itertools.chain([first], rows):
-            writer.write(features.encode_example({key: row[key] for key in features}))
-        written, _ = writer.finalize()
+    try:
+        with ParquetWriter(path=str(path), features=features, writer_batch_size=ROWS) as writer:
+            for row in itertools.chain([first], rows):
+                writer.write(features.encode_example({key: row[key] for key in features}))
+            written, _ = writer.finalize()
+    except (ArrowException, ValueError, TypeError) as error:
+        raise UserError(
+            f"{'/'.join(path.parts[-2:])} of the data set cannot hold a value of iteration "
+            f"{first['iteration']}: {one_line(error)}; repair the record"
+        ) from None
     return written
 
 
@@ -271,30 +282,40 @@ def make(args: Arguments, parts: list[Part], shown: dict):
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = Path(f"{folder}.partial")
     with locks.hold(lock, f"writing {folder}"):
-        held = manifest.read_manifest(folder)
-        if folder.exists() and not (held and held.get("script") == SCRIPT):
-            raise UserError(f"{folder} is there and was not made by this script: give another --output_dir")
-        changed = manifest.difference(held, settings, inputs) if folder.exists() else None
-        if changed and not args.overwrite:
-            raise UserError(
-                f"{folder} was made otherwise: {changed}; give another --output_dir, or --overwrite true"
-            )
-        if folder.exists() and not changed:
-            print(f"{folder} is complete, nothing to do")
-        else:
-            new = Path(f"{folder}.tmp")
-            shutil.rmtree(new, ignore_errors=True)  # of a start that was killed
-            new.mkdir()
-            counts = write_dataset(new, parts, shown)
-            if folder.exists():
-                shutil.rmtree(folder)
-            marks = {key: manifest.fingerprint(path) for key, path in inputs.items()}
-            made = {"script": SCRIPT, "complete": True, "settings": settings, "inputs": marks}
-            made |= {"counts": counts, "versions": manifest.versions()}
-            manifest.write_json(manifest.beside(folder, ".manifest.json"), made)
-            os.replace(new, folder)
-            tell(counts, folder)
-        lock.unlink(missing_ok=True)
+        try:
+            _make(args, folder, parts, shown, settings, inputs)
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _make(args, folder, parts, shown, settings, inputs):
+    """`make`, while no other process does."""
+    held = manifest.read_manifest(folder)
+    if folder.exists() and not (held and held.get("script") == SCRIPT):
+        raise UserError(f"{folder} is there and was not made by this script: give another --output_dir")
+    changed = manifest.difference(held, settings, inputs) if folder.exists() else None
+    if changed and not args.overwrite:
+        raise UserError(
+            f"{folder} was made otherwise: {changed}; give another --output_dir, or --overwrite true"
+        )
+    if folder.exists() and not changed:
+        print(f"{folder} is complete, nothing to do")
+        return
+    new = Path(f"{folder}.tmp")
+    shutil.rmtree(new, ignore_errors=True)  # of a start that was killed
+    new.mkdir()
+    try:
+        counts = write_dataset(new, parts, shown)
+        if folder.exists():
+            shutil.rmtree(folder)
+        marks = {key: manifest.fingerprint(path) for key, path in inputs.items()}
+        made = {"script": SCRIPT, "complete": True, "settings": settings, "inputs": marks}
+        made |= {"counts": counts, "versions": manifest.versions()}
+        manifest.write_json(manifest.beside(folder, ".manifest.json"), made)
+        os.replace(new, folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    tell(counts, folder)
 
 
 def tell(counts: dict, where: object):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from common.cli import UserError
 from common.jsonl import BadRecord, jsonl_records
-from common.messages import as_json, is_messages, to_messages, to_tools
+from common.messages import CALLS, as_json, is_messages, text_of, to_messages, to_tools
 from common.records import (
     PER_RESPONSE,
     PROMPT_KEYS,
@@ -29,6 +29,7 @@ from common.records import (
 from common.tokens import PROMPT
 
 PROMPTS = ("prompt", *(key for key in PROMPT_KEYS if key != "prompt"), "instruction", "question", "context")
+BESIDE = {"instruction": ("input", "context"), "question": ("context",)}  # another part of the same prompt
 SYSTEM = ("system", "system_prompt")
 TEXTS = ("response", "answer", "text", "content", "completion")  # of one of several answers
 RATINGS = ("overall_score", "rating", "score")
@@ -189,18 +190,21 @@ def prompt_of(record: dict) -> list[dict]:
     key = next((key for key in PROMPTS if record.get(key)), None)
     if key is None:
         raise UserError(f"it has no prompt: {', '.join(PROMPTS)} were looked for")
-    if key == "instruction" and record.get("input"):
-        raise UserError("it has an `input` that belongs to its `instruction`: join both in a column `prompt`")
+    if (other := next((name for name in BESIDE.get(key, ()) if record.get(name)), None)) is not None:
+        raise UserError(f"it has `{other}` that belongs to its `{key}`: join both in a column `prompt`")
     value = listed(record[key])
     value = (dialogue(value) or value) if isinstance(value, str) else value
-    return with_system(to_messages(value, key), system_of(record))
+    messages = to_messages(value, key)
+    if messages[-1]["role"] == "user" and not text_of(messages[-1]).strip():
+        raise UserError(f"{key}: its last turn is empty")
+    return with_system(messages, system_of(record))
 
 
 def answered(record: dict, side: str) -> tuple[list[dict], str]:
     """(prompt, response) of one side of a pair: behind the prompt of the record, or with its own."""
     value = listed(record[side])
     if isinstance(value, str):
-        turns = None if any(record.get(key) for key in PROMPTS) else dialogue(value)
+        turns = dialogue(value)  # which no answer is, so also where its prompt stands in another column, too
         if turns is None:
             return prompt_of(record), value
         value = turns
@@ -210,6 +214,10 @@ def answered(record: dict, side: str) -> tuple[list[dict], str]:
     *before, answer = to_messages([*value, {"role": "user", "content": ""}], side)[:-1]
     if answer["role"] != "assistant" or not isinstance(answer.get("content"), str):
         raise UserError(f"`{side}` does not end with the text of an assistant")
+    if any(answer.get(key) for key in CALLS):
+        raise UserError(f"`{side}` ends with calls of tools, and only the text of an answer is trained")
+    if before and before[-1]["role"] == "assistant":
+        raise UserError(f"`{side}` ends with two turns of the assistant: join them")
     if not before:
         return prompt_of(record), answer["content"]
     return with_system(to_messages(before, side), system_of(record)), answer["content"]

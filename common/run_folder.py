@@ -52,6 +52,15 @@ def is_ppo(settings: dict) -> bool:
     return "ppo" in settings or "backend" in settings
 
 
+def start_of(settings: dict) -> str:
+    """The start by loop.yaml's settings, a hub name or a folder; empty where they do not say. A relative path
+    of a run is from the project's folder, wherever a script is started.
+    """
+    name = str(settings.get("model_name_or_path") or "")
+    inside = Path(__file__).resolve().parents[1] / name
+    return str(inside) if name and not Path(name).exists() and inside.is_dir() else name
+
+
 def is_evaluated(settings: dict) -> bool:
     """Whether the run's policies are measured: not with `heldout_prompts: null`."""
     return settings.get("heldout_prompts", "") is not None

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from math import inf
+from math import inf, isnan
 from pathlib import Path
 
 from common import trackers
@@ -371,6 +371,7 @@ def check(args: Arguments):
     check_loss(args)
     check_batches(args)
     check_numbers(args)
+    check_finite(args)
     adapters.check(args)
     trackers.check(args.report_to)
     from_file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") != "none"
@@ -393,6 +394,11 @@ def check_loss(args: Arguments):
         )
     if unknown or not args.loss_type:
         raise UserError(f"--loss_type {' '.join(unknown)}: there are {', '.join(sorted(LOSSES))}")
+    if args.loss_weights is not None and len(args.loss_weights) != len(args.loss_type):
+        raise UserError(
+            f"--loss_weights {' '.join(map(str, args.loss_weights))}: a number for each of --loss_type "
+            f"{names} was expected"
+        )
     if not 0 <= args.label_smoothing < 0.5:
         raise UserError(f"--label_smoothing {args.label_smoothing} must be from 0 to below 0.5")
     smoothed = [name for name in args.loss_type if LOSSES[name].smoothed]
@@ -435,6 +441,15 @@ def refuse_padded(args: Arguments, reason: str):
     ours = [name for name in args.loss_type if not LOSSES[name].trl]
     if ours or not needs_rejected(args.loss_type):
         raise UserError(f"--loss_type {(ours or args.loss_type)[0]} cannot be used where {reason}")
+
+
+def check_finite(args: Arguments):
+    """Refuse NaN and infinity, which would end as a loss of NaN."""
+    for key, value in vars(args).items():
+        values = value if isinstance(value, list) else [value]
+        endless = key != "max_grad_norm" and inf in values  # that is no clipping
+        if endless or any(isinstance(one, float) and isnan(one) for one in values):
+            raise UserError(f"--{key} {' '.join(map(str, values))}: a finite number was expected")
 
 
 def check_numbers(args: Arguments):

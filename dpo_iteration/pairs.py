@@ -27,7 +27,10 @@ from common.records import PER_RESPONSE, dumps, finite, is_empty, record_id
 OF_A_SIDE = {tokens.RESPONSES: "_token_ids", tokens.STOPPED_BY: "_stop_string", "response_sources": "_source"}
 # Of a pair, for each of its sides.
 SIDE_FIELDS = ("", "_index", "_reward", "_finish_reason", "_num_tokens", *OF_A_SIDE.values())
-NO_TEXT = {True: "no response with text has the higher reward", False: "no response with text"}
+NO_TEXT = {
+    True: "no response with text has the higher reward",
+    False: "no response with text above the worst",
+}
 # These speak of all K responses, so they stay behind.
 OF_ALL = ("responses", *PER_RESPONSE, "reward_parts", "pair_probabilities")
 
@@ -165,14 +168,17 @@ def choose_alone(
 ) -> tuple[int] | None:
     """(index of the response to train on alone,) or None where none has text; arguments as of `choose`.
 
-    It is the best, the first of several; with a blind choice a random one.
+    It is the best, the first of several, but never one that an empty response alone scores above; with a
+    blind choice a random one.
     """
     written = [i for i in sorted(usable) if i not in empty]
     if not written:
         return None
     if CHOOSE_TYPES[choose_type].blind:
         return (rng.choice(written),)
-    return (max(written, key=scores.__getitem__),)
+    best = max(written, key=scores.__getitem__)
+    worst, most = (pick(scores[i] for i in usable) for pick in (min, max))
+    return None if scores[best] == worst < most else (best,)
 
 
 CHOOSE_TYPES = {
@@ -270,7 +276,7 @@ def _rest(record):
         "id",
         "prompt",
         "margin",
-        "loss_weight",
+        "loss_weight",  # of train_weights alone, see select_pairs
         *(f"{side}{what}" for side in ("chosen", "rejected") for what in SIDE_FIELDS),
     }
     return {k: v for k, v in record.items() if k not in ours and k not in OF_ALL}

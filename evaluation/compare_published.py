@@ -28,6 +28,7 @@ from common import cli
 from common.cli import UserError, arg
 from common.files import nearest
 from common.jsonl import BadRecord, jsonl_records
+from common.records import finite
 from common.run_folder import RunFolder, read_object
 from evaluation.evaluate_judged import generator_of
 from evaluation.judging import HOSTED, judgments_of, quoted
@@ -91,15 +92,32 @@ def harness_figure(results: dict, benchmark: dict) -> Figure | None:
     """What lm-evaluation-harness measured, by the first of the benchmark's tasks that was run."""
     for task, metric in benchmark.get("tasks", {}).items():
         values = results.get("tasks", {}).get(task, {})
-        if metric in values:
+        if finite(values.get(metric)):
             name, _, how = metric.partition(",")
             value, error = 100 * values[metric], values.get(f"{name}_stderr,{how}")
             wanted, given = benchmark.get("examples"), values.get("examples")
             notes = [task] if task != next(iter(benchmark["tasks"])) else []
             notes += [f"{given} examples, not {wanted}"] if given != wanted else []
-            error = chance(value, benchmark["questions"]) if error is None else 100 * error
+            error = 100 * error if finite(error) else chance(value, benchmark["questions"])
             return Figure(value, error, ", ".join(notes))
     return None
+
+
+def results_of(folder: Path) -> dict:
+    """What evaluate_benchmarks.sh has written into `results.json`, {} where it was not run.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+    path, missing = folder / "results.json", []
+    held = read_object(path, missing)
+    tasks = held.get("tasks", {})
+    if missing or not isinstance(tasks, dict) or not all(isinstance(one, dict) for one in tasks.values()):
+        raise UserError(
+            f"{path} is damaged: delete it and start evaluate_benchmarks.sh again, which does nothing again "
+            "that is done"
+        )
+    return held
 
 
 def alpaca_eval_figure(path: Path, generator: str) -> Figure | None:
@@ -161,7 +179,7 @@ def judged_figures(folder: Path, bench: str, generator: str) -> dict[str, Figure
         reader = mt_bench_figure if bench == "mt_bench" else arena_hard_figure
     try:
         found = {judge: reader(path, generator) for judge, path in sorted(files.items())}
-    except (KeyError, ValueError, TypeError) as error:
+    except (AttributeError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"{own}: its judgments cannot be read: {error!r}") from error
     return {
         f"{judge}, {f.note}" if f.note == RAW else judge: f for judge, f in found.items() if f is not None
@@ -180,6 +198,8 @@ def place(args: Arguments) -> tuple[Path, str, str]:
     iterate = args.iterate
     if iterate is None:
         iterate = read_object(run.choice).get("iterate", run.iterations()[-1])
+    if iterate and not run.iteration(iterate).is_dir():  # of the start a run may have no folder
+        raise UserError(f"{run.iteration(iterate)} is not there: which iterate of the run is meant?")
     folder = run.iteration(iterate) / "benchmarks"
     name = args.generator or generator_of(args.run, iterate, "")
     return folder, name, f"--run {quoted(run.path)} --iterate {iterate}"
@@ -231,7 +251,7 @@ def main():
     args = cli.parse(Arguments, __doc__, argv)
     benchmarks, paper, source = published(args.row)
     folder, generator, given = place(args)
-    results = read_object(folder / "results.json")
+    results = results_of(folder)
     lines, missing, others = [], [], []
     for name, value in paper.items():
         benchmark = benchmarks[name]

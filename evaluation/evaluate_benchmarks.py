@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import cli, devices, engine, manifest, models
 from common.cli import UserError, arg
-from common.run_folder import RunFolder, read_object
+from common.run_folder import RunFolder, read_object, start_of
 
 CODE = ("humaneval", "mbpp")  # beginnings of the names of tasks that run what the model wrote
 # The harness asks for the version of a distribution called vllm; that of vLLM's CPU build has another name.
@@ -93,7 +93,7 @@ def model_of(args: Arguments) -> tuple[str, Path]:
     run = RunFolder(args.run)
     name = str(run.model(args.iterate))
     if args.iterate == 0:
-        name = cli.read_yaml(run.settings, "run (its loop.yaml)").get("model_name_or_path", "")
+        name = start_of(cli.read_yaml(run.settings, "run (its loop.yaml)"))
     elif not Path(name, "config.json").is_file():
         pruned = run.pruned(args.iterate).exists()
         raise UserError(f"{name} is not there" + (": keep_iterates deleted its weights" if pruned else ""))
@@ -105,7 +105,7 @@ def groups(tasks: list[str], run_code: bool) -> tuple[dict[int | None, list[str]
     found, left_out = {}, []
     for task in tasks:
         name, colon, shots = task.partition(":")
-        if not name or (colon and not shots.isdigit()):
+        if not name or (colon and not shots.isdecimal()):
             raise UserError(f"--tasks {task}: NAME or NAME:EXAMPLES was expected, for example mmlu:5")
         if name.startswith(CODE) and not run_code:
             left_out.append(name)

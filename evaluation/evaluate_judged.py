@@ -29,12 +29,16 @@ from common import cli
 from common.cli import UserError, arg
 from common.manifest import beside
 from common.run_folder import RunFolder
-from evaluation import mt_bench
+from evaluation import judging, mt_bench
 from evaluation.evaluate_benchmarks import model_of
 from generation import get_hf2
 
 ROOT = Path(__file__).resolve().parents[1]
-SET_HERE = (*get_hf2.Arguments.per_job, "model_name_or_path", "max_new_tokens", "max_input_length")
+SET_HERE = (
+    *get_hf2.Arguments.per_job,
+    *("model_name_or_path", "max_new_tokens", "max_input_length"),
+    "mixture",  # its temperatures would stand in place of the benchmark's
+)
 
 
 @dataclass
@@ -166,6 +170,8 @@ def check(args: Arguments) -> None:
     for key in args.generation:
         if key in SET_HERE:
             raise UserError(f"--generation.{key} is decided here: see --help")
+    if args.generator is not None:
+        judging.check_generator(args.generator)
 
 
 def main():

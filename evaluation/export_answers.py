@@ -192,6 +192,12 @@ def read_answers(paths: list[str]) -> Iterator[tuple[str, dict]]:
             yield f"{path} record {number}", record
 
 
+def tokens_of(record: dict, i: int) -> int | None:
+    """Tokens of answer i; None where the record does not say: `num_tokens` may be another tool's number."""
+    counts = record.get("num_tokens")
+    return counts[i] if isinstance(counts, list) else None
+
+
 def make_entries(args: Arguments) -> tuple[list[dict], Counter]:
     """(the entries, Counter of notes)."""
     entries, notes, arena = [], Counter(), args.format.startswith("arena_hard")
@@ -218,7 +224,7 @@ def make_entries(args: Arguments) -> tuple[list[dict], Counter]:
             notes[
                 "answers counted in the policy's tokens, as tiktoken is not there: leave out style control"
             ] += 1
-        tokens = count(answer) if count else (record.get("num_tokens") or [None] * (i + 1))[i]
+        tokens = count(answer) if count else tokens_of(record, i)
         if tokens is None:
             raise UserError(
                 f"{where} has no `num_tokens` and tiktoken cannot be had: install it (pip install tiktoken)"
@@ -253,7 +259,7 @@ def judging_cost(args: Arguments, bench: str) -> str:
     questions = own = 0
     for _, record in read_answers(args.dataset_name_or_path):
         questions += 1
-        own += len(record.get("prompt_token_ids") or ()) + (record.get("num_tokens") or [0])[0]
+        own += len(record.get("prompt_token_ids") or ()) + (tokens_of(record, 0) or 0)
     calls = questions * judging.GAMES[bench]
     tokens = (
         f", which read about {own * judging.GAMES[bench]:,} tokens of prompts and these answers"
@@ -271,8 +277,7 @@ def main():
     wanted = ".json" if args.format == "alpaca_eval" else ".jsonl"
     if target.is_dir() or target.suffix != wanted:
         raise UserError(f"--output_dir {target}: a file name that ends in {wanted} was expected")
-    if not args.generator.strip() or "/" in args.generator:
-        raise UserError(f"--generator {args.generator!r}: a name without a slash was expected")
+    judging.check_generator(args.generator)
     if target.exists() and not args.overwrite:
         raise UserError(f"{target} is there already; give another --output_dir or --overwrite")
     entries, notes = make_entries(args)
@@ -282,12 +287,12 @@ def main():
     job.before_2025 = args.format == "arena_hard_fastchat"
     to_judge = judging.commands(job)
     target.parent.mkdir(parents=True, exist_ok=True)
+    judging.write_settings(job)
     write = manifest.write_json if args.format == "alpaca_eval" else manifest.write_jsonl
     write(target, entries)
     print(f"wrote {len(entries)} answers of {args.generator} to {target}")
     for note, n in notes.items():
         print(f"note: {n} {note}")
-    judging.write_settings(job)
     print(f"{judging_cost(args, bench)}. To judge them:", *to_judge, sep="\n  ")
 
 

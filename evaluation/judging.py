@@ -66,6 +66,12 @@ class Judging:
         return self.answers.parent.resolve()
 
 
+def check_generator(name: str) -> None:
+    """Refuse a name that the packages could not make a file of."""
+    if not name.strip() or "/" in name:
+        raise UserError(f"--generator {name!r}: a name without a slash was expected")
+
+
 def quoted(*words: object) -> str:
     return shlex.join(map(str, words))
 

@@ -52,7 +52,7 @@ def read_questions(path: str) -> dict[int | str, dict]:
 
 
 def temperature_of(question: dict) -> float:
-    return TEMPERATURES.get(question.get("category"), 0.0)
+    return TEMPERATURES.get(str(question.get("category")), 0.0)
 
 
 def temperatures(path: str) -> list[float]:

@@ -26,7 +26,7 @@ from common import cli
 from common.cli import UserError, arg
 from common.manifest import write_json
 from common.records import finite
-from common.run_folder import RunFolder, read_object
+from common.run_folder import RunFolder, read_object, start_of
 from evaluation import metrics
 
 # What an iterate may be chosen by, best first: what is nearest to what one wants, and farthest from what
@@ -59,6 +59,12 @@ class Selection:
     min_gain: float = arg(
         0.0, "a later iterate must be better by more than this, in units of the measure, to be chosen"
     )
+
+    def __post_init__(self):
+        if self.max_kl is not None and not self.max_kl >= 0:
+            raise UserError(f"max_kl {self.max_kl:g}: nats were expected, 0 or more")
+        if self.min_gain is not None and not math.isfinite(self.min_gain):
+            raise UserError(f"min_gain {self.min_gain:g}: a number was expected")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -219,7 +225,7 @@ def select(
     """
     run = RunFolder(folder)
     models = {i: run.model(i) for i in run.iterations() if i}
-    models[0] = Path(metrics.settings_of(folder).get("model_name_or_path") or "-")
+    models[0] = Path(start_of(metrics.settings_of(folder)) or "-")
     iterates = measured(folder, gold_function)
     gone = {i: "its weights were removed" for i in models if run.pruned(i).exists()}
     choice = choose(iterates, rule, gone)
@@ -253,8 +259,16 @@ def current(folder: str | Path, made_of: str, gold_function: str | None = None) 
 
 
 def rule_of(folder: str | Path, given: dict | None = None) -> Selection:
-    """A run's setting `select`, with what is given in place of its own."""
-    return cli.build(Selection, (metrics.settings_of(folder).get("select") or {}) | (given or {}), "select")
+    """A run's setting `select`, with what is given in place of its own.
+
+    Raises:
+        UserError: loop.yaml cannot be read, or its rule is none.
+    """
+    settings = RunFolder(folder).settings
+    own = (cli.read_yaml(settings).get("select") if settings.is_file() else None) or {}
+    if not isinstance(own, dict):
+        raise UserError(f"select in {settings} is {own!r}: a mapping was expected, such as {{by: judge}}")
+    return cli.build(Selection, own | (given or {}), "select")
 
 
 def link(path: Path, model: Path):
@@ -273,6 +287,7 @@ def link(path: Path, model: Path):
         new.symlink_to(target)
         new.replace(path)  # a script that opens it meanwhile finds the one or the other
     except OSError as error:
+        new.unlink(missing_ok=True)
         print(f"note: no link {path} could be made ({error.strerror}); the model: {model}", flush=True)
 
 

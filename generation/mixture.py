@@ -85,9 +85,14 @@ def _with_K(parts, args):
                 f"the parts of --mixture have K {given} together and --K is {args.K}: give --K {given}"
             )
         return parts
+    if given >= args.K:
+        raise UserError(
+            f"the parts of --mixture have K {given} together, which leaves nothing of --K {args.K} for the "
+            f"{len(open_parts)} without a K: give another K"
+        )
     share, rest = divmod(args.K - given, len(open_parts))
     if rest or share < 1:
-        left = f"the {max(0, args.K - given)} responses that the others leave of " if given else ""
+        left = f"the {args.K - given} responses that the others leave of " if given else ""
         many = f"{len(open_parts)} parts"
         what = f"--temperature has {many}" if not args.mixture else f"--mixture has {many} without a K"
         raise UserError(
@@ -103,9 +108,22 @@ def check_parts(args: "SamplingArguments") -> None:
     for part in parts_of(args):
         if not 0 <= part.temperature < float("inf") or not 0 < part.top_p <= 1:
             raise UserError("--temperature must not be negative and --top_p must be above 0 and at most 1")
+        if part.top_k < -1:
+            raise UserError(f"--top_k {part.top_k}: a number of tokens was expected, or -1 for all")
         if part.temperature == 0 and part.K > 1:
             todo = f"give {'--K 1' if part.K == args.K else 'it K 1'} or a temperature"
             raise UserError(f"--temperature 0 is greedy, {part.K} equal responses: {todo}")
+
+
+def repeats_plain(parts: list[Part], system_prompt: str) -> bool:
+    """Whether a prompt whose own system turn is `system_prompt` would get the same responses twice: from a
+    part with it, and from one that has no system prompt and is equal else.
+    """
+    keys = [key for key in SETTINGS if key != "system_prompt"]
+    settings = {part.system_prompt: set() for part in parts}
+    for part in parts:
+        settings[part.system_prompt].add(tuple(getattr(part, key) for key in keys))
+    return not settings[system_prompt].isdisjoint(settings.get(None, ()))
 
 
 def sources(parts: list[Part]) -> list[dict]:

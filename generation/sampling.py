@@ -187,11 +187,18 @@ class Prompts:
 
     def _encode_under(self, system, record, plain):
         """Token ids of the prompt under a system prompt of the mixture."""
-        messages = [message for message in record["prompt"] if message["role"] != "system"]
-        messages = [{"role": "system", "content": system}, *messages]
+        rest = [message for message in record["prompt"] if message["role"] != "system"]
+        messages = [{"role": "system", "content": system}, *rest]
         ids = self.template.encode(messages, True, record.get("tools"))
-        if ids == plain:
+        if ids != plain:
+            return ids
+        if ids == self.template.encode(rest, True, record.get("tools")):
             raise UserError("the chat template leaves out the system prompt of a part of --mixture")
+        if mixture.repeats_plain(mixture.parts_of(self.args), system):
+            raise UserError(
+                "its own system turn is that of a part of --mixture, whose responses would be those of the "
+                "part without"
+            )
         return ids
 
     def _is_usable(self, record):

@@ -21,6 +21,7 @@ from common.functions import function_file
 from common.models import check_policy
 from dpo_iteration import arguments as dpo
 from dpo_iteration import memory
+from evaluation.select_iterate import Selection
 from generation import sampling
 from loop import changes, machines
 from loop.estimates import describe, parameters
@@ -89,6 +90,7 @@ def check_settings(plan: "Plan", found: Findings):
             f"eval_reward_model {', '.join(judges)} is what training is rewarded by: name another one, or "
             "leave it out"
         )
+    found.attempt(check_select, settings)
     found.attempt(trackers.check, settings.report_to, "report_to", trackers.FIGURES)
     groups = found.attempt(gpu_groups, settings) or []
     cpus = machines.cpus_of_a_machine()
@@ -96,6 +98,26 @@ def check_settings(plan: "Plan", found: Findings):
         found.problems.append(
             f"{len(groups)} generation processes a machine, and this job has {cpus} CPUs on one: give sbatch "
             "--cpus-per-task"
+        )
+
+
+def check_select(settings: LoopSettings):
+    """Refuse a rule for the iterate to keep that the run could not follow: it would be found out after the
+    first training.
+    """
+    rule = build(Selection, settings.select, "select")
+    lacks = {
+        "gold": ("gold_function", settings.gold_function),
+        "judge": ("eval_reward_model", settings.eval_reward_model),
+    }
+    key, value = lacks.get(rule.by, ("", True))
+    if not value:
+        raise UserError(f"select.by is {rule.by}, and {key} is not set: set it, or choose by another measure")
+    if rule.max_kl is not None and not settings.divergence:
+        raise UserError("select.max_kl needs the KL of each iterate: leave divergence: false out")
+    if getattr(settings, "stop_when", None) and settings.heldout_prompts is None:
+        raise UserError(
+            "stop_when needs held-out answers to measure by: name heldout_prompts, or leave it out"
         )
 
 

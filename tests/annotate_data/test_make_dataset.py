@@ -215,6 +215,24 @@ def test_what_cannot_be_read_is_counted(tmp_path, capsys, load):
 
 
 @pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [("rewarded", "num_tokens", [2**40, 1, 2, 3]), ("pairs", "chosen_index", "first")],
+)
+def test_a_value_that_no_column_can_hold_is_refused_and_nothing_left(tmp_path, name, field, value, load):
+    run = report_runs.make_run(tmp_path / "run", 1, prompts=6, evaluated=False)
+    choose(run, 1, run / "iter1/rewarded.jsonl")
+    path = run / f"iter1/{name}.jsonl"
+    rows = rows_of(path)
+    report_runs.write(path, [rows[0] | {field: value}, *rows[1:]])
+    with pytest.raises(UserError, match=r"iter1.parquet of the data set cannot hold .*; repair the record$"):
+        make("--run", run, "--output_dir", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    report_runs.write(path, rows)
+    make("--run", run, "--output_dir", tmp_path / "out")
+    assert len(load(tmp_path / "out", "answers")["train"]) == 6
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         ("--run RUN", "give --output_dir FOLDER, --push_dataset NAME, or both"),
@@ -234,7 +252,7 @@ def test_refusals(tmp_path, words, message):
     with pytest.raises(UserError, match=message):
         make(*words.replace("RUN", str(run)).replace("OUT", str(tmp_path / "out")).split())
     assert before == {path: path.stat().st_mtime_ns for path in (run / "iter1").rglob("*")}
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]  # no lock either
 
 
 @pytest.mark.parametrize("rich", [False, True], ids=["plain", "messages with more fields, and tools"])

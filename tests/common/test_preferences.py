@@ -57,6 +57,10 @@ KNOWN = {
         {"prompt": HH, "chosen": " four", "rejected": " five"},
         *("chosen and rejected", EARLIER, [" four", " five"], [1.0, 0.0]),
     ),
+    "hh with a prompt and whole dialogues": (
+        {"prompt": HH, "chosen": f"{HH} four", "rejected": f"{HH} five"},
+        *("chosen and rejected", EARLIER, ["four", "five"], [1.0, 0.0]),
+    ),
     "helpsteer2": (
         {"prompt": "2+2?", "response_1": "four", "response_2": "five", "preference_strength": -2},
         *("two responses", ASKED, ["four", "five"], [2.0, 0.0]),
@@ -150,6 +154,13 @@ WRONG = [
         "a number is read as preference_st",
     ),
     ({"instruction": "a", "input": "b", "chosen": "x", "rejected": "y"}, "join both in a column `prompt`"),
+    ({"question": "a", "context": "b", "chosen": "x", "rejected": "y"}, "`context` that belongs to its `q"),
+    (CHOSEN | {"prompt": " "}, "prompt: its last turn is empty"),
+    ({"chosen": ASKED + FIVE + FOUR, "rejected": ASKED + FOUR + FIVE}, "`chosen` ends with two turns of the"),
+    (
+        CHOSEN | {"chosen": [FOUR[0] | {"tool_calls": [{"function": {}}]}]},
+        "`chosen` ends with calls of tools",
+    ),
 ]
 
 
@@ -176,3 +187,10 @@ def test_rewarded_answers_stay_what_they_are(tmp_path):
     row = {"id": "x", "prompt": ASKED, "responses": ["four", "five"], "rewards": [1.0, 0.5], "chosen": 0}
     read_as, records = read_answers(write(tmp_path / "a.jsonl", [row]))
     assert read_as == REWARDED and list(records) == [row]
+
+
+def test_a_field_of_ours_in_another_meaning_is_left_out(tmp_path):
+    """Pairs would take their entries, one for each response."""
+    row = CHOSEN | {"stop_strings": 5, "response_sources": ["a"], "finish_reasons": [], "num_tokens": "x"}
+    [record] = read_answers(write(tmp_path / "a.jsonl", [row]))[1]
+    assert set(record) == {"id", "prompt", "responses", "rewards"}

@@ -2,10 +2,11 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
-from common.run_folder import RunFolder, is_evaluated, is_ppo, progress_of, read_object, warnings_of
+from common.run_folder import RunFolder, is_evaluated, is_ppo, progress_of, read_object, start_of, warnings_of
 
 
 @pytest.fixture
@@ -67,3 +68,14 @@ def test_objects_and_settings(run, tmp_path):
         warnings_of(run.page).name == "index.warnings.json"
         and warnings_of(run.page).parent == run.page.parent
     )
+
+
+def test_a_relative_start_is_from_the_projects_folder(tmp_path, monkeypatch):
+    root = Path(__file__).resolve().parents[2]
+    monkeypatch.chdir(tmp_path)
+    assert start_of({"model_name_or_path": "tests/common"}) == str(root / "tests/common")
+    assert start_of({"model_name_or_path": "owner/model"}) == "owner/model"
+    assert start_of({"model_name_or_path": str(tmp_path)}) == str(tmp_path)
+    assert start_of({}) == start_of({"model_name_or_path": None}) == ""
+    (tmp_path / "tests/common").mkdir(parents=True)
+    assert start_of({"model_name_or_path": "tests/common"}) == "tests/common"

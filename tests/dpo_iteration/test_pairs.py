@@ -256,7 +256,8 @@ def test_without_rejected_the_best_is_taken_alone():
     assert chosen(record([1.0, 1.0]), min_margin=0.1) == "margin below min_margin: 0"
     assert chosen(record([3.0])) == [(0, 0.0)]  # K may be 1
     assert chosen(record([9.0, 1.0, 0.0], ["", "b", "c"])) == [(1, 1.0)]  # silence is not imitated
-    assert chosen(record([9.0, 1.0], ["", " "])) == "no response with text"
+    assert chosen(record([9.0, 1.0], ["", " "])) == "no response with text above the worst"
+    assert chosen(record([1.0, 0.0], ["", "the rejected one"])) == "no response with text above the worst"
     assert chosen(record([None, float("nan")])) == "no usable response: 2 reward not finite"
     short = record([2.0, 1.9], ["long answer", "short"])
     assert chosen(short, choose_type="max_min_p", length_penalty=0.1)[0][0] == 1
@@ -291,3 +292,10 @@ def test_nan_in_a_field_that_is_carried_names_the_record(tmp_path):
     path.write_text(json.dumps(record([1.0, 2.0], number=3) | {"id": "x", "weight": float("nan")}) + "\n")
     with pytest.raises(UserError, match=r"nan.jsonl record x holds NaN or infinity"):
         select_pairs([path])
+
+
+def test_a_record_does_not_weigh_its_own_pairs(tmp_path):
+    """`loss_weight` is train_weights' alone; a column of that name would be taken for it, text and all."""
+    path = write(tmp_path / "a.jsonl", [record([1.0, 2.0], loss_weight="high")])
+    assert "loss_weight" not in select_pairs([path]).pairs[0]
+    assert select_pairs([path], weights=[3.0]).pairs[0]["loss_weight"] == 3.0

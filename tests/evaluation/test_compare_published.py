@@ -183,6 +183,27 @@ def test_judgments_of_arena_hard_and_mt_bench(compare, run):
         compare(run)
 
 
+@pytest.mark.parametrize(
+    "held", ["", "{", "[]", '{"tasks": []}', '{"tasks": {"gsm8k": 5}}'], ids=["empty", "torn", *"lnf"]
+)
+def test_a_damaged_results_file_is_named_and_not_taken_for_none(compare, run, held):
+    [path] = run.rglob("results.json")
+    path.write_text(held)
+    with pytest.raises(UserError, match="results.json is damaged: delete it and start evaluate_benchmarks"):
+        compare(run, "--iterate", path.parents[1].name.removeprefix("iter"))
+
+
+def test_a_figure_that_is_no_number_is_missing(compare, run):
+    [path] = run.rglob("results.json")
+    held = json.loads(path.read_text())
+    held["tasks"] = {"gsm8k": {"exact_match,flexible-extract": None, "exact_match,strict-match": None}}
+    path.write_text(json.dumps(held))
+    told = compare(run, "--iterate", path.parents[1].name.removeprefix("iter"))
+    assert re.search("^missing: .*GSM8K", told, re.MULTILINE)
+    with pytest.raises(UserError, match="iter9 is not there"):
+        compare(run, "--iterate", "9")
+
+
 def test_the_error_over_questions_is_that_of_a_bootstrap():
     generator = np.random.default_rng(1)
     weights = generator.choice([2, 4, 6], 400)

@@ -110,6 +110,8 @@ def test_the_commands_of_an_iterate(planned, questions, tmp_path):
         ("--arena_hard {q}", "CLONE/data/arena-hard-v0.1/question.jsonl was expected"),
         ("--alpaca_eval {q} --generation.K 4", "--generation.K is decided here"),
         ("--alpaca_eval {q} --generation.Kk 4", "did you mean"),
+        ("--alpaca_eval {q} --generation.mixture [{{}}]", "--generation.mixture is decided here"),
+        ("--alpaca_eval {q} --generator a/b", "--generator 'a/b': a name without a slash"),
     ],
 )
 def test_refusals(planned, model, questions, tmp_path, words, named):

@@ -113,12 +113,20 @@ def test_turns_that_a_format_cannot_hold_are_refused_or_left_out(answered, expor
     assert "1 prompts of several turns left out" in told
 
 
+def test_a_number_of_another_tool_is_no_count_of_tokens(answered, export, tmp_path):
+    path, rows = answered
+    write(path, [row | {"num_tokens": 7} for row in rows])
+    assert "3 calls of the judge;" in export(path, tmp_path / "m.json", "alpaca_eval")
+
+
 @pytest.mark.parametrize(
     "change, kind, more, named",
     [
         ({"uid": None}, "arena_hard", "", "has no `uid`"),
         ({"uid": "same"}, "arena_hard", "", "stand twice"),
         ({"rewards": [None, None]}, "alpaca_eval", "--choose best", "no rewards to choose by"),
+        ({"num_tokens": 7}, "arena_hard", "", "record 1 has no `num_tokens`"),
+        ({}, "arena_hard", "--clone /nowhere", "no such settings of arena-hard-auto"),
         ({}, "alpaca_eval", "--output_dir x.jsonl", "ends in .json"),
         ({}, "alpaca_eval", "--generator a/b", "without a slash"),
         ({}, "alpaka_eval", "", "is not one of alpaca_eval"),

@@ -120,6 +120,7 @@ def test_a_runs_iterate_and_its_start(planned, tmp_path):
         (("--run", run), "--iterate is missing"),
         ((), "give --run FOLDER"),
         ((*model, "x:y"), "NAME:EXAMPLES"),
+        ((*model, "x:²"), "NAME:EXAMPLES"),
         ((*model, "humaneval"), "no task is left"),
     ):
         with pytest.raises(UserError, match=named):

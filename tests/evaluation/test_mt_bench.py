@@ -110,3 +110,7 @@ def test_refusals(start, tmp_path, change, named):
     questions = write(tmp_path / "question.jsonl", [QUESTIONS[1], QUESTIONS[0] | change])
     with pytest.raises(UserError, match=named):
         start(mt_bench, "--questions", questions, "--output_dir", tmp_path / "first_")
+
+
+def test_a_category_of_another_kind_is_sampled_as_the_others():
+    assert mt_bench.temperature_of({"category": ["writing"]}) == mt_bench.temperature_of({}) == 0.0

@@ -11,7 +11,7 @@ import pytest
 import report_runs
 
 from common.cli import UserError
-from evaluation.select_iterate import Selection, choose, measured, select
+from evaluation.select_iterate import Selection, choose, measured, rule_of, select
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLD, KL = (0.4, 0.9, 0.7, 0.3), (0.0, 4.0, 9.0, 30.0)
@@ -91,6 +91,37 @@ def test_what_is_given_stands_in_place_of_the_runs_own_rule(run):
         command = ["python", "evaluation/select_iterate.py", "--run", str(run), *given]
         said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         assert f"best: iterate {best}, by" in said
+
+
+def test_a_rule_that_is_none_is_refused(run):
+    held = json.loads((run / "loop.yaml").read_text())
+    wrong = {
+        "judge": r"select in .*loop.yaml is 'judge': a mapping was expected, such as {by: judge}",
+        "nan": "max_kl nan: nats were expected, 0 or more",
+        "endless": "min_gain inf: a number was expected",
+    }
+    rules = {"judge": "judge", "nan": {"max_kl": "nan"}, "endless": {"min_gain": "inf"}}
+    for name, message in wrong.items():
+        (run / "loop.yaml").write_text(json.dumps(held | {"select": rules[name]}))
+        with pytest.raises(UserError, match=message):
+            rule_of(run)
+    (run / "loop.yaml").write_text("select: {by:")  # torn: the run's own rule is not known
+    with pytest.raises(UserError, match="loop.yaml is not valid YAML"):
+        rule_of(run)
+
+
+def test_the_link_to_a_start_in_the_projects_folder_holds_from_any_folder(run, monkeypatch):
+    held = json.loads((run / "loop.yaml").read_text()) | {"model_name_or_path": "evaluation"}  # some folder
+    (run / "loop.yaml").write_text(json.dumps(held))
+    monkeypatch.chdir(run)
+    assert select(run, Selection(max_kl=0)).iterate == 0
+    assert (run / "best").resolve() == ROOT / "evaluation"
+
+
+def test_a_folder_in_the_links_place_is_left_and_nothing_beside_it(run, capsys):
+    (run / "best").mkdir()
+    select(run, Selection())
+    assert "no link" in capsys.readouterr().out and not (run / ".best.new").is_symlink()
 
 
 def test_an_iterate_without_weights_is_left_out(run):

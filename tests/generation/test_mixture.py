@@ -5,6 +5,7 @@ The oracle of a mixture is its parts, each sampled alone.
 
 import functools
 import json
+from types import SimpleNamespace
 
 import micro
 import pytest
@@ -68,7 +69,8 @@ def test_the_parts_share_out_K(given, wanted):
         ({"K": 7, "temperature": [1.0, 0.7]}, "2 parts, over which --K 7 cannot be shared out evenly"),
         ({"K": 1, "temperature": [1.0, 0.7]}, "--K 1 cannot be shared out evenly"),
         ({"K": 7, "mixture": [{"K": 4}, {"K": 4}]}, "K 8 together and --K is 7: give --K 8"),
-        ({"K": 8, "mixture": [{"K": 8}, {}]}, "the 0 responses that the others leave of --K 8"),
+        ({"K": 8, "mixture": [{"K": 8}, {}]}, "leaves nothing of --K 8 for the 1 without a K"),
+        ({"K": 8, "mixture": [{"K": 5}, {}, {}]}, "the 3 responses that the others leave of --K 8"),
         ({"K": 8, "mixture": [{"K": 0}, {}]}, "K below 1"),
         ({"mixture": [{"temprature": 1}]}, "part 1 of --mixture, did you mean 'temperature'"),
         ({"mixture": [{"temperature": "x"}]}, "temperature in part 1 of --mixture: 'x' is not a number"),
@@ -81,6 +83,7 @@ def test_the_parts_share_out_K(given, wanted):
         ({"temperature": [1.0, -1]}, "must not be negative"),
         ({"temperature": [1.0, 0.0]}, "0 is greedy, 4 equal responses: give it K 1"),
         ({"mixture": [{"top_p": 0}]}, "--top_p must be above 0"),
+        ({"mixture": [{"top_k": -5}]}, "--top_k -5: a number of tokens was expected"),
         ({"sampling_args": {"min_pp": 0.1}}, "vLLM has no 'min_pp' that is passed on, did you mean 'min_p'"),
         ({"sampling_args": {"n": 2}}, "may not hold n"),
     ],
@@ -162,6 +165,24 @@ def test_a_system_prompt_that_the_template_leaves_out_is_no_part(generate, tmp_p
     parts = json.dumps([{"K": 1}, {"K": 1, "system_prompt": "be odd"}])
     with pytest.raises(UserError, match="leaves out the system prompt of a part of --mixture"):
         generate("out", mixture=parts, chat_template=tmp_path / "t.jinja")
+
+
+def test_a_prompt_whose_own_system_turn_is_that_of_a_part(tmp_path):
+    """It is answered; where that would give the same responses twice it is left out, with that reason."""
+    path, system = tmp_path / "p.jsonl", {"role": "system", "content": "be odd"}
+    path.write_text(json.dumps({"prompt": [system, {"role": "user", "content": "Hi"}]}) + "\n")
+
+    def read(*parts):
+        args = of(dataset_name_or_path=str(path), output_dir="o", K=2, mixture=list(parts))
+        output = SimpleNamespace(done=set(), skip=lambda *_: None)
+        return sampling.Prompts(
+            args, ChatTemplate(engine_vocabulary()), output, None, sampling.load_prompts(args)
+        )
+
+    [item] = read({"system_prompt": "be odd"}, {"temperature": 0.5}).items
+    assert item.others["be odd"] == item.packed
+    with pytest.raises(UserError, match="its own system turn is that of a part of --mixture"):
+        read({"system_prompt": "be odd"}, {})
 
 
 def test_a_stop_string_ends_the_text_and_its_tokens_stay(generate, tmp_path):

@@ -467,6 +467,21 @@ def test_sets_on_the_hub_are_compared_by_a_start(given, monkeypatch):
     assert "to leave them out" in told[False][2] and len(told[False]) == 3
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"select": {"by": "judge"}}, "select.by is judge, and eval_reward_model is not set"),
+        ({"select": {"by": "gold"}}, "select.by is gold, and gold_function is not set"),
+        ({"select": {"max_kl": 5}, "divergence": False}, "select.max_kl needs the KL of each iterate"),
+        ({"select": {"max_kl": -1}}, "max_kl -1: nats were expected"),
+        ({"stop_when": "worse", "heldout_prompts": None}, "stop_when needs held-out answers"),
+    ],
+)
+def test_a_rule_that_the_run_could_not_follow(given, changes, named):
+    with pytest.raises(UserError, match=named):
+        checked(given() | changes)
+
+
 def test_what_the_run_decides_is_not_passed_over(given, capsys):
     """A seed or a folder in a section would change nothing, and another K in annotation would end the run
     behind an hour of sampling.
