@@ -36,7 +36,7 @@ SCRIPTS = [
     *("evaluation/export_answers.py", "evaluation/mt_bench.py"),
     *("evaluation/evaluate_benchmarks.sh", "evaluation/evaluate_judged.sh"),
     *("dpo_iteration/run_dpo.py", "ppo/train_ppo.py", "ppo/openrlhf/run_openrlhf.py"),
-    *(f"benchmarks/{name}.py" for name in ("annotation", "dpo", "generation", "memory")),
+    *(f"benchmarks/{name}.py" for name in ("annotation", "baselines", "dpo", "generation", "memory")),
 ]
 
 
