@@ -213,7 +213,7 @@ def test_one_loop_at_a_time(finished):
 def test_a_failing_stage_shows_its_log_and_how_to_continue(copy):
     failed = loop("--run_dir", copy, "--iterations", 4, "--stage", "4.train", "--stop_stage", "4.3")
     assert failed.returncode == 1
-    assert "error: no such rewarded file" in failed.stderr, failed.stderr
+    assert "error: no such file of rewarded answers" in failed.stderr, failed.stderr
     assert f"log: {copy}/iter4/logs/train.log" in failed.stderr
     assert "to continue: bash run_loop.sh" in failed.stderr
 
