@@ -110,9 +110,7 @@ def client() -> "httpx.AsyncClient":
     return httpx.AsyncClient(limits=limits, trust_env=False, timeout=None)
 
 
-async def ask(
-    session: "httpx.AsyncClient", url: str, body: dict | None = None, timeout: float = 10.0
-) -> Any:
+async def ask(session: "httpx.AsyncClient", url: str, body: dict | None = None, timeout: float = 10.0) -> Any:
     """GET, or POST `body` as JSON; the answer's JSON, None for an empty one.
 
     Raises:
