@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any fol
 from common.cli import UserError, one_line, parse, run
 from common.devices import check_processes, check_torch, prepare_threads
 from common.models import quiet_libraries
+from common.preferences import REWARDED
 from common.training import Training, is_main, remove_checkpoints, say, world_size
 from dpo_iteration import card
 from dpo_iteration.online_arguments import (
@@ -146,6 +147,7 @@ def save(online: "Online", policy: Training, state: Training, metrics: dict, sec
     counts = {"rounds": last_round(args), "records": total["prompts"], "train_pairs": total["pairs"]}
     counts |= {"eval_pairs": 0, "skipped": {"equal rewards": total["ties"]}, "responses_left_out": {}}
     dpo.train_dir = [str(RoundFolder(args, last_round(args) - 1).rewarded)]  # names what scored
+    counts["read_as"] = {dpo.train_dir[0]: REWARDED}
     metrics = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
     card.make_card(dpo, policy.settings, counts, metrics, world_size()).save(policy.folder / "README.md")
     policy.finish(
