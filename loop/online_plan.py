@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
-from common.cli import UserError, arg, build, count, run
+from common.cli import UserError, arg, build, count, run, shaping_defaults
 from dpo_iteration import arguments as dpo
 from dpo_iteration import memory, online_arguments
 from dpo_iteration.online_arguments import OWN, memory_folder
@@ -148,9 +148,8 @@ class OnlinePlan(Plan):
     def trained(self) -> dict:
         return super().trained() | {"online": self.online()}
 
-    def shaping_training(self, section: str) -> set[str]:
-        script = online_arguments.Arguments if section == "online" else dpo.Arguments
-        return {f.name for f in dataclasses.fields(script) if f.metadata["shapes"]}
+    def shaping_training(self, section: str) -> dict:
+        return shaping_defaults(online_arguments.Arguments if section == "online" else dpo.Arguments)
 
     def values(self, stages: list[str]) -> list[tuple[str, object]]:
         gpus = self.training_gpus()
