@@ -36,7 +36,8 @@ def finished(built, tmp_path_factory):
     settings = [*data, *sizes.split(), *small.split(), "--server_port", faults.free_ports()]
     run = folder / "run"
     driver = faults.begin(command("--run_dir", run, *settings))
-    faults.wait_for(lambda: len(rounds_of(run)) >= 1 or driver.poll() is not None, 600)
+    saved = "online/checkpoint-*/trainer_state.json"  # written last, behind the round's line in its log
+    faults.wait_for(lambda: list(run.glob(saved)) or driver.poll() is not None, 600)
     assert faults.kill(driver, whole=False)  # trainer and servers go on without it
     assert faults.started_by(run, "run_online.py")
     end = drive("--run_dir", run, *settings)
