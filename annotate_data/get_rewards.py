@@ -291,19 +291,27 @@ def run_scorer(
         how = f"{', '.join(map(str, facts.values()))}, at most {scorer.max_length} tokens"
     if world.rank == 0:
         print(f"scoring {sum(left)} records with {scorer.name} on {world.size} × {how}", flush=True)
-        for job in jobs:
-            if not job.output.complete and not job.output.done:
-                job.output.append({"id": STARTED})
-    world.gather()
-    bar = progress.Progress(sum(left), "rewards", "records", enabled=world.rank == 0)
-    started = time.monotonic()
-    score(scorer, number, jobs, world, size, bar)
+    seconds = score_left(scorer, number, jobs, world, size)
     if facts:
         facts["shared_prompts"] = scorer.before is not None
     world.together(scorer.unload)
     responses = sum(n * job.K for n, job in zip(left, jobs, strict=True))
+    return sum(left), responses, seconds, facts
+
+
+def score_left(scorer: Scorer, number: int, jobs: list[Job], world: World, size: int) -> float:
+    """Score what scorer `number`, which is loaded, has left; returns the seconds."""
+    if world.rank == 0:
+        for job in jobs:
+            if not job.output.complete and not job.output.done:
+                job.output.append({"id": STARTED})
+    world.gather()
+    left = sum(job.N - sum(job.flags(number)) for job in jobs)
+    bar = progress.Progress(left, "rewards", "records", enabled=world.rank == 0)
+    started = time.monotonic()
+    score(scorer, number, jobs, world, size, bar)
     bar.close()
-    return sum(left), responses, time.monotonic() - started, facts
+    return time.monotonic() - started
 
 
 def check_files(args: Arguments) -> list[tuple[str, Path]]:

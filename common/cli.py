@@ -111,6 +111,21 @@ def parse_jobs(cls, description: str, argv: list[str] | None = None) -> list:
     return jobs
 
 
+def read_section(cls: type, config: str, values: dict, without: typing.Iterable[str] = ()) -> typing.Any:
+    """An instance of `cls` from a YAML file or a section of one, with `values` in place of some of its keys;
+    those in `without` are passed over.
+
+    Raises:
+        UserError: as `parse`.
+    """
+    mappings = _read_config(cls, config)
+    if len(mappings) > 1:
+        raise UserError(f"{config} names {len(mappings)} sections, one was expected")
+    [(place, mapping)] = mappings
+    taken = {key: value for key, value in mapping.items() if key not in without}
+    return build(cls, taken | values, place)
+
+
 def _read_command_line(cls, description, argv, yaml_positional, per_job=()):
     """(positional YAML or None, {key: converted value}, list of (mapping, key, value) of dotted keys).
 

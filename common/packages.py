@@ -6,9 +6,9 @@ import re
 # What a script may miss when it is started in another environment than its own.
 REQUIRED = (
     "accelerate",
-    "aiohttp",
     "datasets",
     "deepspeed",
+    "httpx",
     "huggingface_hub",
     "jinja2",
     "numpy",

@@ -5,6 +5,7 @@
     RUN/metrics.json, .csv            a row for each policy
     RUN/best, best.json               link to the model of the policy to keep, and why it is that one
     RUN/report/index.html             the page
+    RUN/online/                       of run_online.sh: its rounds, checkpoints, and rounds.jsonl, their log
     RUN/iterI/generated.jsonl         responses of policy I-1, which policy I is trained on
     RUN/iterI/rewarded.jsonl          the same with rewards
     RUN/iterI/pairs.jsonl             what was chosen of them
@@ -20,6 +21,7 @@ holds them together. Only the standard library is imported.
 
 import json
 import math
+from collections.abc import Container
 from pathlib import Path
 
 STEPS = ("sample", "annotate", "measure", "train")  # of policy I; the last one makes policy I+1
@@ -47,7 +49,7 @@ def read_object(path: str | Path, missing: list | None = None, what: str = "") -
     return {}
 
 
-def is_ppo(settings: dict) -> bool:
+def is_ppo(settings: Container[str]) -> bool:
     """Whether loop.yaml's settings are those of run_ppo.sh."""
     return "ppo" in settings or "backend" in settings
 
@@ -59,6 +61,11 @@ def start_of(settings: dict) -> str:
     name = str(settings.get("model_name_or_path") or "")
     inside = Path(__file__).resolve().parents[1] / name
     return str(inside) if name and not Path(name).exists() and inside.is_dir() else name
+
+
+def kind_of(settings: Container[str]) -> str:
+    """Which driver loop.yaml's settings, or their keys, are of: ppo, online, or dpo for run_loop.sh."""
+    return "ppo" if is_ppo(settings) else "online" if "online" in settings else "dpo"
 
 
 def is_evaluated(settings: dict) -> bool:
@@ -130,6 +137,15 @@ class RunFolder:
     def page(self) -> Path:
         return self.path / "report" / "index.html"
 
+    @property
+    def online(self) -> Path:
+        """The rounds and checkpoints of run_online.sh."""
+        return self.path / "online"
+
+    @property
+    def rounds_log(self) -> Path:
+        return self.online / "rounds.jsonl"
+
     def iteration(self, i: int) -> Path:
         return self.path / f"iter{i}"
 
@@ -169,7 +185,11 @@ class RunFolder:
     def last_written(self) -> float | None:
         """When a log, a partial output or the list of steps was written last, seconds since 1970."""
         patterns = ("logs/*", "*.partial", "shards/*.partial", "metrics.json", "model.log.jsonl")
-        paths = [self.stages, *(path for pattern in patterns for path in self.path.glob(f"iter*/{pattern}"))]
+        paths = [
+            self.stages,
+            self.rounds_log,
+            *(path for pattern in patterns for path in self.path.glob(f"iter*/{pattern}")),
+        ]
         return max((time for path in paths if (time := written_at(path)) is not None), default=None)
 
     def logs(self, i: int) -> Path:

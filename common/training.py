@@ -76,6 +76,7 @@ class Training:
         checkpoint_settings: JSON values that a checkpoint cannot be continued with others of (the number of
             processes, whose optimizer states it holds); a finished model does not depend on them.
         find_checkpoints: function that lists whole checkpoints, oldest first; None: those in `folder`.
+        otherwise: what to do where other settings made what is there, for messages.
     """
 
     folder: str | Path
@@ -85,6 +86,7 @@ class Training:
     overwrite: bool = False
     checkpoint_settings: dict | None = None
     find_checkpoints: Callable[[], list[Path]] | None = None
+    otherwise: str = "choose another --output_dir or give --overwrite"
 
     def __post_init__(self):
         self.folder = Path(self.folder)
@@ -120,10 +122,7 @@ class Training:
             changed = self._changed_for_checkpoints(manifest)
         if changed:
             state = "complete" if complete else "half done"
-            raise UserError(
-                f"{folder} is {state} with other settings: {changed}; choose another --output_dir or give "
-                "--overwrite"
-            )
+            raise UserError(f"{folder} is {state} with other settings: {changed}; {self.otherwise}")
         return complete
 
     def _changed_for_checkpoints(self, manifest: dict) -> str | None:

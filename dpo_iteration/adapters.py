@@ -157,14 +157,12 @@ def keep_fp32(trainer: "DPOTrainer"):
                 parameter.data = parameter.data.float()
 
 
-def save(trainer: "DPOTrainer", args: "Arguments"):
-    """Write the adapter to OUTPUT_DIR/adapter and the policy with the adapter merged to OUTPUT_DIR; on all
-    ranks.
+def save(trainer: "DPOTrainer", args: "Arguments", folder: Path):
+    """Write the adapter to `folder`/adapter and the policy with the adapter merged to `folder`; on all ranks.
 
     One rank holds the whole policy in memory once more, in the dtype in which it came (fp32 where bf16 is
     off).
     """
-    folder = Path(trainer.args.output_dir)
     trainer.save_model(str(folder / FOLDER), _internal_call=True)  # gathers what ZeRO-3 has cut up
     if not trainer.args.should_save:
         return

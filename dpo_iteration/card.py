@@ -127,7 +127,7 @@ def command(argv: list[str], before: list[str] = ()) -> str:
     words = [re.sub(r"^--hub_token=.*", "--hub_token=…", word) for word in argv[1:]]
     words = ["…" if before == "--hub_token" else word for before, word in zip(["", *words], words)]
     return (
-        shlex.join([*before, "dpo_iteration/run_dpo.py", *words])
+        shlex.join([*before, f"dpo_iteration/{Path(argv[0]).name}", *words])
         .replace("'…'", "…")
         .replace("'--hub_token=…'", "--hub_token=…")
     )

@@ -239,7 +239,7 @@ class Source:
         """
         folder, model = Path(trainer.args.output_dir), trainer.accelerator.unwrap_model(trainer.model)
         if args.use_peft:
-            adapters.save(trainer, args)
+            adapters.save(trainer, args, folder)
         else:
             if trainer.args.bf16 and not trainer.is_deepspeed_enabled:
                 model.to(torch.bfloat16)

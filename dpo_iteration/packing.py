@@ -152,22 +152,33 @@ class Steps:
                 yield [(*pair, *mean) for pair in scaled or [(least, 0.0)]]
 
 
-def batches(args: Arguments, rows: dict, per_step: int) -> tuple[bool, dict]:
-    """(whether prompts are shared, {split: Steps, or None where TRL makes the batches}); says which
-    computation it is.
+def computation(args: Arguments) -> tuple[str, bool]:
+    """(why batches and loss are TRL's own, empty where they are ours; whether prompts are shared); says so.
+
+    Raises:
+        UserError: what was asked for cannot be.
     """
     experts = args.router_aux_loss_coef != 0 and models.has_auxiliary_loss(args)
     padded = reason_for_trl(args) or ("its mixture of experts has an auxiliary loss" if experts else "")
     if padded:
         refuse_padded(args, padded)
         say(f"note: padded batches and TRL's own loss: {padded}")
-        return False, {"train": None, "eval": None}
+        return padded, False
     against = "" if args.share_prompts is False else models.reason_against_sharing(args)
     if against and args.share_prompts:
         raise UserError(f"--share_prompts true: this model cannot share prompts, {against}")
-    sharing = args.share_prompts is not False and not against
     if against:
         say(f"note: padded batches: the model cannot share prompts, {against}")
+    return "", args.share_prompts is not False and not against
+
+
+def batches(args: Arguments, rows: dict, per_step: int) -> tuple[bool, dict]:
+    """(whether prompts are shared, {split: Steps, or None where TRL makes the batches}); says which
+    computation it is.
+    """
+    padded, sharing = computation(args)
+    if padded:
+        return False, {"train": None, "eval": None}
     budget = row_tokens(args) if sharing else None
     steps, costs, tokens = {"train": None, "eval": None}, {}, {}
     for split in [split for split in rows if rows[split]]:
@@ -397,7 +408,7 @@ def check_packing(
                 later = torch.arange(1, length + 1, device=device).expand_as(padded["input_ids"])
                 again = of_responses(padded, score(model, padded | {"position_ids": later}))
                 moved += [one - other for one, other in zip(again, theirs, strict=True)]
-    distance, limit = _furthest(apart, moved, half, device)
+    distance, limit = furthest(apart, moved, half, device)
     if not distance <= limit:
         raise UserError(
             f"packed rows give log-probabilities of the {name} that differ from the padded ones by "
@@ -407,13 +418,16 @@ def check_packing(
     say(f"{name}: packing check passed, max difference {distance:.1e} per token (rounding: {limit:.1e})")
 
 
-def _furthest(apart, moved, half, device):
-    """(distance a token, what rounding explains) of the response whose first is largest by its second.
+def furthest(
+    apart: list[torch.Tensor], moved: list[torch.Tensor], half: bool, device: torch.device
+) -> tuple[float, float]:
+    """(distance a token, what rounding explains) of the response whose first is largest by its second. All
+    ranks call it.
 
     Args:
-        apart: for each response, [tokens] packed less padded log-probabilities.
-        moved: the same of padded passes whose positions differ by one.
-        half: see `check_packing`.
+        apart: for each response, [tokens] what log-probabilities differ by from those they should be.
+        moved: what rounding does to such: the same of padded passes whose positions differ by one.
+        half: whether anything of it was computed in bf16 or fp16.
     """
     moved = torch.cat([*moved, torch.zeros(0, device=device)])
     sums = torch.stack([moved.square().sum(), torch.tensor(float(len(moved)), device=device)])

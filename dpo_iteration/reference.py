@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,11 +72,11 @@ def compute_reference(
         say(f"no reference: the loss {' '.join(args.loss_type)} looks at none")
         return
     name, revision = models.reference_name(args)
-    deepspeed = config.deepspeed_plugin
+    deepspeed, passes = config.deepspeed_plugin, passes_of(args, config, sharing, tokenizer)
     about = {
         "dtype": str(models.weights_dtype(args, config)),
         "load_in_4bit": args.load_in_4bit,
-        "autocast": args.bf16 and not deepspeed,
+        "autocast": bool(passes.autocast),
         "ld_alpha": args.ld_alpha,
         "model_init_kwargs": {k: str(v) for k, v in (config.model_init_kwargs or {}).items()},
         "zero_stage": deepspeed.zero_stage if deepspeed else None,
@@ -92,13 +92,7 @@ def compute_reference(
         revision,
         reference_cache(args),
         about,
-        Passes(
-            row_tokens(args) if sharing else None,
-            args.per_device_train_batch_size,
-            tokenizer.pad_token_id or 0,
-            torch.bfloat16 if about["autocast"] else None,
-            args.ld_alpha,
-        ),
+        passes,
     )
     say(
         f"reference: {found} of {len(every)} pairs known from {reference_cache(args)}/{key}, "
@@ -206,6 +200,19 @@ class Passes:
     ld_alpha: float | None = None
 
 
+def passes_of(
+    args: Arguments, config: "DPOConfig", sharing: bool, tokenizer: "PreTrainedTokenizerBase"
+) -> Passes:
+    """How a training's reference is computed."""
+    return Passes(
+        row_tokens(args) if sharing else None,
+        args.per_device_train_batch_size,
+        tokenizer.pad_token_id or 0,
+        torch.bfloat16 if args.bf16 and not config.deepspeed_plugin else None,
+        args.ld_alpha,
+    )
+
+
 def add_reference(
     rows: list[dict],
     load: Callable[[], torch.nn.Module],
@@ -246,8 +253,8 @@ def add_reference(
     missing = (~logps.isfinite()).any(1).nonzero()[:, 0].tolist()
     if missing:
         progress = Progress(len(missing), "reference", "pairs", enabled=main)
-        computed = _compute([rows[i] for i in missing], load, passes)
-        for done, values in computed:  # values [missing, 2] on all ranks, those of `done` filled in
+        model, asked = load(), [rows[i] for i in missing]
+        for done, values in compute(model, asked, passes, check=True):
             at = [missing[i] for i in done]
             logps[at] = values[done]
             if not bool(logps[at].isfinite().all()):
@@ -259,13 +266,24 @@ def add_reference(
                 store.write({wanted[i]: tuple(logps[i].tolist()) for i in at})
             progress.update(len(done))
         progress.close()
+        let_go(getattr(model, "module", model))
+        del model
+        collect()
     for row, (chosen, rejected) in zip(rows, logps.tolist(), strict=True):
         row["ref_chosen_logps"], row["ref_rejected_logps"] = chosen, rejected
     return len(rows) - len(missing), key[0]
 
 
-def _compute(rows, load, passes):
-    """Yield (indices done since, [rows, 2] log-probabilities) now and then, on all ranks alike."""
+def compute(
+    model: torch.nn.Module, rows: list[dict], passes: Passes, check: bool
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Yield (indices done since, [rows, 2] log-probabilities of chosen and rejected) now and then, on all
+    ranks alike.
+
+    Args:
+        model: the reference as `ready` makes it.
+        check: hold the first packed row against padded passes, see `check_packing`.
+    """
     state, sharing = PartialState(), passes.row_tokens is not None
     costs = [len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows]
     # As many pairs together as are saved together; `Steps` shares each such step out among the processes.
@@ -273,7 +291,7 @@ def _compute(rows, load, passes):
         costs, SAVE_EVERY, passes.row_tokens, passes.at_once, state.num_processes, state.process_index
     )
     collate = collate_packed if sharing else PaddedCollator(passes.pad_token_id)
-    model, data, batches = load(), Rows(rows), iter(steps)
+    data, batches = Rows(rows), iter(steps)
     base = getattr(model, "module", model)  # in DeepSpeed's engine
 
     def batch_of(keys: list) -> dict:
@@ -285,7 +303,7 @@ def _compute(rows, load, passes):
     def casting() -> AbstractContextManager:
         return torch.autocast(state.device.type, passes.autocast) if passes.autocast else nullcontext()
 
-    if sharing:  # before the pass is paid for
+    if sharing and check:  # before the pass is paid for
         with casting():
             half = bool(passes.autocast) or base.dtype != torch.float32
             first = batch_of(next(iter(steps)))
@@ -306,10 +324,12 @@ def _compute(rows, load, passes):
                 if scale:  # a row without a pair holds another's
                     values[i, 0], values[i, 1] = chosen, rejected
         yield step, reduce(values, "sum")
-    let_go(base)
-    del model, base
+
+
+def collect():
+    """Give back what memory the models that are gone have held."""
     gc.collect()
-    if state.device.type == "cuda":
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 

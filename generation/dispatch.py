@@ -13,7 +13,7 @@ from common.cli import UserError
 from generation import sampling
 
 if TYPE_CHECKING:
-    import aiohttp
+    import httpx
 
 RETRIED = (408, 429)  # and all from 500 on
 PATIENCE = (429, 503)  # these may come with Retry-After
@@ -99,37 +99,48 @@ def pause(failures: int) -> float:
     return min(LONGEST_PAUSE, 0.25 * 2 ** min(failures, 10)) * random.uniform(0.5, 1.0)
 
 
-async def ask(
-    session: "aiohttp.ClientSession", url: str, body: dict | None = None, timeout: float = 10.0
-) -> Any:
-    """GET, or POST `body` as JSON; the answer's JSON.
+def client() -> "httpx.AsyncClient":
+    """Connections to servers, never through a proxy; a library that both environments have.
+
+    No kept connections: one that the server has closed meanwhile looks like a lost server.
+    """
+    import httpx
+
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    return httpx.AsyncClient(limits=limits, trust_env=False, timeout=None)
+
+
+async def ask(session: "httpx.AsyncClient", url: str, body: dict | None = None, timeout: float = 10.0) -> Any:
+    """GET, or POST `body` as JSON; the answer's JSON, None for an empty one.
 
     Raises:
         Failure: no connection, a timeout, 408, 429, 5xx, or an answer that is torn.
         UserError: another 4xx, with the server's own message.
     """
-    import aiohttp
+    import httpx
 
-    method, limit = ("GET" if body is None else "POST"), aiohttp.ClientTimeout(total=timeout)
+    method = "GET" if body is None else "POST"
     try:
-        async with session.request(method, url, json=body, timeout=limit) as response:
-            if response.status in RETRIED or response.status >= 500:
-                wait = response.headers.get("Retry-After", "") if response.status in PATIENCE else ""
-                wait = float(wait) if wait.isdecimal() else 0.0  # its other form, a date, is not heeded
-                raise Failure(f"HTTP {response.status}", busy=response.status == 429 or wait > 0, wait=wait)
-            if response.status >= 400:
-                said = " ".join((await response.text()).split())[:400]
-                raise UserError(f"{url} refuses the request (HTTP {response.status}): {said}")
-            return await response.json(content_type=None)
+        async with asyncio.timeout(timeout):
+            response = await session.request(method, url, json=body)
+        if response.status_code in RETRIED or response.status_code >= 500:
+            wait = response.headers.get("Retry-After", "") if response.status_code in PATIENCE else ""
+            wait = float(wait) if wait.isdecimal() else 0.0  # its other form, a date, is not heeded
+            busy = response.status_code == 429 or wait > 0
+            raise Failure(f"HTTP {response.status_code}", busy=busy, wait=wait)
+        if response.status_code >= 400:
+            said = " ".join(response.text.split())[:400]
+            raise UserError(f"{url} refuses the request (HTTP {response.status_code}): {said}")
+        return response.json() if response.content.strip() else None
     except TimeoutError:
         raise Failure(f"no answer within {timeout:.0f}s", lost=True) from None
-    except aiohttp.ClientError as error:
+    except httpx.HTTPError as error:
         raise Failure(str(error) or type(error).__name__, lost=True) from None
     except (ValueError, RecursionError):  # RecursionError: nested a thousand deep
         raise Failure("the answer is not JSON") from None
 
 
-async def served_model(session: "aiohttp.ClientSession", server: Server) -> tuple[str, str | None, int]:
+async def served_model(session: "httpx.AsyncClient", server: Server) -> tuple[str, str | None, int]:
     """(name, folder or hub name, tokens of context) of what a server serves."""
     try:
         card = (await ask(session, f"{server.url}/v1/models"))["data"][0]
@@ -138,7 +149,7 @@ async def served_model(session: "aiohttp.ClientSession", server: Server) -> tupl
         raise UserError(f"{server.url}/v1/models tells no model and max_model_len: no vLLM server?") from None
 
 
-async def agree(session: "aiohttp.ClientSession", servers: list[Server]) -> tuple[str, str | None, int]:
+async def agree(session: "httpx.AsyncClient", servers: list[Server]) -> tuple[str, str | None, int]:
     """What all servers serve; a UserError names the one that does not answer or differs."""
     answers = await asyncio.gather(*(served_model(session, s) for s in servers), return_exceptions=True)
     for server, answer in zip(servers, answers):

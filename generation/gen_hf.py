@@ -28,12 +28,13 @@ from common.cli import UserError, arg, count, parse, run
 from common.manifest import Output, beside, with_date, write_json
 from common.progress import Progress, duration
 from generation import get_hf2, sampling
-from generation.dispatch import Failure, Run, Server, agree, ask
+from generation.dispatch import Failure, Run, Server, agree, ask, client
 
 
 @dataclasses.dataclass(kw_only=True)
-class Arguments(sampling.SamplingArguments):
-    tokenizer: str = arg(help="the served model's tokenizer and generation config: hub name or folder")
+class ClientArguments:
+    """Where the servers are, and how they are asked."""
+
     ports: list[int] = arg([8000], "the servers' ports", shapes=False)
     hosts: list[str] = arg(["127.0.0.1"], "their machines: one for all, or one a port", shapes=False)
     concurrency: int = arg(
@@ -42,6 +43,11 @@ class Arguments(sampling.SamplingArguments):
     timeout: float = arg(1800.0, "seconds that one request may take", shapes=False)
     retries: int = arg(8, "how often one prompt may fail before the run ends", shapes=False)
     give_up_after: float = arg(120.0, "seconds of failures alone after which the run ends", shapes=False)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Arguments(sampling.SamplingArguments, ClientArguments):
+    tokenizer: str = arg(help="the served model's tokenizer and generation config: hub name or folder")
 
     shares_section = get_hf2.Arguments  # a YAML section may serve both scripts
 
@@ -67,7 +73,7 @@ async def check_tokenizer(work: Run, template: ChatTemplate, item: sampling.Item
         )
 
 
-def servers_of(args: Arguments) -> list[Server]:
+def servers_of(args: ClientArguments) -> list[Server]:
     """The servers; a UserError where their ports and hosts do not go together."""
     hosts = args.hosts * len(args.ports) if len(args.hosts) == 1 else args.hosts
     places = list(zip(hosts, args.ports))
@@ -78,7 +84,7 @@ def servers_of(args: Arguments) -> list[Server]:
     return [Server(f"http://{host}:{port}") for host, port in places]
 
 
-def check(args: Arguments):
+def check(args: ClientArguments):
     """A UserError where what is told of servers and client cannot work."""
     servers_of(args)
     if args.concurrency < 1 or args.timeout <= 0 or args.retries < 0 or args.give_up_after <= 0:
@@ -90,11 +96,7 @@ async def generate(args: Arguments):
     settings, inputs = sampling.shaping(args, "tokenizer")
     there = Path(args.output_dir).exists() and not args.overwrite
     records = [] if there else sampling.load_prompts(args)  # bad ones are refused before anything is written
-    import aiohttp
-
-    # No kept connections: one that the server has closed meanwhile looks like a lost server.
-    connector = aiohttp.TCPConnector(limit=0, force_close=True)
-    async with aiohttp.ClientSession(connector=connector) as session:
+    async with client() as session:
         try:
             model, root, limit = serves = await agree(session, servers)
             inputs["model"] = root or model

@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 
 # Files of a run, and the settings that they depend on, besides what they were made from.
 SAMPLED = ("model_name_or_path", "seed", "date")
+TRAINED = ("training_args", "ppo", "online", "evaluate_every", "reference", "train_on")
 DEPENDS = {
     "iter*/heldout_*.generated.jsonl": (*SAMPLED, "heldout_prompts", "heldout"),
     "iter*/generated.jsonl": (*SAMPLED, "generation"),
     "iter*/*rewarded.jsonl": ("reward_name_or_path", "annotation"),
     "iter*/*judged.jsonl": ("eval_reward_model", "eval_annotation"),
-    "iter*/model": ("model_name_or_path", "seed", "training_args", "ppo", "reference", "train_on"),
+    "iter*/model": ("model_name_or_path", "seed", *TRAINED),
 }
 ANEW = (
     "Start another run with --run_dir, or delete what is to be made anew (this output and what comes "

@@ -30,7 +30,8 @@ of_machines=()     # what accelerate is told of the others
 shards_everywhere=() # what starts all processes that generate; empty where this machine is all
 reward_models=()   # models that training is rewarded by
 judges=()          # and those that only judge the held-out answers
-prompt_sets=()     # all of them, for PPO
+prompt_sets=()     # all of them, for PPO and online training
+trainer_env=()     # what gives online training its GPUs; empty without any
 start_servers=() ask_servers=() stop_servers=() # of generation_backend servers
 problems=()        # what is wrong with the settings by themselves
 arguments=()       # what PLAN is called with
@@ -324,7 +325,7 @@ read_plan() { # PYTHON PLAN ARGUMENTS…: its lines KEY<TAB>VALUE into `plan`, a
   local lines key value
   lines="$("$1" "$2" values "${@:3}")" || exit
   # shellcheck disable=SC2034 # the driver reads them
-  gpu_groups=() each_gpu=() everywhere=() of_machines=() shards_everywhere=() reward_models=() judges=() prompt_sets=() start_servers=() ask_servers=() stop_servers=() problems=()
+  gpu_groups=() each_gpu=() everywhere=() of_machines=() shards_everywhere=() reward_models=() judges=() prompt_sets=() trainer_env=() start_servers=() ask_servers=() stop_servers=() problems=()
   while IFS= read -r value; do
     key="${value%%$'\t'*}" value="${value#*$'\t'}"
     case "$key" in
@@ -409,7 +410,7 @@ begin() { # PLAN ARGUMENTS…
   enter_rlhflow
   if [ -n "${plan[setup_command]:-}" ] && [ "$mode" = run ]; then
     waited bash -c "${plan[setup_command]}" || fail "the setup command failed: ${plan[setup_command]}"
-    [ "${plan[generation_backend]}" = engine ] || read_plan "$python" "$script" "${arguments[@]}" # servers fit the model
+    [ "${#start_servers[@]}" -eq 0 ] || read_plan "$python" "$script" "${arguments[@]}" # servers fit the model
   fi
 
   mode=count needed=()

@@ -9,7 +9,7 @@ from annotate_data.arguments import Arguments as RewardArguments
 from common import models, trackers
 from common.arguments import is_required
 from common.cli import UserError, arg, build
-from common.run_folder import is_ppo
+from common.run_folder import kind_of
 from dpo_iteration.arguments import Arguments as DPOArguments
 from evaluation.select_iterate import Selection
 from generation import get_hf2
@@ -145,17 +145,9 @@ class RunSettings:
 
 
 @dataclasses.dataclass(kw_only=True)
-class LoopSettings(RunSettings):
-    prompts: list[str] = arg(
-        help="prompt sets, one an iteration; with more iterations they are taken in turn"
-    )
-    iterations: int = arg(3, "iterations in all; a finished run can be given more")
-    reference: str = arg(
-        "initial",
-        "reference policy of the loss: the starting policy or the previous iterate",
-        ["initial", "previous"],
-    )
-    train_on: str = arg("new", "pairs of this iteration only, or of all so far", ["new", "all"])
+class DPOSettings(RunSettings):
+    """What the loop and an online run have: how DPO trains, which policies are kept, when to end."""
+
     training: str = arg("configs/training.yaml", "YAML of dpo_iteration/run_dpo.py")
     training_args: dict = arg(
         {}, "arguments that stand in place of that YAML's; --training_args.learning_rate 1e-6"
@@ -172,7 +164,24 @@ class LoopSettings(RunSettings):
     )
 
     sections = RunSettings.sections | {"training_args": DPOArguments}
-    elsewhere = dict.fromkeys(("backend", "ppo", "openrlhf"), "bash run_ppo.sh")
+
+
+@dataclasses.dataclass(kw_only=True)
+class LoopSettings(DPOSettings):
+    prompts: list[str] = arg(
+        help="prompt sets, one an iteration; with more iterations they are taken in turn"
+    )
+    iterations: int = arg(3, "iterations in all; a finished run can be given more")
+    reference: str = arg(
+        "initial",
+        "reference policy of the loss: the starting policy or the previous iterate",
+        ["initial", "previous"],
+    )
+    train_on: str = arg("new", "pairs of this iteration only, or of all so far", ["new", "all"])
+
+    elsewhere = dict.fromkeys(("backend", "ppo", "openrlhf"), "bash run_ppo.sh") | dict.fromkeys(
+        ("online", "evaluate_every", "sampling_gpus"), "bash run_online.sh"
+    )
 
 
 def decided(settings: RunSettings) -> Iterator[str]:
@@ -219,13 +228,20 @@ def refuse_other_kind(settings: RunSettings, before: dict):
     `before`: what RUN/loop.yaml holds.
 
     Raises:
-        UserError: it is of run_ppo.sh and `settings` of run_loop.sh, or the reverse.
+        UserError: it is of another driver than `settings` are of.
     """
-    held, names = is_ppo(before), {True: "PPO (run_ppo.sh)", False: "DPO (run_loop.sh)"}
-    if before and held != hasattr(settings, "backend"):
+    now, names = (
+        kind_of(settings.__dataclass_fields__),
+        {
+            "ppo": "PPO (run_ppo.sh)",
+            "online": "online DPO (run_online.sh)",
+            "dpo": "DPO (run_loop.sh)",
+        },
+    )
+    if before and kind_of(before) != now:
         raise UserError(
-            f"{settings.run_dir} holds a run of {names[held]}, this would be one of {names[not held]}: give "
-            "another --run_dir"
+            f"{settings.run_dir} holds a run of {names[kind_of(before)]}, this would be one of {names[now]}: "
+            "give another --run_dir"
         )
 
 

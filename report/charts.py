@@ -41,6 +41,23 @@ PPO_CURVES = (
     ("kl_coef", "KL coefficient"),
 )
 
+ROUND_CURVES = (  # title, {name of a line: its value of an entry of rounds.jsonl}
+    (
+        "reward of the sampled answers",
+        {"mean": lambda e: e.get("reward"), "best of K": lambda e: e.get("best")},
+    ),
+    ("length, tokens", {"length": lambda e: e.get("length")}),
+    ("share of prompts whose answers tied", {"ties": lambda e: e["ties"] / e["prompts"]}),
+    ("rounds behind", {"staleness": lambda e: e.get("staleness")}),
+    (
+        "share of time that waited",
+        {
+            "trainer": lambda e: e["seconds"].get("waiting", 0.0) / e["seconds"]["all"],
+            "servers": lambda e: max(0.0, 1 - e["seconds"].get("sampling", 0.0) / e["seconds"]["all"]),
+        },
+    ),
+)
+
 
 def number(value: object) -> float | None:
     """A float short enough for a page; None where it is not finite."""
@@ -291,6 +308,23 @@ def ppo_curve(tables: list, key: str, title: str) -> dict | None:
     return chart(f"ppo_{key}", f"PPO: {title}", title, "rollout", traces, "ppo_log", **zero)
 
 
+def round_curve(tables: list, title: str, lines: dict[str, Callable]) -> dict | None:
+    """Figures of each round of online training."""
+    traces, several = [], len(tables) > 1
+    for n, (run, *_) in enumerate(tables):
+        for k, (name, value) in enumerate(lines.items()):
+            points = []
+            for entry in run.rounds:
+                try:
+                    points.append((entry["round"] + 1, value(entry)))
+                except (KeyError, ZeroDivisionError, TypeError):  # of another version, or damaged
+                    continue
+            color = {"color": n * len(lines) + k}
+            traces.append(line(thin(points), label(run, name, several), color, mode="lines"))
+    key = f"round_{'_'.join(lines).replace(' ', '_')}"
+    return chart(key, f"Online: {title}", title, "round", traces, "rounds_log")
+
+
 def seconds(tables: list[tuple]) -> dict | None:
     """Working and waiting seconds of each step."""
     names, columns = [], {"working": [], "waiting": [], "not known": []}
@@ -351,6 +385,7 @@ CHARTS = (  # section, what makes a chart of the tables, or None where nothing o
     ("pairs", histograms),
     *(("training", lambda tables, one=one: dpo_curve(tables, *one)) for one in DPO_CURVES),
     *(("training", lambda tables, one=one: ppo_curve(tables, *one)) for one in PPO_CURVES),
+    *(("training", lambda tables, one=one: round_curve(tables, *one)) for one in ROUND_CURVES),
     ("time", seconds),
 )
 

@@ -174,6 +174,13 @@ DEFINITIONS = {
         "losses of policy and critic, the variance of returns that the critic explains, and how far the "
         "engine that sampled is off the trainer with the same weights (nats per token).",
     ),
+    "rounds_log": Figure(
+        "rounds of online training",
+        "One point a round (online/rounds.jsonl): rewards and length of the answers that it trained on, "
+        "prompts whose answers all had one reward, how many rounds the weights that sampled were behind, the "
+        "share of the round in which the trainer waited for answers, and that in which the servers sampled "
+        "none.",
+    ),
     "step": Figure(
         "step",
         "What is done with a policy, in turn: sample (its held-out answers and the responses that the next "

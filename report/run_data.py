@@ -27,7 +27,8 @@ from common.hide import hidden
 from common.jsonl import BadRecord, jsonl_records
 from common.manifest import beside
 from common.records import finite, is_empty, read_rewarded
-from common.run_folder import KINDS, RunFolder, is_evaluated, is_ppo, read_object
+from common.run_folder import KINDS, RunFolder, is_evaluated, is_ppo, kind_of, read_object
+from dpo_iteration.rounds_log import read_log
 from evaluation.metrics import load_gold
 from report import clean
 from report.state import iterations_of
@@ -126,6 +127,7 @@ class Run:
     trainings: dict = field(default_factory=dict)
     steps: list = field(default_factory=list)  # that have finished, stages.jsonl
     made: dict = field(default_factory=dict)  # (policy, step) → manifests of what the step made
+    rounds: list = field(default_factory=list)  # of an online run, online/rounds.jsonl
     versions: dict = field(default_factory=dict)
     missing: list = field(default_factory=list)
 
@@ -305,6 +307,7 @@ def read_run(
         _read_iterate(run, files, i, gold_function, seed, keep, gold)
         if i:
             _read_training(run, files, i, seed, keep)
+    run.rounds = clean.as_log(read_log(files.rounds_log))
     for i, step in {(entry["policy"], entry["step"]) for entry in run.steps}:
         run.made[i, step] = manifests_of(files, i, step)
     for manifest in (one for made in run.made.values() for one in made):
@@ -365,6 +368,11 @@ def _read_training(run, files, i, seed, keep):
         ids = {record["id"] for record in training.answers.kept} if training.answers else set()
         training.pairs, training.margins, training.longer = read_pairs(files.pairs(i), i, ids)
     training.history = clean.as_log(_object(run, files.trainer_state(i)).get("log_history"))
+    if i > 1 and kind_of(run.settings) == "online":  # one training: what came before is the policy before's
+        before = clean.as_log(_object(run, files.trainer_state(i - 1)).get("log_history"))
+        last = max((entry["step"] for entry in before if finite(entry.get("step"))), default=0)
+        own = [entry for entry in training.history if finite(entry.get("step")) and entry["step"] > last]
+        training.history = [entry | {"step": entry["step"] - last} for entry in own]
     if files.ppo_log(i).is_file():
         training.ppo = clean.as_log(lines_of(files.ppo_log(i)))
     if training.answers or training.manifest or training.history or training.ppo:

@@ -19,7 +19,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import cli
 from common.cli import UserError
 from common.progress import duration, read_progress
-from common.run_folder import KINDS, RunFolder, is_evaluated, is_ppo, progress_of, read_object, written_at
+from common.run_folder import (
+    KINDS,
+    RunFolder,
+    is_evaluated,
+    is_ppo,
+    kind_of,
+    progress_of,
+    read_object,
+    written_at,
+)
 
 FRESH = 120  # seconds: a run whose lock cannot be seen (another machine) runs if something was written since
 TAIL = 65536  # bytes of a log that are looked at
@@ -80,13 +89,17 @@ def environments_in_work() -> str:
 def iterations_of(settings: dict) -> int:
     """Trainings of a run; 0 where the settings do not tell."""
     value = 1 if is_ppo(settings) else settings.get("iterations")
+    if kind_of(settings) == "online":
+        online, every = settings["online"], settings.get("evaluate_every")
+        rounds = online.get("rounds") if isinstance(online, dict) else None
+        value = -(-rounds // every) if isinstance(rounds, int) and isinstance(every, int) and every else 0
     return min(value, MOST_ITERATIONS) if isinstance(value, int) and value > 0 else 0
 
 
 def outputs_of(settings: dict, i: int) -> list[tuple]:
     """What policy i samples: (policy in whose folder, kind of held-out answers or None for responses)."""
     heldout = [(i, kind) for kind in KINDS] if is_evaluated(settings) else []
-    ahead = [(i + 1, None)] if i < iterations_of(settings) and not is_ppo(settings) else []
+    ahead = [(i + 1, None)] if i < iterations_of(settings) and kind_of(settings) == "dpo" else []
     return heldout + ahead
 
 

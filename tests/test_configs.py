@@ -1,5 +1,6 @@
 """Every YAML in configs/ against the script that reads it."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,10 @@ import yaml
 from annotate_data import get_rewards
 from common.cli import build, parse
 from dpo_iteration import arguments as dpo
+from dpo_iteration import online_arguments
 from evaluation import divergence
 from generation import gen_hf, mixture
+from loop.online_plan import OnlinePlan, OnlineSettings
 from loop.plan import Plan
 from loop.settings import LoopSettings
 from ppo.run import PPOPlan, PPOSettings
@@ -79,6 +82,26 @@ def test_a_ppo_config_is_accepted_as_it_is_read(path, monkeypatch):
     settings = parse(PPOSettings, "", [str(path), "--backend", "openrlhf" if "8b" in path.stem else "small"])
     assert settings.problems == []
     PPOPlan(settings).arguments()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("online_*.yaml")), ids=lambda p: p.stem)
+def test_an_online_config_is_accepted_and_read_again(path, tmp_path, monkeypatch):
+    """By the planner, by the script from the sections of its loop.yaml, and as a config once more."""
+    monkeypatch.chdir(ROOT)
+    plan = OnlinePlan(build(OnlineSettings, yaml.safe_load(path.read_text()), path.name))
+    args, resolved = plan.arguments(), plan.resolved()
+    assert plan.until(plan.settings.iterations) == args.rounds
+    again = OnlinePlan(build(OnlineSettings, yaml.safe_load(yaml.safe_dump(resolved)))).resolved()
+    assert again == resolved and not online_arguments.OWN.keys() & resolved["training_args"].keys()
+    (tmp_path / "loop.yaml").write_text(yaml.safe_dump(resolved))
+    sections = {
+        name: f"{tmp_path}/loop.yaml:{name}" for name in ("generation", "annotation", "training_args")
+    }
+    models = {"reward_name_or_path": plan.settings.reward_name_or_path}
+    parts = online_arguments.read_parts(dataclasses.replace(args, **sections, **models))
+    assert parts.training.max_steps == args.rounds * args.sync_every
+    assert parts.server_dtype == plan.generation()["dtype"]
+    assert f"configs/{path.name}" in path.read_text()
 
 
 def test_a_key_of_both_backends_takes_the_values_of_either(monkeypatch):

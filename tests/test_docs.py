@@ -10,8 +10,10 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 
 from common import cli
+from dpo_iteration import online_arguments
 from evaluation import compare_published
 from generation import get_hf2
+from loop.online_plan import OnlineSettings
 from loop.settings import LoopSettings
 from ppo.run import PPOSettings
 from report import make_report, watch
@@ -25,7 +27,7 @@ SUFFIXES = "md|py|sh|slurm|yaml|txt|toml|css|js|j2"
 # Names of what a run writes, and of what is the reader's own.
 NOT_OURS = ("tiny/built", "loop.yaml", "report/index", "my_", "mine/", "FILE.")
 # Those of RUN/loop.yaml.
-SECTIONS = ("generation", "heldout", "annotation", "eval_annotation", "training_args", "ppo")
+SECTIONS = ("generation", "heldout", "annotation", "eval_annotation", "training_args", "ppo", "online")
 
 # Scripts whose arguments are the dataclass `Arguments` of the module of that name.
 SCRIPTS = [
@@ -35,12 +37,19 @@ SCRIPTS = [
     *("evaluation/select_iterate.py", "evaluation/find_overlap.py"),
     *("evaluation/export_answers.py", "evaluation/mt_bench.py"),
     *("evaluation/evaluate_benchmarks.sh", "evaluation/evaluate_judged.sh"),
-    *("dpo_iteration/run_dpo.py", "ppo/train_ppo.py", "ppo/openrlhf/run_openrlhf.py"),
+    *(
+        "dpo_iteration/run_dpo.py",
+        "dpo_iteration/run_online.py",
+        "ppo/train_ppo.py",
+        "ppo/openrlhf/run_openrlhf.py",
+    ),
     *(f"benchmarks/{name}.py" for name in ("annotation", "baselines", "dpo", "generation", "memory")),
 ]
 
 
 def arguments_of(name):
+    if name == "dpo_iteration/run_online.py":
+        return online_arguments.Arguments
     return importlib.import_module(name.partition(".")[0].replace("/", ".")).Arguments
 
 
@@ -82,6 +91,7 @@ PARSERS = {
     "run_loop.sh": lambda argv: drive(LoopSettings, "configs/loop_llama3_8b.yaml", argv),
     "configs/loop.slurm": lambda argv: PARSERS["run_loop.sh"](argv),
     "run_ppo.sh": lambda argv: drive(PPOSettings, "configs/ppo_llama3_8b.yaml", argv),
+    "run_online.sh": lambda argv: drive(OnlineSettings, "configs/online_llama3_8b.yaml", argv),
     "configs/ppo.slurm": lambda argv: PARSERS["run_ppo.sh"](argv),
     "configs/train_multinode.slurm": lambda argv: PARSERS[SLURM](argv or ["configs/training.yaml"]),
     "generation/register_server.sh": register,
@@ -117,6 +127,7 @@ def started(line: str, settings: Path) -> list[tuple[str, list[str], list[str]]]
         name = word.removeprefix("./")
         if re.fullmatch(r"[\w/.-]+\.(py|sh|slurm)", name) and name != "envs.sh":
             driver = "ppo" if name in ("run_ppo.sh", "configs/ppo.slurm") else "loop"
+            driver = "online" if name == "run_online.sh" else driver
             rest = [f"configs/{driver}_tiny.yaml" if w == "CONFIG" else w for w in words[k + 1 :]]
             return [(name, rest, words[:k])]
     return []

@@ -2,7 +2,9 @@
 
 import functools
 
+import faults
 import micro
+import online
 import pytest
 import training
 
@@ -28,3 +30,12 @@ def train(work):
 def llama(tmp_path_factory) -> Shape:
     """The shape of Llama-3-8B."""
     return shape_of(training.save_config(tmp_path_factory.mktemp("llama"), **training.LLAMA_8B))
+
+
+@pytest.fixture(scope="session")
+def live_port(built, tmp_path_factory):
+    """The port of a real server of the tiny policy that takes new weights."""
+    port = faults.free_ports()
+    stop = online.start_server(tmp_path_factory.mktemp("servers"), port)
+    yield port
+    assert stop().returncode == 0

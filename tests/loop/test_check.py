@@ -397,16 +397,19 @@ def test_a_process_that_fails_is_told_at_once_and_the_others_go_on(tmp_path):
     assert "error: broken\nlog: 1.log" in done.stderr
 
 
-@pytest.mark.parametrize("script, given", [("loop/plan.py", "loop_tiny"), ("ppo/run.py", "ppo_tiny")])
+SETTINGS = [("plan", "loop_tiny"), ("online_plan", "online_tiny"), ("../ppo/run", "ppo_tiny")]
+
+
+@pytest.mark.parametrize("script, given", SETTINGS)
 def test_the_settings_are_read_with_nothing_but_pyyaml(script, given):
     """As a bare Python does before any environment is made."""
     program = (
         "import sys, runpy; sys.argv = sys.argv[1:]\n"
-        "heavy = {'numpy', 'torch', 'transformers', 'jinja2', 'aiohttp', 'datasets'}\n"
+        "heavy = {'numpy', 'torch', 'transformers', 'jinja2', 'httpx', 'datasets'}\n"
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
         "finally: print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
     )
-    command = [sys.executable, "-c", program, script, "values", f"configs/{given}.yaml"]
+    command = [sys.executable, "-c", program, f"loop/{script}.py", "values", f"configs/{given}.yaml"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stderr == "[]\n", done.stderr
 

@@ -1,0 +1,184 @@
+"""run_online.py with a real server: rounds in order, killed and continued, ahead by a round, by two
+processes; and what is refused in one line.
+"""
+
+import json
+import sys
+import time
+
+import faults
+import pytest
+import training
+from online import SCRIPT, argv, rounds_of
+from training import read_json, read_jsonl
+
+LAUNCH = [sys.executable, SCRIPT]
+
+
+def train(folder, port, *more, launcher=(), status=0, **settings):
+    """Run the training to its end; what it said."""
+    words = argv(folder, port, *more, **settings)
+    end = training.start(*words, launcher=launcher, status=status, script=SCRIPT)
+    return end.stdout + end.stderr
+
+
+def texts(folder):
+    """{file of answers: its bytes}."""
+    return {path.parent.name: path.read_bytes() for path in folder.glob("online/round_*/generated.jsonl")}
+
+
+@pytest.fixture(scope="module", params=[0, 1])
+def whole(request, live_port, tmp_path_factory):
+    """(staleness, folder of a training that nothing disturbed)."""
+    folder = tmp_path_factory.mktemp(f"staleness{request.param}")
+    train(folder, live_port, staleness=request.param)
+    return request.param, folder
+
+
+def test_each_round_trains_on_its_own_answers_by_the_weights_it_names(whole):
+    staleness, folder = whole
+    entries, prompts = rounds_of(folder), []
+    assert [entry["round"] for entry in entries] == [0, 1, 2, 3]
+    for number, entry in enumerate(entries):
+        version = max(0, number - staleness)
+        place = folder / "online" / f"round_{number:06}"
+        records = read_jsonl(place / "rewarded.jsonl")
+        assert {record["version"] for record in records} == {version} == {entry["version"]}
+        assert read_json(place / "probe.json")["version"] == version
+        prompts += [record["id"] for record in records]
+        rewards = [reward for record in records for reward in record["rewards"]]
+        assert entry["reward"] == pytest.approx(sum(rewards) / len(rewards), abs=1e-5)
+        pairs = read_jsonl(place / "pairs.jsonl")
+        assert entry["prompts"] == 10 and entry["pairs"] == len(pairs) == 10 - entry["ties"]
+        seconds = entry["seconds"]
+        parts = sum(seconds.get(k, 0) for k in ("waiting", "sending", "scoring", "reference", "training"))
+        assert parts == pytest.approx(seconds["all"], abs=0.1) and seconds["training"] > 0
+    assert len(prompts) == len(set(prompts)) == 40  # of 450: none twice
+    manifest = read_json(folder / "model.manifest.json")
+    assert manifest["complete"] and manifest["counts"]["train_pairs"] == sum(e["pairs"] for e in entries)
+    assert manifest["metrics"]["step"] == 8 and not list(folder.glob("online/checkpoint-*"))
+    assert entries[-1]["learning_rate"] < entries[1]["learning_rate"]  # one schedule over all rounds
+
+
+def killed(words, folder, rounds, seconds=0.0):
+    """Start a training, and kill -9 it so long after `rounds` rounds are in its log."""
+    process = faults.begin([*LAUNCH, *words])
+    faults.wait_for(lambda: len(rounds_of(folder)) >= rounds or process.poll() is not None)
+    time.sleep(seconds)
+    return faults.kill(process)
+
+
+def test_a_killed_training_ends_as_an_undisturbed_one(whole, live_port, tmp_path):
+    """The same answers and the same weights, also where it is made in two starts as run_online.sh does."""
+    staleness, undisturbed = whole
+    words = argv(tmp_path, live_port, staleness=staleness)
+    assert killed(words, tmp_path, 1, seconds=0.3)
+    train(tmp_path, live_port, "--until_round", 2, staleness=staleness)  # a policy on the way
+    assert len(rounds_of(tmp_path)) == 2
+    words[words.index("--output_dir") + 1] = f"{tmp_path}/last"
+    assert killed(words, tmp_path, 3)
+    end = training.start(*words, script=SCRIPT)
+    assert "continuing from" in end.stdout
+    assert texts(tmp_path) == texts(undisturbed)
+    apart = training.furthest(training.weights(tmp_path / "last"), training.weights(undisturbed / "model"))
+    assert apart <= 1e-6
+    assert [entry["round"] for entry in rounds_of(tmp_path)] == [0, 1, 2, 3]
+    again = training.start(*words, script=SCRIPT)
+    assert "is complete, nothing to do" in again.stdout
+
+
+@pytest.mark.long
+def test_two_processes_train_as_one(whole, live_port, tmp_path):
+    """ZeRO-2: scoring, reference and pairs are shared out, and the weights are those of one process."""
+    staleness, undisturbed = whole
+    if staleness:
+        pytest.skip("once is enough")
+    said = train(tmp_path, live_port, "--until_round", 2, launcher=training.launch("zero2"))
+    assert "round 2 of 4" in said
+    one = tmp_path / "one"
+    train(one, live_port, "--until_round", 2)
+    assert (
+        texts(tmp_path) == texts(one) == {k: v for k, v in texts(undisturbed).items() if k < "round_000002"}
+    )
+    apart = training.furthest(training.weights(tmp_path / "model"), training.weights(one / "model"))
+    assert apart <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"sync_every": 11}, "a step needs a pair"),
+        ({"staleness": 2}, "staleness"),
+        ({"rounds": 0}, "--rounds 0 must be at least 1"),
+        ({"prompts_per_round": 1000}, "the prompt sets hold 450 prompts, fewer than the 1000 of a round"),
+        ({"training": "loss_type: aot"}, "computes its losses itself"),
+        ({"training": "use_weighting: true"}, "computes its losses itself"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(built, tmp_path, change, said):
+    end = train(tmp_path, 1, status=2, **change)
+    assert end.count("error: ") == 1 and said in end and "Traceback" not in end, end
+
+
+def test_servers_elsewhere_and_none_are_refused(built, tmp_path):
+    end = train(tmp_path, 1, "--hosts", "10.0.0.1", status=2)
+    assert "has its servers on this machine" in end
+    end = train(tmp_path, faults.free_ports(), status=2)
+    assert "error: http://127.0.0.1:" in end and "Traceback" not in end
+
+
+def test_other_settings_and_other_answers_are_refused_by_name(whole, live_port, tmp_path):
+    staleness, folder = whole
+    end = train(folder, live_port, status=2, staleness=staleness, training="beta: 0.3")
+    assert "beta was 0.1 and is now 0.3" in end, end
+    if staleness:
+        return
+    for path in folder.glob("online/round_00000[01]/*"):  # the first rounds, of which one is another's
+        place = tmp_path / "online" / path.parent.name
+        place.mkdir(parents=True, exist_ok=True)
+        (place / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "online.manifest.json").write_bytes((folder / "online.manifest.json").read_bytes())
+    generated = tmp_path / "online" / "round_000000" / "generated.jsonl"
+    records = [record | {"version": 7} for record in read_jsonl(generated)]
+    generated.write_text("".join(json.dumps(record) + "\n" for record in records))
+    end = train(tmp_path, live_port, status=2)
+    assert "was sampled by version 7 of the weights, and round 0 trains on those of version 0" in end
+
+
+def test_pairs_of_a_round_are_laid_evenly_into_its_steps():
+    """Every pair is in one step; the steps' sizes differ by one at most; scales make a step's mean."""
+    from dpo_iteration.round_steps import RoundSteps
+
+    rows = training.make_rows(23)
+    given = {"costs": [0], "pairs_per_step": 10, "budget": 200, "at_once": 2, "processes": 2, "seed": 1}
+    ranks = [RoundSteps(**given, process=k, sync_every=3, take=lambda epoch: rows) for k in (0, 1)]
+    assert ranks[0].accumulation == 3
+    passes = [list(rank) for rank in ranks]
+    assert [len(one) for one in passes] == [9, 9] == [len(rank) for rank in ranks]
+    seen, sizes = [], []
+    for step in range(3):
+        inside = [key for rank in passes for row in rank[3 * step : 3 * step + 3] for key in row]
+        real = [(i, scale) for i, scale in inside if scale]
+        assert {scale for _, scale in real} == {6 / len(real)}  # 3 passes × 2 processes
+        seen += [i for i, _ in real]
+        sizes.append(len(real))
+    assert sorted(seen) == list(range(23)) and sorted(sizes) == [7, 8, 8]
+    other = RoundSteps(**given, sync_every=3, take=lambda epoch: rows)
+    other.set_epoch(1)
+    assert list(other) != passes[0]
+
+
+def test_prompts_are_taken_in_turn_each_pass_in_another_order(tmp_path):
+    from types import SimpleNamespace
+
+    from common.records import PromptArguments
+    from dpo_iteration.rounds import Prompts
+
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"question {i}", "id": i}) + "\n" for i in range(7)))
+    args = SimpleNamespace(prompts_per_round=3, seed=5, dataset_name_or_path=[str(path)])
+    prompts = Prompts(args, PromptArguments())
+    asked = [record["source_id"] for number in range(7) for record in prompts.of_round(number)]
+    orders = [asked[0:7], asked[7:14], asked[14:21]]
+    assert all(sorted(order) == list(range(7)) for order in orders) and len(set(map(tuple, orders))) == 3
+    assert [record["source_id"] for record in prompts.of_round(1)] == asked[3:6]  # also out of order

@@ -1,0 +1,124 @@
+"""The real thing: `bash run_online.sh configs/online_tiny.yaml` with real vLLM servers, killed once on its
+way, and what the driver refuses.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import faults
+import pytest
+from online import rounds_of
+
+from common.cli import UserError
+from loop import online_plan
+
+CONFIG = "configs/online_tiny.yaml"
+
+
+def command(*arguments, script="run_online.sh", config=CONFIG):
+    return [str(part) for part in ("bash", script, config, *arguments)]
+
+
+def drive(*arguments, **more):
+    """Run the driver to its end; returns the process."""
+    return faults.ended(command(*arguments, **more), 1500)
+
+
+@pytest.fixture(scope="module")
+def finished(built, tmp_path_factory):
+    """(folder of a run of three rounds whose driver was killed in the second, settings, what it printed)."""
+    folder = tmp_path_factory.mktemp("online")
+    data = faults.small_settings(folder)[:4]  # --prompts and --heldout_prompts
+    sizes = "--online.rounds 3 --online.prompts_per_round 8 --online.sync_every 2 --online.save_every 1"
+    small = "--evaluate_every 3 --generation.K 4 --generation.kv_cache_gib 0.25"
+    settings = [*data, *sizes.split(), *small.split(), "--server_port", faults.free_ports()]
+    run = folder / "run"
+    driver = faults.begin(command("--run_dir", run, *settings))
+    saved = "online/checkpoint-*/trainer_state.json"  # written last, behind the round's line in its log
+    faults.wait_for(lambda: list(run.glob(saved)) or driver.poll() is not None, 600)
+    assert faults.kill(driver, whole=False)  # trainer and servers go on without it
+    assert faults.started_by(run, "run_online.py")
+    end = drive("--run_dir", run, *settings)
+    assert end.returncode == 0, end.stdout[-2000:] + end.stderr[-3000:]
+    return run, settings, end.stdout
+
+
+def test_a_run_whose_driver_was_killed_ends_with_the_loops_table(finished):
+    run, _, output = finished
+    head, _, start, end = output[output.index("iterate  ") :].split("\n")[:4]
+    columns = "iterate,reward,best of K,greedy reward,gold,greedy gold,length,cut off,KL,seconds"
+    assert re.split(r"  +", head) == columns.split(",")
+    assert (start.split()[0], end.split()[0]) == ("0", "1") and "(K=4)" in end
+    entries = rounds_of(run)
+    assert [(entry["round"], entry["version"]) for entry in entries] == [(0, 0), (1, 1), (2, 2)]
+    assert "continuing from" in (run / "iter1/logs/train.log").read_text()
+    manifest = json.loads((run / "iter1/model.manifest.json").read_text())
+    assert manifest["complete"] and manifest["counts"]["rounds"] == 3
+    assert (run / "iter1/model/model.safetensors").read_bytes() != Path(
+        faults.ROOT, "tiny/built/policy/model.safetensors"
+    ).read_bytes()
+
+
+def test_nothing_is_left_behind(finished):
+    """No server, no trainer, no weights in memory, no checkpoint."""
+    from dpo_iteration.online_arguments import memory_folder
+
+    run = finished[0]
+    assert not faults.started_by(run) and not list((run / "servers").glob("*.server"))
+    assert not memory_folder(run / "online").exists() and not list(run.glob("online/checkpoint-*"))
+
+
+def test_the_page_shows_the_rounds(finished):
+    page = (finished[0] / "report/index.html").read_text(encoding="utf-8")
+    assert "share of time that waited" in page and "rounds of online training" in page
+
+
+def test_a_second_start_does_nothing_and_changes_are_refused_by_name(finished):
+    run, settings, output = finished
+    again = drive("--run_dir", run, *settings)
+    assert again.returncode == 0 and f"every stage of {run} is done" in again.stderr, again.stderr
+    assert output.endswith(again.stdout)
+    refused = drive("--run_dir", run, *settings, "--online.staleness", 1)
+    assert refused.returncode == 2 and "online.staleness was 0 and is now 1" in refused.stderr, refused.stderr
+    other = drive("--run_dir", run, script="run_loop.sh", config=faults.CONFIG)
+    assert other.returncode == 2 and "holds a run of online DPO (run_online.sh)" in other.stderr
+
+
+def test_the_plan_shares_the_gpus_out(built, tmp_path):
+    more = ("--run_dir", tmp_path / "run", "--dry_run", "--num_gpus", 8, "--gpu_memory_gib", 80)
+    planned = drive(*more, "--sampling_gpus", 6, "--generation.tensor_parallel_size", 2)
+    assert planned.returncode == 0, planned.stderr
+    start = re.findall(r"^env .*register_server.sh .*$", planned.stdout, re.MULTILINE)
+    assert len(start) == 3 and " servers=3 " in start[0] and " gpus=0,1,2,3,4,5 " in start[0]
+    assert " VLLM_SERVER_DEV_MODE=1 " in start[0] and "host=" not in start[0]
+    train = [line for line in planned.stdout.split("\n") if "dpo_iteration/run_online.py" in line]
+    assert [line.split("--until_round ")[1].split()[0] for line in train] == ["9", "18", "27"]
+    assert all(line.startswith("env CUDA_VISIBLE_DEVICES=6,7 accelerate launch") for line in train)
+    assert all("--num_processes 2 " in line and "--ports 8000 8001 8002 " in line for line in train)
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        (("--num_gpus", 1), "an online run needs two GPUs"),
+        (("--num_gpus", 4, "--sampling_gpus", 4), "some must sample and some must train"),
+        (("--training_args.num_train_epochs", 2), "an online run decides it; give online.rounds"),
+        (("--online.output_dir", "x"), "online.output_dir is what the run itself decides"),
+        (("--online.sync_every", 26), "a step needs a pair"),
+        (("--online.prompts_per_round", 700), "the prompt sets hold 675"),
+        (("--training_args.loss_type", "aot"), "computes its losses itself"),
+        (("--machines", 2), "an online run is for one machine"),
+        (("--generation_backend", "servers"), "evaluates by the engine"),
+        (("--iterations", 3), "a key of another kind of run: bash run_loop.sh"),
+        (("--online.rouns", 3), "did you mean '--online.rounds'?"),
+    ],
+)
+def test_what_cannot_work_is_refused(built, tmp_path, wrong, said, monkeypatch, capsys):
+    monkeypatch.chdir(faults.ROOT)
+    given = [CONFIG, "--run_dir", tmp_path / "run", "--gpu_memory_gib", 80, *wrong]
+    monkeypatch.setattr(sys, "argv", ["online_plan.py", "check", *map(str, given)])
+    with pytest.raises(UserError) as refused:
+        online_plan.main()
+    assert said in f"{refused.value}{capsys.readouterr().err}"
