@@ -234,6 +234,30 @@ def agreed_checkpoints(training: Training) -> list[Path]:
     return saved
 
 
+def continue_training(trainer: "IterativeDPOTrainer", saved: list[Path], for_room: str) -> dict:
+    """Train, from the newest of the checkpoints `saved` if there is one; the Trainer's metrics.
+
+    Args:
+        for_room: what to do where a GPU's memory is full.
+
+    Raises:
+        UserError: that, or a checkpoint that cannot be read.
+    """
+    if saved:
+        say(f"continuing from {saved[-1]}")
+    try:
+        return trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None).metrics
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise UserError(f"the GPU's memory is full ({one_line(error, 120)}): {for_room}") from None
+        if isinstance(error, UserError) or not saved or trainer.plain_log.stepped:
+            raise
+        raise UserError(
+            f"cannot continue from {saved[-1]}: {one_line(error)}; delete that folder to continue from the "
+            "one before it"
+        ) from error
+
+
 def train(trainer: "IterativeDPOTrainer", args: Arguments, training: Training, data: Data) -> dict:
     """Train, from the newest checkpoint if there is one, and evaluate; returns the metrics of the model."""
     from dpo_iteration.rows import show_pair
@@ -245,22 +269,8 @@ def train(trainer: "IterativeDPOTrainer", args: Arguments, training: Training, d
         "optimizer step"
     )
     saved = agreed_checkpoints(training)
-    if saved:
-        say(f"continuing from {saved[-1]}")
-    try:
-        metrics = trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None).metrics
-    except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":
-            raise UserError(
-                f"the GPU's memory is full ({one_line(error, 120)}): give gradient_checkpointing true, or a "
-                "lower max_row_tokens or max_length; --check true says what fits"
-            ) from None
-        if isinstance(error, UserError) or not saved or trainer.plain_log.stepped:
-            raise
-        raise UserError(
-            f"cannot continue from {saved[-1]}: {one_line(error)}; delete that folder to continue from the "
-            "one before it"
-        ) from error
+    room = "give gradient_checkpointing true, or a lower max_row_tokens or max_length"
+    metrics = continue_training(trainer, saved, f"{room}; --check true says what fits")
     # The Trainer counts passes as if each had per_device_train_batch_size pairs.
     pairs = len(rows["train"])
     before = step_of(saved[-1]) / -(-pairs // data.per_step) if saved else 0.0

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
-from common.cli import UserError, one_line, parse, run
+from common.cli import parse, run
 from common.devices import check_processes, check_torch, prepare_threads
 from common.models import quiet_libraries
 from common.preferences import REWARDED
@@ -45,7 +45,7 @@ from dpo_iteration.online_arguments import (
     refuse_going_back,
     state_of,
 )
-from dpo_iteration.run_dpo import agreed_checkpoints
+from dpo_iteration.run_dpo import agreed_checkpoints, continue_training
 from dpo_iteration.saved import check_saved
 
 if TYPE_CHECKING:
@@ -110,24 +110,10 @@ def train(online: "Online", state: Training) -> dict:
         f"rounds of {args.prompts_per_round} prompts and {args.sync_every} optimizer steps, up to round "
         f"{last_round(args)} of {args.rounds}, staleness {args.staleness}"
     )
-    if saved:
-        say(f"continuing from {saved[-1]}")
-    trainer = online.trainer
-    try:
-        metrics = trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None).metrics
-    except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":
-            raise UserError(
-                f"the GPU's memory is full ({one_line(error, 120)}), which here holds policy, reference and "
-                "reward models: take configs/zero3.yaml, a lower max_row_tokens or max_length"
-            ) from None
-        if isinstance(error, UserError) or not saved or trainer.plain_log.stepped:
-            raise
-        raise UserError(
-            f"cannot continue from {saved[-1]}: {one_line(error)}; delete that folder to continue from the "
-            "one before it"
-        ) from error
-    return metrics | {"loss": metrics["train_loss"]} | trainer.figures()
+    there = "policy, reference and reward models are in it"
+    room = f"{there}: take configs/zero3.yaml, a lower max_row_tokens or max_length"
+    metrics = continue_training(online.trainer, saved, room)
+    return metrics | {"loss": metrics["train_loss"]} | online.trainer.figures()
 
 
 def save(online: "Online", policy: Training, state: Training, metrics: dict, seconds: float):
