@@ -150,10 +150,10 @@ class LiveWeights:
         """
         folder = self.folder / f"version_{version:06}"
         write_weights(self.trainer, self.args, folder)
-        own, moved = own_log_probs(self.trainer, sequences)
-        known = sequences == self.sequences and any(not a.equal(b) for a, b in zip(own, self.own))
-        before = self.served if known else {}
         for attempt in (1, 2):
+            own, moved = own_log_probs(self.trainer, sequences)  # anew: either side may have been wrong
+            known = sequences == self.sequences and any(not a.equal(b) for a, b in zip(own, self.own))
+            before = self.served if known else {}
             served = self.on_main(lambda: self.reload(folder, sequences))
             wrong = self.compare(served, own, moved, before)
             if not wrong:
