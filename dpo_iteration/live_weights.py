@@ -33,9 +33,6 @@ if TYPE_CHECKING:
     from dpo_iteration.dpo import IterativeDPOTrainer
 
 COPIES = 2.2  # of the weights, for which it must have room: the old ones go when the new ones are served
-# In fp32 server and trainer may be so many times farther apart than two passes of one program: once they were
-# 0.0002 a token apart, where 0.000001 is usual.
-TWO_PROGRAMS = 8.0
 Values = list[list[float]]  # for each sequence the log-probability of every token but the first
 
 
@@ -182,7 +179,6 @@ class LiveWeights:
         for url, values in served.items():
             apart = [torch.tensor(a, device=b.device) - b for a, b in zip(values, own, strict=True)]
             distance, limit = furthest(apart, moved, self.half, self.trainer.args.device)
-            limit *= 1.0 if self.half else TWO_PROGRAMS
             self.figures[url] = (distance, limit)
             if not distance <= limit:
                 return (

@@ -66,7 +66,7 @@ def test_new_weights_arrive_whole(online):
         assert [path.name for path in online.live.folder.iterdir()] == [f"version_{version:06}"]
         [found] = live_servers.log_probs(online.live.servers, sequences).values()
         for values, expected in zip(found, in_float64(online, sequences), strict=True):
-            assert torch.tensor(values).sub(expected).abs().max() < 1e-3
+            assert torch.tensor(values).sub(expected).abs().max() < 2e-4
         assert online.live.still_held() == "" and online.live.version == version
 
 
