@@ -15,6 +15,7 @@ from common.manifest import difference, read_manifest, with_date
 from common.models import check_policy
 from common.training import Training, step_of, world_size
 from dpo_iteration import arguments as dpo
+from dpo_iteration import checks
 from dpo_iteration.losses import needs_rejected
 from generation import gen_hf, get_hf2, sampling
 
@@ -163,7 +164,7 @@ def read_parts(args: Arguments) -> Parts:
 
 def check_training(args: dpo.Arguments):
     """Refuse what run_dpo.py does and an online run does not."""
-    dpo.check(args)
+    checks.check(args)
     why = dpo.reason_for_trl(args)
     if why:
         raise UserError(f"online training computes its losses itself, and cannot here: {why}")

@@ -29,7 +29,8 @@ from common.cli import UserError
 from common.shared_prompts import Unsupported, is_rotary, own_attention, pack, packed_tokens, shared
 from common.training import say, world_size
 from dpo_iteration import models
-from dpo_iteration.arguments import Arguments, reason_for_trl, refuse_padded
+from dpo_iteration.arguments import Arguments, reason_for_trl
+from dpo_iteration.checks import refuse_padded
 
 IGNORED = -100
 # Of a pair, beside its tokens.

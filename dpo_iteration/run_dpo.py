@@ -30,7 +30,8 @@ from common.manifest import with_date
 from common.models import quiet_libraries
 from common.training import Training, is_main, say, step_of, world_size
 from dpo_iteration import fitting, hub, output
-from dpo_iteration.arguments import Arguments, accumulation, check, check_paths, halved, training_of, unit
+from dpo_iteration.arguments import Arguments, accumulation, halved, training_of, unit
+from dpo_iteration.checks import check, check_paths
 from dpo_iteration.losses import needs_rejected
 from dpo_iteration.pairs import Selection, select_pairs
 from dpo_iteration.saved import check_saved

@@ -20,7 +20,7 @@ from common.cli import count as counted
 from common.functions import function_file
 from common.models import check_policy
 from dpo_iteration import arguments as dpo
-from dpo_iteration import memory
+from dpo_iteration import checks, memory
 from evaluation.select_iterate import Selection
 from generation import sampling
 from loop import changes, machines
@@ -310,7 +310,7 @@ def check_training(plan: "Plan", method: str | None, found: Findings) -> dpo.Arg
     `method`: of spreading it over GPUs, as dpo_iteration/memory.py calls it.
     """
     settings, given = plan.settings, found.attempt(plan.training_of, 1)
-    args = given and found.attempt(dpo.arguments, given, settings.training)
+    args = given and found.attempt(checks.arguments, given, settings.training)
     if not args:
         return None
     if dpo.reason_for_trl(args):

@@ -8,8 +8,7 @@ import yaml
 
 from annotate_data import get_rewards
 from common.cli import build, parse
-from dpo_iteration import arguments as dpo
-from dpo_iteration import online_arguments
+from dpo_iteration import checks, online_arguments
 from evaluation import divergence
 from generation import gen_hf, mixture
 from loop.online_plan import OnlinePlan, OnlineSettings
@@ -33,7 +32,7 @@ def test_a_loop_config_is_accepted_by_every_stage(path, tmp_path, monkeypatch):
         "reward_name_or_path": plan.settings.reward_name_or_path,
     }
     build(get_rewards.Arguments, resolved["annotation"] | models)
-    dpo.arguments(plan.training_of(1))
+    checks.arguments(plan.training_of(1))
     (tmp_path / "loop.yaml").write_text(
         yaml.safe_dump(resolved)
     )  # every section is read by the scripts that are given it
@@ -141,7 +140,7 @@ TRAININGS = sorted(
 @pytest.mark.parametrize("path", TRAININGS, ids=lambda p: p.stem)
 def test_a_training_config_is_accepted_and_differs_from_the_recipe_where_it_says(path):
     recipe, values = (yaml.safe_load(p.read_text()) for p in (ROOT / "configs/training.yaml", path))
-    dpo.arguments(
+    checks.arguments(
         {"model_name_or_path": "a/b", "train_dir": "r.jsonl", "output_dir": "out"} | values, path.name
     )
     if path.stem in ("training_lora", "training_qlora"):

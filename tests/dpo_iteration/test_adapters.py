@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.cli import UserError
 from dpo_iteration import adapters
-from dpo_iteration.arguments import arguments
+from dpo_iteration.checks import arguments
 from dpo_iteration.fitting import METHODS
 
 LORA = "--use_peft true --lora_r 4 --lora_alpha 12 --learning_rate 2e-3 --max_steps 4"

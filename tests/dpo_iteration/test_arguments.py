@@ -13,7 +13,7 @@ import yaml
 from training import ROOT
 
 from common.cli import UserError, build, convert, parse
-from dpo_iteration import arguments, losses, packing, run_dpo, trl_arguments
+from dpo_iteration import arguments, checks, losses, packing, run_dpo, trl_arguments
 from dpo_iteration.arguments import Arguments
 
 
@@ -29,8 +29,8 @@ def files(tmp_path, monkeypatch):
 
 def checked(*argv):
     args = parse(Arguments, "", list(argv))
-    arguments.check(args)
-    arguments.check_paths(args)
+    checks.check(args)
+    checks.check_paths(args)
 
 
 def refusal(*argv):
@@ -74,7 +74,7 @@ def test_the_list_of_trls_settings_is_that_of_the_version_installed():
     theirs = {field.name: str(field.type) for field in dataclasses.fields(DPOConfig)}
     ours = {field.name for field in arguments.OURS}
     assert {*trl_arguments.NAMES} == theirs.keys() - ours
-    assert {*arguments.REFUSED} | trl_arguments.MIXED <= {*trl_arguments.NAMES}
+    assert {*checks.REFUSED} | trl_arguments.MIXED <= {*trl_arguments.NAMES}
     for name, hint in typing.get_type_hints(trl_arguments.TRLArguments).items():
         kind = next(kind for kind in typing.get_args(hint) if kind is not type(None))
         kind = (typing.get_origin(kind) or kind).__name__
@@ -116,7 +116,7 @@ def test_a_resolved_section_is_complete_and_resolves_to_itself():
     assert found.keys() == {field.name for field in arguments.OURS} - required | {"adam_beta1"}
     assert arguments.resolve(yaml.safe_load(yaml.safe_dump(found))) == found
     decided = {"model_name_or_path": "owner/model", "train_dir": "a.jsonl", "output_dir": "b"}
-    assert arguments.arguments(found | decided, "loop.yaml").beta == 0.2
+    assert checks.arguments(found | decided, "loop.yaml").beta == 0.2
 
 
 @pytest.mark.parametrize(
@@ -182,10 +182,10 @@ def test_what_cannot_work_is_refused(files, extra, message):
     assert message in refusal(*files, *extra.split())  # the later of two wins on a command line
 
 
-@pytest.mark.parametrize("key", arguments.REFUSED)
+@pytest.mark.parametrize("key", checks.REFUSED)
 def test_settings_of_trl_that_are_decided_here_are_refused_with_the_reason(files, key):
     given = '{"a":1}' if key == "deepspeed" else "4" if key.endswith("size") else "true"
-    assert f"--{key} is not taken here: {arguments.REFUSED[key]}" == refusal(*files, f"--{key}", given)
+    assert f"--{key} is not taken here: {checks.REFUSED[key]}" == refusal(*files, f"--{key}", given)
 
 
 def test_zero3_without_a_loadable_model_is_refused(files, monkeypatch):

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.chat import ChatTemplate
 from dpo_iteration import fitting, memory
-from dpo_iteration.arguments import arguments
+from dpo_iteration.checks import arguments
 from dpo_iteration.rows import PairTokenizer
 
 ONE = "--bf16 false --learning_rate 2e-3 --gradient_accumulation_steps 24 --max_steps 2 --eval_fraction 0.25"
