@@ -4,9 +4,12 @@ Weights of version k (the policy after k rounds) are written beside, renamed, an
 place. A probe follows: a server's log-probabilities of a few fixed sequences against the trainer's own for
 the same weights. What differs by more than rounding never samples: it is sent once more, then the run stops.
 A reload can fail without an error: vLLM keeps what a folder does not hold, such as an earlier version's head.
+
+Servers that share GPUs with the trainer sleep while it is at work, and wake to take weights.
 """
 
 import contextlib
+import gc
 import json
 import shutil
 from collections.abc import Callable
@@ -147,6 +150,7 @@ class LiveWeights:
         trainer: whose policy is sent. args: of the training.
         servers: on this machine. folder: where weights go.
         half: whether trainer or servers compute in half precision.
+        shared: whether the servers are on the GPUs that train, and asleep until they are sent weights.
 
     Attributes:
         version: rounds that the weights have learned from which the servers hold; None before the first.
@@ -154,9 +158,16 @@ class LiveWeights:
     """
 
     def __init__(
-        self, trainer: "IterativeDPOTrainer", args: Arguments, servers: list[Server], folder: Path, half: bool
+        self,
+        trainer: "IterativeDPOTrainer",
+        args: Arguments,
+        servers: list[Server],
+        folder: Path,
+        half: bool,
+        shared: bool = False,
     ):
         self.trainer, self.args, self.servers, self.folder, self.half = trainer, args, servers, folder, half
+        self.shared = shared
         self.version, self.sequences, self.figures = None, [], {}
         self.own, self.served = [], {}  # log-probabilities of `sequences`: the trainer's, and the servers'
 
@@ -172,6 +183,7 @@ class LiveWeights:
             own, moved = own_log_probs(self.trainer, sequences)  # anew: either side may have been wrong
             known = sequences == self.sequences and any(not a.equal(b) for a, b in zip(own, self.own))
             before = self.served if known else {}
+            self.make_room()
             served = self.on_main(lambda: self.reload(folder, sequences))
             wrong = self.compare(served, own, moved, before)
             if first:
@@ -180,6 +192,7 @@ class LiveWeights:
                 break
             first = own, served
             say(f"note: {wrong}; {'sent once more' if attempt == 1 else 'given up'}")
+            self.sleep()
         if wrong:
             raise UserError(
                 f"{wrong}, also after a second attempt: nothing is trained on its answers. Start the servers "
@@ -192,7 +205,11 @@ class LiveWeights:
                     shutil.rmtree(old, ignore_errors=True)
 
     def reload(self, folder: Path, sequences: list[list[int]]) -> dict[str, Values]:
+        if self.shared:
+            live_servers.wake(self.servers, live_servers.WEIGHTS)
         live_servers.reload_weights(self.servers, folder)
+        if self.shared:
+            live_servers.wake(self.servers, live_servers.CACHE)
         return live_servers.log_probs(self.servers, sequences)
 
     def compare(self, served: dict[str, Values], own: list, moved: list, before: dict[str, Values]) -> str:
@@ -220,6 +237,18 @@ class LiveWeights:
             if not worst <= ROUNDING[self.half]:
                 return f"{url} lost its weights while it sampled (log-probabilities moved by {worst:.2g})"
         return ""
+
+    def sleep(self):
+        """Have servers that share GPUs give back their memory, before the trainer takes it."""
+        if self.shared:
+            self.on_main(lambda: live_servers.sleep(self.servers))
+
+    def make_room(self):
+        """Give back what the trainer has of shared GPUs and does not use, before the servers wake."""
+        if self.shared:
+            gc.collect()
+            torch.cuda.empty_cache()  # does nothing without a GPU
+            self.trainer.accelerator.wait_for_everyone()
 
     def on_main(self, action: Callable) -> Any:
         """What `action()` returns on rank 0, on all ranks; its UserError too."""

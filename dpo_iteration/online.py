@@ -78,7 +78,9 @@ class Online:
         self.log = Log(Path(args.rounds_dir) / "rounds.jsonl", is_main())
         self.trainer = self.make_trainer(config)
         folder = Path(self.told(str(weights_folder(args.rounds_dir, self.trainer.model))))
-        self.live = LiveWeights(self.trainer, self.dpo, servers_of(args), folder, self.is_half())
+        self.live = LiveWeights(
+            self.trainer, self.dpo, servers_of(args), folder, self.is_half(), args.share_gpus
+        )
 
     def told(self, value: Any) -> Any:
         """What rank 0 says, on all ranks."""
@@ -181,6 +183,7 @@ class Online:
             self.send(number)
             with self.log.timed("waiting"):
                 lost = self.wait_for(self.start_sampling(number))
+                self.live.sleep()
             if not lost:
                 return
             say(f"note: {lost}: its answers are thrown away")

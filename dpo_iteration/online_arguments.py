@@ -66,6 +66,12 @@ class Arguments(gen_hf.ClientArguments):
         "before, and the next round is sampled meanwhile",
         [0, 1],
     )
+    share_gpus: bool = arg(
+        False,
+        "the servers are on the GPUs that train, and sleep while the trainer is at work; register_server.sh "
+        "must start them with engine_args='{\"enable_sleep_mode\": true}'",
+        shapes=False,
+    )
     save_every: int = arg(10, "rounds between checkpoints", shapes=False)
     seed: int = arg(42, "seed of sampling, of the order of prompts and pairs")
 
@@ -105,6 +111,11 @@ def check(args: Arguments):
             raise UserError(f"--{key} {getattr(args, key)} must be at least 1")
     if not 1 <= last_round(args) <= args.rounds:
         raise UserError(f"--until_round {args.until_round}: there are {args.rounds} rounds")
+    if args.share_gpus and args.staleness:
+        raise UserError(
+            f"--staleness {args.staleness}: servers and trainer take turns on shared GPUs, so nothing is "
+            "sampled while it trains; give --staleness 0"
+        )
     if set(args.hosts) != {"127.0.0.1"}:
         raise UserError(
             "--hosts: online training has its servers on this machine, since weights reach them by its file "

@@ -47,6 +47,8 @@ from dpo_iteration.online_arguments import (
 )
 from dpo_iteration.run_dpo import agreed_checkpoints, continue_training
 from dpo_iteration.saved import check_saved
+from generation.gen_hf import servers_of
+from generation.live_servers import sleep
 
 if TYPE_CHECKING:
     from dpo_iteration.online import Online
@@ -80,6 +82,8 @@ def load(args: Arguments, parts: Parts) -> "Online":
     """Everything that stays in memory: scorers, reference, policy."""
     check_torch()
     quiet_libraries()
+    if args.share_gpus:  # they may be awake: of this start, or of one that was killed while they sampled
+        sleep(servers_of(args))
     import torch
 
     from dpo_iteration.models import prepare_cpu

@@ -1,11 +1,12 @@
-"""Servers that take new weights while they run: what is asked of them. `register_server.sh` starts such with
-VLLM_SERVER_DEV_MODE=1 in front, whose routes let anybody who reaches the port change the model: they stay
-bound to 127.0.0.1.
+"""Servers that take new weights while they run, and sleep while a trainer has their GPUs: what is asked of
+them. `register_server.sh` starts such with VLLM_SERVER_DEV_MODE=1 in front, whose routes let anybody who
+reaches the port change the model: they stay bound to 127.0.0.1.
 """
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError
 from generation.dispatch import Failure, Server, agree, ask, client
@@ -14,22 +15,42 @@ if TYPE_CHECKING:
     import httpx
 
 PATIENCE = 600.0  # seconds that weights may take to be read, and a sequence to be computed
+WEIGHTS, CACHE = "weights", "kv_cache"  # what sleeps, as vLLM calls it
 
 
-async def _reload(session: "httpx.AsyncClient", server: Server, folder: Path):
+async def _order(
+    session: "httpx.AsyncClient",
+    server: Server,
+    path: str,
+    what: str,
+    body: dict | None = None,
+    remedy: str = "see its log",
+) -> Any:
+    """The answer to a POST at one of these routes. `what` it makes the server do and the `remedy` are for the
+    message.
+    """
     try:
-        body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-        await ask(session, f"{server.url}/collective_rpc", body, PATIENCE)
-        await ask(session, f"{server.url}/reset_prefix_cache", {}, PATIENCE)
+        return await ask(session, f"{server.url}{path}", body or {}, PATIENCE)
     except Failure as failure:
-        raise UserError(f"{server.url} does not take new weights: {failure}; see its log") from None
+        if failure.lost:
+            raise UserError(f"{server.url} does not answer ({failure}); is it there? See its log") from None
+        raise UserError(f"{server.url} does not {what}: {failure}; {remedy}") from None
     except UserError as error:
         if "HTTP 404" not in str(error):
             raise
         raise UserError(
-            f"{server.url} cannot take new weights: start it with VLLM_SERVER_DEV_MODE=1 in front of "
-            "register_server.sh"
+            f"{server.url} cannot {what}: start it with VLLM_SERVER_DEV_MODE=1 in front of register_server.sh"
         ) from None
+
+
+def _of_all(servers: list[Server], order: Callable) -> list:
+    """What `order(session, server)` gives for each server, all of them at once."""
+
+    async def of_all() -> list:
+        async with client() as session:
+            return await asyncio.gather(*(order(session, server) for server in servers))
+
+    return asyncio.run(of_all())
 
 
 def reload_weights(servers: list[Server], folder: Path):
@@ -39,11 +60,48 @@ def reload_weights(servers: list[Server], folder: Path):
         UserError: one does not answer, or does not take them.
     """
 
-    async def all_of_them():
-        async with client() as session:
-            await asyncio.gather(*(_reload(session, server, folder) for server in servers))
+    async def order(session: "httpx.AsyncClient", server: Server):
+        body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        await _order(session, server, "/collective_rpc", "take new weights", body)
+        await _order(session, server, "/reset_prefix_cache", "take new weights")
 
-    asyncio.run(all_of_them())
+    _of_all(servers, order)
+
+
+def sleep(servers: list[Server]):
+    """Let all servers give back their GPUs' memory and wait; one that sleeps already goes on to.
+
+    Their weights move to the machine's own memory (vLLM's level 1). Level 2 would drop them, and with them
+    whatever a model holds beside its parameters and buffers: reports of wrong answers afterwards are open
+    (vLLM 0.32). Requests that come meanwhile wait until it is awake.
+
+    Raises:
+        UserError: one does not answer, or cannot sleep.
+    """
+
+    async def order(session: "httpx.AsyncClient", server: Server):
+        await _order(session, server, "/sleep?level=1", "sleep")
+
+    _of_all(servers, order)
+
+
+def wake(servers: list[Server], part: str):
+    """Let all servers have a part of their GPUs' memory again; one that is awake stays so.
+
+    Args:
+        part: WEIGHTS, and when these are the right ones CACHE, which is empty then: the server is awake.
+
+    Raises:
+        UserError: one does not answer, or does not wake.
+    """
+
+    async def order(session: "httpx.AsyncClient", server: Server):
+        remedy = "see its log; where its GPU has no room for it, lower gpu_memory_utilization of generation"
+        answer = await _order(session, server, f"/wake_up?tags={part}", "wake up", remedy=remedy)
+        if part == CACHE and answer["status"] != "awake":
+            raise UserError(f"{server.url} does not wake up; {remedy}")
+
+    _of_all(servers, order)
 
 
 async def _log_probs(session: "httpx.AsyncClient", server: Server, model: str, ids: list[int]) -> list[float]:

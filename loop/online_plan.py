@@ -11,14 +11,16 @@ the complete arguments of dpo_iteration/run_online.py.
 """
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
 from common.cli import UserError, arg, build, count, run, shaping_defaults
+from common.devices import gpu_memory
 from dpo_iteration import arguments as dpo
-from dpo_iteration import memory, online_arguments
+from dpo_iteration import fitting, memory, online_arguments
 from dpo_iteration.online_arguments import OWN, memory_folder
 from generation import gen_hf
 from loop import changes, estimates, machines
@@ -29,10 +31,13 @@ from loop.prompt_sets import check_prompts
 from loop.servers import server_variables
 from loop.settings import DPOSettings, LoopSettings, complete, gpu_groups, gpus_of_an_engine
 
+# Of a GPU's memory, for a server beside the weights and states that the trainer keeps there; TRL's trainers
+# have the same. Assumed, not measured here.
+SHARED_UTILIZATION = 0.3
 STAGES = ("train", "evaluate")  # of a policy; the start is evaluated only
 DECIDED = (  # keys of run_online.py that the run decides
     *("model_name_or_path", "reward_name_or_path", "dataset_name_or_path", "output_dir", "rounds_dir"),
-    *("generation", "annotation", "training_args", "until_round", "seed"),
+    *("generation", "annotation", "training_args", "until_round", "seed", "share_gpus"),
     *gen_hf.ClientArguments.__dataclass_fields__,
 )
 
@@ -44,6 +49,10 @@ class OnlineSettings(DPOSettings):
     evaluate_every: int = arg(50, "rounds between policies that are measured and kept")
     sampling_gpus: int | None = arg(
         None, "GPUs for the servers, the others train; None: half of those there are"
+    )
+    share_gpus: bool | None = arg(
+        None,
+        "all GPUs sample and train, in turns, with servers that sleep meanwhile; None: on one GPU alone",
     )
 
     sections = DPOSettings.sections | {"online": online_arguments.Arguments}
@@ -79,13 +88,20 @@ class OnlinePlan(Plan):
     def sampling_groups(self) -> list[str]:
         """CUDA_VISIBLE_DEVICES of each server; one empty string per server on the CPU."""
         groups, gpus = gpu_groups(self.settings), machines.gpus_of(self.settings)
-        if not gpus:
+        if not gpus or self.shares_gpus():
             return groups
         size = gpus_of_an_engine(self.settings)
         asked = self.settings.sampling_gpus or len(gpus) // 2 // size * size
         return groups[: asked // size]
 
+    def shares_gpus(self) -> bool:
+        """Whether servers and trainer take turns on the same GPUs."""
+        given = self.settings.share_gpus
+        return len(machines.gpus_of(self.settings)) == 1 if given is None else given
+
     def training_gpus(self) -> list[str]:
+        if self.shares_gpus():
+            return machines.gpus_of(self.settings)
         used = {gpu for group in self.sampling_groups() for gpu in group.split(",")}
         return [gpu for gpu in machines.gpus_of(self.settings) if gpu not in used]
 
@@ -105,15 +121,29 @@ class OnlinePlan(Plan):
         variables |= {"servers": len(groups), "VLLM_SERVER_DEV_MODE": 1}
         gpus = ",".join(filter(None, self.sampling_groups()))
         variables |= {"gpus": gpus} if gpus else {}
+        if gpus and self.shares_gpus():  # without a GPU a server takes the calls, and refuses this
+            more = self.generation()["engine_args"] or {}
+            variables["engine_args"] = json.dumps(more | {"enable_sleep_mode": True})
         start = ["env", *(f"{key}={value}" for key, value in variables.items()), "bash", script]
         end = f'bash {script} stop "$0" && rm -rf -- "$1"'
         stop = ["bash", "-c", end, folder, memory_folder(self.folder.online)]
         asked = ["--ports", *groups]
         for key, value in self.settings.servers.items():
             asked += [f"--{key}", value]
+        asked += ["--share_gpus", "true"] if self.shares_gpus() else []
         return {"start_servers": start, "stop_servers": stop, "ask_servers": asked}
 
     # ---- What the scripts are told ------------------------------------------------------------------------
+
+    def generation(self) -> dict:
+        """Complete arguments of get_hf2.py but for what the run decides; on shared GPUs with less of their
+        memory, unless they say how much.
+        """
+        found = super().generation()
+        shared = self.shares_gpus() and machines.gpus_of(self.settings)
+        if shared and "gpu_memory_utilization" not in self.settings.generation:
+            found["gpu_memory_utilization"] = SHARED_UTILIZATION
+        return found
 
     def online(self) -> dict:
         """Complete arguments of run_online.py but for what the run decides."""
@@ -139,7 +169,7 @@ class OnlinePlan(Plan):
             UserError: what cannot work.
         """
         given = dict.fromkeys(("generation", "annotation", "training_args", "output_dir", "rounds_dir"), "-")
-        given |= {"model_name_or_path": self.settings.model_name_or_path}
+        given |= {"model_name_or_path": self.settings.model_name_or_path, "share_gpus": self.shares_gpus()}
         given |= {"dataset_name_or_path": self.settings.prompts}
         args = build(online_arguments.Arguments, self.online() | given, "online")
         online_arguments.check(args)
@@ -170,10 +200,11 @@ class OnlinePlan(Plan):
             raise UserError("generation_backend: an online run evaluates by the engine; leave it out")
         if machines.machine_count(settings) > 1 or machines.on_ray(settings):
             raise UserError("an online run is for one machine: several are not built yet")
-        if len(gpus) == 1:
+        if len(gpus) == 1 and not self.shares_gpus():
+            raise UserError("share_gpus false: of one GPU there is nothing to share out; leave it out")
+        if self.shares_gpus() and settings.sampling_gpus:
             raise UserError(
-                "an online run needs two GPUs, one that samples and one that trains (or none, for tiny "
-                "models): taking turns on one is not built yet"
+                f"sampling_gpus {settings.sampling_gpus}: all GPUs sample where they are shared; leave it out"
             )
         for key in ("hosts", "ports", "start", "stop"):
             if key in settings.servers:
@@ -246,6 +277,8 @@ def describe(
         if there < online.prompts_per_round:
             found.problems.append(f"{told}: the prompt sets hold {there}; lower online.prompts_per_round")
         told += f": each of {there} is used {asked / max(there, 1):.1f} times"
+    if size and plan.shares_gpus() and machines.gpus_of(settings):
+        check_turns(plan, args, size, found)
     steps = online.rounds * online.sync_every
     found.notes.append(f"{told}; {steps} optimizer steps, new weights every {online.sync_every}")
     if size:
@@ -253,6 +286,42 @@ def describe(
         room = kept * (2 if machines.gpus_of(settings) else 4) * size + memory.checkpoint_bytes(args, size)
         what = f"{count(kept, 'trained model')} and {args.save_total_limit + 1} checkpoints"
         estimates.check_disk(plan, found, room / 2**30, what, "see keep_iterates and save_total_limit")
+
+
+def check_turns(plan: OnlinePlan, args: dpo.Arguments, size: float, found: checks.Findings):
+    """Tell what a server takes of a GPU beside what the trainer keeps there, and refuse what cannot fit."""
+    settings, world = plan.settings, plan.training_processes()
+    there = settings.gpu_memory_gib or gpu_memory()
+    shape = estimates.shape_of(settings.model_name_or_path, size)
+    method, bf16, adapted = (
+        memory.method_of(settings.accelerate_config),
+        args.bf16,
+        fitting.adapted(args, shape),
+    )
+    trainable = adapted["trainable"]
+    frozen = None if trainable is None else adapted["frozen"] or (2 if bf16 else 4)
+    states, _ = memory.states(method, shape.parameters, world, trainable, bf16, frozen)
+    kept = (states + memory.reference_pass(method, shape, world, bf16, frozen)) / memory.GIB
+    found.notes.append(
+        f"servers and trainer take turns: while a server samples, about {kept:.1f} GiB of its GPU stay the "
+        "trainer's (weights, states and reference; reward models come on top)"
+    )
+    section = plan.generation()
+    share, weights = section["gpu_memory_utilization"], 2 * size / memory.GIB
+    if not there or section["kv_cache_gib"]:  # which tells a server what to take
+        return
+    found.notes[-1] += f", and it may take {share:g} of {there:.0f} GiB"
+    if share * there <= weights:
+        found.problems.append(
+            f"generation.gpu_memory_utilization {share:g} of {there:.0f} GiB does not hold the policy, "
+            f"{weights:.0f} GiB: give more of it"
+        )
+    if kept + share * there > there:
+        found.problems.append(
+            f"{kept:.0f} GiB of the trainer and {share * there:.0f} of a server are more than a GPU's "
+            f"{there:.0f}: train adapters (configs/training_lora.yaml) or a smaller policy, or give "
+            "generation.gpu_memory_utilization less"
+        )
 
 
 def main():

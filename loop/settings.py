@@ -180,7 +180,7 @@ class LoopSettings(DPOSettings):
     train_on: str = arg("new", "pairs of this iteration only, or of all so far", ["new", "all"])
 
     elsewhere = dict.fromkeys(("backend", "ppo", "openrlhf"), "bash run_ppo.sh") | dict.fromkeys(
-        ("online", "evaluate_every", "sampling_gpus"), "bash run_online.sh"
+        ("online", "evaluate_every", "sampling_gpus", "share_gpus"), "bash run_online.sh"
     )
 
 

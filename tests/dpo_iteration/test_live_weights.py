@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from faults import Stub
 from online import START, argv
 from training import reset
 
@@ -15,6 +16,7 @@ from common.cli import UserError, parse
 from dpo_iteration import live_weights
 from dpo_iteration.online_arguments import Arguments, read_parts
 from generation import live_servers
+from generation.dispatch import Server
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +125,40 @@ def test_a_reload_that_changes_no_digit_is_no_reload(online, monkeypatch):
     change(online, 31)
     with pytest.raises(UserError, match="digit by digit"):
         online.live.send(31, sequences)
+
+
+def test_who_shares_gpus_has_them_in_turns_also_for_a_second_attempt(online, monkeypatch):
+    calls = []
+    places = {live_weights: ["own_log_probs"], live_servers: ["sleep", "wake", "reload_weights"]}
+    for module, names in places.items():
+        for name in names:
+            real = getattr(module, name)
+            call = lambda *given, name=name, real=real: calls.append(name) or real(*given)  # noqa: E731
+            monkeypatch.setattr(module, name, call)
+    monkeypatch.setattr(online.live, "shared", True)
+    change(online, 40)
+    with monkeypatch.context() as less:
+        less.setattr(live_weights, "write_copies", lambda *_: None)
+        with pytest.raises(UserError, match="also after a second attempt"):
+            online.live.send(40, online.encoded())
+    assert calls == ["own_log_probs", "wake", "reload_weights", "wake", "sleep"] * 2
+    online.live.send(40, online.encoded())
+    assert online.live.still_held() == ""
+
+
+def test_a_server_that_cannot_sleep_or_does_not_wake_is_named(online):
+    servers = online.live.servers
+    live_servers.sleep(servers)
+    live_servers.sleep(servers)  # it may sleep already
+    with pytest.raises(UserError, match=r"^http://127.0.0.1:\d+ does not wake up; .*gpu_memory_utilization"):
+        live_servers.wake(servers, live_servers.CACHE)  # its weights are asleep
+    live_servers.wake(servers, live_servers.WEIGHTS)
+    live_servers.wake(servers, live_servers.CACHE)
+    with Stub() as other:  # has no such routes
+        with pytest.raises(UserError, match=r"cannot sleep: start it with VLLM_SERVER_DEV_MODE=1"):
+            live_servers.sleep([Server(f"http://127.0.0.1:{other.port}")])
+    with pytest.raises(UserError, match=r"does not answer .* is it there\?"):
+        live_servers.wake([Server(f"http://127.0.0.1:{other.port}")], live_servers.WEIGHTS)
 
 
 def test_copies_are_added_under_the_other_name_once(tmp_path):

@@ -1,10 +1,15 @@
 """run_online.py with a real server: rounds in order, killed and continued, ahead by a round, by two
-processes; and what is refused in one line.
+processes, in turns with a server that sleeps; and what is refused in one line.
+
+vLLM's CPU build takes the calls for sleeping and lets requests wait meanwhile, but gives no memory back: see
+tests/gpu for that.
 """
 
 import json
+import re
 import sys
 import time
+import urllib.request
 
 import faults
 import pytest
@@ -12,7 +17,18 @@ import training
 from online import SCRIPT, START, argv, rounds_of
 from training import read_json, read_jsonl
 
+from generation import live_servers
+from generation.dispatch import Server
+
 LAUNCH = [sys.executable, SCRIPT]
+LETTERS = {  # for what a server was asked
+    "/sleep?level=1": "S",
+    "/wake_up?tags=weights": "W",
+    "/collective_rpc": "R",
+    "/reset_prefix_cache": "P",
+    "/wake_up?tags=kv_cache": "K",
+    "/v1/completions": "c",
+}
 
 
 def train(folder, port, *more, launcher=(), status=0, **settings):
@@ -103,6 +119,54 @@ def test_a_killed_training_ends_as_an_undisturbed_one(whole, live_port, tmp_path
     assert "is complete, nothing to do" in again.stdout
 
 
+@pytest.fixture
+def asked(live_port, tmp_path_factory):
+    """What the server was asked since the test began, by its own log, in LETTERS. It is woken in the end."""
+    log = next(tmp_path_factory.getbasetemp().glob(f"servers*/server_{live_port}.log"))
+    begun = log.stat().st_size
+    orders = re.compile(rb'"POST (\S+) HTTP/1.1" 200')
+    yield lambda: "".join(LETTERS.get(p.decode(), "") for p in orders.findall(log.read_bytes()[begun:]))
+    for part in (live_servers.WEIGHTS, live_servers.CACHE):
+        live_servers.wake([Server(f"http://127.0.0.1:{live_port}")], part)
+
+
+def is_asleep(port):
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/is_sleeping", timeout=60) as answer:
+        return json.load(answer)["is_sleeping"]
+
+
+def test_a_server_sleeps_while_the_trainer_is_at_work(whole, live_port, asked, tmp_path):
+    """It is awake from the weights of a round to the probe of its answers, and both are as without that."""
+    staleness, undisturbed = whole
+    if staleness:
+        pytest.skip("nothing is sampled ahead by who sleeps")
+    train(tmp_path, live_port, "--share_gpus", "true")
+    # 4 sequences before and after the answers to 10 prompts; gen_hf.py asks for a little more
+    assert re.fullmatch("S(WRPKc{18,}S){4}", asked()), asked()
+    assert is_asleep(live_port) and texts(tmp_path) == texts(undisturbed)
+    apart = training.furthest(training.weights(tmp_path / "model"), training.weights(undisturbed / "model"))
+    assert apart <= 1e-6
+
+
+def test_a_server_is_taken_as_a_killed_trainer_left_it(whole, live_port, asked, tmp_path):
+    """Asleep, while that trained, or awake, while it sampled."""
+    staleness, undisturbed = whole
+    if staleness:
+        pytest.skip("nothing is sampled ahead by who sleeps")
+    words = argv(tmp_path, live_port, "--share_gpus", "true")
+    for count, sleeps in ((1, True), (2, False)):
+        process = faults.begin([*LAUNCH, *words])
+        faults.wait_for(lambda n=count: len(rounds_of(tmp_path)) >= n)
+        faults.wait_for(lambda s=sleeps: is_asleep(live_port) is s)
+        assert faults.kill(process) and is_asleep(live_port) is sleeps
+    before = len(asked())
+    end = training.start(*words, script=SCRIPT)
+    assert "continuing from" in end.stdout and re.fullmatch("S(WRPKc+S)+", asked()[before:])
+    assert texts(tmp_path) == texts(undisturbed)
+    apart = training.furthest(training.weights(tmp_path / "model"), training.weights(undisturbed / "model"))
+    assert apart <= 1e-6
+
+
 @pytest.mark.long
 def test_two_processes_train_as_one(whole, live_port, tmp_path):
     """ZeRO-2: scoring, reference and pairs are shared out, and the weights are those of one process."""
@@ -125,6 +189,7 @@ def test_two_processes_train_as_one(whole, live_port, tmp_path):
     [
         ({"sync_every": 11}, "a step needs a pair"),
         ({"staleness": 2}, "staleness"),
+        ({"staleness": 1, "share_gpus": True}, "take turns on shared GPUs"),
         ({"rounds": 0}, "--rounds 0 must be at least 1"),
         ({"prompts_per_round": 1000}, "the prompt sets hold 450 prompts, fewer than the 1000 of a round"),
         ({"training": "loss_type: aot"}, "computes its losses itself"),
@@ -141,6 +206,8 @@ def test_servers_elsewhere_and_none_are_refused(built, tmp_path):
     assert "has its servers on this machine" in end
     end = train(tmp_path, faults.free_ports(), status=2)
     assert "error: http://127.0.0.1:" in end and "Traceback" not in end
+    end = train(tmp_path, faults.free_ports(), status=2, share_gpus=True)
+    assert "does not answer" in end and "is it there?" in end and "Traceback" not in end
 
 
 def test_other_settings_and_other_answers_are_refused_by_name(whole, live_port, tmp_path):

@@ -99,10 +99,49 @@ def test_the_plan_shares_the_gpus_out(built, tmp_path):
     assert all("--num_processes 2 " in line and "--ports 8000 8001 8002 " in line for line in train)
 
 
+def test_one_gpu_samples_and_trains_in_turns(built, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(faults.ROOT)
+
+    def planned(*given):
+        """{list that the driver gets: its words}"""
+        words = [CONFIG, "--run_dir", tmp_path / "run", "--gpu_memory_gib", 80, *given]
+        monkeypatch.setattr(sys, "argv", ["online_plan.py", "values", *map(str, words)])
+        online_plan.main()
+        lists = {}
+        for line in capsys.readouterr().out.splitlines():
+            key, _, value = line.partition("\t")
+            lists.setdefault(key, []).append(value)
+        return lists
+
+    engine = ("--generation.engine_args", '{"quantization": "fp8"}')
+    for given, gpus in (((1,), "0"), ((2, "--share_gpus", "true"), "0,1")):
+        told = planned("--num_gpus", *given, *engine)
+        start = told["start_servers[]"]
+        assert f"gpus={gpus}" in start and f"servers={len(gpus.split(','))}" in start
+        assert 'engine_args={"quantization": "fp8", "enable_sleep_mode": true}' in start
+        assert "gpu_memory_utilization=0.3" in start and "VLLM_SERVER_DEV_MODE=1" in start
+        assert told["trainer_env[]"] == ["env", f"CUDA_VISIBLE_DEVICES={gpus}"]
+        assert told["training_processes"] == [str(len(gpus.split(",")))]
+        assert told["ask_servers[]"][-2:] == ["--share_gpus", "true"]
+    own = planned("--num_gpus", 1, "--generation.gpu_memory_utilization", 0.4)
+    assert "gpu_memory_utilization=0.4" in own["start_servers[]"]
+    apart = planned("--num_gpus", 2)
+    assert "--share_gpus" not in apart["ask_servers[]"] and "gpus=0" in apart["start_servers[]"]
+    without = planned("--share_gpus", "true")  # on a CPU a server takes the calls, and refuses the mode
+    assert "--share_gpus" in without["ask_servers[]"] and "enable_sleep" not in str(
+        without["start_servers[]"]
+    )
+
+
 @pytest.mark.parametrize(
     "wrong, said",
     [
-        (("--num_gpus", 1), "an online run needs two GPUs"),
+        (("--num_gpus", 1, "--share_gpus", "false"), "of one GPU there is nothing to share out"),
+        (("--num_gpus", 1, "--online.staleness", 1), "take turns on shared GPUs"),
+        (("--num_gpus", 1, "--generation.tensor_parallel_size", 2), "1 GPUs are visible"),
+        (("--num_gpus", 1, "--generation.gpu_memory_utilization", 0.00001), "does not hold the policy"),
+        (("--num_gpus", 1, "--generation.gpu_memory_utilization", 0.99999), "are more than a GPU's 80"),
+        (("--num_gpus", 4, "--share_gpus", "true", "--sampling_gpus", 2), "all GPUs sample where they are"),
         (("--num_gpus", 4, "--sampling_gpus", 4), "some must sample and some must train"),
         (("--training_args.num_train_epochs", 2), "an online run decides it; give online.rounds"),
         (("--online.output_dir", "x"), "online.output_dir is what the run itself decides"),
