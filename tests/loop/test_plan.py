@@ -2,6 +2,7 @@
 refused.
 """
 
+import re
 from pathlib import Path
 
 import pytest
@@ -213,6 +214,30 @@ def test_changes_are_refused_where_something_was_made_from_what_was(make, tmp_pa
     plan.before = before
     first.write_text('{"prompt": "edited in place"}\n')
     assert "dataset_name_or_path" in refused() and "has changed since" in refused()
+
+
+def test_another_mixture_is_refused_where_one_model_has_given_its_parts(make, tmp_path):
+    first, other = tmp_path / "p.jsonl", tmp_path / "q.jsonl"
+    first.write_text('{"prompt": "a"}\n')
+    other.write_text('{"prompt": "b, and longer"}\n')
+
+    def plan(model, prompts=first):
+        parts = [{"K": 4}, {"K": 4, "model": model}]
+        return make(prompts=[str(prompts)], generation={"K": 8, "mixture": parts})
+
+    before = plan("previous")
+    made(before, "iter2/generated.policy.jsonl", {}, {"dataset_name_or_path": first})
+    for now, told in (
+        (plan("previous"), None),
+        (plan("start"), "iter2/generated.policy.jsonl was made with other settings: generation.mixture was"),
+        (plan("previous", other), f"prompts was '{first}' and is now '{other}'"),
+    ):
+        now.before = before.resolved()
+        if told is None:
+            assert changes.refuse(now, now.resolved()) == []
+        else:
+            with pytest.raises(UserError, match=re.escape(told)):
+                changes.refuse(now, now.resolved())
 
 
 @pytest.mark.parametrize(
