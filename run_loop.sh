@@ -22,7 +22,7 @@ source ./envs.sh
 source loop/launch.sh
 
 turns() { # of one policy after the other; policy 0 is the start
-  local i policy
+  local i policy previous
   run="${plan[run_dir]}" settings="$run/loop.yaml"
   for ((i = 0; i <= plan[iterations]; i++)); do
     [ "$i" -eq 0 ] && policy="${plan[model_name_or_path]}" || policy="$run/iter$i/model"
@@ -36,25 +36,43 @@ turns() { # of one policy after the other; policy 0 is the start
     ! got_worse "$i" || break
     step train "$policy" "$i"
     prune "$i"
+    previous="$policy"
   done
 }
 
-sample() { # POLICY I: held-out answers, and the responses that the next policy is trained on, by one start of the engine
-  local k n=$(($2 + 1)) outputs=() sections=() prompts=() K=() temperature=() iteration=() parts=()
-  job() { done_already "$1" || { outputs+=("$1") sections+=("$2") prompts+=("$3") K+=("$4") temperature+=("$5") iteration+=("$6"); }; }
-  if wanted "$2.evaluate"; then # -1: seeds that no iteration meets
-    job "$here/heldout_sampled.generated.jsonl" heldout "${plan[heldout_prompts]}" "${plan[heldout.K]}" "${plan[heldout.temperature]}" -1
-    job "$here/heldout_greedy.generated.jsonl" heldout "${plan[heldout_prompts]}" 1 0 -1
-  fi
-  ! wanted "$n.generate" || job "$next/generated.jsonl" generation "${plan[prompts.$n]}" "${plan[generation.K]}" "${plan[generation.temperature]}" "$n"
-  [ "${#outputs[@]}" -gt 0 ] || return 0
+sample() { # POLICY I: held-out answers, and the responses that the next policy is trained on; one start of the engine for each model
+  local n=$(($2 + 1)) names model files=()
+  for names in ${plan[parts.$n]:-policy}; do # what the mixture calls each model that responses are of: policy previous,start
+    local outputs=() sections=() prompts=() K=() temperature=() iteration=() parts_of=()
+    case "$names" in policy*) model="$1" ;; *start) model="${plan[model_name_or_path]}" ;; previous) model="$previous" ;; esac
+    if [ "$model" = "$1" ] && wanted "$2.evaluate"; then # -1: seeds that no iteration meets
+      job "$here/heldout_sampled.generated.jsonl" heldout "${plan[heldout_prompts]}" "${plan[heldout.K]}" "${plan[heldout.temperature]}" -1
+      job "$here/heldout_greedy.generated.jsonl" heldout "${plan[heldout_prompts]}" 1 0 -1
+    fi
+    if wanted "$n.generate" && ! done_already "$next/generated.jsonl"; then
+      [[ "${plan[parts.$n]-}" != *' '* ]] && files=("$next/generated.jsonl") || files+=("$next/generated.${names%%,*}.jsonl")
+      job "${files[-1]}" generation "${plan[prompts.$n]}" "${plan[generation.K]}" "${plan[generation.temperature]}" "$n"
+    fi
+    [ -z "${plan[parts.$n]-}" ] || read -ra parts_of <<<"--parts_of ${names//,/ }"
+    [ "${#outputs[@]}" -eq 0 ] || answer "$model"
+  done
+  [ "${#files[@]}" -gt 1 ] || return 0
+  in_env vllm "$here/logs/sample.join.log" python generation/join_parts.py --parts "${files[@]}" --output_dir "$next/generated.jsonl"
+  remove "${files[@]%jsonl}"
+}
 
+job() { # OUTPUT SECTION PROMPTS K TEMPERATURE ITERATION: one more for the engine, if the output is not there
+  done_already "$1" || { outputs+=("$1") sections+=("$2") prompts+=("$3") K+=("$4") temperature+=("$5") iteration+=("$6"); }
+}
+
+answer() { # MODEL: the jobs of one start
+  local k parts=()
   if [ "${plan[generation_backend]}" = servers ]; then
     serve "$here/logs/servers.log" "$1"
     for k in "${!outputs[@]}"; do
       in_env vllm "$here/logs/client.log" python generation/gen_hf.py "$settings:${sections[k]}" --tokenizer "$1" "${ask_servers[@]}" \
         --dataset_name_or_path "${prompts[k]}" --output_dir "${outputs[k]}" \
-        --K "${K[k]}" --temperature "${temperature[k]}" --iteration "${iteration[k]}" --seed "${plan[seed]}"
+        --K "${K[k]}" --temperature "${temperature[k]}" --iteration "${iteration[k]}" --seed "${plan[seed]}" "${parts_of[@]}"
     done
     serve_no_more "$here/logs/servers.log"
     return
@@ -62,7 +80,7 @@ sample() { # POLICY I: held-out answers, and the responses that the next policy 
   for k in "${outputs[@]}"; do parts+=("${k%/*}/shards/$(basename "$k" .jsonl).of${plan[num_shards]}."); done
   shards vllm "$here/logs/sample.NUMBER.log" python generation/get_hf2.py "$settings:$(IFS=,; echo "${sections[*]}")" \
     --model_name_or_path "$1" --dataset_name_or_path "${prompts[@]}" --output_dir "${parts[@]}" \
-    --K "${K[@]}" --temperature "${temperature[@]}" --iteration "${iteration[@]}" --seed "${plan[seed]}"
+    --K "${K[@]}" --temperature "${temperature[@]}" --iteration "${iteration[@]}" --seed "${plan[seed]}" "${parts_of[@]}"
   for k in "${!outputs[@]}"; do
     in_env vllm "$here/logs/sample.merge.log" python generation/merge_data.py --base_path "${parts[k]}" --output_dir "${outputs[k]}" \
       --num_datasets "${plan[num_shards]}"

@@ -24,7 +24,8 @@ REASONS = 20  # kinds of skipped records that are told, the most frequent first
 COLUMNS = {
     "id": "of the prompt: a hash of its messages, the same in both configurations",
     "iteration": "I: these are the answers that policy I was trained on",
-    "policy": "which answered: the start, or the policy that an earlier iteration made",
+    "policy": "which answered, where `response_sources` names no other `model`: the start, or the policy "
+    "that an earlier iteration made",
     "prompt": "messages; `tools`, where there is such a column: JSON schemas as JSON text",
     "responses": "all K texts",
     "rewards": "K numbers, null where not finite; `reward_parts`: those of each scorer, before weighting",

@@ -7,6 +7,7 @@
     RUN/report/index.html             the page
     RUN/online/                       of run_online.sh: its rounds, checkpoints, and rounds.jsonl, their log
     RUN/iterI/generated.jsonl         responses of policy I-1, which policy I is trained on
+    RUN/iterI/generated.NAME.jsonl    those of one model of a mixture, until all are joined
     RUN/iterI/rewarded.jsonl          the same with rewards
     RUN/iterI/pairs.jsonl             what was chosen of them
     RUN/iterI/model                   policy I; policy 0 is the start

@@ -79,6 +79,17 @@ def prompts(files: list[str]) -> list[str]:
     return list(dict.fromkeys(mark["path"] for mark in asked if mark))
 
 
+def answered_by(files: list[str]) -> list[str]:
+    """Models that the answers in rewarded files were sampled from, each once, where manifests tell."""
+    found = [
+        mark["path"]
+        for made in generations(files)
+        for key, mark in made["inputs"].items()
+        if key.partition(" of ")[0] in ("model_name_or_path", "model")  # an engine's, or the servers'
+    ]
+    return list(dict.fromkeys(found))
+
+
 def system_prompts(files: list[str]) -> list[str]:
     """System prompts that generation put before the prompts behind rewarded files, each once."""
     found = [made["settings"].get("system_prompt") for made in generations(files)]
@@ -177,6 +188,7 @@ def lineage(args: Arguments, chain: list[str], asked: list[str], read_as: dict[s
         ("reference", reference),
         ("rewards from", ", ".join(scorers(args.train_dir)) or unknown),
         ("prompts", ", ".join(asked) or unknown),
+        ("answers from", ", ".join(answered_by(args.train_dir)) or unknown),
         ("chat template", own),
         ("system prompt", "; ".join(system_prompts(args.train_dir)) or "none"),
     ]

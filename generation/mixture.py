@@ -1,8 +1,9 @@
 """Which parts the K responses to a prompt have: one sampling setting, or a mixture of several.
 
 `temperature: [1.0, 0.7]` shares K out evenly; `mixture` says more of each part. A part's responses are those
-of its setting alone: it is a request of its own with the prompt's own seed. Nothing here imports anything
-heavy.
+of its setting alone: it is a request of its own with the prompt's own seed. Parts of another model than the
+policy are sampled by a start of their own, and `join_parts.py` puts them into the records. Nothing here
+imports anything heavy.
 """
 
 import dataclasses
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from generation.sampling import SamplingArguments
 
 
+MODELS = ("policy", "previous", "start")  # what a part may be sampled from; previous: the policy before it
+
+
 @dataclasses.dataclass(kw_only=True, frozen=True)
 class Part:
     """A part of a mixture. None: as the setting of that name beside the mixture."""
@@ -23,6 +27,7 @@ class Part:
     top_p: float | None = arg(None, "nucleus sampling")
     top_k: int | None = arg(None, "sample from the k likeliest tokens")
     system_prompt: str | None = arg(None, "in place of the prompt's system turn, or before a prompt without")
+    model: str = arg("policy", "which it is sampled from", choices=MODELS)
 
 
 SETTINGS = tuple(field.name for field in dataclasses.fields(Part) if field.name != "K")
@@ -33,10 +38,20 @@ def is_mixed(args: "SamplingArguments") -> bool:
     return bool(args.mixture) or isinstance(args.temperature, list)
 
 
-def parts_of(args: "SamplingArguments") -> list[Part]:
+def names_here(args: "SamplingArguments") -> list[str]:
+    """What the mixture calls the model that is sampled here; the first name stands for all of them. Without a
+    mixture there is none but the policy.
+    """
+    return (args.mixture and args.parts_of) or ["policy"]
+
+
+def parts_of(args: "SamplingArguments", names: list[list[str]] | None = None) -> list[Part]:
     """The parts, complete but for `system_prompt`, in the order in which they were named.
 
     Parts of equal settings are one: the engine would give both the same responses.
+
+    Args:
+        names: the names of each model, where several are one; None: those of the model that is sampled here.
 
     Raises:
         UserError: a key of a part is unknown or wrong, or the parts' K do not add up to `--K`.
@@ -45,14 +60,34 @@ def parts_of(args: "SamplingArguments") -> list[Part]:
         raise UserError(
             "--mixture and several values of --temperature were given: name each part in --mixture"
         )
-    found = {}
+    found, called = {}, {name: one[0] for one in names or [names_here(args)] for name in one}
     for part in _with_K(_named(args), args):
         given = {key: getattr(part, key) for key in SETTINGS}
+        given["model"] = called.get(part.model, part.model)
         for key in ("temperature", "top_p", "top_k"):
             given[key] = getattr(args, key) if given[key] is None else given[key]
         settings = tuple(given.values())
         found[settings] = found.get(settings, 0) + part.K
     return [Part(K=K, **dict(zip(SETTINGS, settings))) for settings, K in found.items()]
+
+
+def own_parts(args: "SamplingArguments") -> list[Part]:
+    """Those of the parts that the model here is asked for.
+
+    Raises:
+        UserError: there is none; and as `parts_of`.
+    """
+    names = names_here(args)
+    found = [part for part in parts_of(args) if part.model == names[0]]
+    if not found:
+        raise UserError(f"--mixture has no part of {' or '.join(names)}: give one, or leave model out of one")
+    return found
+
+
+def models_of(args: "SamplingArguments") -> list[str]:
+    """The names of the models that the parts are sampled from, in the order of MODELS."""
+    named = {part.model for part in parts_of(args)}
+    return [name for name in MODELS if name in named]
 
 
 def _named(args):
@@ -63,11 +98,6 @@ def _named(args):
     parts = []
     for number, given in enumerate(args.mixture, 1):
         where = f"part {number} of --mixture"
-        if "model" in given:
-            raise UserError(
-                f"model in {where}: all parts are sampled from the policy; answers of another model are a "
-                "generation of their own"
-            )
         parts.append(build(Part, given, where))
         if parts[-1].system_prompt == "":
             raise UserError(f"{where} has an empty system_prompt: leave it out")
@@ -105,6 +135,10 @@ def _with_K(parts, args):
 
 def check_parts(args: "SamplingArguments") -> None:
     """Refuse a part whose sampling settings cannot work; see `parts_of` for the rest."""
+    names = args.parts_of or ["policy"]
+    if not set(names) <= set(MODELS) or len(set(names)) < len(names):
+        raise UserError(f"--parts_of {' '.join(names)}: some of {', '.join(MODELS)} were expected, each once")
+    own_parts(args)
     for part in parts_of(args):
         if not 0 <= part.temperature < float("inf") or not 0 < part.top_p <= 1:
             raise UserError("--temperature must not be negative and --top_p must be above 0 and at most 1")
@@ -126,11 +160,11 @@ def repeats_plain(parts: list[Part], system_prompt: str) -> bool:
     return not settings[system_prompt].isdisjoint(settings.get(None, ()))
 
 
-def sources(parts: list[Part]) -> list[dict]:
-    """Where each response of a mixture came from, for `response_sources`: its part's temperature, and what
-    else differs between the parts.
+def sources(args: "SamplingArguments") -> list[dict]:
+    """Where each response came from that the model here gives, for `response_sources`: its part's
+    temperature, and what else differs between all parts.
     """
+    parts = parts_of(args)
     differs = [key for key in SETTINGS if len({getattr(part, key) for part in parts}) > 1]
     keys = [key for key in SETTINGS if key == "temperature" or key in differs]
-    told = [{key: getattr(part, key) for key in keys} for part in parts]
-    return [entry for part, entry in zip(parts, told, strict=True) for _ in range(part.K)]
+    return [{key: getattr(part, key) for key in keys} for part in own_parts(args) for _ in range(part.K)]

@@ -15,7 +15,7 @@ from common.manifest import beside
 from common.messages import text_of
 from common.records import PER_RESPONSE, BadRecord, PromptArguments, read_prompts, sample_seed, shard_range
 from generation import mixture
-from generation.mixture import Part
+from generation.mixture import MODELS, Part
 
 SHARD = ("local_index", "my_world_size")  # settings that say which of the answers are in a file
 SHOWN = 3  # bad prompts that are printed; the skipped file lists all
@@ -41,6 +41,12 @@ class SamplingArguments(PromptArguments):
         '[{"K": 4, "temperature": 1.0}, {"K": 4, "temperature": 0.7, "top_p": 0.9}]; keys: '
         + ", ".join(Part.__dataclass_fields__),
         metavar="JSON",
+    )
+    parts_of: list[str] | None = arg(
+        None,
+        "what the mixture calls the model that is sampled here, whose parts alone are sampled: "
+        f"{', '.join(MODELS)}, or several names where they are one model; None: policy",
+        metavar="NAME",
     )
     sampling_args: dict | None = arg(
         None, 'more sampling parameters of vLLM, JSON: \'{"min_p": 0.05, "stop": ["\\nUser:"]}\''
@@ -143,7 +149,9 @@ class Prompts:
         shard = shard_range(self.count, index, world)
         self.size, self.items, self.order, self.silent = len(shard), [], [], {}
         self.bad, self.too_long = [], []  # (id, reason)
+        # Those of other models' parts are looked at, too, so that all leave the same prompts out.
         self.system_prompts = {part.system_prompt for part in mixture.parts_of(args)} - {None}
+        self.own = {part.system_prompt for part in mixture.own_parts(args)}
         template.need()
         name = args.dataset_name_or_path
         for number in shard:
@@ -179,7 +187,7 @@ class Prompts:
         dated = {tokens.DATE: self.args.date} if self.template.writes_date() else {}
         seed = sample_seed(self.args.seed, self.args.iteration, record["id"])
         self.order.append(record["id"])
-        packed = {system: array("i", found) for system, found in others.items()}
+        packed = {system: array("i", found) for system, found in others.items() if system in self.own}
         self.items.append(Item(record | dated, array("i", ids), seed, packed))
 
     def _encode(self, record):
@@ -219,6 +227,9 @@ class Prompts:
         for part, (first, total) in self.silent.items():
             what = f"the chat template leaves out the {part} of {total} prompts"
             print(f"warning: {what}, so the policy does not see them; the first: {first}", flush=True)
+        others = [name for name in mixture.models_of(self.args) if name not in mixture.names_here(self.args)]
+        if others and self.args.parts_of is None:
+            print(f"note: parts of {' and '.join(others)} are not sampled here; see --parts_of", flush=True)
         if header := self.template.missing_header():
             print(f"warning: {NO_HEADER.format(header)}", flush=True)
 
@@ -258,14 +269,15 @@ def load_prompts(args: SamplingArguments) -> list[dict | BadRecord]:
 
 
 def requests_of(args: SamplingArguments, item: Item, stops: list[int], limit: int | None) -> list[Request]:
-    """What is asked for one prompt: a request for each part of the mixture, in their order.
+    """What is asked for one prompt: a request for each part of the mixture that is sampled here, in their
+    order.
 
     Its fields stand under the names that the engine and its API share. Every field that a model's generation
     config could change is given, so that servers and the engine agree. All parts have the prompt's own seed,
     so that a part's responses do not depend on the others.
     """
     found = []
-    for part in mixture.parts_of(args):
+    for part in mixture.own_parts(args):
         packed = item.packed if part.system_prompt is None else item.others[part.system_prompt]
         room = args.max_new_tokens if limit is None else min(args.max_new_tokens, limit - len(packed))
         fields = {
@@ -304,7 +316,7 @@ def answered(args: SamplingArguments, item: Item, samples: list[Sample]) -> dict
     if any(stopped_by):
         found[tokens.STOPPED_BY] = stopped_by
     if mixture.is_mixed(args):
-        found["response_sources"] = mixture.sources(mixture.parts_of(args))
+        found["response_sources"] = mixture.sources(args)
     earlier = {key for key in PER_RESPONSE if isinstance(item.record.get(key), list)}
     return {key: value for key, value in item.record.items() if key not in earlier} | found
 
@@ -312,4 +324,7 @@ def answered(args: SamplingArguments, item: Item, samples: list[Sample]) -> dict
 def shaping(args: SamplingArguments, model: str) -> tuple[dict, dict]:
     """(settings, inputs) that shape the answers, for the manifest; `model`: the model's argument."""
     inputs = {name: getattr(args, name) for name in ("dataset_name_or_path", model, "chat_template")}
-    return shaping_values(args, inputs), inputs
+    settings = shaping_values(args, inputs)
+    if not args.mixture:  # then it chooses nothing
+        settings["parts_of"] = None
+    return settings, inputs

@@ -17,7 +17,7 @@ SAMPLED = ("model_name_or_path", "seed", "date")
 TRAINED = ("training_args", "ppo", "online", "evaluate_every", "reference", "train_on")
 DEPENDS = {
     "iter*/heldout_*.generated.jsonl": (*SAMPLED, "heldout_prompts", "heldout"),
-    "iter*/generated.jsonl": (*SAMPLED, "generation"),
+    "iter*/generated*.jsonl": (*SAMPLED, "generation"),
     "iter*/*rewarded.jsonl": ("reward_name_or_path", "annotation"),
     "iter*/*judged.jsonl": ("eval_reward_model", "eval_annotation"),
     "iter*/model": ("model_name_or_path", "seed", *TRAINED),
@@ -120,13 +120,10 @@ def refuse_inputs(output: Path):
 def refuse_prompts(plan: "Plan"):
     """Refuse other prompts for an iteration whose responses are there."""
     for i in range(1, plan.settings.iterations + 1):
-        held = read_manifest(plan.folder.generated(i))
-        if not held or not held.get("complete") or not plan.folder.generated(i).exists():
-            continue
-        entry, name = held["inputs"].get("dataset_name_or_path", {}), plan.prompts(i)
-        if entry.get("path") != name and not (Path(name).exists() and same_content(entry, name)):
-            path = plan.folder.generated(i)
-            raise UserError(
-                f"{path} was made with other settings: prompts was {entry.get('path')!r} and is now "
-                f"{name!r}. {ANEW}"
-            )
+        for path in outputs(plan.folder, f"iter{i}/generated*.jsonl"):
+            entry, name = read_manifest(path)["inputs"].get("dataset_name_or_path", {}), plan.prompts(i)
+            if entry.get("path") != name and not (Path(name).exists() and same_content(entry, name)):
+                raise UserError(
+                    f"{path} was made with other settings: prompts was {entry.get('path')!r} and is now "
+                    f"{name!r}. {ANEW}"
+                )

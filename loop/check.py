@@ -182,8 +182,24 @@ def check_heldout(plan: "Plan", found: Findings):
     settings, first = plan.settings, plan.first_part()
     if first and settings.heldout_prompts and "temperature" not in settings.heldout:
         found.notes.append(
-            f"held-out answers are sampled at temperature {first.temperature:g}, that of the mixture's first "
-            "part: heldout.temperature gives another"
+            f"held-out answers are sampled at temperature {first.temperature:g}, that of the policy's "
+            "first part of the mixture: heldout.temperature gives another"
+        )
+
+
+def check_mixture(plan: "Plan", found: Findings):
+    """Note what parts of a mixture cost and keep that are sampled from other models."""
+    others = [name for name in plan.models() if name != "policy"]
+    if not others:
+        return
+    found.notes.append(
+        f"responses are of the policy, {' and '.join(others)}: the engine starts once more an "
+        "iteration for each other model; before policy 1 the start is all of them"
+    )
+    if plan.kept_iterates() != plan.settings.keep_iterates:
+        found.notes.append(
+            f"keep_iterates {plan.settings.keep_iterates}: {plan.kept_iterates()} are kept, since the "
+            "mixture samples from the previous policy"
         )
 
 
@@ -345,6 +361,8 @@ def check(plan: "Plan", left: bool):
     args = check_training(plan, method, found)
     if not found.problems:
         found.notes.extend(found.attempt(changes.refuse, plan, plan.resolved()) or [])
+    if not found.problems:
+        check_mixture(plan, found)
     sets = check_prompts(plan, found)
     if settings.iterations > len(settings.prompts):
         found.notes.append(

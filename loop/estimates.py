@@ -125,7 +125,7 @@ def describe(
     if gpus and args is not None:
         recompute = check_memory(plan, count, method, args, found)
     # An iterate in 2 bytes a parameter (4 on the CPU), and what training keeps meanwhile.
-    kept = settings.iterations if settings.keep_iterates is None else settings.keep_iterates
+    kept = plan.kept_iterates() or settings.iterations
     disk, what, trained = kept * (2 if gpus else 4) * count, plural(kept, "iterate"), count
     if args and args.use_peft:
         trained = shape_of(settings.model_name_or_path, count).lora(args.lora_r)

@@ -235,6 +235,11 @@ def check(plan: OnlinePlan, left: bool):
     """
     settings, found = plan.settings, checks.Findings()
     checks.check_models(plan, found)
+    if others := [name for name in found.attempt(plan.models) or [] if name != "policy"]:
+        found.problems.append(
+            f"generation.mixture has parts with model {' and '.join(others)}: an online run samples from the "
+            "policy that it trains; leave model out"
+        )
     for key in settings.training_args:
         if key in OWN:
             found.problems.append(f"training_args.{key}: an online run decides it; give {OWN[key]}")
@@ -282,7 +287,7 @@ def describe(
     steps = online.rounds * online.sync_every
     found.notes.append(f"{told}; {steps} optimizer steps, new weights every {online.sync_every}")
     if size:
-        kept = settings.iterations if settings.keep_iterates is None else settings.keep_iterates
+        kept = plan.kept_iterates() or settings.iterations
         room = kept * (2 if machines.gpus_of(settings) else 4) * size + memory.checkpoint_bytes(args, size)
         what = f"{count(kept, 'trained model')} and {args.save_total_limit + 1} checkpoints"
         estimates.check_disk(plan, found, room / 2**30, what, "see keep_iterates and save_total_limit")

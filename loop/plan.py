@@ -115,8 +115,8 @@ class Plan:
         return complete(get_hf2.Arguments, given, DECIDED["generation"], "generation")
 
     def heldout(self) -> dict:
-        """The same for the held-out prompts, whose answers are all sampled in one way: of a mixture, as its
-        first part.
+        """The same for the held-out prompts, whose answers are all the policy's, sampled in one way: of a
+        mixture, as its first part.
         """
         given = self.generation()
         if first := self.first_part():
@@ -134,10 +134,32 @@ class Plan:
         return self.job(self.generation(), self.prompts(1), self.folder.generated(1))
 
     def first_part(self) -> mixture.Part | None:
-        """The first part of the mixture that responses are sampled from; None where there is none."""
+        """The policy's first part of the mixture that responses are of; None where there is no mixture."""
         job = self.generation_job()
         with keys_of_section():
-            return mixture.parts_of(job)[0] if mixture.is_mixed(job) else None
+            return mixture.own_parts(job)[0] if mixture.is_mixed(job) else None
+
+    def models(self) -> list[str]:
+        """What responses are sampled from, by the names that a mixture has for models."""
+        job = self.generation_job()
+        with keys_of_section():
+            return mixture.models_of(job)
+
+    def models_of(self, i: int) -> list[list[str]]:
+        """The same of iteration i, the names of each model, the policy's first: before policy 1 there is the
+        start alone.
+        """
+        policies, found = {"policy": i - 1, "previous": max(i - 2, 0), "start": 0}, {}
+        for name in self.models():
+            found.setdefault(policies[name], []).append(name)
+        return list(found.values())
+
+    def kept_iterates(self) -> int | None:
+        """How many of the last iterates keep their weights: `keep_iterates`, and no fewer than the next
+        responses are sampled from.
+        """
+        kept = getattr(self.settings, "keep_iterates", None)
+        return kept and max(kept, 1 + ("previous" in self.models()))
 
     def annotation(self, given: dict, where: str) -> dict:
         """Complete arguments of get_rewards.py but for what the run decides."""
@@ -233,6 +255,10 @@ class Plan:
         yield "ray", " ".join(map(str, machines.cluster())) if by_ray else None
         yield "num_shards", machines.machine_count(settings) * len(groups)
         yield from ((f"prompts.{i}", self.prompts(i)) for i in range(1, settings.iterations + 1))
+        if len(self.models()) > 1:
+            for i in range(1, settings.iterations + 1):
+                yield f"parts.{i}", " ".join(map(",".join, self.models_of(i)))
+        yield "keep_iterates", self.kept_iterates()
         generation, heldout = self.generation(), self.heldout()
         for name, section in (("generation", generation), ("heldout", heldout)):
             several = (
@@ -261,7 +287,7 @@ class Plan:
     plain = (
         *("run_dir", "setup_command", "model_name_or_path", "iterations", "heldout_prompts", "seed"),
         *("generation_backend", "gold_function", "report", "reference", "train_on", "accelerate_config"),
-        *("keep_iterates", "stop_when"),
+        "stop_when",
     )
 
     def stale(self) -> str:

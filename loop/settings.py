@@ -21,7 +21,7 @@ CLIENT = ("concurrency", "timeout", "retries", "give_up_after")
 DECIDED = {
     "generation": (
         *("model_name_or_path", "dataset_name_or_path", "output_dir"),
-        *("iteration", "seed", "local_index", "my_world_size"),
+        *("iteration", "seed", "local_index", "my_world_size", "parts_of"),
     ),
     "annotation": ("reward_name_or_path", "dataset_name_or_path", "output_dir", "K"),
     "training_args": (
@@ -154,7 +154,9 @@ class DPOSettings(RunSettings):
     )
     accelerate_config: str = arg("configs/zero2.yaml", "accelerate's YAML for training")
     keep_iterates: int | None = arg(
-        None, "keep the weights of the last so many iterates, and of the best; None: of all"
+        None,
+        "keep the weights of the last so many iterates, of the best, and of what a mixture samples; None: of "
+        "all",
     )
     stop_when: str | None = arg(
         None,

@@ -184,6 +184,8 @@ class PPOPlan(Plan):
             for key, value in getattr(settings, name).items()
             if (ours := keys.get(key)) in known
         }
+        if isinstance(several := self.generation()["temperature"], list):
+            raise UserError(f"generation.temperature {several}: PPO samples at one temperature, give one")
         if "date" in known:
             shared.setdefault("date", settings.date)
         shared |= {key: value for key in OF_PLAN if key in known and (value := getattr(settings, key))}

@@ -31,7 +31,8 @@ SECTIONS = ("generation", "heldout", "annotation", "eval_annotation", "training_
 
 # Scripts whose arguments are the dataclass `Arguments` of the module of that name.
 SCRIPTS = [
-    *("generation/gen_hf.py", "generation/merge_data.py", "annotate_data/get_rewards.py"),
+    *("generation/gen_hf.py", "generation/merge_data.py", "generation/join_parts.py"),
+    "annotate_data/get_rewards.py",
     "annotate_data/make_dataset.py",
     *("evaluation/metrics.py", "evaluation/run_metrics.py", "evaluation/divergence.py"),
     *("evaluation/select_iterate.py", "evaluation/find_overlap.py"),

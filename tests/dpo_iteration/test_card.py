@@ -107,6 +107,17 @@ def test_names_of_the_hub_and_lineage(tmp_path, monkeypatch):
     assert card.ancestry("models/iter2") == ["models/iter2"]
 
 
+def test_every_model_that_answered_is_named(tmp_path):
+    """Also those of a mixture, an engine's or the servers'."""
+    rewarded = [tmp_path / f"rewarded{i}.jsonl" for i in (1, 2)]
+    inputs = {"model_name_or_path": "iter1/model", "model_name_or_path of previous": "owner/sft"}
+    for name, more in zip(rewarded, (inputs, {"tokenizer": "t", "model": "iter2/model"})):
+        made = name.with_name(f"of_{name.name}")
+        write_manifest(made, "generation/join_parts.py", {"dataset_name_or_path": "p"} | more)
+        write_manifest(name, "annotate_data/get_rewards.py", {"dataset_name_or_path": made})
+    assert card.answered_by(list(map(str, rewarded))) == ["iter1/model", "owner/sft", "iter2/model"]
+
+
 @pytest.mark.parametrize("launched", [False, True])
 def test_the_command_is_the_one_that_was_typed(tmp_path, launched):
     """Alone, and under a launcher that is installed as accelerate is (test_run_dpo.py has accelerate itself).

@@ -20,10 +20,12 @@ from common.records import read_rewarded, sample_seed
 from common.tokens import Encoder, answers_of
 from dpo_iteration.pairs import make_pairs
 from dpo_iteration.rows import PairTokenizer
-from generation import gen_hf, get_hf2, mixture, sampling
+from generation import gen_hf, get_hf2, join_parts, merge_data, mixture, sampling
+from generation.get_hf2 import start_engine  # itself, where a fixture puts another in its place
 
 pytestmark = pytest.mark.env("vllm")
 HALVES = "1.0,0.7"
+COOL = {"temperature": 0.7}
 
 
 def of(**given):
@@ -46,6 +48,18 @@ def generate(monkeypatch, tmp_path, starts):
     return run
 
 
+def merge(monkeypatch, *words):
+    monkeypatch.setattr("sys.argv", ["merge_data.py", *map(str, words)])
+    merge_data.main()
+
+
+def join(monkeypatch, output, *files):
+    words = ["--parts", *map(str, files), "--output_dir", str(output)]
+    monkeypatch.setattr("sys.argv", ["join_parts.py", *words])
+    join_parts.main()
+    return records(output)
+
+
 # Which parts
 
 
@@ -63,6 +77,25 @@ def test_the_parts_share_out_K(given, wanted):
     assert [(part.K, part.temperature) for part in mixture.parts_of(of(**given))] == wanted
 
 
+def test_parts_that_the_same_model_would_give_twice_are_one():
+    parts = [{"K": 2}, {"K": 3, "model": "start"}, {"K": 1, "temperature": 0.5, "model": "previous"}]
+    parts += [{"K": 2, "model": "previous"}]
+
+    def found(*names, parts_of=mixture.own_parts):
+        args = of(K=8, mixture=parts, parts_of=list(names) or None)
+        return [(part.K, part.temperature, part.model) for part in parts_of(args)]
+
+    assert found() == found("policy") == [(2, 1.0, "policy")]
+    assert found("previous") == [(1, 0.5, "previous"), (2, 1.0, "previous")]
+    assert found("previous", "start") == [(5, 1.0, "previous"), (1, 0.5, "previous")]
+    everything = found("policy", "previous", "start")
+    assert everything == found(parts_of=lambda args: mixture.parts_of(args, [mixture.MODELS]))
+    assert everything == [(7, 1.0, "policy"), (1, 0.5, "policy")]
+    assert mixture.sources(of(K=8, mixture=parts)) == [{"temperature": 1.0, "model": "policy"}] * 2
+    assert mixture.models_of(of(K=8, mixture=parts)) == ["policy", "previous", "start"]
+    assert mixture.models_of(of(K=8, temperature=[1.0, 0.7], parts_of=["start"])) == ["policy"]
+
+
 @pytest.mark.parametrize(
     "given, told",
     [
@@ -74,10 +107,10 @@ def test_the_parts_share_out_K(given, wanted):
         ({"K": 8, "mixture": [{"K": 0}, {}]}, "K below 1"),
         ({"mixture": [{"temprature": 1}]}, "part 1 of --mixture, did you mean 'temperature'"),
         ({"mixture": [{"temperature": "x"}]}, "temperature in part 1 of --mixture: 'x' is not a number"),
-        (
-            {"mixture": [{"model": "start"}]},
-            "model in part 1 of --mixture: all parts are sampled from the policy",
-        ),
+        ({"mixture": [{"model": "begin"}]}, "'begin' is not one of policy, previous, start"),
+        ({"mixture": [{"model": "start"}]}, "--mixture has no part of policy: give one"),
+        ({"mixture": [{}], "parts_of": ["previous"]}, "--mixture has no part of previous: give one"),
+        ({"mixture": [{}], "parts_of": ["policy", "begin"]}, "--parts_of policy begin: some of policy, "),
         ({"mixture": [{"system_prompt": ""}]}, "empty system_prompt"),
         ({"mixture": [{}], "temperature": [1.0, 0.7]}, "several values of --temperature"),
         ({"temperature": [1.0, -1]}, "must not be negative"),
@@ -137,6 +170,43 @@ def test_a_part_s_responses_are_those_of_its_setting_alone(generate, tmp_path):
     assert [row["responses"] for row in same] == [row["responses"] for row in hot]
     with pytest.raises(UserError, match="temperature was .1.0, 0.7. and is now"):
         generate("mixed", K=8, temperature="0.7,1.0")
+
+
+def test_parts_of_two_models_are_those_of_each_alone(generate, tmp_path, monkeypatch, capsys):
+    """Text for text, whatever the shards, and in the order of the parts; the previous model has an engine of
+    its own.
+    """
+    other = micro.make_policy(tmp_path / "other", seed=5, initializer_range=0.5)
+    args = get_hf2.Arguments(model_name_or_path=str(other), dtype="float32", kv_cache_gib=0.25)
+    mixed = {"K": 6, "mixture": json.dumps([{"K": 1, "model": "previous"}, {"K": 2}, {"K": 3} | COOL])}
+    hot, cool = generate("hot", K=2), generate("cool", K=3, temperature=0.7)
+    generate("policy", shards=2, **mixed)
+    assert "parts of previous are not sampled here; see --parts_of" in capsys.readouterr().out
+    path = str(tmp_path / "policy.jsonl")
+    merge(monkeypatch, "--base_path", tmp_path / "policy", "--num_datasets", 2, "--output_dir", path)
+    own = start_engine(args, 512, 512)
+    monkeypatch.setattr(get_hf2, "start_engine", lambda *_: own)
+    before = generate("before", K=1, model_name_or_path=other)
+    generate("previous", "--parts_of", "previous", model_name_or_path=other, **mixed)
+    files = [tmp_path / "previous0.jsonl", path]
+    whole = join(monkeypatch, tmp_path / "whole.jsonl", *files)
+    for row, *alone in zip(whole, before, hot, cool, strict=True):
+        for field in ("responses", "response_token_ids", "finish_reasons", "num_tokens"):
+            assert row[field] == [value for one in alone for value in one[field]]
+        told = [(entry["model"], entry["temperature"]) for entry in row["response_sources"]]
+        assert told == [("previous", 1.0)] + [("policy", 1.0)] * 2 + [("policy", 0.7)] * 3
+        assert {key: row[key] for key in ("id", "prompt")} == {key: alone[1][key] for key in ("id", "prompt")}
+    first = [(one["response_token_ids"][0], two["response_token_ids"][0]) for one, two in zip(before, hot)]
+    assert sum(one != two for one, two in first) > 6, first  # else they would tell nothing
+    made = read_manifest(tmp_path / "whole.jsonl")
+    named = {key: mark["path"] for key, mark in made["inputs"].items() if key.startswith("model_name")}
+    assert named == {
+        "model_name_or_path": str(policy()),
+        "model_name_or_path of previous": str(other),
+    }
+    assert made["counts"]["records"] == made["counts"]["prompts"] == 12
+    with pytest.raises(UserError, match="parts_of was .'previous'. and is now None"):
+        generate("previous", model_name_or_path=other, **mixed)
 
 
 def test_a_part_with_a_system_prompt_of_its_own(generate, tmp_path):
@@ -299,6 +369,17 @@ def test_a_client_asks_for_all_parts_and_saves_a_prompt_as_one(monkeypatch, tmp_
         seed = row["responses"][0].split("/")[0]
         assert row["responses"] == [f"{seed}/{i}" for i in (0, 1, 2)] * 2  # a mock answers by seed alone
         assert [entry["temperature"] for entry in row["response_sources"]] == [1.0] * 3 + [0.7] * 3
+
+
+def test_a_client_asks_for_the_parts_of_its_model_alone(monkeypatch, tmp_path):
+    micro.write_prompts(tmp_path / "p.jsonl", 3)
+    parts = json.dumps([{"K": 2}, {"K": 3, "model": "start"} | COOL, {"K": 1, "model": "previous"}])
+    with Mock() as server:
+        ask(monkeypatch, tmp_path, server, mixture=parts, temperature=1.0, parts_of="start")
+    assert [(body["temperature"], body["n"]) for body in server.bodies] == [(0.7, 3)] * 3
+    for row in records(tmp_path / "out.jsonl"):
+        assert row["response_sources"] == [{"temperature": 0.7, "model": "start"}] * 3
+    assert read_manifest(tmp_path / "out.jsonl")["settings"]["parts_of"] == ["start"]
 
 
 def test_a_part_that_fails_fails_its_prompt_once(monkeypatch, tmp_path):

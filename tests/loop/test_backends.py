@@ -137,6 +137,22 @@ def test_a_dry_run_prints_servers_clients_and_the_end(tmp_path):
     assert "--K 1 --temperature 0 --iteration -1" in lines[2]
 
 
+def test_each_model_of_a_mixture_has_servers_of_its_own(tmp_path):
+    parts = json.dumps([{"K": 2}, {"K": 2, "model": "previous"}])
+    more = ["--generation_backend", "servers", "--iterations", 3, "--generation.mixture", parts]
+    settings = [*faults.small_settings(tmp_path), "--heldout_prompts", "null", *more]
+    end = faults.loop(tmp_path / "run", *settings, "--stage", "3.1", "--stop_stage", "3.1", "--dry_run")
+    assert end.returncode == 0, end.stderr
+    lines = [line for line in end.stdout.splitlines() if "generation/" in line]
+    names = [line.split("generation/")[1].split()[0] for line in lines]
+    assert names == [*["register_server.sh", "gen_hf.py", "register_server.sh"] * 2, "join_parts.py"]
+    run = tmp_path / "run"
+    for at, name, policy in ((0, "policy", 2), (3, "previous", 1)):
+        assert lines[at].endswith(f" {run}/iter{policy}/model") and f"--parts_of {name}" in lines[at + 1]
+        assert f"--tokenizer {run}/iter{policy}/model " in lines[at + 1]
+        assert f"--output_dir {run}/iter3/generated.{name}.jsonl " in lines[at + 1]
+
+
 def test_servers_on_other_machines_are_started_and_stopped_by_commands(tmp_path):
     """As the client takes them, by --hosts; the commands of a user's own get the model and say when it is
     served.

@@ -148,6 +148,10 @@ def test_one_gpu_samples_and_trains_in_turns(built, tmp_path, monkeypatch, capsy
         (("--online.sync_every", 26), "a step needs a pair"),
         (("--online.prompts_per_round", 700), "the prompt sets hold 675"),
         (("--training_args.loss_type", "aot"), "computes its losses itself"),
+        (
+            ("--generation.mixture", '[{"K": 4}, {"K": 4, "model": "previous"}]'),
+            "generation.mixture has parts with model previous: an online run samples from the policy",
+        ),
         (("--machines", 2), "an online run is for one machine"),
         (("--generation_backend", "servers"), "evaluates by the engine"),
         (("--iterations", 3), "a key of another kind of run: bash run_loop.sh"),

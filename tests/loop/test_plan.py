@@ -2,6 +2,7 @@
 refused.
 """
 
+import re
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,25 @@ def test_responses_may_be_of_a_mixture_and_held_out_answers_are_of_one_temperatu
     for plan, told in ((make(generation=given), True), (own, False)):
         check.check_heldout(plan, found := check.Findings())
         assert any("held-out answers are sampled at temperature 0.7" in note for note in found.notes) == told
+
+
+def test_a_mixture_s_models_are_those_that_an_iteration_has(make):
+    """Before policy 1 the start is all of them, before policy 2 it is the previous policy."""
+    parts = [{"K": 3, "model": "start"}, {"K": 4, "temperature": 0.5}, {"K": 1, "model": "previous"}]
+    plan = make(generation={"K": 8, "mixture": parts}, keep_iterates=1, iterations=4)
+    found = values(plan)
+    named = [found[f"parts.{i}"] for i in (1, 2, 3, 4)]
+    whole = "policy previous start"
+    assert named == [whole.replace(" ", ","), "policy previous,start", whole, whole]
+    assert found["heldout.temperature"] == "0.5" and found["keep_iterates"] == 2  # the next samples from it
+    check.check_mixture(plan, notes := check.Findings())
+    assert "once more an iteration" in notes.notes[0] and "keep_iterates 1: 2 are kept" in notes.notes[1]
+    plan = make(generation={"K": 8, "mixture": parts[:1] + [{}]}, keep_iterates=1, iterations=3)
+    found = values(plan)
+    assert [found[f"parts.{i}"] for i in (1, 2, 3)] == ["policy,start", "policy start", "policy start"]
+    assert found["keep_iterates"] == 1 and values(make())["keep_iterates"] is None
+    found = values(make(generation={"K": 8, "mixture": [{"K": 4}, {"temperature": 0.5}]}))
+    assert not [key for key in found if key.startswith("parts.")]
 
 
 @pytest.mark.parametrize(
@@ -196,6 +216,30 @@ def test_changes_are_refused_where_something_was_made_from_what_was(make, tmp_pa
     assert "dataset_name_or_path" in refused() and "has changed since" in refused()
 
 
+def test_another_mixture_is_refused_where_one_model_has_given_its_parts(make, tmp_path):
+    first, other = tmp_path / "p.jsonl", tmp_path / "q.jsonl"
+    first.write_text('{"prompt": "a"}\n')
+    other.write_text('{"prompt": "b, and longer"}\n')
+
+    def plan(model, prompts=first):
+        parts = [{"K": 4}, {"K": 4, "model": model}]
+        return make(prompts=[str(prompts)], generation={"K": 8, "mixture": parts})
+
+    before = plan("previous")
+    made(before, "iter2/generated.policy.jsonl", {}, {"dataset_name_or_path": first})
+    for now, told in (
+        (plan("previous"), None),
+        (plan("start"), "iter2/generated.policy.jsonl was made with other settings: generation.mixture was"),
+        (plan("previous", other), f"prompts was '{first}' and is now '{other}'"),
+    ):
+        now.before = before.resolved()
+        if told is None:
+            assert changes.refuse(now, now.resolved()) == []
+        else:
+            with pytest.raises(UserError, match=re.escape(told)):
+                changes.refuse(now, now.resolved())
+
+
 @pytest.mark.parametrize(
     "more, named",
     [
@@ -211,6 +255,12 @@ def test_changes_are_refused_where_something_was_made_from_what_was(make, tmp_pa
             {"generation": {"mixture": [{"K": 5}]}},
             "K 5 together and --generation.K is 8: give --generation.K 5",
         ),
+        (
+            {"generation": {"mixture": [{"model": "before"}]}},
+            "model in part 1 of --generation.mixture: 'before' is not one of policy, previous, start",
+        ),
+        ({"generation": {"mixture": [{"model": "start"}]}}, "--generation.mixture has no part of policy"),
+        ({"generation": {"parts_of": ["start"]}}, "generation.parts_of is what the run itself decides"),
         ({"heldout": {"temperature": [1.0, 0.7]}}, "held-out answers are sampled at one temperature"),
         ({"generation": {"engine_args": {"model": "x"}}}, "--generation.engine_args may not hold model"),
         ({"generation": {"sampling_args": {"n": 2}}}, "--generation.sampling_args may not hold n"),

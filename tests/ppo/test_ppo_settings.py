@@ -133,6 +133,8 @@ def test_what_is_right_passes_and_says_so(settings, capsys):
     ({"ppo": {"batch_size": 8, "micro_batch_size": 4, "rollout_batch_size": 8}, "num_processes": 3},
      "batch_size 8 does not divide by 3 processes"),
     ({"heldout": {"top_k": 5}}, "generation: PPO (backend small) would train without top_k"),
+    ({"generation": {"mixture": [{}, {"model": "start"}]}}, "would train without mixture"),
+    ({"generation": {"temperature": [1.0, 0.7]}}, "generation.temperature [1.0, 0.7]: PPO samples at one"),
     ({"reward_name_or_path": None}, "names no reward model"),
     ({"model_name_or_path": "./nowhere"}, "no such folder"),
 ])  # fmt: skip
