@@ -16,6 +16,7 @@ them.
 import gc
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -286,9 +287,11 @@ def compute(
     """
     state, sharing = PartialState(), passes.row_tokens is not None
     costs = [len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows]
-    # As many pairs together as are saved together; `Steps` shares each such step out among the processes.
+    # As many pairs together as are saved together; `Steps` shares each such step out among the processes. All
+    # steps have as many pairs, since a padded one has as many passes whatever it holds.
+    together = math.ceil(len(rows) / math.ceil(len(rows) / SAVE_EVERY))
     steps = Steps(
-        costs, SAVE_EVERY, passes.row_tokens, passes.at_once, state.num_processes, state.process_index
+        costs, together, passes.row_tokens, passes.at_once, state.num_processes, state.process_index
     )
     collate = collate_packed if sharing else PaddedCollator(passes.pad_token_id)
     data, batches = Rows(rows), iter(steps)
