@@ -134,10 +134,11 @@ class Online:
             self.scoring.score(folder, self.ranks)
         self.rows[:] = self.make_rows(folder)
         with log.timed("reference"):
-            for done, values in reference.compute(self.reference, self.rows, self.passes, check=self.first):
+            every = of_pairs.with_mismatched(self.rows)
+            for done, values in reference.compute(self.reference, every, self.passes, check=self.first):
                 for i in done:
                     chosen, rejected = values[i].tolist()
-                    self.rows[i] |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+                    every[i] |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
         self.first = False
         shown = ", ".join(f"{key} {log.entry[key]}" for key in ("pairs", "prompts", "ties", "reward", "best"))
         say(f"round {number + 1} of {args.rounds}: {shown}")

@@ -40,7 +40,7 @@ from common.shared_prompts import Unsupported, only_wanted, prepare
 from common.training import say
 from dpo_iteration import models
 from dpo_iteration.arguments import Arguments
-from dpo_iteration.losses import needs_reference
+from dpo_iteration.losses import needs_mismatched, needs_reference
 from dpo_iteration.packing import (
     PaddedCollator,
     Rows,
@@ -50,6 +50,7 @@ from dpo_iteration.packing import (
     row_tokens,
     score,
 )
+from dpo_iteration.rows import with_mismatched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,7 +67,7 @@ def compute_reference(
     """Put the reference's log-probabilities into the rows, from disk where they are known; says how many
     were. Where no loss looks at the reference they are 0, and nothing is loaded.
     """
-    every = rows["train"] + rows["eval"]
+    every = with_mismatched(rows["train"] + rows["eval"])
     if not needs_reference(args.loss_type):
         for row in every:
             row["ref_chosen_logps"] = row["ref_rejected_logps"] = 0.0
@@ -85,6 +86,7 @@ def compute_reference(
         "attention": "shared_prompts" if sharing else models.attention(name, args, revision),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
+    half = ", half of them with answers to another prompt," if needs_mismatched(args.loss_type) else ""
     started = time.time()
     found, key = add_reference(
         every,
@@ -96,7 +98,7 @@ def compute_reference(
         passes,
     )
     say(
-        f"reference: {found} of {len(every)} pairs known from {reference_cache(args)}/{key}, "
+        f"reference: {found} of {len(every)} pairs{half} known from {reference_cache(args)}/{key}, "
         f"{duration(time.time() - started)}"
     )
 
