@@ -168,6 +168,13 @@ def test_a_training_continues_inside_an_epoch(work, kto, capfd):
     assert furthest(weights(again), whole) < 1e-6
 
 
+def test_a_kl_below_0_is_0(work, begin, train):
+    """Policy and reference exchanged: the mean log-ratio of the first step has the other sign."""
+    models = f"--model_name_or_path {work}/policy --ref_model_name_or_path {work}/begin"
+    [step] = logged(train("exchanged", KTO, models, "--max_steps 1"))
+    assert step["kl"] == 0 and step["loss"] > 0
+
+
 def test_what_it_is_called(work, kto):
     out = kto("called")
     card, manifest = (out / "README.md").read_text(), read_json(f"{out}.manifest.json")
