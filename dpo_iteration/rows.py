@@ -150,7 +150,10 @@ def add_mismatched(rows: list[dict], pool: list[dict], max_length: int):
         prompt, following = row["prompt_ids"], (pool[(i + k) % len(pool)] for k in range(1, len(pool)))
         other = next((other for other in following if other["prompt_ids"] != prompt), None)
         if other is None:
-            raise UserError("kto compares with answers to other prompts, and all pairs have the same one")
+            raise UserError(
+                "--loss_type kto wants answers to other prompts, and all pairs have the same one: give more "
+                "prompts"
+            )
         answers = {f"{side}_ids": other[f"{side}_ids"][: max_length - len(prompt)] for side in SIDES}
         row["mismatched"] = {"prompt_ids": prompt, **answers, "margin": 0.0}
 
