@@ -84,6 +84,8 @@ class Arguments(TRLArguments, TemplateArguments):
         "margin of simpo: by how much beta × the difference of log-probabilities a token has to exceed 0; "
         f"None: {Settings.simpo_gamma}",
     )
+    desirable_weight: float = arg(1.0, "weight of chosen responses in kto")
+    undesirable_weight: float = arg(1.0, "weight of rejected responses in kto")
     margin_scale: float = arg(0.0, "share of a pair's margin that beta × Δ has to exceed (offset DPO)")
     margin_weight: float = arg(
         0.0, "weight of a pair: its margin to this power, scaled to a mean of 1; 0: all alike"
@@ -243,7 +245,8 @@ def training_of(args: Arguments, processes: int | None = None) -> Training:
 def unused_by_losses(args: Arguments) -> list[str]:
     """Names of settings that the losses do not look at."""
     others = [] if needs_rejected(args.loss_type) else ["beta", "label_smoothing"]
-    return others + ([] if "simpo" in args.loss_type else ["simpo_gamma"])
+    others += [] if "simpo" in args.loss_type else ["simpo_gamma"]
+    return others + ([] if "kto" in args.loss_type else ["desirable_weight", "undesirable_weight"])
 
 
 def unit(args: Arguments) -> str:

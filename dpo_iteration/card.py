@@ -18,13 +18,13 @@ from common.manifest import generation_manifest, read_manifest, versions
 from common.preferences import REWARDED
 from common.tables import split_config
 from dpo_iteration.arguments import Arguments, unit
-from dpo_iteration.losses import needs_reference, needs_rejected
+from dpo_iteration.losses import LOSSES, needs_reference, needs_rejected
 from dpo_iteration.pairs import CHOOSE_TYPES
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard, ModelCardData
 
-RESULTS = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
+RESULTS = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin", "kl": "KL"}
 
 
 def manifest_of(name: str) -> dict:
@@ -240,16 +240,19 @@ def objective(args: Arguments, read_as: dict[str, str]) -> str:
         return (
             f"supervised fine-tuning (loss {losses}) on {which} of the answers to each prompt, from {answers}"
         )
-    method = (
-        "direct preference optimization" if needs_reference(args.loss_type) else "preference optimization"
-    )
+    method = "direct preference optimization" if is_dpo(args) else "preference optimization"
     blind = ", drawn without a look at the rewards" if CHOOSE_TYPES[args.choose_type].blind else ""
     return f"{method} (loss {losses}) on pairs chosen from {answers}{blind}"
 
 
 def method_tag(args: Arguments) -> str:
-    """The hub's tag of the method: dpo, or a loss without a reference by its name."""
-    return "dpo" if needs_reference(args.loss_type) else args.loss_type[0]
+    """The hub's tag of the method: dpo, or a loss by its name that is no kind of DPO."""
+    return "dpo" if is_dpo(args) else args.loss_type[0]
+
+
+def is_dpo(args: Arguments) -> bool:
+    """Whether any of the losses is a kind of DPO: one of TRL's DPOTrainer that looks at the reference."""
+    return any(LOSSES[name].trl and LOSSES[name].reference for name in args.loss_type)
 
 
 def metadata(

@@ -29,7 +29,8 @@ REFUSED = {  # settings of DPOConfig that run_dpo.py decides itself, or that can
 }
 ABOVE_0 = """
     beta learning_rate logging_steps per_device_train_batch_size per_device_eval_batch_size
-    gradient_accumulation_steps global_batch_size max_row_tokens pairs_per_prompt
+    gradient_accumulation_steps global_batch_size max_row_tokens pairs_per_prompt desirable_weight
+    undesirable_weight
 """
 NOT_NEGATIVE = """
     weight_decay max_grad_norm length_penalty min_margin margin_scale margin_weight eval_steps save_steps
@@ -91,11 +92,6 @@ def check_loss(args: Arguments):
     """
     names = " ".join(args.loss_type)
     unknown = [name for name in args.loss_type if name not in LOSSES]
-    if "kto" in unknown:
-        raise UserError(
-            "--loss_type kto is not there: its KL term wants answers to other prompts, which pairs do not "
-            "have; apo_zero is the same without that term"
-        )
     if unknown or not args.loss_type:
         raise UserError(f"--loss_type {' '.join(unknown)}: there are {', '.join(sorted(LOSSES))}")
     if args.loss_weights is not None and len(args.loss_weights) != len(args.loss_type):
@@ -115,6 +111,9 @@ def check_loss(args: Arguments):
     if args.margin_scale and not all(LOSSES[name].offset for name in args.loss_type):
         offset = [name for name in sorted(LOSSES) if LOSSES[name].offset]
         raise UserError(f"--margin_scale is defined for {', '.join(offset)}, not for {names}")
+    for key in ("desirable_weight", "undesirable_weight"):
+        if "kto" not in args.loss_type and getattr(args, key) != 1:
+            raise UserError(f"--{key} is used by --loss_type kto only, not by {names}")
 
 
 def check_batches(args: Arguments):

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback, TrainerState
+from transformers.trainer_utils import EvalLoopOutput
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
 
@@ -30,7 +31,14 @@ from common.shared_prompts import only_wanted, prepare
 from common.training import say, step_of
 from dpo_iteration import adapters, models, trl_arguments
 from dpo_iteration.arguments import OURS, Arguments, unit
-from dpo_iteration.losses import Pairs, Settings, implicit_rewards, needs_rejected, pair_losses
+from dpo_iteration.losses import (
+    Pairs,
+    Settings,
+    implicit_rewards,
+    needs_mismatched,
+    needs_rejected,
+    pair_losses,
+)
 from dpo_iteration.output import in_words
 from dpo_iteration.packing import NUMBERS, PaddedCollator, Rows, Scored, check_packing, collate_packed, score
 
@@ -47,6 +55,7 @@ OF_PAIRS = (
     "logps/rejected",
     "tokens/chosen",
     "tokens/rejected",
+    "kl",
 )
 OF_TOKENS = ("logits/chosen", "logits/rejected", "mean_token_accuracy", "entropy")
 
@@ -104,6 +113,8 @@ def build_trainer(args: Arguments, policy: torch.nn.Module, data: "Data") -> "It
             sharing=data.sharing,
             margin_scale=args.margin_scale,
             simpo_gamma=args.simpo_gamma,
+            desirable_weight=args.desirable_weight,
+            undesirable_weight=args.undesirable_weight,
         )
     trainer.plain_log = PlainLog(data.per_step, unit(args))
     trainer.add_callback(trainer.plain_log)
@@ -118,18 +129,31 @@ class IterativeDPOTrainer(DPOTrainer):
 
     Args:
         rows: {"train", "eval"}: lists of dicts with `prompt_ids`, `chosen_ids`, `rejected_ids` (token ids),
-            `ref_chosen_logps`, `ref_rejected_logps`, `margin`, and perhaps `loss_weight`.
+            `ref_chosen_logps`, `ref_rejected_logps`, `margin`, and perhaps `loss_weight` and `mismatched`.
         steps: Steps of the training rows, or None for TRL's own loss and batches.
         eval_steps: the same of the held-out rows.
         sharing: whether rows are packed.
-        margin_scale, simpo_gamma: see losses.py.
+        margin_scale, simpo_gamma, desirable_weight, undesirable_weight: see losses.py.
 
     `loss_type: sigmoid` with `label_smoothing` is conservative DPO, which TRL's sigmoid is not.
     """
 
-    def __init__(self, *args, rows, steps, eval_steps, sharing, margin_scale=0.0, simpo_gamma=None, **kwargs):
+    def __init__(
+        self,
+        *args,
+        rows,
+        steps,
+        eval_steps,
+        sharing,
+        margin_scale=0.0,
+        simpo_gamma=None,
+        desirable_weight=1.0,
+        undesirable_weight=1.0,
+        **kwargs,
+    ):
         self.rows, self.batching, self.sharing = rows, {"train": steps, "eval": eval_steps}, sharing
         self.checked, self.sums = False, {"train": None, "eval": None}
+        self.kl = self.unmeasured = None  # see `estimate_kl`
         with without_reference():
             super().__init__(*args, **kwargs)
         self.settings = Settings(
@@ -138,6 +162,8 @@ class IterativeDPOTrainer(DPOTrainer):
             margin_scale,
             self.args.discopop_tau,
             Settings.simpo_gamma if simpo_gamma is None else simpo_gamma,
+            desirable_weight,
+            undesirable_weight,
         )
         if steps is None and "sigmoid" in self.loss_types and self.label_smoothing:
             # After TRL's own checks, which call a negative value a mistake; `self.args` keeps the user's
@@ -177,13 +203,16 @@ class IterativeDPOTrainer(DPOTrainer):
 
     # Batches
 
+    @property
+    def collate(self) -> Callable[[list[dict]], dict]:
+        return collate_packed if self.sharing else PaddedCollator(self.processing_class.pad_token_id)
+
     def loader(self, split: str) -> DataLoader:
-        collate = collate_packed if self.sharing else PaddedCollator(self.processing_class.pad_token_id)
         args, steps = self.args, self.batching[split]
         return DataLoader(
             Rows(self.rows[split]),
             batch_sampler=steps,
-            collate_fn=collate,
+            collate_fn=self.collate,
             num_workers=args.dataloader_num_workers,
         )
 
@@ -205,6 +234,42 @@ class IterativeDPOTrainer(DPOTrainer):
             exact["pairs"] = inputs.pop("pairs")
         return super()._prepare_inputs(inputs) | exact
 
+    # The KL of KTO
+
+    def get_batch_samples(self, *given: object) -> tuple[list, object]:
+        """The passes of an optimizer step, all of which have the same `kl`."""
+        samples, count = super().get_batch_samples(*given)
+        if needs_mismatched(self.loss_types):
+            self.unmeasured = [sample["pairs"] for sample in samples]
+        return samples, count
+
+    def evaluation_loop(self, dataloader: DataLoader, *args: object, **kwargs: object) -> EvalLoopOutput:
+        """The Trainer's, with one `kl` for all held-out pairs."""
+        if needs_mismatched(self.loss_types):
+            self.unmeasured = (batch["pairs"] for batch in dataloader)
+        return super().evaluation_loop(dataloader, *args, **kwargs)
+
+    @torch.no_grad()
+    def estimate_kl(self, model: torch.nn.Module, passes: Iterable[list[dict]]) -> torch.Tensor:
+        """KL of the policy to the reference, [] and at least 0: the mean log π/π_ref of the answers to other
+        prompts that the pairs of `passes` have, over all processes.
+
+        A pass of its own ahead of the step's others, without gradients. TRL's KTOTrainer takes the mean over
+        the pairs that share a pass; so the step's would depend on how its pairs are laid out.
+        """
+        training, sums = model.training, torch.zeros(2, device=self.args.device)
+        model.eval()
+        for pairs in passes:
+            rows = [row["mismatched"] | {"scale": row["scale"]} for row in pairs]
+            inputs = self._prepare_inputs(self.collate(rows))
+            scored, real = score(model, inputs), (inputs["scale"] > 0).float()
+            ratios = scored.chosen - inputs["ref_chosen_logps"]
+            ratios += scored.rejected - inputs["ref_rejected_logps"]
+            sums += torch.stack([(ratios * real).sum(), 2 * real.sum()])
+        model.train(training)
+        total, count = self.accelerator.reduce(sums, "sum")
+        return (total / count.clamp(min=1)).clamp(min=0)
+
     # The loss
 
     def _compute_loss(self, model, inputs, return_outputs):
@@ -212,6 +277,8 @@ class IterativeDPOTrainer(DPOTrainer):
             return super()._compute_loss(model, inputs, return_outputs)
         if self.sharing and not self.checked:
             self.check_policy(model, inputs)
+        if self.unmeasured is not None:
+            self.kl, self.unmeasured = self.estimate_kl(model, self.unmeasured), None
         scored = score(model, inputs)
         pairs = Pairs(
             scored.chosen,
@@ -222,6 +289,7 @@ class IterativeDPOTrainer(DPOTrainer):
             scored.rejected_tokens,
             inputs["margin"],
             inputs.get("step_tokens"),
+            self.kl,
         )
         losses = pair_losses(pairs, self.loss_types, self.loss_weights, self.settings)
         self.count(scored, pairs, losses.detach(), inputs)
@@ -255,6 +323,7 @@ class IterativeDPOTrainer(DPOTrainer):
             pairs.rejected,
             pairs.chosen_tokens,
             pairs.rejected_tokens,
+            torch.zeros_like(losses) if pairs.kl is None else pairs.kl.expand_as(losses),
         )
         outputs, mine, theirs = scored.outputs, scored.of_chosen, scored.of_rejected
         of_tokens = (
@@ -290,6 +359,8 @@ class IterativeDPOTrainer(DPOTrainer):
         if mode == "train":
             self._total_train_tokens += tokens
             del found["loss"]  # the Trainer's own is the same mean
+        if not needs_mismatched(self.loss_types):
+            del found["kl"]
         if not needs_rejected(self.loss_types):  # there is nothing to compare with
             found = {key: found[key] for key in found if "rejected" not in key and "rewards/" not in key}
         found["num_tokens"] = self._total_train_tokens
@@ -315,7 +386,7 @@ class IterativeDPOTrainer(DPOTrainer):
             )
         so_far = [entry for entry in state.log_history if entry["step"] <= step]
         logged = [entry for entry in so_far if "loss" in entry]
-        keys = ("loss", "rewards/accuracies", "rewards/margins")
+        keys = ("loss", "rewards/accuracies", "rewards/margins", "kl")
         found = {"step": step} | {key: logged[-1][key] for key in keys if logged and key in logged[-1]}
         if self.eval_dataset is None:
             return found

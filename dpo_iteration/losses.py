@@ -5,7 +5,8 @@
 Δ is the difference of the log-ratios, (log π(chosen) - log π_ref(chosen)) - (log π(rejected) - log
 π_ref(rejected)), with log-probabilities summed over a response's tokens. Names and constants are those of
 TRL's `loss_type`, whose trainers are the oracle in the tests; beyond DPO's there are label smoothing for
-`sigmoid`, an offset by the pair's margin, and the losses without a reference: `sft`, `simpo` and `cpo`.
+`sigmoid`, an offset by the pair's margin, `kto`, and the losses without a reference: `sft`, `simpo` and
+`cpo`.
 
 A new loss is a function here with `@loss(trl=False)` above it. Torch is imported where it is needed, so that
 arguments can be checked without it.
@@ -30,6 +31,7 @@ class Settings:
     margin_scale: share of a pair's margin (in units of reward) that β·Δ has to exceed.
     discopop_tau: temperature of the mixture in DiscoPOP.
     simpo_gamma: by how much β × the difference of log-probabilities a token has to exceed 0 in SimPO.
+    desirable_weight, undesirable_weight: λ of chosen and of rejected responses in KTO.
     """
 
     beta: float
@@ -37,6 +39,8 @@ class Settings:
     margin_scale: float = 0.0
     discopop_tau: float = 0.05
     simpo_gamma: float = 0.5
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
 
 
 @dataclass
@@ -48,6 +52,8 @@ class Pairs:
     chosen_tokens, rejected_tokens: tokens of the responses.
     margin: reward of chosen less that of rejected.
     step_tokens: tokens of a chosen response, in the mean over the pairs of the optimizer step.
+    kl: of the policy to the reference, at least 0, as answers to other prompts show it; a number for the
+        whole optimizer step (0-d), without gradient.
     """
 
     chosen: torch.Tensor
@@ -58,6 +64,7 @@ class Pairs:
     rejected_tokens: torch.Tensor
     margin: torch.Tensor
     step_tokens: torch.Tensor | None = None
+    kl: torch.Tensor | None = None
 
     @property
     def ratios(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,6 +87,7 @@ class Loss:
     reference: it looks at the reference. Where no loss does, none is computed.
     rejected: it looks at the rejected response. Where no loss does, only one response of a prompt is trained.
     per_token: it compares log-probabilities a token, and so does the log.
+    mismatched: it looks at `Pairs.kl`, for which each pair gets an answer to another prompt.
     """
 
     compute: Callable[[Pairs, Settings], torch.Tensor] | None = None
@@ -89,6 +97,7 @@ class Loss:
     reference: bool = True
     rejected: bool = True
     per_token: bool = False
+    mismatched: bool = False
 
 
 # The losses by name. Of these two a pair's loss depends on the other pairs of its pass: TRL computes them, on
@@ -114,6 +123,11 @@ def needs_reference(loss_types: list[str]) -> bool:
 def needs_rejected(loss_types: list[str]) -> bool:
     """Whether any of the losses looks at the rejected response."""
     return any(LOSSES[name].rejected for name in loss_types)
+
+
+def needs_mismatched(loss_types: list[str]) -> bool:
+    """Whether any of the losses looks at answers to other prompts."""
+    return any(LOSSES[name].mismatched for name in loss_types)
 
 
 def implicit_rewards(pairs: Pairs, loss_types: list[str], beta: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -239,6 +253,18 @@ def apo_down(pairs: Pairs, settings: Settings) -> torch.Tensor:
     """APO-down (arXiv 2408.06266, equation 8): both down, rejected further."""
     chosen, rejected = (settings.beta * ratio for ratio in pairs.ratios)
     return chosen.sigmoid() + 1 - (chosen - rejected).sigmoid()
+
+
+@loss(trl=False, mismatched=True)
+def kto(pairs: Pairs, settings: Settings) -> torch.Tensor:
+    """KTO (arXiv 2402.01306): λ_D·[1 - σ(β(log π/π_ref - KL))] of the chosen response and
+    λ_U·[1 - σ(β(KL - log π/π_ref))] of the rejected one, each by itself; the mean of the two, as TRL's
+    KTOTrainer has it, whose batches hold them as two examples.
+    """
+    chosen, rejected = pairs.ratios
+    desirable = 1 - (settings.beta * (chosen - pairs.kl)).sigmoid()
+    undesirable = 1 - (settings.beta * (pairs.kl - rejected)).sigmoid()
+    return (settings.desirable_weight * desirable + settings.undesirable_weight * undesirable) / 2
 
 
 # Without a reference

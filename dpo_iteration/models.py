@@ -20,6 +20,7 @@ from common.manifest import beside, write_json
 from dpo_iteration import adapters, card, saved
 from dpo_iteration.arguments import Arguments
 from dpo_iteration.losses import needs_reference
+from dpo_iteration.rows import with_mismatched
 
 if TYPE_CHECKING:
     from trl import DPOConfig, DPOTrainer
@@ -175,7 +176,7 @@ def check_models(args: Arguments, tokenizer: PreTrainedTokenizerBase, rows: dict
             has other tokens than the policy.
     """
     name, (reference, commit) = args.model_name_or_path, reference_name(args)
-    every = [row for split in rows.values() for row in split]
+    every = with_mismatched([row for split in rows.values() for row in split])
     highest = max(
         max(row[key]) for row in every for key in ("prompt_ids", "chosen_ids", "rejected_ids") if row[key]
     )

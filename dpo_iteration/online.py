@@ -150,10 +150,11 @@ class Online:
         if self.reference is None:
             reference.leave_out(self.rows)
             return
-        for done, values in reference.compute(self.reference, self.rows, self.passes, check=self.first):
+        every = of_pairs.with_mismatched(self.rows)
+        for done, values in reference.compute(self.reference, every, self.passes, check=self.first):
             for i in done:
                 chosen, rejected = values[i].tolist()
-                self.rows[i] |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+                every[i] |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
     def have_sampled(self, number: int, version: int):
         """See to it that a round's answers are there, and with staleness the next one's on their way.

@@ -43,11 +43,14 @@ NOTES = {  # counts of rows.py and common/tokens.py, in words
 
 
 def in_words(metrics: dict, prefix: str = "") -> str:
-    """Loss, accuracy and margin of a log entry; training without rejected responses has the loss alone."""
+    """Loss, accuracy and margin of a log entry; training without rejected responses has the loss alone, KTO
+    its KL too.
+    """
     labels = {
         "loss": "loss {:.4f}",
         "rewards/accuracies": "accuracy {:.2f}",
         "rewards/margins": "margin {:.4f}",
+        "kl": "KL {:.4f}",
     }
     there = {words: metrics.get(f"{prefix}{key}") for key, words in labels.items()}
     return ", ".join(words.format(value) for words, value in there.items() if value is not None)

@@ -53,6 +53,11 @@ def columns_of(row: dict) -> int:
     return packed_tokens(both(row), labelled=True)
 
 
+def cost_of(row: dict) -> int:
+    """Columns that a pair takes, in its row or in that of the same pairs' answers to other prompts."""
+    return max(map(columns_of, (row, row["mismatched"]))) if "mismatched" in row else columns_of(row)
+
+
 def fill(indices: list[int], costs: list[int], bins: int) -> list[list[int]]:
     """Lay `indices` into `bins` lists, the largest first and always into the least filled, and order these by
     what they hold.
@@ -183,7 +188,7 @@ def batches(args: Arguments, rows: dict, per_step: int) -> tuple[bool, dict]:
     budget = row_tokens(args) if sharing else None
     steps, costs, tokens = {"train": None, "eval": None}, {}, {}
     for split in [split for split in rows if rows[split]]:
-        costs[split] = [columns_of(row) if sharing else 0 for row in rows[split]]
+        costs[split] = [cost_of(row) if sharing else 0 for row in rows[split]]
         tokens[split] = [len(row["chosen_ids"]) for row in rows[split]]
     place = {"processes": world_size(), "process": int(os.environ.get("RANK", "0"))}
     epochs = math.ceil(args.num_train_epochs)
@@ -206,7 +211,10 @@ def batches(args: Arguments, rows: dict, per_step: int) -> tuple[bool, dict]:
             costs["eval"], len(rows["eval"]), budget, at_once, tokens=tokens["eval"], **place
         )
     if sharing:
-        alone, packed = sum(len(ids) for row in rows["train"] for ids in both(row)), sum(costs["train"])
+        alone, packed = (
+            sum(len(ids) for row in rows["train"] for ids in both(row)),
+            sum(map(columns_of, rows["train"])),
+        )
         longest, passes = max(budget, *costs["train"]), steps["train"].accumulation
         say(
             f"packed {alone:,} tokens an epoch into {packed:,} (shared prompts, no padding); rows of up to "
@@ -283,14 +291,14 @@ def collate_packed(rows: list[dict]) -> dict:
 
 
 class PaddedCollator:
-    """TRL's padded batch with `numbers` and `tokens`."""
+    """TRL's padded batch with `numbers`, `tokens` and `pairs`, see `collate_packed`."""
 
     def __init__(self, pad_token_id):
         self.collate = DataCollatorForPreference(pad_token_id=pad_token_id)
 
     def __call__(self, rows):
         tokens = sum(len(ids) for row in rows for ids in both(row))
-        return self.collate(rows) | numbers(rows) | {"tokens": tokens}
+        return self.collate(rows) | numbers(rows) | {"tokens": tokens, "pairs": rows}
 
 
 @dataclass

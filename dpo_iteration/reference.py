@@ -16,6 +16,7 @@ them.
 import gc
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -39,7 +40,7 @@ from common.shared_prompts import Unsupported, only_wanted, prepare
 from common.training import say
 from dpo_iteration import models
 from dpo_iteration.arguments import Arguments
-from dpo_iteration.losses import needs_reference
+from dpo_iteration.losses import needs_mismatched, needs_reference
 from dpo_iteration.packing import (
     PaddedCollator,
     Rows,
@@ -49,6 +50,7 @@ from dpo_iteration.packing import (
     row_tokens,
     score,
 )
+from dpo_iteration.rows import with_mismatched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,7 +67,7 @@ def compute_reference(
     """Put the reference's log-probabilities into the rows, from disk where they are known; says how many
     were. Where no loss looks at the reference they are 0, and nothing is loaded.
     """
-    every = rows["train"] + rows["eval"]
+    every = with_mismatched(rows["train"] + rows["eval"])
     if not needs_reference(args.loss_type):
         leave_out(every)
         say(f"no reference: the loss {' '.join(args.loss_type)} looks at none")
@@ -83,6 +85,7 @@ def compute_reference(
         "attention": "shared_prompts" if sharing else models.attention(name, args, revision),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
+    half = ", half of them with answers to another prompt," if needs_mismatched(args.loss_type) else ""
     started = time.time()
     found, key = add_reference(
         every,
@@ -94,7 +97,7 @@ def compute_reference(
         passes,
     )
     say(
-        f"reference: {found} of {len(every)} pairs known from {reference_cache(args)}/{key}, "
+        f"reference: {found} of {len(every)} pairs{half} known from {reference_cache(args)}/{key}, "
         f"{duration(time.time() - started)}"
     )
 
@@ -291,9 +294,11 @@ def compute(
     """
     state, sharing = PartialState(), passes.row_tokens is not None
     costs = [len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows]
-    # As many pairs together as are saved together; `Steps` shares each such step out among the processes.
+    # As many pairs together as are saved together; `Steps` shares each such step out among the processes. All
+    # steps have as many pairs, since a padded one has as many passes whatever it holds.
+    together = math.ceil(len(rows) / math.ceil(len(rows) / SAVE_EVERY))
     steps = Steps(
-        costs, SAVE_EVERY, passes.row_tokens, passes.at_once, state.num_processes, state.process_index
+        costs, together, passes.row_tokens, passes.at_once, state.num_processes, state.process_index
     )
     collate = collate_packed if sharing else PaddedCollator(passes.pad_token_id)
     data, batches = Rows(rows), iter(steps)

@@ -38,7 +38,7 @@ class RoundSteps(packing.Steps):
 
     def __iter__(self) -> Iterator[list[tuple[int, float, float]]]:
         rows = self.take(self.epoch)
-        self.costs = [packing.columns_of(row) if self.budget else 0 for row in rows]
+        self.costs = [packing.cost_of(row) if self.budget else 0 for row in rows]
         self.tokens = [len(row["chosen_ids"]) for row in rows]
         self.weights = packing.weights(rows, self.margin_weight)
         yield from super().__iter__()

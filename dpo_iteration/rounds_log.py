@@ -5,7 +5,7 @@ version        rounds that the weights had learned from which sampled its answer
                than the policy that was trained on them
 prompts, pairs, ties      prompts answered, pairs trained on, prompts whose answers all had one reward
 reward, best, length      mean reward, mean reward of a prompt's best answer, mean tokens of an answer
-loss, accuracy, margin, learning_rate     of its optimizer steps, as run_dpo.py logs them
+loss, accuracy, margin, learning_rate     of its optimizer steps, as run_dpo.py logs them; kl with loss kto
 seconds        all, and of that: sampling (the servers at work, perhaps on the next round), waiting (the
                trainer, for them), sending, scoring, reference, training
 """
@@ -23,6 +23,7 @@ LOGGED = {  # of the trainer → in the log
     "loss": "loss",
     "rewards/accuracies": "accuracy",
     "rewards/margins": "margin",
+    "kl": "kl",
     "learning_rate": "learning_rate",
 }
 BEFORE = ("sending", "waiting", "scoring", "reference")  # parts of a round; what is left of it is training

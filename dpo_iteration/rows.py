@@ -11,6 +11,7 @@ from common.progress import Progress
 from common.tokens import Answer, Encoder, prompt_mismatch
 from common.training import is_main
 from dpo_iteration.arguments import Arguments
+from dpo_iteration.losses import needs_mismatched
 from dpo_iteration.pairs import Selection
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class PairTokenizer:
 
 
 def tokenize(selection: Selection, template: ChatTemplate, args: Arguments) -> dict:
-    """{"train", "eval"}: the pairs as rows of token ids.
+    """{"train", "eval"}: the pairs as rows of token ids, with what `add_mismatched` adds where a loss asks.
 
     Pairs that teach nothing move to `selection.skipped`.
     """
@@ -126,7 +127,40 @@ def tokenize(selection: Selection, template: ChatTemplate, args: Arguments) -> d
     progress.close()
     selection.pairs = kept
     selection.counts |= {"train_pairs": len(rows["train"]), "eval_pairs": len(rows["eval"]), **to_row.counts}
+    if needs_mismatched(args.loss_type):
+        add_mismatched(rows["train"], rows["train"], args.max_length)
+        add_mismatched(rows["eval"], rows["eval"] + rows["train"], args.max_length)
     return rows
+
+
+def add_mismatched(rows: list[dict], pool: list[dict], max_length: int):
+    """Give each row under `mismatched` a row of its own prompt with the answers of the next pair of `pool`
+    that has another one, cut to `max_length`.
+
+    They stay the same in all epochs, so that the reference is computed once. TRL's KTOTrainer takes those of
+    a batch's examples, in batches that stay the same.
+
+    Args:
+        pool: begins with `rows`.
+
+    Raises:
+        UserError: there is one prompt only.
+    """
+    for i, row in enumerate(rows):
+        prompt, following = row["prompt_ids"], (pool[(i + k) % len(pool)] for k in range(1, len(pool)))
+        other = next((other for other in following if other["prompt_ids"] != prompt), None)
+        if other is None:
+            raise UserError(
+                "--loss_type kto wants answers to other prompts, and all pairs have the same one: give more "
+                "prompts"
+            )
+        answers = {f"{side}_ids": other[f"{side}_ids"][: max_length - len(prompt)] for side in SIDES}
+        row["mismatched"] = {"prompt_ids": prompt, **answers, "margin": 0.0}
+
+
+def with_mismatched(rows: list[dict]) -> list[dict]:
+    """The rows, and behind them those of their answers to other prompts: all that is computed of them."""
+    return rows + [row["mismatched"] for row in rows if "mismatched" in row]
 
 
 def show_pair(tokenizer: "PreTrainedTokenizerBase", row: dict) -> str:

@@ -11,7 +11,7 @@ from common.models import local_config
 from common.progress import duration
 from dpo_iteration import fitting, memory
 from dpo_iteration.arguments import Arguments
-from dpo_iteration.losses import needs_reference, needs_rejected
+from dpo_iteration.losses import needs_mismatched, needs_reference, needs_rejected
 from loop.machines import machine_count
 from loop.settings import processes
 
@@ -56,6 +56,7 @@ def estimate(
     # Chosen and rejected, where there is one, share their prompt.
     trained = prompts * (PROMPT_TOKENS + (1 + needs_rejected(losses)) * RESPONSE_TOKENS)
     passes = (8 if recompute else 6) * epochs + 2 * needs_reference(losses)
+    passes += 2 * (epochs + 1) * needs_mismatched(losses)  # forward, of the policy and of the reference
     return (
         tokens * count / (SAMPLED_TOKENS * memory_speed) / gpus,
         2 * count * scored / (peak * SCORE_SHARE) / gpus,

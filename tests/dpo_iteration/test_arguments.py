@@ -155,7 +155,17 @@ def test_what_cannot_be_resolved_is_refused(values, message):
         ("--loss_type aot --margin_weight 1 --per_device_train_batch_size 2", "cannot be used where"),
         ("--loss_type sft --use_weighting true", "sft cannot be used where use_weighting is TRL's own"),
         ("--loss_type simpo --ld_alpha 0.5", "simpo cannot be used where ld_alpha is TRL's own"),
-        ("--loss_type kto", "its KL term wants answers to other prompts"),
+        ("--loss_type kto", "kto has no label smoothing: give --label_smoothing 0"),
+        ("--loss_type kto --label_smoothing 0 --margin_scale 1", "--margin_scale is defined for"),
+        (
+            "--loss_type kto --label_smoothing 0 --ld_alpha 0.5",
+            "kto cannot be used where ld_alpha is TRL's own",
+        ),
+        (
+            "--loss_type kto --label_smoothing 0 --desirable_weight 0",
+            "--desirable_weight 0.0 must be above 0",
+        ),
+        ("--undesirable_weight 2", "--undesirable_weight is used by --loss_type kto only, not by sigmoid"),
         ("--loss_type sft --choose_type random", "give max_min, the best, or blind, a random one"),
         ("--choose_type blind --min_margin 1", "--min_margin means nothing with --choose_type blind"),
         ("--ld_alpha 0.5 --margin_scale 1", "ld_alpha is TRL's own"),

@@ -1,5 +1,6 @@
 """losses.py against formulas in float64 and against TRL's own `_compute_loss`, gradients too."""
 
+import math
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -13,13 +14,14 @@ from dpo_iteration.losses import (
     Pairs,
     Settings,
     implicit_rewards,
+    needs_mismatched,
     needs_reference,
     needs_rejected,
     pair_losses,
 )
 
 CHOSEN_TOKENS, REJECTED_TOKENS = torch.tensor([4, 9, 1, 6]), torch.tensor([7, 2, 3, 6])
-LENGTH = 12
+LENGTH, KL = 12, 0.4
 PAIRWISE = sorted(name for name, one in LOSSES.items() if one.compute)
 
 
@@ -36,7 +38,8 @@ def per_token(seed):
 def pairs_of(policy, reference, margin=0.0):
     sums = [*policy.sum(1).chunk(2), *reference.sum(1).chunk(2)]
     mean = CHOSEN_TOKENS.double().mean().expand(4)
-    return Pairs(*sums, CHOSEN_TOKENS, REJECTED_TOKENS, torch.full((4,), margin, dtype=torch.float64), mean)
+    margins, kl = torch.full((4,), margin, dtype=torch.float64), torch.tensor(KL, dtype=torch.float64)
+    return Pairs(*sums, CHOSEN_TOKENS, REJECTED_TOKENS, margins, mean, kl)
 
 
 def trls(policy, reference, mask, loss_types, weights, beta, smoothing):
@@ -103,8 +106,13 @@ def test_a_loss_looks_at_what_it_says(name):
     policy, reference = torch.autograd.grad(loss, parts, allow_unused=True)
     assert LOSSES[name].reference == (reference is not None)
     assert LOSSES[name].rejected == bool(policy[4:].any()) and policy[:4].any()
-    one = [name]
-    assert (needs_reference(one), needs_rejected(one)) == (LOSSES[name].reference, LOSSES[name].rejected)
+    pairs = pairs_of(*parts)
+    pairs.kl += 1.0
+    moved = pair_losses(pairs, [name], [1.0], Settings(0.5, 0.1)).sum()
+    assert LOSSES[name].mismatched == (not moved.equal(loss))
+    one, own = [name], LOSSES[name]
+    needed = (needs_reference(one), needs_rejected(one), needs_mismatched(one))
+    assert needed == (own.reference, own.rejected, own.mismatched)
     assert needs_reference([name, "sigmoid"]) and needs_rejected([name, "sigmoid"])
 
 
@@ -163,6 +171,17 @@ def test_losses_without_a_reference_are_trls_cpo_trainers(name, smoothing):
     assert ((have - want) * mask).abs().max() < 1e-12 and want.abs().max() > 1e-4
     for mine, his in zip(implicit_rewards(pairs, [name], 2.0), rewards, strict=True):
         assert (mine - his).abs().max() < 1e-12
+
+
+def test_kto_is_its_formula():
+    """λ·(1 - σ(z)) = λ / (1 + exp z) of each response by itself."""
+    policy, reference = (per_token(seed)[0] for seed in (1, 2))
+    settings = Settings(0.5, desirable_weight=1.5, undesirable_weight=0.7)
+    got = pair_losses(pairs_of(policy, reference), ["kto"], [1.0], settings)
+    ratios = (policy - reference).sum(1).tolist()
+    for loss, chosen, rejected in zip(got.tolist(), ratios[:4], ratios[4:], strict=True):
+        desirable = 1.5 / (1 + math.exp(0.5 * (chosen - KL)))
+        assert loss == pytest.approx((desirable + 0.7 / (1 + math.exp(0.5 * (KL - rejected)))) / 2, abs=1e-12)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.3, 0.49])

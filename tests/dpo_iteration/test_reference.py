@@ -56,6 +56,17 @@ def test_they_are_those_of_one_sequence_at_a_time(folder, tmp_path, sharing):
         assert row["ref_rejected_logps"] == pytest.approx(float(want[1]), abs=1e-4)
 
 
+def test_few_padded_pairs_take_few_passes(folder, tmp_path, monkeypatch):
+    """5 pairs by twos: not as many passes as SAVE_EVERY pairs would take."""
+    true, seen = reference.score, []
+    monkeypatch.setattr(reference, "score", lambda *given: seen.append(1) or true(*given))
+    for most, passes in ((2000, 3), (3, 4)):
+        monkeypatch.setattr(reference, "SAVE_EVERY", most)
+        add(folder, tmp_path / str(most), make_rows(5), sharing=False)
+        assert len(seen) == passes
+        seen.clear()
+
+
 def test_what_is_known_is_not_computed_again(folder, tmp_path):
     loads, first = [], make_rows(6)
     add(folder, tmp_path / "cache", first, loads=loads)

@@ -329,11 +329,15 @@ def test_hours_follow_the_gpu(machine, capsys):
 
 
 def test_hours_count_what_the_loss_looks_at():
-    """SFT has neither a reference nor rejected responses, SimPO no reference: 2 of the 18 FLOPs."""
+    """SFT has neither a reference nor rejected responses, SimPO no reference: 2 of the 18 FLOPs. KTO has 2
+    more for each of the two epochs, and for the reference.
+    """
     kind, _ = devices.speed_of("A100")
-    dpo, simpo, sft = (
-        estimates.estimate(8e9, 20000, 8, 2, 8, kind, True, [name])[2] for name in ("sigmoid", "simpo", "sft")
+    dpo, simpo, sft, kto = (
+        estimates.estimate(8e9, 20000, 8, 2, 8, kind, True, [name])[2]
+        for name in ("sigmoid", "simpo", "sft", "kto")
     )
+    assert kto == pytest.approx(dpo * 24 / 18)
     assert simpo == pytest.approx(dpo * 16 / 18)
     assert sft == pytest.approx(simpo * (200 + 350) / (200 + 2 * 350))
 
