@@ -201,6 +201,10 @@ class LiveWeights:
                 return f"{url} lost its weights while it sampled (log-probabilities moved by {worst:.2g})"
         return ""
 
+    def check_there(self):
+        """Refuse to go on without one of the servers."""
+        self.on_main(lambda: live_servers.check_there(self.servers))
+
     def on_main(self, action: Callable) -> Any:
         """What `action()` returns on rank 0, on all ranks; its UserError too."""
         told = [None]

@@ -201,10 +201,11 @@ class Online:
     def wait_for(self, work: InBackground | bool) -> str:
         """Wait on all ranks for what rank 0 has in the background; what it returned, or its error, on all.
 
-        They talk to each other meanwhile: a collective that waits for minutes would be taken for dead.
+        They talk to each other meanwhile: a collective that waits for minutes would be taken for dead. A
+        server that has ended is not waited for: its weights are gone, and answers of another are none.
         """
         while not self.told(is_main() and work.is_done(LOOK)):
-            pass
+            self.live.check_there()
         error = work.error if is_main() else None
         if error is not None and not isinstance(error, UserError):
             raise error  # a defect: its traceback on rank 0, and the launcher ends the others

@@ -3,13 +3,15 @@ processes; and what is refused in one line.
 """
 
 import json
+import os
+import signal
 import sys
 import time
 
 import faults
 import pytest
 import training
-from online import SCRIPT, argv, rounds_of
+from online import SCRIPT, argv, rounds_of, start_server
 from training import read_json, read_jsonl
 
 LAUNCH = [sys.executable, SCRIPT]
@@ -85,6 +87,70 @@ def test_a_killed_training_ends_as_an_undisturbed_one(whole, live_port, tmp_path
     assert [entry["round"] for entry in rounds_of(tmp_path)] == [0, 1, 2, 3]
     again = training.start(*words, script=SCRIPT)
     assert "is complete, nothing to do" in again.stdout
+
+
+class Sampled:
+    """A training, begun with a server of its own, whose server is killed while it answers a round."""
+
+    def __init__(self, folder, staleness):
+        self.folder, self.port, self.servers = folder, faults.free_ports(), folder / "servers"
+        self.words = argv(folder, self.port, "--concurrency", 1, staleness=staleness)
+
+    def serve(self):
+        return start_server(self.servers, self.port)
+
+    def kill_server(self):
+        group = int((self.servers / f"{self.port}.server").read_text().split()[0])
+        os.killpg(group, signal.SIGKILL)
+        faults.wait_for(lambda: not os.path.exists(f"/proc/{group}"))
+
+    def until_sampling(self, number):
+        """Begin it, and wait until it has some answers of round `number`; its process, and its output."""
+        log = open(self.folder / "said.log", "w+", encoding="utf-8")  # noqa: SIM115
+        process = faults.begin([*LAUNCH, *self.words], log)
+        partial = self.folder / "online" / f"round_{number:06}" / "generated.jsonl.partial"
+
+        def some():
+            assert process.poll() is None, (self.folder / "said.log").read_text()
+            return partial.exists() and partial.stat().st_size > 0
+
+        faults.wait_for(some, pause=0.005)
+        return process, self.folder / "said.log"
+
+
+def test_a_server_that_is_killed_while_it_samples(whole, tmp_path):
+    """It is named at once; one that is back meanwhile, with the start's weights, gets no answer of its into
+    the training; and the end is that of an undisturbed training.
+    """
+    staleness, undisturbed = whole
+    work = Sampled(tmp_path, staleness)
+    work.serve()
+    process, said = work.until_sampling(2)
+    work.kill_server()
+    killed = time.monotonic()
+    assert process.wait(200) == 2 and time.monotonic() - killed < 100  # seconds; give_up_after is 120
+    [told] = [line for line in said.read_text().split("\n") if line.startswith("error: ")]
+    assert told.startswith(f"error: http://127.0.0.1:{work.port} ") and "Traceback" not in said.read_text()
+
+    # What is left of the round may be of any weights: as if another server had answered before the end.
+    left = tmp_path / "online/round_000002/generated.jsonl.partial"
+    left.write_bytes(left.read_bytes().replace(b'"responses": ["', b'"responses": ["by whom? '))
+    work.serve()
+    process, said = work.until_sampling(3)
+    os.kill(process.pid, signal.SIGSTOP)  # sees nothing of it
+    work.kill_server()
+    stop = work.serve()
+    os.kill(process.pid, signal.SIGCONT)
+    status = process.wait(400)
+    assert "lost its weights while it sampled" in said.read_text()
+    assert status == (2 if staleness else 0), said.read_text()
+    if staleness:  # it has trained on: the weights that were to answer are its checkpoint's
+        assert "its answers are thrown away; start the same command again" in said.read_text()
+        training.start(*work.words, script=SCRIPT)
+    assert stop().returncode == 0
+    assert texts(tmp_path) == texts(undisturbed)
+    apart = training.furthest(training.weights(tmp_path / "model"), training.weights(undisturbed / "model"))
+    assert apart <= 1e-6
 
 
 @pytest.mark.long
