@@ -22,7 +22,7 @@ from common.manifest import write_jsonl
 from common.records import read_generated
 from common.tokens import PROMPT, RESPONSES
 from common.training import is_main, say
-from dpo_iteration import models, packing, reference
+from dpo_iteration import models, packing, reference, rounds_kl
 from dpo_iteration import rows as of_pairs
 from dpo_iteration.dpo import IterativeDPOTrainer, build_trainer, make_config
 from dpo_iteration.live_weights import LiveWeights, weights_folder
@@ -139,7 +139,12 @@ class Online:
                     chosen, rejected = values[i].tolist()
                     self.rows[i] |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
         self.first = False
-        shown = ", ".join(f"{key} {log.entry[key]}" for key in ("pairs", "prompts", "ties", "reward", "best"))
+        if rounds_kl.is_plain(self.parts.sampling):
+            with log.timed("kl"):
+                given = folder.generated, self.trainer.model_wrapped, self.reference, self.passes
+                log.add(**rounds_kl.estimate(*given))
+        names = ("pairs", "prompts", "ties", "reward", "best", "kl")
+        shown = ", ".join(f"{key} {log.entry[key]}" for key in names if key in log.entry)
         say(f"round {number + 1} of {args.rounds}: {shown}")
         return self.rows
 

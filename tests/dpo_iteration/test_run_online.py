@@ -5,13 +5,14 @@ processes; and what is refused in one line.
 import json
 import os
 import signal
+import statistics
 import sys
 import time
 
 import faults
 import pytest
 import training
-from online import SCRIPT, argv, rounds_of, start_server
+from online import SCRIPT, START, argv, rounds_of, start_server
 from training import read_json, read_jsonl
 
 LAUNCH = [sys.executable, SCRIPT]
@@ -53,8 +54,11 @@ def test_each_round_trains_on_its_own_answers_by_the_weights_it_names(whole):
         pairs = read_jsonl(place / "pairs.jsonl")
         assert entry["prompts"] == 10 and entry["pairs"] == len(pairs) == 10 - entry["ties"]
         seconds = entry["seconds"]
-        parts = sum(seconds.get(k, 0) for k in ("waiting", "sending", "scoring", "reference", "training"))
+        parts = sum(
+            seconds.get(k, 0) for k in ("waiting", "sending", "scoring", "reference", "kl", "training")
+        )
         assert parts == pytest.approx(seconds["all"], abs=0.1) and seconds["training"] > 0
+        assert (abs(entry["kl"]) < 1e-5) == (number == 0) and entry["kl_se"] >= 0
     assert len(prompts) == len(set(prompts)) == 40  # of 450: none twice
     manifest = read_json(folder / "model.manifest.json")
     assert manifest["complete"] and manifest["counts"]["train_pairs"] == sum(e["pairs"] for e in entries)
@@ -70,6 +74,25 @@ def killed(words, folder, rounds, seconds=0.0):
     return faults.kill(process)
 
 
+def check_kl(entry, generated, policy):
+    """A round's KL is what evaluation/divergence.py says of the first two answers to each prompt."""
+    output = policy.with_name("divergence.jsonl")
+    words = ["--dataset_name_or_path", generated, "--model_name_or_path", policy, "--output_dir", output]
+    end = faults.ended(
+        [sys.executable, "evaluation/divergence.py", *words, "--ref_model_name_or_path", START]
+    )
+    assert end.returncode == 0, end.stderr
+    ratios = [
+        [a - b for a, b in zip(line["logps"][:2], line["ref_logps"][:2], strict=True)]
+        for line in read_jsonl(output)
+    ]
+    tokens = sum(sum(line["tokens"][:2]) for line in read_jsonl(output))
+    means = [sum(two) / 2 for two in ratios]
+    assert entry["kl"] == pytest.approx(statistics.fmean(means), abs=1e-5)
+    assert entry["kl_se"] == pytest.approx(statistics.stdev(means) / len(means) ** 0.5, abs=1e-5)
+    assert entry["kl_per_token"] == pytest.approx(sum(map(sum, ratios)) / tokens, abs=1e-6)
+
+
 def test_a_killed_training_ends_as_an_undisturbed_one(whole, live_port, tmp_path):
     """The same answers and the same weights, also where it is made in two starts as run_online.sh does."""
     staleness, undisturbed = whole
@@ -77,6 +100,7 @@ def test_a_killed_training_ends_as_an_undisturbed_one(whole, live_port, tmp_path
     assert killed(words, tmp_path, 1, seconds=0.3)
     train(tmp_path, live_port, "--until_round", 2, staleness=staleness)  # a policy on the way
     assert len(rounds_of(tmp_path)) == 2
+    second = tmp_path / "model"  # the policy as round 2 begins
     words[words.index("--output_dir") + 1] = f"{tmp_path}/last"
     assert killed(words, tmp_path, 3)
     end = training.start(*words, script=SCRIPT)
@@ -85,6 +109,7 @@ def test_a_killed_training_ends_as_an_undisturbed_one(whole, live_port, tmp_path
     apart = training.furthest(training.weights(tmp_path / "last"), training.weights(undisturbed / "model"))
     assert apart <= 1e-6
     assert [entry["round"] for entry in rounds_of(tmp_path)] == [0, 1, 2, 3]
+    check_kl(rounds_of(tmp_path)[2], tmp_path / "online/round_000002/generated.jsonl", second)
     again = training.start(*words, script=SCRIPT)
     assert "is complete, nothing to do" in again.stdout
 
