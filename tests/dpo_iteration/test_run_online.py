@@ -193,6 +193,8 @@ def test_two_processes_train_as_one(whole, live_port, tmp_path):
     )
     apart = training.furthest(training.weights(tmp_path / "model"), training.weights(one / "model"))
     assert apart <= 1e-5
+    for ours, theirs in zip(rounds_of(tmp_path), rounds_of(one), strict=True):
+        assert ours["kl"] == pytest.approx(theirs["kl"], abs=1e-5)
 
 
 @pytest.mark.parametrize(
