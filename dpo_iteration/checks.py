@@ -6,6 +6,7 @@ from pathlib import Path
 
 from common import trackers
 from common.cli import UserError, build, existing_file
+from common.manifest import beside
 from common.models import check_policy
 from common.records import is_local
 from common.tables import split_config
@@ -204,6 +205,11 @@ def check_paths(args: Arguments):
     pairs = pairs_path(args)
     if pairs.resolve() in [Path(name).resolve() for name in args.train_dir]:
         raise UserError(f"--pairs_path {pairs} is to be read and written at once; give another")
+    for name in args.train_dir:
+        if beside(name, ".manifest.json") == beside(args.output_dir, ".manifest.json"):
+            raise UserError(
+                f"--output_dir {args.output_dir} would write the manifest of {name}: give another name"
+            )
     args.check_template()
     for key in ("model_name_or_path", "ref_model_name_or_path")[: 1 + needs_reference(args.loss_type)]:
         name = getattr(args, key)

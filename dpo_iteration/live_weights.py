@@ -122,6 +122,24 @@ def own_log_probs(trainer: "IterativeDPOTrainer", sequences: list[list[int]]) ->
     return found, moved
 
 
+def apart(now: Values, then: Values) -> float:
+    """The largest distance of two log-probabilities of the same token."""
+    return max(abs(a - b) for a, b in zip(sum(now, []), sum(then, []), strict=True))
+
+
+def since_first_attempt(
+    own_before: list[torch.Tensor], served_before: dict[str, Values], own: list, served: dict[str, Values]
+) -> str:
+    """How far each side's log-probabilities of the same weights moved from the first attempt to the second:
+    which side was wrong.
+    """
+    told = [
+        f"the trainer's moved by {apart([a.tolist() for a in own], [b.tolist() for b in own_before]):.2g}"
+    ]
+    told += [f"those of {url} by {apart(now, served_before[url]):.2g}" for url, now in served.items()]
+    return f"log-probabilities of a second attempt: {', '.join(told)}"
+
+
 class LiveWeights:
     """What the servers hold. All ranks call the methods; rank 0 alone talks to the servers.
 
@@ -148,7 +166,7 @@ class LiveWeights:
         Raises:
             UserError: a server does not hold them after two attempts; names it, and how far it is off.
         """
-        folder = self.folder / f"version_{version:06}"
+        folder, first = self.folder / f"version_{version:06}", None
         write_weights(self.trainer, self.args, folder)
         for attempt in (1, 2):
             own, moved = own_log_probs(self.trainer, sequences)  # anew: either side may have been wrong
@@ -156,8 +174,11 @@ class LiveWeights:
             before = self.served if known else {}
             served = self.on_main(lambda: self.reload(folder, sequences))
             wrong = self.compare(served, own, moved, before)
+            if first:
+                say(f"note: {since_first_attempt(*first, own, served)}")
             if not wrong:
                 break
+            first = own, served
             say(f"note: {wrong}; {'sent once more' if attempt == 1 else 'given up'}")
         if wrong:
             raise UserError(
@@ -177,8 +198,8 @@ class LiveWeights:
     def compare(self, served: dict[str, Values], own: list, moved: list, before: dict[str, Values]) -> str:
         """What is wrong with a server's log-probabilities, in words; empty where they are the trainer's."""
         for url, values in served.items():
-            apart = [torch.tensor(a, device=b.device) - b for a, b in zip(values, own, strict=True)]
-            distance, limit = furthest(apart, moved, self.half, self.trainer.args.device)
+            off = [torch.tensor(a, device=b.device) - b for a, b in zip(values, own, strict=True)]
+            distance, limit = furthest(off, moved, self.half, self.trainer.args.device)
             self.figures[url] = (distance, limit)
             if not distance <= limit:
                 return (
@@ -195,8 +216,7 @@ class LiveWeights:
         """
         found = live_servers.log_probs(self.servers, self.sequences)
         for url, values in found.items():
-            pairs = zip(sum(values, []), sum(self.served[url], []), strict=True)
-            worst = max(abs(now - then) for now, then in pairs)
+            worst = apart(values, self.served[url])
             if not worst <= ROUNDING[self.half]:
                 return f"{url} lost its weights while it sampled (log-probabilities moved by {worst:.2g})"
         return ""

@@ -26,6 +26,7 @@ from dpo_iteration import models, packing, reference, rounds_kl
 from dpo_iteration import rows as of_pairs
 from dpo_iteration.dpo import IterativeDPOTrainer, build_trainer, make_config
 from dpo_iteration.live_weights import LiveWeights, weights_folder
+from dpo_iteration.losses import needs_reference
 from dpo_iteration.online_arguments import Arguments, Parts, last_round
 from dpo_iteration.round_steps import round_steps
 from dpo_iteration.rounds import (
@@ -68,8 +69,10 @@ class Online:
         models.prepare_sharding(config)
         self.ranks = Ranks(config.process_index, config.world_size)
         tokenizer = self.template.tokenizer
-        start = models.load_model(args.model_name_or_path, self.dpo, config, self.dpo.revision)
-        self.reference = reference.ready(start, config, self.sharing)
+        self.reference = None  # where no loss looks at it
+        if needs_reference(self.dpo.loss_type):
+            start = models.load_model(args.model_name_or_path, self.dpo, config, self.dpo.revision)
+            self.reference = reference.ready(start, config, self.sharing)
         self.passes = reference.passes_of(self.dpo, config, self.sharing, tokenizer)
         self.rows, self.first, self.ahead = [self.placeholder()], True, None
         self.log = Log(Path(args.rounds_dir) / "rounds.jsonl", is_main())
@@ -134,12 +137,9 @@ class Online:
             self.scoring.score(folder, self.ranks)
         self.rows[:] = self.make_rows(folder)
         with log.timed("reference"):
-            for done, values in reference.compute(self.reference, self.rows, self.passes, check=self.first):
-                for i in done:
-                    chosen, rejected = values[i].tolist()
-                    self.rows[i] |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+            self.add_reference()
         self.first = False
-        if rounds_kl.is_plain(self.parts.sampling):
+        if self.reference is not None and rounds_kl.is_plain(self.parts.sampling):
             with log.timed("kl"):
                 given = folder.generated, self.trainer.model_wrapped, self.reference, self.passes
                 log.add(**rounds_kl.estimate(*given))
@@ -147,6 +147,16 @@ class Online:
         shown = ", ".join(f"{key} {log.entry[key]}" for key in names if key in log.entry)
         say(f"round {number + 1} of {args.rounds}: {shown}")
         return self.rows
+
+    def add_reference(self):
+        """Put the reference's log-probabilities into the rows of the round."""
+        if self.reference is None:
+            reference.leave_out(self.rows)
+            return
+        for done, values in reference.compute(self.reference, self.rows, self.passes, check=self.first):
+            for i in done:
+                chosen, rejected = values[i].tolist()
+                self.rows[i] |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
     def have_sampled(self, number: int, version: int):
         """See to it that a round's answers are there, and with staleness the next one's on their way.

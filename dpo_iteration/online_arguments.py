@@ -16,7 +16,6 @@ from common.models import check_policy
 from common.training import Training, step_of, world_size
 from dpo_iteration import arguments as dpo
 from dpo_iteration import checks
-from dpo_iteration.losses import needs_rejected
 from generation import gen_hf, get_hf2, sampling
 
 MEMORY = Path("/dev/shm")  # a file system in memory, on Linux
@@ -168,10 +167,6 @@ def check_training(args: dpo.Arguments):
     why = dpo.reason_for_trl(args)
     if why:
         raise UserError(f"online training computes its losses itself, and cannot here: {why}")
-    if not needs_rejected(args.loss_type):
-        raise UserError(
-            f"--loss_type {args.loss_type[0]}: online training is on pairs; run_loop.sh does that"
-        )
     if args.dataloader_num_workers:
         raise UserError("--dataloader_num_workers: a round's pairs are made in the process that trains")
     if args.load_best_model_at_end:

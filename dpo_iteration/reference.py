@@ -67,8 +67,7 @@ def compute_reference(
     """
     every = rows["train"] + rows["eval"]
     if not needs_reference(args.loss_type):
-        for row in every:
-            row["ref_chosen_logps"] = row["ref_rejected_logps"] = 0.0
+        leave_out(every)
         say(f"no reference: the loss {' '.join(args.loss_type)} looks at none")
         return
     name, revision = models.reference_name(args)
@@ -98,6 +97,12 @@ def compute_reference(
         f"reference: {found} of {len(every)} pairs known from {reference_cache(args)}/{key}, "
         f"{duration(time.time() - started)}"
     )
+
+
+def leave_out(rows: list[dict]):
+    """Rows for losses that look at no reference."""
+    for row in rows:
+        row["ref_chosen_logps"] = row["ref_rejected_logps"] = 0.0
 
 
 def reference_cache(args: Arguments) -> Path:

@@ -36,9 +36,10 @@ class RoundSteps(packing.Steps):
         for k in range(self.sync_every):
             yield [order[i] for i in shard_range(len(order), k, self.sync_every)]
 
-    def __iter__(self) -> Iterator[list[tuple[int, float]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, float, float]]]:
         rows = self.take(self.epoch)
         self.costs = [packing.columns_of(row) if self.budget else 0 for row in rows]
+        self.tokens = [len(row["chosen_ids"]) for row in rows]
         self.weights = packing.weights(rows, self.margin_weight)
         yield from super().__iter__()
 

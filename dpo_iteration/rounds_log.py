@@ -6,8 +6,8 @@ version        rounds that the weights had learned from which sampled its answer
 prompts, pairs, ties      prompts answered, pairs trained on, prompts whose answers all had one reward
 reward, best, length      mean reward, mean reward of a prompt's best answer, mean tokens of an answer
 kl, kl_se, kl_per_token   KL to the start in nats a response, by two answers to each of up to 64 prompts, its
-               standard error over prompts, and nats a token (rounds_kl.py); left out where answers are not
-               sampled at temperature 1 from all tokens
+               standard error over prompts, and nats a token (rounds_kl.py); left out where no loss looks
+               at the reference, and where answers are not sampled at temperature 1 from all tokens
 loss, accuracy, margin, learning_rate     of its optimizer steps, as run_dpo.py logs them
 seconds        all, and of that: sampling (the servers at work, perhaps on the next round), waiting (the
                trainer, for them), sending, scoring, reference, kl, training

@@ -54,6 +54,10 @@ def test_yaml_and_defaults_agree():
             assert convert(key, value, hints[key]) == defaults[key], key
 
 
+def test_an_output_whose_manifest_is_that_of_the_answers_is_refused(files):
+    assert "would write the manifest of rewarded.jsonl" in refusal(*files, "--output_dir", "rewarded")
+
+
 @pytest.mark.parametrize("name", ["ddp", "zero2", "zero3", "zero3_offload", "fsdp2"])
 def test_launcher_configs_are_known_to_accelerate(name):
     from accelerate.commands.config.config_args import load_config_from_file

@@ -1,5 +1,6 @@
 """Weights on their way to a real vLLM server: that they arrive, and what is said when they do not."""
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -80,6 +81,25 @@ def test_a_tied_head_that_is_left_behind_is_found(online, monkeypatch):
     assert online.live.version == held
     monkeypatch.undo()
     online.live.send(10, online.encoded())
+
+
+def test_a_second_attempt_says_which_side_was_wrong(online, monkeypatch, capsys):
+    """Log-probabilities that the trainer got wrong once do not end a run, and are not the server's fault."""
+    compute, done = live_weights.own_log_probs, []
+
+    def wrong_at_first(*given):
+        found, moved = compute(*given)
+        done.append(found)
+        return [found[0] + 0.01 * (len(done) == 1), *found[1:]], moved
+
+    monkeypatch.setattr(live_weights, "own_log_probs", wrong_at_first)
+    online.live.send(11, online.encoded())
+    assert len(done) == 2 and online.live.version == 11
+    said = capsys.readouterr().out
+    assert "by 0.01 a token" in said and "sent once more" in said
+    assert re.search(
+        r"second attempt: the trainer's moved by 0.01, those of http://127.0.0.1:\d+ by 0\n", said
+    )
 
 
 def test_a_server_that_comes_back_with_the_start_is_found_and_mended(online):

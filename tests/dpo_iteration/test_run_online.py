@@ -66,6 +66,22 @@ def test_each_round_trains_on_its_own_answers_by_the_weights_it_names(whole):
     assert entries[-1]["learning_rate"] < entries[1]["learning_rate"]  # one schedule over all rounds
 
 
+@pytest.mark.parametrize("loss", ["sigmoid", "sft"])
+def test_one_round_is_run_dpo_on_its_answers(loss, live_port, tmp_path):
+    """The same two steps give the same weights; without rejected responses and without a reference, too."""
+    trained = f"{{loss_type: {loss}, label_smoothing: 0}}"
+    train(tmp_path, live_port, training=trained, rounds=1)
+    [entry] = rounds_of(tmp_path)
+    assert entry["pairs"] == 10 and ("accuracy" in entry) == (loss != "sft")
+    words = [f"{tmp_path}/loop.yaml:training_args", "--model_name_or_path", START, "--seed", 0]
+    words += ["--train_dir", tmp_path / "online/round_000000/rewarded.jsonl", "--global_batch_size", 5]
+    words += ["--num_train_epochs", 1, "--eval_fraction", 0, "--output_dir", tmp_path / "alone"]
+    training.start(*map(str, words))
+    alone = training.weights(tmp_path / "alone")
+    assert training.furthest(alone, training.weights(tmp_path / "model")) <= 1e-6
+    assert training.furthest(alone, training.weights(START)) > 1e-4
+
+
 def killed(words, folder, rounds, seconds=0.0):
     """Start a training, and kill -9 it so long after `rounds` rounds are in its log."""
     process = faults.begin([*LAUNCH, *words])
