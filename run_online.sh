@@ -7,7 +7,7 @@
 #   bash run_online.sh CONFIG --online.staleness 1 …  a key of the YAML, given here
 #
 #   --dry_run                 print each command, so that it can be pasted and run by hand
-#   --check                   check settings, paths, GPUs, disk, templates; then stop
+#   --check                   check settings, paths, GPUs, memory, disk, templates; then stop
 #   --num_gpus 8 --gpu_memory_gib 80    behind --check or --dry_run: plan for GPUs that are elsewhere
 #   --stage I.STAGE           start at 0.evaluate (the start), I.train or I.evaluate (policy I, after I × evaluate_every rounds)
 #   --stop_stage I.STAGE      stop behind it

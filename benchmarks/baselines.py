@@ -15,8 +15,10 @@ Each way sees the 675 training prompts of the tiny task, answered 8 times, score
     dpo_random   as offline_dpo with best and worst drawn blindly: the control
     sft_random   as sft with one of the 8 drawn blindly: the control
     ppo          the small PPO, 21 rollouts of 64 prompts × 4 answers
+    online       DPO as the loop's, in 27 rounds of 25 prompts, each answered by the newest weights
 
-All train for two epochs with batches of 16 pairs or answers; PPO has its own steps. Every trained policy
+All train for two epochs with batches of 16 pairs or answers; PPO has its own steps, and online training one
+epoch with batches of 8. Every trained policy
 answers the same 300 held-out prompts. *Gold* is the task's own score, which no way sees. The interval of a
 difference is Student's over the seeds, each seed's two policies compared on the same prompts.
 """
@@ -34,8 +36,9 @@ sys.path[0] = str(ROOT)
 
 from common.cli import UserError, arg, parse, run
 from common.manifest import write_text
-from common.run_folder import RunFolder, is_ppo, read_object
+from common.run_folder import RunFolder, kind_of, read_object
 from evaluation import metrics
+from report.state import iterations_of
 
 SFT = ("--training", "configs/training_sft_tiny.yaml")
 BLIND = ("--training_args.choose_type", "blind")
@@ -48,10 +51,11 @@ WAYS = {
     "dpo_random": ("run_loop.sh", BLIND),
     "sft_random": ("run_loop.sh", (*SFT, *BLIND)),
     "ppo": ("run_ppo.sh", ()),
+    "online": ("run_online.sh", ()),
 }
 # One training, on the start's answers to all prompts.
 ONCE = ("offline_dpo", "sft", "dpo_random", "sft_random")
-CONFIGS = {"run_loop.sh": "configs/loop_tiny.yaml", "run_ppo.sh": "configs/ppo_tiny.yaml"}
+CONFIGS = {f"run_{kind}.sh": f"configs/{kind}_tiny.yaml" for kind in ("loop", "ppo", "online")}
 # Two-sided 95% points of Student's t by degrees of freedom (2 to 10 seeds).
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 COLUMNS = "way|seeds|gold|greedy gold|reward|length|KL|pairs, steps|gold, way − loop".split("|")
@@ -123,11 +127,14 @@ def read_way(folder: Path) -> dict | None:
         gold of its sampled answers}.
     """
     place = RunFolder(folder)
-    last = 1 if is_ppo(settings := metrics.settings_of(folder)) else settings.get("iterations")
+    settings = metrics.settings_of(folder)
+    last = iterations_of(settings)
     rows = {row.get("iterate"): row for row in read_object(place.metrics_table).get("iterates") or []}
     if last not in rows:
         return None
-    trained = [read_object(place.model_manifest(i)) for i in range(1, last + 1)]
+    # Online, a manifest has what was trained on since the start.
+    first = last if kind_of(settings) == "online" else 1
+    trained = [read_object(place.model_manifest(i)) for i in range(first, last + 1)]
     gold = metrics.load_gold(settings["gold_function"])
     answers = metrics.read_rewarded(place.heldout(last, "sampled", "rewarded"))
     return rows[last] | {

@@ -250,6 +250,10 @@ class LiveWeights:
             torch.cuda.empty_cache()  # does nothing without a GPU
             self.trainer.accelerator.wait_for_everyone()
 
+    def check_there(self):
+        """Refuse to go on without one of the servers."""
+        self.on_main(lambda: live_servers.check_there(self.servers))
+
     def on_main(self, action: Callable) -> Any:
         """What `action()` returns on rank 0, on all ranks; its UserError too."""
         told = [None]

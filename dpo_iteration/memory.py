@@ -295,6 +295,11 @@ class Need:
     def total(self) -> float:
         return max(self.states + self.buffers + self.activations, self.reference) + RESERVED
 
+    @property
+    def together(self) -> float:
+        """Where the reference stays while the policy is trained, as online."""
+        return self.states + self.buffers + self.activations + self.reference + RESERVED
+
 
 def need(
     method: str,

@@ -22,7 +22,7 @@ from common.manifest import write_jsonl
 from common.records import read_generated
 from common.tokens import PROMPT, RESPONSES
 from common.training import is_main, say
-from dpo_iteration import models, packing, reference
+from dpo_iteration import models, packing, reference, rounds_kl
 from dpo_iteration import rows as of_pairs
 from dpo_iteration.dpo import IterativeDPOTrainer, build_trainer, make_config
 from dpo_iteration.live_weights import LiveWeights, weights_folder
@@ -141,7 +141,12 @@ class Online:
         with log.timed("reference"):
             self.add_reference()
         self.first = False
-        shown = ", ".join(f"{key} {log.entry[key]}" for key in ("pairs", "prompts", "ties", "reward", "best"))
+        if self.reference is not None and rounds_kl.is_plain(self.parts.sampling):
+            with log.timed("kl"):
+                given = folder.generated, self.trainer.model_wrapped, self.reference, self.passes
+                log.add(**rounds_kl.estimate(*given))
+        names = ("pairs", "prompts", "ties", "reward", "best", "kl")
+        shown = ", ".join(f"{key} {log.entry[key]}" for key in names if key in log.entry)
         say(f"round {number + 1} of {args.rounds}: {shown}")
         return self.rows
 
@@ -215,10 +220,11 @@ class Online:
     def wait_for(self, work: InBackground | bool) -> str:
         """Wait on all ranks for what rank 0 has in the background; what it returned, or its error, on all.
 
-        They talk to each other meanwhile: a collective that waits for minutes would be taken for dead.
+        They talk to each other meanwhile: a collective that waits for minutes would be taken for dead. A
+        server that has ended is not waited for: its weights are gone, and answers of another are none.
         """
         while not self.told(is_main() and work.is_done(LOOK)):
-            pass
+            self.live.check_there()
         error = work.error if is_main() else None
         if error is not None and not isinstance(error, UserError):
             raise error  # a defect: its traceback on rank 0, and the launcher ends the others

@@ -119,6 +119,8 @@ def sample(
 ) -> str:
     """Have a round's prompts answered by servers that hold the weights `version`. On rank 0, in any thread.
 
+    What a killed start has left of the round goes: nobody proved that its servers held their weights.
+
     Args:
         probe: what the probe before it found, for the record.
         still_held: says in words which server lost its weights meanwhile; then all answers are thrown
@@ -131,9 +133,8 @@ def sample(
         UserError: as gen_hf.py.
     """
     own = [record | {VERSION: version} for record in prompts.of_round(folder.number)]
-    if folder.generated.exists() or not folder.prompts.exists():  # unproven, or nothing yet
-        shutil.rmtree(folder.path, ignore_errors=True)
-        write_jsonl(folder.prompts, own)
+    shutil.rmtree(folder.path, ignore_errors=True)
+    write_jsonl(folder.prompts, own)
     asked = OF_PROMPTS | {"dataset_name_or_path": str(folder.prompts), "output_dir": str(folder.generated)}
     asyncio.run(gen_hf.generate(dataclasses.replace(args, **asked, iteration=folder.number)))
     lost = still_held()

@@ -5,9 +5,13 @@ version        rounds that the weights had learned from which sampled its answer
                than the policy that was trained on them
 prompts, pairs, ties      prompts answered, pairs trained on, prompts whose answers all had one reward
 reward, best, length      mean reward, mean reward of a prompt's best answer, mean tokens of an answer
-loss, accuracy, margin, learning_rate     of its optimizer steps, as run_dpo.py logs them; kl with loss kto
+kl, kl_se, kl_per_token   KL to the start in nats a response, by two answers to each of up to 64 prompts, its
+               standard error over prompts, and nats a token (rounds_kl.py); left out where no loss looks
+               at the reference, and where answers are not sampled at temperature 1 from all tokens
+loss, accuracy, margin, learning_rate     of its optimizer steps, as run_dpo.py logs them; with loss kto
+               kto_kl, its own estimate
 seconds        all, and of that: sampling (the servers at work, perhaps on the next round), waiting (the
-               trainer, for them), sending, scoring, reference, training
+               trainer, for them), sending, scoring, reference, kl, training
 """
 
 import contextlib
@@ -23,10 +27,16 @@ LOGGED = {  # of the trainer → in the log
     "loss": "loss",
     "rewards/accuracies": "accuracy",
     "rewards/margins": "margin",
-    "kl": "kl",
+    "kl": "kto_kl",
     "learning_rate": "learning_rate",
 }
-BEFORE = ("sending", "waiting", "scoring", "reference")  # parts of a round; what is left of it is training
+BEFORE = (
+    "sending",
+    "waiting",
+    "scoring",
+    "reference",
+    "kl",
+)  # parts of a round; what is left of it is training
 
 
 class Log:

@@ -4,9 +4,11 @@ reaches the port change the model: they stay bound to 127.0.0.1.
 """
 
 import asyncio
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from common.cli import UserError
 from generation.dispatch import Failure, Server, agree, ask, client
@@ -16,6 +18,26 @@ if TYPE_CHECKING:
 
 PATIENCE = 600.0  # seconds that weights may take to be read, and a sequence to be computed
 WEIGHTS, CACHE = "weights", "kv_cache"  # what sleeps, as vLLM calls it
+LOOK = 5.0  # seconds to wait for a connection
+
+
+def check_there(servers: list[Server]):
+    """Refuse to go on where nobody listens on a server's port any more; a busy server is there.
+
+    Raises:
+        UserError: names the server.
+    """
+    for server in servers:
+        place = urlsplit(server.url)
+        try:
+            socket.create_connection((place.hostname, place.port), LOOK).close()
+        except ConnectionRefusedError:
+            raise UserError(
+                f"{server.url} has ended: nothing listens there any more. Its log may say why; start it "
+                "again (run_online.sh does) and the same command"
+            ) from None
+        except OSError:
+            pass  # whatever this is, it is not gone
 
 
 async def _order(

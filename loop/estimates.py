@@ -109,6 +109,68 @@ def check_memory(plan: "Plan", count: float, method: str, args: Arguments, found
     return on
 
 
+def check_memory_online(plan: "Plan", count: float, method: str, args: Arguments, found: "Findings"):
+    """The same of a GPU that trains online, where reference and reward models stay beside the policy, and
+    rows and recomputing are as `args` have them.
+    """
+    settings, world = plan.settings, plan.training_processes()
+    there, shape = settings.gpu_memory_gib or gpu_memory(), shape_of(settings.model_name_or_path, count)
+    how = fitting.adapted(args, shape)
+    on, tokens = fitting.choose(args, method, shape, world, None, **how)
+    names = settings.reward_name_or_path or []
+    scorers = 2 * sum(parameters(name, count / 1e9) or count for name in names)
+    taken = "" if all(Path(name).is_dir() for name in names) else ", taken to be as large as the policy"
+    needed = memory.need(method, shape, world, tokens / 2, 1, on, **how)
+    total, limit = needed.together + scorers, fitting.usable(there) if there else math.inf
+    takes = f"about {total / memory.GIB:.0f} GiB a GPU"
+    has = f"a GPU has {there:.0f}, {limit / memory.GIB:.0f} of which may be filled" if there else ""
+    found.notes.append(
+        f"training: {method} over {world} processes takes {takes} with rows of {tokens:,} tokens, gradient "
+        f"checkpointing {'on' if on else 'off'}; the reference has {needed.reference / memory.GIB:.0f} of "
+        f"it, {plural(len(names), 'reward model')} {scorers / memory.GIB:.0f}{taken}{has and '; '}{has}"
+    )
+    if total > limit:
+        other = "" if method == "zero3" else "configs/zero3.yaml, "
+        found.problems.append(
+            f"online training needs {takes} by {settings.accelerate_config}, policy, reference and reward "
+            f"models together, and {has}; take {other}a smaller max_row_tokens or max_length, or fewer "
+            "sampling_gpus"
+        )
+
+
+def online_seconds(
+    count: float, prompts: int, samples: int, sampling: int, training: int, kind: Speed, losses: list[str]
+) -> tuple[float, float, float]:
+    """Seconds of sampling, scoring and training of a round, each on so many GPUs, activations recomputed."""
+    given = count, prompts, samples, 1
+    generation, _, _ = estimate(*given, sampling, kind, True, losses)
+    return generation, *estimate(*given, training, kind, True, losses)[1:]
+
+
+def hours_online(
+    plan: "Plan", count: float, rounds: int, prompts: int, staleness: int, losses: list[str]
+) -> str:
+    """Tell how long the rounds take: the servers' GPUs sample while the others score and train, or wait."""
+    kind, whose = speed_here(plan)
+    gpus = sum(len(group.split(",")) for group in plan.sampling_groups()), len(plan.training_gpus())
+    sampling, *training = online_seconds(count, prompts, plan.generation()["K"], *gpus, kind, losses)
+    a_round = max(sampling, sum(training)) if staleness else sampling + sum(training)
+    scoring, learning = map(duration, training)
+    side = "beside it" if staleness else "then"
+    return (
+        f"time: about {duration(a_round * rounds)} in all without evaluations, starts and sending; a "
+        f"round of {prompts} prompts: sampling {duration(sampling)}, {side} scoring {scoring} and "
+        f"training {learning} (an estimate for {whose}; see docs/performance.md)"
+    )
+
+
+def speed_here(plan: "Plan") -> tuple[Speed, str]:
+    """(speed of the GPUs that the plan is for, their name in words)."""
+    name = gpu_name() if plan.settings.num_gpus is None else None
+    kind, known = speed_of(name)
+    return kind, f"{kind.name}s" if known or not name else f"A100s: nothing is known here of the {name}"
+
+
 def describe(
     plan: "Plan",
     count: float,
@@ -136,9 +198,7 @@ def describe(
     check_disk(plan, found, disk / 2**30, what, "see keep_iterates, save_steps and save_total_limit")
     if gpus:
         prompts = local_size / len(settings.prompts) if local_size else 20000
-        name = gpu_name() if settings.num_gpus is None else None
-        kind, known = speed_of(name)
-        whose = f"{kind.name}s" if known or not name else f"A100s: nothing is known here of the {name}"
+        kind, whose = speed_here(plan)
         samples, epochs = plan.generation()["K"], args.num_train_epochs if args else 2
         world = machine_count(settings) * len(gpus)
         losses = args.loss_type if args else ["sigmoid"]

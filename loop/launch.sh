@@ -208,10 +208,11 @@ worst() { # LOG: of the logs with a number for NUMBER, one whose last start ende
 }
 
 failed() { # LOG STATUS
-  local line
+  local line servers="${plan[run_dir]-}/servers"
+  local own=("$servers/logs"/*.log)
   printf '\n--- last lines of %s\n' "$1" >&2
   { grep -v '^ *$' "$1" | tail -n "$log_lines" >&2; } || true
-  [[ "$1" != */client.log ]] || printf "the servers' own logs: %s\n" "${plan[run_dir]}/servers/logs"/*.log >&2
+  [ ! -e "$servers/in_use" ] || [ ! -e "${own[0]}" ] || printf "a server's own log: %s\n" "${own[@]}" >&2
   line="$(awk '/^[$] /{line=""} /^error: /{line=$0} END{print line}' "$1" || true)" # of the last start alone
   printf -- '---\n%s\nlog: %s\nto continue: %s\n' "${line:-error: $at: ended with status $2}" "$1" "$again" >&2
   exit 1

@@ -261,6 +261,10 @@ def check(plan: OnlinePlan, left: bool):
     gpus, size = checks.check_gpus(plan, found)
     if online and args and not found.problems:
         describe(plan, online, args, sets, size, found)
+    if gpus and size and method is not None and online and args and not found.problems:
+        estimates.check_memory_online(plan, size, method, args, found)
+        asked = online.rounds, online.prompts_per_round, online.staleness
+        found.notes.append(estimates.hours_online(plan, size, *asked, args.loss_type))
     summary = f"{count(len(plan.ports()), 'server')}, {count(plan.training_processes(), 'training process')}"
     checks.conclude(plan, left, found, f"{summary}, {'GPUs' if gpus else 'CPU'}")
 

@@ -47,6 +47,8 @@ ROUND_CURVES = (  # title, {name of a line: its value of an entry of rounds.json
         {"mean": lambda e: e.get("reward"), "best of K": lambda e: e.get("best")},
     ),
     ("length, tokens", {"length": lambda e: e.get("length")}),
+    ("KL to the start, nats per response", {"KL": lambda e: e.get("kl")}),
+    ("implicit margin", {"margin": lambda e: e.get("margin")}),
     ("share of prompts whose answers tied", {"ties": lambda e: e["ties"] / e["prompts"]}),
     ("rounds behind", {"staleness": lambda e: e.get("staleness")}),
     (

@@ -177,6 +177,7 @@ DEFINITIONS = {
     "rounds_log": Figure(
         "rounds of online training",
         "One point a round (online/rounds.jsonl): rewards and length of the answers that it trained on, "
+        "their KL to the start (dpo_iteration/rounds_kl.py), implicit margin of the pairs, "
         "prompts whose answers all had one reward, how many rounds the weights that sampled were behind, the "
         "share of the round in which the trainer waited for answers, and that in which the servers sampled "
         "none.",

@@ -13,6 +13,7 @@ from evaluation.metrics import NOTHING_LEARNED, SAME_ANSWERS
 from report.figures import Figures
 from report.run_data import Run
 
+LAST_ROUNDS = 10  # of online training, whose ties are looked at together
 WIDER = 2.576 / 1.960  # half a normal's 99% interval, in halves of its 95% one
 
 
@@ -95,6 +96,7 @@ def find(of: Figures, bounds: Bounds | None = None) -> list[Trouble]:
     known = {row["iterate"] for row in of.iterates if row.get("kl") is not None}
     for i, entry in sorted(of.run.trainings.items()):
         found += ppo(entry.ppo, f"iteration {i}", bounds, i in known)
+    found += rounds(of.run.rounds, bounds, bool(known))
     for trouble in found:
         trouble.todo = advice(trouble.todo, traits(of.run))
     return found
@@ -512,3 +514,21 @@ def ppo(log: list[dict], where: str, bounds: Bounds, kl_known: bool) -> Iterator
     if entropies and 0 < entropies[0] and entropies[-1] < bounds.entropy * entropies[0]:
         figure = f"entropy {entropies[0]:.3f} → {entropies[-1]:.3f} nats per token"
         yield ENTROPY.at(f"{where}, PPO", f"{figure} (bound {bounds.entropy} of the start)")
+
+
+def rounds(log: list[dict], bounds: Bounds, kl_known: bool) -> Iterator[Trouble]:
+    """Troubles of the last rounds of online training; KL only where no policy has its own figure."""
+    last = log[-LAST_ROUNDS:]
+    if not last:
+        return
+    where = f"rounds {last[0]['round'] + 1} to {last[-1]['round'] + 1}"
+    if not kl_known:
+        yield from drift(last[-1].get("kl"), last[-1].get("kl_per_token"), where, bounds)
+    known = [entry for entry in last if entry.get("prompts") and "ties" in entry]
+    if known:
+        tied = sum(entry["ties"] for entry in known) / sum(entry["prompts"] for entry in known)
+        yield from answers({"all_equal": tied, "K": 2}, where, bounds)  # K: at least
+    lengths = [entry["length"] for entry in (log[0], last[-1]) if entry.get("length")]
+    if len(lengths) == 2 and lengths[1] > bounds.length_growth * lengths[0]:
+        times = f"{lengths[1] / lengths[0]:.2f} times the first round's {lengths[0]:.1f}"
+        yield LENGTH_GROWTH.at(where, f"{lengths[1]:.1f} tokens, {times} (bound {bounds.length_growth})")

@@ -44,7 +44,10 @@ SCRIPTS = [
         "ppo/train_ppo.py",
         "ppo/openrlhf/run_openrlhf.py",
     ),
-    *(f"benchmarks/{name}.py" for name in ("annotation", "baselines", "dpo", "generation", "memory")),
+    *(
+        f"benchmarks/{name}.py"
+        for name in ("annotation", "baselines", "dpo", "generation", "memory", "online")
+    ),
 ]
 
 

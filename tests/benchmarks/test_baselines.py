@@ -14,6 +14,7 @@ import yaml
 from benchmarks import baselines
 from common import cli
 from evaluation import metrics
+from loop.online_plan import OnlineSettings
 from loop.settings import LoopSettings
 from ppo.run import PPOSettings
 
@@ -24,14 +25,16 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_every_way_is_a_run_that_its_driver_takes(way, tmp_path):
     bash, driver, *words = baselines.command(way, tmp_path, 3)
     assert bash == "bash" and (ROOT / driver).is_file()
-    settings = cli.parse({"run_loop.sh": LoopSettings, "run_ppo.sh": PPOSettings}[driver], "", words)
+    kinds = {"run_loop.sh": LoopSettings, "run_ppo.sh": PPOSettings, "run_online.sh": OnlineSettings}
+    settings = cli.parse(kinds[driver], "", words)
     assert not settings.problems and settings.seed == 3 and "--seed 3" in settings.setup_command
     answered = [Path(name).name for name in settings.prompts]
     rounds = getattr(settings, "iterations", 1)
+    assert way != "online" or settings.online["rounds"] * settings.online["prompts_per_round"] == 675
     assert answered == (
         ["all.jsonl"] if way in baselines.ONCE else ["iter1.jsonl", "iter2.jsonl", "iter3.jsonl"]
     )
-    assert rounds == (3 if way in ("loop", "sft_loop") else 1)
+    assert rounds == (3 if way in ("loop", "sft_loop", "online") else 1)
 
 
 @pytest.mark.parametrize("freedom", range(1, len(baselines.STUDENT) + 1))
@@ -66,6 +69,11 @@ def test_a_row_is_of_the_last_policy_and_of_all_trainings(tmp_path):
     first = next(iter(answers.values()))
     scores = [float(text.rsplit("gold=", 1)[1].split()[0]) for text in first["responses"]]
     assert found["prompts"][first["id"]] == pytest.approx(sum(scores) / len(scores))
+
+    # Online, each training's manifest counts from the start on.
+    settings.write_text(yaml.safe_dump(held | {"online": {"rounds": 4}, "evaluate_every": 2}))
+    assert [baselines.read_way(folder)[key] for key in ("iterate", "pairs", "steps")] == [2, 21, 20]
+    settings.write_text(yaml.safe_dump(held))
 
     (folder / "metrics.json").write_text(json.dumps({"iterates": rows[:2]}))  # the last one is not measured
     assert baselines.read_way(folder) is None

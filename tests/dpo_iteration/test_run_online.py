@@ -6,7 +6,10 @@ tests/gpu for that.
 """
 
 import json
+import os
 import re
+import signal
+import statistics
 import sys
 import time
 import urllib.request
@@ -14,7 +17,7 @@ import urllib.request
 import faults
 import pytest
 import training
-from online import SCRIPT, START, argv, rounds_of
+from online import SCRIPT, START, argv, rounds_of, start_server
 from training import read_json, read_jsonl
 
 from generation import live_servers
@@ -67,8 +70,11 @@ def test_each_round_trains_on_its_own_answers_by_the_weights_it_names(whole):
         pairs = read_jsonl(place / "pairs.jsonl")
         assert entry["prompts"] == 10 and entry["pairs"] == len(pairs) == 10 - entry["ties"]
         seconds = entry["seconds"]
-        parts = sum(seconds.get(k, 0) for k in ("waiting", "sending", "scoring", "reference", "training"))
+        parts = sum(
+            seconds.get(k, 0) for k in ("waiting", "sending", "scoring", "reference", "kl", "training")
+        )
         assert parts == pytest.approx(seconds["all"], abs=0.1) and seconds["training"] > 0
+        assert (abs(entry["kl"]) < 1e-5) == (number == 0) and entry["kl_se"] >= 0
     assert len(prompts) == len(set(prompts)) == 40  # of 450: none twice
     manifest = read_json(folder / "model.manifest.json")
     assert manifest["complete"] and manifest["counts"]["train_pairs"] == sum(e["pairs"] for e in entries)
@@ -100,6 +106,25 @@ def killed(words, folder, rounds, seconds=0.0):
     return faults.kill(process)
 
 
+def check_kl(entry, generated, policy):
+    """A round's KL is what evaluation/divergence.py says of the first two answers to each prompt."""
+    output = policy.with_name("divergence.jsonl")
+    words = ["--dataset_name_or_path", generated, "--model_name_or_path", policy, "--output_dir", output]
+    end = faults.ended(
+        [sys.executable, "evaluation/divergence.py", *words, "--ref_model_name_or_path", START]
+    )
+    assert end.returncode == 0, end.stderr
+    ratios = [
+        [a - b for a, b in zip(line["logps"][:2], line["ref_logps"][:2], strict=True)]
+        for line in read_jsonl(output)
+    ]
+    tokens = sum(sum(line["tokens"][:2]) for line in read_jsonl(output))
+    means = [sum(two) / 2 for two in ratios]
+    assert entry["kl"] == pytest.approx(statistics.fmean(means), abs=1e-5)
+    assert entry["kl_se"] == pytest.approx(statistics.stdev(means) / len(means) ** 0.5, abs=1e-5)
+    assert entry["kl_per_token"] == pytest.approx(sum(map(sum, ratios)) / tokens, abs=1e-6)
+
+
 def test_a_killed_training_ends_as_an_undisturbed_one(whole, live_port, tmp_path):
     """The same answers and the same weights, also where it is made in two starts as run_online.sh does."""
     staleness, undisturbed = whole
@@ -107,6 +132,7 @@ def test_a_killed_training_ends_as_an_undisturbed_one(whole, live_port, tmp_path
     assert killed(words, tmp_path, 1, seconds=0.3)
     train(tmp_path, live_port, "--until_round", 2, staleness=staleness)  # a policy on the way
     assert len(rounds_of(tmp_path)) == 2
+    second = tmp_path / "model"  # the policy as round 2 begins
     words[words.index("--output_dir") + 1] = f"{tmp_path}/last"
     assert killed(words, tmp_path, 3)
     end = training.start(*words, script=SCRIPT)
@@ -115,6 +141,7 @@ def test_a_killed_training_ends_as_an_undisturbed_one(whole, live_port, tmp_path
     apart = training.furthest(training.weights(tmp_path / "last"), training.weights(undisturbed / "model"))
     assert apart <= 1e-6
     assert [entry["round"] for entry in rounds_of(tmp_path)] == [0, 1, 2, 3]
+    check_kl(rounds_of(tmp_path)[2], tmp_path / "online/round_000002/generated.jsonl", second)
     again = training.start(*words, script=SCRIPT)
     assert "is complete, nothing to do" in again.stdout
 
@@ -167,6 +194,70 @@ def test_a_server_is_taken_as_a_killed_trainer_left_it(whole, live_port, asked, 
     assert apart <= 1e-6
 
 
+class Sampled:
+    """A training, begun with a server of its own, whose server is killed while it answers a round."""
+
+    def __init__(self, folder, staleness):
+        self.folder, self.port, self.servers = folder, faults.free_ports(), folder / "servers"
+        self.words = argv(folder, self.port, "--concurrency", 1, staleness=staleness)
+
+    def serve(self):
+        return start_server(self.servers, self.port)
+
+    def kill_server(self):
+        group = int((self.servers / f"{self.port}.server").read_text().split()[0])
+        os.killpg(group, signal.SIGKILL)
+        faults.wait_for(lambda: not os.path.exists(f"/proc/{group}"))
+
+    def until_sampling(self, number):
+        """Begin it, and wait until it has some answers of round `number`; its process, and its output."""
+        log = open(self.folder / "said.log", "w+", encoding="utf-8")  # noqa: SIM115
+        process = faults.begin([*LAUNCH, *self.words], log)
+        partial = self.folder / "online" / f"round_{number:06}" / "generated.jsonl.partial"
+
+        def some():
+            assert process.poll() is None, (self.folder / "said.log").read_text()
+            return partial.exists() and partial.stat().st_size > 0
+
+        faults.wait_for(some, pause=0.005)
+        return process, self.folder / "said.log"
+
+
+def test_a_server_that_is_killed_while_it_samples(whole, tmp_path):
+    """It is named at once; one that is back meanwhile, with the start's weights, gets no answer of its into
+    the training; and the end is that of an undisturbed training.
+    """
+    staleness, undisturbed = whole
+    work = Sampled(tmp_path, staleness)
+    work.serve()
+    process, said = work.until_sampling(2)
+    work.kill_server()
+    killed = time.monotonic()
+    assert process.wait(200) == 2 and time.monotonic() - killed < 100  # seconds; give_up_after is 120
+    [told] = [line for line in said.read_text().split("\n") if line.startswith("error: ")]
+    assert told.startswith(f"error: http://127.0.0.1:{work.port} ") and "Traceback" not in said.read_text()
+
+    # What is left of the round may be of any weights: as if another server had answered before the end.
+    left = tmp_path / "online/round_000002/generated.jsonl.partial"
+    left.write_bytes(left.read_bytes().replace(b'"responses": ["', b'"responses": ["by whom? '))
+    work.serve()
+    process, said = work.until_sampling(3)
+    os.kill(process.pid, signal.SIGSTOP)  # sees nothing of it
+    work.kill_server()
+    stop = work.serve()
+    os.kill(process.pid, signal.SIGCONT)
+    status = process.wait(400)
+    assert "lost its weights while it sampled" in said.read_text()
+    assert status == (2 if staleness else 0), said.read_text()
+    if staleness:  # it has trained on: the weights that were to answer are its checkpoint's
+        assert "its answers are thrown away; start the same command again" in said.read_text()
+        training.start(*work.words, script=SCRIPT)
+    assert stop().returncode == 0
+    assert texts(tmp_path) == texts(undisturbed)
+    apart = training.furthest(training.weights(tmp_path / "model"), training.weights(undisturbed / "model"))
+    assert apart <= 1e-6
+
+
 @pytest.mark.long
 def test_kto_measures_its_kl_in_every_round(live_port, tmp_path):
     """By answers to other prompts of the round: in the first the policy is the reference still."""
@@ -191,6 +282,8 @@ def test_two_processes_train_as_one(whole, live_port, tmp_path):
     )
     apart = training.furthest(training.weights(tmp_path / "model"), training.weights(one / "model"))
     assert apart <= 1e-5
+    for ours, theirs in zip(rounds_of(tmp_path), rounds_of(one), strict=True):
+        assert ours["kl"] == pytest.approx(theirs["kl"], abs=1e-5)
 
 
 @pytest.mark.parametrize(

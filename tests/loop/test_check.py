@@ -401,6 +401,26 @@ def test_a_process_that_fails_is_told_at_once_and_the_others_go_on(tmp_path):
     assert "error: broken\nlog: 1.log" in done.stderr
 
 
+@pytest.mark.parametrize("in_use", [True, False])
+def test_a_failure_beside_servers_names_their_logs(tmp_path, in_use):
+    """Of a trainer, too, whose servers may have ended; not once they were stopped."""
+    (tmp_path / "servers/logs").mkdir(parents=True)
+    own = [tmp_path / f"servers/logs/server_{port}.log" for port in (8000, 8001)]
+    for path in [*own, *([tmp_path / "servers/in_use"] if in_use else [])]:
+        path.touch()
+    (tmp_path / "train.log").write_text("$ train\nerror: http://127.0.0.1:8000 has ended\n")
+    command = (
+        'set -euo pipefail; source ./envs.sh; source loop/launch.sh; plan[run_dir]="$0"; at=train; '
+        'again="the same"; failed "$0/train.log" 2'
+    )
+    done = subprocess.run(
+        ["bash", "-c", command, tmp_path], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and "\nerror: http://127.0.0.1:8000 has ended\nlog: " in done.stderr
+    told = [line.partition("a server's own log: ")[2] for line in done.stderr.split("\n")]
+    assert [line for line in told if line] == [str(path) for path in own if in_use]
+
+
 SETTINGS = [("plan", "loop_tiny"), ("online_plan", "online_tiny"), ("../ppo/run", "ppo_tiny")]
 
 

@@ -133,6 +133,33 @@ def test_one_gpu_samples_and_trains_in_turns(built, tmp_path, monkeypatch, capsy
     )
 
 
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_memory_and_hours_of_8b_are_told(built, tmp_path, staleness, monkeypatch, capsys):
+    """Against sums of our own: bytes a parameter under ZeRO-3, and the constants of docs/performance.md."""
+    monkeypatch.chdir(faults.ROOT)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config, more = "configs/online_llama3_8b.yaml", ("--num_gpus", "8", "--gpu_memory_gib", "80")
+    given = ["check", config, "--run_dir", str(tmp_path / "run"), *more, "--online.staleness", str(staleness)]
+    monkeypatch.setattr(sys, "argv", ["online_plan.py", *given])
+    online_plan.main()
+    told = capsys.readouterr().err
+    gib = re.search(r"zero3 over 4 processes takes about (\d+) GiB a GPU with rows of 4,096 tokens", told)
+    alone = re.search(r"the reference has (\d+) of it, 1 reward model (\d+), taken to be", told)
+    states, reward = 16 * 8.03e9 / 4 / 2**30, 2 * 8.03e9 / 2**30
+    assert float(alone[2]) == pytest.approx(reward, abs=0.6)
+    assert float(alone[1]) > 2 * 8.03e9 / 4 / 2**30  # its share, and what is gathered
+    assert states + reward + float(alone[1]) < float(gib[1]) < 80
+    assert "a GPU has 80, 76 of which may be filled" in told
+
+    tokens, scored = 320 * 8 * 350, 320 * 8 * 550
+    sampling, scoring = tokens / 2500 / 4, 2 * 8.03e9 * scored / (312e12 * 0.45) / 4
+    training = (8 + 2) * 8.03e9 * 320 * (200 + 2 * 350) / (312e12 * 0.35) / 4
+    a_round = max(sampling, scoring + training) if staleness else sampling + scoring + training
+    hours, minutes = re.search(r"time: about (\d+)h(\d+)m in all", told).groups()
+    assert 60 * int(hours) + int(minutes) == pytest.approx(150 * a_round / 60, rel=0.01)
+    assert ("beside it scoring" if staleness else "then scoring") in told
+
+
 @pytest.mark.parametrize(
     "wrong, said",
     [
@@ -156,6 +183,7 @@ def test_one_gpu_samples_and_trains_in_turns(built, tmp_path, monkeypatch, capsy
         (("--generation_backend", "servers"), "evaluates by the engine"),
         (("--iterations", 3), "a key of another kind of run: bash run_loop.sh"),
         (("--online.rouns", 3), "did you mean '--online.rounds'?"),
+        (("--num_gpus", 2, "--gpu_memory_gib", 0.1), "policy, reference and reward models together"),
     ],
 )
 def test_what_cannot_work_is_refused(built, tmp_path, wrong, said, monkeypatch, capsys):

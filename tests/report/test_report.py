@@ -171,6 +171,32 @@ def test_a_healthy_run_has_no_warning(tmp_path):
     assert names(made) == set()
 
 
+def test_the_last_rounds_of_online_training_are_looked_at(tmp_path):
+    """Their ties and their length; their KL where no policy was measured; and their curves are drawn."""
+    entries = [
+        {"round": n, "prompts": 20, "ties": 15 if n > 9 else 0, "length": 10.0 + n, "margin": 0.1}
+        | {"kl": 4.0 * n, "kl_per_token": 0.2, "reward": 0.0, "best": 1.0, "staleness": 0}
+        | {"seconds": {"all": 1.0, "waiting": 0.5, "sampling": 0.5}}
+        for n in range(16)
+    ]
+    far = {"evaluated": False, "settings": {"online": {"rounds": 16}}}
+    for kl, more, expected in (
+        (60.0, far, {"kl", "collapsed", "length_growth"}),
+        (60.0, {"kl": lambda i: 3.0 * i}, {"collapsed", "length_growth"}),
+        (2.0, far, {"collapsed", "length_growth"}),
+    ):
+        folder = runs.make_run(tmp_path / f"run{kl}{len(more)}", **more)
+        runs.write(folder / "online/rounds.jsonl", entries[:-1] + [entries[-1] | {"kl": kl}])
+        told = {trouble.name: trouble for trouble in found(folder)}
+        assert told.keys() == expected and told["collapsed"].where.startswith("rounds 7 to 16")
+        assert "45.0%" in told["collapsed"].figure
+        runs.write(folder / "online/rounds.jsonl", entries[:9])
+        assert not {"collapsed", "kl"} & {trouble.name for trouble in found(folder)}
+    make_report.make(make_report.Arguments(runs=[str(folder)]))
+    page = (folder / "report/index.html").read_text(encoding="utf-8")
+    assert "Online: KL to the start" in page and "Online: implicit margin" in page
+
+
 def _length(i):
     return {"shift": 0.0, "gold": 0.5, "words": 30 + 12 * i, "reward_of_length": 0.1}
 
