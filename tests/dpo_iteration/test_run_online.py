@@ -263,8 +263,8 @@ def test_kto_measures_its_kl_in_every_round(live_port, tmp_path):
     """By answers to other prompts of the round: in the first the policy is the reference still."""
     train(tmp_path, live_port, training="{loss_type: kto, label_smoothing: 0}", rounds=3)
     first, *later = rounds_of(tmp_path)
-    assert first["loss"] == pytest.approx(0.5, abs=1e-5) and first["kl"] < 1e-5
-    assert len(later) == 2 and all(entry["kl"] > 1e-3 for entry in later)
+    assert first["loss"] == pytest.approx(0.5, abs=1e-5) and first["kto_kl"] < 1e-5
+    assert len(later) == 2 and all(entry["kto_kl"] > 1e-3 for entry in later)
 
 
 @pytest.mark.long
