@@ -2,6 +2,7 @@
 way, and what the driver refuses.
 """
 
+import contextlib
 import json
 import re
 import sys
@@ -133,6 +134,32 @@ def test_one_gpu_samples_and_trains_in_turns(built, tmp_path, monkeypatch, capsy
     )
 
 
+def test_a_shared_gpu_holds_what_the_trainer_keeps_and_an_engine_s_part_of_the_policy(monkeypatch, capsys):
+    """16 GB of policy and as much of reference, where the loss has one; two GPUs share an engine's."""
+    monkeypatch.chdir(faults.ROOT)
+
+    def told(*given):
+        words = ["--run_dir", "runs/none", "--online.staleness", 0, "--accelerate_config", "configs/ddp.yaml"]
+        words += ["--training", "configs/training_lora.yaml", "--gpu_memory_gib", 80, *given]
+        words = ["online_plan.py", "check", "configs/online_llama3_8b.yaml", *words]
+        monkeypatch.setattr(sys, "argv", [*map(str, words)])
+        with contextlib.suppress(UserError):  # of 80 GiB they may be too much
+            online_plan.main()
+        said = capsys.readouterr().err
+        [found] = re.findall(r"about ([\d.]+) GiB of its GPU .* may take (\d+) of 80 GiB", said)
+        return [float(number) for number in found]
+
+    one = ("--num_gpus", 1)
+    kept, taken = told(*one)
+    without, _ = told(*one, "--training_args.loss_type", "simpo")
+    assert 14.5 < kept - without < 15.5 and taken == 24
+    cache = ("--generation.kv_cache_gib", 10)
+    assert told(*one, *cache)[1] == 25
+    assert (
+        told("--num_gpus", 2, "--share_gpus", "true", "--generation.tensor_parallel_size", 2, *cache)[1] == 17
+    )
+
+
 @pytest.mark.parametrize(
     "wrong, said",
     [
@@ -141,6 +168,7 @@ def test_one_gpu_samples_and_trains_in_turns(built, tmp_path, monkeypatch, capsy
         (("--num_gpus", 1, "--generation.tensor_parallel_size", 2), "1 GPUs are visible"),
         (("--num_gpus", 1, "--generation.gpu_memory_utilization", 0.00001), "does not hold the policy"),
         (("--num_gpus", 1, "--generation.gpu_memory_utilization", 0.99999), "are more than a GPU's 80"),
+        (("--num_gpus", 1, "--generation.kv_cache_gib", 80), "are more than a GPU's 80"),
         (("--num_gpus", 4, "--share_gpus", "true", "--sampling_gpus", 2), "all GPUs sample where they are"),
         (("--num_gpus", 4, "--sampling_gpus", 4), "some must sample and some must train"),
         (("--training_args.num_train_epochs", 2), "an online run decides it; give online.rounds"),
