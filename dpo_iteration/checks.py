@@ -205,7 +205,8 @@ def check_paths(args: Arguments):
     if pairs.resolve() in [Path(name).resolve() for name in args.train_dir]:
         raise UserError(f"--pairs_path {pairs} is to be read and written at once; give another")
     for name in args.train_dir:
-        if beside(name, ".manifest.json") == beside(args.output_dir, ".manifest.json"):
+        manifests = {beside(path, ".manifest.json").resolve() for path in (name, args.output_dir)}
+        if len(manifests) == 1:
             raise UserError(
                 f"--output_dir {args.output_dir} would write the manifest of {name}: give another name"
             )
