@@ -235,21 +235,14 @@ def check(plan: OnlinePlan, left: bool):
     """
     settings, found = plan.settings, checks.Findings()
     checks.check_models(plan, found)
-    if others := [name for name in found.attempt(plan.models) or [] if name != "policy"]:
-        found.problems.append(
-            f"generation.mixture has parts with model {' and '.join(others)}: an online run samples from the "
-            "policy that it trains; leave model out"
-        )
+    if job := found.attempt(plan.generation_job):
+        found.attempt(online_arguments.check_responses, job)
     for key in settings.training_args:
         if key in OWN:
             found.problems.append(f"training_args.{key}: an online run decides it; give {OWN[key]}")
     for key in settings.online:
         if key in DECIDED:
             found.problems.append(f"online.{key} is what the run itself decides: leave it out")
-    if settings.generation.get("K") == 1:
-        found.problems.append(
-            "generation.K 1 leaves no pairs to train on: 2 responses a prompt are the least"
-        )
     online = found.attempt(plan.arguments) if not found.problems else None
     method = found.attempt(memory.method_of, settings.accelerate_config)
     args = checks.check_training(plan, method, found) if not found.problems else None
