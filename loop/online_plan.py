@@ -235,8 +235,8 @@ def check(plan: OnlinePlan, left: bool):
     """
     settings, found = plan.settings, checks.Findings()
     checks.check_models(plan, found)
-    if job := found.attempt(plan.generation_job):
-        found.attempt(online_arguments.check_responses, job)
+    if found.attempt(plan.models):
+        found.attempt(online_arguments.check_responses, plan.generation_job())
     for key in settings.training_args:
         if key in OWN:
             found.problems.append(f"training_args.{key}: an online run decides it; give {OWN[key]}")

@@ -180,6 +180,7 @@ def test_a_shared_gpu_holds_what_the_trainer_keeps_and_an_engine_s_part_of_the_p
             ("--generation.mixture", '[{"K": 4}, {"K": 4, "model": "previous"}]'),
             "generation.mixture has parts with model previous: an online run samples from the policy",
         ),
+        (("--generation.mixture", '[{"K": 3}]'), "the parts of --generation.mixture have K 3 together"),
         (("--machines", 2), "an online run is for one machine"),
         (("--generation_backend", "servers"), "evaluates by the engine"),
         (("--iterations", 3), "a key of another kind of run: bash run_loop.sh"),
@@ -192,4 +193,5 @@ def test_what_cannot_work_is_refused(built, tmp_path, wrong, said, monkeypatch, 
     monkeypatch.setattr(sys, "argv", ["online_plan.py", "check", *map(str, given)])
     with pytest.raises(UserError) as refused:
         online_plan.main()
-    assert said in f"{refused.value}{capsys.readouterr().err}"
+    told = f"{refused.value}{capsys.readouterr().err}"
+    assert said in told and told.count("parts of") <= 1  # a mixture that is wrong is told once
