@@ -266,7 +266,9 @@ def describe(
     size: float | None,
     found: checks.Findings,
 ):
-    """Tell how often prompts are used, and what the disk must hold; `size`: parameters of the policy."""
+    """Tell how often prompts are used, what shared GPUs and the disk must hold; `size`: parameters of the
+    policy.
+    """
     settings = plan.settings
     asked = online.rounds * online.prompts_per_round
     told = f"{count(online.rounds, 'round')} of {online.prompts_per_round} prompts"
