@@ -41,17 +41,18 @@ turns() { # of one policy after the other; policy 0 is the start
 }
 
 sample() { # POLICY I: held-out answers, and the responses that the next policy is trained on; one start of the engine for each model
-  local n=$(($2 + 1)) names model files=()
-  for names in ${plan[parts.$n]:-policy}; do # what the mixture calls each model that responses are of: policy previous,start
+  local n=$(($2 + 1)) names model file files=()
+  for names in ${plan[parts.$n]:-policy}; do # of each model that responses are of, as the mixture calls it: policy previous,start
     local outputs=() sections=() prompts=() K=() temperature=() iteration=() parts_of=()
-    case "$names" in policy*) model="$1" ;; *start) model="${plan[model_name_or_path]}" ;; previous) model="$previous" ;; esac
+    case "$names" in policy*) model="$1" ;; previous) model="$previous" ;; *) model="${plan[model_name_or_path]}" ;; esac
     if [ "$model" = "$1" ] && wanted "$2.evaluate"; then # -1: seeds that no iteration meets
       job "$here/heldout_sampled.generated.jsonl" heldout "${plan[heldout_prompts]}" "${plan[heldout.K]}" "${plan[heldout.temperature]}" -1
       job "$here/heldout_greedy.generated.jsonl" heldout "${plan[heldout_prompts]}" 1 0 -1
     fi
     if wanted "$n.generate" && ! done_already "$next/generated.jsonl"; then
-      [[ "${plan[parts.$n]-}" != *' '* ]] && files=("$next/generated.jsonl") || files+=("$next/generated.${names%%,*}.jsonl")
-      job "${files[-1]}" generation "${plan[prompts.$n]}" "${plan[generation.K]}" "${plan[generation.temperature]}" "$n"
+      [ "$names" = "${plan[parts.$n]:-policy}" ] && file="$next/generated.jsonl" || file="$next/generated.${names%%,*}.jsonl"
+      files+=("$file")
+      job "$file" generation "${plan[prompts.$n]}" "${plan[generation.K]}" "${plan[generation.temperature]}" "$n"
     fi
     [ -z "${plan[parts.$n]-}" ] || read -ra parts_of <<<"--parts_of ${names//,/ }"
     [ "${#outputs[@]}" -eq 0 ] || answer "$model"

@@ -182,7 +182,7 @@ def our_trainer(
     started = time.monotonic()
     from common.manifest import fingerprint
     from dpo_iteration import reference
-    from dpo_iteration.dpo import IterativeDPOTrainer
+    from dpo_iteration.dpo import IterativeDPOTrainer, loss_settings
     from dpo_iteration.packing import Steps, columns_of
 
     name = str(folder / "model")
@@ -209,6 +209,7 @@ def our_trainer(
         steps=steps,
         eval_steps=None,
         sharing=True,
+        settings=loss_settings(config),
         **common,
     )
     return trainer, seconds

@@ -84,8 +84,8 @@ class Arguments(TRLArguments, TemplateArguments):
         "margin of simpo: by how much beta × the difference of log-probabilities a token has to exceed 0; "
         f"None: {Settings.simpo_gamma}",
     )
-    desirable_weight: float = arg(1.0, "weight of chosen responses in kto")
-    undesirable_weight: float = arg(1.0, "weight of rejected responses in kto")
+    desirable_weight: float = arg(Settings.desirable_weight, "weight of chosen responses in kto")
+    undesirable_weight: float = arg(Settings.undesirable_weight, "weight of rejected responses in kto")
     margin_scale: float = arg(0.0, "share of a pair's margin that beta × Δ has to exceed (offset DPO)")
     margin_weight: float = arg(
         0.0, "weight of a pair: its margin to this power, scaled to a mean of 1; 0: all alike"

@@ -12,7 +12,7 @@ from common.records import is_local
 from common.tables import split_config
 from dpo_iteration import adapters
 from dpo_iteration.arguments import Arguments, pairs_path, reason_for_trl
-from dpo_iteration.losses import LOSSES, needs_reference, needs_rejected
+from dpo_iteration.losses import LOSSES, Settings, needs_reference, needs_rejected
 from dpo_iteration.pairs import CHOOSE_TYPES
 
 REFUSED = {  # settings of DPOConfig that run_dpo.py decides itself, or that cannot work
@@ -112,7 +112,7 @@ def check_loss(args: Arguments):
         offset = [name for name in sorted(LOSSES) if LOSSES[name].offset]
         raise UserError(f"--margin_scale is defined for {', '.join(offset)}, not for {names}")
     for key in ("desirable_weight", "undesirable_weight"):
-        if "kto" not in args.loss_type and getattr(args, key) != 1:
+        if "kto" not in args.loss_type and getattr(args, key) != getattr(Settings, key):
             raise UserError(f"--{key} is used by --loss_type kto only, not by {names}")
 
 
@@ -205,7 +205,8 @@ def check_paths(args: Arguments):
     if pairs.resolve() in [Path(name).resolve() for name in args.train_dir]:
         raise UserError(f"--pairs_path {pairs} is to be read and written at once; give another")
     for name in args.train_dir:
-        if beside(name, ".manifest.json") == beside(args.output_dir, ".manifest.json"):
+        manifests = {beside(path, ".manifest.json").resolve() for path in (name, args.output_dir)}
+        if len(manifests) == 1:
             raise UserError(
                 f"--output_dir {args.output_dir} would write the manifest of {name}: give another name"
             )

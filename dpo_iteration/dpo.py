@@ -6,6 +6,7 @@ have (losses that depend on which pairs share a pass, f-divergences, WPO, LD-DPO
 mixtures of experts) is TRL's own computation, padded.
 """
 
+import dataclasses
 import math
 import os
 import sys
@@ -111,10 +112,7 @@ def build_trainer(args: Arguments, policy: torch.nn.Module, data: "Data") -> "It
             steps=data.steps["train"],
             eval_steps=data.steps["eval"],
             sharing=data.sharing,
-            margin_scale=args.margin_scale,
-            simpo_gamma=args.simpo_gamma,
-            desirable_weight=args.desirable_weight,
-            undesirable_weight=args.undesirable_weight,
+            settings=loss_settings(args),
         )
     trainer.plain_log = PlainLog(data.per_step, unit(args))
     trainer.add_callback(trainer.plain_log)
@@ -122,6 +120,12 @@ def build_trainer(args: Arguments, policy: torch.nn.Module, data: "Data") -> "It
     adapters.keep_fp32(trainer)
     models.check_master_weights(trainer)
     return trainer
+
+
+def loss_settings(args: Arguments | DPOConfig) -> Settings:
+    """The settings of losses.py that `args` has and gives; the others are as they are there."""
+    given = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(Settings)}
+    return Settings(**{name: value for name, value in given.items() if value is not None})
 
 
 class IterativeDPOTrainer(DPOTrainer):
@@ -133,38 +137,17 @@ class IterativeDPOTrainer(DPOTrainer):
         steps: Steps of the training rows, or None for TRL's own loss and batches.
         eval_steps: the same of the held-out rows.
         sharing: whether rows are packed.
-        margin_scale, simpo_gamma, desirable_weight, undesirable_weight: see losses.py.
+        settings: Settings of losses.py.
 
     `loss_type: sigmoid` with `label_smoothing` is conservative DPO, which TRL's sigmoid is not.
     """
 
-    def __init__(
-        self,
-        *args,
-        rows,
-        steps,
-        eval_steps,
-        sharing,
-        margin_scale=0.0,
-        simpo_gamma=None,
-        desirable_weight=1.0,
-        undesirable_weight=1.0,
-        **kwargs,
-    ):
+    def __init__(self, *args, rows, steps, eval_steps, sharing, settings, **kwargs):
         self.rows, self.batching, self.sharing = rows, {"train": steps, "eval": eval_steps}, sharing
-        self.checked, self.sums = False, {"train": None, "eval": None}
+        self.settings, self.checked, self.sums = settings, False, {"train": None, "eval": None}
         self.kl = self.unmeasured = None  # see `estimate_kl`
         with without_reference():
             super().__init__(*args, **kwargs)
-        self.settings = Settings(
-            self.beta,
-            self.label_smoothing,
-            margin_scale,
-            self.args.discopop_tau,
-            Settings.simpo_gamma if simpo_gamma is None else simpo_gamma,
-            desirable_weight,
-            undesirable_weight,
-        )
         if steps is None and "sigmoid" in self.loss_types and self.label_smoothing:
             # After TRL's own checks, which call a negative value a mistake; `self.args` keeps the user's
             # names.

@@ -16,7 +16,7 @@ from common.models import check_policy
 from common.training import Training, step_of, world_size
 from dpo_iteration import arguments as dpo
 from dpo_iteration import checks
-from generation import gen_hf, get_hf2, sampling
+from generation import gen_hf, get_hf2, mixture, sampling
 
 MEMORY = Path("/dev/shm")  # a file system in memory, on Linux
 OWN = {  # keys of run_dpo.py that follow from a key of run_online.py, which is to be given in their place
@@ -146,8 +146,7 @@ def read_parts(args: Arguments) -> Parts:
     server_dtype = read_section(get_hf2.Arguments, args.generation, asked | engine, without=client).dtype
     sampling.check_sampling(sampled)
     gen_hf.check(sampled)
-    if sampled.K < 2:
-        raise UserError("generation.K 1 leaves no pairs to train on: 2 responses a prompt are the least")
+    check_responses(sampled)
     sampled = with_date(sampled, Path(args.rounds_dir) / "round_000000" / "generated.jsonl")
     rewards = {"dataset_name_or_path": ["-"], "output_dir": ["-"], "K": sampled.K, "date": sampled.date}
     if args.reward_name_or_path:
@@ -170,6 +169,17 @@ def read_parts(args: Arguments) -> Parts:
     trained.gradient_checkpointing = trained.gradient_checkpointing is not False
     check_training(trained)
     return Parts(sampled, scored, trained, server_dtype)
+
+
+def check_responses(args: sampling.SamplingArguments):
+    """Refuse responses that are too few, or of other models than the policy."""
+    if args.K < 2:
+        raise UserError("generation.K 1 leaves no pairs to train on: 2 responses a prompt are the least")
+    if others := [name for name in mixture.models_of(args) if name != "policy"]:
+        raise UserError(
+            f"generation.mixture has parts with model {' and '.join(others)}: an online run samples from the "
+            "policy that it trains; leave model out"
+        )
 
 
 def check_training(args: dpo.Arguments):

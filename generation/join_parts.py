@@ -29,9 +29,11 @@ from common.manifest import Output, beside, fingerprint, read_manifest
 from common.records import PER_RESPONSE, read_generated
 from generation import mixture
 from generation.merge_data import check_unchanged
+from generation.sampling import SHARD
 
-ALL = {"dataset_name_or_path", "chat_template"}  # inputs that are not of a model
-MAY_DIFFER = ("parts_of", "date")  # settings; another date is told by the tokens, if the template writes it
+OF_PROMPTS = {"dataset_name_or_path", "chat_template"}  # inputs that are not of a model
+OF_A_FILE = ("parts_of", *SHARD)  # settings that say which of the answers are in a file
+MAY_DIFFER = (*OF_A_FILE, "date")  # another date is told by the tokens, if the template writes it
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -64,6 +66,8 @@ def read_files(paths: list[str]) -> list[Sampled]:
             raise UserError(f"{path} is missing, not finished or has no manifest; start its command again")
         if held["settings"].get("mixture") is None:
             raise UserError(f"{path} is of no mixture; generate it with --mixture and --parts_of")
+        if (shards := held["settings"].get("my_world_size", 1)) > 1:
+            raise UserError(f"{path} is one of {shards} shards: merge them first (generation/merge_data.py)")
         found.append(Sampled(path, held, held["settings"].get("parts_of") or ["policy"]))
     found.sort(key=lambda one: mixture.MODELS.index(one.names[0]))
     for other in found[1:]:
@@ -90,7 +94,7 @@ def check_alike(first: Sampled, other: Sampled) -> None:
         if key in two and key not in MAY_DIFFER and one[key] != two[key]:
             what = f"{first.path} was made with {key} {one[key]!r}, {other.path} with {two[key]!r}"
             raise UserError(f"{what}; make one again")
-    for key in ALL:
+    for key in OF_PROMPTS:
         one, two = (file.manifest["inputs"].get(key, {}) for file in (first, other))
         if one.get("sha256", one.get("path")) != two.get("sha256", two.get("path")):
             raise UserError(f"{first.path} and {other.path} were made from another {key}; make one again")
@@ -103,7 +107,7 @@ def inputs_of(files: list[Sampled]) -> dict:
     found = dict(files[0].manifest["inputs"])
     for other in files[1:]:
         for key, mark in other.manifest["inputs"].items():
-            if key not in ALL:
+            if key not in OF_PROMPTS:
                 found[f"{key} of {other.names[0]}"] = mark
     return found
 
@@ -176,7 +180,7 @@ def counted(files: list[Sampled], skipped: int) -> dict:
 def main():
     args = parse(Arguments, __doc__)
     files = read_files(args.parts)
-    settings = {key: value for key, value in files[0].manifest["settings"].items() if key != "parts_of"}
+    settings = {key: value for key, value in files[0].manifest["settings"].items() if key not in OF_A_FILE}
     read = {f"parts of {one.names[0]}": str(one.path) for one in files}
     output = Output(args.output_dir, "generation/join_parts.py", settings, read, args.overwrite)
     if output.complete:

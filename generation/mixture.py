@@ -80,7 +80,8 @@ def own_parts(args: "SamplingArguments") -> list[Part]:
     names = names_here(args)
     found = [part for part in parts_of(args) if part.model == names[0]]
     if not found:
-        raise UserError(f"--mixture has no part of {' or '.join(names)}: give one, or leave model out of one")
+        todo = f"--parts_of {' '.join(models_of(args))}" if args.parts_of else "one of them without model"
+        raise UserError(f"--mixture has no part of {' or '.join(names)}: give {todo}")
     return found
 
 

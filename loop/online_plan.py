@@ -235,21 +235,14 @@ def check(plan: OnlinePlan, left: bool):
     """
     settings, found = plan.settings, checks.Findings()
     checks.check_models(plan, found)
-    if others := [name for name in found.attempt(plan.models) or [] if name != "policy"]:
-        found.problems.append(
-            f"generation.mixture has parts with model {' and '.join(others)}: an online run samples from the "
-            "policy that it trains; leave model out"
-        )
+    if found.attempt(plan.models):
+        found.attempt(online_arguments.check_responses, plan.generation_job())
     for key in settings.training_args:
         if key in OWN:
             found.problems.append(f"training_args.{key}: an online run decides it; give {OWN[key]}")
     for key in settings.online:
         if key in DECIDED:
             found.problems.append(f"online.{key} is what the run itself decides: leave it out")
-    if settings.generation.get("K") == 1:
-        found.problems.append(
-            "generation.K 1 leaves no pairs to train on: 2 responses a prompt are the least"
-        )
     online = found.attempt(plan.arguments) if not found.problems else None
     method = found.attempt(memory.method_of, settings.accelerate_config)
     args = checks.check_training(plan, method, found) if not found.problems else None
@@ -261,10 +254,10 @@ def check(plan: OnlinePlan, left: bool):
     gpus, size = checks.check_gpus(plan, found)
     if online and args and not found.problems:
         describe(plan, online, args, sets, size, found)
-    if gpus and size and method is not None and online and args and not found.problems:
-        estimates.check_memory_online(plan, size, method, args, found)
-        asked = online.rounds, online.prompts_per_round, online.staleness
-        found.notes.append(estimates.hours_online(plan, size, *asked, args.loss_type))
+        if gpus and size:
+            estimates.check_memory_online(plan, size, method, args, found)
+            asked = online.rounds, online.prompts_per_round, online.staleness
+            found.notes.append(estimates.hours_online(plan, size, *asked, args.loss_type))
     summary = f"{count(len(plan.ports()), 'server')}, {count(plan.training_processes(), 'training process')}"
     checks.conclude(plan, left, found, f"{summary}, {'GPUs' if gpus else 'CPU'}")
 
@@ -277,7 +270,9 @@ def describe(
     size: float | None,
     found: checks.Findings,
 ):
-    """Tell how often prompts are used, and what the disk must hold; `size`: parameters of the policy."""
+    """Tell how often prompts are used, what shared GPUs and the disk must hold; `size`: parameters of the
+    policy.
+    """
     settings = plan.settings
     asked = online.rounds * online.prompts_per_round
     told = f"{count(online.rounds, 'round')} of {online.prompts_per_round} prompts"
@@ -287,7 +282,7 @@ def describe(
             found.problems.append(f"{told}: the prompt sets hold {there}; lower online.prompts_per_round")
         told += f": each of {there} is used {asked / max(there, 1):.1f} times"
     if size and plan.shares_gpus() and machines.gpus_of(settings):
-        check_turns(plan, args, size, found)
+        check_shared_memory(plan, args, size, found)
     steps = online.rounds * online.sync_every
     found.notes.append(f"{told}; {steps} optimizer steps, new weights every {online.sync_every}")
     if size:
@@ -297,39 +292,33 @@ def describe(
         estimates.check_disk(plan, found, room / 2**30, what, "see keep_iterates and save_total_limit")
 
 
-def check_turns(plan: OnlinePlan, args: dpo.Arguments, size: float, found: checks.Findings):
+def check_shared_memory(plan: OnlinePlan, args: dpo.Arguments, size: float, found: checks.Findings):
     """Tell what a server takes of a GPU beside what the trainer keeps there, and refuse what cannot fit."""
-    settings, world = plan.settings, plan.training_processes()
+    settings, section = plan.settings, plan.generation()
     there = settings.gpu_memory_gib or gpu_memory()
     shape = estimates.shape_of(settings.model_name_or_path, size)
-    method, bf16, adapted = (
-        memory.method_of(settings.accelerate_config),
-        args.bf16,
-        fitting.adapted(args, shape),
-    )
-    trainable = adapted["trainable"]
-    frozen = None if trainable is None else adapted["frozen"] or (2 if bf16 else 4)
-    states, _ = memory.states(method, shape.parameters, world, trainable, bf16, frozen)
-    kept = (states + memory.reference_pass(method, shape, world, bf16, frozen)) / memory.GIB
+    method, world = memory.method_of(settings.accelerate_config), plan.training_processes()
+    need = memory.need(method, shape, world, 1, args.max_length, **fitting.adapted(args, shape))
+    kept = (need.states + need.reference) / memory.GIB
     found.notes.append(
         f"servers and trainer take turns: while a server samples, about {kept:.1f} GiB of its GPU stay the "
-        "trainer's (weights, states and reference; reward models come on top)"
+        "trainer's (weights, states, and a reference if the loss has one; reward models come on top)"
     )
-    section = plan.generation()
-    share, weights = section["gpu_memory_utilization"], 2 * size / memory.GIB
-    if not there or section["kv_cache_gib"]:  # which tells a server what to take
+    if not there:
         return
-    found.notes[-1] += f", and it may take {share:g} of {there:.0f} GiB"
-    if share * there <= weights:
+    share, cache = section["gpu_memory_utilization"], section["kv_cache_gib"]
+    weights = 2 * size / gpus_of_an_engine(settings) / memory.GIB
+    taken, key = (weights + cache, "kv_cache_gib") if cache else (share * there, "gpu_memory_utilization")
+    found.notes[-1] += f", and it may take {taken:.0f} of {there:.0f} GiB"
+    if taken <= weights:
         found.problems.append(
             f"generation.gpu_memory_utilization {share:g} of {there:.0f} GiB does not hold the policy, "
             f"{weights:.0f} GiB: give more of it"
         )
-    if kept + share * there > there:
+    if kept + taken > there:
         found.problems.append(
-            f"{kept:.0f} GiB of the trainer and {share * there:.0f} of a server are more than a GPU's "
-            f"{there:.0f}: train adapters (configs/training_lora.yaml) or a smaller policy, or give "
-            "generation.gpu_memory_utilization less"
+            f"{kept:.0f} GiB of the trainer and {taken:.0f} of a server are more than a GPU's {there:.0f}: "
+            f"train adapters (configs/training_lora.yaml) or a smaller policy, or give generation.{key} less"
         )
 
 

@@ -55,7 +55,8 @@ def test_yaml_and_defaults_agree():
 
 
 def test_an_output_whose_manifest_is_that_of_the_answers_is_refused(files):
-    assert "would write the manifest of rewarded.jsonl" in refusal(*files, "--output_dir", "rewarded")
+    for name in ("rewarded", os.path.abspath("rewarded")):
+        assert "would write the manifest of rewarded.jsonl" in refusal(*files, "--output_dir", name)
 
 
 @pytest.mark.parametrize("name", ["ddp", "zero2", "zero3", "zero3_offload", "fsdp2"])

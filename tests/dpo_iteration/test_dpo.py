@@ -2,6 +2,7 @@
 on.
 """
 
+import dataclasses
 import importlib.metadata
 import re
 from pathlib import Path
@@ -20,7 +21,7 @@ from trl.trainer import dpo_trainer
 from common import shared_prompts
 from common.cli import UserError
 from dpo_iteration import models
-from dpo_iteration.dpo import IterativeDPOTrainer, robust_equivalent
+from dpo_iteration.dpo import IterativeDPOTrainer, loss_settings, robust_equivalent
 from dpo_iteration.losses import LOSSES, Loss
 from dpo_iteration.packing import Steps, collate_packed, columns_of
 
@@ -119,7 +120,7 @@ def ours(
         steps=steps[0],
         eval_steps=steps[1],
         sharing=sharing and own,
-        margin_scale=margin_scale,
+        settings=dataclasses.replace(loss_settings(args), margin_scale=margin_scale),
     )
 
 

@@ -20,6 +20,8 @@ import training
 from online import SCRIPT, START, argv, rounds_of, start_server
 from training import read_json, read_jsonl
 
+from common.cli import UserError, parse
+from dpo_iteration.online_arguments import Arguments, read_parts
 from generation import live_servers
 from generation.dispatch import Server
 
@@ -301,6 +303,13 @@ def test_two_processes_train_as_one(whole, live_port, tmp_path):
 def test_what_cannot_work_is_refused_in_one_line(built, tmp_path, change, said):
     end = train(tmp_path, 1, status=2, **change)
     assert end.count("error: ") == 1 and said in end and "Traceback" not in end, end
+
+
+def test_parts_of_other_models_are_refused(built, tmp_path):
+    mixed = tmp_path / "mixed.yaml"
+    mixed.write_text("K: 4\nmixture: [{K: 3}, {model: start}]\n")
+    with pytest.raises(UserError, match="parts with model start: .* leave model out"):
+        read_parts(parse(Arguments, "", argv(tmp_path, 1, "--generation", mixed)))
 
 
 def test_servers_elsewhere_and_none_are_refused(built, tmp_path):

@@ -62,7 +62,9 @@ def join(monkeypatch, *files):
 
 @pytest.fixture
 def three(sampled):
-    return [sampled("start", K=1), sampled("previous", K=2, skip=(1,)), sampled("policy", K=2, skip=(3,))]
+    alone = {"local_index": 0, "my_world_size": 1}  # as get_hf2.py leaves it, unmerged
+    policy = sampled("policy", K=2, skip=(3,), settings=alone)
+    return [sampled("start", K=1), sampled("previous", K=2, skip=(1,)), policy]
 
 
 def test_responses_stand_in_the_order_of_the_parts(three, monkeypatch, capsys):
@@ -92,7 +94,7 @@ def test_responses_stand_in_the_order_of_the_parts(three, monkeypatch, capsys):
         "id1": "too long for previous",
         "id3": "too long for policy",
     }
-    assert "parts_of" not in made["settings"] and made["settings"]["mixture"] == PARTS
+    assert not {"parts_of", "local_index"} & made["settings"].keys() and made["settings"]["mixture"] == PARTS
     join(monkeypatch, *three)
     assert "all.jsonl is complete, nothing to do" in capsys.readouterr().out
 
@@ -117,6 +119,10 @@ def test_models_that_are_one_have_one_file(sampled, monkeypatch):
         ({"settings": {"seed": 2}}, "policy.jsonl was made with seed 1, start.jsonl with 2"),
         ({"settings": {"mixture": PARTS[1:]}}, "policy.jsonl was made with mixture "),
         ({"settings": {"mixture": None}}, "start.jsonl is of no mixture"),
+        (
+            {"settings": {"local_index": 0, "my_world_size": 2}},
+            "start.jsonl is one of 2 shards: merge them first (generation/merge_data.py)",
+        ),
         ({"settings": {"parts_of": ["previous"]}}, "several files hold the parts of previous"),
     ],
 )  # fmt: skip

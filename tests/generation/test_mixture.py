@@ -108,8 +108,14 @@ def test_parts_that_the_same_model_would_give_twice_are_one():
         ({"mixture": [{"temprature": 1}]}, "part 1 of --mixture, did you mean 'temperature'"),
         ({"mixture": [{"temperature": "x"}]}, "temperature in part 1 of --mixture: 'x' is not a number"),
         ({"mixture": [{"model": "begin"}]}, "'begin' is not one of policy, previous, start"),
-        ({"mixture": [{"model": "start"}]}, "--mixture has no part of policy: give one"),
-        ({"mixture": [{}], "parts_of": ["previous"]}, "--mixture has no part of previous: give one"),
+        (
+            {"mixture": [{"model": "start"}]},
+            "--mixture has no part of policy: give one of them without model",
+        ),
+        (
+            {"mixture": [{}], "parts_of": ["previous"]},
+            "--mixture has no part of previous: give --parts_of policy",
+        ),
         ({"mixture": [{}], "parts_of": ["policy", "begin"]}, "--parts_of policy begin: some of policy, "),
         ({"mixture": [{"system_prompt": ""}]}, "empty system_prompt"),
         ({"mixture": [{}], "temperature": [1.0, 0.7]}, "several values of --temperature"),

@@ -2,6 +2,7 @@
 way, and what the driver refuses.
 """
 
+import contextlib
 import json
 import re
 import sys
@@ -160,6 +161,32 @@ def test_memory_and_hours_of_8b_are_told(built, tmp_path, staleness, monkeypatch
     assert ("beside it scoring" if staleness else "then scoring") in told
 
 
+def test_a_shared_gpu_holds_what_the_trainer_keeps_and_an_engine_s_part_of_the_policy(monkeypatch, capsys):
+    """16 GB of policy and as much of reference, where the loss has one; two GPUs share an engine's."""
+    monkeypatch.chdir(faults.ROOT)
+
+    def told(*given):
+        words = ["--run_dir", "runs/none", "--online.staleness", 0, "--accelerate_config", "configs/ddp.yaml"]
+        words += ["--training", "configs/training_lora.yaml", "--gpu_memory_gib", 80, *given]
+        words = ["online_plan.py", "check", "configs/online_llama3_8b.yaml", *words]
+        monkeypatch.setattr(sys, "argv", [*map(str, words)])
+        with contextlib.suppress(UserError):  # of 80 GiB they may be too much
+            online_plan.main()
+        said = capsys.readouterr().err
+        [found] = re.findall(r"about ([\d.]+) GiB of its GPU .* may take (\d+) of 80 GiB", said)
+        return [float(number) for number in found]
+
+    one = ("--num_gpus", 1)
+    kept, taken = told(*one)
+    without, _ = told(*one, "--training_args.loss_type", "simpo")
+    assert 14.5 < kept - without < 15.5 and taken == 24
+    cache = ("--generation.kv_cache_gib", 10)
+    assert told(*one, *cache)[1] == 25
+    assert (
+        told("--num_gpus", 2, "--share_gpus", "true", "--generation.tensor_parallel_size", 2, *cache)[1] == 17
+    )
+
+
 @pytest.mark.parametrize(
     "wrong, said",
     [
@@ -168,6 +195,7 @@ def test_memory_and_hours_of_8b_are_told(built, tmp_path, staleness, monkeypatch
         (("--num_gpus", 1, "--generation.tensor_parallel_size", 2), "1 GPUs are visible"),
         (("--num_gpus", 1, "--generation.gpu_memory_utilization", 0.00001), "does not hold the policy"),
         (("--num_gpus", 1, "--generation.gpu_memory_utilization", 0.99999), "are more than a GPU's 80"),
+        (("--num_gpus", 1, "--generation.kv_cache_gib", 80), "are more than a GPU's 80"),
         (("--num_gpus", 4, "--share_gpus", "true", "--sampling_gpus", 2), "all GPUs sample where they are"),
         (("--num_gpus", 4, "--sampling_gpus", 4), "some must sample and some must train"),
         (("--training_args.num_train_epochs", 2), "an online run decides it; give online.rounds"),
@@ -179,6 +207,7 @@ def test_memory_and_hours_of_8b_are_told(built, tmp_path, staleness, monkeypatch
             ("--generation.mixture", '[{"K": 4}, {"K": 4, "model": "previous"}]'),
             "generation.mixture has parts with model previous: an online run samples from the policy",
         ),
+        (("--generation.mixture", '[{"K": 3}]'), "the parts of --generation.mixture have K 3 together"),
         (("--machines", 2), "an online run is for one machine"),
         (("--generation_backend", "servers"), "evaluates by the engine"),
         (("--iterations", 3), "a key of another kind of run: bash run_loop.sh"),
@@ -192,4 +221,5 @@ def test_what_cannot_work_is_refused(built, tmp_path, wrong, said, monkeypatch, 
     monkeypatch.setattr(sys, "argv", ["online_plan.py", "check", *map(str, given)])
     with pytest.raises(UserError) as refused:
         online_plan.main()
-    assert said in f"{refused.value}{capsys.readouterr().err}"
+    told = f"{refused.value}{capsys.readouterr().err}"
+    assert said in told and told.count("parts of") <= 1  # a mixture that is wrong is told once
