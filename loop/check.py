@@ -193,7 +193,7 @@ def check_mixture(plan: "Plan", found: Findings):
     if not others:
         return
     found.notes.append(
-        f"responses are of the policy, {' and '.join(others)}: the engine starts once more an "
+        f"responses are of the policy and {' and '.join(others)}: the engine starts once more an "
         "iteration for each other model; before policy 1 the start is all of them"
     )
     if plan.kept_iterates() != plan.settings.keep_iterates:
