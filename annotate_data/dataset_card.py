@@ -15,7 +15,7 @@ from annotate_data.arguments import Arguments as RewardArguments
 from common.cli import count
 from common.hide import hidden, without_folders
 from common.jsonl import BadRecord, jsonl_records
-from common.manifest import beside
+from common.manifest import beside, generation_manifest
 from dpo_iteration import card
 from dpo_iteration.pairs import make_pairs, select_pairs
 from generation import get_hf2
@@ -55,6 +55,7 @@ class Part:
     prompts: int = 0
     answers: int = 0
     pair_counts: dict[str, int] = field(default_factory=dict)  # split → pairs
+    others: list[str] = field(default_factory=list)  # policies that a mixture's parts are of, too
 
     def is_own(self, record: dict) -> bool:
         """Whether a pair, or a prompt without one, is of this iteration's answers, by its `source`."""
@@ -70,6 +71,16 @@ def short(name: str) -> str:
 def policy_name(start: str, iteration: int) -> str:
     """What the policy is called whose answers iteration `iteration` is trained on."""
     return short(start) if iteration == 1 else f"iter{iteration - 1}"
+
+
+def others_of(start: str, iteration: int, rewarded: Path) -> list[str]:
+    """What the policies are called that answered too: other models of a mixture, by their names in the
+    generation's manifest.
+    """
+    called = {"previous": policy_name(start, max(iteration - 1, 1)), "start": policy_name(start, 1)}
+    inputs = (generation_manifest(rewarded) or {"inputs": {}})["inputs"]
+    names = [key.partition(" of ")[2] for key in inputs if not key.startswith("parts of ")]
+    return list(dict.fromkeys(called[name] for name in names if name in called))
 
 
 def settings_shown(settings: dict) -> dict:
@@ -138,7 +149,8 @@ def lineage(parts: list[Part], shown: dict) -> list[tuple]:
 def by_iteration(parts: list[Part]) -> list[list]:
     """Rows of the card's table of counts."""
     return [
-        [p.iteration, p.policy, p.prompts, p.answers, p.pair_counts.get("train"), p.pair_counts.get("test")]
+        [p.iteration, ", ".join([p.policy, *p.others]), p.prompts, p.answers]
+        + [p.pair_counts.get(split) for split in ("train", "test")]
         for p in parts
     ]
 

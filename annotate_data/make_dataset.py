@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from any folder
 
 from annotate_data import dataset_card
-from annotate_data.dataset_card import Part, policy_name
+from annotate_data.dataset_card import Part, others_of, policy_name
 from common import cli, locks, manifest, records
 from common.cli import UserError, arg, count, one_line
 from common.hide import hidden, without_folders
@@ -71,7 +71,13 @@ def parts_of(run: RunFolder) -> list[Part]:
         raise UserError(f"--run {run.path} was trained by PPO, which keeps no rewarded answers")
     start = str(settings.get("model_name_or_path"))
     parts = [
-        Part(i, policy_name(start, i), run.rewarded(i), run.pairs(i) if run.pairs(i).is_file() else None)
+        Part(
+            i,
+            policy_name(start, i),
+            run.rewarded(i),
+            run.pairs(i) if run.pairs(i).is_file() else None,
+            others=others_of(start, i, run.rewarded(i)),
+        )
         for i in run.iterations()
         if run.rewarded(i).is_file()
     ]

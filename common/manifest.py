@@ -277,8 +277,7 @@ class Output:
         self.path, self.partial = Path(path), Path(f"{path}.partial")
         self.started, self.skipped, self.done = time.time(), 0, {}
         self._file = self._skipped_file = None
-        if any(name is not None and Path(name).resolve() == self.path.resolve() for name in inputs.values()):
-            raise UserError(f"{path} is to be read and written at once; give another --output_dir")
+        self._refuse_own_inputs(inputs)
         if self.path.is_dir():
             raise UserError(
                 f"--output_dir {path} is a folder, a file name was expected (for example {path}/data.jsonl)"
@@ -314,6 +313,17 @@ class Output:
         write_json(beside(path, ".manifest.json"), self.manifest)
         self._load_partial()
         self._file = open(self.partial, "ab")
+
+    def _refuse_own_inputs(self, inputs):
+        """Refuse an output that is an input, or whose manifest would take the place of an input's."""
+        mine = beside(self.path, ".manifest.json").resolve()
+        for name in filter(None, inputs.values()):
+            if Path(name).resolve() == self.path.resolve():
+                raise UserError(f"{self.path} is to be read and written at once; give another --output_dir")
+            if os.path.exists(name) and beside(name, ".manifest.json").resolve() == mine:
+                raise UserError(
+                    f"{self.path} would write the manifest of {name}, {mine.name}; give another --output_dir"
+                )
 
     def _discard(self):
         os.truncate(self.partial, 0)

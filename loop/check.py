@@ -193,8 +193,8 @@ def check_mixture(plan: "Plan", found: Findings):
     if not others:
         return
     found.notes.append(
-        f"responses are of {' and '.join(others)}, too: the engine starts once more an iteration for each; "
-        "before policy 1 the start is all models"
+        f"responses are of the policy and {' and '.join(others)}: the engine starts once more an "
+        "iteration for each other model; before policy 1 the start is all of them"
     )
     if plan.kept_iterates() != plan.settings.keep_iterates:
         found.notes.append(

@@ -133,8 +133,9 @@ DEFINITIONS = {
     "null_share": Figure("null", "Share of responses without a reward.", "share"),
     "histogram": Figure(
         "histogram of rewards",
-        "Rewards of all responses that the iteration trained on, sampled from the previous iterate: share in "
-        "40 equal bins from the smallest to the largest reward of all iterations shown.",
+        "Rewards of all responses that the iteration trained on, sampled from the previous iterate and "
+        "what else its mixture names: share in 40 equal bins from the smallest to the largest reward of all "
+        "iterations shown.",
     ),
     "pairs": Figure("pairs", "Pairs trained on, and those held out from training.", "count"),
     "margin": Figure(

@@ -80,6 +80,8 @@ def run(tmp_path_factory):
     report_runs.manifest(folder / "iter1/rewarded", script="annotate_data/get_rewards.py", inputs=inputs)
     inputs = {"dataset_name_or_path": {"path": f"{folder}/prompts/mine.jsonl"}}
     report_runs.manifest(folder / "iter1/generated", script="generation/merge_data.py", inputs=inputs)
+    inputs = {f"model_name_or_path{name}": {"path": "a"} for name in ("", " of previous", " of start")}
+    report_runs.manifest(folder / "iter3/rewarded", script="generation/join_parts.py", inputs=inputs)
     return folder
 
 
@@ -156,7 +158,7 @@ def test_the_card_tells_lineage_and_counts_and_nothing_of_this_machine(run, made
         "rewards from | rm",
         "prompts | mine.jsonl",
         f"1 | owner/sft | 20 | 80 | {pairs.count('train')} | {pairs.count('eval')}",
-        "3 | iter2 | 20 | 80 | 0 | 0",
+        "3 | iter2, iter1, owner/sft | 20 | 80 | 0 | 0",
         "generation | temperature | `0.7`",
         'run | train_on | `"all"`',
         "prompt has N tokens, more than N | 2",

@@ -106,6 +106,21 @@ def test_names_that_differ_in_the_suffix_have_manifests_of_their_own(tmp_path):
         assert suffix in beside(tmp_path / f"x.{suffix}", ".skipped.jsonl").read_text()
 
 
+def test_an_input_s_manifest_is_not_written_over(tmp_path, monkeypatch):
+    """`data.jsonl` read and `data` written, or the model `data` and its answers `data.jsonl`."""
+    (tmp_path / "data.jsonl").write_text("{}\n")
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    kept = {"complete": True, "settings": {}, "inputs": {}}
+    for read, written in (("data.jsonl", tmp_path / "data"), (tmp_path / "model", "model.jsonl")):
+        write_json(beside(read, ".manifest.json"), kept)
+        for overwrite in (False, True):
+            with pytest.raises(UserError, match=f"{written} would write the manifest of {read}, "):
+                Output(written, "test", {}, {"read": read, "none": None}, overwrite)
+        assert read_manifest(read) == kept and not Path(f"{written}.partial").exists()
+    Output("hub_name.jsonl", "test", {}, {"model": "hub_name"})  # there is no such folder
+
+
 def test_a_killed_run_is_resumed_and_ends_the_same(tmp_path):
     path, partial = tmp_path / "x.jsonl", tmp_path / "x.jsonl.partial"
     first = writer(path, 0.02)
