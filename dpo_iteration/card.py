@@ -24,7 +24,7 @@ from dpo_iteration.pairs import CHOOSE_TYPES
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard, ModelCardData
 
-RESULTS = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin", "kl": "KL"}
+RESULTS = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin", "kl": "z0"}
 
 
 def manifest_of(name: str) -> dict:

@@ -44,13 +44,13 @@ NOTES = {  # counts of rows.py and common/tokens.py, in words
 
 def in_words(metrics: dict, prefix: str = "") -> str:
     """Loss, accuracy and margin of a log entry; training without rejected responses has the loss alone, KTO
-    its KL too.
+    its z0, the KL by answers to other prompts, too.
     """
     labels = {
         "loss": "loss {:.4f}",
         "rewards/accuracies": "accuracy {:.2f}",
         "rewards/margins": "margin {:.4f}",
-        "kl": "KL {:.4f}",
+        "kl": "z0 {:.4f}",
     }
     there = {words: metrics.get(f"{prefix}{key}") for key, words in labels.items()}
     return ", ".join(words.format(value) for words, value in there.items() if value is not None)
@@ -60,7 +60,9 @@ def finish(training: Training, args: Arguments, selection: Selection, metrics: d
     """Write the model card, complete the manifest, and say what was done."""
     counts = selection.counts | {"pairs": len(selection.pairs), "skipped": dict(selection.skipped_by_reason)}
     metrics = {key: value for key, value in metrics.items() if records.finite(value)}
-    card.make_card(args, training.settings, counts, metrics, world_size()).save(training.folder / "README.md")
+    # The card names the batch that there was: few pairs halve what was asked for.
+    settings = training.settings | {"pairs_per_step": counts["pairs_per_step"]}
+    card.make_card(args, settings, counts, metrics, world_size()).save(training.folder / "README.md")
     seconds = {k: round(v, 1) for k, v in seconds.items()}
     training.finish(args.keep_checkpoints, counts=counts, metrics=metrics, seconds=seconds)
     reasons = ", ".join(f"{n} {reason}" for reason, n in counts["skipped"].items())

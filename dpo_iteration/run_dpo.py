@@ -171,6 +171,7 @@ def prepare(args: Arguments, selection: Selection, pairs_per_step: int) -> Data:
     models.check_models(args, template.tokenizer, rows)
 
     per_step = halved(pairs_per_step, len(rows["train"]), args, world_size())
+    selection.counts["pairs_per_step"] = per_step
     if per_step < pairs_per_step:
         say(
             f"note: {len(rows['train'])} {unit(args)}s are few for steps of {pairs_per_step}: {per_step} per "

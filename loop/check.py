@@ -22,7 +22,7 @@ from common.models import check_policy
 from dpo_iteration import arguments as dpo
 from dpo_iteration import checks, memory
 from evaluation.select_iterate import Selection
-from generation import sampling
+from generation import get_hf2, sampling
 from loop import changes, machines
 from loop.estimates import describe, parameters
 from loop.prompt_sets import check_prompts, first_prompt
@@ -170,7 +170,7 @@ def check_model_files(settings: LoopSettings, key: str, name: str, section: dict
 def check_sampling(plan: "Plan", found: Findings):
     """Refuse wrong sampling arguments, of the responses and of the held-out answers."""
     for job in plan.jobs():
-        with keys_of_section():
+        with keys_of_section("generation", get_hf2.Arguments):
             sampling.check_sampling(job)
             engine.check_engine_args(job.engine_args, bool(machines.gpus_of(plan.settings)))
     check_positions(plan, found)
@@ -326,7 +326,12 @@ def check_training(plan: "Plan", method: str | None, found: Findings) -> dpo.Arg
     `method`: of spreading it over GPUs, as dpo_iteration/memory.py calls it.
     """
     settings, given = plan.settings, found.attempt(plan.training_of, 1)
-    args = given and found.attempt(checks.arguments, given, settings.training)
+
+    def checked() -> dpo.Arguments:
+        with keys_of_section("training_args", dpo.Arguments):
+            return checks.arguments(given, settings.training)
+
+    args = given and found.attempt(checked)
     if not args:
         return None
     if dpo.reason_for_trl(args):

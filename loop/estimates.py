@@ -109,6 +109,17 @@ def check_memory(plan: "Plan", count: float, method: str, args: Arguments, found
     return on
 
 
+def reward_models(plan: "Plan", count: float) -> float:
+    """Bytes of the run's reward models; one whose size is not known is taken to be as large as the policy."""
+    names = plan.settings.reward_name_or_path or []
+    return 2 * sum(parameters(name, count / 1e9) or count for name in names)
+
+
+def trained_parameters(plan: "Plan", count: float, args: Arguments) -> float:
+    """Parameters that are trained: all of the policy's, or those of its adapters."""
+    return shape_of(plan.settings.model_name_or_path, count).lora(args.lora_r) if args.use_peft else count
+
+
 def check_memory_online(plan: "Plan", count: float, method: str, args: Arguments, found: "Findings"):
     """The same of a GPU that trains online, where reference and reward models stay beside the policy, and
     rows and recomputing are as `args` have them.
@@ -117,8 +128,7 @@ def check_memory_online(plan: "Plan", count: float, method: str, args: Arguments
     there, shape = settings.gpu_memory_gib or gpu_memory(), shape_of(settings.model_name_or_path, count)
     how = fitting.adapted(args, shape)
     on, tokens = fitting.choose(args, method, shape, world, None, **how)
-    names = settings.reward_name_or_path or []
-    scorers = 2 * sum(parameters(name, count / 1e9) or count for name in names)
+    names, scorers = settings.reward_name_or_path or [], reward_models(plan, count)
     taken = "" if all(Path(name).is_dir() for name in names) else ", taken to be as large as the policy"
     needed = memory.need(method, shape, world, tokens / 2, 1, on, **how)
     total, limit = needed.together + scorers, fitting.usable(there) if there else math.inf
@@ -189,12 +199,10 @@ def describe(
         recompute = check_memory(plan, count, method, args, found)
     # An iterate in 2 bytes a parameter (4 on the CPU), and what training keeps meanwhile.
     kept = plan.kept_iterates() or settings.iterations
-    disk, what, trained = kept * (2 if gpus else 4) * count, plural(kept, "iterate"), count
-    if args and args.use_peft:
-        trained = shape_of(settings.model_name_or_path, count).lora(args.lora_r)
+    disk, what = kept * (2 if gpus else 4) * count, plural(kept, "iterate")
     if args and args.save_steps:
         what += f" and {args.save_total_limit + 1} checkpoints"
-        disk += memory.checkpoint_bytes(args, trained)
+        disk += memory.checkpoint_bytes(args, trained_parameters(plan, count, args))
     check_disk(plan, found, disk / 2**30, what, "see keep_iterates, save_steps and save_total_limit")
     if gpus:
         prompts = local_size / len(settings.prompts) if local_size else 20000

@@ -29,7 +29,14 @@ from loop.plan import Plan
 from loop.plan import main as plan_main
 from loop.prompt_sets import check_prompts
 from loop.servers import server_variables
-from loop.settings import DPOSettings, LoopSettings, complete, gpu_groups, gpus_of_an_engine
+from loop.settings import (
+    DPOSettings,
+    LoopSettings,
+    complete,
+    gpu_groups,
+    gpus_of_an_engine,
+    keys_of_section,
+)
 
 # Of a GPU's memory, for a server beside the weights and states that the trainer keeps there; TRL's trainers
 # have the same. Assumed, not measured here.
@@ -172,7 +179,8 @@ class OnlinePlan(Plan):
         given |= {"model_name_or_path": self.settings.model_name_or_path, "share_gpus": self.shares_gpus()}
         given |= {"dataset_name_or_path": self.settings.prompts}
         args = build(online_arguments.Arguments, self.online() | given, "online")
-        online_arguments.check(args)
+        with keys_of_section("online", online_arguments.Arguments):
+            online_arguments.check(args)
         return args
 
     def trained(self) -> dict:
@@ -287,7 +295,8 @@ def describe(
     found.notes.append(f"{told}; {steps} optimizer steps, new weights every {online.sync_every}")
     if size:
         kept = plan.kept_iterates() or settings.iterations
-        room = kept * (2 if machines.gpus_of(settings) else 4) * size + memory.checkpoint_bytes(args, size)
+        room = kept * (2 if machines.gpus_of(settings) else 4) * size
+        room += memory.checkpoint_bytes(args, estimates.trained_parameters(plan, size, args))
         what = f"{count(kept, 'trained model')} and {args.save_total_limit + 1} checkpoints"
         estimates.check_disk(plan, found, room / 2**30, what, "see keep_iterates and save_total_limit")
 
@@ -299,10 +308,10 @@ def check_shared_memory(plan: OnlinePlan, args: dpo.Arguments, size: float, foun
     shape = estimates.shape_of(settings.model_name_or_path, size)
     method, world = memory.method_of(settings.accelerate_config), plan.training_processes()
     need = memory.need(method, shape, world, 1, args.max_length, **fitting.adapted(args, shape))
-    kept = (need.states + need.reference) / memory.GIB
+    kept = (need.states + need.reference + estimates.reward_models(plan, size)) / memory.GIB
     found.notes.append(
         f"servers and trainer take turns: while a server samples, about {kept:.1f} GiB of its GPU stay the "
-        "trainer's (weights, states, and a reference if the loss has one; reward models come on top)"
+        "trainer's (weights, states, reward models, and a reference if the loss has one)"
     )
     if not there:
         return

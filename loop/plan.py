@@ -136,13 +136,13 @@ class Plan:
     def first_part(self) -> mixture.Part | None:
         """The policy's first part of the mixture that responses are of; None where there is no mixture."""
         job = self.generation_job()
-        with keys_of_section():
+        with keys_of_section("generation", get_hf2.Arguments):
             return mixture.own_parts(job)[0] if mixture.is_mixed(job) else None
 
     def models(self) -> list[str]:
         """What responses are sampled from, by the names that a mixture has for models."""
         job = self.generation_job()
-        with keys_of_section():
+        with keys_of_section("generation", get_hf2.Arguments):
             return mixture.models_of(job)
 
     def models_of(self, i: int) -> list[list[str]]:

@@ -211,12 +211,16 @@ def complete(cls, given: dict, without: tuple, where: str) -> dict:
 
 
 @contextlib.contextmanager
-def keys_of_section() -> Iterator[None]:
-    """What a check of get_hf2.py's arguments refuses is told by the keys of the section, not as its flags."""
+def keys_of_section(section: str, arguments: type) -> Iterator[None]:
+    """What a check of a script's arguments refuses is told by the keys of the section, not as its flags."""
+
+    def key(flag: re.Match) -> str:
+        return f"--{section}.{flag[1]}" if flag[1] in arguments.__dataclass_fields__ else flag[0]
+
     try:
         yield
     except UserError as error:
-        raise UserError(re.sub(r"--(\w+)", r"--generation.\1", str(error))) from None
+        raise UserError(re.sub(r"--(\w+)", key, str(error))) from None
 
 
 def positions(name: str) -> int | None:

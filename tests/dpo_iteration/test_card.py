@@ -4,6 +4,7 @@ of the hub.
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -93,6 +94,16 @@ def test_the_card_says_what_was_done(work, pushed):
     assert "python dpo_iteration/run_dpo.py " in text and "--beta 0.2" in text
     assert f"trl {manifest['versions']['trl']}" in text and "Trained by 1 process:" in text
     assert str(ROOT) not in text.replace(str(ROOT / "configs"), "")
+
+
+def test_the_card_names_the_batch_that_few_pairs_leave(train, capsys):
+    words = "--max_steps 1 --per_device_train_batch_size 1 --gradient_accumulation_steps null"
+    out = train("halved", words, "--global_batch_size 128")
+    [per_step] = re.findall(r"are few for steps of 128: (\d+) per optimizer step", capsys.readouterr().out)
+    assert f"| pairs_per_step | `{per_step}` |" in (out / "README.md").read_text()
+    manifest = read_json(f"{out}.manifest.json")  # what was asked for shapes the model, what was taken counts
+    assert manifest["settings"]["pairs_per_step"] == 128
+    assert manifest["counts"]["pairs_per_step"] == int(per_step) < 128
 
 
 def test_names_of_the_hub_and_lineage(tmp_path, monkeypatch):

@@ -179,7 +179,7 @@ def test_what_it_is_called(work, kto):
     out = kto("called")
     card, manifest = (out / "README.md").read_text(), read_json(f"{out}.manifest.json")
     assert "by preference optimization (loss `kto`) on pairs chosen" in card and "\n- kto\n" in card
-    assert f"| KL | {manifest['metrics']['kl']:.4f} | {manifest['metrics']['eval_kl']:.4f} |" in card
+    assert f"| z0 | {manifest['metrics']['kl']:.4f} | {manifest['metrics']['eval_kl']:.4f} |" in card
     assert manifest["settings"]["desirable_weight"] == 1.5
 
 

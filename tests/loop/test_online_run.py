@@ -162,7 +162,7 @@ def test_memory_and_hours_of_8b_are_told(built, tmp_path, staleness, monkeypatch
 
 
 def test_a_shared_gpu_holds_what_the_trainer_keeps_and_an_engine_s_part_of_the_policy(monkeypatch, capsys):
-    """16 GB of policy and as much of reference, where the loss has one; two GPUs share an engine's."""
+    """16 GB each of policy, reward model, and reference where the loss has one; two GPUs share a server's."""
     monkeypatch.chdir(faults.ROOT)
 
     def told(*given):
@@ -174,12 +174,15 @@ def test_a_shared_gpu_holds_what_the_trainer_keeps_and_an_engine_s_part_of_the_p
             online_plan.main()
         said = capsys.readouterr().err
         [found] = re.findall(r"about ([\d.]+) GiB of its GPU .* may take (\d+) of 80 GiB", said)
+        [disk] = re.findall(r"disk: about ([\d.]+) GiB for 1 trained model and 3 checkpoints", said)
+        assert float(disk) < 17  # the model, and adapters
         return [float(number) for number in found]
 
     one = ("--num_gpus", 1)
     kept, taken = told(*one)
     without, _ = told(*one, "--training_args.loss_type", "simpo")
     assert 14.5 < kept - without < 15.5 and taken == 24
+    assert 29.9 < without < 32  # policy and reward model, and what trains adapters
     cache = ("--generation.kv_cache_gib", 10)
     assert told(*one, *cache)[1] == 25
     assert (
@@ -191,7 +194,14 @@ def test_a_shared_gpu_holds_what_the_trainer_keeps_and_an_engine_s_part_of_the_p
     "wrong, said",
     [
         (("--num_gpus", 1, "--share_gpus", "false"), "of one GPU there is nothing to share out"),
-        (("--num_gpus", 1, "--online.staleness", 1), "take turns on shared GPUs"),
+        (
+            ("--num_gpus", 1, "--online.staleness", 1),
+            "on shared GPUs, so nothing is sampled while it trains; give --online.staleness 0",
+        ),
+        (
+            ("--training_args.loss_type", "kto"),
+            "has no label smoothing: give --training_args.label_smoothing 0",
+        ),
         (("--num_gpus", 1, "--generation.tensor_parallel_size", 2), "1 GPUs are visible"),
         (("--num_gpus", 1, "--generation.gpu_memory_utilization", 0.00001), "does not hold the policy"),
         (("--num_gpus", 1, "--generation.gpu_memory_utilization", 0.99999), "are more than a GPU's 80"),
