@@ -100,10 +100,10 @@ def test_one_round_is_run_dpo_on_its_answers(loss, live_port, tmp_path):
     assert training.furthest(alone, training.weights(START)) > 1e-4
 
 
-def killed(words, folder, rounds, seconds=0.0):
-    """Start a training, and kill -9 it so long after `rounds` rounds are in its log."""
+def killed(words, when, seconds=0.0):
+    """Start a training, and kill -9 it so long after `when()` is true."""
     process = faults.begin([*LAUNCH, *words])
-    faults.wait_for(lambda: len(rounds_of(folder)) >= rounds or process.poll() is not None)
+    faults.wait_for(lambda: when() or process.poll() is not None)
     time.sleep(seconds)
     return faults.kill(process)
 
@@ -131,12 +131,13 @@ def test_a_killed_training_ends_as_an_undisturbed_one(whole, live_port, tmp_path
     """The same answers and the same weights, also where it is made in two starts as run_online.sh does."""
     staleness, undisturbed = whole
     words = argv(tmp_path, live_port, staleness=staleness)
-    assert killed(words, tmp_path, 1, seconds=0.3)
+    assert killed(words, lambda: rounds_of(tmp_path), seconds=0.3)
     train(tmp_path, live_port, "--until_round", 2, staleness=staleness)  # a policy on the way
     assert len(rounds_of(tmp_path)) == 2
     second = tmp_path / "model"  # the policy as round 2 begins
     words[words.index("--output_dir") + 1] = f"{tmp_path}/last"
-    assert killed(words, tmp_path, 3)
+    # while the last answers are sampled: with staleness 1 a round earlier, whose checkpoint is not there yet
+    assert killed(words, (tmp_path / "online/round_000003/prompts.jsonl").exists)
     end = training.start(*words, script=SCRIPT)
     assert "continuing from" in end.stdout
     assert texts(tmp_path) == texts(undisturbed)
@@ -352,8 +353,10 @@ def test_pairs_of_a_round_are_laid_evenly_into_its_steps():
     seen, sizes = [], []
     for step in range(3):
         inside = [key for rank in passes for row in rank[3 * step : 3 * step + 3] for key in row]
-        real = [(i, scale) for i, scale in inside if scale]
+        real = [(i, scale) for i, scale, _ in inside if scale]
         assert {scale for _, scale in real} == {6 / len(real)}  # 3 passes × 2 processes
+        tokens = [len(rows[i]["chosen_ids"]) for i, _ in real]
+        assert {mean for *_, mean in inside} == {sum(tokens) / len(tokens)}
         seen += [i for i, _ in real]
         sizes.append(len(real))
     assert sorted(seen) == list(range(23)) and sorted(sizes) == [7, 8, 8]
