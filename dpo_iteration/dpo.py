@@ -41,7 +41,8 @@ from dpo_iteration.losses import (
     pair_losses,
 )
 from dpo_iteration.output import in_words
-from dpo_iteration.packing import NUMBERS, PaddedCollator, Rows, Scored, check_packing, collate_packed, score
+from dpo_iteration.packing import NUMBERS, PaddedCollator, Rows, Scored, collate_packed, score
+from dpo_iteration.rounding import check_packing
 
 if TYPE_CHECKING:
     from dpo_iteration.run_dpo import Data

@@ -28,7 +28,8 @@ from common.training import is_main, say
 from dpo_iteration import adapters
 from dpo_iteration.arguments import Arguments
 from dpo_iteration.online_arguments import MEMORY, memory_folder
-from dpo_iteration.packing import ROUNDING, PaddedCollator, furthest, of_responses, score
+from dpo_iteration.packing import PaddedCollator, score
+from dpo_iteration.rounding import ROUNDING, furthest, of_responses
 from generation import live_servers
 from generation.dispatch import Server
 

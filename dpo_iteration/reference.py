@@ -45,11 +45,11 @@ from dpo_iteration.packing import (
     PaddedCollator,
     Rows,
     Steps,
-    check_packing,
     collate_packed,
     row_tokens,
     score,
 )
+from dpo_iteration.rounding import check_packing
 from dpo_iteration.rows import with_mismatched
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from trl.trainer.utils import add_fused_lm_head
 from common import shared_prompts
 from common.cli import UserError
 from common.shared_prompts import Packed, only_wanted, prepare
-from dpo_iteration.packing import check_packing, collate_packed
+from dpo_iteration.packing import collate_packed
+from dpo_iteration.rounding import check_packing
 
 PROMPT, LONGEST = 30, 50
 
