@@ -187,7 +187,7 @@ def test_of_a_model_to_itself_it_is_nothing(models, run, tmp_path):
     assert summary["kl"] == summary["kl_se"] == 0.0 and summary["responses"] == 0
     assert "one model" in summary["estimator"] and len(entries) == 9
     copy = micro.make_policy(tmp_path / "copy", seed=1, initializer_range=0.15)
-    summary, _, _ = run((models[0], copy), tmp_path / "answers.jsonl", tmp_path / "copy.jsonl")
+    summary, _, _ = run((models[0], copy), tmp_path / "answers.jsonl", tmp_path / "to_copy.jsonl")
     assert summary["kl"] == summary["k3"] == 0.0 and summary["responses"] == 36
 
 
