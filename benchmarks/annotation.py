@@ -186,7 +186,7 @@ class Vllm(Way):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         options = {"gpu_memory_utilization": args.gpu_memory_utilization}
         if not args.gpu:
-            os.environ |= engine.variables(on_gpus=False) | engine.IN_PROCESS
+            os.environ |= engine.variables(on_gpus=False)
             options = {
                 "enforce_eager": True,
                 "kv_cache_memory_bytes": 2**30,

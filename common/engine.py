@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 # It reads the same files as transformers: Mistral's folders hold config, weights and tokenizer twice.
 FORMATS = {"tokenizer_mode": "hf", "config_format": "hf", "load_format": "hf"}
-# Of `LLM`: an engine in a process of its own would import everything a second time.
-IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 # Sizes of attention heads that vLLM 0.32's CPU build has a kernel for; a test asks it.
 CPU_HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
@@ -142,8 +140,13 @@ def variables(on_gpus: bool) -> dict[str, str]:
         # Seeded requests never use that sampler, but vLLM would compile it at its start, with nvcc or not
         # at all.
         True: {"VLLM_USE_FLASHINFER_SAMPLER": "0"},
-        # vLLM's own binding goes by NUMA nodes, so that several engines would share the same cores.
-        False: {"VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+        False: {
+            # vLLM's own binding goes by NUMA nodes, so that several engines would share the same cores.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            # `LLM` without a process for its engine, a server without one for its worker, which would import
+            # everything once more and wait for each other by spinning.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        },
     }[on_gpus]
     return {key: value for key, value in found.items() if key not in os.environ}
 

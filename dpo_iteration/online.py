@@ -9,6 +9,7 @@ on next and whose weights are gone.
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from dpo_iteration.rounds import (
     Ranks,
     RoundFolder,
     Scoring,
+    answer_heldout,
     check_version,
     figures_of,
     sample,
@@ -184,11 +186,29 @@ class Online:
             self.ahead = self.start_sampling(missing[-1])
 
     def sample_now(self, number: int):
-        """Have a round's prompts answered by the weights as they are; once more where a server lost them."""
+        """Have a round's prompts answered by the weights as they are."""
+        self.answered(number, lambda: self.start_sampling(number))
+
+    def answer_heldout(self):
+        """Have the held-out prompts answered by the policy that this start has made."""
+        jobs = self.parts.heldout
+        if jobs:
+            given = jobs, self.args.output_dir, self.live.still_held
+            self.answered(
+                last_round(self.args), lambda: not is_main() or InBackground(answer_heldout, *given)
+            )
+
+    def answered(self, number: int, ask: Callable[[], InBackground | bool]):
+        """Have servers answer by the weights as they are after `number` rounds; once more where one lost
+        them.
+
+        Args:
+            ask: sends the prompts on their way, on rank 0.
+        """
         for _ in (1, 2):
             self.send(number)
             with self.log.timed("waiting"):
-                lost = self.wait_for(self.start_sampling(number))
+                lost = self.wait_for(ask())
                 self.live.sleep()
             if not lost:
                 return

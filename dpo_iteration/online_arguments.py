@@ -66,6 +66,15 @@ class Arguments(gen_hf.ClientArguments):
         "before, and the next round is sampled meanwhile",
         [0, 1],
     )
+    heldout_prompts: str | None = arg(
+        None,
+        "prompts that the servers answer when the policy is there, sampled and greedy: "
+        "heldout_sampled.generated.jsonl and heldout_greedy.generated.jsonl beside output_dir",
+        shapes=False,
+    )
+    heldout: str | None = arg(
+        None, "FILE.yaml:SECTION of generation/gen_hf.py for these", metavar="YAML", shapes=False
+    )
     share_gpus: bool = arg(
         False,
         "the servers are on the GPUs that train, and sleep while the trainer is at work; register_server.sh "
@@ -80,10 +89,12 @@ class Arguments(gen_hf.ClientArguments):
 class Parts:
     """The arguments of what an online run is made of, with what the run decides filled in.
 
+    heldout: of each kind of held-out answers, none without held-out prompts.
     server_dtype: in which the servers compute, as generation's YAML says it.
     """
 
     sampling: gen_hf.Arguments
+    heldout: list[gen_hf.Arguments]
     scoring: annotation.Arguments
     training: dpo.Arguments
     server_dtype: str
@@ -128,10 +139,14 @@ def check(args: Arguments):
         )
     if not args.dataset_name_or_path:
         raise UserError("--dataset_name_or_path names no prompt set")
+    if (args.heldout_prompts is None) != (args.heldout is None):
+        raise UserError(
+            "--heldout_prompts and --heldout belong together: the prompts, and how they are answered"
+        )
 
 
 def read_parts(args: Arguments) -> Parts:
-    """The three sections, with what the run decides, checked as their scripts check them.
+    """The sections, with what the run decides, checked as their scripts check them.
 
     Raises:
         UserError: what is wrong, and where it was written.
@@ -139,9 +154,8 @@ def read_parts(args: Arguments) -> Parts:
     asked = {"dataset_name_or_path": args.dataset_name_or_path[0], "output_dir": args.rounds_dir}
     asked |= {"seed": args.seed}
     client = {key: getattr(args, key) for key in gen_hf.ClientArguments.__dataclass_fields__}
-    sampled = read_section(
-        gen_hf.Arguments, args.generation, asked | client | {"tokenizer": args.model_name_or_path}
-    )
+    served = asked | client | {"tokenizer": args.model_name_or_path}
+    sampled = read_section(gen_hf.Arguments, args.generation, served)
     engine = {"model_name_or_path": args.model_name_or_path}
     server_dtype = read_section(get_hf2.Arguments, args.generation, asked | engine, without=client).dtype
     sampling.check_sampling(sampled)
@@ -168,7 +182,20 @@ def read_parts(args: Arguments) -> Parts:
     # Not by what a GPU has free, as run_dpo.py does: reference and reward models are in it, too.
     trained.gradient_checkpointing = trained.gradient_checkpointing is not False
     check_training(trained)
-    return Parts(sampled, scored, trained, server_dtype)
+    return Parts(sampled, read_heldout(args, served), scored, trained, server_dtype)
+
+
+def read_heldout(args: Arguments, served: dict) -> list[gen_hf.Arguments]:
+    """How the held-out prompts are answered, for each kind; `served`: what is told of the servers."""
+    if args.heldout_prompts is None:
+        return []
+    found, folder = [], Path(args.output_dir).parent
+    for kind, decided in sampling.HELDOUT.items():
+        files = {"dataset_name_or_path": args.heldout_prompts}
+        files |= {"output_dir": str(folder / f"heldout_{kind}.generated.jsonl")}
+        found.append(read_section(gen_hf.Arguments, args.heldout, served | files | decided))
+        sampling.check_sampling(found[-1])
+    return found
 
 
 def check_responses(args: sampling.SamplingArguments):

@@ -145,6 +145,33 @@ def sample(
     return lost
 
 
+def answer_heldout(jobs: list[gen_hf.Arguments], policy: str, still_held: Callable[[], str]) -> str:
+    """Have held-out prompts answered by servers that hold the weights of `policy`. On rank 0, in any thread.
+
+    The answers stand in a folder of their own until it is proved that the servers held them to the end.
+
+    Returns:
+        What `still_held` said last, as `sample`.
+
+    Raises:
+        UserError: as gen_hf.py.
+    """
+    places = [Path(job.output_dir) for job in jobs]
+    unproved = places[0].parent / "heldout.unproved"
+    shutil.rmtree(unproved, ignore_errors=True)
+    unproved.mkdir(parents=True)
+    for job, place in zip(jobs, places, strict=True):
+        asked = dataclasses.replace(job, tokenizer=policy, output_dir=str(unproved / place.name))
+        asyncio.run(gen_hf.generate(asked, holds=policy))
+    lost = still_held()
+    if not lost:
+        # the answers last: where they are, all is
+        for path in sorted(unproved.iterdir(), key=lambda path: path.name in {p.name for p in places}):
+            path.rename(places[0].parent / path.name)
+    shutil.rmtree(unproved)
+    return lost
+
+
 def check_version(folder: RoundFolder, version: int):
     """Refuse answers of a round that other weights have sampled than those that they are to be of."""
     for record in read_generated(folder.generated):

@@ -61,7 +61,7 @@ class Log:
 
     def spent(self, what: str, seconds: float):
         """Add to the seconds of a part of the round."""
-        own = self.entry["seconds"]
+        own = self.entry.setdefault("seconds", {})  # a start whose rounds are all done has none
         own[what] = round(own.get(what, 0.0) + seconds, 3)
 
     @contextlib.contextmanager

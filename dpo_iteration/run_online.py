@@ -1,9 +1,10 @@
 r"""Train a policy online: vLLM servers sample by its newest weights while it learns.
 
 In:  a policy, prompt sets, what scores a response, and servers of the policy that take new weights.
-Out: after `until_round` rounds the model in the folder `output_dir`, as run_dpo.py leaves one; in
-     `rounds_dir` what each round sampled, was rewarded and trained on (dpo_iteration/rounds.py),
-     checkpoints, and `rounds.jsonl`, a line for each round (dpo_iteration/rounds_log.py).
+Out: after `until_round` rounds the model in the folder `output_dir`, as run_dpo.py leaves one, and beside it
+     its answers to `heldout_prompts`, as get_hf2.py leaves them; in `rounds_dir` what each round sampled,
+     was rewarded and trained on (dpo_iteration/rounds.py), checkpoints, and `rounds.jsonl`, a line for
+     each round (dpo_iteration/rounds_log.py).
 
     accelerate launch --config_file ./configs/zero2.yaml dpo_iteration/run_online.py RUN/loop.yaml:online \
         --generation RUN/loop.yaml:generation --annotation RUN/loop.yaml:annotation \
@@ -121,16 +122,25 @@ def train(online: "Online", state: Training) -> dict:
 
 
 def save(online: "Online", policy: Training, state: Training, metrics: dict, seconds: float):
-    """Write the policy with what came with it, and once it loads, complete its manifest."""
+    """Write the policy with what came with it; once it loads, complete its manifest and have the held-out
+    prompts answered by it.
+    """
+    trainer, dpo = online.trainer, online.dpo
+    trainer.args.output_dir = dpo.output_dir
+    trainer.source.save(trainer, dpo)
+    if is_main():
+        finish(online, policy, state, metrics, seconds)
+    trainer.accelerator.wait_for_everyone()
+    online.answer_heldout()
+    online.live.remove()
+
+
+def finish(online: "Online", policy: Training, state: Training, metrics: dict, seconds: float):
+    """Complete the manifest of a policy that loads. On rank 0."""
     from dpo_iteration.rounds import RoundFolder
     from dpo_iteration.rounds_log import read_log
 
-    args, trainer, dpo = online.args, online.trainer, online.dpo
-    trainer.args.output_dir = dpo.output_dir
-    trainer.source.save(trainer, dpo)
-    online.live.remove()
-    if not is_main():
-        return
+    args, dpo = online.args, online.dpo
     check_saved(dpo.output_dir, dpo.trust_remote_code)
     entries = read_log(online.log.path)
     total = {key: sum(entry.get(key, 0) for entry in entries) for key in ("prompts", "pairs", "ties")}

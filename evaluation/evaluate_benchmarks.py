@@ -195,7 +195,7 @@ def variables(words: list[str]) -> dict[str, str]:
     """What the harness's command needs; what the environment says of vLLM stays."""
     needed = {"HF_ALLOW_CODE_EVAL": "1"} if "--confirm_run_unsafe_code" in words else {}
     gpus = bool(devices.visible_gpus())
-    vllm = engine.variables(gpus) | ({} if gpus else engine.IN_PROCESS)
+    vllm = engine.variables(gpus)
     return needed | {key: value for key, value in vllm.items() if key not in os.environ}
 
 

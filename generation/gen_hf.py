@@ -91,7 +91,15 @@ def check(args: ClientArguments):
         raise UserError("--concurrency, --timeout, --give_up_after must be above 0, --retries not negative")
 
 
-async def generate(args: Arguments):
+async def generate(args: Arguments, holds: str | None = None):
+    """Answer the prompts and write the output.
+
+    Args:
+        holds: the model whose weights the servers have, where it is not the one that they were started with.
+
+    Raises:
+        UserError: what is wrong with prompts, servers or what is there already.
+    """
     args, servers = with_date(args, args.output_dir), servers_of(args)
     settings, inputs = sampling.shaping(args, "tokenizer")
     there = Path(args.output_dir).exists() and not args.overwrite
@@ -99,7 +107,7 @@ async def generate(args: Arguments):
     async with client() as session:
         try:
             model, root, limit = serves = await agree(session, servers)
-            inputs["model"] = root or model
+            inputs["model"] = holds or root or model
         except UserError:
             if not there:
                 raise  # a finished output needs no server any more
@@ -115,7 +123,7 @@ async def generate(args: Arguments):
             )
         output.manifest["max_model_len"] = limit
         write_json(beside(args.output_dir, ".manifest.json"), output.manifest)
-        if args.tokenizer not in (model, root):
+        if args.tokenizer not in (model, root, holds):
             print(f"note: the servers serve {model}, the tokenizer is {args.tokenizer}'s")
         tokenizer = models.load_tokenizer(args.tokenizer, args.revision, args.trust_remote_code)
         template = ChatTemplate(tokenizer, args)

@@ -118,7 +118,6 @@ def start_engine(args: Arguments, limit: int | None, needed: int) -> "LLM":
         environment["VLLM_LOGGING_LEVEL"] = "ERROR"  # it warns for a page
         here = max(1, args.my_world_size // int(os.environ.get("RLHF_MACHINES", "1")))
         environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // here))
-        environment |= engine.IN_PROCESS
         # A seeded request must not be split over two steps there, hence whole prompts in one step.
         options = {"enforce_eager": True, "enable_chunked_prefill": False, "enable_prefix_caching": True}
         options["max_num_batched_tokens"] = max(length, 4096)

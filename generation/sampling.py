@@ -18,6 +18,10 @@ from generation import mixture
 from generation.mixture import MODELS, Part
 
 SHARD = ("local_index", "my_world_size")  # settings that say which of the answers are in a file
+HELDOUT = {  # of either kind of held-out answers what `heldout` does not say; -1: seeds that no iteration has
+    "sampled": {"iteration": -1},
+    "greedy": {"iteration": -1, "K": 1, "temperature": 0.0},
+}
 SHOWN = 3  # bad prompts that are printed; the skipped file lists all
 
 

@@ -25,10 +25,10 @@ from dpo_iteration.online_arguments import OWN, memory_folder
 from generation import gen_hf
 from loop import changes, estimates, machines
 from loop import check as checks
-from loop.plan import Plan
+from loop.plan import Plan, one_per_gpu
 from loop.plan import main as plan_main
 from loop.prompt_sets import check_prompts
-from loop.servers import server_variables
+from loop.servers import ENGINE, server_variables
 from loop.settings import (
     DPOSettings,
     LoopSettings,
@@ -45,8 +45,14 @@ STAGES = ("train", "evaluate")  # of a policy; the start is evaluated only
 DECIDED = (  # keys of run_online.py that the run decides
     *("model_name_or_path", "reward_name_or_path", "dataset_name_or_path", "output_dir", "rounds_dir"),
     *("generation", "annotation", "training_args", "until_round", "seed", "share_gpus"),
+    *("heldout_prompts", "heldout"),
     *gen_hf.ClientArguments.__dataclass_fields__,
 )
+
+
+def visible(gpus: list[str]) -> list[str]:
+    """What starts a command that sees these GPUs alone."""
+    return ["env", f"CUDA_VISIBLE_DEVICES={','.join(gpus)}"]
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -138,7 +144,24 @@ class OnlinePlan(Plan):
         for key, value in self.settings.servers.items():
             asked += [f"--{key}", value]
         asked += ["--share_gpus", "true"] if self.shares_gpus() else []
+        if self.settings.heldout_prompts is not None and self.servers_stay():
+            asked += ["--heldout", f"{self.folder.settings}:heldout"]
+            asked += ["--heldout_prompts", self.settings.heldout_prompts]
         return {"start_servers": start, "stop_servers": stop, "ask_servers": asked}
+
+    def servers_stay(self) -> bool:
+        """Whether servers live as long as the run and answer the held-out prompts: not where `heldout` wants
+        another engine than `generation`.
+        """
+        ours, theirs = self.generation(), self.heldout()
+        return all(ours[key] == theirs[key] for key in (*ENGINE, "engine_args", "trust_remote_code"))
+
+    def each_gpu(self) -> list:
+        """As a loop's, beside servers on the GPUs that train."""
+        gpus = self.training_gpus()
+        if not gpus or self.shares_gpus() or not self.servers_stay():
+            return super().each_gpu()
+        return [*visible(gpus), *one_per_gpu(len(gpus), ["--num_machines", 1])]
 
     # ---- What the scripts are told ------------------------------------------------------------------------
 
@@ -192,10 +215,11 @@ class OnlinePlan(Plan):
     def values(self, stages: list[str]) -> list[tuple[str, object]]:
         gpus = self.training_gpus()
         lists = self.server_lists() | {"prompt_sets": self.settings.prompts}
-        lists["trainer_env"] = ["env", f"CUDA_VISIBLE_DEVICES={','.join(gpus)}"] if gpus else []
+        lists["trainer_env"] = visible(gpus) if gpus else []
         return [
             *super().values(stages),
             ("training_processes", self.training_processes()),
+            ("servers_stay", self.servers_stay()),
             *((f"until.{i}", self.until(i)) for i in range(1, self.settings.iterations + 1)),
             *((f"{key}[]", value) for key, values in lists.items() for value in values),
         ]

@@ -30,7 +30,7 @@ from common.devices import none_visible
 from common.manifest import write_yaml
 from common.run_folder import RunFolder, read_object
 from dpo_iteration import arguments as dpo
-from generation import get_hf2, mixture
+from generation import get_hf2, mixture, sampling
 from loop import changes, machines
 from loop.settings import (
     DECIDED,
@@ -45,7 +45,13 @@ from loop.settings import (
 
 STAGES = ("generate", "annotate", "train", "evaluate")  # of an iteration; the start is evaluated only
 ONE_PER_GPU = "accelerate launch --multi_gpu --mixed_precision no --dynamo_backend no".split()
-HELDOUT = -1  # the iteration that is mixed into the seeds of held-out answers, which no other has
+
+
+def one_per_gpu(many: int, machines_of: list) -> list:
+    """What starts a script as `many` processes, a GPU each; `machines_of`: what accelerate is told of
+    machines.
+    """
+    return ["python"] if many == 1 else [*ONE_PER_GPU, *machines_of, "--num_processes", many]
 
 
 class Plan:
@@ -217,10 +223,9 @@ class Plan:
         if self.settings.heldout_prompts is None:
             return []
         section, prompts = self.heldout(), self.settings.heldout_prompts
-        greedy = {"K": 1, "temperature": 0.0}
         return [
-            self.job(section, prompts, self.folder.heldout(0, "sampled"), iteration=HELDOUT),
-            self.job(section, prompts, self.folder.heldout(0, "greedy"), iteration=HELDOUT, **greedy),
+            self.job(section, prompts, self.folder.heldout(0, kind), **decided)
+            for kind, decided in sampling.HELDOUT.items()
         ]
 
     def resolved(self) -> dict:
@@ -243,9 +248,6 @@ class Plan:
         """(key, value) pairs for the driver; a key with [] is an element of a list."""
         settings, many = self.settings, processes(self.settings)
         groups, size = gpu_groups(settings), gpus_of_an_engine(settings)
-        everywhere = machines.everywhere(settings, 1, "all", ends=True)
-        launched = machines.of_accelerate(settings) or ["--num_machines", 1]
-        launched += ["--num_processes", many]
         yield from ((key, getattr(settings, key)) for key in self.plain)
         yield from {"stages": " ".join(stages), "num_processes": many, "stale": self.stale()}.items()
         by_ray = settings.num_gpus is None and machines.on_ray(settings)
@@ -271,10 +273,10 @@ class Plan:
         yield "divergence", settings.divergence and heldout["temperature"] > 0
         lists = {
             "gpu_groups": groups,
-            "everywhere": everywhere,
+            "everywhere": machines.everywhere(settings, 1, "all", ends=True),
             "of_machines": machines.of_accelerate(settings),
             "shards_everywhere": machines.everywhere(settings, len(groups), str(size), ends=False),
-            "each_gpu": [*everywhere, *(["python"] if many == 1 else [*ONE_PER_GPU, *launched])],
+            "each_gpu": self.each_gpu(),
             "reward_models": settings.reward_name_or_path or [],
             "judges": settings.eval_reward_model or [],
         }
@@ -283,6 +285,13 @@ class Plan:
 
             lists |= server_commands(self)
         yield from ((f"{key}[]", value) for key, values in lists.items() for value in values)
+
+    def each_gpu(self) -> list:
+        """What starts a script that computes once a GPU: annotation and divergence."""
+        settings = self.settings
+        launched = machines.of_accelerate(settings) or ["--num_machines", 1]
+        everywhere = machines.everywhere(settings, 1, "all", ends=True)
+        return [*everywhere, *one_per_gpu(processes(settings), launched)]
 
     plain = (
         *("run_dir", "setup_command", "model_name_or_path", "iterations", "heldout_prompts", "seed"),

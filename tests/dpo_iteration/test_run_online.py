@@ -16,12 +16,15 @@ import urllib.request
 
 import faults
 import pytest
+import torch
 import training
 from online import SCRIPT, START, argv, rounds_of, start_server
 from training import read_json, read_jsonl
+from transformers import AutoModelForCausalLM
 
 from common.cli import UserError, parse
 from dpo_iteration.online_arguments import Arguments, read_parts
+from dpo_iteration.rounds import answer_heldout
 from generation import live_servers
 from generation.dispatch import Server
 
@@ -170,9 +173,10 @@ def test_a_server_sleeps_while_the_trainer_is_at_work(whole, live_port, asked, t
     staleness, undisturbed = whole
     if staleness:
         pytest.skip("nothing is sampled ahead by who sleeps")
-    train(tmp_path, live_port, "--share_gpus", "true")
-    # 4 sequences before and after the answers to 10 prompts; gen_hf.py asks for a little more
-    assert re.fullmatch("S(WRPKc{18,}S){4}", asked()), asked()
+    train(tmp_path, live_port, "--share_gpus", "true", *held_out(tmp_path))
+    # 4 sequences before and after the answers to 10 prompts, and to those held out; gen_hf.py asks for more
+    assert re.fullmatch("S(WRPKc{18,}S){4}WRPKc{32,}S", asked()), asked()
+    check_heldout(tmp_path, tmp_path / "model")
     assert is_asleep(live_port) and texts(tmp_path) == texts(undisturbed)
     apart = training.furthest(training.weights(tmp_path / "model"), training.weights(undisturbed / "model"))
     assert apart <= 1e-6
@@ -195,6 +199,44 @@ def test_a_server_is_taken_as_a_killed_trainer_left_it(whole, live_port, asked, 
     assert texts(tmp_path) == texts(undisturbed)
     apart = training.furthest(training.weights(tmp_path / "model"), training.weights(undisturbed / "model"))
     assert apart <= 1e-6
+
+
+def held_out(folder):
+    """Arguments for twelve held-out prompts, sampled as the rounds are."""
+    lines = (faults.ROOT / "tiny/built/prompts/heldout.jsonl").read_bytes().splitlines(keepends=True)
+    folder.mkdir(exist_ok=True)
+    (folder / "heldout.jsonl").write_bytes(b"".join(lines[:12]))
+    return "--heldout_prompts", folder / "heldout.jsonl", "--heldout", f"{folder}/loop.yaml:generation"
+
+
+@torch.no_grad()
+def check_heldout(folder, policy):
+    """The held-out answers are there, and the greedy ones are those of transformers, by `policy`."""
+    model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
+    sampled, greedy = (
+        read_jsonl(folder / f"heldout_{kind}.generated.jsonl") for kind in ("sampled", "greedy")
+    )
+    assert [record["id"] for record in sampled] == [record["id"] for record in greedy] and len(greedy) == 12
+    assert {len(record["responses"]) for record in sampled} == {4}
+    for record in greedy:
+        prompt, [answer] = record["prompt_token_ids"], record["response_token_ids"]
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        assert logits.argmax(-1).tolist() == answer
+    for kind in ("sampled", "greedy"):
+        manifest = read_json(folder / f"heldout_{kind}.generated.manifest.json")
+        assert manifest["complete"] and manifest["inputs"]["model"]["path"] == str(policy)
+
+
+def test_held_out_answers_stand_there_once_servers_have_kept_the_weights(built, live_port, tmp_path):
+    parts = read_parts(parse(Arguments, "", argv(tmp_path, live_port, *held_out(tmp_path))))
+    live_servers.reload_weights([Server(f"http://127.0.0.1:{live_port}")], faults.ROOT / START)
+    assert answer_heldout(parts.heldout, START, lambda: "one lost them") == "one lost them"
+    assert {path.name for path in tmp_path.iterdir()} == {"heldout.jsonl", "loop.yaml"}
+    (tmp_path / "heldout.unproved").mkdir()
+    (tmp_path / "heldout.unproved/heldout_greedy.generated.jsonl").write_text("of a killed start\n")
+    assert answer_heldout(parts.heldout, START, lambda: "") == ""
+    check_heldout(tmp_path, START)
+    assert not (tmp_path / "heldout.unproved").exists()
 
 
 class Sampled:
@@ -295,6 +337,7 @@ def test_two_processes_train_as_one(whole, live_port, tmp_path):
         ({"sync_every": 11}, "a step needs a pair"),
         ({"staleness": 2}, "staleness"),
         ({"staleness": 1, "share_gpus": True}, "take turns on shared GPUs"),
+        ({"heldout_prompts": "x.jsonl"}, "--heldout_prompts and --heldout belong together"),
         ({"rounds": 0}, "--rounds 0 must be at least 1"),
         ({"prompts_per_round": 1000}, "the prompt sets hold 450 prompts, fewer than the 1000 of a round"),
         ({"training": "loss_type: aot"}, "computes its losses itself"),

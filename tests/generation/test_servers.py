@@ -31,7 +31,8 @@ STUB = r"""
 import http.server, json, os, subprocess, sys, time
 options = dict(zip(sys.argv[1::2], sys.argv[2::2])) if "--enforce-eager" not in sys.argv else {}
 port, model = int(sys.argv[sys.argv.index("--port") + 1]), sys.argv[sys.argv.index("--model") + 1]
-kept = "CUDA_VISIBLE_DEVICES VLLM_CPU_OMP_THREADS_BIND OMP_NUM_THREADS VLLM_USE_FLASHINFER_SAMPLER"
+kept = "CUDA_VISIBLE_DEVICES VLLM_CPU_OMP_THREADS_BIND OMP_NUM_THREADS VLLM_USE_FLASHINFER_SAMPLER "
+kept += "VLLM_ENABLE_V1_MULTIPROCESSING"
 keep = {k: os.environ.get(k) for k in kept.split()}
 open(f"stub_{port}.json", "w").write(json.dumps({"argv": sys.argv[1:], "env": keep}))
 child = subprocess.Popen(["sleep", "1000"])  # as the engine is a child of the API server
@@ -135,6 +136,7 @@ def test_start_answer_stop(stub):
         '--hf-overrides {"a b": 1} --no-async-scheduling',
     ):
         assert part in line
+    assert environment["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind" and int(environment["OMP_NUM_THREADS"]) >= 1
     refused(stub("o/m"), f"port {stub.port} already serves o/m, started by this script")
     assert all(map(listening, processes))

@@ -13,6 +13,7 @@ import pytest
 from online import rounds_of
 
 from common.cli import UserError
+from common.run_folder import KINDS
 from loop import online_plan
 
 CONFIG = "configs/online_tiny.yaml"
@@ -76,6 +77,24 @@ def test_the_page_shows_the_rounds(finished):
     assert "share of time that waited" in page and "rounds of online training" in page
 
 
+def test_held_out_answers_of_living_servers_are_the_engines(finished):
+    """Where they are gone, the engine gives the same by the policy's folder."""
+    run, settings, _ = finished
+    kept = {}
+    for kind in KINDS:
+        path, manifest = (run / f"iter1/heldout_{kind}.generated.{end}" for end in ("jsonl", "manifest.json"))
+        made = json.loads(manifest.read_text())
+        assert (
+            made["script"] == "generation/gen_hf.py"
+            and made["inputs"]["model"]["path"] == f"{run}/iter1/model"
+        )
+        kept[path] = path.read_bytes()
+        path.unlink()
+    end = drive("--run_dir", run, *settings)
+    assert end.returncode == 0 and "policy 1: sample" in end.stdout + end.stderr, end.stderr
+    assert {path: path.read_bytes() for path in kept} == kept
+
+
 def test_a_second_start_does_nothing_and_changes_are_refused_by_name(finished):
     run, settings, output = finished
     again = drive("--run_dir", run, *settings)
@@ -92,12 +111,31 @@ def test_the_plan_shares_the_gpus_out(built, tmp_path):
     planned = drive(*more, "--sampling_gpus", 6, "--generation.tensor_parallel_size", 2)
     assert planned.returncode == 0, planned.stderr
     start = re.findall(r"^env .*register_server.sh .*$", planned.stdout, re.MULTILINE)
-    assert len(start) == 3 and " servers=3 " in start[0] and " gpus=0,1,2,3,4,5 " in start[0]
+    assert (
+        len(start) == planned.stdout.count("register_server.sh stop ") == 1
+        and " servers=3 " in start[0]
+        and " gpus=0,1,2,3,4,5 " in start[0]
+    )
     assert " VLLM_SERVER_DEV_MODE=1 " in start[0] and "host=" not in start[0]
     train = [line for line in planned.stdout.split("\n") if "dpo_iteration/run_online.py" in line]
     assert [line.split("--until_round ")[1].split()[0] for line in train] == ["9", "18", "27"]
     assert all(line.startswith("env CUDA_VISIBLE_DEVICES=6,7 accelerate launch") for line in train)
     assert all("--num_processes 2 " in line and "--ports 8000 8001 8002 " in line for line in train)
+    assert all(f"--heldout {tmp_path}/run/loop.yaml:heldout " in line for line in train)
+    assert scoring(planned) == {"env CUDA_VISIBLE_DEVICES=6,7 accelerate"}  # the servers are there meanwhile
+
+    apart = drive(*more, "--heldout.gpu_memory_utilization", 0.5)  # than theirs: an engine answers
+    assert (
+        len(re.findall(r"register_server.sh stop ", apart.stdout)) == 3 and "--heldout " not in apart.stdout
+    )
+    assert scoring(apart) == {"accelerate launch --multi_gpu"}
+
+
+def scoring(planned):
+    """How the commands begin that score held-out answers and measure their KL."""
+    lines = [line for line in planned.stdout.split("\n") if re.search(r"get_rewards.py|divergence.py", line)]
+    assert len(lines) == 7  # of four policies; the start has no KL
+    return {" ".join(line.split()[:3]) for line in lines}
 
 
 def test_one_gpu_samples_and_trains_in_turns(built, tmp_path, monkeypatch, capsys):
