@@ -38,6 +38,8 @@ turns() { # of one policy after the other; policy 0 is the start
     prune "$i"
     previous="$policy"
   done
+  at='the servers of the run end' worked=no
+  serve_no_more "$here/logs/servers.log"
 }
 
 sample() { # POLICY I: held-out answers, and the responses that the next policy is trained on; one start of the engine for each model
@@ -78,6 +80,7 @@ answer() { # MODEL: the jobs of one start
     serve_no_more "$here/logs/servers.log"
     return
   fi
+  serve_no_more "$here/logs/servers.log" # of an online run, where an engine takes their place
   for k in "${outputs[@]}"; do parts+=("${k%/*}/shards/$(basename "$k" .jsonl).of${plan[num_shards]}."); done
   shards vllm "$here/logs/sample.NUMBER.log" python generation/get_hf2.py "$settings:$(IFS=,; echo "${sections[*]}")" \
     --model_name_or_path "$1" --dataset_name_or_path "${prompts[@]}" --output_dir "${parts[@]}" \

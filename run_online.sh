@@ -19,16 +19,16 @@
 train() { # POLICY I: policy I+1, by the next rounds of the training, which its checkpoint continues
   local n=$(($2 + 1)) log="$next/logs/train.servers.log"
   wanted "$n.train" && ! done_already "$next/model" || return 0
-  [ "${serving-}" = "$mode" ] || serve "$log" "${plan[model_name_or_path]}"
-  serving="$mode"
+  serve "$log" "${plan[model_name_or_path]}"
   in_env rlhflow "$next/logs/train.log" "${trainer_env[@]}" accelerate launch --config_file "${plan[accelerate_config]}" \
     --num_processes "${plan[training_processes]}" dpo_iteration/run_online.py "$settings:online" --generation "$settings:generation" \
     --annotation "$settings:annotation" --training_args "$settings:training_args" --model_name_or_path "${plan[model_name_or_path]}" \
     ${reward_models[0]:+--reward_name_or_path "${reward_models[@]}"} --dataset_name_or_path "${prompt_sets[@]}" "${ask_servers[@]}" \
     --rounds_dir "$run/online" --until_round "${plan[until.$n]}" --output_dir "$next/model" --seed "${plan[seed]}"
-  if [ -z "${plan[servers_stay]}" ] || ! wanted "$((n + 1)).train"; then
+  if [ -n "${plan[servers_stay]}" ]; then
+    leaves+=("$next"/heldout_{sampled,greedy}.generated.jsonl)
+  else
     serve_no_more "$log"
-    serving=''
   fi
 }
 

@@ -4,6 +4,7 @@ In:  nothing; the tiny models are built where they are not there.
 Out: a table of seconds, and beside it what `--check` estimates for Llama-3-8B; both runs stay in OUTPUT_DIR.
 
     python benchmarks/online.py --output_dir runs/bench_online --rounds 6
+    python benchmarks/online.py --whole true     # both configs as they are, with their four evaluations
 
 Both drivers run whole, one after the other, on the same prompts, without evaluation: `run_online.sh` its
 rounds with one start of servers and trainer, `run_loop.sh` one iteration of as many prompts. *Starts* is what
@@ -47,6 +48,7 @@ class Arguments:
     prompts_per_round: int = arg(25, "prompts of each; the loop's iteration has those of all rounds")
     staleness: int = arg(0, "of online training", [0, 1])
     server_port: int = arg(8000, "of the online run's server")
+    whole: bool = arg(False, "both configs as they are, evaluations too: what each takes in all")
 
 
 def drive(kind: str, folder: Path, *words: object) -> dict:
@@ -129,6 +131,15 @@ def table(args: Arguments, spent: dict[str, dict], parts: dict[str, dict]) -> st
     return "\n".join(lines) + "\n"
 
 
+def of_whole(spent: dict[str, dict]) -> str:
+    """What both runs take in all, in Markdown."""
+    lines = ["| seconds of the tiny run | online | loop | online / loop |", "| --- | --- | --- | --- |"]
+    for key, name in (("wall", "clock"), ("cpu", "CPU seconds of all processes")):
+        ours, theirs = (spent[kind][key] for kind in CONFIGS)
+        lines.append(f"| {name} | {ours:.0f} | {theirs:.0f} | {ours / theirs:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
 def arithmetic() -> str:
     """Llama-3-8B on 8 A100s as `--check` estimates it: what rounds cost, and a loop of as many iterations."""
     kind, size, prompts, rounds = speed_of(None)[0], 8.03e9, 320, 150
@@ -157,6 +168,12 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     if subprocess.run([sys.executable, "tiny/build.py", "--output_dir", "tiny/built"], cwd=ROOT).returncode:
         raise UserError("the tiny models could not be built")
+    if args.whole:
+        print(
+            of_whole({kind: drive(kind, folder, "--server_port", args.server_port) for kind in CONFIGS}),
+            end="",
+        )
+        return
     write_prompts(folder / "prompts.jsonl", args.rounds * args.prompts_per_round)
     same = (
         "--prompts",

@@ -9,7 +9,6 @@ on next and whose weights are gone.
 
 import dataclasses
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +35,15 @@ from dpo_iteration.rounds import (
     Ranks,
     RoundFolder,
     Scoring,
-    answer_heldout,
     check_version,
     figures_of,
     sample,
+    sample_heldout,
 )
 from dpo_iteration.rounds_log import Log
 from dpo_iteration.run_dpo import Data, choose_pairs
 from generation.gen_hf import servers_of
+from generation.sampling import load_prompts
 
 PROBES = 4  # sequences by which servers are probed
 LOOK = 5.0  # seconds after which the other processes are told that rank 0 still waits
@@ -60,6 +60,8 @@ class Online:
         self.args, self.parts, self.dpo = args, parts, parts.training
         self.template = models.load_template(self.dpo)
         self.prompts = Prompts(args, parts.sampling)
+        for job in parts.heldout[:1]:  # bad ones are refused before a round is trained
+            load_prompts(job)
         self.scoring = Scoring(parts.scoring)  # before ZeRO-3 would cut up whatever is loaded
         _, self.sharing = packing.computation(self.dpo)
         self.steps = round_steps(self.dpo, self.sharing, args.prompts_per_round, args.sync_every)
@@ -186,34 +188,38 @@ class Online:
             self.ahead = self.start_sampling(missing[-1])
 
     def sample_now(self, number: int):
-        """Have a round's prompts answered by the weights as they are."""
-        self.answered(number, lambda: self.start_sampling(number))
-
-    def answer_heldout(self):
-        """Have the held-out prompts answered by the policy that this start has made."""
-        jobs = self.parts.heldout
-        if jobs:
-            given = jobs, self.args.output_dir, self.live.still_held
-            self.answered(
-                last_round(self.args), lambda: not is_main() or InBackground(answer_heldout, *given)
-            )
-
-    def answered(self, number: int, ask: Callable[[], InBackground | bool]):
-        """Have servers answer by the weights as they are after `number` rounds; once more where one lost
-        them.
-
-        Args:
-            ask: sends the prompts on their way, on rank 0.
-        """
+        """Have a round's prompts answered by the weights as they are; once more where a server lost them."""
         for _ in (1, 2):
             self.send(number)
             with self.log.timed("waiting"):
-                lost = self.wait_for(ask())
+                lost = self.wait_for(self.start_sampling(number))
                 self.live.sleep()
             if not lost:
                 return
             say(f"note: {lost}: its answers are thrown away")
         raise UserError(f"{lost}, twice: look at the servers' logs, and start the same command again")
+
+    def send_policy(self):
+        """Let the servers have the policy that this start has made, where they are to answer by it. Before it
+        is saved, which in bf16 casts the model that proves it.
+        """
+        if self.parts.heldout:
+            self.send(last_round(self.args))
+
+    def answer_heldout(self):
+        """Have the held-out prompts answered by the policy that was sent. What fails is left to get_hf2.py,
+        which needs its folder alone.
+        """
+        if not self.parts.heldout:
+            return
+        given = self.parts.heldout, self.args.output_dir, self.live.still_held
+        try:
+            failed = self.wait_for(not is_main() or InBackground(sample_heldout, *given))
+            self.live.sleep()
+        except UserError as error:  # on all ranks
+            failed = str(error)
+        if failed:
+            say(f"note: the held-out prompts are not answered, generation/get_hf2.py can do it: {failed}")
 
     def send(self, number: int):
         """Let the servers have the weights that round `number` starts from."""

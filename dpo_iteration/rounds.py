@@ -145,7 +145,7 @@ def sample(
     return lost
 
 
-def answer_heldout(jobs: list[gen_hf.Arguments], policy: str, still_held: Callable[[], str]) -> str:
+def sample_heldout(jobs: list[gen_hf.Arguments], policy: str, still_held: Callable[[], str]) -> str:
     """Have held-out prompts answered by servers that hold the weights of `policy`. On rank 0, in any thread.
 
     The answers stand in a folder of their own until it is proved that the servers held them to the end.

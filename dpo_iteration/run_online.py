@@ -126,6 +126,7 @@ def save(online: "Online", policy: Training, state: Training, metrics: dict, sec
     prompts answered by it.
     """
     trainer, dpo = online.trainer, online.dpo
+    online.send_policy()
     trainer.args.output_dir = dpo.output_dir
     trainer.source.save(trainer, dpo)
     if is_main():

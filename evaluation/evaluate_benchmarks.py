@@ -194,9 +194,7 @@ def with_earlier(target: Path, told: dict, found: dict[str, dict]) -> dict:
 def variables(words: list[str]) -> dict[str, str]:
     """What the harness's command needs; what the environment says of vLLM stays."""
     needed = {"HF_ALLOW_CODE_EVAL": "1"} if "--confirm_run_unsafe_code" in words else {}
-    gpus = bool(devices.visible_gpus())
-    vllm = engine.variables(gpus)
-    return needed | {key: value for key, value in vllm.items() if key not in os.environ}
+    return needed | engine.variables(bool(devices.visible_gpus()))
 
 
 def evaluate(args: Arguments, words: list[str], folder: Path, tasks: list[str]) -> dict[str, dict]:

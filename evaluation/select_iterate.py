@@ -38,6 +38,9 @@ MEASURES = {
     "reward": "mean reward by the reward models of training",
 }
 
+# Where a measure's key does not say what it is.
+NAMES = {"length_controlled": "win rate over the start at equal length"}
+
 # Why an iterate may lack a measure that others have.
 UNKNOWN = {"length_controlled": "nearly all its answers are longer, or shorter, than the start's"}
 
@@ -99,14 +102,15 @@ class Choice:
 
     def sentence(self) -> str:
         """The choice in words, a line."""
-        value = self.scores[self.iterate]
-        told = f"best: iterate {self.iterate}, by {self.by.replace('_', ' ')} {value:+.3f}"
+        shown = "{:.1%}".format if self.by == "length_controlled" else "{:+.3f}".format
+        told = f"best: iterate {self.iterate}, by {NAMES.get(self.by, self.by)} "
+        told += shown(self.scores[self.iterate])
         if self.last in self.left_out:
             return f"{told}; the last one, iterate {self.last}, was left out: {self.left_out[self.last]}"
         if self.iterate == self.last:
             return f"{told}, the last one"
         if self.interval is None:
-            return f"{told}; iterate {self.last}, the last one, has {self.scores[self.last]:+.3f}"
+            return f"{told}; iterate {self.last}, the last one, has {shown(self.scores[self.last])}"
         difference, low, high = self.interval
         return (
             f"{told}; against the last one, iterate {self.last}: {difference:+.3f} [{low:+.3f}, {high:+.3f}]"

@@ -9,7 +9,8 @@
 #   step NAME POLICY I        call a step of the driver and write its seconds down
 #   in_env ENV LOG COMMAND…   run a command; what it says goes into the log, and its failure ends the driver
 #   tell SCRIPT RUN…          sum the run up where steps have done something since it was last told; a failure is only noted
-#   serve LOG MODEL, serve_no_more LOG    servers of a policy, which never outlive this script
+#   serve LOG MODEL           servers of a policy, where none live; they never outlive this script
+#   serve_no_more LOG         end them, where they live
 #   shards ENV LOG COMMAND…   one process per group of GPUs, side by side and on all machines, each told its --local_index
 #   prune I                   delete the weights that `keep_iterates` lets go
 #   conclude                  the table, and where the page is
@@ -36,7 +37,7 @@ start_servers=() ask_servers=() stop_servers=() # of generation_backend servers
 problems=()        # what is wrong with the settings by themselves
 arguments=()       # what PLAN is called with
 declare -A needed=()         # environments of what is left
-mode=run at='' worked=no news=no entered='' python='' again='' mark=''
+mode=run serving='' leaves=() at='' worked=no news=no entered='' python='' again='' mark=''
 
 say() { printf '[%(%H:%M:%S)T] %s\n' -1 "$*"; }
 
@@ -49,6 +50,7 @@ wanted() { [[ " ${plan[stages]} " == *" $1 "* ]]; }
 
 done_already() { # FILE, or the folder of a model, which is whole when its manifest says so
   [ ! -e "$1.pruned" ] || return 0
+  [ "$mode" = run ] || [[ " ${leaves[*]} " != *" $1 "* ]] || return 0 # a command that is told before would leave it
   if [ -d "$1" ]; then grep -qs '"complete": true' "$1.manifest.json"; else [ -e "$1" ]; fi
 }
 
@@ -168,12 +170,24 @@ shards() { # ENVIRONMENT LOG COMMAND…: NUMBER in LOG stands for that of the pr
   [ -z "$bad" ] || failed "${log/NUMBER/$bad}" "$status"
 }
 
+all_live() { # whether all servers live that were started
+  local record pid
+  for record in "${plan[run_dir]}"/servers/*.server; do
+    [ "$mode" != run ] || { read -r pid _ <"$record" && kill -0 "$pid"; } 2>/dev/null || return 1
+  done
+}
+
 serve() { # LOG MODEL: start its servers. A file says how they end, for this script or the next start
+  [ "$serving" != "$mode" ] || all_live || serve_no_more "$1"
+  [ "$serving" != "$mode" ] || return 0
+  serving="$mode"
   [ "$mode" != run ] || { mkdir -p "${plan[run_dir]}/servers" && printf '%s\0' "${stop_servers[@]}" >"${plan[run_dir]}/servers/in_use"; }
   in_env vllm "$1" "${start_servers[@]}" "$2"
 }
 
 serve_no_more() { # LOG
+  [ "$serving" = "$mode" ] || return 0
+  serving=''
   in_env vllm "$1" "${stop_servers[@]}"
   [ "$mode" != run ] || rm -f -- "${plan[run_dir]}/servers/in_use"
 }

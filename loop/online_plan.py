@@ -28,7 +28,7 @@ from loop import check as checks
 from loop.plan import Plan, one_per_gpu
 from loop.plan import main as plan_main
 from loop.prompt_sets import check_prompts
-from loop.servers import ENGINE, server_variables
+from loop.servers import SERVED, server_variables
 from loop.settings import (
     DPOSettings,
     LoopSettings,
@@ -150,14 +150,14 @@ class OnlinePlan(Plan):
         return {"start_servers": start, "stop_servers": stop, "ask_servers": asked}
 
     def servers_stay(self) -> bool:
-        """Whether servers live as long as the run and answer the held-out prompts: not where `heldout` wants
-        another engine than `generation`.
+        """Whether servers live as long as the run and answer the held-out prompts, if there are any: not
+        where `heldout` wants another engine than `generation`.
         """
         ours, theirs = self.generation(), self.heldout()
-        return all(ours[key] == theirs[key] for key in (*ENGINE, "engine_args", "trust_remote_code"))
+        return self.settings.heldout_prompts is None or all(ours[key] == theirs[key] for key in SERVED)
 
     def each_gpu(self) -> list:
-        """As a loop's, beside servers on the GPUs that train."""
+        """As a loop's, but only on the GPUs that train where servers live on the others."""
         gpus = self.training_gpus()
         if not gpus or self.shares_gpus() or not self.servers_stay():
             return super().each_gpu()

@@ -17,6 +17,7 @@ ENGINE = (  # arguments of get_hf2.py that are settings of register_server.sh to
     *("dtype", "kv_cache_gib", "gpu_memory_utilization", "max_num_seqs"),
     *("tensor_parallel_size", "revision"),
 )
+SERVED = (*ENGINE, "engine_args", "trust_remote_code")  # all that servers are started with, but lengths
 
 
 def listed(value: object) -> list:

@@ -27,6 +27,8 @@ HEAD = {  # what a reader asks first of a run → where loop.yaml has it, the fi
     "pairs": (),
     "held-out prompts": (),
     "iterations": ("iterations",),
+    "rounds": ("online.rounds",),
+    "rounds behind": ("online.staleness",),
     "K": ("ppo.samples_per_prompt", "generation.K"),
     "temperature": ("ppo.temperature", "generation.mixture", "generation.temperature"),
     "beta": ("training_args.beta",),

@@ -41,6 +41,8 @@ def test_the_table_has_the_seconds_of_both_runs(tmp_path):
     assert rows["sending"] == ["1.5", "0.5", "–", "–"]
     assert rows["training"] == ["6.3", "2.1", "6.0", "2.0"]
     assert rows["CPU seconds of all processes"] == ["60.0", "20.0", "90.0", "30.0"]
+    whole = online.of_whole(spent).splitlines()
+    assert whole[2:] == ["| clock | 30 | 42 | 0.71 |", "| CPU seconds of all processes | 60 | 90 | 0.67 |"]
 
 
 def test_the_arithmetic_is_that_of_check(monkeypatch, capsys, tmp_path):

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from common.cli import UserError, parse
 from dpo_iteration.online_arguments import Arguments, read_parts
-from dpo_iteration.rounds import answer_heldout
+from dpo_iteration.rounds import sample_heldout
 from generation import live_servers
 from generation.dispatch import Server
 
@@ -230,11 +230,11 @@ def check_heldout(folder, policy):
 def test_held_out_answers_stand_there_once_servers_have_kept_the_weights(built, live_port, tmp_path):
     parts = read_parts(parse(Arguments, "", argv(tmp_path, live_port, *held_out(tmp_path))))
     live_servers.reload_weights([Server(f"http://127.0.0.1:{live_port}")], faults.ROOT / START)
-    assert answer_heldout(parts.heldout, START, lambda: "one lost them") == "one lost them"
+    assert sample_heldout(parts.heldout, START, lambda: "one lost them") == "one lost them"
     assert {path.name for path in tmp_path.iterdir()} == {"heldout.jsonl", "loop.yaml"}
     (tmp_path / "heldout.unproved").mkdir()
     (tmp_path / "heldout.unproved/heldout_greedy.generated.jsonl").write_text("of a killed start\n")
-    assert answer_heldout(parts.heldout, START, lambda: "") == ""
+    assert sample_heldout(parts.heldout, START, lambda: "") == ""
     check_heldout(tmp_path, START)
     assert not (tmp_path / "heldout.unproved").exists()
 
@@ -303,6 +303,24 @@ def test_a_server_that_is_killed_while_it_samples(whole, tmp_path):
     assert apart <= 1e-6
 
 
+def test_a_server_that_is_killed_over_held_out_prompts_costs_their_answers_alone(built, tmp_path):
+    """The policy is there; an engine can answer by it."""
+    work = Sampled(tmp_path, 0)
+    work.serve()
+    words = [*work.words, "--until_round", "1", *map(str, held_out(tmp_path))]
+    with open(tmp_path / "said.log", "w", encoding="utf-8") as log:
+        process = faults.begin([*LAUNCH, *words], log)
+    faults.wait_for(
+        lambda: (tmp_path / "heldout.unproved").exists() or process.poll() is not None, pause=0.005
+    )
+    work.kill_server()
+    assert process.wait(200) == 0
+    said = (tmp_path / "said.log").read_text()
+    assert "note: the held-out prompts are not answered, generation/get_hf2.py can do it: http" in said, said
+    assert read_json(tmp_path / "model.manifest.json")["complete"] and "Traceback" not in said
+    assert not list(tmp_path.glob("heldout_*"))
+
+
 @pytest.mark.long
 def test_kto_measures_its_kl_in_every_round(live_port, tmp_path):
     """By answers to other prompts of the round: in the first the policy is the reference still."""
@@ -318,8 +336,10 @@ def test_two_processes_train_as_one(whole, live_port, tmp_path):
     staleness, undisturbed = whole
     if staleness:
         pytest.skip("once is enough")
-    said = train(tmp_path, live_port, "--until_round", 2, launcher=training.launch("zero2"))
+    words = "--until_round", 2, *held_out(tmp_path)
+    said = train(tmp_path, live_port, *words, launcher=training.launch("zero2"))
     assert "round 2 of 4" in said
+    check_heldout(tmp_path, tmp_path / "model")
     one = tmp_path / "one"
     train(one, live_port, "--until_round", 2)
     assert (

@@ -74,7 +74,22 @@ def test_nothing_is_left_behind(finished):
 
 def test_the_page_shows_the_rounds(finished):
     page = (finished[0] / "report/index.html").read_text(encoding="utf-8")
-    assert "share of time that waited" in page and "rounds of online training" in page
+    assert (
+        "rounds behind" in page
+        and "share of time that waited" in page
+        and "rounds of online training" in page
+    )
+
+
+def test_a_second_start_does_nothing_and_changes_are_refused_by_name(finished):
+    run, settings, output = finished
+    again = drive("--run_dir", run, *settings)
+    assert again.returncode == 0 and f"every stage of {run} is done" in again.stderr, again.stderr
+    assert output.endswith(again.stdout)
+    refused = drive("--run_dir", run, *settings, "--online.staleness", 1)
+    assert refused.returncode == 2 and "online.staleness was 0 and is now 1" in refused.stderr, refused.stderr
+    other = drive("--run_dir", run, script="run_loop.sh", config=faults.CONFIG)
+    assert other.returncode == 2 and "holds a run of online DPO (run_online.sh)" in other.stderr
 
 
 def test_held_out_answers_of_living_servers_are_the_engines(finished):
@@ -95,17 +110,6 @@ def test_held_out_answers_of_living_servers_are_the_engines(finished):
     assert {path: path.read_bytes() for path in kept} == kept
 
 
-def test_a_second_start_does_nothing_and_changes_are_refused_by_name(finished):
-    run, settings, output = finished
-    again = drive("--run_dir", run, *settings)
-    assert again.returncode == 0 and f"every stage of {run} is done" in again.stderr, again.stderr
-    assert output.endswith(again.stdout)
-    refused = drive("--run_dir", run, *settings, "--online.staleness", 1)
-    assert refused.returncode == 2 and "online.staleness was 0 and is now 1" in refused.stderr, refused.stderr
-    other = drive("--run_dir", run, script="run_loop.sh", config=faults.CONFIG)
-    assert other.returncode == 2 and "holds a run of online DPO (run_online.sh)" in other.stderr
-
-
 def test_the_plan_shares_the_gpus_out(built, tmp_path):
     more = ("--run_dir", tmp_path / "run", "--dry_run", "--num_gpus", 8, "--gpu_memory_gib", 80)
     planned = drive(*more, "--sampling_gpus", 6, "--generation.tensor_parallel_size", 2)
@@ -122,19 +126,26 @@ def test_the_plan_shares_the_gpus_out(built, tmp_path):
     assert all(line.startswith("env CUDA_VISIBLE_DEVICES=6,7 accelerate launch") for line in train)
     assert all("--num_processes 2 " in line and "--ports 8000 8001 8002 " in line for line in train)
     assert all(f"--heldout {tmp_path}/run/loop.yaml:heldout " in line for line in train)
+    assert engines(planned) == 1  # for the start: training leaves all other answers
     assert scoring(planned) == {"env CUDA_VISIBLE_DEVICES=6,7 accelerate"}  # the servers are there meanwhile
 
     apart = drive(*more, "--heldout.gpu_memory_utilization", 0.5)  # than theirs: an engine answers
     assert (
         len(re.findall(r"register_server.sh stop ", apart.stdout)) == 3 and "--heldout " not in apart.stdout
     )
+    assert engines(apart) == 4
     assert scoring(apart) == {"accelerate launch --multi_gpu"}
+
+
+def engines(planned):
+    """How many models an engine is started for."""
+    return len(set(re.findall(r"get_hf2.py .*--model_name_or_path (\S+)", planned.stdout)))
 
 
 def scoring(planned):
     """How the commands begin that score held-out answers and measure their KL."""
     lines = [line for line in planned.stdout.split("\n") if re.search(r"get_rewards.py|divergence.py", line)]
-    assert len(lines) == 7  # of four policies; the start has no KL
+    assert len(lines) == 8  # of four policies
     return {" ".join(line.split()[:3]) for line in lines}
 
 
@@ -161,7 +172,7 @@ def test_one_gpu_samples_and_trains_in_turns(built, tmp_path, monkeypatch, capsy
         assert "gpu_memory_utilization=0.3" in start and "VLLM_SERVER_DEV_MODE=1" in start
         assert told["trainer_env[]"] == ["env", f"CUDA_VISIBLE_DEVICES={gpus}"]
         assert told["training_processes"] == [str(len(gpus.split(",")))]
-        assert told["ask_servers[]"][-2:] == ["--share_gpus", "true"]
+        assert " --share_gpus true " in " ".join(told["ask_servers[]"])
     own = planned("--num_gpus", 1, "--generation.gpu_memory_utilization", 0.4)
     assert "gpu_memory_utilization=0.4" in own["start_servers[]"]
     apart = planned("--num_gpus", 2)
