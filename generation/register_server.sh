@@ -142,7 +142,7 @@ check_port() {
   fi
   [[ $taken == yes ]] || return 0
   fail "port $1 is in use${there:+, it serves $there} and was not started from $state_dir:" \
-    "give another with port=… in front (--server_port of run_loop.sh)"
+    "give another with port=… in front (--server_port of a driver)"
 }
 
 # start_server PORT GPU…: one server in a session of its own, so that it outlives this script and can be ended whole.

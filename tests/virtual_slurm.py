@@ -39,6 +39,11 @@ class Cluster:
         job = [word.replace("%DIR%", str(folder)) for word in (*JOB, *options)]
         return self("run", *job, script, *arguments)
 
+    def cancel(self, job):
+        """End a job, and wait until the queue is without it: till then another start is refused."""
+        self("run", "scancel", job)
+        faults.wait_for(lambda: str(job) not in self("run", "squeue", "-h", "-o", "%A").split(), 60, 0.2)
+
     def state(self, job):
         told = self("run", "scontrol", "show", "job", job)
         return told.split("JobState=")[1].split()[0]

@@ -102,7 +102,7 @@ def test_a_preempted_run_goes_on_with_other_numbers(cluster, undisturbed, tmp_pa
     options = "-p urgent -N2 --exclusive --output=/dev/null".split()
     urgent = cluster("run", "sbatch", "--parsable", *options, "--wrap", "sleep 1")
     cluster.wait(urgent, "COMPLETED", seconds=120)
-    cluster("run", "scancel", job)
+    cluster.cancel(job)
     faults.wait_for(lambda: not faults.started_by(folder), 60)
     job = cluster.submit(tmp_path, faults.CONFIG, *settings, "--num_shards", 2, options=["--cpus-per-task=2"])
     cluster.wait(job, "COMPLETED", "FAILED")

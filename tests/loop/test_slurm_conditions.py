@@ -248,7 +248,7 @@ def test_a_task_that_fails_is_told_at_once(cluster, built, tmp_path):
     )
     faults.wait_for(lambda: log.exists() and told in log.read_text(), 60, 0.2)
     assert faults.started_by(folder, "generation/get_hf2.py") and "\nlog: " not in log.read_text()
-    cluster("run", "scancel", job)
+    cluster.cancel(job)
     faults.wait_for(lambda: not faults.started_by(folder), 30)
     (folder / "iter0/shards/heldout_sampled.generated.of2.0.jsonl").mkdir()
     job = cluster.submit(tmp_path, faults.CONFIG, *settings, "--run_dir", folder, "--stop_stage", "1.1")
@@ -295,7 +295,7 @@ def test_without_locks_another_job_is_refused(cluster, built, tmp_path, no_flock
     third = submit(2)
     faults.wait_for(lambda: faults.started_by(folder, "generation/get_hf2.py"), 60)
     assert "refuses locks" in logs[2].read_text()
-    cluster("run", "scancel", third)
+    cluster.cancel(third)
     faults.wait_for(lambda: not faults.started_by(folder), 30)
 
 
@@ -396,7 +396,7 @@ def test_machines_come_and_go(cluster, undisturbed, tmp_path):
     for nodes in (2, 3):
         job = cluster.submit(tmp_path, faults.CONFIG, *settings, options=[f"-N{nodes}"])
         faults.wait_for(lambda nodes=nodes, saved=saved: held(folder, nodes) >= saved + 6, 400)
-        cluster("run", "scancel", job)
+        cluster.cancel(job)
         faults.wait_for(lambda: not faults.started_by(folder), 60)
         cluster.wait(job, "CANCELLED", seconds=60)
         saved = held(folder, nodes)
@@ -432,5 +432,5 @@ def test_a_job_that_starts_as_its_node_comes_back(cluster, built, tmp_path):
     assert cluster.state(job) == "PENDING"
     cluster("boot", 2)
     faults.wait_for(lambda: len(faults.started_by(folder, "generation/get_hf2.py")) >= 2, 2 * machines.ASKED)
-    cluster("run", "scancel", job)
+    cluster.cancel(job)
     faults.wait_for(lambda: not faults.started_by(folder), 30)
