@@ -376,6 +376,13 @@ def test_parts_of_other_models_are_refused(built, tmp_path):
         read_parts(parse(Arguments, "", argv(tmp_path, 1, "--generation", mixed)))
 
 
+def test_held_out_prompts_that_are_not_there_are_refused_before_a_round(built, tmp_path):
+    words = held_out(tmp_path)
+    words[1].unlink()
+    end = train(tmp_path, 1, *words, status=2)
+    assert end.count("error: ") == 1 and str(words[1]) in end and "Traceback" not in end, end
+
+
 def test_servers_elsewhere_and_none_are_refused(built, tmp_path):
     end = train(tmp_path, 1, "--hosts", "10.0.0.1", status=2)
     assert "has its servers on this machine" in end
