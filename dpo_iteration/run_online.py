@@ -73,9 +73,12 @@ def main():
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL sends a ping from every start
     with state.locked():
         online = load(args, parts)
-        begin(online, policy, state)
-        metrics = train(online, state)
-        save(online, policy, state, metrics, time.time() - started)
+        try:
+            begin(online, policy, state)
+            metrics = train(online, state)
+            save(online, policy, state, metrics, time.time() - started)
+        finally:  # the servers hold them in their own memory
+            online.live.remove()
     online.trainer.args.distributed_state.destroy_process_group()
 
 
@@ -133,7 +136,6 @@ def save(online: "Online", policy: Training, state: Training, metrics: dict, sec
         finish(online, policy, state, metrics, seconds)
     trainer.accelerator.wait_for_everyone()
     online.answer_heldout()
-    online.live.remove()
 
 
 def finish(online: "Online", policy: Training, state: Training, metrics: dict, seconds: float):

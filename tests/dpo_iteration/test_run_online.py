@@ -23,7 +23,7 @@ from training import read_json, read_jsonl
 from transformers import AutoModelForCausalLM
 
 from common.cli import UserError, parse
-from dpo_iteration.online_arguments import Arguments, read_parts
+from dpo_iteration.online_arguments import Arguments, memory_folder, read_parts
 from dpo_iteration.rounds import sample_heldout
 from generation import live_servers
 from generation.dispatch import Server
@@ -388,6 +388,7 @@ def test_servers_elsewhere_and_none_are_refused(built, tmp_path):
     assert "has its servers on this machine" in end
     end = train(tmp_path, faults.free_ports(), status=2)
     assert "error: http://127.0.0.1:" in end and "Traceback" not in end
+    assert not memory_folder(tmp_path / "online").exists()
     end = train(tmp_path, faults.free_ports(), status=2, share_gpus=True)
     assert "does not answer" in end and "is it there?" in end and "Traceback" not in end
 
